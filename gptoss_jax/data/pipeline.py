@@ -1,0 +1,376 @@
+"""From documents to batches: tokenise once, pack, shuffle, batch, put on the mesh.
+
+A row has T = `data.seq_len` positions, each with an input token and the token that follows it. A document of
+n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents where they fit.
+"""
+
+import bisect
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import os
+import pathlib
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from gptoss_jax.config import DataConfig, require
+from gptoss_jax.data.corpus import Corpus, open_corpus, split
+from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+
+FORMAT = 1
+BATCH_CHARS = 4 << 20
+# A longer document is encoded in parts, so that all cores work on it and memory is bounded.
+PART_CHARS = 1 << 18
+
+ROW = ("tokens", "targets", "segment_ids", "positions")
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenCache:
+    """A tokenised corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos."""
+
+    folder: pathlib.Path
+    # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, and what the
+    # held-out text takes when compressed, {gzip,xz}_bits_per_byte.
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+    tokens: np.ndarray  # mapped from disk, uint16 or uint32
+    offsets: np.ndarray  # int64 [documents + 1]
+    text_bytes: np.ndarray  # int64 [documents], UTF-8 bytes of each document
+    held_out: np.ndarray  # bool [documents]
+
+
+def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:
+    """Tokenises the source, or opens what an earlier call left in `config.cache_dir`.
+
+    Several processes may build the same cache at once: that of the first to finish is used by all. Nothing
+    that a killed build leaves is ever used; the next build removes it.
+
+    Args:
+      config: the source, the tokenizer, the held-out share and the folder; the other fields play no part.
+      report: gets a line of text now and then while the cache is built.
+
+    Raises ValueError for a source or tokenizer that cannot be read and a folder that cannot be written.
+    """
+    corpus = open_corpus(config.source)
+    root = pathlib.Path(config.cache_dir).expanduser()
+    folder = root / _key(config, corpus)
+    if not folder.exists():
+        partial = root / f".partial-{os.getpid()}-{uuid.uuid4().hex}@{socket.gethostname()}"
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"data.cache_dir is {config.cache_dir!r}: {error.strerror}") from None
+        _remove_leftovers(root)
+        try:
+            _build(config, corpus, partial, report or (lambda line: None))
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                # Another process was faster, and its result is the same.
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return _open(folder)
+
+
+def _key(config: DataConfig, corpus: Corpus) -> str:
+    """Folder name of a cache: some words to read, and a hash of all that its content depends on."""
+    parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.held_out))]
+    if config.tokenizer.startswith("file:"):
+        path = pathlib.Path(config.tokenizer.removeprefix("file:")).expanduser()
+        require(path.is_file(), "data.tokenizer", config.tokenizer, f"there is no file {path}")
+        parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
+    digest = hashlib.sha256("\n\n".join(parts).encode()).hexdigest()
+    return f"{words[-48:].strip('-')}-{digest[:16]}"
+
+
+def _remove_leftovers(root: pathlib.Path) -> None:
+    """Removes what builds on this host left behind whose process is gone."""
+    for path in root.glob(f".partial-*@{socket.gethostname()}"):
+        try:
+            os.kill(int(path.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except PermissionError:
+            pass  # alive, and another user's
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Cuts a long text before lines that start with no space, where tokens hardly ever cross."""
+    start = 0
+    while len(text) - start > PART_CHARS:
+        cut = start + PART_CHARS
+        while (cut := text.rfind("\n", start, cut - 1) + 1) > start and text[cut].isspace():
+            pass
+        cut = cut if cut > start else start + PART_CHARS
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _in_batches(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Groups documents to about `BATCH_CHARS` characters: bounded memory, and work for all cores."""
+    batch, size = [], 0
+    for text, is_held_out in documents:
+        batch.append((text, is_held_out))
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Callable[[str], None]) -> None:
+    """Writes a complete cache to an empty folder."""
+
+    def documents() -> Iterator[tuple[str, bool]]:
+        return split(corpus.documents(), config.held_out)
+
+    report(f"tokenizer {config.tokenizer}")
+    tokenizer = make_tokenizer(
+        config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)
+    )
+    tokenizer.save(folder)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    lengths, sizes, flags, held_out_text, written = [], [], [], [], 0
+    with open(folder / "tokens.bin", "wb") as file:
+        for batch in _in_batches(documents()):
+            parts = [list(_parts(text)) for text, _ in batch]
+            encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(parts))))
+            for (text, is_held_out), pieces in zip(batch, parts, strict=True):
+                ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(pieces)), [tokenizer.eos_id]]
+                stored = np.concatenate(ids)
+                top = int(stored.max())
+                require(top < tokenizer.vocab_size, "token id", top, f"must be below {tokenizer.vocab_size}")
+                file.write(stored.astype(dtype).tobytes())
+                data = text.encode()
+                lengths.append(len(stored))
+                sizes.append(len(data))
+                flags.append(is_held_out)
+                if is_held_out:
+                    held_out_text.append(data)
+            written += sum(lengths[-len(batch) :])
+            report(f"{written:,} tokens of {len(lengths):,} documents")
+    lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    np.savez(folder / "documents.npz", offsets=offsets, text_bytes=np.array(sizes, np.int64), held_out=flags)
+    data = b"".join(held_out_text)
+    meta = {
+        "format": FORMAT,
+        "source": config.source,
+        "tokenizer": config.tokenizer,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": len(flags),
+        "tokens": int(offsets[-1]),
+        "held_out_documents": int(flags.sum()),
+        "held_out_tokens": int(lengths[flags].sum()),
+        "held_out_bytes": len(data),
+        "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
+        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _open(folder: pathlib.Path) -> TokenCache:
+    meta = json.loads((folder / "meta.json").read_text())
+    dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)
+    size = (folder / "tokens.bin").stat().st_size
+    if size != meta["tokens"] * dtype.itemsize:
+        raise ValueError(f"{folder}: damaged (tokens.bin has {size} bytes); remove the folder")
+    with np.load(folder / "documents.npz") as arrays:
+        parts = {name: arrays[name] for name in ("offsets", "text_bytes", "held_out")}
+    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+    return TokenCache(folder=folder, meta=meta, tokenizer=load_tokenizer(folder), tokens=tokens, **parts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackPlan:
+    """The pieces of documents in each row: row r has those from row_offsets[r] to row_offsets[r + 1]."""
+
+    row_offsets: np.ndarray  # int64 [rows + 1]
+    document: np.ndarray  # int64 [pieces], index into the lengths that were packed
+    start: np.ndarray  # int64 [pieces], first pair of the piece within its document
+    length: np.ndarray  # int32 [pieces], pairs
+
+
+def pack(lengths: np.ndarray, seq_len: int) -> PackPlan:
+    """Lays documents into rows so that each pair is in exactly one row and few documents are cut.
+
+    A document longer than a row fills rows of its own, and the rest of it is treated as a short document.
+    Those are placed from long to short, each into the row with the least room that still takes it (best fit
+    decreasing, Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Rows are at most 2 *
+    sum(lengths) / seq_len + 1. The same lengths give the same plan.
+
+    Args:
+      lengths: int [documents], (input, target) pairs of each document.
+      seq_len: pairs that a row holds.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    full = lengths // seq_len
+    row_count = int(full.sum())
+    document = [np.repeat(np.arange(len(lengths)), full)]
+    start = [(np.arange(row_count) - np.repeat(np.cumsum(full) - full, full)) * seq_len]
+    length = [np.full(row_count, seq_len)]
+    row = [np.arange(row_count)]
+
+    rest = lengths % seq_len
+    order = np.argsort(-rest, kind="stable")[: np.count_nonzero(rest)]
+    document.append(order)
+    start.append(full[order] * seq_len)
+    length.append(rest[order])
+
+    # Open rows by the room left in them. All documents of one length are placed together: the row with the
+    # least room still has the least after taking one, so it takes as many as it can before the next row gets
+    # any.
+    rows_by_room: dict[int, list[np.ndarray]] = {}
+    rooms: list[int] = []  # the keys of rows_by_room, sorted
+    sizes, counts = np.unique(-rest[order], return_counts=True)
+    for size, count in zip((-sizes).tolist(), counts.tolist(), strict=True):
+        while count:
+            at = bisect.bisect_left(rooms, size)
+            if at < len(rooms):
+                room = rooms.pop(at)
+                open_rows = np.concatenate(rows_by_room.pop(room))
+            else:
+                room = seq_len
+                open_rows = np.arange(row_count, row_count + -(-count // (seq_len // size)))
+                row_count += len(open_rows)
+            each = room // size
+            placed = np.repeat(open_rows[: -(-count // each)], each)[:count]
+            row.append(placed)
+            count -= len(placed)
+            filled, last = divmod(len(placed), each)
+            for left, some in (
+                (room - each * size, open_rows[:filled]),
+                (room - last * size, open_rows[filled : filled + 1] if last else open_rows[:0]),
+                (room, open_rows[filled + (last > 0) :]),
+            ):
+                if left and len(some):
+                    if left not in rows_by_room:
+                        bisect.insort(rooms, left)
+                    rows_by_room.setdefault(left, []).append(some)
+
+    row_of_piece = np.concatenate(row)
+    by_row = np.argsort(row_of_piece, kind="stable")
+    return PackPlan(
+        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=row_count))]),
+        document=np.concatenate(document)[by_row],
+        start=np.concatenate(start)[by_row],
+        length=np.concatenate(length)[by_row].astype(np.int32),
+    )
+
+
+class Rows:
+    """Packed rows, read from the cache as they are asked for.
+
+    A row is a dict of int32 [T]: `tokens`, `targets` (the token after each), `segment_ids` (pieces count from
+    1) and `positions` (from 0 in each piece). Padding is 0 in all four.
+    """
+
+    def __init__(self, cache: TokenCache, held_out: bool, seq_len: int):
+        documents = np.flatnonzero(cache.held_out == held_out)
+        self.plan = pack(np.diff(cache.offsets)[documents] - 1, seq_len)
+        self._start = cache.offsets[documents][self.plan.document] + self.plan.start
+        self._tokens = cache.tokens
+        self._seq_len = seq_len
+
+    def __len__(self) -> int:
+        return len(self.plan.row_offsets) - 1
+
+    def __getitem__(self, index: int) -> Batch:
+        pieces = slice(self.plan.row_offsets[index], self.plan.row_offsets[index + 1])
+        length = self.plan.length[pieces]
+        used = int(length.sum())
+        row = {name: np.zeros(self._seq_len, np.int32) for name in ROW}
+        row["segment_ids"][:used] = np.repeat(np.arange(1, len(length) + 1), length)
+        row["positions"][:used] = np.arange(used) - np.repeat(np.cumsum(length) - length, length)
+        source = np.repeat(self._start[pieces], length) + row["positions"][:used]
+        row["tokens"][:used] = self._tokens[source]
+        row["targets"][:used] = self._tokens[source + 1]
+        return row
+
+
+def train_batches(
+    cache: TokenCache, config: DataConfig, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches of training rows, shuffled anew in each epoch, read ahead by one thread.
+
+    Global batch k holds the same rows for any number of processes, of which each gets its part. The
+    iterator's `get_state()` is a JSON-ready position that `set_state` takes back, in another process or with
+    another count of processes too.
+
+    Args:
+      process_index, process_count: which part of each batch this process gets, of how many. Processes that
+        must hold the same rows, because they share a replica of the model, give the same index.
+
+    Yields:
+      dicts of int32 [data.batch_size / process_count, T], see `Rows`.
+
+    Raises ValueError if data.batch_size cannot be shared evenly, or for a corpus that does not fill one row.
+    """
+    rows = Rows(cache, held_out=False, seq_len=config.seq_len)
+    pairs = int(rows.plan.length.sum())
+    require(
+        pairs >= config.seq_len, "data.seq_len", config.seq_len, f"the training text has only {pairs} tokens"
+    )
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()[process_index::process_count]
+    # No remainder exists, but to allow for one grain counts in floats, which overflow if a batch is one row.
+    batches = dataset.batch(_local_batch_size(config, process_count), drop_remainder=True)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def held_out_batches(
+    cache: TokenCache,
+    config: DataConfig,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """Batches of held-out rows, the same each time, of the shape that `train_batches` gives.
+
+    All rows, the last batch filled up with rows of padding; or, if those are more than `limit` batches, as
+    many rows spread evenly over the held-out text. Raises ValueError if data.batch_size cannot be shared
+    evenly.
+    """
+    local = _local_batch_size(config, process_count)
+    rows = Rows(cache, held_out=True, seq_len=config.seq_len)
+    count = -(-len(rows) // config.batch_size)
+    count = count if limit is None else min(count, limit)
+    room = count * config.batch_size
+    chosen = np.full(room, -1)
+    chosen[: len(rows)] = np.arange(room) * len(rows) // room if room < len(rows) else np.arange(len(rows))
+    batches = []
+    for indices in chosen.reshape(count, local, process_count)[:, :, process_index]:
+        batch = {name: np.zeros((local, config.seq_len), np.int32) for name in ROW}
+        for place, index in enumerate(indices):
+            for name, values in (rows[index] if index >= 0 else {}).items():
+                batch[name][place] = values
+        batches.append(batch)
+    return batches
+
+
+def _local_batch_size(config: DataConfig, process_count: int) -> int:
+    allowed = f"must be a multiple of the {process_count} processes that share a batch"
+    require(config.batch_size % process_count == 0, "data.batch_size", config.batch_size, allowed)
+    return config.batch_size // process_count
+
+
+def put_on_mesh(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """Makes global arrays [data.batch_size, T] of the parts [B, T] that the processes hold."""
+    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}

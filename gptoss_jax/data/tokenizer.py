@@ -1,0 +1,259 @@
+"""Text to token ids and back: `bytes`, `bpe:SIZE`, `file:PATH` and `o200k_harmony` behind one class."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import tiktoken
+import tokenizers
+
+from gptoss_jax.config import require
+
+KINDS = "bytes, bpe:SIZE, file:tokenizer.json or o200k_harmony"
+END_OF_TEXT = "<|endoftext|>"
+BOS_NAMES = ("<|startoftext|>", "<|begin_of_text|>", "<s>")
+EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>")
+HARMONY = "o200k_harmony"
+# Rows of the released embedding; the encoding itself leaves some of these ids unused.
+HARMONY_VOCAB_SIZE = 201088
+TRAINING_BYTES = 64 << 20
+
+# What the trained tokenizer never merges across. Suits code as well as prose: runs of spaces stay whole, a
+# name keeps the space, dot or underscore before it, numbers go three digits at a time.
+WORDS = "|".join(
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # letters, and one sign or space before them
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+",  # operators and punctuation
+        r"\s*[\r\n]+",  # blank lines and the end of a line
+        r"\s+(?!\S)",  # spaces, but for one that goes to the word after them
+        r"\s+",
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A vocabulary. Made by `make_tokenizer` or `load_tokenizer`.
+
+    `name` is the spec, ids run from 0 to `vocab_size` - 1, and a document is stored as bos, its ids, eos.
+    """
+
+    name: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    _encode: Callable[[list[str]], Sequence[Sequence[int] | np.ndarray]] = dataclasses.field(repr=False)
+    _make_token_bytes: Callable[[], list[bytes]] = dataclasses.field(repr=False)
+    _file: tuple[str, str] = dataclasses.field(repr=False)  # name and content of what `save` writes
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without bos and eos. A special token that it spells is encoded as characters."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text as int32, as from `encode`; works on all cores."""
+        return [np.asarray(ids, dtype=np.int32) for ids in self._encode(list(texts))]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of some ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The exact bytes of some ids, without special tokens; a list's are those of its parts, joined.
+
+        Raises ValueError for an id outside the vocabulary.
+        """
+        pieces = []
+        for token in ids:
+            require(0 <= token < self.vocab_size, "token id", int(token), f"must be below {self.vocab_size}")
+            pieces.append(self._token_bytes[token])
+        return b"".join(pieces)
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        return self._make_token_bytes()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `tokenizer.json`, or for a tokenizer that needs none its name to `tokenizer_name.txt`."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name, content = self._file
+        (folder / name).write_bytes(content.encode())
+
+
+def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
+    """Makes the tokenizer that a spec (`data.tokenizer`) names.
+
+    Args:
+      spec: bytes, bpe:SIZE, file:PATH or o200k_harmony.
+      training_texts: gives the texts that bpe:SIZE is trained on, of which it reads the first 64 MiB.
+
+    Raises ValueError for an unknown kind, a bad size, or a file that is missing or damaged.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "bytes":
+        return _bytes()
+    if spec == HARMONY:
+        return _harmony()
+    if kind == "bpe":
+        fits = rest.isdecimal() and int(rest) >= 257
+        require(fits, "data.tokenizer", spec, "must be bpe:SIZE with a SIZE of 257 or more")
+        require(training_texts is not None, "data.tokenizer", spec, "needs text to be trained on")
+        return _from_json(spec, _train(int(rest), training_texts()), spec)
+    require(kind == "file" and bool(rest), "data.tokenizer", spec, f"must be {KINDS}")
+    return _from_file(pathlib.Path(rest).expanduser(), spec)
+
+
+def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
+    """Reads what `save` wrote. Raises ValueError if the folder holds no tokenizer."""
+    folder = pathlib.Path(folder)
+    if (folder / "tokenizer_name.txt").is_file():
+        return make_tokenizer((folder / "tokenizer_name.txt").read_text().strip())
+    return _from_file(folder / "tokenizer.json", f"file:{folder / 'tokenizer.json'}")
+
+
+def _bytes() -> Tokenizer:
+    return Tokenizer(
+        name="bytes",
+        vocab_size=257,
+        bos_id=256,
+        eos_id=256,
+        _encode=lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts],
+        _make_token_bytes=lambda: [bytes([i]) for i in range(256)] + [b""],
+        _file=("tokenizer_name.txt", "bytes\n"),
+    )
+
+
+def _harmony() -> Tokenizer:
+    try:
+        encoding = tiktoken.get_encoding(HARMONY)
+    except (OSError, ValueError) as error:  # the second for a file with the wrong hash
+        reason = " ".join(str(error).split())
+        allowed = f"tiktoken cannot fetch its file; set TIKTOKEN_CACHE_DIR to where it is ({reason})"
+        raise ValueError(f"data.tokenizer is {HARMONY!r}: {allowed}") from None
+
+    def token_bytes() -> list[bytes]:
+        special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+        table = [b""] * HARMONY_VOCAB_SIZE
+        for token in range(min(special)):
+            try:
+                table[token] = encoding.decode_single_token_bytes(token)
+            except KeyError:  # a gap
+                continue
+        return table
+
+    return Tokenizer(
+        name=HARMONY,
+        vocab_size=HARMONY_VOCAB_SIZE,
+        bos_id=encoding.encode_single_token("<|startoftext|>"),
+        eos_id=encoding.encode_single_token(END_OF_TEXT),
+        _encode=lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1),
+        _make_token_bytes=token_bytes,
+        _file=("tokenizer_name.txt", HARMONY + "\n"),
+    )
+
+
+def _train(size: int, texts: Iterator[str]) -> str:
+    """Trains a byte-level BPE vocabulary of at most `size` tokens; returns its tokenizer.json."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+            byte_level(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    return model.to_str()
+
+
+def _first_bytes(texts: Iterator[str], room: int) -> Iterator[str]:
+    """The first `room` UTF-8 bytes of a stream of texts."""
+    for text in texts:
+        data = text.encode()[:room]
+        yield data.decode(errors="ignore")
+        room -= len(data)
+        if room == 0:
+            return
+
+
+def _from_file(path: pathlib.Path, spec: str) -> Tokenizer:
+    try:
+        content = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"data.tokenizer is {spec!r}: cannot read {path} ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"data.tokenizer is {spec!r}: {path} is not a tokenizer.json (not UTF-8)") from None
+    return _from_json(spec, content, str(path))
+
+
+def _from_json(spec: str, content: str, origin: str) -> Tokenizer:
+    try:
+        model = tokenizers.Tokenizer.from_str(content)
+    except Exception as error:  # the library raises Exception itself for every kind of damage
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data.tokenizer is {spec!r}: {origin} is not a tokenizer.json ({reason})") from None
+    # Training text is plain text of any length, whatever the file was last used for.
+    model.encode_special_tokens = True
+    model.no_truncation()
+    model.no_padding()
+    bos = next((model.token_to_id(n) for n in BOS_NAMES if model.token_to_id(n) is not None), None)
+    eos = next((model.token_to_id(n) for n in EOS_NAMES if model.token_to_id(n) is not None), None)
+    allowed = f"{origin} has none of {', '.join(BOS_NAMES + EOS_NAMES)}"
+    require(bos is not None or eos is not None, "data.tokenizer", spec, allowed)
+    vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return Tokenizer(
+        name=spec,
+        vocab_size=vocab_size,
+        bos_id=eos if bos is None else bos,
+        eos_id=bos if eos is None else eos,
+        _encode=encode,
+        _make_token_bytes=lambda: _bytes_of_tokens(model, vocab_size, json.loads(content).get("decoder")),
+        _file=("tokenizer.json", content),
+    )
+
+
+def _bytes_of_tokens(model: tokenizers.Tokenizer, vocab_size: int, decoder: dict | None) -> list[bytes]:
+    """The bytes that each id stands for: exact for byte-level vocabularies and those with byte fallback."""
+    byte_level = "ByteLevel" in json.dumps(decoder)
+    to_byte = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    added = model.get_added_tokens_decoder()
+    table = [b""] * vocab_size
+    for token in range(vocab_size):
+        piece = model.id_to_token(token)
+        if piece is None or (token in added and added[token].special):
+            continue
+        if token in added:
+            table[token] = piece.encode()
+        elif byte_level:
+            table[token] = bytes(to_byte[letter] for letter in piece)
+        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            table[token] = bytes.fromhex(piece[3:5])
+        else:
+            table[token] = piece.replace("\u2581", " ").encode()
+    return table
+
+
+def _byte_letters() -> list[str]:
+    """The letter that byte-level vocabularies write a byte as: itself if it prints, or one from U+0100."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return [chr(byte if byte in printing else next(others)) for byte in range(256)]

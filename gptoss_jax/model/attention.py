@@ -1,0 +1,76 @@
+"""Grouped-query attention with alternating windows and learned sinks."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptoss_jax.config import SLIDING, ModelConfig
+from gptoss_jax.kernels.flash_attention import reference_attention, self_attention, visible
+from gptoss_jax.model import kv_cache, rope
+
+
+class Attention(nnx.Module):
+    """Projections, rotation and attention of one layer."""
+
+    def __init__(self, config: ModelConfig, layer_type: str, *, rngs: nnx.Rngs):
+        D, N, K, H = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.q = nnx.Param(normal(rngs.params(), (D, N, H)))
+        self.k = nnx.Param(normal(rngs.params(), (D, K, H)))
+        self.v = nnx.Param(normal(rngs.params(), (D, K, H)))
+        self.out = nnx.Param(normal(rngs.params(), (N, H, D)))
+        if config.attention_bias:
+            self.q_bias = nnx.Param(jnp.zeros((N, H)))
+            self.k_bias = nnx.Param(jnp.zeros((K, H)))
+            self.v_bias = nnx.Param(jnp.zeros((K, H)))
+            self.out_bias = nnx.Param(jnp.zeros(D))
+        if config.learned_sinks:
+            self.sinks = nnx.Param(jnp.zeros(N))
+        self.config = config
+        self.window = config.sliding_window if layer_type == SLIDING else None
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        cos_sin: tuple[jax.Array, jax.Array],
+        cache: dict[str, jax.Array] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """Attends within the row, or to the cache, which gets the row's keys and values first.
+
+        Returns [B, T, D] and the new cache of this layer (None without one).
+        """
+        config, dtype = self.config, x_BTD.dtype
+
+        def project(weight, bias):
+            y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype))
+            return y + bias[...].astype(dtype) if config.attention_bias else y
+
+        q_BTNH = rope.rotate(project(self.q, getattr(self, "q_bias", None)), cos_sin)
+        k_BSKH = rope.rotate(project(self.k, getattr(self, "k_bias", None)), cos_sin)
+        v_BSKH = project(self.v, getattr(self, "v_bias", None))
+        sinks_N = self.sinks[...] if config.learned_sinks else None
+        if cache is None:
+            y_BTNH = self_attention(
+                q_BTNH, k_BSKH, v_BSKH, positions_BT, segment_ids_BT, self.window, config.sink_tokens,
+                sinks_N, config.attention_dropout, dropout_key,
+            )  # fmt: skip
+        else:
+            cache = kv_cache.write(cache, k_BSKH, v_BSKH, positions_BT, segment_ids_BT)
+            k_BSKH, v_BSKH = cache["keys"].astype(dtype), cache["values"].astype(dtype)
+            # A slot is a position, and every slot up to a query's own has been written by its own sequence.
+            slots_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1]), k_BSKH.shape[:2])
+            ones_BS = jnp.ones_like(slots_BS)
+            mask_BTS = visible(
+                positions_BT, segment_ids_BT, slots_BS, ones_BS, self.window, config.sink_tokens
+            )
+            y_BTNH = reference_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N)
+        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.out[...].astype(dtype))
+        return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache

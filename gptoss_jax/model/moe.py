@@ -1,0 +1,82 @@
+"""The router and its experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.parallel.expert_dispatch import apply_experts
+
+RouterStats = dict[str, jax.Array]
+
+
+def swiglu(gate: jax.Array, up: jax.Array, config: ModelConfig) -> jax.Array:
+    """gpt-oss's gated activation: the gate is clamped from above only, the linear half on both sides."""
+    if config.swiglu_limit is not None:
+        gate = jnp.minimum(gate, config.swiglu_limit)
+        up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
+    return gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + config.swiglu_up_offset)
+
+
+def route(logits_ME: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
+    """The top X experts of each token (ties: the lower index), and the softmax over their logits alone, float32."""
+    top_MX, experts_MX = jax.lax.top_k(logits_ME, experts_per_token)
+    return experts_MX, jax.nn.softmax(top_MX.astype(jnp.float32), axis=-1)
+
+
+def router_stats(logits_ME: jax.Array, experts_MX: jax.Array, real_M: jax.Array) -> RouterStats:
+    """What the balance losses need, over the real tokens alone.
+
+    Returns `load` [E], the share of assignments each expert got (sums to 1), `probability` [E], the mean of the
+    softmax over all experts, and `z`, the mean squared logsumexp of the logits.
+    """
+    weight_M = real_M.astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(weight_M), 1)
+    chosen_ME = jnp.sum(jax.nn.one_hot(experts_MX, logits_ME.shape[1], dtype=jnp.float32), axis=1)
+    log_total_M = jax.nn.logsumexp(logits_ME, axis=-1)
+    probability_ME = jnp.exp(logits_ME - log_total_M[:, None])
+    return {
+        "load": weight_M @ chosen_ME / (count * experts_MX.shape[1]),
+        "probability": weight_M @ probability_ME / count,
+        "z": jnp.sum(weight_M * log_total_M**2) / count,
+    }
+
+
+class MoE(nnx.Module):
+    """A layer of routed SwiGLU experts."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        D, E, F = config.hidden_size, config.num_local_experts, config.intermediate_size
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.router = nnx.Param(normal(rngs.params(), (D, E)))
+        # Gate and up stand apart, each whole: the published layout's interleaving is undone when weights are read.
+        self.gate_up = nnx.Param(normal(rngs.params(), (E, D, 2, F)))
+        self.down = nnx.Param(normal(rngs.params(), (E, F, D)))
+        if config.router_bias:
+            self.router_bias = nnx.Param(jnp.zeros(E))
+        if config.expert_bias:
+            self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F)))
+            self.down_bias = nnx.Param(jnp.zeros((E, D)))
+        self.config = config
+
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+        """Sends each real token to its experts; the rows of padding come out as zeros.
+
+        Returns [B, T, D] and the router's statistics.
+        """
+        config = self.config
+        B, T, D = x_BTD.shape
+        x_MD, real_M = x_BTD.reshape(B * T, D), real_BT.reshape(-1)
+        logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(jnp.float32), self.router[...])
+        if config.router_bias:
+            logits_ME = logits_ME + self.router_bias[...]
+        experts_MX, weights_MX = route(logits_ME, config.num_experts_per_tok)
+        names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.expert_bias
+        y_MD = apply_experts(
+            x_MD,
+            jnp.where(real_M[:, None], experts_MX, -1),
+            weights_MX,
+            {name: getattr(self, name)[...].astype(x_BTD.dtype) for name in names},
+            lambda gate, up: swiglu(gate, up, config),
+        )
+        return y_MD.reshape(B, T, D), router_stats(logits_ME, experts_MX, real_M)

@@ -1,0 +1,54 @@
+"""Rotary position embedding with YaRN (Su et al. 2021; Peng et al. 2023, sections 3.2 to 3.4)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.config import ModelConfig
+
+
+def ramp_ends(config: ModelConfig) -> tuple[float, float]:
+    """Indices of the frequencies between which YaRN passes from kept to divided."""
+    scaling = config.rope_scaling
+
+    def index_with(rotations: float) -> float:
+        length = scaling.original_max_position_embeddings
+        return (
+            config.head_dim / 2 * math.log(length / (rotations * 2 * math.pi)) / math.log(config.rope_theta)
+        )
+
+    low, high = index_with(scaling.beta_fast), index_with(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    return low, high if high > low else low + 1e-3
+
+
+def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """The H / 2 rotary frequencies in radians per token (float64), and the factor on cos and sin."""
+    index = np.arange(config.head_dim // 2, dtype=np.float64)
+    plain = config.rope_theta ** (-2 * index / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain, 1.0
+    low, high = ramp_ends(config)
+    ramp = np.clip((index - low) / (high - low), 0, 1)
+    concentration = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+    return ramp * plain / scaling.factor + (1 - ramp) * plain, concentration
+
+
+def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position's angles, float32 [B, T, H / 2]."""
+    frequencies, concentration = inverse_frequencies(config)
+    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles) * concentration, jnp.sin(angles) * concentration
+
+
+def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns each pair (i, i + H / 2) of every head by its angle, in float32; returns the type given."""
+    cos, sin = (table[:, :, None, :] for table in cos_sin)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BTNH.dtype)

@@ -1,0 +1,220 @@
+"""The model: RMSNorm, Block, Transformer, and its parameters as a plain tree."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model import rope
+from gptoss_jax.model.attention import Attention
+from gptoss_jax.model.kv_cache import LayerCache
+from gptoss_jax.model.moe import MoE, RouterStats
+from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of the activations; "auto" is float32 on CPU and bfloat16 elsewhere."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(config.compute_dtype)
+
+
+def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
+    """Positions that start from 0 wherever the segment changes, int32 [B, T]."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
+    return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+
+
+def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Dropout; without a key, nothing is dropped."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019): float32 inside, the scale included."""
+
+    def __init__(self, config: ModelConfig):
+        self.scale = nnx.Param(jnp.ones(config.hidden_size))
+        self.epsilon = config.rms_norm_eps
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * self.scale[...]).astype(x_BTD.dtype)
+
+
+class Block(nnx.Module):
+    """Attention and experts, each on a normed copy of the residual stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layer_type: str, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, layer_type, rngs=rngs)
+        self.moe_norm = RMSNorm(config)
+        self.moe = MoE(config, rngs=rngs)
+        self.residual_dropout = config.residual_dropout
+
+    def __call__(
+        self, x_BTD, segment_ids_BT, positions_BT, cos_sin, cache=None, dropout_key=None
+    ) -> tuple[jax.Array, LayerCache | None, RouterStats]:
+        """[B, T, D] -> [B, T, D], the layer's new cache, the router's statistics."""
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+        y_BTD, cache = self.attention(
+            self.attention_norm(x_BTD), segment_ids_BT, positions_BT, cos_sin, cache, keys[0]
+        )
+        x_BTD = x_BTD + dropped(y_BTD, self.residual_dropout, keys[1])
+        y_BTD, stats = self.moe(self.moe_norm(x_BTD), segment_ids_BT > 0)
+        x_BTD = x_BTD + dropped(y_BTD, self.residual_dropout, keys[2])
+        return constrain(x_BTD, HIDDEN_BTD), cache, stats
+
+
+class Vocabulary(nnx.Module):
+    """One vector per token, [V, D]: the embedding, and the head where it has its own."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(config.initializer_range)
+        self.weight = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
+
+
+class Transformer(nnx.Module):
+    """gpt-oss. `blocks` holds one period of `layer_types`, each block stacked over the period's repetitions.
+
+    Modules are read-only in the forward pass: caches, keys and statistics are arguments and results.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        repetitions = config.num_hidden_layers // len(config.period)
+
+        @nnx.split_rngs(splits=repetitions)
+        @nnx.vmap(in_axes=(None, 0), out_axes=0)
+        def stacked(layer_type, rngs):
+            return Block(config, layer_type, rngs=rngs)
+
+        self.embedding = Vocabulary(config, rngs=rngs)
+        self.blocks = nnx.List([stacked(layer_type, rngs) for layer_type in config.period])
+        self.final_norm = RMSNorm(config)
+        if not config.tie_word_embeddings:
+            self.head = Vocabulary(config, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token, float32 [B, T, V].
+
+        Args:
+          tokens_BT: int32. Ids are not checked against the vocabulary here.
+          segment_ids_BT: int32, documents from 1, padding 0; tokens see their own document only. Default: one document.
+          positions_BT: int32. Default: from 0 in every segment.
+        """
+        hidden_BTD, _, _ = self.hidden_states(tokens_BT, segment_ids_BT, positions_BT)
+        return self.logits(hidden_BTD)
+
+    @property
+    def head_weight_VD(self) -> jax.Array:
+        """The vectors that the logits are products with: the head's or, tied, the embedding's; float32."""
+        return (self.embedding if self.config.tie_word_embeddings else self.head).weight[...]
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Hidden states to float32 logits, [B, T, V]."""
+        weight_VD = self.head_weight_VD.astype(hidden_BTD.dtype)
+        with jax.default_matmul_precision("highest"):
+            return jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
+
+    def hidden_states(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        *,
+        cache: list[LayerCache] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[LayerCache] | None, RouterStats]:
+        """The residual stream after the final norm.
+
+        Args:
+          cache: keys and values of earlier tokens; the new ones are written at `positions_BT`, then read.
+          dropout_key: turns the config's dropout on.
+
+        Returns:
+          [B, T, D] in the compute type; the new cache; the statistics of every layer's router, stacked: `load` and
+          `probability` [L, E], `z` [L].
+        """
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = segment_positions(segment_ids_BT)
+        config = self.config
+        parts = [nnx.split(block) for block in self.blocks]
+        repetitions = config.num_hidden_layers // len(parts)
+
+        def one_period(x_BTD, scanned):
+            states, caches, key = scanned
+            stats = []
+            for i, (graphdef, _) in enumerate(parts):
+                layer_key = None if key is None else jax.random.fold_in(key, i)
+                x_BTD, caches[i], layer_stats = nnx.merge(graphdef, states[i])(
+                    x_BTD, segment_ids_BT, positions_BT, cos_sin, caches[i], layer_key
+                )
+                stats.append(layer_stats)
+            return x_BTD, (caches, jax.tree.map(lambda *values: jnp.stack(values), *stats))
+
+        if config.remat != "none":
+            policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            one_period = jax.checkpoint(one_period, policy=policies[config.remat])
+
+        # Every product inside is float32 where its operands are: TPU and GPU would round them without being told.
+        with jax.default_matmul_precision("highest"):
+            cos_sin = rope.rotation(config, positions_BT)
+            x_BTD = self.embedding.weight[...][tokens_BT].astype(compute_dtype(config))
+            x_BTD = constrain(x_BTD, HIDDEN_BTD)
+            keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
+            caches = [None] * len(parts) if cache is None else list(cache)
+            states = [state for _, state in parts]
+            x_BTD, (caches, stats) = jax.lax.scan(one_period, x_BTD, (states, caches, keys), repetitions)
+            stats = jax.tree.map(lambda s: s.reshape(config.num_hidden_layers, *s.shape[2:]), stats)
+            return self.final_norm(x_BTD), None if cache is None else caches, stats
+
+
+@functools.cache
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+
+def abstract_params(config: ModelConfig) -> dict:
+    """The parameter tree as `jax.ShapeDtypeStruct`s: the model of any size without its memory."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params_of(_abstract(config)[1])
+    )
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+    """Random parameters: normal(0, initializer_range) weights, zero biases and sinks, norms of one; float32."""
+    return params_of(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
+
+
+def params_of(model: Transformer | nnx.State) -> dict:
+    """A model's parameters as a tree of plain dicts and arrays, the form that steps and checkpoints carry."""
+    state = nnx.state(model) if isinstance(model, nnx.Module) else model
+    pure = nnx.to_pure_dict(state)
+    return pure | {"blocks": {str(i): block for i, block in pure["blocks"].items()}}
+
+
+def with_params(config: ModelConfig, params: dict) -> Transformer:
+    """The model of a config around the parameters of such a tree, also inside of a traced function."""
+    graphdef, state = _abstract(config)
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params | {"blocks": {int(i): b for i, b in params["blocks"].items()}})
+    return nnx.merge(graphdef, state)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many parameters the model has, counted on the abstract tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))

@@ -1,0 +1,40 @@
+"""The mesh of devices: its axes, and what the code asks of the one in use."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from gptoss_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "expert", "tensor")
+# The axes that share a batch. Every device of the tensor axis reads the same rows.
+BATCH = ("data", "fsdp", "expert")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Lays the devices (all of them by default) out as the config says.
+
+    The axes are of type Auto: the compiler places what the path table and a few constraints leave open. Raises
+    ValueError when the axes do not multiply to the number of devices.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    sizes = dataclasses.asdict(config)
+    product = math.prod(size for size in sizes.values() if size != -1)
+    asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    if count % product or (product != count and -1 not in sizes.values()):
+        raise ValueError(f"mesh is {asked}: the axes must multiply to the {count} devices there are")
+    shape = tuple(count // product if size == -1 else size for size in sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def current_axes() -> dict[str, int]:
+    """Axis sizes of the mesh in use (`jax.set_mesh`); empty outside of one."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)

@@ -1,0 +1,100 @@
+"""What training minimises, and the same in units people compare."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.model.moe import RouterStats
+
+CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
+
+
+def chunk_length(batch: int, length: int, vocab_size: int, shards: int = 1) -> int:
+    """Positions of a chunk: the largest divisor of `length` whose logits, [B, chunk, V] over the batch's shards, fit."""
+    room = max(1, CHUNK_LOGITS * shards // (batch * vocab_size))
+    return max(size for size in range(1, length + 1) if length % size == 0 and size <= room)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, chunk: int
+) -> jax.Array:
+    """The weighted sum of -log p(target) in nats, a float32 scalar.
+
+    Works through `chunk` positions at a time, so that the logits of all positions never exist together. When it is
+    differentiated, each chunk's gradient is taken while its logits are there: no product is done twice. The gradient
+    reaches `hidden_BTD` and `head_VD` only.
+    """
+    return _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=False)[0]
+
+
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk):
+    loss, *gradients = _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=True)
+    return loss, gradients
+
+
+def _backward(chunk, gradients, g):
+    hidden_BTD, head_VD = gradients
+    return (hidden_BTD * g).astype(hidden_BTD.dtype), head_VD * g, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
+    B, T, D = hidden_BTD.shape
+    weight_VD = head_VD.astype(hidden_BTD.dtype)
+
+    def split(x):
+        # The batch axis stays whole, so that a batch spread over devices stays where it is.
+        return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    def one_chunk(carry, inputs):
+        loss, head_gradient_VD = carry
+        x_BCD, target_BC, weight_BC = inputs
+        logits_BCV = jnp.einsum(
+            "BCD,VD->BCV", x_BCD, weight_VD, precision="highest", preferred_element_type=jnp.float32
+        )
+        largest_BC = jnp.max(logits_BCV, axis=-1)
+        exp_BCV = jnp.exp(logits_BCV - largest_BC[..., None])
+        total_BC = jnp.sum(exp_BCV, axis=-1)
+        log_total_BC = jnp.log(total_BC) + largest_BC
+        chosen_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)[..., 0]
+        # A padded position has weight zero whatever its logits are.
+        loss = loss + jnp.sum(jnp.where(weight_BC > 0, (log_total_BC - chosen_BC) * weight_BC, 0))
+        if not with_gradient:
+            return (loss, head_gradient_VD), None
+        hot_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == target_BC[..., None]
+        scale_BC = weight_BC / total_BC
+        d_logits = exp_BCV * scale_BC[..., None] - jnp.where(hot_BCV, weight_BC[..., None], 0)
+        d_logits = d_logits.astype(x_BCD.dtype)
+        d_x_BCD = jnp.einsum("BCV,VD->BCD", d_logits, weight_VD, precision="highest")
+        head_gradient_VD = head_gradient_VD + jnp.einsum(
+            "BCV,BCD->VD", d_logits, x_BCD, precision="highest", preferred_element_type=jnp.float32
+        )
+        return (loss, head_gradient_VD), d_x_BCD
+
+    start = (jnp.float32(0), jnp.zeros(head_VD.shape if with_gradient else (), jnp.float32))
+    inputs = (split(hidden_BTD), split(targets_BT), split(weights_BT.astype(jnp.float32)))
+    (loss, head_gradient_VD), d_x = jax.lax.scan(one_chunk, start, inputs)
+    if with_gradient:
+        d_x = jnp.moveaxis(d_x, 0, 1).reshape(B, T, D)
+    return loss, d_x, head_gradient_VD
+
+
+def load_balance_loss(stats: RouterStats) -> jax.Array:
+    """E * sum_e load_e * probability_e, averaged over layers: 1 where every expert gets the same (Fedus et al. 2021)."""
+    experts = stats["load"].shape[-1]
+    return experts * jnp.mean(jnp.sum(stats["load"] * stats["probability"], axis=-1))
+
+
+def router_z_loss(stats: RouterStats) -> jax.Array:
+    """Mean squared logsumexp of the router's logits, averaged over layers (Zoph et al. 2022)."""
+    return jnp.mean(stats["z"])
+
+
+def bits_per_byte(total_nats: float, total_bytes: int) -> float:
+    """A sum of -log p over all tokens of a text, as bits for each of its UTF-8 bytes."""
+    return total_nats / math.log(2) / total_bytes
