@@ -1,0 +1,36 @@
+"""A small mixture-of-experts model on Python's own standard library: minutes on two CPU cores, nothing to download."""
+
+from gptoss_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+config = TrainConfig(
+    model=ModelConfig(
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=128,
+        max_position_embeddings=2048,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        router_aux_loss_coef=0.01,
+        router_z_loss_coef=1e-4,
+    ),
+    data=DataConfig(source="stdlib", tokenizer="bpe:4096", seq_len=512, batch_size=4),
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=60, final_fraction=0.03),
+    checkpoint=CheckpointConfig(every=150),
+    eval=EvalConfig(every=150, batches=16, prompt="def ", sample_tokens=80),
+    steps=600,
+    run_dir="runs/quickstart",
+)

@@ -1,0 +1,151 @@
+"""The run: batch, step, log, evaluate, save."""
+
+import contextlib
+import pathlib
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptoss_jax.config import TrainConfig
+from gptoss_jax.data.pipeline import TokenCache, build_cache, held_out_batches, put_on_mesh, train_batches
+from gptoss_jax.parallel.mesh import batch_shards, make_mesh
+from gptoss_jax.parallel.sharding import batch_sharding
+from gptoss_jax.training import start
+from gptoss_jax.training.log import RunLog
+from gptoss_jax.training.losses import bits_per_byte
+from gptoss_jax.training.metrics import Console
+from gptoss_jax.training.state import TrainState
+from gptoss_jax.training.step import make_eval_step, make_train_step
+from gptoss_jax.weights.checkpoint import Checkpoints
+
+
+def train(config: TrainConfig) -> TrainState:
+    """Trains a model, or goes on with the run of the same folder and config. What `train.py` calls.
+
+    Returns the final state. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt and SystemExit(143).
+
+    Raises:
+      ValueError: a setting, the text or the run folder does not fit; the message names it.
+      FloatingPointError: loss or gradient was not finite in 20 steps in a row.
+      OSError: something could not be written; checkpoints written before stay.
+    """
+    is_main = jax.process_index() == 0
+    console = Console(quiet=not is_main)
+    mesh = make_mesh(config.mesh)
+    start.check_devices(config, mesh)
+    start.check_folder(config)
+    cache = build_cache(config.data, console.message)
+    start.check_text(config, cache)
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = train_batches(cache, config.data, config.seed, **place)
+    run_dir = pathlib.Path(config.run_dir)
+    if is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config.save(run_dir / "config.json")
+        cache.tokenizer.save(run_dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
+        stack.callback(checkpoints.close)
+        state, record = start.first_state(config, mesh, checkpoints, console.message)
+        if record is not None:
+            batches.set_state(start.saved_position(record))
+        step = first_step = int(state.step)
+        log = RunLog(config, cache, console, first_step, record["tokens_seen"] if record else 0)
+        stack.callback(log.close)
+        shards = batch_shards(mesh)
+        train_step, eval_step = make_train_step(config, shards), make_eval_step(config.model, shards)
+        stop = stack.enter_context(Interruption(console.message))
+        log.greet(mesh, first_step)
+        pending = None
+        while True:
+            last, stopping = step == config.steps, stop.asked(step)
+            evaluate = step > first_step and (last or step % config.eval.every == 0)
+            save = step > first_step and (last or stopping or step % config.checkpoint.every == 0)
+            if pending is not None and (evaluate or save):
+                log.step(*pending)
+                pending = None
+            with log.clock.other_work():
+                val_loss = None
+                if evaluate:
+                    limit = None if last else config.eval.batches
+                    val_loss = log.evaluation(
+                        step, *_held_out_loss(config, cache, eval_step, state, limit), last
+                    )
+                    log.sample(step, state.params)
+                if save:
+                    record = start.checkpoint_record(config, batches.get_state(), log.tokens_seen)
+                    checkpoints.save(step, *start.split_state(state), record, val_loss)
+            if last or stopping:
+                break
+            with log.clock.waiting_for_data():
+                batch = put_on_mesh(next(batches), batch_sharding(mesh))
+            state, metrics = train_step(state, batch)
+            step += 1
+            # A step is logged while the one after it runs on the device.
+            if pending is not None:
+                log.step(*pending)
+            pending = (step, metrics)
+        checkpoints.wait()
+        log.finish(step, first_step)
+        if step < config.steps:
+            stop.leave()
+    return state
+
+
+def _held_out_loss(
+    config: TrainConfig, cache: TokenCache, eval_step: Callable, state: TrainState, limit: int | None
+) -> tuple[float, float]:
+    """Mean -log p of held-out tokens in nats, and bits per byte of their text."""
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    sharding = batch_sharding(jax.tree.leaves(state.params)[0].sharding.mesh)
+    sums = [
+        eval_step(state.params, put_on_mesh(batch, sharding))
+        for batch in held_out_batches(cache, config.data, limit, **place)
+    ]
+    nats, tokens = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+    loss = float(nats / tokens)
+    # A part of the text stands for the whole by its loss per token: bytes are known of whole documents only.
+    targets = cache.meta["held_out_tokens"] - cache.meta["held_out_documents"]
+    return loss, bits_per_byte(loss * targets, cache.meta["held_out_bytes"])
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask the loop to save and leave; a second Ctrl-C does not wait."""
+
+    def __init__(self, report: Callable[[str], None]):
+        self._report, self._signal, self._before = report, None, {}
+
+    def __enter__(self) -> "Interruption":
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._signal == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        self._report("Stopping after this step; the run is saved first. Ctrl-C once more leaves at once.")
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop now: the same answer in all processes."""
+        if jax.process_count() == 1:
+            return self._signal is not None
+        asked = np.asarray(self._signal is not None)
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.process_allgather(asked).any())
+
+    def leave(self) -> None:
+        """Ends the program the way the signal asked for."""
+        if self._signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt

@@ -1,0 +1,125 @@
+"""What stands before the first step: checks of a run against its folder, text and devices, and its first state."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gptoss_jax.config import TrainConfig, require
+from gptoss_jax.data.pipeline import TokenCache
+from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.parallel.mesh import batch_shards
+from gptoss_jax.parallel.sharding import path_names
+from gptoss_jax.training.state import TrainState, abstract_state, create_state
+from gptoss_jax.weights.checkpoint import Checkpoints, load_run
+
+# Where a run is and how its devices are laid out may change between two starts; what it computes may not.
+FREE_FIELDS = ("run_dir", "data.cache_dir", "mesh")
+
+
+def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError when a batch, or a part of it, cannot be shared evenly by the devices."""
+    shards, parts = batch_shards(mesh), config.optim.accumulate
+    what = f"{shards} devices" if parts == 1 else f"{shards} devices times optim.accumulate ({parts})"
+    size = config.data.batch_size
+    require(size % (shards * parts) == 0, "data.batch_size", size, f"must be a multiple of {what}")
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Raises ValueError when the run folder was made with another config, naming the fields that differ."""
+    path = pathlib.Path(config.run_dir) / "config.json"
+    if not path.exists():
+        return
+    before, now = _flat(TrainConfig.load(path).to_dict()), _flat(config.to_dict())
+    differing = [
+        f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS)
+    ]
+    if differing:
+        raise ValueError(
+            f"run_dir is {config.run_dir!r}: that run was started with another config; {', '.join(differing)}. "
+            "Name another --run-dir, or start it with the same settings"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+def check_text(config: TrainConfig, cache: TokenCache) -> None:
+    """Raises ValueError when the tokenizer has more ids than the model, or a row is longer than its context."""
+    have, need = config.model.vocab_size, cache.tokenizer.vocab_size
+    allowed = f"must be at least {need}, the size of data.tokenizer ({config.data.tokenizer})"
+    require(have >= need, "model.vocab_size", have, allowed)
+    longest = config.model.max_position_embeddings
+    allowed = f"must be at most model.max_position_embeddings ({longest})"
+    require(config.data.seq_len <= longest, "data.seq_len", config.data.seq_len, allowed)
+
+
+def split_state(state: TrainState) -> tuple[dict, dict[str, Any]]:
+    """The parameters, and everything else, as a checkpoint keeps them."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return rest.pop("params"), rest
+
+
+def first_state(
+    config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, report: Callable[[str], None]
+) -> tuple[TrainState, dict[str, Any] | None]:
+    """The state to start from: the last checkpoint's, or `init_from`'s weights, or random ones.
+
+    Returns it with the record of the checkpoint, None where the run starts anew.
+    """
+    params, rest = split_state(abstract_state(config, mesh))
+    found = checkpoints.restore(params, rest, report)
+    if found is not None:
+        step, params, rest, record = found
+        report(f"Going on from step {step}, the last checkpoint in {config.run_dir}")
+        return TrainState(params=params, **rest), record
+    if config.init_from is None:
+        return create_state(config, mesh), None
+    loaded_config, loaded, _ = load_run(config.init_from)
+    _check_same_shapes(config, loaded_config)
+    state = create_state(config, mesh)
+    report(f"Starting from the weights of {config.init_from}")
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, state.params)
+    return dataclasses.replace(state, params=placed), None
+
+
+def _check_same_shapes(config: TrainConfig, loaded: TrainConfig) -> None:
+    def shapes(model):
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
+        return {".".join(path_names(path)): leaf.shape for path, leaf in leaves}
+
+    ours, theirs = shapes(config.model), shapes(loaded.model)
+    wrong = [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
+    if wrong:
+        named = ", ".join(f"{n} ({theirs.get(n, 'missing')}, not {ours.get(n, 'none')})" for n in wrong[:4])
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError(
+            f"init_from is {config.init_from!r}: its weights do not fit the model: {named}{more}"
+        )
+
+
+def checkpoint_record(config: TrainConfig, position: dict[str, Any], tokens_seen: int) -> dict[str, Any]:
+    """What a checkpoint carries besides arrays, JSON-ready. The folder's small files make it complete alone."""
+    folder = pathlib.Path(config.run_dir)
+    names = [name for name in ("tokenizer.json", "tokenizer_name.txt") if (folder / name).exists()]
+    return {
+        "data": position,
+        "tokens_seen": tokens_seen,
+        "config": config.to_dict(),
+        "tokenizer": {name: (folder / name).read_text() for name in names},
+    }
+
+
+def saved_position(record: dict[str, Any]) -> dict[str, Any]:
+    """The data position of a record, as the batches' `set_state` takes it."""
+    return json.loads(json.dumps(record["data"]))

@@ -1,0 +1,186 @@
+"""Checkpoints of a run (Orbax): any trees of arrays and a JSON record, written in the background, sharded.
+
+A checkpoint holds the items `params` (the model's tree), `training` (everything else a step changes) and `record`
+(data position, config, tokenizer: what `train.py` needs to go on). It appears under its final name only when it is whole.
+"""
+
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from gptoss_jax.config import TrainConfig
+from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.transformer import Transformer, abstract_params, with_params
+
+ITEMS = ("params", "training", "record")
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_dir: str | pathlib.Path, keep: int = 2, read_only: bool = False):
+        """Keeps the `keep` latest checkpoints and the one with the lowest validation loss."""
+        self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+        # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an exception.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        best = BestN(get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False)
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            best_fn=_goodness,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.folder, options=self._options, item_names=ITEMS)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are whole, in rising order."""
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss; None when no checkpoint carries one."""
+        return self._manager.best_step()
+
+    def save(
+        self, step: int, params: Any, training: Any, record: dict[str, Any], val_loss: float | None = None
+    ) -> None:
+        """Copies the trees out of the devices and returns; the rest happens in the background.
+
+        Raises OSError when this or an earlier checkpoint could not be written; those before it stay.
+        """
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            training=ocp.args.StandardSave(training),
+            record=ocp.args.JsonSave(record),
+        )
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises OSError when something could not be written."""
+        self._guarded(None, self._manager.wait_until_finished)
+
+    def _guarded(self, step: int | None, action: Callable[[], Any]) -> None:
+        # What a full disk raises depends on the layer that met it, and on the thread.
+        try:
+            action()
+        except Exception as error:
+            which = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            left = f"the last whole one is of step {self.steps[-1]}" if self.steps else "there is none yet"
+            raise OSError(f"{self.folder}: {which} could not be written: {reason}; {left}") from error
+
+    def restore(
+        self, params: Any, training: Any, report: Callable[[str], None] = print
+    ) -> tuple[int, Any, Any, dict[str, Any]] | None:
+        """The latest checkpoint that can be read, each array placed as its abstract counterpart says.
+
+        A damaged one is said through `report` and moved to `damaged-STEP` beside it, so that the one before is used
+        and nothing is lost. Returns (step, params, training, record), or None where there is no checkpoint.
+        Raises ValueError when there are checkpoints and none can be read.
+        """
+        steps, damaged = self.steps, []
+        for step in reversed(steps):
+            items = ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                training=ocp.args.StandardRestore(training),
+                record=ocp.args.JsonRestore(),
+            )
+            try:
+                restored = self._manager.restore(step, args=items)
+            except Exception as error:  # Orbax, tensorstore and JSON each have their own for a broken file
+                reason = str(error).strip().splitlines()[0][:160]
+                damaged.append(step)
+                if step == steps[0]:
+                    raise ValueError(
+                        f"{self.folder}: no checkpoint can be read; that of step {step}: {reason}"
+                    ) from error
+                report(f"checkpoint of step {step} is damaged ({reason}); using the one before")
+                continue
+            self._set_aside(damaged)
+            return step, restored["params"], restored["training"], restored["record"]
+        return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        self._manager.close()
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self.folder / f"damaged-{step}"
+                for count in range(1, 1000):
+                    if not target.exists():
+                        break
+                    target = self.folder / f"damaged-{step}-{count}"
+                (self.folder / str(step)).rename(target)
+        self._manager = self._open()
+
+    def restore_params(self, step: int, params: Any) -> Any:
+        """The model's tree of one checkpoint alone. Raises ValueError when it cannot be read."""
+        try:
+            items = ocp.args.Composite(params=ocp.args.StandardRestore(params))
+            return self._manager.restore(step, args=items)["params"]
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0][:160]
+            raise ValueError(f"{self.folder}/{step}: cannot be read: {reason}") from error
+
+    def close(self) -> None:
+        """Waits for what is being written, then lets go of the folder."""
+        self._guarded(None, self._manager.close)
+
+
+def _goodness(metrics: dict[str, float]) -> float:
+    return -metrics["val_loss"]
+
+
+def load_run(folder: str | pathlib.Path, step: int | None = None) -> tuple[TrainConfig, dict, Tokenizer]:
+    """Config, parameters and tokenizer of a run folder of train.py.
+
+    Args:
+      step: which checkpoint; None takes the one with the lowest validation loss, or else the latest.
+
+    Raises ValueError when the folder is no run, or has no such checkpoint.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not a run folder of train.py (it holds no config.json)")
+    config = TrainConfig.load(folder / "config.json")
+    if not (folder / "checkpoints").is_dir():
+        raise ValueError(f"{folder}: holds no checkpoint yet")
+    checkpoints = Checkpoints(folder, read_only=True)
+    try:
+        known = checkpoints.steps
+        if not known:
+            raise ValueError(f"{folder}: holds no checkpoint yet")
+        if step is None:
+            step = checkpoints.best_step if checkpoints.best_step is not None else known[-1]
+        if step not in known:
+            raise ValueError(
+                f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, known))}"
+            )
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            abstract_params(config.model),
+        )
+        return config, checkpoints.restore_params(step, shapes), load_tokenizer(folder)
+    finally:
+        checkpoints.close()
+
+
+def from_pretrained(folder: str | pathlib.Path) -> Transformer:
+    """The model of a run folder of train.py. Raises ValueError when the folder is no run."""
+    config, params, _ = load_run(folder)
+    return with_params(config.model, params)

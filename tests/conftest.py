@@ -1,0 +1,107 @@
+"""Simulated devices, and the tiny models that the tests share. All sizes differ, so that no wrong transpose fits."""
+
+import functools
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = flags.strip()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.config import ModelConfig, RopeScaling
+from gptoss_jax.model.transformer import abstract_params, with_params
+from gptoss_jax.parallel.sharding import path_names
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ModelConfig:
+    """gpt-oss proper. Its YaRN ramp ends inside of the four frequencies: 0.37 … 1.58."""
+    return ModelConfig(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        max_position_embeddings=192,
+        rope_theta=1000.0,
+        rope_scaling=RopeScaling(
+            factor=8.0, beta_fast=2.0, beta_slow=0.25, original_max_position_embeddings=24
+        ),
+        initializer_range=0.3,
+        compute_dtype="float32",
+    )
+
+
+@pytest.fixture(scope="session")
+def notebook_config() -> ModelConfig:
+    """The other dialect: tied, no biases, no learned sinks but sink tokens, plain SwiGLU, plain rotary embedding."""
+    return ModelConfig(
+        vocab_size=101,
+        hidden_size=26,
+        intermediate_size=44,
+        num_hidden_layers=6,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=10,
+        num_local_experts=7,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        max_position_embeddings=64,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        attention_bias=False,
+        expert_bias=False,
+        router_bias=False,
+        learned_sinks=False,
+        sink_tokens=2,
+        swiglu_alpha=1.0,
+        swiglu_limit=None,
+        swiglu_up_offset=0.0,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        compute_dtype="float32",
+    )
+
+
+@pytest.fixture(scope="session", params=["tiny_config", "notebook_config"])
+def either_config(request) -> ModelConfig:
+    return request.getfixturevalue(request.param)
+
+
+@functools.cache
+def _random_params(config: ModelConfig, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        name = path_names(path)[-1]
+        spread = 1.0 if name == "sinks" else 0.3
+        return jnp.asarray((name == "scale") + spread * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params(config))
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """(config, seed=0) -> parameters where norms, biases and sinks are random too, and the logits far from flat."""
+    return lambda config, seed=0: _random_params(config, seed)
+
+
+@functools.cache
+def _apply(config: ModelConfig):
+    return jax.jit(lambda params, *inputs: with_params(config, params)(*inputs))
+
+
+@pytest.fixture(scope="session")
+def apply_model():
+    """(config, params, tokens, segment ids, positions) -> logits as a numpy array, compiled once for each config."""
+    return lambda config, params, *inputs: np.asarray(_apply(config)(params, *inputs))

@@ -1,0 +1,277 @@
+"""The mask rule, grouped heads, learned sinks, and the blocked form against the plain one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.kernels.flash_attention import reference_attention, self_attention, visible
+
+B, N, K, H = 2, 6, 2, 5
+G = N // K
+T = 150  # three blocks of queries, the last one of 22
+
+
+def heads(length, seed=0, dtype=np.float32):
+    """Random q, k, v of one length, scaled so that the weights are far from even."""
+    rng = np.random.default_rng(seed)
+    return [
+        jnp.asarray(2 * rng.standard_normal((B, length, count, H)), dtype) for count in (N, K, K)
+    ]
+
+
+def in_order(length):
+    positions = jnp.broadcast_to(jnp.arange(length), (B, length))
+    return positions, jnp.ones_like(positions)
+
+
+SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0, -0.3, 5.0])
+
+
+def through_reference(q, k, v, window, sink_tokens):
+    positions, segments = in_order(q.shape[1])
+    mask = visible(positions, segments, positions, segments, window, sink_tokens)
+    return reference_attention(q, k, v, mask, SINKS)
+
+
+def through_blocks(q, k, v, window, sink_tokens):
+    return self_attention(q, k, v, *in_order(q.shape[1]), window, sink_tokens, SINKS)
+
+
+def test_mask_by_hand():
+    positions, segments = jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32)
+    causal = np.tril(np.ones((6, 6), int))
+    np.testing.assert_array_equal(visible(positions, segments, positions, segments, None)[0], causal)
+    windowed = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    np.testing.assert_array_equal(visible(positions, segments, positions, segments, 3)[0], windowed)
+    with_first = np.array(windowed)
+    with_first[:, 0] = 1
+    with_first[1:, 1] = 1
+    np.testing.assert_array_equal(visible(positions, segments, positions, segments, 3, 2)[0], with_first)
+    # Full layers have no use for sink tokens.
+    np.testing.assert_array_equal(visible(positions, segments, positions, segments, None, 2)[0], causal)
+
+
+def test_mask_of_a_packed_row_by_hand():
+    # Two documents and padding; each starts from position 0, and so has its own sink token.
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0]])
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
+    mask = visible(positions, segments, positions, segments, 2, 1)
+    np.testing.assert_array_equal(
+        mask[0].astype(int),
+        [
+            [1, 0, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 1, 0, 0, 0, 0, 0],
+            [1, 0, 1, 1, 0, 0, 0, 0],
+            [0, 0, 0, 0, 1, 0, 0, 0],
+            [0, 0, 0, 0, 1, 1, 0, 0],
+            [0, 0, 0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0, 0, 1],
+        ],
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    steps=st.lists(st.integers(1, 3), min_size=9, max_size=9),
+    window=st.none() | st.integers(1, 9),
+    sink_tokens=st.integers(0, 4),
+)
+def test_mask_rule(lengths, steps, window, sink_tokens):
+    row = [segment for segment, length in enumerate(lengths, 1) for _ in range(length)][:9]
+    row += [0] * (9 - len(row))
+    positions = []
+    for t, segment in enumerate(row):
+        new = t == 0 or row[t - 1] != segment
+        positions.append(0 if new else positions[-1] + steps[t])
+    segments_BT, positions_BT = jnp.array([row]), jnp.array([positions])
+    mask = np.asarray(visible(positions_BT, segments_BT, positions_BT, segments_BT, window, sink_tokens))
+    for i in range(9):
+        for j in range(9):
+            expected = row[i] == row[j] and positions[j] <= positions[i]
+            if window is not None:
+                expected &= positions[i] - window < positions[j] or positions[j] < sink_tokens
+            assert mask[0, i, j] == expected, (i, j)
+
+
+def queries_that_change(attend, window, sink_tokens, key, length=11):
+    """Which queries' results move when one key and its value do."""
+    q, k, v = heads(length)
+    before = attend(q, k, v, window, sink_tokens)
+    after = attend(q, k.at[:, key].add(1.0), v.at[:, key].add(1.0), window, sink_tokens)
+    changed = np.abs(np.asarray(after - before)).max(axis=(0, 2, 3)) > 0
+    return np.flatnonzero(changed).tolist()
+
+
+@pytest.mark.parametrize("attend", [through_reference, through_blocks])
+def test_window_holds_w_keys_with_the_query_itself(attend):
+    assert queries_that_change(attend, 4, 0, 0) == [0, 1, 2, 3]
+    assert queries_that_change(attend, 4, 0, 5) == [5, 6, 7, 8]
+    assert queries_that_change(attend, 4, 0, 9) == [9, 10]
+    assert queries_that_change(attend, 1, 0, 6) == [6]
+    assert queries_that_change(attend, None, 0, 6) == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("attend", [through_reference, through_blocks])
+def test_sink_tokens_stay_visible(attend):
+    assert queries_that_change(attend, 3, 2, 0) == list(range(11))
+    assert queries_that_change(attend, 3, 2, 1) == list(range(1, 11))
+    assert queries_that_change(attend, 3, 2, 2) == [2, 3, 4]
+
+
+def test_window_edge_across_blocks():
+    # The window reaches over the edge between the first block of 64 queries and the second.
+    assert queries_that_change(through_blocks, 70, 0, 3, length=T) == list(range(3, 73))
+    assert queries_that_change(through_blocks, 5, 0, 62, length=T) == [62, 63, 64, 65, 66]
+    assert queries_that_change(through_blocks, 5, 1, 0, length=T) == list(range(T))
+
+
+def test_query_head_n_uses_key_head_n_over_g():
+    q, k, v = heads(7)
+    before = through_reference(q, k, v, None, 0)
+    for moved in (k.at[:, :, 1].mul(-1), k), (k, v.at[:, :, 1].add(1.0)):
+        if moved[0] is k:
+            after = through_reference(q, k, moved[1], None, 0)
+        else:
+            after = through_reference(q, moved[0], v, None, 0)
+        changed = np.abs(np.asarray(after - before)).max(axis=(0, 1, 3)) > 0
+        np.testing.assert_array_equal(changed, [False, False, False, True, True, True])
+
+
+def test_two_keys_by_hand():
+    # Scores ln 3 and ln 1, sink ln 2: weights 3/6 and 1/6.
+    q = jnp.array([1.0]).reshape(1, 1, 1, 1)
+    k = jnp.log(jnp.array([3.0, 1.0])).reshape(1, 2, 1, 1)
+    v = jnp.array([10.0, 1.0]).reshape(1, 2, 1, 1)
+    mask = jnp.ones((1, 1, 2), bool)
+    out = reference_attention(q, k, v, mask, jnp.log(jnp.array([2.0])))
+    assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 6 + 1 / 6, rel=1e-6)
+    out = reference_attention(q, k, v, mask)
+    assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 4 + 1 / 4, rel=1e-6)
+    # The scale is on the scores, not on the sink: head size 4 halves them.
+    out = reference_attention(
+        jnp.full((1, 1, 1, 4), 0.5), jnp.repeat(k, 4, axis=3), jnp.repeat(v, 4, axis=3), mask,
+        jnp.log(jnp.array([2.0])),
+    )  # fmt: skip
+    assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 6 + 1 / 6, rel=1e-6)
+
+
+def test_a_very_large_sink_or_score_is_no_nan():
+    q, k, v = heads(4)
+    positions, segments = in_order(4)
+    mask = visible(positions, segments, positions, segments, None)
+    out = reference_attention(q, k, v, mask, jnp.full(N, 1e4))
+    np.testing.assert_array_equal(out, 0)
+    out = reference_attention(1e3 * q, 1e3 * k, v, mask, SINKS)
+    assert np.isfinite(out).all()
+    assert np.isfinite(reference_attention(q, k, v, jnp.zeros_like(mask), SINKS)).all()
+
+
+def by_the_formulas(q, k, v, sinks, d_out, mask):
+    """MATH.md, "Learned sink", in numpy: the result and the fused kernel's backward, one head at a time."""
+    out, dq, dk, dv, ds = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(N)
+    for b in range(B):
+        for n in range(N):
+            kv = n // G
+            scores = q[b, :, n] @ k[b, :, kv].T / np.sqrt(H)
+            scores = np.where(mask[b], scores, -np.inf)
+            lse = np.log(np.exp(scores).sum(axis=1))
+            plain = np.exp(scores - lse[:, None]) @ v[b, :, kv]
+            # The sink identity.
+            out[b, :, n] = plain / (1 + np.exp(sinks[n] - lse))[:, None]
+            # The usual backward of flash attention, with the lse that has the sink in it.
+            lse = np.logaddexp(lse, sinks[n])
+            p = np.exp(scores - lse[:, None])
+            delta = (d_out[b, :, n] * out[b, :, n]).sum(axis=1)
+            d_scores = p * (d_out[b, :, n] @ v[b, :, kv].T - delta[:, None])
+            dq[b, :, n] = d_scores @ k[b, :, kv] / np.sqrt(H)
+            dk[b, :, kv] += d_scores.T @ q[b, :, n] / np.sqrt(H)
+            dv[b, :, kv] += p.T @ d_out[b, :, n]
+            ds[n] -= (np.exp(sinks[n] - lse) * delta).sum()
+    return out, dq, dk, dv, ds
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_sink_identity_and_backward_formulas(window):
+    rng = np.random.default_rng(3)
+    with jax.enable_x64():
+        q, k, v = heads(11, seed=4, dtype=np.float64)
+        positions, segments = in_order(11)
+        mask = visible(positions, segments, positions, segments, window)
+        sinks = jnp.asarray(SINKS, jnp.float64)
+        out, vjp = jax.vjp(lambda q, k, v, s: reference_attention(q, k, v, mask, s), q, k, v, sinks)
+        assert out.dtype == jnp.float64
+        d_out = rng.standard_normal(out.shape)
+        found = (out, *vjp(jnp.asarray(d_out)))
+    expected = by_the_formulas(*(np.asarray(x) for x in (q, k, v, sinks)), d_out, np.asarray(mask))
+    for name, f, e in zip(("out", "dq", "dk", "dv", "ds"), found, expected, strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def with_gradients(blocked, window, sink_tokens, inputs, d_out, positions, segments):
+    def attend(q, k, v, sinks):
+        if blocked:
+            return self_attention(q, k, v, positions, segments, window, sink_tokens, sinks)
+        mask = visible(positions, segments, positions, segments, window, sink_tokens)
+        return reference_attention(q, k, v, mask, sinks)
+
+    out, vjp = jax.vjp(attend, *inputs)
+    return out, *vjp(d_out)
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+@pytest.mark.parametrize("window", [None, 5, 70])
+def test_blocks_equal_the_reference(window, sink_tokens):
+    inputs = (*heads(T, seed=5), SINKS)
+    d_out = jnp.asarray(np.random.default_rng(6).standard_normal((B, T, N, H)), jnp.float32)
+    one_document = in_order(T)
+    # Documents that start inside of blocks and end on their edges, and padding.
+    lengths = [(40, 24, 80, 6), (3, 100, 47, 0)]
+    segments = jnp.array([np.repeat([1, 2, 3, 0], row) for row in lengths])
+    positions = jnp.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    for where in (one_document, (positions, segments)):
+        plain = with_gradients(False, window, sink_tokens, inputs, d_out, *where)
+        fast = with_gradients(True, window, sink_tokens, inputs, d_out, *where)
+        for name, p, f in zip(("out", "dq", "dk", "dv", "ds"), plain, fast, strict=True):
+            np.testing.assert_allclose(f, p, rtol=1e-4, atol=1e-5, err_msg=name)
+            assert np.abs(p).max() > 0.1, name
+
+
+def test_another_document_is_not_seen():
+    q, k, v = heads(T, seed=7)
+    segments = jnp.broadcast_to(jnp.where(jnp.arange(T) < 61, 1, 2), (B, T))
+    positions = jnp.broadcast_to(jnp.where(jnp.arange(T) < 61, jnp.arange(T), jnp.arange(T) - 61), (B, T))
+    attend = jax.jit(lambda q, k, v: self_attention(q, k, v, positions, segments, None, 0, SINKS))
+    before = np.asarray(attend(q, k, v))
+    after = np.asarray(attend(q.at[:, :61].add(1), k.at[:, :61].add(1), v.at[:, :61].add(1)))
+    np.testing.assert_array_equal(before[:, 61:], after[:, 61:])
+    assert (before[:, :61] != after[:, :61]).any()
+
+
+def test_dropout_keeps_the_mean_and_the_sinks_share():
+    q, k, v = heads(3, seed=8)
+    mask = visible(*in_order(3), *in_order(3), None)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drop = jax.jit(jax.vmap(lambda key: reference_attention(q, k, v, mask, SINKS, 0.4, key)))
+    dropped = np.asarray(drop(keys))
+    plain = np.asarray(reference_attention(q, k, v, mask, SINKS))
+    np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=0.06)
+    # The first query sees one key: kept and made larger, or dropped.
+    first = dropped[:, 0, 0, 0]
+    kept = np.abs(first).max(axis=-1) > 0
+    assert abs(kept.mean() - 0.6) < 0.02
+    np.testing.assert_allclose(first[kept], np.broadcast_to(plain[0, 0, 0] / 0.6, first[kept].shape), rtol=1e-5)

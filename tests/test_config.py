@@ -1,0 +1,241 @@
+"""Every bad setting is an error that names the field, the value and what is allowed."""
+
+import dataclasses
+import json
+
+import pytest
+
+from gptoss_jax.config import (
+    FULL,
+    SLIDING,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RopeScaling,
+    TrainConfig,
+)
+
+BAD = [
+    *[
+        (ModelConfig, {name: value}, f"model.{name} is {value!r}: must be above 0")
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window",
+            "max_position_embeddings", "rope_theta", "swiglu_alpha", "rms_norm_eps", "initializer_range",
+        )
+        for value in (0, -3)
+    ],
+    (
+        ModelConfig,
+        {"num_attention_heads": 7},
+        "model.num_attention_heads is 7: must be a multiple of model.num_key_value_heads (8)",
+    ),
+    (ModelConfig, {"head_dim": 7}, "model.head_dim is 7: must be even, because rotary embedding turns pairs"),
+    (
+        ModelConfig,
+        {"num_experts_per_tok": 33},
+        "model.num_experts_per_tok is 33: must be at most model.num_local_experts (32)",
+    ),
+    (
+        ModelConfig,
+        {"attention_dropout": 1.0},
+        "model.attention_dropout is 1.0: must be at least 0 and below 1",
+    ),
+    (
+        ModelConfig,
+        {"residual_dropout": -0.1},
+        "model.residual_dropout is -0.1: must be at least 0 and below 1",
+    ),
+    (ModelConfig, {"sink_tokens": -1}, "model.sink_tokens is -1: must be 0 or more"),
+    (ModelConfig, {"router_aux_loss_coef": -0.5}, "model.router_aux_loss_coef is -0.5: must be 0 or more"),
+    (ModelConfig, {"router_z_loss_coef": -0.5}, "model.router_z_loss_coef is -0.5: must be 0 or more"),
+    (ModelConfig, {"swiglu_limit": 0.0}, "model.swiglu_limit is 0.0: must be above 0, or None"),
+    (
+        ModelConfig,
+        {"num_hidden_layers": 3, "layer_types": (FULL, SLIDING)},
+        "model.layer_types is ('full_attention', 'sliding_attention'): "
+        "must name one type for each of the 3 layers (model.num_hidden_layers)",
+    ),
+    (
+        ModelConfig,
+        {"num_hidden_layers": 2, "layer_types": (FULL, "windowed")},
+        "model.layer_types is ('full_attention', 'windowed'): "
+        "may hold only 'sliding_attention' and 'full_attention'",
+    ),
+    (
+        ModelConfig,
+        {"compute_dtype": "float16"},
+        "model.compute_dtype is 'float16': must be 'auto' or 'bfloat16' or 'float32'",
+    ),
+    (ModelConfig, {"remat": True}, "model.remat is True: must be 'none' or 'dots' or 'block'"),
+    (ModelConfig, {"hidden_size": 64.0}, "model.hidden_size is 64.0: must be an integer"),
+    (ModelConfig, {"hidden_size": "64"}, "model.hidden_size is '64': must be an integer"),
+    (ModelConfig, {"hidden_size": True}, "model.hidden_size is True: must be an integer"),
+    (ModelConfig, {"attention_bias": 1}, "model.attention_bias is 1: must be True or False"),
+    (ModelConfig, {"rope_theta": float("inf")}, "model.rope_theta is inf: must be a finite number"),
+    (ModelConfig, {"swiglu_limit": float("nan")}, "model.swiglu_limit is nan: must be a finite number or None"),
+    (ModelConfig, {"rope_scaling": 32.0}, "model.rope_scaling is 32.0: must be RopeScaling or None"),
+    (RopeScaling, {"factor": 0.5}, "model.rope_scaling.factor is 0.5: must be 1 or more"),
+    (
+        RopeScaling,
+        {"beta_fast": 1.0},
+        "model.rope_scaling.beta_fast is 1.0: must be above beta_slow (1.0)",
+    ),
+    (
+        RopeScaling,
+        {"original_max_position_embeddings": 0},
+        "model.rope_scaling.original_max_position_embeddings is 0: must be above 0",
+    ),
+    (DataConfig, {"seq_len": 1}, "data.seq_len is 1: must be 2 or more"),
+    (DataConfig, {"batch_size": 0}, "data.batch_size is 0: must be above 0"),
+    (DataConfig, {"held_out": 0.6}, "data.held_out is 0.6: must be above 0 and at most 0.5"),
+    (DataConfig, {"source": None}, "data.source is None: must be text"),
+    (OptimConfig, {"learning_rate": 0}, "optim.learning_rate is 0: must be above 0"),
+    (OptimConfig, {"epsilon": 0.0}, "optim.epsilon is 0.0: must be above 0"),
+    (OptimConfig, {"accumulate": 0}, "optim.accumulate is 0: must be above 0"),
+    (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps is -1: must be 0 or more"),
+    (OptimConfig, {"weight_decay": -1.0}, "optim.weight_decay is -1.0: must be 0 or more"),
+    (OptimConfig, {"clip_norm": -1.0}, "optim.clip_norm is -1.0: must be 0 or more"),
+    (OptimConfig, {"beta1": 1.0}, "optim.beta1 is 1.0: must be at least 0 and below 1"),
+    (OptimConfig, {"beta2": -0.1}, "optim.beta2 is -0.1: must be at least 0 and below 1"),
+    (OptimConfig, {"decay_fraction": 0.0}, "optim.decay_fraction is 0.0: must be above 0 and at most 1"),
+    (OptimConfig, {"final_fraction": 1.5}, "optim.final_fraction is 1.5: must be between 0 and 1"),
+    (OptimConfig, {"schedule": "linear"}, "optim.schedule is 'linear': must be 'cosine' or 'wsd'"),
+    (MeshConfig, {"tensor": 0}, "mesh.tensor is 0: must be above 0, or -1 for all devices that are left"),
+    (MeshConfig, {"expert": -1}, "mesh.expert is -1: only one axis may be, and mesh.data is already"),
+    (CheckpointConfig, {"every": 0}, "checkpoint.every is 0: must be above 0"),
+    (CheckpointConfig, {"keep": 0}, "checkpoint.keep is 0: must be above 0"),
+    (EvalConfig, {"every": 0}, "eval.every is 0: must be above 0"),
+    (EvalConfig, {"batches": 0}, "eval.batches is 0: must be above 0"),
+    (EvalConfig, {"sample_tokens": -1}, "eval.sample_tokens is -1: must be 0 or more"),
+    (EvalConfig, {"temperature": -0.1}, "eval.temperature is -0.1: must be 0 or more"),
+    (TrainConfig, {"steps": 0}, "steps is 0: must be above 0"),
+    (TrainConfig, {"log_every": 0}, "log_every is 0: must be above 0"),
+    (TrainConfig, {"seed": -1}, "seed is -1: must be 0 or more"),
+    (TrainConfig, {"run_dir": " "}, "run_dir is ' ': must be the name of a folder"),
+    (TrainConfig, {"model": None}, "model is None: must be ModelConfig"),
+    (
+        TrainConfig,
+        {"optim": OptimConfig(accumulate=3)},
+        "optim.accumulate is 3: must divide data.batch_size (16)",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "values", "message"), BAD)
+def test_error_names_field_value_and_what_is_allowed(cls, values, message):
+    with pytest.raises(ValueError) as caught:
+        cls(**values)
+    assert str(caught.value) == message
+
+
+def test_wrong_layer_types_name_the_field():
+    with pytest.raises(ValueError, match=r"^model\.layer_types is \(1, 2\): must be "):
+        ModelConfig(num_hidden_layers=2, layer_types=(1, 2))
+
+
+def test_an_integer_may_stand_for_a_number():
+    assert ModelConfig(rope_theta=10000).rope_theta == 10000
+
+
+def test_round_trip_through_json():
+    config = TrainConfig(
+        model=ModelConfig(
+            num_hidden_layers=3,
+            layer_types=(FULL, SLIDING, SLIDING),
+            rope_scaling=RopeScaling(factor=4.0, truncate=True),
+            swiglu_limit=None,
+        ),
+        optim=OptimConfig(schedule="wsd", beta2=0.99),
+        mesh=MeshConfig(data=2, tensor=3),
+        steps=77,
+        init_from="runs/other",
+    )
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["model"]["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert values["model"]["rope_scaling"]["factor"] == 4.0
+    assert values["mesh"] == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 3}
+    assert TrainConfig.from_dict(values) == config
+
+
+def test_round_trip_without_rope_scaling():
+    config = ModelConfig(rope_scaling=None)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+def test_from_dict_keeps_defaults():
+    assert TrainConfig.from_dict({"optim": {"beta1": 0.8}}) == TrainConfig(optim=OptimConfig(beta1=0.8))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"model": {"num_hidden_layer": 3}},
+            "model.num_hidden_layer: unknown field; did you mean num_hidden_layers?",
+        ),
+        ({"stepz": 3}, "stepz: unknown field; did you mean steps?"),
+        (
+            {"model": {"rope_scaling": {"facto": 3.0}}},
+            "model.rope_scaling.facto: unknown field; did you mean factor?",
+        ),
+        (
+            {"mesh": {"zzz": 1}},
+            "mesh.zzz: unknown field; known: data, fsdp, expert, tensor",
+        ),
+        ({"model": 5}, "model is 5: must be ModelConfig"),
+        ({"model": {"vocab_size": "many"}}, "model.vocab_size is 'many': must be an integer"),
+        ({"model": {"vocab_size": {"a": 1}}}, "model.vocab_size is {'a': 1}: must be an integer"),
+        ({"data": {"seq_len": [3]}}, "data.seq_len is (3,): must be an integer"),
+    ],
+)
+def test_from_dict_refuses(values, message):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig.from_dict(values)
+    assert str(caught.value) == message
+
+
+def test_save_and_load(tmp_path):
+    config = TrainConfig(steps=9, model=ModelConfig(head_dim=32))
+    config.save(tmp_path / "config.json")
+    assert TrainConfig.load(tmp_path / "config.json") == config
+    with pytest.raises(ValueError, match=r"missing\.json: no such file"):
+        TrainConfig.load(tmp_path / "missing.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"bad\.json: not JSON"):
+        TrainConfig.load(tmp_path / "bad.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"list\.json: must hold a JSON object"):
+        TrainConfig.load(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize(
+    ("layers", "layer_types", "period"),
+    [
+        (4, None, (SLIDING, FULL)),
+        (1, None, (SLIDING,)),
+        (5, None, (SLIDING, FULL, SLIDING, FULL, SLIDING)),
+        (6, (SLIDING, SLIDING, FULL) * 2, (SLIDING, SLIDING, FULL)),
+        (4, (FULL,) * 4, (FULL,)),
+        (4, (SLIDING, FULL, FULL, SLIDING), (SLIDING, FULL, FULL, SLIDING)),
+    ],
+)
+def test_period_of_layer_types(layers, layer_types, period):
+    config = ModelConfig(num_hidden_layers=layers, layer_types=layer_types)
+    assert config.period == period
+    assert len(config.types_of_layers) == layers
+    assert config.types_of_layers == period * (layers // len(period))
+
+
+def test_first_layer_slides_by_default():
+    assert ModelConfig(num_hidden_layers=3).types_of_layers == (SLIDING, FULL, SLIDING)
+
+
+def test_configs_are_frozen_and_hashable():
+    config = ModelConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.head_dim = 3
+    assert hash(config) == hash(ModelConfig()) and config in {ModelConfig()}

@@ -1,0 +1,92 @@
+"""The grouped product, in both forms, against a loop in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.kernels.grouped_matmul import (
+    blocked_grouped_matmul,
+    grouped_matmul,
+    reference_grouped_matmul,
+)
+
+E, D, F = 4, 5, 7
+FORMS = {"blocked": blocked_grouped_matmul, "reference": reference_grouped_matmul, "chosen": grouped_matmul}
+
+
+def by_loop(x, w, g, sizes):
+    """y, dx and dw, group by group."""
+    y, dx, dw = np.zeros((len(x), F)), np.zeros(x.shape), np.zeros(w.shape)
+    start = 0
+    for e, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], dx[rows], dw[e] = x[rows] @ w[e], g[rows] @ w[e].T, x[rows].T @ g[rows]
+        start += size
+    return y, dx, dw
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(form, x, w, g, sizes):
+    y, vjp = jax.vjp(lambda x, w: FORMS[form](x, w, sizes), x, w)
+    return y, *vjp(g)
+
+
+def check(form, rows, sizes, outside):
+    rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
+    x, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, D), (E, D, F), (rows, F)))
+    expected = by_loop(*(a.astype(np.float64) for a in (x, w, g)), sizes)
+    # What stands past the groups must not matter.
+    x[sum(sizes) :] = outside
+    g[sum(sizes) :] = outside
+    found = with_gradients(form, x, w, g, jnp.array(sizes, jnp.int32))
+    for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def sizes_within(rows):
+    """Group sizes with a sum of at most `rows`, zero and one among them often."""
+    cuts = st.lists(st.integers(0, rows), min_size=E, max_size=E).map(sorted)
+    small = st.lists(st.integers(0, 3), min_size=E, max_size=E)
+    return cuts.map(lambda c: [c[0], *(b - a for a, b in zip(c, c[1:], strict=False))]) | small
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40, deadline=None)
+@given(sizes=sizes_within(37), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
+@example(sizes=[37, 0, 0, 0], outside=0.0)
+@example(sizes=[0, 0, 0, 37], outside=0.0)
+@example(sizes=[0, 0, 0, 0], outside=np.nan)
+@example(sizes=[1, 1, 1, 1], outside=np.inf)
+@example(sizes=[0, 16, 0, 17], outside=np.nan)
+def test_any_group_sizes(form, sizes, outside):
+    check(form, 37, sizes, outside)
+
+
+@pytest.mark.parametrize("rows", [130, 300, 600])
+@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.9, 0.0, 0.05, 0.05), (0, 0, 1, 0), (0.5, 0.3, 0, 0)])
+def test_larger_blocks(rows, shares):
+    check("blocked", rows, [int(share * rows) for share in shares], np.nan)
+
+
+def test_by_hand():
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    w = jnp.array([[[1.0], [0.0]], [[9.0], [9.0]], [[0.0], [10.0]]])
+    for form in FORMS.values():
+        np.testing.assert_array_equal(form(x, w, jnp.array([2, 0, 1]))[:, 0], [1, 3, 60, 0])
+
+
+def test_bfloat16_in_and_out():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((37, D), (E, D, F)))
+    sizes = jnp.array([5, 0, 20, 9])
+    g = jnp.ones((37, F), jnp.bfloat16)
+    found = with_gradients("blocked", x, w, g, sizes)
+    expected = by_loop(*(np.asarray(a, np.float64) for a in (x, w, g)), [5, 0, 20, 9])
+    for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
+        assert f.dtype == jnp.bfloat16, name
+        np.testing.assert_allclose(f.astype(np.float64), e, rtol=0.02, atol=0.05, err_msg=name)

@@ -1,0 +1,212 @@
+"""The router, the gated activation and the experts, each against a slow and plain form."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.moe import MoE, route, router_stats, swiglu
+from gptoss_jax.training.losses import load_balance_loss, router_z_loss
+
+B, T = 2, 9
+
+
+def test_softmax_over_the_chosen_equals_chosen_of_the_softmax():
+    logits = jnp.asarray(3 * np.random.default_rng(0).standard_normal((11, 7)), jnp.float32)
+    experts, weights = route(logits, 3)
+    assert experts.shape == weights.shape == (11, 3) and weights.dtype == jnp.float32
+    probability = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
+    for m in range(11):
+        best = np.argsort(-probability[m])[:3]
+        np.testing.assert_array_equal(experts[m], best)
+        np.testing.assert_allclose(weights[m], probability[m, best] / probability[m, best].sum(), rtol=1e-5)
+
+
+def test_route_by_hand():
+    experts, weights = route(jnp.log(jnp.array([[1.0, 6.0, 2.0, 3.0]])), 2)
+    np.testing.assert_array_equal(experts, [[1, 3]])
+    np.testing.assert_allclose(weights, [[2 / 3, 1 / 3]], rtol=1e-6)
+
+
+def test_ties_go_to_the_lower_index():
+    experts, weights = route(jnp.array([[1.0, 5.0, 1.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0]]), 2)
+    np.testing.assert_array_equal(experts, [[1, 3], [0, 1]])
+    np.testing.assert_array_equal(weights, [[0.5, 0.5], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "expected"),
+    [
+        (1.0, 0.5, 1.0 / (1 + math.exp(-1.702)) * 1.5),
+        (10.0, 9.0, 7.0 / (1 + math.exp(-1.702 * 7)) * 8.0),  # both clamped from above
+        (-3.0, -9.0, -3.0 / (1 + math.exp(1.702 * 3)) * -6.0),  # up from below
+        (-10.0, 1.0, -10.0 / (1 + math.exp(17.02)) * 2.0),  # the gate is not clamped from below
+        (2.0, -1.0, 0.0),  # one is added to up
+    ],
+)
+def test_swiglu_by_hand(gate, up, expected):
+    found = swiglu(jnp.float32(gate), jnp.float32(up), ModelConfig())
+    assert float(found) == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_plain_swiglu_by_hand(notebook_config):
+    found = swiglu(jnp.array([10.0, -2.0]), jnp.array([9.0, -8.0]), notebook_config)
+    np.testing.assert_allclose(
+        found, [90 / (1 + math.exp(-10)), 16 / (1 + math.exp(2))], rtol=1e-6
+    )
+
+
+def make_layer(config, **replaced):
+    """A layer whose parameters are all random, or the ones given."""
+    rng = np.random.default_rng(1)
+    moe = MoE(config, rngs=nnx.Rngs(0))
+    for name, value in nnx.to_pure_dict(nnx.state(moe)).items():
+        value = replaced.get(name, rng.standard_normal(value.shape) * (2.0 if "bias" in name else 0.5))
+        setattr(moe, name, nnx.Param(jnp.asarray(value, jnp.float32)))
+    return moe
+
+
+def by_tokens(moe, x_BTD, real_BT):
+    """Each token through each of its experts, in float64."""
+    config = moe.config
+    p = {name: np.asarray(v, np.float64) for name, v in nnx.to_pure_dict(nnx.state(moe)).items()}
+    x_BTD = np.asarray(x_BTD, np.float64)
+    out = np.zeros_like(x_BTD)
+    for b, t in np.argwhere(np.asarray(real_BT)):
+        x = x_BTD[b, t]
+        logits = x @ p["router"] + p.get("router_bias", 0)
+        chosen = np.argsort(-logits, kind="stable")[: config.num_experts_per_tok]
+        total = np.exp(logits[chosen]).sum()
+        for e in chosen:
+            h = np.einsum("D,DgF->gF", x, p["gate_up"][e])
+            if config.expert_bias:
+                h = h + p["gate_up_bias"][e]
+            gate, up = h
+            if config.swiglu_limit is not None:
+                gate = np.minimum(gate, config.swiglu_limit)
+                up = np.clip(up, -config.swiglu_limit, config.swiglu_limit)
+            act = gate / (1 + np.exp(-config.swiglu_alpha * gate)) * (up + config.swiglu_up_offset)
+            y = act @ p["down"][e]
+            if config.expert_bias:
+                y = y + p["down_bias"][e]
+            out[b, t] += np.exp(logits[e]) / total * y
+    return out
+
+
+def tokens(config, seed=2):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal((B, T, config.hidden_size)), jnp.float32)
+
+
+REAL = jnp.array([[True] * 7 + [False] * 2, [False] + [True] * 8])
+
+
+def test_experts_equal_a_loop_over_tokens(either_config):
+    # A low clamp, so that it is met.
+    config = either_config
+    if config.swiglu_limit is not None:
+        config = dataclasses.replace(config, swiglu_limit=1.5)
+    moe, x = make_layer(config), tokens(config)
+    found, _ = moe(x, REAL)
+    expected = by_tokens(moe, x, REAL)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(found[~REAL], 0)
+
+
+def test_down_bias_is_inside_the_weighted_sum(tiny_config):
+    # Without anything else, the result is the mean of the biases of the two chosen experts, 1 and 3.
+    config = tiny_config
+    E, D, F = 5, 24, 40
+    moe = make_layer(
+        config,
+        router=np.zeros((D, E)),
+        router_bias=[0.0, 9.0, 0.0, 9.0, 0.0],
+        gate_up=np.zeros((E, D, 2, F)),
+        gate_up_bias=np.zeros((E, 2, F)),
+        down_bias=np.arange(5.0)[:, None] * np.ones(D),
+    )
+    found, _ = moe(tokens(config), REAL)
+    np.testing.assert_allclose(found[REAL], 2.0, rtol=1e-6)
+
+
+def test_all_tokens_on_the_same_experts(tiny_config):
+    bias = np.array([-50.0, -50, 50, -50, 60])
+    moe, x = make_layer(tiny_config, router_bias=bias), tokens(tiny_config)
+    found, stats = moe(x, REAL)
+    np.testing.assert_allclose(found, by_tokens(moe, x, REAL), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(stats["load"], [0, 0, 0.5, 0, 0.5], rtol=1e-6)
+
+
+def test_gradients_equal_those_of_every_expert_on_every_token(tiny_config):
+    config = dataclasses.replace(tiny_config, swiglu_limit=1.5)
+    graphdef, state = nnx.split(make_layer(config))
+    x, cotangent = tokens(config), tokens(config, seed=3)
+
+    def sorted_form(params, x):
+        return jnp.sum(nnx.merge(graphdef, params)(x, REAL)[0] * cotangent)
+
+    def dense_form(params, x):
+        p = nnx.to_pure_dict(params)
+        logits = x @ p["router"] + p["router_bias"]
+        experts, weights = route(logits.reshape(B * T, -1), config.num_experts_per_tok)
+        share = jnp.einsum("MXE,MX->ME", jax.nn.one_hot(experts, 5), weights).reshape(B, T, 5)
+        h = jnp.einsum("BTD,EDgF->BTEgF", x, p["gate_up"]) + p["gate_up_bias"]
+        y = jnp.einsum("BTEF,EFD->BTED", swiglu(h[..., 0, :], h[..., 1, :], config), p["down"])
+        y = jnp.einsum("BTED,BTE->BTD", y + p["down_bias"], share)
+        return jnp.sum(jnp.where(REAL[..., None], y, 0) * cotangent)
+
+    found = jax.jit(jax.value_and_grad(sorted_form, argnums=(0, 1)))(state, x)
+    expected = jax.jit(jax.value_and_grad(dense_form, argnums=(0, 1)))(state, x)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(found)]
+    for path, f, e in zip(paths, jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-3, atol=1e-3, err_msg=path)
+        assert np.abs(e).max() > 0.1, path
+
+
+def test_stats_by_hand():
+    # Probabilities (1/2, 1/4, 1/4), (1/8, 1/8, 3/4) and, on padding, one that must not count.
+    logits = jnp.log(jnp.array([[2.0, 1.0, 1.0], [1.0, 1.0, 6.0], [1.0, 90.0, 9.0]]))
+    chosen = jnp.array([[0, 1], [2, 0], [1, 2]])
+    stats = router_stats(logits, chosen, jnp.array([True, True, False]))
+    np.testing.assert_allclose(stats["load"], [0.5, 0.25, 0.25], rtol=1e-6)
+    np.testing.assert_allclose(stats["probability"], [0.3125, 0.1875, 0.5], rtol=1e-6)
+    assert float(stats["z"]) == pytest.approx((math.log(4) ** 2 + math.log(8) ** 2) / 2, rel=1e-6)
+    stacked = {name: value[None] for name, value in stats.items()}
+    # 3 * (0.5 * 0.3125 + 0.25 * 0.1875 + 0.25 * 0.5)
+    assert float(load_balance_loss(stacked)) == pytest.approx(0.984375, rel=1e-6)
+    assert float(router_z_loss(stacked)) == pytest.approx(3.1229087, rel=1e-6)
+
+
+def test_stats_of_padding_alone_are_zero_not_nan():
+    stats = router_stats(jnp.ones((4, 3)), jnp.zeros((4, 2), jnp.int32), jnp.zeros(4, bool))
+    for value in stats.values():
+        np.testing.assert_array_equal(value, 0)
+
+
+def test_padding_does_not_count_in_a_layers_stats(tiny_config):
+    moe, x = make_layer(tiny_config), tokens(tiny_config)
+    _, stats = moe(x, REAL)
+    _, other = moe(jnp.where(REAL[..., None], x, 7.0), REAL)
+    for name in ("load", "probability", "z"):
+        np.testing.assert_array_equal(stats[name], other[name])
+    assert float(stats["load"].sum()) == pytest.approx(1.0, rel=1e-6)
+    assert float(stats["probability"].sum()) == pytest.approx(1.0, rel=1e-6)
+    _, all_real = moe(x, jnp.ones_like(REAL))
+    assert np.abs(all_real["probability"] - stats["probability"]).max() > 1e-3
+
+
+def test_router_is_float32_under_bfloat16(tiny_config):
+    # In bfloat16 1.001 is 1, and the tie would go to expert 0.
+    config = dataclasses.replace(tiny_config, num_experts_per_tok=1)
+    router = np.zeros((24, 5))
+    router[0] = [1.0, 0.0, 0.0, 1.001, 0.0]
+    moe = make_layer(config, router=router, router_bias=np.zeros(5))
+    x = tokens(config).at[..., 0].set(2.0).astype(jnp.bfloat16)
+    y, stats = moe(x, REAL)
+    assert y.dtype == jnp.bfloat16 and stats["load"].dtype == jnp.float32
+    np.testing.assert_allclose(stats["load"], [0, 0, 0, 1, 0], rtol=1e-6)
