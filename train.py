@@ -1,8 +1,8 @@
 """Trains a model: python train.py [configs/x.py] [--steps 500 --model.num-hidden-layers 6 …].
 
-The first argument may be a preset, a Python file that ends with `config = TrainConfig(...)`; without one it is
-configs/quickstart.py. Every field can be set with a flag: --help lists them. Running the same line again goes on
-from the run's last checkpoint.
+The first argument may be a preset, a Python file that ends with `config = TrainConfig(...)`; without one it
+is configs/quickstart.py. Every field can be set with a flag: --help lists them. Running the same line again
+goes on from the run's last checkpoint.
 """
 
 import pathlib

@@ -1,4 +1,5 @@
-"""A small mixture-of-experts model on Python's own standard library: minutes on two CPU cores, nothing to download."""
+"""A small mixture-of-experts model on Python's own standard library: minutes on two CPU cores, nothing to
+download."""
 
 from gptoss_jax.config import (
     CheckpointConfig,

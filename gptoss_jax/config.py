@@ -1,7 +1,8 @@
 """Every setting of the project, as frozen dataclasses: `ModelConfig`, and `TrainConfig` with its parts.
 
-Each class checks itself when it is made: a bad value is a `ValueError` that names the field, the value and what is
-allowed. Fields of `ModelConfig` have the names of the published config.json wherever that file has one.
+Each class checks itself when it is made: a bad value is a `ValueError` that names the field, the value and
+what is allowed. Fields of `ModelConfig` have the names of the published config.json wherever that file has
+one.
 """
 
 import dataclasses
@@ -109,7 +110,8 @@ class _Checked:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(_Checked):
-    """YaRN, the way the released models reach past the length they were pretrained at (MATH.md, "Forward")."""
+    """YaRN, the way the released models reach past the length they were pretrained at (MATH.md,
+    "Forward")."""
 
     _section: typing.ClassVar[str] = "model.rope_scaling"
 
@@ -196,9 +198,11 @@ class ModelConfig(_Checked):
     router_aux_loss_coef: float = 0.0
     # Weight of the router z-loss, mean(logsumexp(router logits)^2); 0 turns it off.
     router_z_loss_coef: float = 0.0
-    # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are always float32.
+    # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are always
+    # float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # What the backward pass recomputes: nothing, all but the matrix products' results ("dots"), or each whole block.
+    # What the backward pass recomputes: nothing, all but the matrix products' results ("dots"), or each whole
+    # block.
     remat: Literal["none", "dots", "block"] = "none"
 
     def _check(self) -> None:
@@ -231,7 +235,7 @@ class ModelConfig(_Checked):
             self._require(
                 len(self.layer_types) == self.num_hidden_layers,
                 "layer_types",
-                f"must name one type for each of the {self.num_hidden_layers} layers (model.num_hidden_layers)",
+                f"must name a type for each of the {self.num_hidden_layers} layers of model.num_hidden_layers",
             )
             self._require(
                 set(self.layer_types) <= {SLIDING, FULL},
@@ -286,7 +290,8 @@ class OptimConfig(_Checked):
 
     # Peak learning rate.
     learning_rate: float = 3e-4
-    # cosine falls from the peak to the end; wsd (warm-up, stable, decay) holds the peak and falls in a line at the end.
+    # cosine falls from the peak to the end; wsd (warm-up, stable, decay) holds the peak and falls in a line
+    # at the end.
     schedule: Literal["cosine", "wsd"] = "cosine"
     # Steps over which the learning rate rises in a line from 0.
     warmup_steps: int = 100

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def plain(hidden, head, targets, weights):
 
 
 def value_and_gradients(f, hidden, head):
-    return jax.tree.leaves(jax.value_and_grad(f, argnums=(0, 1))(hidden, head))
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, head))
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 12])
@@ -58,9 +59,7 @@ def test_positions_of_weight_zero_do_not_matter(content):
     spoilt = jnp.where(off[..., None], content, hidden)
 
     def loss(hidden, targets):
-        return value_and_gradients(
-            lambda h, w: losses.cross_entropy(h, w, targets, weights, 4), hidden, head
-        )
+        return value_and_gradients(lambda h, w: losses.cross_entropy(h, w, targets, weights, 4), hidden, head)
 
     expected = loss(hidden, targets)
     # An id outside of the vocabulary, as some pipelines mark what is not to be learned.
@@ -94,7 +93,7 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
     shapes = set()
     for equation in jaxpr.eqns:
         shapes |= {v.aval.shape for v in equation.outvars}
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             shapes |= shapes_in(inner)
     return shapes
 

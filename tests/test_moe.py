@@ -56,9 +56,7 @@ def test_swiglu_by_hand(gate, up, expected):
 
 def test_plain_swiglu_by_hand(notebook_config):
     found = swiglu(jnp.array([10.0, -2.0]), jnp.array([9.0, -8.0]), notebook_config)
-    np.testing.assert_allclose(
-        found, [90 / (1 + math.exp(-10)), 16 / (1 + math.exp(2))], rtol=1e-6
-    )
+    np.testing.assert_allclose(found, [90 / (1 + math.exp(-10)), 16 / (1 + math.exp(2))], rtol=1e-6)
 
 
 def make_layer(config, **replaced):
@@ -98,6 +96,11 @@ def by_tokens(moe, x_BTD, real_BT):
     return out
 
 
+def run(moe, x_BTD, real_BT):
+    graphdef, state = nnx.split(moe)
+    return jax.jit(lambda state, x, real: nnx.merge(graphdef, state)(x, real))(state, x_BTD, real_BT)
+
+
 def tokens(config, seed=2):
     return jnp.asarray(np.random.default_rng(seed).standard_normal((B, T, config.hidden_size)), jnp.float32)
 
@@ -111,7 +114,7 @@ def test_experts_equal_a_loop_over_tokens(either_config):
     if config.swiglu_limit is not None:
         config = dataclasses.replace(config, swiglu_limit=1.5)
     moe, x = make_layer(config), tokens(config)
-    found, _ = moe(x, REAL)
+    found, _ = run(moe, x, REAL)
     expected = by_tokens(moe, x, REAL)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
@@ -130,14 +133,14 @@ def test_down_bias_is_inside_the_weighted_sum(tiny_config):
         gate_up_bias=np.zeros((E, 2, F)),
         down_bias=np.arange(5.0)[:, None] * np.ones(D),
     )
-    found, _ = moe(tokens(config), REAL)
+    found, _ = run(moe, tokens(config), REAL)
     np.testing.assert_allclose(found[REAL], 2.0, rtol=1e-6)
 
 
 def test_all_tokens_on_the_same_experts(tiny_config):
     bias = np.array([-50.0, -50, 50, -50, 60])
     moe, x = make_layer(tiny_config, router_bias=bias), tokens(tiny_config)
-    found, stats = moe(x, REAL)
+    found, stats = run(moe, x, REAL)
     np.testing.assert_allclose(found, by_tokens(moe, x, REAL), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(stats["load"], [0, 0, 0.5, 0, 0.5], rtol=1e-6)
 
@@ -179,7 +182,7 @@ def test_stats_by_hand():
     stacked = {name: value[None] for name, value in stats.items()}
     # 3 * (0.5 * 0.3125 + 0.25 * 0.1875 + 0.25 * 0.5)
     assert float(load_balance_loss(stacked)) == pytest.approx(0.984375, rel=1e-6)
-    assert float(router_z_loss(stacked)) == pytest.approx(3.1229087, rel=1e-6)
+    assert float(router_z_loss(stacked)) == pytest.approx(3.1229446, rel=1e-6)
 
 
 def test_stats_of_padding_alone_are_zero_not_nan():
@@ -189,14 +192,15 @@ def test_stats_of_padding_alone_are_zero_not_nan():
 
 
 def test_padding_does_not_count_in_a_layers_stats(tiny_config):
-    moe, x = make_layer(tiny_config), tokens(tiny_config)
-    _, stats = moe(x, REAL)
-    _, other = moe(jnp.where(REAL[..., None], x, 7.0), REAL)
+    x = tokens(tiny_config)
+    graphdef, state = nnx.split(make_layer(tiny_config))
+    stats_of = jax.jit(lambda x, real: nnx.merge(graphdef, state)(x, real)[1])
+    stats, other = stats_of(x, REAL), stats_of(jnp.where(REAL[..., None], x, 7.0), REAL)
     for name in ("load", "probability", "z"):
         np.testing.assert_array_equal(stats[name], other[name])
     assert float(stats["load"].sum()) == pytest.approx(1.0, rel=1e-6)
     assert float(stats["probability"].sum()) == pytest.approx(1.0, rel=1e-6)
-    _, all_real = moe(x, jnp.ones_like(REAL))
+    all_real = stats_of(x, jnp.ones_like(REAL))
     assert np.abs(all_real["probability"] - stats["probability"]).max() > 1e-3
 
 
@@ -207,6 +211,6 @@ def test_router_is_float32_under_bfloat16(tiny_config):
     router[0] = [1.0, 0.0, 0.0, 1.001, 0.0]
     moe = make_layer(config, router=router, router_bias=np.zeros(5))
     x = tokens(config).at[..., 0].set(2.0).astype(jnp.bfloat16)
-    y, stats = moe(x, REAL)
+    y, stats = run(moe, x, REAL)
     assert y.dtype == jnp.bfloat16 and stats["load"].dtype == jnp.float32
     np.testing.assert_allclose(stats["load"], [0, 0, 0, 1, 0], rtol=1e-6)

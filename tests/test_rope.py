@@ -80,9 +80,7 @@ def test_rotation_by_hand_for_one_pair():
     turned = rope.rotate(jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), quarter)
     np.testing.assert_array_equal(turned.ravel(), [-5.0, 3.0])
     # Angle 1 at position 1: 3 cos 1 - 5 sin 1, 5 cos 1 + 3 sin 1.
-    turned = rope.rotate(
-        jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), rope.rotation(config, jnp.array([[1]]))
-    )
+    turned = rope.rotate(jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), rope.rotation(config, jnp.array([[1]])))
     np.testing.assert_allclose(turned.ravel(), [-2.5864480, 5.2259245], rtol=1e-6)
 
 

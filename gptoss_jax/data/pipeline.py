@@ -4,7 +4,6 @@ A row has T = `data.seq_len` positions, each with an input token and the token t
 n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents where they fit.
 """
 
-import bisect
 import dataclasses
 import gzip
 import hashlib
@@ -26,6 +25,7 @@ import numpy as np
 
 from gptoss_jax.config import DataConfig, require
 from gptoss_jax.data.corpus import Corpus, open_corpus, split
+from gptoss_jax.data.packing import pack
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = 1
@@ -142,7 +142,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     def documents() -> Iterator[tuple[str, bool]]:
         return split(corpus.documents(), config.held_out)
 
-    report(f"tokenizer {config.tokenizer}")
+    report(f"Tokenising {config.source} with {config.tokenizer}, once: it is kept in {config.cache_dir}")
     tokenizer = make_tokenizer(
         config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)
     )
@@ -166,7 +166,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
                 if is_held_out:
                     held_out_text.append(data)
             written += sum(lengths[-len(batch) :])
-            report(f"{written:,} tokens of {len(lengths):,} documents")
+            report(f"  {written:,} tokens of {len(lengths):,} documents")
     lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     np.savez(folder / "documents.npz", offsets=offsets, text_bytes=np.array(sizes, np.int64), held_out=flags)
@@ -197,83 +197,6 @@ def _open(folder: pathlib.Path) -> TokenCache:
         parts = {name: arrays[name] for name in ("offsets", "text_bytes", "held_out")}
     tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
     return TokenCache(folder=folder, meta=meta, tokenizer=load_tokenizer(folder), tokens=tokens, **parts)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PackPlan:
-    """The pieces of documents in each row: row r has those from row_offsets[r] to row_offsets[r + 1]."""
-
-    row_offsets: np.ndarray  # int64 [rows + 1]
-    document: np.ndarray  # int64 [pieces], index into the lengths that were packed
-    start: np.ndarray  # int64 [pieces], first pair of the piece within its document
-    length: np.ndarray  # int32 [pieces], pairs
-
-
-def pack(lengths: np.ndarray, seq_len: int) -> PackPlan:
-    """Lays documents into rows so that each pair is in exactly one row and few documents are cut.
-
-    A document longer than a row fills rows of its own, and the rest of it is treated as a short document.
-    Those are placed from long to short, each into the row with the least room that still takes it (best fit
-    decreasing, Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Rows are at most 2 *
-    sum(lengths) / seq_len + 1. The same lengths give the same plan.
-
-    Args:
-      lengths: int [documents], (input, target) pairs of each document.
-      seq_len: pairs that a row holds.
-    """
-    lengths = np.asarray(lengths, np.int64)
-    full = lengths // seq_len
-    row_count = int(full.sum())
-    document = [np.repeat(np.arange(len(lengths)), full)]
-    start = [(np.arange(row_count) - np.repeat(np.cumsum(full) - full, full)) * seq_len]
-    length = [np.full(row_count, seq_len)]
-    row = [np.arange(row_count)]
-
-    rest = lengths % seq_len
-    order = np.argsort(-rest, kind="stable")[: np.count_nonzero(rest)]
-    document.append(order)
-    start.append(full[order] * seq_len)
-    length.append(rest[order])
-
-    # Open rows by the room left in them. All documents of one length are placed together: the row with the
-    # least room still has the least after taking one, so it takes as many as it can before the next row gets
-    # any.
-    rows_by_room: dict[int, list[np.ndarray]] = {}
-    rooms: list[int] = []  # the keys of rows_by_room, sorted
-    sizes, counts = np.unique(-rest[order], return_counts=True)
-    for size, count in zip((-sizes).tolist(), counts.tolist(), strict=True):
-        while count:
-            at = bisect.bisect_left(rooms, size)
-            if at < len(rooms):
-                room = rooms.pop(at)
-                open_rows = np.concatenate(rows_by_room.pop(room))
-            else:
-                room = seq_len
-                open_rows = np.arange(row_count, row_count + -(-count // (seq_len // size)))
-                row_count += len(open_rows)
-            each = room // size
-            placed = np.repeat(open_rows[: -(-count // each)], each)[:count]
-            row.append(placed)
-            count -= len(placed)
-            filled, last = divmod(len(placed), each)
-            for left, some in (
-                (room - each * size, open_rows[:filled]),
-                (room - last * size, open_rows[filled : filled + 1] if last else open_rows[:0]),
-                (room, open_rows[filled + (last > 0) :]),
-            ):
-                if left and len(some):
-                    if left not in rows_by_room:
-                        bisect.insort(rooms, left)
-                    rows_by_room.setdefault(left, []).append(some)
-
-    row_of_piece = np.concatenate(row)
-    by_row = np.argsort(row_of_piece, kind="stable")
-    return PackPlan(
-        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row_of_piece, minlength=row_count))]),
-        document=np.concatenate(document)[by_row],
-        start=np.concatenate(start)[by_row],
-        length=np.concatenate(length)[by_row].astype(np.int32),
-    )
 
 
 class Rows:

@@ -19,8 +19,9 @@ END_OF_TEXT = "<|endoftext|>"
 BOS_NAMES = ("<|startoftext|>", "<|begin_of_text|>", "<s>")
 EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 HARMONY = "o200k_harmony"
-# Rows of the released embedding; the encoding itself leaves some of these ids unused.
-HARMONY_VOCAB_SIZE = 201088
+# Every id that text or a named special token has. The released embedding has 201088 rows: the rest is unused.
+HARMONY_VOCAB_SIZE = 200019
+HARMONY_ROWS = 201088
 TRAINING_BYTES = 64 << 20
 
 # What the trained tokenizer never merges across. Suits code as well as prose: runs of spaces stay whole, a
@@ -140,7 +141,7 @@ def _harmony() -> Tokenizer:
 
     def token_bytes() -> list[bytes]:
         special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        table = [b""] * HARMONY_VOCAB_SIZE
+        table = [b""] * HARMONY_ROWS
         for token in range(min(special)):
             try:
                 table[token] = encoding.decode_single_token_bytes(token)

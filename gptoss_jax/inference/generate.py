@@ -1,8 +1,8 @@
 """Prompts to answers: prefill in pieces, jitted decoding, batches of ragged prompts, streaming.
 
-The prompts but for their last tokens are read into the cache. From there on every step is the same: feed the latest
-token, sample the next one. Between two compiled calls the cache stays on the device; all else is a few numbers that the
-host holds.
+The prompts but for their last tokens are read into the cache. From there on every step is the same: feed the
+latest token, sample the next one. Between two compiled calls the cache stays on the device; all else is a few
+numbers that the host holds.
 """
 
 import codecs
@@ -51,27 +51,28 @@ def generate(
     """Continues each prompt; returns the new tokens only.
 
     Args:
-      model: with its parameters where they are to be used; under `jax.set_mesh`, as the path table places them.
+      model: under `jax.set_mesh` its parameters must lie where the path table places them.
       prompts: token ids, of any lengths. Text that was trained on starts with the tokenizer's bos.
       max_new_tokens: most tokens that a prompt is continued by.
       temperature, top_k, top_p, min_p: see `sampling.sample`. The default is greedy.
       stop_tokens: any of these ends its sequence and is not part of the answer.
-      seed: 0 … 2^32 - 1. Token t of prompt b is drawn with the key of (seed, b, t), whatever the other prompts are.
+      seed: 0 … 2^32 - 1. Token t of prompt b is drawn with fold_in(fold_in(key(seed), b), t), whatever the
+        other prompts are.
 
     Raises:
-      ValueError: no prompts, an empty one, an id outside the vocabulary, a setting outside its range, or a prompt that
-        leaves too little of `max_position_embeddings`.
+      ValueError: no prompts, an empty one, an id outside the vocabulary, a setting outside its range, or a
+        prompt that leaves too little of `max_position_embeddings`.
 
-    What compiles: a reading program for each (number of prompts, size of a piece, size of the cache), where a piece is
-    a power of two from 16 to 512 and the cache one from 16 to `max_position_embeddings` (which counts as one), and a
-    decoding program for each (number of prompts, size of the cache, which of greedy, top_k, top_p and min_p are asked
-    for). So at most 6 * 14 and 14 per number of prompts for a context of 131,072. The values of the settings, the seed,
-    the prompts and `max_new_tokens` within a size recompile nothing; more than 8 stop tokens do at 16, 32, ….
+    What compiles: a prefill for each (number of prompts, length of a piece, length of the cache), where a
+    piece is a power of two from 16 to 512 and the cache one from 16 up to `max_position_embeddings`, itself
+    taken for one; and a decoder for each (number of prompts, length of the cache, which of greedy, top_k,
+    top_p and min_p are asked for). A context of 131,072 has 14 lengths of the cache, so at most 6 * 14
+    prefills for each number of prompts and 14 decoders for each of those choices. The values of the settings,
+    the seed and the prompts recompile nothing, nor does `max_new_tokens` within a length of the cache; more
+    than 8 stop tokens do, at 16, 32, ….
     """
-    return generate_with_params(
-        model.config, params_of(model), prompts, max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens,
-        seed,
-    )  # fmt: skip
+    settings = (max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens, seed)
+    return generate_with_params(model.config, params_of(model), prompts, *settings)
 
 
 def stream(
@@ -79,8 +80,9 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """The same answers as `generate`, whose arguments it takes, while they are being decoded.
 
-    Yields one list per prompt at a time with the tokens that are new to it, possibly none: the first token at once,
-    later ones about every 0.1 s. Errors in the arguments are raised by the call, not by the first `next`.
+    Yields a list with a list for each prompt, the tokens that are new to it, possibly none: the first token
+    alone and as soon as it is there, later ones about every 0.1 s. Errors in the arguments are raised by the
+    call, not by the first `next`.
     """
     return stream_with_params(model.config, params_of(model), prompts, *args, **kwargs)
 
@@ -111,7 +113,7 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """The text that is complete with these tokens; bytes that can begin a character wait for the next call."""
+        """The text that is complete with these tokens; the bytes of an unfinished character wait."""
         return self._utf8.decode(self._decode_bytes(tokens))
 
     def close(self) -> str:
@@ -194,7 +196,7 @@ def _chunks(
     seed: np.uint32,
     pace: Callable[[int, float], int],
 ) -> Iterator[list[list[int]]]:
-    """The one engine. `pace` gives the steps of the next decoding call from those of the last and its seconds."""
+    """The one engine. `pace`: steps of the last decoding call and its seconds -> steps of the next one."""
     # The mesh splits the batch evenly: empty sequences, done before they begin, fill it up.
     shards = math.prod(current_axes().get(axis, 1) for axis in BATCH)
     batch = -(-len(prompts) // shards) * shards
@@ -250,7 +252,7 @@ def _pieces(count: int, scores_per_token: int) -> Iterator[tuple[int, int]]:
 
 
 def _placed(cache: list[LayerCache]) -> list[LayerCache]:
-    """The cache as every program hands it over, so that no program is compiled again for another placement."""
+    """The cache as every program hands it over: another placement would compile the next one again."""
     return jax.tree.map(lambda leaf: constrain(leaf, CACHE), cache)
 
 
@@ -261,7 +263,7 @@ def _empty_cache(config: ModelConfig, batch: int, length: int) -> list[LayerCach
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _prefill(config, params, cache, tokens_BT, start, lengths_B) -> list[LayerCache]:
-    """Reads tokens `start` … `start` + T - 1 of every sequence into the cache, as far as `lengths_B` reaches."""
+    """Reads tokens `start` … `start` + T - 1 of each sequence into the cache, as far as `lengths_B` goes."""
     positions_BT = start + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
     model = with_params(config, params)
@@ -272,8 +274,8 @@ def _prefill(config, params, cache, tokens_BT, start, lengths_B) -> list[LayerCa
 def _decode(config, params, cache, latest_B, positions_B, done_B, made, steps, stops_K, seed, settings):
     """Up to `steps` (traced) tokens for every sequence that is not done.
 
-    `latest_B` stands at `positions_B` and has not been read yet; `made` tokens have been sampled before. Returns the
-    cache and int32 [B, STEPS], where -1 stands for the end of a sequence and all after it.
+    `latest_B` stands at `positions_B` and has not been read yet; `made` tokens have been sampled before.
+    Returns the cache and int32 [B, STEPS], where -1 stands for the end of a sequence and all after it.
     """
     model = with_params(config, params)
     keys_B = sequence_keys(seed, latest_B.shape[0])

@@ -1,10 +1,11 @@
 """From logits to tokens: greedy, temperature, top-k, top-p and min-p, as pure functions.
 
-The order is temperature, top-k, top-p, min-p; each works on what the ones before have left. Of equal logits the lower
-token id comes first everywhere, so that `top_k=1` is greedy decoding even where logits tie.
+The order is temperature, top-k, top-p, min-p; each works on what the ones before have left. Of equal logits
+the lower token id comes first everywhere, so that `top_k=1` is greedy decoding even where logits tie.
 
-`temperature`, `top_k`, `top_p` and `min_p` may be numbers or arrays, one for all sequences or one for each ([B]), static or
-traced. What is None or a Python 0 temperature leaves no trace in the compiled program; whether it is that recompiles.
+`temperature`, `top_k`, `top_p` and `min_p` may be numbers or arrays, one for all sequences or one for each
+([B]), static or traced. A filter that is None and a temperature that is Python's 0 cost nothing: no sort, no
+random numbers. Under jit, traced values recompile nothing; which filters are None does.
 """
 
 import jax
@@ -35,7 +36,7 @@ def sample(
 
     Args:
       logits_BV: float32.
-      keys_B: one key for each sequence, so that what it draws does not depend on the others. Greedy reads none.
+      keys_B: one for each sequence, so that what it draws does not depend on the others. Greedy reads none.
       temperature: logits are divided by it; where it is 0 the likeliest token is taken.
       top_k: keeps the k likeliest tokens.
       top_p: keeps the smallest set of likeliest tokens whose probabilities add up to at least this
@@ -57,7 +58,8 @@ def filtered_log_probs(
     top_p: Setting | None = None,
     min_p: Setting | None = None,
 ) -> jax.Array:
-    """Logarithm of the probability with which `sample` draws each token, float32 [B, V]; -inf where it never does."""
+    """Log of the probability with which `sample` draws each token, float32 [B, V]; -inf where it never
+    does."""
     V = logits_BV.shape[-1]
     greedy_BV = jnp.log(jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), V))
     if _is_zero(temperature):
@@ -94,8 +96,8 @@ def _filter(logits_BV, temperature, top_k, top_p, min_p) -> jax.Array:
             before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
             # A sum of rounded shares may reach 1 before the last of them.
             first_BV &= (before_BV < _column(top_p)) | (_column(top_p) >= 1)
-        # What is kept is a beginning of the sorted row, so its last element tells for every token whether it is in
-        # it: no scatter over the vocabulary.
+        # What is kept is a beginning of the sorted row, so its last element tells for every token whether it
+        # is kept: no scatter over the vocabulary.
         last_B1 = jnp.maximum(jnp.sum(first_BV, axis=-1, keepdims=True) - 1, 0)
         least_B1 = jnp.take_along_axis(falling_BV, last_B1, axis=-1)
         tie_B1 = jnp.take_along_axis(order_BV, last_B1, axis=-1)

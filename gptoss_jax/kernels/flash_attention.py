@@ -1,5 +1,5 @@
-"""Grouped-query attention with a mask rule and learned sinks: the plain reference, and the form that skips what is
-never visible.
+"""Grouped-query attention with a mask rule and learned sinks: the plain reference, and the form that skips
+what is never visible.
 
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size.
 """
@@ -20,8 +20,9 @@ def visible(
 ) -> jax.Array:
     """The mask rule: bool [B, T, S], whether each query sees each key.
 
-    A key is visible in its own segment, at or before the query, and in a sliding layer (`window` is not None) only
-    when it is one of the `window` latest, the query's own included, or one of the segment's first `sink_tokens`.
+    A key is visible in its own segment, at or before the query, and in a sliding layer (`window` is not None)
+    only when it is one of the `window` latest, the query's own included, or one of the segment's first
+    `sink_tokens`.
     """
     ahead_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
     mask_BTS = (ahead_BTS >= 0) & (segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :])
@@ -44,8 +45,8 @@ def reference_attention(
 ) -> jax.Array:
     """Softmax attention with the whole score matrix. Query head n uses key/value head n // G.
 
-    A sink is one more logit in each head's softmax, unscaled, unmasked and without a value, so the weights of the
-    keys add up to less than one. Softmax in float32. Returns [B, T, N, H] in the type of `q_BTNH`.
+    A sink is one more logit in each head's softmax, unscaled, unmasked and without a value, so the weights of
+    the keys add up to less than one. Softmax in float32. Returns [B, T, N, H] in the type of `q_BTNH`.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -93,8 +94,8 @@ def self_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, in blocks of queries that read only the keys they may see.
 
-    Positions must rise by one or more from token to token of a segment: then no key after a query's place in the
-    row is visible to it, and no key `window` places or more before. Returns [B, T, N, H].
+    Positions must rise by one or more from token to token of a segment: then no key after a query's place in
+    the row is visible to it, and no key `window` places or more before. Returns [B, T, N, H].
     """
     T = q_BTNH.shape[1]
     # Small blocks skip more; the program grows with their number.

@@ -1,7 +1,7 @@
 """Rows sorted by group times one matrix per group: the matrix product inside the experts.
 
-Letters here: R rows, E groups (experts), D input width, F output width. Rows past the sum of the group sizes belong
-to no group and come out as zeros.
+Letters here: R rows, E groups (experts), D input width, F output width. Rows past the sum of the group sizes
+belong to no group and come out as zeros.
 """
 
 import jax
@@ -34,7 +34,8 @@ def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: j
 
 @jax.custom_vjp
 def blocked_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """The same as a loop over blocks of rows whose trip count follows the group sizes: work grows with R, not E * R."""
+    """The same as a loop over blocks of rows whose trip count follows the group sizes: work grows with R, not
+    E * R."""
     return _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose=False)
 
 
@@ -52,7 +53,8 @@ blocked_grouped_matmul.defvjp(_blocked_fwd, _blocked_bwd)
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows in a block: 128 keeps the product near its peak; few rows per group waste less with smaller blocks."""
+    """Rows in a block: 128 keeps the product near its peak; few rows per group waste less with smaller
+    blocks."""
     per_group = max(1, rows // groups)
     return next((block for block in (128, 64, 32) if per_group >= block), 16)
 
@@ -116,3 +118,33 @@ def _rows_times_rows(x_RD, g_RF, group_sizes_E):
     return _for_each_block(
         group_sizes_E, block, empty, lambda e, carry: jnp.zeros_like(carry[0]), step, end_group
     )
+
+
+@jax.custom_vjp
+def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Adds to each row its group's bias; rows of no group stay as they are. Its gradient needs no scatter on
+    CPU."""
+    return x_RF + _bias_rows(bias_EF, group_sizes_E, x_RF.shape[0])
+
+
+def _bias_rows(bias_EF, group_sizes_E, rows):
+    ends_E = jnp.cumsum(group_sizes_E)
+    rows_R = jnp.arange(rows, dtype=ends_E.dtype)
+    groups_R = jnp.searchsorted(ends_E, rows_R, side="right", method="compare_all")
+    return jnp.pad(bias_EF, ((0, 1), (0, 0)))[groups_R]
+
+
+def _bias_bwd(residuals, g_RF):
+    bias_EF, group_sizes_E = residuals
+    if jax.default_backend() == "cpu":
+        ones_R1 = jnp.ones((g_RF.shape[0], 1), g_RF.dtype)
+        d_bias_EF = _rows_times_rows(ones_R1, g_RF, group_sizes_E)[:, 0]
+    else:
+        summed = jax.vjp(lambda b: _bias_rows(b, group_sizes_E, g_RF.shape[0]), bias_EF)[1]
+        (d_bias_EF,) = summed(g_RF)
+    return g_RF, d_bias_EF.astype(bias_EF.dtype), None
+
+
+add_group_bias.defvjp(
+    lambda x_RF, bias_EF, sizes: (add_group_bias(x_RF, bias_EF, sizes), (bias_EF, sizes)), _bias_bwd
+)

@@ -1,4 +1,5 @@
-"""Keys and values of the tokens read so far: a pytree that is passed in and handed back, never changed in place."""
+"""Keys and values of the tokens read so far: a pytree that is passed in and handed back, never changed in
+place."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ LayerCache = dict[str, jax.Array]
 def make_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> list[LayerCache]:
     """Room for `length` tokens (S) of `batch` sequences in every layer.
 
-    One entry for each layer of the period of `layer_types`; its keys and values are [repetitions, B, S, K, H].
+    One entry for each layer of the period of `layer_types`; its keys and values are [repetitions, B, S, K,
+    H].
     """
     period = config.period
     shape = (config.num_hidden_layers // len(period), batch, length)
@@ -28,8 +30,8 @@ def write(
 ) -> LayerCache:
     """Puts the keys and values of one layer at their positions; those of padding (segment 0) are dropped.
 
-    A token's slot is its position. A query sees no slot past its own position, so that slots which were never written,
-    or were written by an answer that has been taken back, are never read.
+    A token's slot is its position. A query sees no slot past its own position, so that slots which were never
+    written, or were written by an answer that has been taken back, are never read.
     """
     length = cache["keys"].shape[1]
     slots_BT = jnp.where(segment_ids_BT > 0, positions_BT, length)

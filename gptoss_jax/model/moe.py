@@ -19,7 +19,8 @@ def swiglu(gate: jax.Array, up: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def route(logits_ME: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
-    """The top X experts of each token (ties: the lower index), and the softmax over their logits alone, float32."""
+    """The top X experts of each token (ties: the lower index), and the softmax over their logits alone,
+    float32."""
     top_MX, experts_MX = jax.lax.top_k(logits_ME, experts_per_token)
     return experts_MX, jax.nn.softmax(top_MX.astype(jnp.float32), axis=-1)
 
@@ -27,8 +28,8 @@ def route(logits_ME: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.
 def router_stats(logits_ME: jax.Array, experts_MX: jax.Array, real_M: jax.Array) -> RouterStats:
     """What the balance losses need, over the real tokens alone.
 
-    Returns `load` [E], the share of assignments each expert got (sums to 1), `probability` [E], the mean of the
-    softmax over all experts, and `z`, the mean squared logsumexp of the logits.
+    Returns `load` [E], the share of assignments each expert got (sums to 1), `probability` [E], the mean of
+    the softmax over all experts, and `z`, the mean squared logsumexp of the logits.
     """
     weight_M = real_M.astype(jnp.float32)
     count = jnp.maximum(jnp.sum(weight_M), 1)
@@ -49,7 +50,8 @@ class MoE(nnx.Module):
         D, E, F = config.hidden_size, config.num_local_experts, config.intermediate_size
         normal = nnx.initializers.normal(config.initializer_range)
         self.router = nnx.Param(normal(rngs.params(), (D, E)))
-        # Gate and up stand apart, each whole: the published layout's interleaving is undone when weights are read.
+        # Gate and up stand apart, each whole: the published layout's interleaving is undone when weights are
+        # read.
         self.gate_up = nnx.Param(normal(rngs.params(), (E, D, 2, F)))
         self.down = nnx.Param(normal(rngs.params(), (E, F, D)))
         if config.router_bias:

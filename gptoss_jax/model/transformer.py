@@ -111,8 +111,8 @@ class Transformer(nnx.Module):
 
         Args:
           tokens_BT: int32. Ids are not checked against the vocabulary here.
-          segment_ids_BT: int32, documents from 1, padding 0; tokens see their own document only. Default: one document.
-          positions_BT: int32. Default: from 0 in every segment.
+          segment_ids_BT: int32, documents from 1, padding 0; tokens see their own document only. Default: one
+          document. positions_BT: int32. Default: from 0 in every segment.
         """
         hidden_BTD, _, _ = self.hidden_states(tokens_BT, segment_ids_BT, positions_BT)
         return self.logits(hidden_BTD)
@@ -144,8 +144,8 @@ class Transformer(nnx.Module):
           dropout_key: turns the config's dropout on.
 
         Returns:
-          [B, T, D] in the compute type; the new cache; the statistics of every layer's router, stacked: `load` and
-          `probability` [L, E], `z` [L].
+          [B, T, D] in the compute type; the new cache; the statistics of every layer's router, stacked:
+          `load` and `probability` [L, E], `z` [L].
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
@@ -170,7 +170,8 @@ class Transformer(nnx.Module):
             policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
             one_period = jax.checkpoint(one_period, policy=policies[config.remat])
 
-        # Every product inside is float32 where its operands are: TPU and GPU would round them without being told.
+        # Every product inside is float32 where its operands are: TPU and GPU would round them without being
+        # told.
         with jax.default_matmul_precision("highest"):
             cos_sin = rope.rotation(config, positions_BT)
             x_BTD = self.embedding.weight[...][tokens_BT].astype(compute_dtype(config))
@@ -196,7 +197,8 @@ def abstract_params(config: ModelConfig) -> dict:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Random parameters: normal(0, initializer_range) weights, zero biases and sinks, norms of one; float32."""
+    """Random parameters: normal(0, initializer_range) weights, zero biases and sinks, norms of one;
+    float32."""
     return params_of(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
 
 

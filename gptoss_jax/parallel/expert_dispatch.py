@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.kernels.grouped_matmul import grouped_matmul
+from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
 from gptoss_jax.parallel import mesh
 
 
 @jax.custom_vjp
 def permute(x_RD: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """`x_RD[order_R]` for a permutation whose inverse is known: its gradient is a gather too, not a scatter."""
+    """`x_RD[order_R]` for a permutation whose inverse is known: its gradient is a gather too, not a
+    scatter."""
     return x_RD[order_R]
 
 
@@ -27,10 +28,10 @@ def apply_experts(x_MD, experts_MX, weights_MX, parameters, activation):
 
     Args:
       x_MD: tokens.
-      experts_MX: int32, the experts of each token. A number outside 0 … E-1 stands for no expert and gives zero.
-      weights_MX: float32, the share of each of them in the sum.
-      parameters: `gate_up` [E, D, 2, F] and `down` [E, F, D], with `gate_up_bias` [E, 2, F] and `down_bias` [E, D]
-        where the model has them; in the type of `x_MD`.
+      experts_MX: int32, the experts of each token. A number outside 0 … E-1 stands for no expert and gives
+      zero. weights_MX: float32, the share of each of them in the sum. parameters: `gate_up` [E, D, 2, F] and
+      `down` [E, F, D], with `gate_up_bias` [E, 2, F] and `down_bias`
+        [E, D] where the model has them; in the type of `x_MD`.
       activation: (gate_RF, up_RF) -> [R, F].
 
     Returns:
@@ -54,7 +55,8 @@ def apply_experts(x_MD, experts_MX, weights_MX, parameters, activation):
 
 
 def _exchanged_experts(x_MD, experts_MX, weights_MX, parameters, activation):
-    """One device's part: all tokens of its expert group come in, its own experts' share of the sums goes out."""
+    """One device's part: all tokens of its expert group come in, its own experts' share of the sums goes
+    out."""
     x_MD, experts_MX, weights_MX = (
         jax.lax.all_gather(part, "expert", tiled=True) for part in (x_MD, experts_MX, weights_MX)
     )
@@ -69,7 +71,8 @@ def _exchanged_experts(x_MD, experts_MX, weights_MX, parameters, activation):
 
 
 def _local_experts(x_MD, experts_MX, weights_MX, parameters, activation):
-    """Sorts the (token, expert) rows by expert, multiplies, and puts the results back in the tokens' order."""
+    """Sorts the (token, expert) rows by expert, multiplies, and puts the results back in the tokens'
+    order."""
     M, X = experts_MX.shape
     D = x_MD.shape[1]
     E, F, _ = parameters["down"].shape
@@ -77,18 +80,14 @@ def _local_experts(x_MD, experts_MX, weights_MX, parameters, activation):
     experts_R = jnp.where((experts_MX >= 0) & (experts_MX < E), experts_MX, E).reshape(-1)
     order_R = jnp.argsort(experts_R, stable=True)
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(M * X, dtype=order_R.dtype))
-    sorted_experts_R = experts_R[order_R]
     group_sizes_E = jnp.bincount(experts_R, length=E + 1)[:E].astype(jnp.int32)
-
-    def bias(name):
-        return jnp.pad(parameters[name].reshape(E, -1), ((0, 1), (0, 0)))[sorted_experts_R]
 
     x_RD = permute(jnp.broadcast_to(x_MD[:, None], (M, X, D)).reshape(M * X, D), order_R, inverse_R)
     h_RF = grouped_matmul(x_RD, parameters["gate_up"].reshape(E, D, 2 * F), group_sizes_E)
     if "gate_up_bias" in parameters:
-        h_RF = h_RF + bias("gate_up_bias")
+        h_RF = add_group_bias(h_RF, parameters["gate_up_bias"].reshape(E, 2 * F), group_sizes_E)
     y_RD = grouped_matmul(activation(h_RF[:, :F], h_RF[:, F:]), parameters["down"], group_sizes_E)
     if "down_bias" in parameters:
-        y_RD = y_RD + bias("down_bias")
+        y_RD = add_group_bias(y_RD, parameters["down_bias"], group_sizes_E)
     y_MXD = permute(y_RD, inverse_R, order_R).reshape(M, X, D)
     return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype)

@@ -17,8 +17,8 @@ BATCH = ("data", "fsdp", "expert")
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays the devices (all of them by default) out as the config says.
 
-    The axes are of type Auto: the compiler places what the path table and a few constraints leave open. Raises
-    ValueError when the axes do not multiply to the number of devices.
+    The axes are of type Auto: the compiler places what the path table and a few constraints leave open.
+    Raises ValueError when the axes do not multiply to the number of devices.
     """
     count = len(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)

@@ -1,4 +1,5 @@
-"""What a run tells while it goes and when it ends: rows of metrics, lines on the console, the closing words."""
+"""What a run tells while it goes and when it ends: rows of metrics, lines on the console, the closing
+words."""
 
 import contextlib
 import math
@@ -195,7 +196,8 @@ class RunLog:
 
 
 class Clock:
-    """Where the time of the steps goes: running, waiting for data, logging. Evaluating and saving are left out."""
+    """Where the time of the steps goes: running, waiting for data, logging. Evaluating and saving are left
+    out."""
 
     def __init__(self) -> None:
         self.restart()

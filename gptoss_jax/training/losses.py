@@ -12,7 +12,8 @@ CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
 
 def chunk_length(batch: int, length: int, vocab_size: int, shards: int = 1) -> int:
-    """Positions of a chunk: the largest divisor of `length` whose logits, [B, chunk, V] over the batch's shards, fit."""
+    """Positions of a chunk: the largest divisor of `length` whose logits, [B, chunk, V] over the batch's
+    shards, fit."""
     room = max(1, CHUNK_LOGITS * shards // (batch * vocab_size))
     return max(size for size in range(1, length + 1) if length % size == 0 and size <= room)
 
@@ -23,9 +24,9 @@ def cross_entropy(
 ) -> jax.Array:
     """The weighted sum of -log p(target) in nats, a float32 scalar.
 
-    Works through `chunk` positions at a time, so that the logits of all positions never exist together. When it is
-    differentiated, each chunk's gradient is taken while its logits are there: no product is done twice. The gradient
-    reaches `hidden_BTD` and `head_VD` only.
+    Works through `chunk` positions at a time, so that the logits of all positions never exist together. When
+    it is differentiated, each chunk's gradient is taken while its logits are there: no product is done twice.
+    The gradient reaches `hidden_BTD` and `head_VD` only.
     """
     return _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=False)[0]
 
@@ -85,7 +86,8 @@ def _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradie
 
 
 def load_balance_loss(stats: RouterStats) -> jax.Array:
-    """E * sum_e load_e * probability_e, averaged over layers: 1 where every expert gets the same (Fedus et al. 2021)."""
+    """E * sum_e load_e * probability_e, averaged over layers: 1 where every expert gets the same (Fedus et
+    al. 2021)."""
     experts = stats["load"].shape[-1]
     return experts * jnp.mean(jnp.sum(stats["load"] * stats["probability"], axis=-1))
 

@@ -80,7 +80,7 @@ class MetricsLog:
             temporary.write_bytes(b"".join(kept))
             os.replace(temporary, path)
         # Unbuffered: each row is a single write, so a killed process loses at most the one under way.
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         # The name of an event file tells seconds only: the suffix keeps a quick restart from overwriting it.
         options = dict(max_queue=1000, flush_secs=10, filename_suffix=f".{time.time_ns()}")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1, **options)

@@ -11,12 +11,14 @@ MATRICES = frozenset({"weight", "q", "k", "v", "out", "router", "gate_up", "down
 
 
 def decay_mask(params) -> dict:
-    """True for the parameters that weight decay pulls on: matrices, not norms, biases, sinks or the router's bias."""
+    """True for the parameters that weight decay pulls on: matrices, not norms, biases, sinks or the router's
+    bias."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_names(path)[-1] in MATRICES, params)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step (from 0): a linear rise, then `cosine` or `wsd` down to `final_fraction` of the peak."""
+    """Learning rate by step (from 0): a linear rise, then `cosine` or `wsd` down to `final_fraction` of the
+    peak."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = min(config.warmup_steps, steps - 1)
     # A rise over n steps takes its first step at 1/n of the peak, not at zero.

@@ -1,4 +1,5 @@
-"""What stands before the first step: checks of a run against its folder, text and devices, and its first state."""
+"""What stands before the first step: checks of a run against its folder, text and devices, and its first
+state."""
 
 import dataclasses
 import json
@@ -41,7 +42,7 @@ def check_folder(config: TrainConfig) -> None:
     ]
     if differing:
         raise ValueError(
-            f"run_dir is {config.run_dir!r}: that run was started with another config; {', '.join(differing)}. "
+            f"run_dir is {config.run_dir!r}: made with another config; {', '.join(differing)}. "
             "Name another --run-dir, or start it with the same settings"
         )
 
@@ -55,7 +56,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_text(config: TrainConfig, cache: TokenCache) -> None:
-    """Raises ValueError when the tokenizer has more ids than the model, or a row is longer than its context."""
+    """Raises ValueError when the tokenizer has more ids than the model, or a row is longer than its
+    context."""
     have, need = config.model.vocab_size, cache.tokenizer.vocab_size
     allowed = f"must be at least {need}, the size of data.tokenizer ({config.data.tokenizer})"
     require(have >= need, "model.vocab_size", have, allowed)
@@ -109,7 +111,8 @@ def _check_same_shapes(config: TrainConfig, loaded: TrainConfig) -> None:
 
 
 def checkpoint_record(config: TrainConfig, position: dict[str, Any], tokens_seen: int) -> dict[str, Any]:
-    """What a checkpoint carries besides arrays, JSON-ready. The folder's small files make it complete alone."""
+    """What a checkpoint carries besides arrays, JSON-ready. The folder's small files make it complete
+    alone."""
     folder = pathlib.Path(config.run_dir)
     names = [name for name in ("tokenizer.json", "tokenizer_name.txt") if (folder / name).exists()]
     return {

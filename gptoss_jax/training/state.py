@@ -26,7 +26,8 @@ class TrainState:
     opt_state: optax.OptState
     # Root of dropout's random numbers; each step folds its number in.
     key: jax.Array
-    # Steps that changed nothing because loss or gradient was not finite: in all, and the latest in a row; int32.
+    # Steps that changed nothing because loss or gradient was not finite: in all, and the latest in a row;
+    # int32.
     skipped: jax.Array
     skipped_in_a_row: jax.Array
 

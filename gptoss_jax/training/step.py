@@ -20,8 +20,8 @@ Batch = dict[str, jax.Array]
 def summed_loss(model_config: ModelConfig, params: dict, batch: Batch, shards: int, dropout_key=None):
     """The sum of -log p over a batch's real targets in nats, and the routers' statistics.
 
-    `batch` holds int32 [B, T] arrays: tokens, targets, segment_ids (0 is padding) and positions. `shards` is how
-    many parts the mesh splits the batch into.
+    `batch` holds int32 [B, T] arrays: tokens, targets, segment_ids (0 is padding) and positions. `shards` is
+    how many parts the mesh splits the batch into.
     """
     model = with_params(model_config, params)
     hidden_BTD, _, stats = model.hidden_states(
@@ -40,9 +40,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The jitted step. The state given is donated: it may not be used again.
 
-    Metrics, float32 scalars unless said: `loss` (mean over real targets, nats), `load_balance_loss`, `router_z_loss`,
-    `grad_norm` (before clipping), `learning_rate`, `skipped` and `skipped_in_a_row` (int32, this step included),
-    `tokens` (real targets, int32), `expert_load` [L, E].
+    Metrics, float32 scalars unless said: `loss` (mean over real targets, nats), `load_balance_loss`,
+    `router_z_loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and `skipped_in_a_row` (int32,
+    this step included), `tokens` (real targets, int32), `expert_load` [L, E].
     """
     optimizer = make_optimizer(config.optim, config.steps)
     schedule = make_schedule(config.optim, config.steps)

@@ -1,7 +1,8 @@
 """Checkpoints of a run (Orbax): any trees of arrays and a JSON record, written in the background, sharded.
 
-A checkpoint holds the items `params` (the model's tree), `training` (everything else a step changes) and `record`
-(data position, config, tokenizer: what `train.py` needs to go on). It appears under its final name only when it is whole.
+A checkpoint holds the items `params` (the model's tree), `training` (everything else a step changes) and
+`record` (data position, config, tokenizer: what `train.py` needs to go on). It appears under its final name
+only when it is whole.
 """
 
 import logging
@@ -26,7 +27,8 @@ class Checkpoints:
     def __init__(self, run_dir: str | pathlib.Path, keep: int = 2, read_only: bool = False):
         """Keeps the `keep` latest checkpoints and the one with the lowest validation loss."""
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
-        # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an exception.
+        # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an
+        # exception.
         logging.getLogger("absl").setLevel(logging.ERROR)
         best = BestN(get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False)
         self._options = ocp.CheckpointManagerOptions(
@@ -85,9 +87,9 @@ class Checkpoints:
     ) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """The latest checkpoint that can be read, each array placed as its abstract counterpart says.
 
-        A damaged one is said through `report` and moved to `damaged-STEP` beside it, so that the one before is used
-        and nothing is lost. Returns (step, params, training, record), or None where there is no checkpoint.
-        Raises ValueError when there are checkpoints and none can be read.
+        A damaged one is said through `report` and moved to `damaged-STEP` beside it, so that the one before
+        is used and nothing is lost. Returns (step, params, training, record), or None where there is no
+        checkpoint. Raises ValueError when there are checkpoints and none can be read.
         """
         steps, damaged = self.steps, []
         for step in reversed(steps):

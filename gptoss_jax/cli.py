@@ -1,0 +1,131 @@
+"""The command `gptoss`, also `python -m gptoss_jax`."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, TextIO
+
+import tyro
+
+# Nothing above a command's body may import jax, which takes longer than `--help` should.
+
+Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def generate(
+    run: Run,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: OptionalInt = None,
+    top_p: OptionalFloat = None,
+    min_p: OptionalFloat = None,
+    seed: int = 0,
+) -> None:
+    """Continue a text with the model of a run, printing it as it is written.
+
+    Args:
+        run: Folder of the run, as train.py wrote it.
+        prompt: The text to continue; "" lets the model begin by itself.
+        max_new_tokens: Stop after so many tokens, if the text has not ended before.
+        temperature: How freely to choose: 0 takes the likeliest token, 1 follows the model's probabilities.
+        top_k: Choose among this many of the likeliest tokens only.
+        top_p: Choose among the likeliest tokens whose probabilities add up to this.
+        min_p: Choose among tokens at least this many times as likely as the likeliest.
+        seed: Another seed gives another text; the same one the same.
+    """
+    import jax
+
+    from gptoss_jax.inference.generate import TextStream, stream_with_params
+    from gptoss_jax.weights.checkpoint import load_run
+
+    config, params, tokenizer = load_run(run)
+    chunks = stream_with_params(
+        config.model, jax.device_put(params), [[tokenizer.bos_id, *tokenizer.encode(prompt)]], max_new_tokens,
+        temperature, top_k, top_p, min_p, stop_tokens=(tokenizer.eos_id,), seed=seed,
+    )  # fmt: skip
+    write = _writer(sys.stdout)
+    write(prompt, dim=True)
+    text = TextStream(tokenizer.decode_bytes)
+    counts, times = [], []
+    for (tokens,) in chunks:
+        counts.append(len(tokens))
+        times.append(time.monotonic())
+        # The model's table may have more rows than the tokenizer has tokens.
+        write(text.feed([token for token in tokens if token < tokenizer.vocab_size]))
+    write(text.close())
+    write("\n")
+    rate = "–"
+    if times[-1] > times[0]:
+        # The first chunk has waited for the compiler, which says nothing of the model's speed.
+        rate = f"{sum(counts[1:]) / (times[-1] - times[0]):,.1f}"
+    made = sum(counts)
+    _writer(sys.stderr)(f"{made:,} token{'s' * (made != 1)} · {rate} tokens/s\n", dim=True)
+
+
+@app.command
+def report(run: Run) -> None:
+    """Draw the curves of a run as a picture, RUN/report.png, and print its path.
+
+    Args:
+        run: Folder of the run, as train.py wrote it.
+    """
+    from gptoss_jax.training.report import draw_report
+
+    print(draw_report(run))
+
+
+def _writer(file: TextIO) -> Callable[..., None]:
+    """Writes text at once. At a terminal it can be dim, and whatever a model wrote cannot move the cursor."""
+    from gptoss_jax.training.metrics import printable
+
+    terminal = file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    encoding = getattr(file, "encoding", None) or "utf-8"
+
+    def write(text: str, dim: bool = False) -> None:
+        text = text.encode(encoding, "replace").decode(encoding)
+        if terminal:
+            text = printable(text)
+            text = f"\x1b[2m{text}\x1b[0m" if dim and text else text
+        file.write(text)
+        file.flush()
+
+    return write
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"gptoss: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command line (the process's by default) and returns its exit code.
+
+    0 is success, 1 a file that cannot be read or written, 2 a bad argument, 130 an interruption by Ctrl-C.
+    Raises SystemExit where tyro does: after `--help` and for arguments that it cannot parse.
+    """
+    try:
+        app.cli(
+            prog="gptoss",
+            description="Models of the gpt-oss family in JAX.",
+            args=args,
+            sort_subcommands=False,
+        )
+    except KeyboardInterrupt:
+        print(flush=True)
+        return 130
+    except ValueError as error:
+        return _fail(error, 2)
+    except BrokenPipeError:
+        # The reader has left, `| head` for one. What Python still holds for it must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(error, 1)
+    return 0

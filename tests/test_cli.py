@@ -1,0 +1,176 @@
+"""The command line: its help, its errors, and text that arrives in broken pieces."""
+
+import io
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from gptoss_jax import cli
+from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.data.tokenizer import make_tokenizer
+from gptoss_jax.inference import generate as engine
+from gptoss_jax.inference.generate import TextStream
+from gptoss_jax.weights import checkpoint
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_text_is_never_broken_inside_a_character():
+    tokenizer = make_tokenizer("bytes")
+    text = "aé€\U0001f642z\u0301"
+    stream, parts = TextStream(tokenizer.decode_bytes), []
+    for token in tokenizer.encode(text):
+        parts.append(stream.feed([token]))
+        assert text.startswith("".join(parts))
+    assert "".join(parts) == text and stream.close() == ""
+    # A character that breaks off, before another one and at the end.
+    stream = TextStream(tokenizer.decode_bytes)
+    assert stream.feed([0xE2, 0x82]) == ""
+    assert stream.feed([0x41, 0xF0, 0x9F]) == "\ufffdA"
+    assert stream.close() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--help"], ["usage: gptoss", "generate", "report", "Continue a text", "Draw the curves"]),
+        (
+            ["generate", "--help"],
+            ["RUN", "--prompt", "--max-new-tokens", "(default: 200)", "--top-k", "--top-p",
+             "--min-p", "--seed", "likeliest"],
+        ),
+        (["report", "--help"], ["RUN", "report.png"]),
+    ],
+)  # fmt: skip
+def test_help(capsys, args, words):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(args)
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert [word for word in words if word not in shown] == []
+
+
+def test_help_does_not_wait_for_jax():
+    # Under -m the first module that is imported is the package itself.
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "gptoss_jax", "--help"], capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "usage: gptoss" in run.stdout
+    assert "tyro" in run.stderr and " jax\n" not in run.stderr
+
+
+def test_bad_arguments(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "somewhere", "--prompt", "a", "--temprature", "1"])
+    assert caught.value.code == 2
+    assert "--temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["report"]])
+def test_a_folder_that_is_no_run(capsys, tmp_path, command):
+    assert cli.main([command[0], str(tmp_path / "none"), *command[1:]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("gptoss: error: ") and captured.err.count("\n") == 1
+    assert str(tmp_path / "none") in captured.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("one\n  two"), 2), (OSError("one two"), 1), (FileNotFoundError("one two"), 1)],
+)
+def test_errors_are_one_line(capsys, monkeypatch, error, code):
+    def fail(run):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "load_run", fail)
+    assert cli.main(["generate", "run", "--prompt", "a"]) == code
+    assert capsys.readouterr() == ("", "gptoss: error: one two\n")
+
+
+def test_other_faults_keep_their_traceback(monkeypatch):
+    def fail(run):
+        raise TypeError("a fault of ours")
+
+    monkeypatch.setattr(checkpoint, "load_run", fail)
+    with pytest.raises(TypeError):
+        cli.main(["generate", "run", "--prompt", "a"])
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A run that is loaded from nowhere, and an engine that answers with given chunks of bytes."""
+    tokenizer = make_tokenizer("bytes")
+    config = TrainConfig(model=ModelConfig(vocab_size=260))
+    monkeypatch.setattr(checkpoint, "load_run", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
+    seen = types.SimpleNamespace(chunks=[])
+
+    def answer(model_config, params, prompts, *args, **kwargs):
+        seen.prompts, seen.args, seen.kwargs = prompts, args, kwargs
+        for chunk in seen.chunks:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield [list(chunk)]
+
+    monkeypatch.setattr(engine, "stream_with_params", answer)
+    return seen
+
+
+def test_generate_to_a_file(run, capsys):
+    # 259 is in the model's table alone.
+    run.chunks = [b"w", b"\xc3", [0xB6, 259], b"rld \x1b[31m", b"\xe2"]
+    assert cli.main(["generate", "folder", "--prompt", "héllo ", "--top-k", "7", "--seed", "3"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "héllo wörld \x1b[31m\ufffd\n"
+    assert captured.err.startswith("14 tokens · ") and captured.err.endswith(" tokens/s\n")
+    assert run.prompts == [[256, *"héllo ".encode()]]
+    assert run.args == (200, 0.8, 7, None, None)
+    assert run.kwargs == {"stop_tokens": (256,), "seed": 3}
+
+
+def test_generate_at_a_terminal(run, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    run.chunks = [b"a\n", b"\x1b[2Jb"]
+    assert cli.main(["generate", "folder", "--prompt", "Hi"]) == 0
+    assert out.getvalue() == "\x1b[2mHi\x1b[0ma\n\\x1b[2Jb\n"
+    assert err.getvalue().startswith("\x1b[2m7 tokens · ") and err.getvalue().endswith("\x1b[0m")
+
+
+def test_an_empty_answer(run, capsys):
+    run.chunks = [b""]
+    assert cli.main(["generate", "folder", "--prompt", ""]) == 0
+    assert capsys.readouterr() == ("\n", "0 tokens · – tokens/s\n")
+
+
+def test_an_interruption_ends_the_line(run, capsys):
+    run.chunks = [b"wor", KeyboardInterrupt()]
+    assert cli.main(["generate", "folder", "--prompt", "the "]) == 130
+    assert capsys.readouterr() == ("the wor\n", "")
+
+
+def test_a_reader_that_leaves(tmp_path):
+    # The help is longer than nothing at all, which is what the reader takes.
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, "-c", "import sys; from gptoss_jax import cli\n"
+         "cli.app.command(lambda: print('x' * 100_000, flush=True), name='talk')\n"
+         "sys.exit(cli.main(['talk']))"],
+        stdout=write, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    assert (run.returncode, run.stderr) == (1, "")

@@ -1,0 +1,116 @@
+"""What is cut away, in small literal cases, and that the draws follow what is left."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gptoss_jax.inference.sampling import filtered_log_probs, sample, sequence_keys, step_keys
+
+# Probabilities 0.4, 0.3, 0.2, 0.1, out of order, with a shift that must not matter.
+LOGITS = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.3]])) + 5
+TIED = jnp.array([[1.0, 3.0, 3.0, 3.0]])
+
+compiled_log_probs = jax.jit(filtered_log_probs)
+compiled_sample = jax.jit(sample)
+
+
+@pytest.mark.parametrize(
+    ("logits", "settings", "expected"),
+    [
+        (LOGITS, {}, [0.2, 0.4, 0.1, 0.3]),
+        (LOGITS, {"temperature": 0.5}, [4 / 30, 16 / 30, 1 / 30, 9 / 30]),
+        (LOGITS, {"temperature": 0.0}, [0, 1, 0, 0]),
+        (LOGITS, {"temperature": 1e-30}, [0, 1, 0, 0]),
+        (LOGITS, {"top_k": 1}, [0, 1, 0, 0]),
+        (LOGITS, {"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        (LOGITS, {"top_k": 9}, [0.2, 0.4, 0.1, 0.3]),
+        (LOGITS, {"top_p": 1e-9}, [0, 1, 0, 0]),
+        (LOGITS, {"top_p": 0.39}, [0, 1, 0, 0]),
+        (LOGITS, {"top_p": 0.41}, [0, 4 / 7, 0, 3 / 7]),
+        (LOGITS, {"top_p": 0.71}, [2 / 9, 4 / 9, 0, 3 / 9]),
+        (LOGITS, {"top_p": 1.0}, [0.2, 0.4, 0.1, 0.3]),
+        (LOGITS, {"min_p": 0.0}, [0.2, 0.4, 0.1, 0.3]),
+        (LOGITS, {"min_p": 0.49}, [2 / 9, 4 / 9, 0, 3 / 9]),
+        (LOGITS, {"min_p": 0.51}, [0, 4 / 7, 0, 3 / 7]),
+        # Temperature comes first: at 0.5 the shares are 16, 9, 4 and 1 of 30.
+        (LOGITS, {"temperature": 0.5, "top_p": 0.55}, [0, 16 / 25, 0, 9 / 25]),
+        (LOGITS, {"temperature": 0.5, "top_p": 0.53}, [0, 1, 0, 0]),
+        (LOGITS, {"temperature": 0.5, "min_p": 0.26}, [0, 16 / 25, 0, 9 / 25]),
+        # Top-p works on what top-k has left: 0.4 of 0.7 is 0.571.
+        (LOGITS, {"top_k": 2, "top_p": 0.57}, [0, 1, 0, 0]),
+        (LOGITS, {"top_k": 2, "top_p": 0.58}, [0, 4 / 7, 0, 3 / 7]),
+        (LOGITS, {"top_k": 3, "top_p": 0.9, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
+        # Of tokens that tie, the lower ids are kept, so many as were asked for.
+        (TIED, {"top_k": 1}, [0, 1, 0, 0]),
+        (TIED, {"top_k": 2}, [0, 0.5, 0.5, 0]),
+        (TIED, {"top_p": 0.5}, [0, 0.5, 0.5, 0]),
+        (TIED, {"temperature": 0.0}, [0, 1, 0, 0]),
+    ],
+)
+def test_what_is_left(logits, settings, expected):
+    static = filtered_log_probs(logits, **settings)
+    np.testing.assert_allclose(jnp.exp(static), [expected], atol=1e-6)
+    np.testing.assert_array_equal(jnp.exp(static) == 0, [np.equal(expected, 0)])
+    traced = compiled_log_probs(logits, **settings)
+    np.testing.assert_allclose(jnp.exp(traced), [expected], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 1.5, "min_p": 0.1},
+        {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.2},
+    ],
+)
+def test_draws_follow_the_filtered_distribution(settings):
+    draws, V = 20_000, 13
+    logits_V = 2 * jax.random.normal(jax.random.key(1), (V,))
+    expected_V = np.exp(np.asarray(filtered_log_probs(logits_V[None], **settings)[0], np.float64))
+    tokens_B = compiled_sample(jnp.tile(logits_V, (draws, 1)), sequence_keys(3, draws), **settings)
+    chex.assert_type(tokens_B, jnp.int32)
+    observed_V = np.bincount(tokens_B, minlength=V)
+    kept_V = expected_V > 0
+    assert observed_V[~kept_V].sum() == 0
+    expected_V = expected_V[kept_V] / expected_V[kept_V].sum() * draws
+    assert expected_V.min() > 4
+    assert stats.chisquare(observed_V[kept_V], expected_V).pvalue > 1e-3
+
+
+def test_settings_of_each_sequence():
+    logits_BV = jnp.tile(LOGITS, (3, 1))
+    probabilities_BV = jnp.exp(
+        filtered_log_probs(logits_BV, jnp.array([1.0, 0.0, 1.0]), top_k=jnp.array([4, 4, 2]))
+    )
+    expected = [[0.2, 0.4, 0.1, 0.3], [0, 1, 0, 0], [0, 4 / 7, 0, 3 / 7]]
+    np.testing.assert_allclose(probabilities_BV, expected, atol=1e-6)
+    tokens_B = sample(jnp.tile(LOGITS, (2, 1)), sequence_keys(0, 2), jnp.array([0.0, 0.0]))
+    np.testing.assert_array_equal(tokens_B, [1, 1])
+
+
+def test_keys():
+    keys_B = step_keys(sequence_keys(7, 5), 3)
+    expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 4), 3)
+    assert keys_B[4] == expected
+    # A seed that is traced, as in the decoder, is the same seed.
+    assert jax.jit(sequence_keys, static_argnums=1)(np.uint32(7), 5)[4] == sequence_keys(7, 5)[4]
+    # What a sequence draws does not depend on those beside it.
+    logits_BV = jax.random.normal(jax.random.key(0), (5, 50))
+    together_B = sample(logits_BV, keys_B, 1.0, top_p=0.9)
+    alone_B = [sample(logits_BV[b : b + 1], keys_B[b : b + 1], 1.0, top_p=0.9)[0] for b in range(5)]
+    np.testing.assert_array_equal(together_B, alone_B)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sorts"),
+    [({}, 0), ({"min_p": 0.1}, 0), ({"top_k": 3}, 1), ({"top_k": 3, "top_p": 0.5, "min_p": 0.1}, 1)],
+)
+def test_at_most_one_sort(settings, sorts):
+    jaxpr = jax.make_jaxpr(lambda x, keys: sample(x, keys, 1.0, **settings))(LOGITS, sequence_keys(0, 1))
+    assert str(jaxpr).count(" sort[") == sorts

@@ -1,0 +1,367 @@
+"""The training step: accumulation, schedules, decay, clipping, bad steps, and the same numbers on any mesh."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptoss_jax.config import (
+    SLIDING,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RopeScaling,
+    TrainConfig,
+)
+from gptoss_jax.model.transformer import abstract_params, segment_positions
+from gptoss_jax.parallel.mesh import batch_shards, make_mesh
+from gptoss_jax.parallel.sharding import batch_sharding, path_names
+from gptoss_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from gptoss_jax.training.state import abstract_state, create_state
+from gptoss_jax.training.step import make_eval_step, make_train_step
+
+B, T = 8, 13
+
+CONFIG = TrainConfig(
+    # Sizes that the axes of the meshes below divide.
+    model=ModelConfig(
+        vocab_size=98,
+        hidden_size=24,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        sliding_window=4,
+        layer_types=(SLIDING,) * 2,  # one block, stacked twice: half the compilation
+        rope_theta=1000.0,
+        rope_scaling=RopeScaling(factor=8.0, beta_fast=2.0, original_max_position_embeddings=24),
+        router_aux_loss_coef=0.02,
+        router_z_loss_coef=0.01,
+        compute_dtype="float32",
+    ),
+    data=DataConfig(seq_len=T, batch_size=B),
+    # A large epsilon keeps the update in proportion to the gradient, so that a wrong gradient shows.
+    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, epsilon=0.1, clip_norm=0.5),
+    steps=20,
+)
+
+
+def make_batch(seed=0):
+    """Rows of one to three documents and padding, with unequal numbers of real tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 98, (B, T + 1))
+    cuts = np.sort(rng.integers(0, T + 1, (B, 3)), axis=1)
+    segments = 1 + (np.arange(T) >= cuts[:, :1]) + (np.arange(T) >= cuts[:, 1:2])
+    segments = np.where(np.arange(T) >= np.maximum(cuts[:, 2:], 3), 0, segments)
+    assert len(set((segments > 0).sum(axis=1))) > 3
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments}
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    return batch | {"positions": segment_positions(batch["segment_ids"])}
+
+
+@functools.cache
+def start_params():
+    """Parameters that give steep logits, with nothing at zero."""
+    rng = np.random.default_rng(5)
+
+    def one(path, leaf):
+        name = path_names(path)[-1]
+        return ((name == "scale") + 0.3 * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params(CONFIG.model))
+
+
+def on_host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+@functools.cache
+def start_state():
+    """A fresh state around those parameters, on the host."""
+    state = create_state(CONFIG, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    return dataclasses.replace(on_host(state), params=start_params())
+
+
+def start():
+    return jax.tree.map(jnp.array, start_state())
+
+
+train_step_of = functools.cache(make_train_step)
+
+
+def take_steps(config, mesh, batches):
+    """The metrics of each step and the last state, on the host; without a mesh, on one device."""
+    if mesh is None:
+        state, put = start(), lambda batch: batch
+    else:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+        state = jax.device_put(start_state(), shardings)
+        put = functools.partial(jax.device_put, device=batch_sharding(mesh))
+    step, all_metrics = train_step_of(config, 1 if mesh is None else batch_shards(mesh)), []
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for batch in batches:
+            state, metrics = step(state, put(batch))
+            all_metrics.append(on_host(metrics))
+    return all_metrics, on_host(state)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Two steps on one device."""
+    return take_steps(CONFIG, None, [make_batch(0), make_batch(1)])
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    return train_step_of(CONFIG, 1)
+
+
+def test_a_step_changes_every_parameter(single):
+    (first, second), state = single
+    assert state.step == 2 and state.skipped == 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, start_params())
+    for path, value in jax.tree_util.tree_leaves_with_path(moved):
+        assert value > 1e-5, path
+    assert first["tokens"] == int((make_batch(0)["segment_ids"] > 0).sum())
+    assert first["grad_norm"] > CONFIG.optim.clip_norm
+    assert first["learning_rate"] == pytest.approx(0.05)
+    assert second["learning_rate"] < 0.05
+    assert first["expert_load"].shape == (2, 8)
+    np.testing.assert_allclose(first["expert_load"].sum(axis=1), 1, rtol=1e-5)
+    assert first["load_balance_loss"] > 1 and first["router_z_loss"] > 0
+    assert {first[name].dtype for name in ("loss", "grad_norm", "learning_rate")} == {np.dtype("float32")}
+
+
+def test_learning_on_one_batch_lowers_the_loss(train_step):
+    state, losses = start(), []
+    for _ in range(12):
+        state, metrics = train_step(state, make_batch(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.3
+
+
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "expert 8": MeshConfig(data=1, expert=8),
+    "fsdp 2 x expert 2 x tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    "data 2 x fsdp 2 x expert 2": MeshConfig(data=2, fsdp=2, expert=2),
+    "data 4 x tensor 2": MeshConfig(data=-1, tensor=2),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_any_mesh_gives_the_numbers_of_one_device(single, name):
+    expected, expected_state = single
+    metrics, state = take_steps(CONFIG, make_mesh(MESHES[name]), [make_batch(0), make_batch(1)])
+    for found, wanted in zip(metrics, expected, strict=True):
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            np.testing.assert_allclose(found[key], wanted[key], rtol=2e-5, atol=1e-6, err_msg=key)
+    chex.assert_trees_all_close(state.params, expected_state.params, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(state.opt_state, expected_state.opt_state, rtol=1e-4, atol=1e-5)
+
+
+def without_router_losses(accumulate):
+    # The load-balance loss is no mean over tokens, so that parts give a slightly other one.
+    model = dataclasses.replace(CONFIG.model, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    optim = dataclasses.replace(CONFIG.optim, accumulate=accumulate)
+    return dataclasses.replace(CONFIG, model=model, optim=optim)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return take_steps(without_router_losses(1), None, [make_batch(0)])
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "mesh"), [(2, None), (4, None), (2, MeshConfig(data=2, expert=2, tensor=2))]
+)
+def test_accumulation_gives_the_whole_batchs_step(whole, accumulate, mesh):
+    (expected,), expected_state = whole
+    mesh = None if mesh is None else make_mesh(mesh)
+    (metrics,), state = take_steps(without_router_losses(accumulate), mesh, [make_batch(0)])
+    for key in ("loss", "grad_norm", "tokens", "learning_rate"):
+        np.testing.assert_allclose(metrics[key], expected[key], rtol=2e-5, err_msg=key)
+    chex.assert_trees_all_close(state.params, expected_state.params, rtol=1e-5, atol=1e-5)
+    # The first moment is the gradient times 0.1.
+    chex.assert_trees_all_close(state.opt_state, expected_state.opt_state, rtol=1e-4, atol=1e-6)
+
+
+def test_state_lies_where_the_table_says():
+    mesh = make_mesh(MESHES["fsdp 2 x expert 2 x tensor 2"])
+    state = create_state(CONFIG, mesh)
+    abstract = abstract_state(CONFIG, mesh)
+    jax.tree.map(lambda a, s: chex.assert_equal(a.sharding, s.sharding), abstract, state)
+    gate_up = state.params["blocks"]["0"]["moe"]["gate_up"]
+    assert gate_up.shape == (2, 8, 24, 2, 36)
+    assert {shard.data.shape for shard in gate_up.addressable_shards} == {(2, 4, 12, 2, 18)}
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == gate_up.shape]
+    assert len(moments) == 2
+    assert all(leaf.sharding == gate_up.sharding for leaf in moments)
+    query = state.params["blocks"]["0"]["attention"]["q"]
+    assert {shard.data.shape for shard in query.addressable_shards} == {(2, 12, 3, 10)}
+    # The same numbers as on one device, up to the way they are computed.
+    alone = create_state(CONFIG, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    chex.assert_trees_all_close(on_host(state.params), on_host(alone.params), atol=1e-7)
+
+
+def test_an_axis_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match=r"mesh\.tensor is 4: must divide 2, a size of attention\.k"):
+        create_state(CONFIG, make_mesh(MeshConfig(tensor=4)))
+    with pytest.raises(ValueError, match=r"mesh is data 3 x fsdp 1 x expert 1 x tensor 1: .* 8 devices"):
+        make_mesh(MeshConfig(data=3))
+
+
+@pytest.mark.parametrize("where", ["params", "gradient"])
+def test_a_bad_step_changes_nothing_and_is_counted(train_step, where):
+    state = start()
+    state, _ = train_step(state, make_batch(0))
+    good = on_host(state)
+    bad_params = jax.tree.map(np.array, good.params)
+    if where == "params":
+        bad_params["final_norm"]["scale"][3] = np.inf
+    else:
+        # Weights so large that the squares of the norm overflow in the backward pass alone.
+        bad_params["head"]["weight"] *= np.float32(1e37)
+    state = dataclasses.replace(state, params=jax.tree.map(jnp.asarray, bad_params))
+    for count in (1, 2):
+        state, metrics = train_step(state, make_batch(count))
+        assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+        assert int(state.skipped) == int(state.skipped_in_a_row) == count
+        assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == count
+        assert int(state.step) == 1 + count
+        chex.assert_trees_all_equal(on_host(state.params), bad_params)
+        chex.assert_trees_all_equal(on_host(state.opt_state), good.opt_state)
+    # With the parameters mended, the next step is the one that the first would have been.
+    state = dataclasses.replace(state, params=jax.tree.map(jnp.asarray, good.params))
+    state, metrics = train_step(state, make_batch(1))
+    assert int(state.skipped) == 2 and int(state.skipped_in_a_row) == 0
+    assert int(state.step) == 4
+    schedule = make_schedule(CONFIG.optim, CONFIG.steps)
+    assert float(metrics["learning_rate"]) == pytest.approx(float(schedule(1)), rel=1e-6)
+
+
+def test_after_a_bad_step_training_goes_on_as_if_it_had_not_been(train_step, single):
+    state, _ = train_step(start(), make_batch(0))
+    kept = on_host(state)
+    bad = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params)
+    state, _ = train_step(dataclasses.replace(state, params=bad), make_batch(2))
+    state, _ = train_step(
+        dataclasses.replace(state, params=jax.tree.map(jnp.asarray, kept.params)), make_batch(1)
+    )
+    chex.assert_trees_all_close(on_host(state.params), single[1].params, rtol=1e-6, atol=1e-6)
+
+
+def test_the_state_is_donated(train_step):
+    state = start()
+    new, _ = train_step(state, make_batch(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_a_batch_of_padding_alone(train_step):
+    batch = make_batch(0)
+    batch["segment_ids"] = jnp.zeros_like(batch["segment_ids"])
+    state, metrics = train_step(start(), batch)
+    assert int(metrics["tokens"]) == 0 and float(metrics["loss"]) == 0
+    assert int(state.skipped) == 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(on_host(state.params)))
+
+
+def test_evaluation_agrees_with_training(single):
+    batch = make_batch(0)
+    nats, tokens = make_eval_step(CONFIG.model)(start_params(), batch)
+    assert int(tokens) == int((batch["segment_ids"] > 0).sum())
+    assert float(nats) / int(tokens) == pytest.approx(float(single[0][0]["loss"]), rel=1e-5)
+
+
+def test_decay_mask():
+    mask = decay_mask(abstract_params(CONFIG.model))
+    block = {
+        "attention": {
+            "q": True, "k": True, "v": True, "out": True, "sinks": False,
+            "q_bias": False, "k_bias": False, "v_bias": False, "out_bias": False,
+        },
+        "attention_norm": {"scale": False},
+        "moe": {
+            "router": True, "gate_up": True, "down": True,
+            "router_bias": False, "gate_up_bias": False, "down_bias": False,
+        },
+        "moe_norm": {"scale": False},
+    }  # fmt: skip
+    assert mask == {
+        "embedding": {"weight": True},
+        "head": {"weight": True},
+        "final_norm": {"scale": False},
+        "blocks": {"0": block},
+    }
+
+
+def schedule_values(steps, **options):
+    schedule = make_schedule(OptimConfig(learning_rate=1.0, **options), steps)
+    return [float(schedule(step)) for step in range(steps)]
+
+
+def test_cosine_by_hand():
+    found = schedule_values(9, warmup_steps=4, final_fraction=0.2)
+    fall = [0.2 + 0.8 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)]
+    np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1.0, *fall], rtol=1e-6)
+    assert fall[-1] == pytest.approx(0.2)
+
+
+def test_wsd_by_hand():
+    found = schedule_values(12, schedule="wsd", warmup_steps=2, decay_fraction=0.25, final_fraction=0.1)
+    np.testing.assert_allclose(found, [0.5, *[1.0] * 8, 0.7, 0.4, 0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_schedules_at_the_edges(kind):
+    found = schedule_values(5, schedule=kind, warmup_steps=0, final_fraction=0.0, decay_fraction=1.0)
+    assert found[0] == 1.0 and found[-1] == pytest.approx(0.0, abs=1e-7)
+    assert found == sorted(found, reverse=True)
+    # More warm-up than steps: it ends with the run.
+    found = schedule_values(4, schedule=kind, warmup_steps=100)
+    np.testing.assert_allclose(found[:3], [1 / 3, 2 / 3, 1.0], rtol=1e-6)
+    assert schedule_values(1, schedule=kind, warmup_steps=100) == [1.0]
+
+
+def first_update(gradient, **options):
+    """The change that the first step makes to a matrix of 2 and a norm of 2."""
+    options = {"learning_rate": 0.1, "warmup_steps": 0, "epsilon": 1.0} | options
+    optimizer = make_optimizer(OptimConfig(**options), 100)
+    params = {"head": {"weight": jnp.full((1,), 2.0)}, "final_norm": {"scale": jnp.full((1,), 2.0)}}
+    grads = {"head": {"weight": jnp.array([gradient[0]])}, "final_norm": {"scale": jnp.array([gradient[1]])}}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    return [float(updates["head"]["weight"][0]), float(updates["final_norm"]["scale"][0])]
+
+
+def test_the_first_update_by_hand():
+    # Norm 5, clipped to 1: gradients 0.6 and 0.8. Adam's first step is g / (g + epsilon); decay 0.5 * 2 on the matrix.
+    found = first_update((3.0, 4.0), weight_decay=0.5, clip_norm=1.0)
+    np.testing.assert_allclose(found, [-0.1 * (0.6 / 1.6 + 1.0), -0.1 * 0.8 / 1.8], rtol=1e-5)
+
+
+def test_no_clipping_below_the_norm_or_at_zero():
+    expected = [-0.1 * 3 / 4, -0.1 * 4 / 5]
+    np.testing.assert_allclose(first_update((3.0, 4.0), weight_decay=0.0, clip_norm=5.5), expected, rtol=1e-5)
+    np.testing.assert_allclose(first_update((3.0, 4.0), weight_decay=0.0, clip_norm=0.0), expected, rtol=1e-5)
+
+
+def test_the_gradient_of_a_step_is_clipped(single):
+    (metrics,), state = take_steps(CONFIG, None, [make_batch(0)])
+    assert metrics["grad_norm"] == single[0][0]["grad_norm"] > 1
+    # Adam's first moment is then a tenth of the clipped gradient, whose norm is the limit.
+    mean = optax.tree.get(state.opt_state, "mu")
+    assert float(optax.tree.norm(mean)) == pytest.approx(0.1 * 0.5, rel=1e-5)
