@@ -101,9 +101,9 @@ class _Checked:
                 raise ValueError(f"{cls._section + '.' if cls._section else ''}{name}: unknown field{hint}")
             if isinstance(value, list):
                 value = tuple(value)
-            if isinstance(value, dict):
-                choices = (kinds[name], *typing.get_args(kinds[name]))
-                value = next(c for c in choices if dataclasses.is_dataclass(c)).from_dict(value)
+            parts = [c for c in (kinds[name], *typing.get_args(kinds[name])) if dataclasses.is_dataclass(c)]
+            if isinstance(value, dict) and parts:
+                value = parts[0].from_dict(value)
             made[name] = value
         return cls(**made)
 
@@ -235,7 +235,7 @@ class ModelConfig(_Checked):
             self._require(
                 len(self.layer_types) == self.num_hidden_layers,
                 "layer_types",
-                f"must name a type for each of the {self.num_hidden_layers} layers of model.num_hidden_layers",
+                f"must name a type for each of model.num_hidden_layers ({self.num_hidden_layers})",
             )
             self._require(
                 set(self.layer_types) <= {SLIDING, FULL},
@@ -309,7 +309,8 @@ class OptimConfig(_Checked):
     weight_decay: float = 0.1
     # Longest gradient; a longer one is scaled down to this norm. 0 turns clipping off.
     clip_norm: float = 1.0
-    # Parts that a batch is worked through in, to save memory; the result is that of the whole batch.
+    # Parts that a batch is worked through in, to save memory. The gradient of the loss is that of the whole batch;
+    # the router's two losses are taken part by part and averaged.
     accumulate: int = 1
 
     def _check(self) -> None:

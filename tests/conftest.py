@@ -1,14 +1,14 @@
-"""Simulated devices, and the tiny models that the tests share. All sizes differ, so that no wrong transpose fits."""
+"""Simulated devices, and the tiny models that the tests share: their sizes all differ."""
 
 import functools
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the tests' time is compilation: code that is compiled less thoroughly halves it.
-for flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag.split("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+# Most of the tests' time is compilation, which level 0 halves. What the caller has set stands last and wins.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    + os.environ.get("XLA_FLAGS", "")
+)
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def notebook_config() -> ModelConfig:
-    """The other dialect: tied, no biases, no learned sinks but sink tokens, plain SwiGLU, plain rotary embedding."""
+    """The other dialect: tied, no biases, no learned sinks but sink tokens, plain SwiGLU, no YaRN."""
     return ModelConfig(
         vocab_size=101,
         hidden_size=26,
@@ -94,7 +94,7 @@ def _random_params(config: ModelConfig, seed: int) -> dict:
 
 @pytest.fixture(scope="session")
 def random_params():
-    """(config, seed=0) -> parameters where norms, biases and sinks are random too, and the logits far from flat."""
+    """(config, seed=0) -> parameters where norms, biases and sinks are random too; logits far from flat."""
     return lambda config, seed=0: _random_params(config, seed)
 
 
@@ -105,5 +105,5 @@ def _apply(config: ModelConfig):
 
 @pytest.fixture(scope="session")
 def apply_model():
-    """(config, params, tokens, segment ids, positions) -> logits as a numpy array, compiled once for each config."""
+    """(config, params, tokens, segment ids, positions) -> logits in numpy; compiled once per config."""
     return lambda config, params, *inputs: np.asarray(_apply(config)(params, *inputs))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -57,7 +58,7 @@ BAD = [
         ModelConfig,
         {"num_hidden_layers": 3, "layer_types": (FULL, SLIDING)},
         "model.layer_types is ('full_attention', 'sliding_attention'): "
-        "must name one type for each of the 3 layers (model.num_hidden_layers)",
+        "must name a type for each of model.num_hidden_layers (3)",
     ),
     (
         ModelConfig,
@@ -75,8 +76,8 @@ BAD = [
     (ModelConfig, {"hidden_size": "64"}, "model.hidden_size is '64': must be an integer"),
     (ModelConfig, {"hidden_size": True}, "model.hidden_size is True: must be an integer"),
     (ModelConfig, {"attention_bias": 1}, "model.attention_bias is 1: must be True or False"),
-    (ModelConfig, {"rope_theta": float("inf")}, "model.rope_theta is inf: must be a finite number"),
-    (ModelConfig, {"swiglu_limit": float("nan")}, "model.swiglu_limit is nan: must be a finite number or None"),
+    (ModelConfig, {"rope_theta": math.inf}, "model.rope_theta is inf: must be a finite number"),
+    (ModelConfig, {"swiglu_limit": math.nan}, "model.swiglu_limit is nan: must be a finite number or None"),
     (ModelConfig, {"rope_scaling": 32.0}, "model.rope_scaling is 32.0: must be RopeScaling or None"),
     (RopeScaling, {"factor": 0.5}, "model.rope_scaling.factor is 0.5: must be 1 or more"),
     (

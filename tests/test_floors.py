@@ -28,7 +28,7 @@ def module_of(path: pathlib.Path) -> str:
 
 
 def imported(source: str, package: str) -> set[str]:
-    """The modules of ours that a file of `package` names in any import, those inside of functions included."""
+    """The modules of ours that a file of `package` names in any import, inside of functions too."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -102,8 +102,8 @@ def test_keys():
     assert jax.jit(sequence_keys, static_argnums=1)(np.uint32(7), 5)[4] == sequence_keys(7, 5)[4]
     # What a sequence draws does not depend on those beside it.
     logits_BV = jax.random.normal(jax.random.key(0), (5, 50))
-    together_B = sample(logits_BV, keys_B, 1.0, top_p=0.9)
-    alone_B = [sample(logits_BV[b : b + 1], keys_B[b : b + 1], 1.0, top_p=0.9)[0] for b in range(5)]
+    together_B = compiled_sample(logits_BV, keys_B, 1.0, top_p=0.9)
+    alone_B = [compiled_sample(logits_BV[b : b + 1], keys_B[b : b + 1], 1.0, top_p=0.9)[0] for b in range(5)]
     np.testing.assert_array_equal(together_B, alone_B)
 
 

@@ -58,8 +58,7 @@ def filtered_log_probs(
     top_p: Setting | None = None,
     min_p: Setting | None = None,
 ) -> jax.Array:
-    """Log of the probability with which `sample` draws each token, float32 [B, V]; -inf where it never
-    does."""
+    """Log of the probability that `sample` draws each token with, float32 [B, V]; -inf stands for never."""
     V = logits_BV.shape[-1]
     greedy_BV = jnp.log(jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), V))
     if _is_zero(temperature):

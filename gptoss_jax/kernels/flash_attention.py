@@ -51,11 +51,12 @@ def reference_attention(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
+    sum_type = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     # The products are batched matrix products over [B, K]: XLA for CPU is slow with any other arrangement.
     q_BKRH = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, T, K, G, H)
     q_BKRH = q_BKRH.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k_BKHS, v_BKSH = k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(q_BKRH, k_BKHS, precision="highest", preferred_element_type=jnp.float32)
+    scores = jnp.matmul(q_BKRH, k_BKHS, precision="highest", preferred_element_type=sum_type)
     scores = jnp.where(mask_BTS[:, None, None], scores.reshape(B, K, G, T, S), MASKED)
     largest = jnp.max(scores, axis=-1, keepdims=True)
     if sinks_N is not None:
@@ -74,7 +75,7 @@ def reference_attention(
         weights.astype(v_BSKH.dtype).reshape(B, K, G * T, S),
         v_BKSH,
         precision="highest",
-        preferred_element_type=scores.dtype,
+        preferred_element_type=sum_type,
     )
     out = out.reshape(B, K, G, T, H) / total
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)

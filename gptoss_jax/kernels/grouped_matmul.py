@@ -53,70 +53,81 @@ blocked_grouped_matmul.defvjp(_blocked_fwd, _blocked_bwd)
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows in a block: 128 keeps the product near its peak; few rows per group waste less with smaller
-    blocks."""
+    """Rows in a block: 128 keep the product near its peak, smaller blocks waste less where groups are
+    small."""
     per_group = max(1, rows // groups)
-    return next((block for block in (128, 64, 32) if per_group >= block), 16)
+    return min(rows, next((block for block in (128, 64, 32) if per_group >= block), 16))
 
 
-def _for_each_block(group_sizes_E, block, initial, start_group, step, end_group):
-    """Runs `step` over the blocks of each group; a group's last block may reach into the rows after it."""
-    starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
+def _over_groups(group_sizes_E, rows, block, initial, start_group, step, end_group):
+    """Runs `step(e, start, mask, inner)` over the blocks of each group, where start is the block's first row.
+
+    The blocks lie side by side from the group's first row, with mask None. What is left is one more block
+    that ends where the group does: it reaches back over rows that were done or are another group's, and its
+    mask [block, 1] is True for the rows that count.
+    """
+    ends_E = jnp.cumsum(group_sizes_E)
 
     def group(e, carry):
-        def one_block(i, inner):
-            return step(e, starts_E[e] + i * block, group_sizes_E[e] - i * block, inner)
+        whole = group_sizes_E[e] // block
+        left = ends_E[e] - group_sizes_E[e] + whole * block
+        inner = lax.fori_loop(
+            0, whole, lambda i, c: step(e, left - (whole - i) * block, None, c), start_group(carry)
+        )
 
-        blocks = (group_sizes_E[e] + block - 1) // block
-        return end_group(e, carry, lax.fori_loop(0, blocks, one_block, start_group(e, carry)))
+        def rest(_, c):
+            start = jnp.clip(ends_E[e] - block, 0, rows - block)
+            row = start + jnp.arange(block)[:, None]
+            return step(e, start, (row >= left) & (row < ends_E[e]), c)
+
+        inner = lax.fori_loop(0, (left < ends_E[e]).astype(jnp.int32), rest, inner)
+        return end_group(e, carry, inner)
 
     return lax.fori_loop(0, group_sizes_E.shape[0], group, initial)
 
 
 def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose):
-    rows, groups = x_RD.shape[0], w_EDF.shape[0]
-    block = _block_rows(rows, groups)
-    width = w_EDF.shape[1 if transpose else 2]
-    padded = jnp.pad(x_RD, ((0, block), (0, 0)))
+    rows = x_RD.shape[0]
+    block = _block_rows(rows, w_EDF.shape[0])
     contract = (((1,), (1 if transpose else 0,)), ((), ()))
 
-    def step(e, start, left, out):
-        x = lax.dynamic_slice_in_dim(padded, start, block)
-        y = lax.dot_general(
-            x, lax.dynamic_index_in_dim(w_EDF, e, keepdims=False), contract, precision=PRECISION
-        )
-        # Rows past the group are overwritten by the next group's blocks, which come later.
+    def step(e, start, mask, out):
+        x = lax.dynamic_slice_in_dim(x_RD, start, block)
+        w = lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
+        y = lax.dot_general(x, w, contract, precision=PRECISION)
+        if mask is not None:
+            y = jnp.where(mask, y, lax.dynamic_slice_in_dim(out, start, block))
         return lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
-    empty = jnp.zeros((rows + block, width), x_RD.dtype)
-    out = _for_each_block(group_sizes_E, block, empty, lambda e, o: o, step, lambda e, carry, o: o)[:rows]
-    # After the last group no later block overwrites the tail.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), out, 0)
+    empty = jnp.zeros((rows, w_EDF.shape[1 if transpose else 2]), x_RD.dtype)
+    return _over_groups(group_sizes_E, rows, block, empty, lambda out: out, step, lambda e, carry, out: out)
 
 
 def _rows_times_rows(x_RD, g_RF, group_sizes_E):
     """Sum over each group's rows of x^T g: [E, D, F] in float32 at least."""
     rows, groups = x_RD.shape[0], group_sizes_E.shape[0]
     block = _block_rows(rows, groups)
-    x_padded = jnp.pad(x_RD, ((0, block), (0, 0)))
-    g_padded = jnp.pad(g_RF, ((0, block), (0, 0)))
     sum_type = jnp.promote_types(x_RD.dtype, jnp.float32)
-    empty = jnp.zeros((groups, x_RD.shape[1], g_RF.shape[1]), sum_type)
+    contract = (((0,), (0,)), ((), ()))
 
-    def step(e, start, left, total):
-        x = lax.dynamic_slice_in_dim(x_padded, start, block)
-        x = jnp.where(jnp.arange(block)[:, None] < left, x, 0)
-        g = lax.dynamic_slice_in_dim(g_padded, start, block)
-        # Not even a zero times what stands past the group may enter, should that be infinite.
-        g = jnp.where(jnp.arange(block)[:, None] < left, g, 0)
-        contract = (((0,), (0,)), ((), ()))
+    def step(e, start, mask, total):
+        x = lax.dynamic_slice_in_dim(x_RD, start, block)
+        g = lax.dynamic_slice_in_dim(g_RF, start, block)
+        if mask is not None:
+            # Both, because not even a zero times what stands outside of the group may enter: it may be
+            # infinite.
+            x, g = jnp.where(mask, x, 0), jnp.where(mask, g, 0)
         return total + lax.dot_general(x, g, contract, precision=PRECISION, preferred_element_type=sum_type)
 
-    def end_group(e, carry, total):
-        return lax.dynamic_update_index_in_dim(carry, total, e, 0)
-
-    return _for_each_block(
-        group_sizes_E, block, empty, lambda e, carry: jnp.zeros_like(carry[0]), step, end_group
+    empty = jnp.zeros((groups, x_RD.shape[1], g_RF.shape[1]), sum_type)
+    return _over_groups(
+        group_sizes_E,
+        rows,
+        block,
+        empty,
+        lambda carry: jnp.zeros(carry.shape[1:], sum_type),
+        step,
+        lambda e, carry, total: lax.dynamic_update_index_in_dim(carry, total, e, 0),
     )
 
 

@@ -11,7 +11,7 @@ from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
-from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain
+from gptoss_jax.parallel.sharding import EMBEDDING_VD, HIDDEN_BTD, constrain
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -174,7 +174,8 @@ class Transformer(nnx.Module):
         # told.
         with jax.default_matmul_precision("highest"):
             cos_sin = rope.rotation(config, positions_BT)
-            x_BTD = self.embedding.weight[...][tokens_BT].astype(compute_dtype(config))
+            embedding_VD = constrain(self.embedding.weight[...], EMBEDDING_VD)
+            x_BTD = embedding_VD[tokens_BT].astype(compute_dtype(config))
             x_BTD = constrain(x_BTD, HIDDEN_BTD)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
             caches = [None] * len(parts) if cache is None else list(cache)

@@ -9,6 +9,9 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
 from gptoss_jax.parallel import mesh
 
+# Up to so many (token, expert) rows, reading whole layers of experts costs more than all arithmetic.
+FEW_ROWS = 16
+
 
 @jax.custom_vjp
 def permute(x_RD: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
@@ -76,6 +79,8 @@ def _local_experts(x_MD, experts_MX, weights_MX, parameters, activation):
     M, X = experts_MX.shape
     D = x_MD.shape[1]
     E, F, _ = parameters["down"].shape
+    if jax.default_backend() == "cpu" and M * X <= FEW_ROWS:
+        return _few_rows(x_MD, experts_MX, weights_MX, parameters, activation)
     # Rows of no expert here go last, past every group, where the grouped product is zero.
     experts_R = jnp.where((experts_MX >= 0) & (experts_MX < E), experts_MX, E).reshape(-1)
     order_R = jnp.argsort(experts_R, stable=True)
@@ -90,4 +95,25 @@ def _local_experts(x_MD, experts_MX, weights_MX, parameters, activation):
     if "down_bias" in parameters:
         y_RD = add_group_bias(y_RD, parameters["down_bias"], group_sizes_E)
     y_MXD = permute(y_RD, inverse_R, order_R).reshape(M, X, D)
+    return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype)
+
+
+def _few_rows(x_MD, experts_MX, weights_MX, parameters, activation):
+    """The same where the rows are few, as in decoding: each reads its own expert's matrices and no other's."""
+    M, X = experts_MX.shape
+    E, F, D = parameters["down"].shape
+
+    def pick(name, expert):
+        return jax.lax.dynamic_index_in_dim(parameters[name], expert, keepdims=False)
+
+    def one_row(x_D, expert):
+        h_F = jnp.dot(x_D, pick("gate_up", expert).reshape(D, 2 * F), precision="highest")
+        if "gate_up_bias" in parameters:
+            h_F = h_F + pick("gate_up_bias", expert).reshape(2 * F)
+        y_D = jnp.dot(activation(h_F[:F], h_F[F:]), pick("down", expert), precision="highest")
+        return y_D + pick("down_bias", expert) if "down_bias" in parameters else y_D
+
+    # A number outside of 0 … E-1 stands for no expert: what is read in its place counts nothing.
+    weights_MX = jnp.where((experts_MX >= 0) & (experts_MX < E), weights_MX, 0)
+    y_MXD = jnp.stack([jnp.stack([one_row(x_MD[m], experts_MX[m, x]) for x in range(X)]) for m in range(M)])
     return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype)

@@ -34,6 +34,8 @@ PARAMETERS = {
 
 BATCH_BT = P(BATCH, None)
 HIDDEN_BTD = P(BATCH, None, None)
+# Gathered over fsdp before a look-up: the axis cannot split the rows and the batch at once.
+EMBEDDING_VD = P("tensor", None)
 
 
 def path_names(path) -> tuple[str, ...]:

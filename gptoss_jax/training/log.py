@@ -128,10 +128,10 @@ class RunLog:
         """Writes on from `eval.prompt` and shows it."""
         config, tokenizer = self.config.eval, self.cache.tokenizer
         # Several processes would each have to take part; the one that shows it cannot do it alone.
-        if config.sample_tokens == 0 or jax.process_count() > 1:
-            return
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
         room = self.config.model.max_position_embeddings - len(prompt)
+        if min(config.sample_tokens, room) < 1 or jax.process_count() > 1:
+            return
         (tokens,) = generate_with_params(
             self.config.model,
             params,

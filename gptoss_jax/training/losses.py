@@ -55,6 +55,8 @@ def _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradie
     def one_chunk(carry, inputs):
         loss, head_gradient_VD = carry
         x_BCD, target_BC, weight_BC = inputs
+        # What stands at a position of weight zero may be anything, and zero times infinity is not zero.
+        x_BCD = jnp.where(weight_BC[..., None] > 0, x_BCD, 0)
         logits_BCV = jnp.einsum(
             "BCD,VD->BCV", x_BCD, weight_VD, precision="highest", preferred_element_type=jnp.float32
         )

@@ -85,7 +85,7 @@ def make_train_step(
         if with_dropout:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, metrics = gradient(state.params, batch, jnp.maximum(tokens, 1), key)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 

@@ -7,6 +7,7 @@ only when it is whole.
 
 import logging
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, with_params
+from gptoss_jax.parallel.sharding import dtype_bytes
 
 ITEMS = ("params", "training", "record")
 
@@ -29,7 +31,7 @@ class Checkpoints:
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
         # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an
         # exception.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False)
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
@@ -66,7 +68,20 @@ class Checkpoints:
             record=ocp.args.JsonSave(record),
         )
         metrics = None if val_loss is None else {"val_loss": val_loss}
+        self._check_room(step, dtype_bytes((params, training)) // jax.process_count())
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
+
+    def _check_room(self, step: int, needed: int) -> None:
+        """Raises OSError before anything is written when the disk cannot take the checkpoint."""
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {step} could not be written: it needs {needed / 1e6:,.1f}"
+                f" MB and the disk has {free / 1e6:,.1f} MB left; {self._last()}"
+            )
+
+    def _last(self) -> str:
+        return f"the last whole one is of step {self.steps[-1]}" if self.steps else "there is none yet"
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises OSError when something could not be written."""
@@ -79,8 +94,7 @@ class Checkpoints:
         except Exception as error:
             which = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            left = f"the last whole one is of step {self.steps[-1]}" if self.steps else "there is none yet"
-            raise OSError(f"{self.folder}: {which} could not be written: {reason}; {left}") from error
+            raise OSError(f"{self.folder}: {which} could not be written: {reason}; {self._last()}") from error
 
     def restore(
         self, params: Any, training: Any, report: Callable[[str], None] = print

@@ -1,0 +1,325 @@
+"""Whole runs: the loop, its folder, stopping and going on, and train.py's command line."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gptoss_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from gptoss_jax.training.loop import train
+from gptoss_jax.training.metrics import read_metrics
+from gptoss_jax.weights.checkpoint import Checkpoints, from_pretrained, load_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Some 40 documents of a made-up language, in one file."""
+    words = ["ka", "lo", "mi", "teru", "sano", "wi", "pona", "jelo"]
+    chosen = random.Random(0)
+    stories = [" ".join(chosen.choices(words, k=chosen.randint(20, 90))) + ".\n" for _ in range(40)]
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text("<|endoftext|>\n".join(stories))
+    return path
+
+
+@pytest.fixture(scope="module")
+def make_config(text, tmp_path_factory):
+    cache_dir = str(tmp_path_factory.mktemp("cache"))
+
+    def make(run_dir, **changes):
+        values = dict(
+            model=ModelConfig(
+                vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+                num_experts_per_tok=2, sliding_window=8, max_position_embeddings=128, rope_theta=10000.0,
+                rope_scaling=None, residual_dropout=0.1, router_aux_loss_coef=0.01,
+            ),
+            data=DataConfig(
+                source=f"text:{text}", tokenizer="bytes", seq_len=32, batch_size=8, held_out=0.1,
+                cache_dir=cache_dir,
+            ),
+            optim=OptimConfig(learning_rate=3e-3, warmup_steps=4),
+            checkpoint=CheckpointConfig(every=6),
+            eval=EvalConfig(every=12, batches=2, prompt="ka", sample_tokens=6),
+            steps=STEPS,
+            run_dir=str(run_dir),
+        )  # fmt: skip
+        return TrainConfig(**(values | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, tmp_path_factory):
+    """A run from start to end on the 8 simulated devices: (config, final state)."""
+    config = make_config(tmp_path_factory.mktemp("runs") / "whole")
+    return config, train(config)
+
+
+def results(run_dir):
+    """What two equal runs must have in common, bit for bit."""
+    names = (
+        "step",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "val_loss",
+        "val_bits_per_byte",
+        "tokens_seen",
+        "expert_load",
+    )
+    return [
+        {name: row.get(name) for name in names}
+        for row in read_metrics(pathlib.Path(run_dir) / "metrics.jsonl")
+    ]
+
+
+def test_a_run_learns_and_leaves_its_folder(finished):
+    config, state = finished
+    folder = pathlib.Path(config.run_dir)
+    rows = read_metrics(folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
+    assert int(state.step) == STEPS
+    evaluations = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in evaluations] == [12, STEPS]
+    assert evaluations[-1]["final"] and evaluations[-1]["xz_bits_per_byte"] > 0
+    expected = {"data_wait_share", "logging_share", "tokens_per_second", "flops_per_second", "mfu", "epoch"}
+    assert expected <= steps[-1].keys()
+    assert np.allclose(np.sum(steps[-1]["expert_load"], axis=1), 1, atol=1e-3)
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert TrainConfig.load(folder / "config.json") == config
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(finished):
+    config, _ = finished
+    checkpoints = Checkpoints(config.run_dir, read_only=True)
+    losses = {
+        row["step"]: row["val_loss"]
+        for row in read_metrics(f"{config.run_dir}/metrics.jsonl")
+        if "val_loss" in row
+    }
+    assert checkpoints.best_step == min(losses, key=losses.get)
+    assert checkpoints.steps == sorted({18, 24, checkpoints.best_step})
+    checkpoints.close()
+
+
+def test_a_finished_run_is_said_and_left_alone(finished, capsys):
+    config, state = finished
+    before = (pathlib.Path(config.run_dir) / "metrics.jsonl").read_bytes()
+    again = train(config)
+    assert "finished" in capsys.readouterr().out
+    assert (pathlib.Path(config.run_dir) / "metrics.jsonl").read_bytes() == before
+    for new, old in zip(jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True):
+        assert np.array_equal(new, old)
+
+
+def test_the_run_can_be_loaded(finished):
+    config, state = finished
+    loaded_config, params, tokenizer = load_run(config.run_dir, step=STEPS)
+    assert loaded_config == config and tokenizer.vocab_size == 257
+    for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        assert np.array_equal(new, old)
+    logits = from_pretrained(config.run_dir)(np.array([[256, 107, 97]], np.int32))
+    assert logits.shape == (1, 3, 257)
+    with pytest.raises(ValueError, match="no checkpoint of step 7; there are"):
+        load_run(config.run_dir, step=7)
+
+
+def test_another_config_in_the_same_folder_names_what_differs(finished, make_config):
+    config, _ = finished
+    other = make_config(config.run_dir, optim=OptimConfig(learning_rate=1e-3, warmup_steps=4), seed=3)
+    with pytest.raises(
+        ValueError, match=r"optim.learning_rate \(was 0.003, is 0.001\), seed \(was 0, is 3\)"
+    ):
+        train(other)
+
+
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(finished, make_config, tmp_path, capsys):
+    config = make_config(tmp_path / "stopped")
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+
+    def stop_after_some_steps():
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 8:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_after_some_steps, daemon=True).start()
+    with pytest.raises(SystemExit) as left:
+        train(config)
+    assert left.value.code == 143
+    assert "start it again with the same line" in capsys.readouterr().out
+    stopped_at = read_metrics(metrics)[-1]["step"]
+    assert 8 <= stopped_at < STEPS
+    assert int(train(config).step) == STEPS
+    assert f"Going on from step {stopped_at}" in capsys.readouterr().out
+    assert results(config.run_dir) == results(finished[0].run_dir)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(finished, make_config, tmp_path, capsys):
+    config = make_config(tmp_path / "damaged")
+    source = pathlib.Path(finished[0].run_dir)
+    subprocess.run(["cp", "-r", source, config.run_dir], check=True)
+    folder = pathlib.Path(config.run_dir) / "checkpoints"
+    files = [path for path in (folder / "24").rglob("*") if path.is_file() and "params" in str(path)]
+    for path in files:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert int(train(config).step) == STEPS
+    out = capsys.readouterr().out
+    assert "checkpoint of step 24 is damaged" in out and "Going on from step 18" in out
+    assert (folder / "damaged-24").is_dir() and (folder / "24").is_dir()
+    assert results(config.run_dir) == results(source)
+
+
+def test_loss_that_stays_not_finite_stops_the_run(make_config, tmp_path, capsys):
+    config = make_config(
+        tmp_path / "nan", optim=OptimConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0), steps=60
+    )
+    with pytest.raises(FloatingPointError, match="not finite in 20 steps in a row"):
+        train(config)
+    assert "skipped: loss" in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "nan" / "metrics.jsonl")
+    assert rows[-1]["loss"] is None and rows[-1]["skipped_steps"] >= 19
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": {"vocab_size": 200}}, r"model.vocab_size is 200: must be at least 257"),
+        ({"data": {"seq_len": 129}}, r"data.seq_len is 129: must be at most model.max_position_embeddings"),
+        ({"data": {"batch_size": 12}}, r"data.batch_size is 12: must be a multiple of 8 devices"),
+        ({"mesh": {"data": 3}}, r"the axes must multiply to the 8 devices"),
+        ({"init_from": "nowhere"}, r"nowhere: no such folder"),
+    ],
+)
+def test_settings_that_do_not_fit(make_config, tmp_path, changes, message):
+    values = make_config(tmp_path / "bad").to_dict()
+    for name, part in changes.items():
+        values[name] = values[name] | part if isinstance(part, dict) else part
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig.from_dict(values))
+
+
+def test_starting_from_a_run_s_weights(finished, make_config, tmp_path):
+    config = make_config(
+        tmp_path / "second", init_from=finished[0].run_dir, steps=2, eval=EvalConfig(sample_tokens=0)
+    )
+    state = train(config)
+    first = read_metrics(tmp_path / "second" / "metrics.jsonl")[0]
+    assert first["loss"] < results(finished[0].run_dir)[0]["loss"] - 0.3 and int(state.step) == 2
+    values = config.to_dict()
+    values["model"]["intermediate_size"] = 40
+    values["run_dir"] = str(tmp_path / "third")
+    with pytest.raises(ValueError, match=r"init_from .* do not fit the model: blocks.0.moe.down"):
+        train(TrainConfig.from_dict(values))
+
+
+def command(config, preset, **popen):
+    values = config.to_dict()
+    preset.write_text(
+        f"import json\nfrom gptoss_jax.config import TrainConfig\nconfig = TrainConfig.from_dict({values!r})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), str(preset)],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen,
+    )  # fmt: skip
+
+
+def test_kill_9_then_the_same_line_gives_the_same_losses(make_config, tmp_path):
+    whole, killed = make_config(tmp_path / "whole"), make_config(tmp_path / "killed")
+    reference = command(whole, tmp_path / "whole.py")
+    out, err = reference.communicate(timeout=200)
+    assert reference.returncode == 0, err
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for rows in (3, 14):
+        process = command(killed, tmp_path / "killed.py")
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < rows):
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    process = command(killed, tmp_path / "killed.py")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert results(killed.run_dir) == results(whole.run_dir)
+    assert "gptoss generate" in out and "xz -9" in out
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(make_config, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk of its own needs the right to mount one")
+    try:
+        process = command(make_config(disk / "run"), tmp_path / "full.py")
+        _, err = process.communicate(timeout=200)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert process.returncode == 1
+    assert len(err.splitlines()) == 1 and err.startswith("train.py: error: ")
+    assert "could not be written: it needs" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model.hiden-size", "3"], "hidden-size"),
+        (["--steps", "many"], "steps"),
+        (["--steps", "0"], "train.py: error: steps is 0: must be above 0"),
+        (["--model.num-attention-heads", "5"], "model.num_attention_heads is 5: must be a multiple of"),
+        (["configs/nothing.py"], "configs/nothing.py': no such file; there are configs/gpt_oss_120b.py"),
+        (["--data.source", "text:/nowhere/*.txt"], "/nowhere/*.txt"),
+    ],
+)
+def test_bad_command_lines(arguments, message):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *arguments, "--run-dir", "/nowhere/run"],
+        capture_output=True, text=True, env=environment, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_help_explains_every_field():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, timeout=100,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == 0
+    for words in (
+        "--data.seq-len",
+        "Tokens in a row",
+        "--model.num-hidden-layers",
+        "--optim.learning-rate",
+        "--run-dir",
+    ):
+        assert words in done.stdout
+
+
+def test_metrics_are_json_lines(finished):
+    for line in (pathlib.Path(finished[0].run_dir) / "metrics.jsonl").read_text().splitlines():
+        assert isinstance(json.loads(line), dict)
