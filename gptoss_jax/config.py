@@ -284,10 +284,13 @@ class DataConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(_Checked):
-    """AdamW, its schedule, clipping and accumulation."""
+    """The optimiser, its schedule, clipping and accumulation."""
 
     _section: typing.ClassVar[str] = "optim"
 
+    # adamw; or muon, which orthogonalises the updates of the matrices inside the blocks and leaves the rest to
+    # adamw: more work for a step, fewer steps.
+    name: Literal["adamw", "muon"] = "adamw"
     # Peak learning rate.
     learning_rate: float = 3e-4
     # cosine falls from the peak to the end; wsd (warm-up, stable, decay) holds the peak and falls in a line
@@ -309,8 +312,8 @@ class OptimConfig(_Checked):
     weight_decay: float = 0.1
     # Longest gradient; a longer one is scaled down to this norm. 0 turns clipping off.
     clip_norm: float = 1.0
-    # Parts that a batch is worked through in, to save memory. The gradient of the loss is that of the whole batch;
-    # the router's two losses are taken part by part and averaged.
+    # Parts that a batch is worked through in, to save memory. The gradient of the loss is that of the whole
+    # batch; the router's two losses are taken part by part and averaged.
     accumulate: int = 1
 
     def _check(self) -> None:

@@ -99,7 +99,7 @@ def _local_experts(x_MD, experts_MX, weights_MX, parameters, activation):
 
 
 def _few_rows(x_MD, experts_MX, weights_MX, parameters, activation):
-    """The same where the rows are few, as in decoding: each reads its own expert's matrices and no other's."""
+    """The same where rows are few, as in decoding: each reads its own expert's matrices and no other's."""
     M, X = experts_MX.shape
     E, F, D = parameters["down"].shape
 

@@ -29,7 +29,9 @@ PARAMETERS = {
     ("attention_norm", "scale"): P(None),
     ("moe_norm", "scale"): P(None),
     ("final_norm", "scale"): P(None),
-    ("key",): P(None),  # the random root in the train state
+    # In the train state besides parameters: the random root, and muon's constants.
+    ("key",): P(None),
+    ("ns_coeffs",): P(None),
 }
 
 BATCH_BT = P(BATCH, None)
@@ -50,7 +52,8 @@ def parameter_spec(path, value) -> P:
     """
     if not value.shape:
         return P()
-    spec = PARAMETERS[path_names(path)[-2:]]
+    names = path_names(path)
+    spec = PARAMETERS.get(names[-2:]) or PARAMETERS[names[-1:]]
     return P(*(None,) * (len(value.shape) - len(spec)), *spec)
 
 

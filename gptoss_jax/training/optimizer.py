@@ -2,12 +2,24 @@
 
 import jax
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers as Muon
 
 from gptoss_jax.config import OptimConfig
 from gptoss_jax.parallel.sharding import path_names
 
 # Names of the parameters that are matrices. Stacking adds axes to all, so the rank would not tell.
 MATRICES = frozenset({"weight", "q", "k", "v", "out", "router", "gate_up", "down"})
+
+# Axes of input and output of the matrices inside the blocks, counted from the end: stacking adds axes in front.
+MUON_DIMENSIONS = {
+    "q": Muon((-3,), (-2, -1)),
+    "k": Muon((-3,), (-2, -1)),
+    "v": Muon((-3,), (-2, -1)),
+    "out": Muon((-3, -2), (-1,)),
+    "gate_up": Muon((-3,), (-1,)),
+    "down": Muon((-2,), (-1,)),
+}
 
 
 def decay_mask(params) -> dict:
@@ -33,14 +45,33 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules(parts, [warmup, warmup + stable])
 
 
+def muon_dimensions(params) -> dict:
+    """For each parameter that muon is for, its axes of input and of output; the others are stacked matrices."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: MUON_DIMENSIONS.get(path_names(path)[-1]), params)
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW on the clipped gradient (Loshchilov and Hutter 2019)."""
-    adamw = optax.adamw(
-        make_schedule(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
+    """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) with it, on the clipped gradient.
+
+    Muon's updates are scaled to the size that AdamW's have (Liu et al. 2025, "Muon is Scalable for LLM
+    Training"), so that one learning rate serves both. Weight decay then pulls on Muon's matrices alone.
+    """
+    schedule = make_schedule(config, steps)
+    adam = {"b1": config.beta1, "b2": config.beta2}
+    if config.name == "adamw":
+        optimizer = optax.adamw(
+            schedule, **adam, eps=config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
+        )
+    else:
+        optimizer = optax.contrib.muon(
+            schedule,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decay_mask,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_dimensions,
+            **{f"adam_{name}": value for name, value in adam.items()},
+        )
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

@@ -76,8 +76,8 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
-                f"{self.folder}: the checkpoint of step {step} could not be written: it needs {needed / 1e6:,.1f}"
-                f" MB and the disk has {free / 1e6:,.1f} MB left; {self._last()}"
+                f"{self.folder}: the checkpoint of step {step} could not be written: it needs "
+                f"{needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB left; {self._last()}"
             )
 
     def _last(self) -> str:
