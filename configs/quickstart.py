@@ -1,4 +1,4 @@
-"""A small mixture of experts on the source of Python's standard library: minutes on two CPU cores, no download.
+"""A small mixture of experts on the source of Python's standard library: minutes on two CPU cores.
 
 Muon learns in these few steps what AdamW needs about three times the tokens for.
 """

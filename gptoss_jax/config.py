@@ -288,8 +288,8 @@ class OptimConfig(_Checked):
 
     _section: typing.ClassVar[str] = "optim"
 
-    # adamw; or muon, which orthogonalises the updates of the matrices inside the blocks and leaves the rest to
-    # adamw: more work for a step, fewer steps.
+    # adamw; or muon, which orthogonalises the updates of the matrices inside the blocks and leaves the rest
+    # to adamw: more work for a step, fewer steps.
     name: Literal["adamw", "muon"] = "adamw"
     # Peak learning rate.
     learning_rate: float = 3e-4
@@ -302,7 +302,7 @@ class OptimConfig(_Checked):
     decay_fraction: float = 0.2
     # Learning rate of the last step, as a share of the peak.
     final_fraction: float = 0.1
-    # Decay of the mean of the gradient.
+    # Decay of the mean of the gradient (AdamW's; Muon's is 0.95).
     beta1: float = 0.9
     # Decay of the mean of the squared gradient.
     beta2: float = 0.95

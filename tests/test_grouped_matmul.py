@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.kernels.grouped_matmul import (
+    add_group_bias,
     blocked_grouped_matmul,
     grouped_matmul,
     reference_grouped_matmul,
@@ -92,3 +93,23 @@ def test_bfloat16_in_and_out():
     for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
         assert f.dtype == jnp.bfloat16, name
         np.testing.assert_allclose(np.asarray(f, np.float64), e, rtol=0.02, atol=0.05, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 9, 2), (0, 0, 0, 0), (17, 0, 0, 0), (0, 0, 0, 16)])
+def test_group_bias_and_its_gradients(sizes):
+    rows, groups, width = 17, 4, 5
+    x = jax.random.normal(jax.random.key(0), (rows, width))
+    bias = jax.random.normal(jax.random.key(1), (groups, width))
+    group = np.concatenate([np.repeat(np.arange(groups), sizes), np.full(rows - sum(sizes), groups)])
+
+    def plain(x, bias):
+        return jnp.sum(jnp.sin(x + jnp.concatenate([bias, jnp.zeros((1, width))])[group]))
+
+    def ours(x, bias):
+        return jnp.sum(jnp.sin(add_group_bias(x, bias, jnp.array(sizes, jnp.int32))))
+
+    expected, expected_grads = jax.value_and_grad(plain, (0, 1))(x, bias)
+    found, found_grads = jax.value_and_grad(ours, (0, 1))(x, bias)
+    assert found == pytest.approx(float(expected), abs=1e-5)
+    for one, other in zip(found_grads, expected_grads, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)

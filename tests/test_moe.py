@@ -11,6 +11,7 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.moe import MoE, route, router_stats, swiglu
+from gptoss_jax.parallel import expert_dispatch
 from gptoss_jax.training.losses import load_balance_loss, router_z_loss
 
 B, T = 2, 9
@@ -214,3 +215,18 @@ def test_router_is_float32_under_bfloat16(tiny_config):
     y, stats = run(moe, x, REAL)
     assert y.dtype == jnp.bfloat16 and stats["load"].dtype == jnp.float32
     np.testing.assert_allclose(stats["load"], [0, 0, 0, 1, 0], rtol=1e-6)
+
+
+def test_few_rows_take_a_way_of_their_own_to_the_same_result(either_config, monkeypatch):
+    moe = MoE(either_config, rngs=nnx.Rngs(2))
+    for name in ("gate_up_bias", "down_bias"):
+        if hasattr(moe, name):
+            values = getattr(moe, name)
+            values[...] = jax.random.normal(jax.random.key(7), values[...].shape)
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 3, either_config.hidden_size))
+    real_BT = jnp.array([[True, True, True], [True, False, False]])
+    few, _ = moe(x_BTD, real_BT)
+    monkeypatch.setattr(expert_dispatch, "FEW_ROWS", 0)
+    many, _ = moe(x_BTD, real_BT)
+    np.testing.assert_allclose(few, many, atol=1e-5 * float(jnp.max(jnp.abs(many))))
+    assert not np.any(few[1, 1:]) and np.all(np.any(few[0] != 0, axis=-1))

@@ -24,7 +24,7 @@ from gptoss_jax.config import (
 from gptoss_jax.model.transformer import abstract_params, segment_positions
 from gptoss_jax.parallel.mesh import batch_shards, make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding, path_names
-from gptoss_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from gptoss_jax.training.optimizer import MATRICES, decay_mask, make_optimizer, make_schedule, muon_dimensions
 from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
@@ -362,3 +362,40 @@ def test_the_gradient_of_a_step_is_clipped(single):
     # Adam's first moment is then a tenth of the clipped gradient, whose norm is the limit.
     mean = optax.tree.get(state.opt_state, "mu")
     assert float(optax.tree.norm(mean)) == pytest.approx(0.1 * 0.5, rel=1e-5)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_no_others(tiny_config):
+    params = abstract_params(tiny_config)
+    dimensions = muon_dimensions(params)["blocks"]["0"]
+    chosen = {
+        path_names(path)[-1]: value
+        for path, value in jax.tree_util.tree_leaves_with_path(
+            dimensions, is_leaf=lambda x: hasattr(x, "output_axis")
+        )
+    }
+    assert chosen.keys() == MATRICES - {"weight", "router"}
+    assert muon_dimensions(params)["embedding"] == {"weight": None}
+    gate_up = params["blocks"]["0"]["moe"]["gate_up"].shape  # [repetitions, E, D, 2, F]
+    assert [
+        gate_up[axis] for axis in (*chosen["gate_up"].reduction_axis, *chosen["gate_up"].output_axis)
+    ] == [24, 40]
+
+
+def test_a_muon_update_is_near_orthogonal_and_of_adams_size():
+    rate, D, F = 0.5, 24, 40
+    config = OptimConfig(name="muon", learning_rate=rate, warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
+    rng = np.random.default_rng(0)
+    grads = {
+        "moe": {
+            "gate_up": jnp.asarray(rng.normal(size=(3, D, 2, F)), jnp.float32),
+            "router_bias": jnp.ones(5),
+        }
+    }
+    params = jax.tree.map(jnp.zeros_like, grads)
+    optimizer = make_optimizer(config, 10)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    update = np.asarray(updates["moe"]["gate_up"])[1, :, 0]
+    singular = np.linalg.svd(update, compute_uv=False)
+    assert singular.max() / singular.min() < 2  # that of the gradient is far above
+    assert np.sqrt(np.mean(update**2)) == pytest.approx(0.2 * rate, rel=0.25)
+    np.testing.assert_allclose(updates["moe"]["router_bias"], -rate, rtol=1e-4)  # AdamW's first step

@@ -11,7 +11,7 @@ from gptoss_jax.parallel.sharding import path_names
 # Names of the parameters that are matrices. Stacking adds axes to all, so the rank would not tell.
 MATRICES = frozenset({"weight", "q", "k", "v", "out", "router", "gate_up", "down"})
 
-# Axes of input and output of the matrices inside the blocks, counted from the end: stacking adds axes in front.
+# Axes of input and output of the matrices inside the blocks, from the end: stacking adds axes in front.
 MUON_DIMENSIONS = {
     "q": Muon((-3,), (-2, -1)),
     "k": Muon((-3,), (-2, -1)),
@@ -46,7 +46,10 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def muon_dimensions(params) -> dict:
-    """For each parameter that muon is for, its axes of input and of output; the others are stacked matrices."""
+    """The axes of input and output of each parameter that Muon is for, None for the rest.
+
+    All other axes count matrices, each of which is orthogonalised alone: layers, experts, gate and up.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: MUON_DIMENSIONS.get(path_names(path)[-1]), params)
 
 
