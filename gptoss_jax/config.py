@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import pathlib
 import types
 import typing
@@ -358,7 +359,7 @@ class CheckpointConfig(_Checked):
 
     _section: typing.ClassVar[str] = "checkpoint"
 
-    # Steps between checkpoints; one more is written at the end and when the run is stopped.
+    # Steps between checkpoints; one more is written at each evaluation and when the run is stopped.
     every: int = 250
     # How many of the latest are kept. The one with the best validation loss is kept besides.
     keep: int = 2
@@ -373,7 +374,7 @@ class EvalConfig(_Checked):
 
     _section: typing.ClassVar[str] = "eval"
 
-    # Steps between evaluations; one more, over all held-out text, ends the run.
+    # Steps between evaluations; one of all held-out text ends the run.
     every: int = 250
     # Batches of held-out text in each of those.
     batches: int = 8
@@ -422,6 +423,12 @@ class TrainConfig(_Checked):
         self._require(self.seed >= 0, "seed", "must be 0 or more")
         self._require(self.run_dir.strip() != "", "run_dir", "must be the name of a folder")
         require(
+            self.data.seq_len <= self.model.max_position_embeddings,
+            "data.seq_len",
+            self.data.seq_len,
+            f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})",
+        )
+        require(
             self.data.batch_size % self.optim.accumulate == 0,
             "optim.accumulate",
             self.optim.accumulate,
@@ -430,7 +437,9 @@ class TrainConfig(_Checked):
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the whole config as JSON."""
-        pathlib.Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        temporary = pathlib.Path(f"{path}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Self:

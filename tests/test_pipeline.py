@@ -96,7 +96,7 @@ def test_cache_is_built_once(config, tmp_path):
     )
     lines = []
     first = build_cache(config, lines.append)
-    assert lines[0] == "tokenizer bytes" and lines[-1].endswith("tokens of 60 documents")
+    assert lines[0].startswith("Tokenising text:") and lines[-1].endswith("tokens of 60 documents")
     again = build_cache(dataclasses.replace(config, seq_len=7, batch_size=3), lines.append)
     assert again.folder == first.folder and len(lines) == 2
     others = [

@@ -1,5 +1,6 @@
 """Whole runs: the loop, its folder, stopping and going on, and train.py's command line."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from gptoss_jax.config import (
     OptimConfig,
     TrainConfig,
 )
+from gptoss_jax.training import start
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
 from gptoss_jax.weights.checkpoint import Checkpoints, from_pretrained, load_run
@@ -105,7 +107,7 @@ def test_a_run_learns_and_leaves_its_folder(finished):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
     assert int(state.step) == STEPS
     evaluations = [row for row in rows if "val_loss" in row]
-    assert [row["step"] for row in evaluations] == [12, STEPS]
+    assert [row["step"] for row in evaluations] == [12, STEPS, STEPS]
     assert evaluations[-1]["final"] and evaluations[-1]["xz_bits_per_byte"] > 0
     expected = {"data_wait_share", "logging_share", "tokens_per_second", "flops_per_second", "mfu", "epoch"}
     assert expected <= steps[-1].keys()
@@ -121,7 +123,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(finished):
     losses = {
         row["step"]: row["val_loss"]
         for row in read_metrics(f"{config.run_dir}/metrics.jsonl")
-        if "val_loss" in row
+        if "val_loss" in row and not row.get("final")
     }
     assert checkpoints.best_step == min(losses, key=losses.get)
     assert checkpoints.steps == sorted({18, 24, checkpoints.best_step})
@@ -290,14 +292,14 @@ def test_a_full_disk_is_one_line_and_exit_code_1(make_config, tmp_path):
     [
         (["--model.hiden-size", "3"], "hidden-size"),
         (["--steps", "many"], "steps"),
-        (["--steps", "0"], "train.py: error: steps is 0: must be above 0"),
-        (["--model.num-attention-heads", "5"], "model.num_attention_heads is 5: must be a multiple of"),
+        (["--steps", "0"], "steps is 0: must be above 0"),
+        (["--model.num-experts-per-tok", "9"], "model.num_experts_per_tok is 9: must be at most"),
         (["configs/nothing.py"], "configs/nothing.py': no such file; there are configs/gpt_oss_120b.py"),
         (["--data.source", "text:/nowhere/*.txt"], "/nowhere/*.txt"),
     ],
 )
 def test_bad_command_lines(arguments, message):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *arguments, "--run-dir", "/nowhere/run"],
         capture_output=True, text=True, env=environment, timeout=100,
@@ -325,3 +327,41 @@ def test_help_explains_every_field():
 def test_metrics_are_json_lines(finished):
     for line in (pathlib.Path(finished[0].run_dir) / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+def test_text_that_has_changed_is_not_trained_on(finished, make_config, text, tmp_path):
+    config = make_config(tmp_path / "copy")
+    subprocess.run(["cp", "-r", finished[0].run_dir, config.run_dir], check=True)
+    before = (tmp_path / "copy" / "tokenizer_name.txt").read_text()
+    text.write_text(text.read_text() + "<|endoftext|>\nka lo mi.\n")
+    try:
+        with pytest.raises(ValueError, match=r"the text has changed since .* began \(documents, tokens"):
+            train(config)
+    finally:
+        text.write_text(text.read_text().removesuffix("<|endoftext|>\nka lo mi.\n"))
+    assert (tmp_path / "copy" / "tokenizer_name.txt").read_text() == before
+
+
+def test_weights_of_another_tokenizer_are_refused(finished, make_config, tmp_path):
+    config = make_config(tmp_path / "other", init_from=finished[0].run_dir)
+    values = config.to_dict()
+    values["data"]["tokenizer"] = "bpe:257"
+    with pytest.raises(ValueError, match=r"data.tokenizer is 'bpe:257': not that of init_from; bytes is"):
+        train(TrainConfig.from_dict(values))
+
+
+def test_two_processes_do_not_train_in_one_folder(make_config, tmp_path):
+    config = make_config(tmp_path / "twice")
+    with (
+        start.only_run_in(tmp_path / "twice"),
+        pytest.raises(ValueError, match="another process is training there"),
+    ):
+        train(config)
+
+
+def test_a_sample_of_ids_that_no_token_has(make_config, tmp_path, capsys):
+    model = dataclasses.replace(make_config("x").model, vocab_size=2000)
+    sampling = EvalConfig(every=1, batches=1, sample_tokens=12, temperature=5.0)
+    config = make_config(tmp_path / "wide", model=model, eval=sampling, steps=1)
+    assert int(train(config).step) == 1
+    assert "│" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -21,7 +22,6 @@ EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 HARMONY = "o200k_harmony"
 # Every id that text or a named special token has. The released embedding has 201088 rows: the rest is unused.
 HARMONY_VOCAB_SIZE = 200019
-HARMONY_ROWS = 201088
 TRAINING_BYTES = 64 << 20
 
 # What the trained tokenizer never merges across. Suits code as well as prose: runs of spaces stay whole, a
@@ -79,6 +79,11 @@ class Tokenizer:
     @functools.cached_property
     def _token_bytes(self) -> list[bytes]:
         return self._make_token_bytes()
+
+    @property
+    def digest(self) -> str:
+        """Tells tokenizers apart: those of one digest give the same ids."""
+        return hashlib.sha256("\n".join(self._file).encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `tokenizer.json`, or for a tokenizer that needs none its name to `tokenizer_name.txt`."""
@@ -141,7 +146,7 @@ def _harmony() -> Tokenizer:
 
     def token_bytes() -> list[bytes]:
         special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        table = [b""] * HARMONY_ROWS
+        table = [b""] * HARMONY_VOCAB_SIZE
         for token in range(min(special)):
             try:
                 table[token] = encoding.decode_single_token_bytes(token)

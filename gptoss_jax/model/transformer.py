@@ -155,20 +155,21 @@ class Transformer(nnx.Module):
         parts = [nnx.split(block) for block in self.blocks]
         repetitions = config.num_hidden_layers // len(parts)
 
+        def one_block(graphdef, state, x_BTD, cache, key):
+            return nnx.merge(graphdef, state)(x_BTD, segment_ids_BT, positions_BT, cos_sin, cache, key)
+
         def one_period(x_BTD, scanned):
             states, caches, key = scanned
             stats = []
             for i, (graphdef, _) in enumerate(parts):
                 layer_key = None if key is None else jax.random.fold_in(key, i)
-                x_BTD, caches[i], layer_stats = nnx.merge(graphdef, states[i])(
-                    x_BTD, segment_ids_BT, positions_BT, cos_sin, caches[i], layer_key
-                )
+                x_BTD, caches[i], layer_stats = one_block(graphdef, states[i], x_BTD, caches[i], layer_key)
                 stats.append(layer_stats)
             return x_BTD, (caches, jax.tree.map(lambda *values: jnp.stack(values), *stats))
 
         if config.remat != "none":
             policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-            one_period = jax.checkpoint(one_period, policy=policies[config.remat])
+            one_block = jax.checkpoint(one_block, policy=policies[config.remat], static_argnums=0)
 
         # Every product inside is float32 where its operands are: TPU and GPU would round them without being
         # told.

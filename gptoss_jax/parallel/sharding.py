@@ -79,11 +79,6 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec) if current_axes() else x
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
-    return NamedSharding(mesh, P())
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of a batch's [B, T] arrays."""
     return NamedSharding(mesh, BATCH_BT)

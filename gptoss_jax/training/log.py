@@ -4,6 +4,7 @@ words."""
 import contextlib
 import math
 import pathlib
+import shlex
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,7 @@ class RunLog:
         self._metrics = MetricsLog(self.run_dir, first_step or -1) if self.is_main else None
         self.rows = read_metrics(self.run_dir / "metrics.jsonl") if self.is_main else []
         self.clock = Clock()
+        self._new_tokens = 0
         documents = ~cache.held_out
         self._train_tokens = int(np.diff(cache.offsets)[documents].sum() - documents.sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
@@ -70,13 +72,16 @@ class RunLog:
         values = jax.device_get(metrics)
         config = self.config
         self.tokens_seen += int(values["tokens"])
+        self._new_tokens += int(values["tokens"])
         with self.clock.logging():
             self._check_finite(step, values)
             self.clock.steps += 1
             if step % config.log_every and step != config.steps:
                 return
             timing = self.clock.take()
-            rate = config.data.batch_size * config.data.seq_len / timing["step_seconds"]
+            # Real tokens: padding is cost, not work.
+            rate = self._new_tokens / timing.pop("seconds")
+            self._new_tokens = 0
             flops = rate * self._flops_per_token
             row = {name: float(values[name]) for name in ("loss", "learning_rate", "grad_norm")}
             row = {"step": step} | row | {
@@ -102,8 +107,9 @@ class RunLog:
             self.console.message(f"step {step} skipped: {found}; nothing was changed")
         if in_a_row >= SKIPS_BEFORE_STOP:
             raise FloatingPointError(
-                f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {step}; the last "
-                "checkpoint is from before. Lower optim.learning_rate, or look at the text"
+                f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {step}; the "
+                "run changed nothing in them. Look at the text, or start another --run-dir with a lower "
+                "optim.learning_rate"
             )
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -111,18 +117,17 @@ class RunLog:
         if self._metrics:
             self._metrics.write(row)
 
-    def evaluation(self, step: int, val_loss: float, bits: float, final: bool) -> float:
-        """Tells the result of an evaluation, and returns its loss."""
-        best = min(
-            (row["val_loss"] for row in self.rows if row.get("val_loss") is not None), default=math.inf
-        )
+    def evaluation(self, step: int, val_loss: float, bits: float, final: bool = False) -> None:
+        """Tells the result of an evaluation: of the usual part of the held-out text or, `final`, of all of
+        it."""
+        usual = [row["val_loss"] for row in self.rows if not row.get("final") and row.get("val_loss")]
         row = {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits}
         if final:
             sizes = ("gzip_bits_per_byte", "xz_bits_per_byte")
             row |= {"final": True} | {name: self.cache.meta[name] for name in sizes}
         self._write(row)
-        self.console.evaluation(step, val_loss, bits, val_loss < best)
-        return val_loss
+        if not final:
+            self.console.evaluation(step, val_loss, bits, val_loss < min(usual, default=math.inf))
 
     def sample(self, step: int, params: dict) -> None:
         """Writes on from `eval.prompt` and shows it."""
@@ -141,7 +146,9 @@ class RunLog:
             stop_tokens=(tokenizer.eos_id,),
             seed=step,
         )
-        self.console.sample(config.prompt + tokenizer.decode(tokens))
+        # The model's table may have more rows than the tokenizer has tokens.
+        known = [token for token in tokens if token < tokenizer.vocab_size]
+        self.console.sample(config.prompt + tokenizer.decode(known))
 
     def finish(self, step: int, first_step: int) -> None:
         """The picture and the closing words."""
@@ -164,6 +171,8 @@ class RunLog:
             model=final.get("val_bits_per_byte"),
         )
         steps = [row for row in self.rows if "loss" in row]
+        if not steps:
+            return
         seconds = sum(row["step_seconds"] for row in steps) * self.config.log_every
 
         def share(name):
@@ -185,7 +194,7 @@ class RunLog:
                 ),
                 ("picture", str(picture)),
             ],
-            f'gptoss generate {self.run_dir} --prompt "{self.config.eval.prompt or "The "}"',
+            f"gptoss generate {self.run_dir} --prompt {shlex.quote(self.config.eval.prompt or 'The ')}",
         )
 
     def close(self) -> None:
@@ -231,11 +240,12 @@ class Clock:
         return self._spending("other")
 
     def take(self) -> dict[str, float]:
-        """Seconds of one step since the last call, and the shares spent waiting and logging."""
+        """Seconds since the last call, in all and for one step, and the shares spent waiting and logging."""
         spent, steps = self._spent, self.steps
         seconds = max(time.perf_counter() - self._began - spent["other"], 1e-9)
         self.restart()
         return {
+            "seconds": seconds,
             "step_seconds": round(seconds / steps, 6),
             "data_wait_share": round(min(spent["data"] / seconds, 1), 6),
             "logging_share": round(min(spent["logging"] / seconds, 1), 6),

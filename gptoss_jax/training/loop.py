@@ -1,6 +1,7 @@
 """The run: batch, step, log, evaluate, save."""
 
 import contextlib
+import functools
 import pathlib
 import signal
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.pipeline import TokenCache, build_cache, held_out_batches, put_on_mesh, train_batches
@@ -20,6 +22,8 @@ from gptoss_jax.training.metrics import Console
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 from gptoss_jax.weights.checkpoint import Checkpoints
+
+STEPS_BETWEEN_ASKING = 10
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -42,17 +46,18 @@ def train(config: TrainConfig) -> TrainState:
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = train_batches(cache, config.data, config.seed, **place)
     run_dir = pathlib.Path(config.run_dir)
-    if is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config.save(run_dir / "config.json")
-        cache.tokenizer.save(run_dir)
     with contextlib.ExitStack() as stack:
+        if is_main:
+            stack.enter_context(start.only_run_in(run_dir))
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        state, record = start.first_state(config, mesh, checkpoints, console.message)
+        state, record = start.first_state(config, mesh, checkpoints, cache, console.message)
         if record is not None:
-            batches.set_state(start.saved_position(record))
+            batches.set_state(record["data"])
+        elif is_main:
+            config.save(run_dir / "config.json")
+            cache.tokenizer.save(run_dir)
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, record["tokens_seen"] if record else 0)
         stack.callback(log.close)
@@ -64,21 +69,24 @@ def train(config: TrainConfig) -> TrainState:
         while True:
             last, stopping = step == config.steps, stop.asked(step)
             evaluate = step > first_step and (last or step % config.eval.every == 0)
-            save = step > first_step and (last or stopping or step % config.checkpoint.every == 0)
-            if pending is not None and (evaluate or save):
+            due = evaluate or stopping or step % config.checkpoint.every == 0
+            save = step > first_step and due
+            if pending is not None and save:
                 log.step(*pending)
                 pending = None
             with log.clock.other_work():
                 val_loss = None
                 if evaluate:
-                    limit = None if last else config.eval.batches
-                    val_loss = log.evaluation(
-                        step, *_held_out_loss(config, cache, eval_step, state, limit), last
-                    )
-                    log.sample(step, state.params)
+                    held_out = functools.partial(_held_out_loss, config, cache, eval_step, state)
+                    val_loss, bits = held_out(config.eval.batches)
+                    log.evaluation(step, val_loss, bits)
+                if last and evaluate:
+                    log.evaluation(step, *held_out(None), final=True)
                 if save:
-                    record = start.checkpoint_record(config, batches.get_state(), log.tokens_seen)
+                    record = start.checkpoint_record(cache, config, batches.get_state(), log.tokens_seen)
                     checkpoints.save(step, *start.split_state(state), record, val_loss)
+                if evaluate:
+                    log.sample(step, state.params)
             if last or stopping:
                 break
             with log.clock.waiting_for_data():
@@ -132,17 +140,20 @@ class Interruption:
     def _handle(self, number: int, frame: Any) -> None:
         if self._signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        # Nothing is printed here: the signal may have come in the middle of a print.
         self._signal = number
-        self._report("Stopping after this step; the run is saved first. Ctrl-C once more leaves at once.")
 
     def asked(self, step: int) -> bool:
-        """Whether to stop now: the same answer in all processes."""
-        if jax.process_count() == 1:
-            return self._signal is not None
-        asked = np.asarray(self._signal is not None)
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(asked).any())
+        """Whether to stop before the next step: the same answer in all processes."""
+        wanted = self._signal is not None
+        if jax.process_count() > 1:
+            # To ask the others waits for the step under way, so it is not done at each.
+            if step % STEPS_BETWEEN_ASKING:
+                return False
+            wanted = bool(multihost_utils.process_allgather(np.asarray(wanted)).any())
+        if wanted:
+            self._report("Stopping: the run is saved first. Ctrl-C leaves at once.")
+        return wanted
 
     def leave(self) -> None:
         """Ends the program the way the signal asked for."""

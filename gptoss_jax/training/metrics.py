@@ -1,5 +1,6 @@
 """What a run tells: `MetricsLog` writes metrics.jsonl and TensorBoard, `Console` shows how it goes."""
 
+import errno
 import json
 import math
 import os
@@ -94,7 +95,9 @@ class MetricsLog:
         step = plain.get("step")
         if not isinstance(step, int):
             raise ValueError(f"step is {step!r}: a row of metrics must hold an integer step")
-        self._file.write((json.dumps(plain, allow_nan=False) + "\n").encode())
+        line = (json.dumps(plain, allow_nan=False) + "\n").encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, "a row could not be written whole", self._file.name)
         for key, value in plain.items():
             if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 tag = f"eval/{key}" if key.startswith("val_") else f"train/{key}"

@@ -1,10 +1,11 @@
 """What stands before the first step: checks of a run against its folder, text and devices, and its first
 state."""
 
+import contextlib
 import dataclasses
-import json
+import fcntl
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel.mesh import batch_shards
 from gptoss_jax.parallel.sharding import path_names
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
-from gptoss_jax.weights.checkpoint import Checkpoints, load_run
+from gptoss_jax.weights.checkpoint import Checkpoints, load_config, load_run
 
 # Where a run is and how its devices are laid out may change between two starts; what it computes may not.
 FREE_FIELDS = ("run_dir", "data.cache_dir", "mesh")
@@ -32,7 +33,8 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 def check_folder(config: TrainConfig) -> None:
     """Raises ValueError when the run folder was made with another config, naming the fields that differ."""
     path = pathlib.Path(config.run_dir) / "config.json"
-    if not path.exists():
+    # A start that never came to a checkpoint has left nothing to protect.
+    if not path.exists() or not any(pathlib.Path(config.run_dir).glob("checkpoints/[0-9]*")):
         return
     before, now = _flat(TrainConfig.load(path).to_dict()), _flat(config.to_dict())
     differing = [
@@ -61,9 +63,18 @@ def check_text(config: TrainConfig, cache: TokenCache) -> None:
     have, need = config.model.vocab_size, cache.tokenizer.vocab_size
     allowed = f"must be at least {need}, the size of data.tokenizer ({config.data.tokenizer})"
     require(have >= need, "model.vocab_size", have, allowed)
-    longest = config.model.max_position_embeddings
-    allowed = f"must be at most model.max_position_embeddings ({longest})"
-    require(config.data.seq_len <= longest, "data.seq_len", config.data.seq_len, allowed)
+
+
+@contextlib.contextmanager
+def only_run_in(run_dir: pathlib.Path) -> Iterator[None]:
+    """Holds the folder for this process. Raises ValueError when another one is training in it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"run_dir is {str(run_dir)!r}: another process is training there now") from None
+        yield
 
 
 def split_state(state: TrainState) -> tuple[dict, dict[str, Any]]:
@@ -73,26 +84,39 @@ def split_state(state: TrainState) -> tuple[dict, dict[str, Any]]:
 
 
 def first_state(
-    config: TrainConfig, mesh: jax.sharding.Mesh, checkpoints: Checkpoints, report: Callable[[str], None]
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    cache: TokenCache,
+    report: Callable[[str], None],
 ) -> tuple[TrainState, dict[str, Any] | None]:
     """The state to start from: the last checkpoint's, or `init_from`'s weights, or random ones.
 
-    Returns it with the record of the checkpoint, None where the run starts anew.
+    Returns it with the record of the checkpoint, None where the run starts anew. Raises ValueError when the
+    text or the tokenizer is not that of the checkpoint, or `init_from` has another tokenizer or other shapes.
     """
     params, rest = split_state(abstract_state(config, mesh))
     found = checkpoints.restore(params, rest, report)
     if found is not None:
         step, params, rest, record = found
+        changed = [name for name, value in _text_of(cache).items() if record["text"].get(name) != value]
+        if changed:
+            raise ValueError(
+                f"data.source is {config.data.source!r}: the text has changed since the run in "
+                f"{config.run_dir} began ({', '.join(changed)}); train on it in another --run-dir"
+            )
         report(f"Going on from step {step}, the last checkpoint in {config.run_dir}")
         return TrainState(params=params, **rest), record
     if config.init_from is None:
         return create_state(config, mesh), None
-    loaded_config, loaded, _ = load_run(config.init_from)
-    _check_same_shapes(config, loaded_config)
-    state = create_state(config, mesh)
+    _check_same_shapes(config, load_config(config.init_from))
+    _, loaded, tokenizer = load_run(config.init_from, abstract=params)
+    if tokenizer.digest != cache.tokenizer.digest:
+        raise ValueError(
+            f"data.tokenizer is {config.data.tokenizer!r}: not that of init_from; {tokenizer.name} is"
+        )
     report(f"Starting from the weights of {config.init_from}")
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, state.params)
-    return dataclasses.replace(state, params=placed), None
+    return dataclasses.replace(create_state(config, mesh), params=loaded), None
 
 
 def _check_same_shapes(config: TrainConfig, loaded: TrainConfig) -> None:
@@ -110,19 +134,23 @@ def _check_same_shapes(config: TrainConfig, loaded: TrainConfig) -> None:
         )
 
 
-def checkpoint_record(config: TrainConfig, position: dict[str, Any], tokens_seen: int) -> dict[str, Any]:
-    """What a checkpoint carries besides arrays, JSON-ready. The folder's small files make it complete
+def _text_of(cache: TokenCache) -> dict[str, Any]:
+    """What tells a tokenised text from another: the tokenizer's file and the counts, not when it was made."""
+    counts = {name: cache.meta[name] for name in ("documents", "tokens", "held_out_bytes")}
+    return counts | {"tokenizer": cache.tokenizer.digest}
+
+
+def checkpoint_record(
+    cache: TokenCache, config: TrainConfig, position: dict[str, Any], tokens_seen: int
+) -> dict[str, Any]:
+    """What a checkpoint carries besides arrays, JSON-ready: with it the folder of a checkpoint is complete
     alone."""
     folder = pathlib.Path(config.run_dir)
     names = [name for name in ("tokenizer.json", "tokenizer_name.txt") if (folder / name).exists()]
     return {
         "data": position,
         "tokens_seen": tokens_seen,
+        "text": _text_of(cache),
         "config": config.to_dict(),
         "tokenizer": {name: (folder / name).read_text() for name in names},
     }
-
-
-def saved_position(record: dict[str, Any]) -> dict[str, Any]:
-    """The data position of a record, as the batches' `set_state` takes it."""
-    return json.loads(json.dumps(record["data"]))

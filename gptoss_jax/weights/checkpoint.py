@@ -21,6 +21,7 @@ from gptoss_jax.model.transformer import Transformer, abstract_params, with_para
 from gptoss_jax.parallel.sharding import dtype_bytes
 
 ITEMS = ("params", "training", "record")
+OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, half-filled blocks
 
 
 class Checkpoints:
@@ -68,7 +69,7 @@ class Checkpoints:
             record=ocp.args.JsonSave(record),
         )
         metrics = None if val_loss is None else {"val_loss": val_loss}
-        self._check_room(step, dtype_bytes((params, training)) // jax.process_count())
+        self._check_room(step, dtype_bytes((params, training)) // jax.process_count() + OVERHEAD)
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
 
     def _check_room(self, step: int, needed: int) -> None:
@@ -159,39 +160,48 @@ def _goodness(metrics: dict[str, float]) -> float:
     return -metrics["val_loss"]
 
 
-def load_run(folder: str | pathlib.Path, step: int | None = None) -> tuple[TrainConfig, dict, Tokenizer]:
-    """Config, parameters and tokenizer of a run folder of train.py.
-
-    Args:
-      step: which checkpoint; None takes the one with the lowest validation loss, or else the latest.
-
-    Raises ValueError when the folder is no run, or has no such checkpoint.
-    """
+def load_config(folder: str | pathlib.Path) -> TrainConfig:
+    """The config of a run folder of train.py. Raises ValueError when the folder is none."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: not a run folder of train.py (it holds no config.json)")
-    config = TrainConfig.load(folder / "config.json")
-    if not (folder / "checkpoints").is_dir():
+    return TrainConfig.load(folder / "config.json")
+
+
+def load_run(
+    folder: str | pathlib.Path, step: int | None = None, abstract: dict | None = None
+) -> tuple[TrainConfig, dict, Tokenizer]:
+    """Config, parameters and tokenizer of a run folder of train.py.
+
+    Args:
+      step: which checkpoint; None takes the one with the lowest validation loss, or else the latest.
+      abstract: the parameter tree with the shardings to load it with; None puts all on the first device.
+
+    Raises ValueError when the folder is no run, or has no such checkpoint.
+    """
+    config = load_config(folder)
+    if not (pathlib.Path(folder) / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoint yet")
+    if abstract is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            abstract_params(config.model),
+        )
     checkpoints = Checkpoints(folder, read_only=True)
     try:
-        known = checkpoints.steps
+        known, best = checkpoints.steps, checkpoints.best_step
         if not known:
             raise ValueError(f"{folder}: holds no checkpoint yet")
         if step is None:
-            step = checkpoints.best_step if checkpoints.best_step is not None else known[-1]
+            step = known[-1] if best is None else best
         if step not in known:
             raise ValueError(
                 f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, known))}"
             )
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            abstract_params(config.model),
-        )
-        return config, checkpoints.restore_params(step, shapes), load_tokenizer(folder)
+        return config, checkpoints.restore_params(step, abstract), load_tokenizer(folder)
     finally:
         checkpoints.close()
 
