@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import runpy
 
 import chex
 import jax
@@ -26,26 +28,7 @@ from gptoss_jax.model.transformer import (
 )
 from gptoss_jax.training.step import summed_loss
 
-NOTEBOOK = ModelConfig(
-    vocab_size=200019,
-    hidden_size=384,
-    intermediate_size=960,
-    num_hidden_layers=6,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=64,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    sliding_window=256,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    attention_bias=False,
-    expert_bias=False,
-    router_bias=False,
-    learned_sinks=False,
-    sink_tokens=4,
-    tie_word_embeddings=True,
-)
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 # Rows of the documents that most tests share: two rows of 21 tokens.
 SEGMENTS = jnp.array([np.repeat([1, 2, 0], [7, 9, 5]), np.repeat([1, 2, 3], [10, 4, 7])])
@@ -385,11 +368,17 @@ def test_compute_dtype(tiny_config):
     assert transformer.compute_dtype(tiny_config) == jnp.float32
 
 
-def test_parameter_counts():
-    assert parameter_count(ModelConfig()) == 20_914_757_184
-    large = ModelConfig(num_hidden_layers=36, num_local_experts=128)
-    assert parameter_count(large) == 116_829_156_672
-    assert parameter_count(NOTEBOOK) == 105_722_880
+@pytest.mark.parametrize(
+    "preset, count",
+    [
+        ("quickstart", 6_717_164),
+        ("tinystories", 105_722_880),
+        ("gpt_oss_20b", 20_914_757_184),
+        ("gpt_oss_120b", 116_829_156_672),
+    ],
+)
+def test_parameter_counts_of_the_presets(preset, count):
+    assert parameter_count(runpy.run_path(str(CONFIGS / f"{preset}.py"))["config"].model) == count
 
 
 def test_abstract_params_allocate_nothing():

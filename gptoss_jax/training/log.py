@@ -132,9 +132,9 @@ class RunLog:
     def sample(self, step: int, params: dict) -> None:
         """Writes on from `eval.prompt` and shows it."""
         config, tokenizer = self.config.eval, self.cache.tokenizer
-        # Several processes would each have to take part; the one that shows it cannot do it alone.
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
         room = self.config.model.max_position_embeddings - len(prompt)
+        # Generating over several processes has not been tried, and a sample may not cost a run.
         if min(config.sample_tokens, room) < 1 or jax.process_count() > 1:
             return
         (tokens,) = generate_with_params(

@@ -34,7 +34,8 @@ def check_folder(config: TrainConfig) -> None:
     """Raises ValueError when the run folder was made with another config, naming the fields that differ."""
     path = pathlib.Path(config.run_dir) / "config.json"
     # A start that never came to a checkpoint has left nothing to protect.
-    if not path.exists() or not any(pathlib.Path(config.run_dir).glob("checkpoints/[0-9]*")):
+    checkpoints = pathlib.Path(config.run_dir).glob("checkpoints/*")
+    if not path.exists() or not any(checkpoint.name.isdigit() for checkpoint in checkpoints):
         return
     before, now = _flat(TrainConfig.load(path).to_dict()), _flat(config.to_dict())
     differing = [
@@ -58,8 +59,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_text(config: TrainConfig, cache: TokenCache) -> None:
-    """Raises ValueError when the tokenizer has more ids than the model, or a row is longer than its
-    context."""
+    """Raises ValueError when the tokenizer has more ids than the model."""
     have, need = config.model.vocab_size, cache.tokenizer.vocab_size
     allowed = f"must be at least {need}, the size of data.tokenizer ({config.data.tokenizer})"
     require(have >= need, "model.vocab_size", have, allowed)
