@@ -72,6 +72,20 @@ BAD = [
         "model.compute_dtype is 'float16': must be 'auto' or 'bfloat16' or 'float32'",
     ),
     (ModelConfig, {"remat": True}, "model.remat is True: must be 'none' or 'dots' or 'block'"),
+    (
+        ModelConfig,
+        {"expert_format": "int4"},
+        "model.expert_format is 'int4': must be 'plain' or 'mxfp4'",
+    ),
+    *[
+        (
+            ModelConfig,
+            {"expert_format": "mxfp4", name: 80},
+            f"model.{name} is 80: must be a multiple of 32 where model.expert_format is 'mxfp4', "
+            "which packs 32 weights along it under one scale",
+        )
+        for name in ("hidden_size", "intermediate_size")
+    ],
     (ModelConfig, {"hidden_size": 64.0}, "model.hidden_size is 64.0: must be an integer"),
     (ModelConfig, {"hidden_size": "64"}, "model.hidden_size is '64': must be an integer"),
     (ModelConfig, {"hidden_size": True}, "model.hidden_size is True: must be an integer"),
@@ -120,6 +134,12 @@ BAD = [
     (TrainConfig, {"model": None}, "model is None: must be ModelConfig"),
     (
         TrainConfig,
+        {"model": ModelConfig(expert_format="mxfp4")},
+        "model.expert_format is 'mxfp4': training needs plain experts ('plain'); "
+        "packed ones are too coarse for the steps of an update",
+    ),
+    (
+        TrainConfig,
         {"optim": OptimConfig(accumulate=3)},
         "optim.accumulate is 3: must divide data.batch_size (16)",
     ),
@@ -160,6 +180,12 @@ def test_round_trip_through_json():
     assert values["model"]["rope_scaling"]["factor"] == 4.0
     assert values["mesh"] == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 3}
     assert TrainConfig.from_dict(values) == config
+
+
+def test_packed_experts_are_a_model_s_to_have():
+    config = ModelConfig(hidden_size=96, intermediate_size=64, expert_format="mxfp4")
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert ModelConfig().expert_format == "plain"
 
 
 def test_round_trip_without_rope_scaling():

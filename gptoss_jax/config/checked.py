@@ -1,0 +1,122 @@
+"""What all settings share: the one form of error, type checks, and a plain dict there and back."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import pathlib
+import types
+import typing
+from collections.abc import Collection
+from typing import Any, Literal, Self
+
+
+def require(condition: bool, field: str, value: object, allowed: str) -> None:
+    """Raises the one form of error that a bad setting gets."""
+    if not condition:
+        raise ValueError(f"{field} is {value!r}: {allowed}")
+
+
+def unknown_field(name: str, known: Collection[str], path: str = "") -> ValueError:
+    """The error for a field that is not one of those known; `path` stands before its name."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    return ValueError(f"{path}{name}: unknown field; {hint}")
+
+
+def read_json(path: str | pathlib.Path, hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for a file that is missing (`hint` says more about that),
+    cannot be read, is not JSON, or holds something else."""
+    try:
+        values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file{hint}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return values
+
+
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value may stand in a field of this annotation; an int may stand for a float."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return value in typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, choice) for choice in typing.get_args(kind))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _spelled(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is types.UnionType:
+        return " or ".join(_spelled(choice) for choice in typing.get_args(kind))
+    return {
+        type(None): "None",
+        float: "a finite number",
+        int: "an integer",
+        bool: "True or False",
+        str: "text",
+    }.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+class Checked:
+    """What the config classes share: type checks, and a plain dict there and back."""
+
+    _section: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in _annotations(type(self)).items():
+            if name != "_section":
+                value = getattr(self, name)
+                require(_fits(value, kind), self._path(name), value, f"must be {_spelled(kind)}")
+        self._check()
+
+    def _check(self) -> None:
+        """Checks what types cannot say."""
+
+    def _path(self, name: str) -> str:
+        return f"{self._section}.{name}" if self._section else name
+
+    def _require(self, condition: bool, name: str, allowed: str) -> None:
+        require(condition, self._path(name), getattr(self, name), allowed)
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            self._require(getattr(self, name) > 0, name, "must be above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON-ready values; `from_dict` reads it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Builds the config from what `to_dict` gave. An unknown field is an error with a suggestion."""
+        kinds = {field.name: _annotations(cls)[field.name] for field in dataclasses.fields(cls)}
+        made = {}
+        for name, value in values.items():
+            if name not in kinds:
+                raise unknown_field(name, kinds, f"{cls._section}." if cls._section else "")
+            if isinstance(value, list):
+                value = tuple(value)
+            parts = [c for c in (kinds[name], *typing.get_args(kinds[name])) if dataclasses.is_dataclass(c)]
+            if isinstance(value, dict) and parts:
+                value = parts[0].from_dict(value)
+            made[name] = value
+        return cls(**made)
