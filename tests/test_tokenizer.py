@@ -1,10 +1,6 @@
 """Tokenizers: exact round trips, no special tokens out of plain text, files there and back."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,8 +10,6 @@ from hypothesis import strategies as st
 
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
-ROOT = pathlib.Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 TEXTS = [
     "def add(a, b):\n    return a + b\n\n\nprint(add(12345, 2))\n" * 20,
     "The quick brown fox can't jump over 9 lazy dogs.\n" * 20,
@@ -29,24 +23,6 @@ def train(spec="bpe:320"):
 
 
 BPE = train()
-
-
-@pytest.fixture(scope="module")
-def harmony_folder(tmp_path_factory):
-    """What tiktoken needs to work without a network, and the same vocabulary as a tokenizer.json."""
-    script = SHARED / "tokenizer" / "offline.sh"
-    if not script.is_file():
-        pytest.skip(f"needs the vocabulary of o200k_harmony in {script.parent}")
-    folder = tmp_path_factory.mktemp("harmony")
-    subprocess.run(["bash", script, folder], check=True, env={**os.environ, "PYTHON": sys.executable})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def harmony(harmony_folder):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(harmony_folder / "tiktoken_cache"))
-        yield make_tokenizer("o200k_harmony")
 
 
 def test_bytes():
@@ -122,8 +98,123 @@ def test_save_and_load(tmp_path):
     make_tokenizer("bytes").save(tmp_path / "bytes")
     assert [path.name for path in (tmp_path / "bytes").iterdir()] == ["tokenizer_name.txt"]
     assert load_tokenizer(tmp_path / "bytes").name == "bytes"
-    with pytest.raises(ValueError, match=r"cannot read .*tokenizer\.json \(No such file"):
-        load_tokenizer(tmp_path)
+
+
+def test_folders_without_a_tokenizer(tmp_path):
+    for folder in tmp_path, tmp_path / "missing":
+        with pytest.raises(ValueError) as caught:
+            load_tokenizer(folder)
+        expected = f"tokenizer folder is '{folder}': must hold tokenizer.json or tokenizer_name.txt"
+        assert str(caught.value) == expected
+    with pytest.raises(ValueError, match=r"cannot read .*none\.json \(No such file"):
+        make_tokenizer(f"file:{tmp_path}/none.json")
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, make_tokenizer("bytes")], ids=lambda t: t.name)
+def test_export(tokenizer, tmp_path):
+    tokenizer.export(tmp_path / "a" / "b", model_max_length=2048)
+    files = {path.name: json.loads(path.read_text()) for path in (tmp_path / "a" / "b").iterdir()}
+    assert sorted(files) == ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    roles = {f"{role}_token": "<|endoftext|>" for role in ("bos", "eos", "pad")}
+    assert files["special_tokens_map.json"] == roles
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    assert files["tokenizer_config.json"] == roles | {
+        "added_tokens_decoder": {str(tokenizer.eos_id): {"content": "<|endoftext|>"} | plain},
+        "clean_up_tokenization_spaces": False,
+        "extra_special_tokens": {},
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 2048,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    loaded = load_tokenizer(tmp_path / "a" / "b")
+    assert loaded.same_ids_as(tokenizer) and tokenizer.same_ids_as(loaded)
+    assert loaded.vocab_size == tokenizer.vocab_size
+    assert loaded.special_tokens == tokenizer.special_tokens == {"<|endoftext|>": tokenizer.eos_id}
+
+    def check(text):
+        ids = tokenizer.encode(text)
+        assert loaded.encode(text) == ids
+        assert loaded.decode_bytes(ids) == text.encode()
+
+    for text in [*TEXTS, SPECIAL]:
+        check(text)
+    settings(deadline=None, max_examples=100)(given(st.text())(check))()
+
+
+def with_special_tokens(folder, *names):
+    """A tokenizer.json of BPE's words with these special tokens behind them."""
+    model = tokenizers.Tokenizer.from_str(BPE._file[1])
+    model.add_special_tokens(list(names))
+    folder.mkdir()
+    model.save(str(folder / "tokenizer.json"))
+    return make_tokenizer(f"file:{folder}/tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "roles"),
+    [
+        (["<s>", "<pad>"], ["<s>", "<|endoftext|>", "<pad>"]),
+        (["<|startoftext|>", "<|return|>"], ["<|startoftext|>", "<|return|>", "<|endoftext|>"]),
+    ],
+)
+def test_export_of_a_file(tmp_path, names, roles):
+    tokenizer = with_special_tokens(tmp_path / "file", *names)
+    tokenizer.export(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "special_tokens_map.json").read_text())
+    assert [written[f"{role}_token"] for role in ("bos", "eos", "pad")] == roles
+    file = (tmp_path / "file" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == file
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == int(1e30)
+    assert load_tokenizer(tmp_path / "out").digest == tokenizer.digest
+
+
+def test_transformers_gives_the_same_ids(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    file = with_special_tokens(tmp_path / "file", "<s>", "<pad>")
+    for tokenizer in BPE, make_tokenizer("bytes"), file:
+        tokenizer.export(tmp_path / "out", model_max_length=99)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert (len(theirs), theirs.model_max_length) == (tokenizer.vocab_size, 99)
+        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert theirs.encode("<|endoftext|>") == [tokenizer.eos_id]
+        for text in [*TEXTS, SPECIAL, "", "a\r\n b\r . ,", "\uc548\ub155 \U0001f3f3\ufe0f\u200d\U0001f308"]:
+            assert theirs.encode(text, split_special_tokens=True) == tokenizer.encode(text)
+            assert theirs.decode(tokenizer.encode(text)) == text
+
+
+def test_export_to_bad_places(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^folder is '.*file': cannot be written \(File exists\)$"):
+        BPE.export(tmp_path / "file")
+    make_tokenizer("bytes").save(tmp_path / "run")
+    with pytest.raises(ValueError, match="^folder is '.*run': must not hold another tokenizer's tokenizer_"):
+        BPE.export(tmp_path / "run")
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+    make_tokenizer("bytes").export(tmp_path / "run")  # its own name may stay
+    assert load_tokenizer(tmp_path / "run").digest == make_tokenizer("bytes").digest
+    for length in 0, -1:
+        with pytest.raises(ValueError, match=f"^model_max_length is {length}: must be 1 or more"):
+            BPE.export(tmp_path / "out", model_max_length=length)
+
+
+def test_same_ids(tmp_path):
+    assert BPE.same_ids_as(train()) and train().same_ids_as(BPE)
+    named = with_special_tokens(tmp_path / "named", "<|call|>")
+    other = with_special_tokens(tmp_path / "other", "<|end|>")
+    begun = with_special_tokens(tmp_path / "begun", "<s>")
+    # Other text, other words: as many, but not the same.
+    trained = make_tokenizer("bpe:320", lambda: iter(["something else entirely, zebra! " * 30, *TEXTS]))
+    everything = [BPE, train("bpe:300"), trained, named, other, begun, make_tokenizer("bytes")]
+    assert trained.vocab_size == BPE.vocab_size and named.vocab_size == other.vocab_size == begun.vocab_size
+    for i, one in enumerate(everything):
+        assert [one.same_ids_as(two) for two in everything] == [i == j for j in range(len(everything))]
+    # The same ids in a file that says other things besides.
+    model = tokenizers.Tokenizer.from_str(BPE._file[1])
+    model.enable_truncation(4)
+    (tmp_path / "tokenizer.json").write_text(model.to_str())
+    assert load_tokenizer(tmp_path).digest != BPE.digest
+    assert load_tokenizer(tmp_path).same_ids_as(BPE)
 
 
 def test_file_settings_that_would_change_text_are_turned_off(tmp_path):
@@ -175,35 +266,3 @@ def test_bad_files(tmp_path):
         with pytest.raises(ValueError, match="^data.tokenizer is ") as caught:
             make_tokenizer(f"file:{path}")
         assert reason in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_o200k_harmony(harmony, tmp_path):
-    assert (harmony.vocab_size, harmony.bos_id, harmony.eos_id) == (200019, 199998, 199999)
-    assert max(harmony.encode(SPECIAL)) < 199998
-    assert harmony.decode([199998, *harmony.encode(SPECIAL), 200002, 199999, 200018]) == SPECIAL
-    harmony.save(tmp_path)
-    assert (tmp_path / "tokenizer_name.txt").read_text() == "o200k_harmony\n"
-    assert load_tokenizer(tmp_path).encode("Hello world") == [13225, 2375]
-
-
-def test_published_ids(harmony, harmony_folder):
-    golden = SHARED / "vectors" / "o200k_harmony_golden.json"
-    if not golden.is_file():
-        pytest.skip(f"needs {golden}")
-    pairs = json.loads(golden.read_text())
-    texts, expected = [pair["text"] for pair in pairs], [pair["ids"] for pair in pairs]
-    assert len(pairs) > 20
-    from_file = load_tokenizer(harmony_folder / "gpt-oss-20b")
-    assert (from_file.bos_id, from_file.eos_id) == (199998, 199999)
-    for tokenizer in harmony, from_file:
-        assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
-        assert [tokenizer.decode(ids) for ids in expected] == texts
-
-
-def test_o200k_harmony_without_its_file(tmp_path):
-    nowhere = "http://127.0.0.1:9"
-    code = "from gptoss_jax.data.tokenizer import make_tokenizer; make_tokenizer('o200k_harmony')"
-    env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": nowhere, "HTTPS_PROXY": nowhere}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: data.tokenizer is 'o200k_harmony'") and "TIKTOKEN_CACHE_DIR" in last

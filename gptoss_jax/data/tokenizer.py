@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -14,12 +13,13 @@ import tiktoken
 import tokenizers
 
 from gptoss_jax.config import require
+from gptoss_jax.data.tokenizer_json import END_OF_TEXT, byte_level_json, bytes_of_tokens, settings_files
 
 KINDS = "bytes, bpe:SIZE, file:tokenizer.json or o200k_harmony"
-END_OF_TEXT = "<|endoftext|>"
 BOS_NAMES = ("<|startoftext|>", "<|begin_of_text|>", "<s>")
 EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 HARMONY = "o200k_harmony"
+NAME_FILE = "tokenizer_name.txt"
 # Every id that text or a named special token has. The released embedding has 201088 rows: the rest is unused.
 HARMONY_VOCAB_SIZE = 200019
 TRAINING_BYTES = 64 << 20
@@ -43,14 +43,17 @@ class Tokenizer:
     """A vocabulary. Made by `make_tokenizer` or `load_tokenizer`.
 
     `name` is the spec, ids run from 0 to `vocab_size` - 1, and a document is stored as bos, its ids, eos.
+    `special_tokens` are the ids of the tokens that are no text, bos and eos among them, by name.
     """
 
     name: str
     vocab_size: int
     bos_id: int
     eos_id: int
+    special_tokens: dict[str, int] = dataclasses.field(repr=False)
     _encode: Callable[[list[str]], Sequence[Sequence[int] | np.ndarray]] = dataclasses.field(repr=False)
     _make_token_bytes: Callable[[], list[bytes]] = dataclasses.field(repr=False)
+    _make_json: Callable[[], str] = dataclasses.field(repr=False)
     _file: tuple[str, str] = dataclasses.field(repr=False)  # name and content of what `save` writes
 
     def encode(self, text: str) -> list[int]:
@@ -82,8 +85,21 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Tells tokenizers apart: those of one digest give the same ids."""
+        """Tells tokenizers apart: those of one digest give the same ids. Two forms of one have two."""
         return hashlib.sha256("\n".join(self._file).encode()).hexdigest()
+
+    def same_ids_as(self, other: "Tokenizer") -> bool:
+        """Whether each id stands for the same bytes, or the same special token, in both.
+
+        Then what one has encoded the other decodes, and a model can go from one to the other. How a text is
+        cut into tokens plays no part.
+        """
+        if self.digest == other.digest:
+            return True
+        ours, theirs = (
+            (one.bos_id, one.eos_id, one.special_tokens, one._token_bytes) for one in (self, other)
+        )
+        return ours == theirs
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `tokenizer.json`, or for a tokenizer that needs none its name to `tokenizer_name.txt`."""
@@ -91,6 +107,36 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         name, content = self._file
         (folder / name).write_bytes(content.encode())
+
+    def export(self, folder: str | os.PathLike, model_max_length: int | None = None) -> None:
+        """Writes the tokenizer as Hugging Face's programs read it, over what is there.
+
+        The files are tokenizer.json, tokenizer_config.json and special_tokens_map.json. `load_tokenizer`
+        reads the folder too, with the same ids.
+
+        Args:
+          folder: made if it is missing.
+          model_max_length: the most tokens that the model takes, for transformers to warn at; None: no limit.
+
+        Raises ValueError for a length below 1, a folder that cannot be written, and one that holds the
+        tokenizer_name.txt of another tokenizer, which `load_tokenizer` would read instead.
+        """
+        fits = model_max_length is None or model_max_length >= 1
+        require(fits, "model_max_length", model_max_length, "must be 1 or more, or None for no limit")
+        folder = pathlib.Path(folder)
+        content = self._make_json()
+        files = {"tokenizer.json": content} | settings_files(
+            content, self.special_tokens, self.bos_id, self.eos_id, model_max_length
+        )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = folder / NAME_FILE
+            taken = name.exists() and (NAME_FILE, name.read_text()) != self._file
+            require(not taken, "folder", str(folder), f"must not hold another tokenizer's {NAME_FILE}")
+            for file, text in files.items():
+                (folder / file).write_bytes(text.encode())
+        except OSError as error:
+            raise ValueError(f"folder is {str(folder)!r}: cannot be written ({error.strerror})") from None
 
 
 def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
@@ -117,22 +163,31 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """Reads what `save` wrote. Raises ValueError if the folder holds no tokenizer."""
+    """Reads what `save` or `export` wrote, or the tokenizer.json of a Hugging Face folder.
+
+    Raises ValueError if the folder holds no tokenizer, or a damaged one.
+    """
     folder = pathlib.Path(folder)
-    if (folder / "tokenizer_name.txt").is_file():
-        return make_tokenizer((folder / "tokenizer_name.txt").read_text().strip())
-    return _from_file(folder / "tokenizer.json", f"file:{folder / 'tokenizer.json'}")
+    name, file = folder / NAME_FILE, folder / "tokenizer.json"
+    if name.is_file():
+        return make_tokenizer(name.read_text().strip())
+    require(file.exists(), "tokenizer folder", str(folder), f"must hold tokenizer.json or {NAME_FILE}")
+    return _from_file(file, f"file:{file}")
 
 
 def _bytes() -> Tokenizer:
+    table = [bytes([byte]) for byte in range(256)]
+    special = {END_OF_TEXT: 256}
     return Tokenizer(
         name="bytes",
         vocab_size=257,
         bos_id=256,
         eos_id=256,
+        special_tokens=special,
         _encode=lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts],
-        _make_token_bytes=lambda: [bytes([i]) for i in range(256)] + [b""],
-        _file=("tokenizer_name.txt", "bytes\n"),
+        _make_token_bytes=lambda: [*table, b""],
+        _make_json=lambda: byte_level_json(table, special, words=None),
+        _file=(NAME_FILE, "bytes\n"),
     )
 
 
@@ -141,27 +196,30 @@ def _harmony() -> Tokenizer:
         encoding = tiktoken.get_encoding(HARMONY)
     except (OSError, ValueError) as error:  # the second for a file with the wrong hash
         reason = " ".join(str(error).split())
-        allowed = f"tiktoken cannot fetch its file; set TIKTOKEN_CACHE_DIR to where it is ({reason})"
+        allowed = f"tiktoken cannot fetch its file; set TIKTOKEN_CACHE_DIR, see docs/tokenizers.md ({reason})"
         raise ValueError(f"data.tokenizer is {HARMONY!r}: {allowed}") from None
 
-    def token_bytes() -> list[bytes]:
-        special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        table = [b""] * HARMONY_VOCAB_SIZE
-        for token in range(min(special)):
-            try:
-                table[token] = encoding.decode_single_token_bytes(token)
-            except KeyError:  # a gap
-                continue
-        return table
+    special: dict[str, int] = {}
+    for name in sorted(encoding.special_tokens_set, key=lambda name: ("reserved" in name, name)):
+        token = encoding.encode_single_token(name)
+        # tiktoken names one id twice, <|endofprompt|> and a reserved one, and goes on to reserve unused rows.
+        if token < HARMONY_VOCAB_SIZE and token not in special.values():
+            special[name] = token
+
+    def table() -> list[bytes]:
+        return [encoding.decode_single_token_bytes(token) for token in range(min(special.values()))]
 
     return Tokenizer(
         name=HARMONY,
         vocab_size=HARMONY_VOCAB_SIZE,
         bos_id=encoding.encode_single_token("<|startoftext|>"),
         eos_id=encoding.encode_single_token(END_OF_TEXT),
+        special_tokens=special,
         _encode=lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1),
-        _make_token_bytes=token_bytes,
-        _file=("tokenizer_name.txt", HARMONY + "\n"),
+        _make_token_bytes=lambda: table() + [b""] * len(special),
+        # The pattern has no public name, but tiktoken's own guide to new encodings takes it from there.
+        _make_json=lambda: byte_level_json(table(), special, words=encoding._pat_str),
+        _file=(NAME_FILE, HARMONY + "\n"),
     )
 
 
@@ -217,49 +275,25 @@ def _from_json(spec: str, content: str, origin: str) -> Tokenizer:
     model.encode_special_tokens = True
     model.no_truncation()
     model.no_padding()
-    bos = next((model.token_to_id(n) for n in BOS_NAMES if model.token_to_id(n) is not None), None)
-    eos = next((model.token_to_id(n) for n in EOS_NAMES if model.token_to_id(n) is not None), None)
+    bos = next((name for name in BOS_NAMES if model.token_to_id(name) is not None), None)
+    eos = next((name for name in EOS_NAMES if model.token_to_id(name) is not None), None)
     allowed = f"{origin} has none of {', '.join(BOS_NAMES + EOS_NAMES)}"
     require(bos is not None or eos is not None, "data.tokenizer", spec, allowed)
-    vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+    bos, eos = bos or eos, eos or bos
+    special = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
+    special |= {name: model.token_to_id(name) for name in (bos, eos)}
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoded.ids for encoded in model.encode_batch_fast(texts, add_special_tokens=False)]
 
     return Tokenizer(
         name=spec,
-        vocab_size=vocab_size,
-        bos_id=eos if bos is None else bos,
-        eos_id=bos if eos is None else eos,
+        vocab_size=1 + max(model.get_vocab(with_added_tokens=True).values()),
+        bos_id=special[bos],
+        eos_id=special[eos],
+        special_tokens=special,
         _encode=encode,
-        _make_token_bytes=lambda: _bytes_of_tokens(model, vocab_size, json.loads(content).get("decoder")),
+        _make_token_bytes=lambda: bytes_of_tokens(model, json.loads(content).get("decoder")),
+        _make_json=lambda: content,
         _file=("tokenizer.json", content),
     )
-
-
-def _bytes_of_tokens(model: tokenizers.Tokenizer, vocab_size: int, decoder: dict | None) -> list[bytes]:
-    """The bytes that each id stands for: exact for byte-level vocabularies and those with byte fallback."""
-    byte_level = "ByteLevel" in json.dumps(decoder)
-    to_byte = {letter: byte for byte, letter in enumerate(_byte_letters())}
-    added = model.get_added_tokens_decoder()
-    table = [b""] * vocab_size
-    for token in range(vocab_size):
-        piece = model.id_to_token(token)
-        if piece is None or (token in added and added[token].special):
-            continue
-        if token in added:
-            table[token] = piece.encode()
-        elif byte_level:
-            table[token] = bytes(to_byte[letter] for letter in piece)
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            table[token] = bytes.fromhex(piece[3:5])
-        else:
-            table[token] = piece.replace("\u2581", " ").encode()
-    return table
-
-
-def _byte_letters() -> list[str]:
-    """The letter that byte-level vocabularies write a byte as: itself if it prints, or one from U+0100."""
-    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = itertools.count(0x100)
-    return [chr(byte if byte in printing else next(others)) for byte in range(256)]
