@@ -8,17 +8,26 @@ if TYPE_CHECKING:
     from gptoss_jax.inference.generate import generate
     from gptoss_jax.model.transformer import Transformer
     from gptoss_jax.training.loop import train
-    from gptoss_jax.weights.checkpoint import from_pretrained
+    from gptoss_jax.weights.pretrained import from_pretrained, save_pretrained
 
 _HOMES = {
     "ModelConfig": "gptoss_jax.config",
     "TrainConfig": "gptoss_jax.config",
     "Transformer": "gptoss_jax.model.transformer",
-    "from_pretrained": "gptoss_jax.weights.checkpoint",
+    "from_pretrained": "gptoss_jax.weights.pretrained",
     "generate": "gptoss_jax.inference.generate",
+    "save_pretrained": "gptoss_jax.weights.pretrained",
     "train": "gptoss_jax.training.loop",
 }
-__all__ = ["ModelConfig", "TrainConfig", "Transformer", "from_pretrained", "generate", "train"]
+__all__ = [
+    "ModelConfig",
+    "TrainConfig",
+    "Transformer",
+    "from_pretrained",
+    "generate",
+    "save_pretrained",
+    "train",
+]
 
 
 def __getattr__(name: str):

@@ -4,9 +4,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, TextIO
+from typing import Annotated, Literal, TextIO
 
 import tyro
+
+from gptoss_jax import startup
 
 # Nothing above a command's body may import jax, which takes longer than `--help` should.
 
@@ -28,10 +30,10 @@ def generate(
     min_p: OptionalFloat = None,
     seed: int = 0,
 ) -> None:
-    """Continue a text with the model of a run, printing it as it is written.
+    """Continue a text with a model, printing it as it is written.
 
     Args:
-        run: Folder of the run, as train.py wrote it.
+        run: Folder of a run of train.py, or of a Hugging Face model; hf:OWNER/NAME is one of its hub.
         prompt: The text to continue; "" lets the model begin by itself.
         max_new_tokens: Stop after so many tokens, if the text has not ended before.
         temperature: How freely to choose: 0 takes the likeliest token, 1 follows the model's probabilities.
@@ -43,22 +45,26 @@ def generate(
     import jax
 
     from gptoss_jax.inference.generate import TextStream, stream_with_params
-    from gptoss_jax.weights.checkpoint import load_run
+    from gptoss_jax.weights.pretrained import load_model
 
-    config, params, tokenizer = load_run(run)
+    config, params, tokenizer = load_model(run)
     chunks = stream_with_params(
-        config.model, jax.device_put(params), [[tokenizer.bos_id, *tokenizer.encode(prompt)]], max_new_tokens,
+        config, jax.device_put(params), [[tokenizer.bos_id, *tokenizer.encode(prompt)]], max_new_tokens,
         temperature, top_k, top_p, min_p, stop_tokens=(tokenizer.eos_id,), seed=seed,
     )  # fmt: skip
     write = _writer(sys.stdout)
     write(prompt, dim=True)
     text = TextStream(tokenizer.decode_bytes)
     counts, times = [], []
-    for (tokens,) in chunks:
-        counts.append(len(tokens))
-        times.append(time.monotonic())
-        # The model's table may have more rows than the tokenizer has tokens.
-        write(text.feed([token for token in tokens if token < tokenizer.vocab_size]))
+    try:
+        for (tokens,) in chunks:
+            counts.append(len(tokens))
+            times.append(time.monotonic())
+            # The model's table may have more rows than the tokenizer has tokens.
+            write(text.feed([token for token in tokens if token < tokenizer.vocab_size]))
+    except KeyboardInterrupt:
+        write("\n")
+        raise
     write(text.close())
     write("\n")
     rate = "–"
@@ -67,6 +73,48 @@ def generate(
         rate = f"{sum(counts[1:]) / (times[-1] - times[0]):,.1f}"
     made = sum(counts)
     _writer(sys.stderr)(f"{made:,} token{'s' * (made != 1)} · {rate} tokens/s\n", dim=True)
+
+
+@app.command
+def convert(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")],
+    experts: Literal["bfloat16", "float32", "mxfp4"] | None = None,
+) -> None:
+    """Write a model as a Hugging Face folder, which transformers and vLLM load.
+
+    Args:
+        source: Folder of a run of train.py, of a Hugging Face model (bfloat16, float32 or MXFP4), or an
+            original/ one; hf:OWNER/NAME is one of the Hugging Face hub.
+        target: Folder to write. It must not exist yet, and appears when it is whole.
+        experts: Type of the weights. mxfp4 packs the experts to 4.25 bits a weight and makes the rest
+            bfloat16. Default: what the source has, packed experts keeping their bytes.
+    """
+    import resource
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from gptoss_jax.weights.pretrained import open_weights, write_folder
+
+    began = time.monotonic()
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        size = 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal size
+            size = total
+            progress.update(task, completed=done, total=total)
+
+        write_folder(open_weights(source), target, experts, progress=show)
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = time.monotonic() - began
+    print(f"{target}: {size / 1e9:,.2f} GB written in {seconds:,.0f} s, peak memory {peak / 1e9:,.2f} GB")
 
 
 @app.command
@@ -99,33 +147,12 @@ def _writer(file: TextIO) -> Callable[..., None]:
     return write
 
 
-def _fail(error: Exception, code: int) -> int:
-    print(f"gptoss: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
-
-
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line (the process's by default) and returns its exit code.
+    """Runs a command line (the process's by default) and returns its exit code, that of `startup.run`.
 
-    0 is success, 1 a file that cannot be read or written, 2 a bad argument, 130 an interruption by Ctrl-C.
     Raises SystemExit where tyro does: after `--help` and for arguments that it cannot parse.
     """
-    try:
-        app.cli(
-            prog="gptoss",
-            description="Models of the gpt-oss family in JAX.",
-            args=args,
-            sort_subcommands=False,
-        )
-    except KeyboardInterrupt:
-        print(flush=True)
-        return 130
-    except ValueError as error:
-        return _fail(error, 2)
-    except BrokenPipeError:
-        # The reader has left, `| head` for one. What Python still holds for it must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        return _fail(error, 1)
-    return 0
+    description = "Models of the gpt-oss family in JAX."
+    return startup.run(
+        lambda: app.cli(prog="gptoss", description=description, args=args, sort_subcommands=False), "gptoss"
+    )

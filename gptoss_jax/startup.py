@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -24,22 +25,29 @@ def use_huge_pages() -> None:
 
 def run(command: Callable[[], object], name: str) -> int:
     """Runs a command and returns its exit code; what a user can mend is one line on stderr, without a
-    traceback.
+    traceback, and so is a warning.
 
     2: a ValueError, input that is not allowed. 1: what went wrong on the way. 130: Ctrl-C.
     """
-    try:
-        command()
-    except ValueError as error:
-        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except (OSError, FloatingPointError, MemoryError) as error:
-        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _say(name, "warning", message)
+        try:
+            command()
+        except ValueError as error:
+            _say(name, "error", error)
+            return 2
+        except BrokenPipeError:
+            # The reader has left, `| head` for one. What Python still holds for it must not fail at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (OSError, FloatingPointError, MemoryError) as error:
+            _say(name, "error", error)
+            return 1
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _say(name: str, what: str, message: BaseException | str) -> None:
+    line = " ".join(str(message).split()) or type(message).__name__
+    print(f"{name}: {what}: {line}", file=sys.stderr, flush=True)

@@ -2,19 +2,22 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 import types
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gptoss_jax import cli
-from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as engine
 from gptoss_jax.inference.generate import TextStream
-from gptoss_jax.weights import checkpoint
+from gptoss_jax.weights import pretrained
+from checkpoints import random_checkpoint
 
 
 class Terminal(io.StringIO):
@@ -44,12 +47,13 @@ def test_text_is_never_broken_inside_a_character():
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--help"], ["usage: gptoss", "generate", "report", "Continue a text", "Draw the curves"]),
+        (["--help"], ["usage: gptoss", "convert", "report", "Continue a text", "Draw the curves"]),
         (
             ["generate", "--help"],
             ["RUN", "--prompt", "--max-new-tokens", "(default: 200)", "--top-k", "--top-p",
              "--min-p", "--seed", "likeliest"],
         ),
+        (["convert", "--help"], ["SRC", "DST", "--experts", "{None,bfloat16,float32,mxfp4}", "original/"]),
         (["report", "--help"], ["RUN", "report.png"]),
     ],
 )  # fmt: skip
@@ -94,7 +98,7 @@ def test_errors_are_one_line(capsys, monkeypatch, error, code):
     def fail(run):
         raise error
 
-    monkeypatch.setattr(checkpoint, "load_run", fail)
+    monkeypatch.setattr(pretrained, "load_model", fail)
     assert cli.main(["generate", "run", "--prompt", "a"]) == code
     assert capsys.readouterr() == ("", "gptoss: error: one two\n")
 
@@ -103,7 +107,7 @@ def test_other_faults_keep_their_traceback(monkeypatch):
     def fail(run):
         raise TypeError("a fault of ours")
 
-    monkeypatch.setattr(checkpoint, "load_run", fail)
+    monkeypatch.setattr(pretrained, "load_model", fail)
     with pytest.raises(TypeError):
         cli.main(["generate", "run", "--prompt", "a"])
 
@@ -112,8 +116,8 @@ def test_other_faults_keep_their_traceback(monkeypatch):
 def run(monkeypatch):
     """A run that is loaded from nowhere, and an engine that answers with given chunks of bytes."""
     tokenizer = make_tokenizer("bytes")
-    config = TrainConfig(model=ModelConfig(vocab_size=260))
-    monkeypatch.setattr(checkpoint, "load_run", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
+    config = ModelConfig(vocab_size=260)
+    monkeypatch.setattr(pretrained, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
     seen = types.SimpleNamespace(chunks=[])
 
     def answer(model_config, params, prompts, *args, **kwargs):
@@ -174,3 +178,37 @@ def test_a_reader_that_leaves(tmp_path):
     )  # fmt: skip
     os.close(write)
     assert (run.returncode, run.stderr) == (1, "")
+
+
+def test_convert(tmp_path, capsys):
+    checkpoint = random_checkpoint(tmp_path / "packed", experts_per_token=2, form="mxfp4")
+    size = (checkpoint / "model.safetensors").stat().st_size
+    assert cli.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 0
+    shown = capsys.readouterr()
+    assert re.fullmatch(rf".*/same: {size / 1e9:.2f} GB written in \d+ s, peak memory [\d.]+ GB\n", shown.out)
+    assert shown.err == ""
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "same"))
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert cli.main(["convert", str(checkpoint), str(tmp_path / "plain"), "--experts", "bfloat16"]) == 0
+    config, plain = (
+        ModelConfig.from_hf(tmp_path / "plain"),
+        load_file(tmp_path / "plain" / "model.safetensors"),
+    )
+    assert plain["model.layers.3.mlp.experts.down_proj"].shape == (
+        config.num_local_experts, config.intermediate_size, config.hidden_size,
+    )  # fmt: skip
+    capsys.readouterr()
+    assert cli.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line(tmp_path, capsys):
+    checkpoint = random_checkpoint(tmp_path / "in", experts_per_token=1, form="float32")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.1.mlp.router.bias"][0] = np.nan
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert cli.main(["convert", str(checkpoint), str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("gptoss: warning: ") and said.count("\n") == 1
+    assert "not finite in model.layers.1.mlp.router.bias" in said

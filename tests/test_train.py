@@ -27,7 +27,8 @@ from gptoss_jax.config import (
 from gptoss_jax.training import start
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
-from gptoss_jax.weights.checkpoint import Checkpoints, from_pretrained, load_run
+from gptoss_jax.weights.checkpoint import Checkpoints, load_run
+from gptoss_jax.weights.pretrained import from_pretrained, save_pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
@@ -236,8 +237,36 @@ def test_starting_from_a_run_s_weights(finished, make_config, tmp_path):
     values = config.to_dict()
     values["model"]["intermediate_size"] = 40
     values["run_dir"] = str(tmp_path / "third")
-    with pytest.raises(ValueError, match=r"init_from .* do not fit the model: blocks.0.moe.down"):
+    with pytest.raises(
+        ValueError, match=r"init_from .* do not fit the model: model.intermediate_size is 40, theirs "
+    ):
         train(TrainConfig.from_dict(values))
+
+
+def test_starting_from_published_weights(finished, make_config, tmp_path):
+    folder, runs = finished[0].run_dir, {}
+    save_pretrained(from_pretrained(folder), tmp_path / "published", experts="float32")
+    for name in (folder, str(tmp_path / "published")):
+        run_dir = tmp_path / f"from {pathlib.Path(name).name}"
+        train(make_config(run_dir, init_from=name, steps=2, eval=EvalConfig(sample_tokens=0)))
+        runs[name] = results(run_dir)
+    assert runs[folder] == runs[str(tmp_path / "published")]
+
+
+def test_published_weights_that_do_not_fit(finished, make_config, tmp_path, capsys):
+    save_pretrained(from_pretrained(finished[0].run_dir), tmp_path / "published")
+    config = make_config(tmp_path / "run", init_from=str(tmp_path / "published"), steps=1)
+    values = config.to_dict()
+    values["model"] |= {"hidden_size": 18, "rope_theta": 9000.0}
+    with pytest.raises(ValueError, match=r"model.hidden_size is 18, theirs 16; model.rope_theta is 9000"):
+        train(TrainConfig.from_dict(values))
+    values["model"]["hidden_size"] = 16
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "published" / file).unlink()
+    train(TrainConfig.from_dict(values))
+    said = capsys.readouterr().out
+    assert "were trained otherwise: model.rope_theta is 9000.0, theirs 10000.0" in said
+    assert "holds no tokenizer" in said
 
 
 def command(config, preset, **popen):

@@ -166,7 +166,8 @@ class TrainConfig(Checked):
     run_dir: str = "runs/default"
     # Seed of the initial weights, of the order of the data and of dropout.
     seed: int = 0
-    # A run folder whose weights to start from; None starts from random ones.
+    # A run folder, Hugging Face folder or hf:OWNER/NAME whose weights to start from; None starts from random
+    # ones.
     init_from: str | None = None
     # Steps between the rows of metrics.jsonl.
     log_every: int = 1

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.kernels import mxfp4
 from gptoss_jax.parallel.expert_dispatch import apply_experts
 
 RouterStats = dict[str, jax.Array]
@@ -52,8 +53,15 @@ class MoE(nnx.Module):
         self.router = nnx.Param(normal(rngs.params(), (D, E)))
         # Gate and up stand apart, each whole: the published layout's interleaving is undone when weights are
         # read.
-        self.gate_up = nnx.Param(normal(rngs.params(), (E, D, 2, F)))
-        self.down = nnx.Param(normal(rngs.params(), (E, F, D)))
+        gate_up, down = normal(rngs.params(), (E, D, 2, F)), normal(rngs.params(), (E, F, D))
+        if config.expert_format == "mxfp4":
+            # Groups run along the input axis, which stands last, as published: rows are [E, F, 2] and [E, D].
+            for name, weights in (("gate_up", gate_up), ("down", down)):
+                blocks, scales = mxfp4.pack(weights.swapaxes(1, -1))
+                setattr(self, f"{name}_blocks", nnx.Param(blocks))
+                setattr(self, f"{name}_scales", nnx.Param(scales))
+        else:
+            self.gate_up, self.down = nnx.Param(gate_up), nnx.Param(down)
         if config.router_bias:
             self.router_bias = nnx.Param(jnp.zeros(E))
         if config.expert_bias:
@@ -73,12 +81,23 @@ class MoE(nnx.Module):
         if config.router_bias:
             logits_ME = logits_ME + self.router_bias[...]
         experts_MX, weights_MX = route(logits_ME, config.num_experts_per_tok)
-        names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.expert_bias
         y_MD = apply_experts(
             x_MD,
             jnp.where(real_M[:, None], experts_MX, -1),
             weights_MX,
-            {name: getattr(self, name)[...].astype(x_BTD.dtype) for name in names},
+            self.expert_parameters(x_BTD.dtype),
             lambda gate, up: swiglu(gate, up, config),
         )
         return y_MD.reshape(B, T, D), router_stats(logits_ME, experts_MX, real_M)
+
+    def expert_parameters(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """The experts' matrices and biases as numbers of a type: `gate_up` [E, D, 2, F], `down` [E, F, D],
+        …"""
+        names = ["gate_up_bias", "down_bias"] * self.config.expert_bias
+        if self.config.expert_format == "plain":
+            return {name: getattr(self, name)[...].astype(dtype) for name in [*names, "gate_up", "down"]}
+        parameters = {name: getattr(self, name)[...].astype(dtype) for name in names}
+        for name in ("gate_up", "down"):
+            blocks, scales = getattr(self, f"{name}_blocks")[...], getattr(self, f"{name}_scales")[...]
+            parameters[name] = mxfp4.unpack(blocks, scales, dtype).swapaxes(1, -1)
+        return parameters

@@ -1,5 +1,6 @@
 """The model: RMSNorm, Block, Transformer, and its parameters as a plain tree."""
 
+import dataclasses
 import functools
 
 import jax
@@ -100,6 +101,8 @@ class Transformer(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = Vocabulary(config, rngs=rngs)
         self.config = config
+        # The folder that the weights came from; the tokenizer's files are there.
+        self.origin: str | None = None
 
     def __call__(
         self,
@@ -220,5 +223,6 @@ def with_params(config: ModelConfig, params: dict) -> Transformer:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """How many parameters the model has, counted on the abstract tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    """How many parameters the model has, counted on the abstract tree; packed weights count as weights."""
+    plain = dataclasses.replace(config, expert_format="plain")
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(plain)))

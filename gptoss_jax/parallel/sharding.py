@@ -1,5 +1,7 @@
 """One table: where each parameter, batch and activation lies on the mesh."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
@@ -26,6 +28,11 @@ PARAMETERS = {
     ("moe", "gate_up_bias"): P("expert", None, "tensor"),
     ("moe", "down"): P("expert", "tensor", "fsdp"),
     ("moe", "down_bias"): P("expert", None),
+    # Packed experts are split along their rows alone: 32 weights of the input axis are one group.
+    ("moe", "gate_up_blocks"): P("expert", ("fsdp", "tensor"), None, None, None),
+    ("moe", "gate_up_scales"): P("expert", ("fsdp", "tensor"), None, None),
+    ("moe", "down_blocks"): P("expert", ("fsdp", "tensor"), None, None),
+    ("moe", "down_scales"): P("expert", ("fsdp", "tensor"), None),
     ("attention_norm", "scale"): P(None),
     ("moe_norm", "scale"): P(None),
     ("final_norm", "scale"): P(None),
@@ -65,10 +72,13 @@ def parameter_shardings(tree, mesh: Mesh):
 
     def one(path, value):
         spec = parameter_spec(path, value)
-        for size, axis in zip(value.shape, spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
+        for size, axes in zip(value.shape, spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = math.prod(mesh.shape[axis] for axis in axes)
+            if size % parts:
                 name = ".".join(path_names(path)[-2:])
-                raise ValueError(f"mesh.{axis} is {mesh.shape[axis]}: must divide {size}, a size of {name}")
+                asked = " times ".join(f"mesh.{axis}" for axis in axes)
+                raise ValueError(f"{asked} is {parts}: must divide {size}, a size of {name}")
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, tree)

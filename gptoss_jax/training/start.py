@@ -10,16 +10,27 @@ from typing import Any
 
 import jax
 
-from gptoss_jax.config import TrainConfig, require
+from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.data.pipeline import TokenCache
-from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel.mesh import batch_shards
-from gptoss_jax.parallel.sharding import path_names
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
-from gptoss_jax.weights.checkpoint import Checkpoints, load_config, load_run
+from gptoss_jax.weights.checkpoint import Checkpoints, is_run, load_config, load_run
+from gptoss_jax.weights.pretrained import open_weights, published_tokenizer, read_params
 
 # Where a run is and how its devices are laid out may change between two starts; what it computes may not.
 FREE_FIELDS = ("run_dir", "data.cache_dir", "mesh")
+# Fields of a model that say how it is trained or computed, not what it computes.
+MODEL_TRAINING_FIELDS = {
+    "max_position_embeddings", "attention_dropout", "residual_dropout", "initializer_range",
+    "router_aux_loss_coef", "router_z_loss_coef", "compute_dtype", "expert_format", "remat",
+}  # fmt: skip
+# Those that the tree of parameters follows from.
+MODEL_SHAPE_FIELDS = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_local_experts", "layer_types", "attention_bias", "expert_bias",
+    "router_bias", "learned_sinks", "tie_word_embeddings",
+}  # fmt: skip
 
 
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
@@ -93,7 +104,8 @@ def first_state(
     """The state to start from: the last checkpoint's, or `init_from`'s weights, or random ones.
 
     Returns it with the record of the checkpoint, None where the run starts anew. Raises ValueError when the
-    text or the tokenizer is not that of the checkpoint, or `init_from` has another tokenizer or other shapes.
+    text or the tokenizer is not that of the checkpoint, or `init_from` has another tokenizer or another
+    model.
     """
     params, rest = split_state(abstract_state(config, mesh))
     found = checkpoints.restore(params, rest, report)
@@ -109,29 +121,55 @@ def first_state(
         return TrainState(params=params, **rest), record
     if config.init_from is None:
         return create_state(config, mesh), None
-    _check_same_shapes(config, load_config(config.init_from))
-    _, loaded, tokenizer = load_run(config.init_from, abstract=params)
-    if tokenizer.digest != cache.tokenizer.digest:
+    loaded, tokenizer = _foreign_weights(config, params, report)
+    if tokenizer is None:
+        report(f"{config.init_from} holds no tokenizer: data.tokenizer has to be that of its weights")
+    elif not tokenizer.same_ids_as(cache.tokenizer):
         raise ValueError(
             f"data.tokenizer is {config.data.tokenizer!r}: not that of init_from; {tokenizer.name} is"
         )
     report(f"Starting from the weights of {config.init_from}")
-    return dataclasses.replace(create_state(config, mesh), params=loaded), None
+    return create_state(config, mesh, loaded), None
 
 
-def _check_same_shapes(config: TrainConfig, loaded: TrainConfig) -> None:
-    def shapes(model):
-        leaves = jax.tree_util.tree_leaves_with_path(abstract_params(model))
-        return {".".join(path_names(path)): leaf.shape for path, leaf in leaves}
+def _foreign_weights(
+    config: TrainConfig, params: dict, report: Callable[[str], None]
+) -> tuple[dict, Tokenizer | None]:
+    """The weights of `init_from`, a run folder or a published one, placed as `params` says; and its
+    tokenizer."""
+    folder = pathlib.Path(config.init_from)
+    if is_run(folder):
+        _check_same_model(config, load_config(folder).model, report)
+        _, loaded, tokenizer = load_run(folder, abstract=params)
+        return loaded, tokenizer
+    source = open_weights(config.init_from)
+    _check_same_model(config, source.config, report)
+    try:
+        tokenizer = published_tokenizer(source.origin)
+    except ValueError:
+        tokenizer = None
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return read_params(source, config.model, params, shardings), tokenizer
 
-    ours, theirs = shapes(config.model), shapes(loaded.model)
-    wrong = [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
-    if wrong:
-        named = ", ".join(f"{n} ({theirs.get(n, 'missing')}, not {ours.get(n, 'none')})" for n in wrong[:4])
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+
+def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable[[str], None]) -> None:
+    """Raises ValueError where the weights cannot be this model's; says where they were trained as another."""
+    differing = {
+        field.name: (getattr(config.model, field.name), getattr(theirs, field.name))
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in MODEL_TRAINING_FIELDS
+        and getattr(config.model, field.name) != getattr(theirs, field.name)
+    }
+    # What None stands for may be spelled out.
+    if config.model.types_of_layers == theirs.types_of_layers:
+        differing.pop("layer_types", None)
+    named = [f"model.{name} is {ours!r}, theirs {other!r}" for name, (ours, other) in differing.items()]
+    if differing.keys() & MODEL_SHAPE_FIELDS:
         raise ValueError(
-            f"init_from is {config.init_from!r}: its weights do not fit the model: {named}{more}"
+            f"init_from is {config.init_from!r}: its weights do not fit the model: {'; '.join(named)}"
         )
+    for difference in named:
+        report(f"The weights of {config.init_from} were trained otherwise: {difference}")
 
 
 def _text_of(cache: TokenCache) -> dict[str, Any]:

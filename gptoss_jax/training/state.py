@@ -43,10 +43,20 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     )
 
 
-def create_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """The state before the first step. Every device makes its own shards; the whole is nowhere."""
+def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) -> TrainState:
+    """The state before the first step. Every device makes its own shards; the whole is nowhere.
+
+    `params`: the weights to start from, placed as those of `abstract_state` are; None makes random ones.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(lambda: _fresh_state(config), out_shardings=shardings)()
+    if params is None:
+        return jax.jit(lambda: _fresh_state(config), out_shardings=shardings)()
+    # The random weights are not computed where nobody asks for them.
+    rest = jax.jit(
+        lambda: dataclasses.replace(_fresh_state(config), params=None),
+        out_shardings=dataclasses.replace(shardings, params=None),
+    )
+    return dataclasses.replace(rest(), params=params)
 
 
 def _fresh_state(config: TrainConfig) -> TrainState:

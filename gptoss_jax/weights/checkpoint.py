@@ -5,6 +5,7 @@ A checkpoint holds the items `params` (the model's tree), `training` (everything
 only when it is whole.
 """
 
+import json
 import logging
 import pathlib
 import shutil
@@ -17,7 +18,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.model.transformer import Transformer, abstract_params, with_params
+from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel.sharding import dtype_bytes
 
 ITEMS = ("params", "training", "record")
@@ -160,6 +161,15 @@ def _goodness(metrics: dict[str, float]) -> float:
     return -metrics["val_loss"]
 
 
+def is_run(folder: str | pathlib.Path) -> bool:
+    """Whether a folder is a run of train.py: its config.json is a `TrainConfig`'s."""
+    try:
+        values = json.loads((pathlib.Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"model", "data", "optim"} <= values.keys()
+
+
 def load_config(folder: str | pathlib.Path) -> TrainConfig:
     """The config of a run folder of train.py. Raises ValueError when the folder is none."""
     folder = pathlib.Path(folder)
@@ -171,13 +181,17 @@ def load_config(folder: str | pathlib.Path) -> TrainConfig:
 
 
 def load_run(
-    folder: str | pathlib.Path, step: int | None = None, abstract: dict | None = None
+    folder: str | pathlib.Path,
+    step: int | None = None,
+    abstract: dict | None = None,
+    device: jax.Device | None = None,
 ) -> tuple[TrainConfig, dict, Tokenizer]:
     """Config, parameters and tokenizer of a run folder of train.py.
 
     Args:
       step: which checkpoint; None takes the one with the lowest validation loss, or else the latest.
-      abstract: the parameter tree with the shardings to load it with; None puts all on the first device.
+      abstract: the parameter tree with the shardings to load it with; None puts all on one device.
+      device: which one; None is the first.
 
     Raises ValueError when the folder is no run, or has no such checkpoint.
     """
@@ -185,7 +199,7 @@ def load_run(
     if not (pathlib.Path(folder) / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoint yet")
     if abstract is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        here = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
             abstract_params(config.model),
@@ -204,9 +218,3 @@ def load_run(
         return config, checkpoints.restore_params(step, abstract), load_tokenizer(folder)
     finally:
         checkpoints.close()
-
-
-def from_pretrained(folder: str | pathlib.Path) -> Transformer:
-    """The model of a run folder of train.py. Raises ValueError when the folder is no run."""
-    config, params, _ = load_run(folder)
-    return with_params(config.model, params)

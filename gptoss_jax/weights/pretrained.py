@@ -1,0 +1,398 @@
+"""Released weights in and out: Hugging Face folders (bfloat16, float32 or MXFP4), `original/`, run folders.
+
+A source gives pieces, one parameter of one layer each; loading puts them on devices, saving and converting
+write them to files. Besides source and result, only the piece under work is held.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.transformer import Transformer, abstract_params, params_of, with_params
+from gptoss_jax.parallel.sharding import parameter_shardings, path_names
+from gptoss_jax.weights import pieces, tensor_files
+from gptoss_jax.weights.checkpoint import is_run, load_run
+from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, check_tensors, parameters_by_layer
+
+Format = Literal["bfloat16", "float32", "mxfp4"]
+HUB = "hf:"
+MATRICES = ("moe.gate_up", "moe.down")
+# What a model folder holds besides weights and config.json, copied as it is.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# exp(this - anything) is 0: how a model without learned sinks is written in a format that has them.
+NO_SINK = float(jnp.finfo(jnp.bfloat16).min)
+# What a writer is handed at a time, unless the tensor must be turned as a whole.
+CHUNK_BYTES = 64 << 20
+
+
+class Source:
+    """Weights, wherever they are: `config` is their model's, with plain experts; `packed` says whether the
+    experts are in MXFP4; `origin` is the folder with their tokenizer, if there is one."""
+
+    config: ModelConfig
+    packed: bool
+    origin: pathlib.Path | None
+    release: Callable[[np.ndarray], None] | None = None
+
+    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | pieces.DeviceRows]:
+        """The published name and the array, with our axes, of what is held; layer -1 is that of no layer."""
+        raise NotImplementedError
+
+    def dtype(self, key: str) -> np.dtype:
+        """The type a parameter is held in; packed experts count as bfloat16."""
+        if self.packed and key in MATRICES:
+            return pieces.BFLOAT16
+        outside = key.split(".")[0] in ("embedding", "head", "final_norm")
+        return self.array(key, -1 if outside else 0)[1].dtype
+
+    def piece(self, key: str, layer: int) -> pieces.Piece:
+        """A parameter, by the last two names of its path, whichever way the experts are held and wanted."""
+        matrix, _, part = key.rpartition("_")
+        if self.packed and key in MATRICES:
+            (name, blocks), (_, scales) = (
+                self.array(f"{key}_{part}", layer) for part in ("blocks", "scales")
+            )
+            return pieces.Unpacked(name, blocks, scales, self.release)
+        if not self.packed and matrix in MATRICES and part in ("blocks", "scales"):
+            return pieces.Packed(self.piece(matrix, layer), part)
+        return pieces.Plain(*self.array(key, layer), self.release)
+
+
+class PublishedFolder(Source):
+    """A folder of safetensors files in one of the two published layouts."""
+
+    def __init__(self, folder: pathlib.Path):
+        if not (folder / "config.json").is_file() and (folder / "original" / "config.json").is_file():
+            folder = folder / "original"
+        self.config = ModelConfig.from_hf(folder)
+        self._files = tensor_files.TensorFolder(folder)
+        names = self._files.tensors.keys()
+        self._table = ORIGINAL if "embedding.weight" in names else HUGGINGFACE
+        self.packed = any(name.endswith(("_blocks", ".blocks")) for name in names)
+        self._held = _with_experts(self.config, self.packed)
+        self.origin, self.release = folder, self._files.release
+        check_tensors(str(folder), self._held, self._table, self._files.tensors)
+
+    def array(self, key: str, layer: int) -> tuple[str, np.ndarray]:
+        layout = self._table[key]
+        name = layout.name.format(layer)
+        return name, layout.to_ours(self._files.tensors[name], self._held)
+
+
+class ParameterTree(Source):
+    """The parameters of a model in memory."""
+
+    def __init__(self, config: ModelConfig, params: dict, origin: pathlib.Path | None):
+        self.packed = config.expert_format == "mxfp4"
+        self.config, self.origin = _with_experts(config, False), origin
+        self._arrays = {}
+        for names, layers in parameters_by_layer(config):
+            leaf = params
+            for name in names:
+                leaf = leaf[name]
+            for row, layer in enumerate(layers):
+                self._arrays[".".join(names[-2:]), layer] = (leaf, None if layer < 0 else row)
+
+    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | pieces.DeviceRows]:
+        return HUGGINGFACE[key].name.format(layer), pieces.layer_of(*self._arrays[key, layer])
+
+
+def _with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
+    return dataclasses.replace(config, expert_format="mxfp4" if packed else "plain")
+
+
+def open_weights(folder: str | os.PathLike) -> Source:
+    """The weights of a Hugging Face folder, of `original/`, of a run folder, or of `hf:OWNER/NAME`, which is
+    fetched from the Hugging Face hub or taken from its cache.
+
+    Raises ValueError when there is no such folder, it is none of these, or its tensors do not fit its config.
+    """
+    folder = _local(folder)
+    if is_run(folder):
+        try:
+            here = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:  # jax was told to know of no processor
+            here = jax.local_devices()[0]
+        config, params, _ = load_run(folder, device=here)
+        return ParameterTree(config.model, params, folder)
+    return PublishedFolder(folder)
+
+
+def _local(folder: str | os.PathLike) -> pathlib.Path:
+    name = str(folder)
+    if name.startswith(HUB):
+        wanted = ["*.json", "*.safetensors", "*.jinja"]
+        try:
+            # The hub's repository holds other copies of the weights besides.
+            found = huggingface_hub.snapshot_download(
+                name[len(HUB) :], allow_patterns=wanted, ignore_patterns=["original/*", "metal/*"]
+            )
+        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+            raise ValueError(f"{name}: cannot be fetched from the Hugging Face hub ({error})") from None
+        return pathlib.Path(found)
+    path = pathlib.Path(folder).expanduser()
+    if not path.is_dir():
+        hint = f"; {HUB}{name} would be that of the Hugging Face hub" if name.count("/") == 1 else ""
+        raise ValueError(f"{folder}: no such folder{hint}")
+    return path
+
+
+def from_pretrained(
+    folder: str | os.PathLike,
+    dtype: Literal["bfloat16", "float32"] | None = None,
+    experts: Format | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Transformer:
+    """The model of a Hugging Face folder, of `original/`, of a run folder of train.py, or of `hf:OWNER/NAME`.
+
+    Args:
+      folder: where it is. Its weights are read one by one, each straight to its place.
+      dtype: the type of the parameters and of the computation; None keeps the files' and computes in float32
+        on CPU and bfloat16 elsewhere.
+      experts: how the experts' matrices are held: "mxfp4" keeps the released bytes packed, 4.25 bits each,
+        and unpacks a layer's when it is run; None leaves them packed if they are, else they are of `dtype`.
+      mesh: where the parameters lie, as the path table says; None is the first device. Use the model under
+        `jax.set_mesh(mesh)`.
+
+    Raises ValueError for a folder that is not there or not a model's, for a damaged file, and, all together,
+    for tensors that are missing, surplus or misshapen. Warns of tensors that hold something not finite.
+    """
+    config, params, origin = load_pretrained(folder, dtype, experts, mesh)
+    model = with_params(config, params)
+    model.origin = None if origin is None else str(origin)
+    return model
+
+
+def load_pretrained(
+    folder: str | os.PathLike,
+    dtype: str | None = None,
+    experts: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[ModelConfig, dict, pathlib.Path | None]:
+    """What `from_pretrained` makes a model of: config, parameter tree, and the folder with the tokenizer."""
+    _check_choice("dtype", dtype, ("bfloat16", "float32"))
+    _check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
+    source = open_weights(folder)
+    packed = experts == "mxfp4" or (experts is None and source.packed)
+    config = _with_experts(source.config, packed)
+    if dtype is not None:
+        config = dataclasses.replace(config, compute_dtype=dtype)
+
+    def typed(path, leaf):
+        key = ".".join(path_names(path)[-2:])
+        if leaf.dtype == jnp.uint8:
+            return leaf
+        kind = experts if experts and key in MATRICES else dtype
+        return jax.ShapeDtypeStruct(leaf.shape, kind or source.dtype(key))
+
+    tree = jax.tree_util.tree_map_with_path(typed, abstract_params(config))
+    if mesh is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda leaf: here, tree)
+    else:
+        shardings = parameter_shardings(tree, mesh)
+    return config, read_params(source, config, tree, shardings), source.origin
+
+
+def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict, Tokenizer]:
+    """What it takes to run the model of any folder that `from_pretrained` reads: config, parameter tree,
+    tokenizer.
+
+    Raises ValueError as that does, and when the folder holds no tokenizer.
+    """
+    local = _local(folder)
+    if is_run(local):
+        run, params, tokenizer = load_run(local)
+        return run.model, params, tokenizer
+    config, params, origin = load_pretrained(local)
+    return config, params, published_tokenizer(origin)
+
+
+def published_tokenizer(origin: pathlib.Path) -> Tokenizer:
+    """The tokenizer that goes with a published folder. Raises ValueError when there is none."""
+    path = _companions(origin).get("tokenizer.json")
+    return load_tokenizer(origin if path is None else path.parent)
+
+
+def read_params(source: Source, config: ModelConfig, tree: dict, shardings: dict) -> dict:
+    """The parameter tree of a config, each array with the type and the sharding given for it."""
+    layers = dict(parameters_by_layer(config))
+    unsound: set[str] = set()
+
+    def one(path, leaf, sharding):
+        names = path_names(path)
+        found = [source.piece(".".join(names[-2:]), layer) for layer in layers[names]]
+        leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        array, not_finite = pieces.load(leaf, found)
+        unsound.update(not_finite)
+        return array
+
+    params = jax.tree_util.tree_map_with_path(one, tree, shardings)
+    _warn_of(unsound, source.origin)
+    return params
+
+
+def _warn_of(names: set[str], origin: pathlib.Path | None) -> None:
+    if names:
+        warnings.warn(
+            f"{origin or 'the model'}: holds numbers that are not finite in {', '.join(sorted(names))}",
+            stacklevel=3,
+        )
+
+
+def _check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None:
+        require(value in allowed, name, value, f"must be {', '.join(allowed)} or None")
+
+
+def save_pretrained(
+    model: Transformer,
+    folder: str | os.PathLike,
+    experts: Format | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    shard_bytes: int = tensor_files.SHARD_BYTES,
+) -> None:
+    """Writes a model as a Hugging Face folder, which transformers and vLLM load.
+
+    Args:
+      folder: must not exist yet, or be empty. It appears when it is whole.
+      experts: the type of the weights; "mxfp4" packs the experts' matrices and makes all else bfloat16. What
+        was loaded packed keeps its bytes. None is what the model holds.
+      tokenizer: the folder whose tokenizer goes with it; None is where the model was loaded from.
+      shard_bytes: the size of a file before another one is begun.
+
+    Raises ValueError for a model that the format cannot express, saying why, and for a folder that holds
+    something; OSError when it cannot be written.
+    """
+    origin = tokenizer or model.origin
+    source = ParameterTree(model.config, params_of(model), None if origin is None else pathlib.Path(origin))
+    write_folder(source, folder, experts, shard_bytes)
+
+
+def write_folder(
+    source: Source,
+    folder: str | os.PathLike,
+    experts: str | None = None,
+    shard_bytes: int = tensor_files.SHARD_BYTES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes any source's weights as a Hugging Face folder; see `save_pretrained`.
+
+    `progress` hears of the bytes written and of all of them.
+    """
+    _check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
+    if jax.process_count() > 1:
+        raise ValueError("a model is written by one process: load its checkpoint in one and save it there")
+    if experts is None:
+        experts = "mxfp4" if source.packed else source.dtype("moe.gate_up").name
+        experts = experts if experts in ("mxfp4", "float32") else "bfloat16"
+    # What a model does without is written as what has no effect.
+    config = dataclasses.replace(source.config, router_bias=True, expert_bias=True, learned_sinks=True)
+    values = config.to_hf(experts) | _token_ids(source.origin)
+    unsound: set[str] = set()
+    tensors = _new_tensors(source, _with_experts(config, experts == "mxfp4"), experts, unsound)
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+
+    def wrote(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    with tensor_files.whole_folder(folder, total + (64 << 20)) as partial:
+        tensor_files.write_tensors(partial, tensors, shard_bytes, wrote)
+        _write_companions(source.origin, partial)
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    _warn_of(unsound, source.origin)
+
+
+def _new_tensors(
+    source: Source, config: ModelConfig, experts: str, unsound: set[str]
+) -> list[tensor_files.NewTensor]:
+    """Every tensor of the Hugging Face folder of a config, layer by layer."""
+    have = {".".join(names[-2:]) for names, _ in parameters_by_layer(source.config)}
+    dtype = np.dtype(np.float32) if experts == "float32" else pieces.BFLOAT16
+    abstract = {
+        path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    }
+    found = []
+    for names, layers in parameters_by_layer(config):
+        key, leaf = ".".join(names[-2:]), abstract[names]
+        shape = leaf.shape if layers == [-1] else leaf.shape[1:]
+        kind = np.dtype(np.uint8) if leaf.dtype == jnp.uint8 else dtype
+        absent = key not in have and kind != np.uint8
+        for layer in layers:
+            layout = HUGGINGFACE[key]
+            name = layout.name.format(layer)
+            piece = _absent(key, name, shape) if absent else None
+
+            def chunks(piece=piece, key=key, layer=layer, shape=shape, kind=kind, layout=layout):
+                piece = piece or source.piece(key, layer)
+                return _chunks(piece, shape, kind, layout, unsound)
+
+            place = {"embedding": -1, "blocks": layer}.get(names[0], config.num_hidden_layers)
+            found.append((place, tensor_files.NewTensor(name, kind, layout.file_shape(config), chunks)))
+    return [tensor for _, tensor in sorted(found, key=lambda entry: entry[0])]
+
+
+def _absent(key: str, name: str, shape: tuple[int, ...]) -> pieces.Constant:
+    return pieces.Constant(name, shape, NO_SINK if key == "attention.sinks" else 0.0)
+
+
+def _chunks(piece, shape, kind, layout, unsound) -> Iterator[np.ndarray]:
+    row = int(np.prod(shape[1:], dtype=np.int64)) * kind.itemsize
+    step = max(1, CHUNK_BYTES // row) if layout.keeps_first_axis else shape[0]
+    for start in range(0, shape[0], step):
+        part = slice(start, min(start + step, shape[0]))
+        out = np.empty((part.stop - part.start, *shape[1:]), kind)
+        unsound.update(pieces.fill([(out, piece, (part, *(slice(0, size) for size in shape[1:])))]))
+        yield layout.to_file(out)
+
+
+def _companions(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
+    """The files of a published folder that go with its weights; those of `original/` lie one folder up."""
+    if origin is None:
+        return {}
+    folders = [origin.parent, origin] if origin.name == "original" else [origin]
+    return {name: folder / name for folder in folders for name in COMPANIONS if (folder / name).is_file()}
+
+
+def _write_companions(origin: pathlib.Path | None, target: pathlib.Path) -> None:
+    if origin is not None and is_run(origin):
+        load_tokenizer(origin).export(target)
+    else:
+        for name, path in _companions(origin).items():
+            shutil.copyfile(path, target / name)
+
+
+def _token_ids(origin: pathlib.Path | None) -> dict[str, int]:
+    if origin is None:
+        return {}
+    if is_run(origin):
+        tokenizer = load_tokenizer(origin)
+        return dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_id), strict=True))
+    # The released config.json names the turn's end alone; only where it says nothing is the other file asked.
+    for path in (origin / "config.json", _companions(origin).get("generation_config.json")):
+        values = json.loads(path.read_bytes()) if path is not None and path.is_file() else {}
+        found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
+        if found:
+            return found
+    return {}

@@ -1,0 +1,250 @@
+"""safetensors folders: tensors as views of memory-mapped files, and new folders written piece by piece.
+
+The format is a length, a JSON header and the tensors' bytes (github.com/huggingface/safetensors). The library
+of that name copies what it reads and wants all of a file in memory to write it; a checkpoint larger than the
+memory needs neither.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import mmap
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "U8": np.dtype(np.uint8),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+LARGEST_HEADER = 100 << 20
+
+
+class TensorFolder:
+    """The tensors of a folder by name, each a read-only view of its memory-mapped file."""
+
+    def __init__(self, folder: str | os.PathLike):
+        """Opens the files that the index names, or else every .safetensors file.
+
+        Raises ValueError, naming the file, for one that is missing, truncated or no safetensors file, and for
+        an index that does not agree with its files.
+        """
+        self.folder = pathlib.Path(folder)
+        self.tensors: dict[str, np.ndarray] = {}
+        self.files: dict[str, pathlib.Path] = {}
+        self._maps: list[tuple[int, mmap.mmap]] = []
+        index = self.folder / INDEX
+        homes = _read_index(index) if index.is_file() else None
+        paths = sorted({self.folder / home for home in homes.values()} if homes else self._all_files())
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ValueError(f"{index}: names {_listed(missing)}, which {self.folder} does not hold")
+        for path in paths:
+            self._open(path)
+        for name, home in (homes or {}).items():
+            if name not in self.files:
+                raise ValueError(f"{index}: places {name} in {home}, which does not hold it")
+
+    def _all_files(self) -> list[pathlib.Path]:
+        paths = list(self.folder.glob("*.safetensors"))
+        if not paths:
+            raise ValueError(f"{self.folder}: holds no .safetensors file")
+        return paths
+
+    def _open(self, path: pathlib.Path) -> None:
+        header, start = _read_header(path)
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = np.frombuffer(mapped, np.uint8)
+        self._maps.append((data.ctypes.data, mapped))
+        for name, (dtype, shape, begin, end) in header.items():
+            if name in self.files:
+                raise ValueError(f"{path}: holds {name}, which {self.files[name].name} holds too")
+            self.tensors[name] = data[start + begin : start + end].view(dtype).reshape(shape)
+            self.files[name] = path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def release(self, view: np.ndarray) -> None:
+        """Gives the pages under a view back to the system, which reads them again when they are asked for.
+
+        What has been read of a mapped file counts as this process's memory until then.
+        """
+        low, high = np.lib.array_utils.byte_bounds(view)
+        for base, mapped in self._maps:
+            if base <= low < base + len(mapped):
+                first = -(-(low - base) // mmap.PAGESIZE) * mmap.PAGESIZE
+                last = (high - base) // mmap.PAGESIZE * mmap.PAGESIZE
+                if last > first:
+                    mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+                return
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    try:
+        homes = json.loads(path.read_bytes())["weight_map"]
+        if homes and all(isinstance(k, str) and isinstance(v, str) for k, v in homes.items()):
+            return homes
+        problem = "weight_map must give a file for each tensor"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{path}: not an index of safetensors files ({problem})")
+
+
+def _read_header(path: pathlib.Path) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int, int]], int]:
+    """(dtype, shape, begin, end) of each tensor, and where in the file the bytes begin."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            # A file of something else gives lengths beyond reason, too.
+            what = "truncated" if length <= LARGEST_HEADER else "not a safetensors file"
+            raise ValueError(f"{path}: {what}: {size:,} bytes do not hold its header")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = {
+            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a safetensors file ({type(error).__name__}: {error})") from None
+    made, start = {}, 8 + length
+    for name, (dtype, shape, begin, end) in entries.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{path}: {name} is of type {dtype!r}: must be {', '.join(DTYPES)}")
+        count = DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        if begin < 0 or end - begin != count:
+            raise ValueError(
+                f"{path}: {name} has {end - begin:,} bytes: {list(shape)} of {dtype} is {count:,}"
+            )
+        if start + end > size:
+            needed = start + max(entry[-1] for entry in entries.values())
+            raise ValueError(
+                f"{path}: truncated: it has {size:,} bytes of {needed:,}, and {name} is not whole"
+            )
+        made[name] = (DTYPES[dtype], shape, begin, end)
+    return made, start
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written; `chunks` gives its bytes in order, in arrays of any number."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+def write_tensors(
+    folder: str | os.PathLike,
+    tensors: list[NewTensor],
+    shard_bytes: int = SHARD_BYTES,
+    wrote: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes model.safetensors, or shards of at most `shard_bytes` (a larger tensor has one alone) and their
+    index; `wrote` hears of each chunk's bytes."""
+    folder = pathlib.Path(folder)
+    shards: list[list[NewTensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard, wrote)
+    if len(shards) > 1:
+        homes = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(tensor.nbytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[int], None]) -> None:
+    # The widest types first, so that every tensor begins at a multiple of its own width.
+    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    # transformers refuses a file that does not say this.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": NAMES_OF_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for tensor in tensors:
+            begin = file.tell()
+            for chunk in tensor.chunks():
+                if chunk.dtype != tensor.dtype:
+                    raise TypeError(f"{tensor.name} is given as {chunk.dtype}, not {tensor.dtype}")
+                file.write(np.ascontiguousarray(chunk).view(np.uint8).data)
+                wrote(chunk.nbytes)
+            if file.tell() - begin != tensor.nbytes:
+                raise ValueError(f"{tensor.name} came in {file.tell() - begin:,} bytes of {tensor.nbytes:,}")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathlib.Path]:
+    """A folder to write in, which becomes `target` in the end, or vanishes when something goes wrong.
+
+    What a killed process leaves is a hidden folder `.NAME.partial` beside the target, which the next try
+    removes. Raises ValueError when the target holds something or another process is writing it, OSError when
+    the disk has less room than `needed_bytes`.
+    """
+    target = pathlib.Path(target).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: exists already; name a folder that does not")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed_bytes:
+        raise OSError(
+            f"{target}: {needed_bytes / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left"
+        )
+    partial = target.with_name(f".{target.name}.partial")
+    lock = target.with_name(f".{target.name}.lock")
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{target}: another process is writing it now") from None
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            os.rename(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
