@@ -84,11 +84,9 @@ def convert(
     """Write a model as a Hugging Face folder, which transformers and vLLM load.
 
     Args:
-        source: Folder of a run of train.py, of a Hugging Face model (bfloat16, float32 or MXFP4), or an
-            original/ one; hf:OWNER/NAME is one of the Hugging Face hub.
+        source: Run folder, Hugging Face folder of any type, original/ folder, or hf:OWNER/NAME from its hub.
         target: Folder to write. It must not exist yet, and appears when it is whole.
-        experts: Type of the weights. mxfp4 packs the experts to 4.25 bits a weight and makes the rest
-            bfloat16. Default: what the source has, packed experts keeping their bytes.
+        experts: Type of the weights; mxfp4 means packed experts in bfloat16 company. Default: the source's.
     """
     import resource
 

@@ -64,40 +64,45 @@ def bfloat16_bits(blocks, scales, xp=jnp):
     return bits(byte & 15), bits(byte >> 4)
 
 
-def pack(values, xp=jnp):
+def pack(values, axis=-1, xp=jnp):
     """The nearest packed weights, with the publisher's rule: the smallest scale under which nothing is
     clipped, 2^ceil(log2(largest / 6)), then round to nearest, ties to even.
 
     `pack(unpack(x))` gives the values of x again, in codes that need not be those of x.
 
     Args:
-      values: float32 or narrower, [..., 32 * G].
+      values: float32 or bfloat16, [..., 32 * G].
+      axis: the one that groups run along, if it is not the last; G, and 16 after it, then stand in its place.
 
     Returns:
       blocks, uint8 [..., G, 16], and scales, uint8 [..., G]. A group of zeros has scale 0; one that holds
       something infinite or not a number has scale 255.
     """
-    bits = _float32_bits(values, xp)
+    axis %= values.ndim
+    bits = _float32_bits(values, axis, xp)
     magnitude = bits & 0x7FFFFFFF
-    scales = _scales(magnitude, xp)
-    exponent = scales[..., None].astype(np.int32) - 127
+    scales = _scales(magnitude, axis, xp)
+    exponent = xp.expand_dims(scales, axis + 1).astype(np.int32) - 127
     code = xp.zeros(magnitude.shape, np.uint8)
     for tie, goes_down in TIES:
         bound = _scaled_bits(tie, exponent, xp)
         code = code + (magnitude > bound if goes_down else magnitude >= bound).astype(np.uint8)
     code = code | ((bits >> 28) & 8).astype(np.uint8)
-    return code[..., 0::2] | (code[..., 1::2] << 4), scales
+    before = (slice(None),) * (axis + 1)
+    return code[(*before, slice(0, None, 2))] | (code[(*before, slice(1, None, 2))] << 4), scales
 
 
-def pack_scales(values, xp=jnp):
+def pack_scales(values, axis=-1, xp=jnp):
     """The scales of `pack` alone."""
-    return _scales(_float32_bits(values, xp) & 0x7FFFFFFF, xp)
+    axis %= values.ndim
+    return _scales(_float32_bits(values, axis, xp) & 0x7FFFFFFF, axis, xp)
 
 
-def _float32_bits(values, xp):
-    if values.shape[-1] % GROUP:
-        raise ValueError(f"the last axis has {values.shape[-1]} values: must be a multiple of {GROUP}")
-    groups = values.reshape(*values.shape[:-1], -1, GROUP)
+def _float32_bits(values, axis, xp):
+    size = values.shape[axis]
+    if size % GROUP:
+        raise ValueError(f"axis {axis} has {size} values: must be a multiple of {GROUP}")
+    groups = values.reshape(*values.shape[:axis], size // GROUP, GROUP, *values.shape[axis + 1 :])
     if values.dtype == jnp.bfloat16:
         # By its bits: a conversion may flush what is subnormal.
         narrow = groups.view(np.int16) if xp is np else jax.lax.bitcast_convert_type(groups, np.int16)
@@ -106,9 +111,9 @@ def _float32_bits(values, xp):
     return wide.view(np.int32) if xp is np else jax.lax.bitcast_convert_type(wide, np.int32)
 
 
-def _scales(magnitude, xp):
+def _scales(magnitude, axis, xp):
     """ceil(log2(largest / 6)) + 127 of each group, from the bits of the magnitudes."""
-    largest = xp.max(magnitude, axis=-1)
+    largest = xp.max(magnitude, axis=axis + 1)
     # 6 is 1.5 * 2^2: up to a significand of 1.5 the exponent is two less, above it one less.
     scale = (largest >> 23) - 2 + ((largest & 0x7FFFFF) > 0x400000)
     scale = xp.where(largest >= 0x7F800000, NAN_SCALE, xp.maximum(scale, 0))

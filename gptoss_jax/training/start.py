@@ -148,8 +148,7 @@ def _foreign_weights(
         tokenizer = published_tokenizer(source.origin)
     except ValueError:
         tokenizer = None
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return read_params(source, config.model, params, shardings), tokenizer
+    return read_params(source, config.model, params), tokenizer
 
 
 def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable[[str], None]) -> None:

@@ -52,6 +52,10 @@ class Plain:
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
 
+    @property
+    def dtype(self) -> np.dtype:
+        return self.array.dtype
+
     def fill(self, out: np.ndarray, index: Index) -> bool:
         part = self.array[index]
         if part.ndim > 1 and part.strides[-1] != part.itemsize:
@@ -121,7 +125,7 @@ class Unpacked:
 class Packed:
     """Experts that the source holds as numbers, in MXFP4: the blocks, or the scales."""
 
-    source: Piece
+    source: Plain
     want: str  # "blocks" or "scales"
 
     @property
@@ -138,12 +142,16 @@ class Packed:
         rows, groups = index[: len(self.source.shape) - 1], index[len(self.source.shape) - 1]
         values = slice(groups.start * mxfp4.GROUP, groups.stop * mxfp4.GROUP)
         there = _turned((*rows, values))
-        numbers = np.empty(tuple(part.stop - part.start for part in there), np.float32)
-        finite = self.source.fill(numbers, there)
-        for e, matrix in enumerate(numbers.swapaxes(1, -1)):
-            out[e] = _on_host(_blocks if self.want == "blocks" else mxfp4.pack_scales)(
-                np.ascontiguousarray(matrix)
-            )
+        # Narrower than bfloat16 is not known; what is wider is packed from float32.
+        kind = BFLOAT16 if self.source.dtype == BFLOAT16 else np.float32
+        finite = True
+        for e in range(there[0].start, there[0].stop):
+            index = (slice(e, e + 1), *there[1:])
+            numbers = np.empty(tuple(part.stop - part.start for part in index), kind)
+            finite &= self.source.fill(numbers, index)
+            packed = _on_host(_packed_blocks if self.want == "blocks" else _packed_scales)(numbers[0])
+            turned = _transposed(packed.reshape(-1, *numbers.shape[2:]))
+            out[e - there[0].start] = turned.reshape(out.shape[1:])
         return finite
 
 
@@ -197,8 +205,12 @@ def _bits(codes, powers, xp=jnp):
     return xp.stack(mxfp4.bfloat16_bits(codes, powers, xp), axis=2)
 
 
-def _blocks(numbers):
-    return mxfp4.pack(numbers)[0]
+def _packed_blocks(numbers):
+    return mxfp4.pack(numbers, axis=0)[0]
+
+
+def _packed_scales(numbers):
+    return mxfp4.pack_scales(numbers, axis=0)
 
 
 @functools.cache

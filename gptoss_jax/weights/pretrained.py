@@ -23,7 +23,7 @@ from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, params_of, with_params
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names
 from gptoss_jax.weights import pieces, tensor_files
-from gptoss_jax.weights.checkpoint import is_run, load_run
+from gptoss_jax.weights.checkpoint import is_run, load_config, load_run
 from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, check_tensors, parameters_by_layer
 
 Format = Literal["bfloat16", "float32", "mxfp4"]
@@ -191,26 +191,45 @@ def load_pretrained(
     """What `from_pretrained` makes a model of: config, parameter tree, and the folder with the tokenizer."""
     _check_choice("dtype", dtype, ("bfloat16", "float32"))
     _check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
-    source = open_weights(folder)
+    local = _local(folder)
+    if is_run(local) and experts != "mxfp4":
+        # Orbax puts each array straight to its place itself.
+        config = load_config(local).model
+        tree = _typed_tree(config, dtype, experts, lambda key: np.dtype(np.float32))
+        _, params, _ = load_run(local, abstract=_placed(tree, mesh))
+        return _computing_in(config, dtype), params, local
+    source = open_weights(local)
     packed = experts == "mxfp4" or (experts is None and source.packed)
-    config = _with_experts(source.config, packed)
-    if dtype is not None:
-        config = dataclasses.replace(config, compute_dtype=dtype)
+    config = _computing_in(_with_experts(source.config, packed), dtype)
+    tree = _typed_tree(config, dtype, experts, source.dtype)
+    return config, read_params(source, config, _placed(tree, mesh)), source.origin
+
+
+def _computing_in(config: ModelConfig, dtype: str | None) -> ModelConfig:
+    return config if dtype is None else dataclasses.replace(config, compute_dtype=dtype)
+
+
+def _typed_tree(
+    config: ModelConfig, dtype: str | None, experts: str | None, held: Callable[[str], np.dtype]
+) -> dict:
+    """The abstract parameters in the types that were asked for, or else those they are held in."""
 
     def typed(path, leaf):
         key = ".".join(path_names(path)[-2:])
-        if leaf.dtype == jnp.uint8:
-            return leaf
         kind = experts if experts and key in MATRICES else dtype
-        return jax.ShapeDtypeStruct(leaf.shape, kind or source.dtype(key))
+        packed = leaf.dtype == jnp.uint8
+        return leaf if packed else jax.ShapeDtypeStruct(leaf.shape, kind or held(key))
 
-    tree = jax.tree_util.tree_map_with_path(typed, abstract_params(config))
-    if mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda leaf: here, tree)
-    else:
-        shardings = parameter_shardings(tree, mesh)
-    return config, read_params(source, config, tree, shardings), source.origin
+    return jax.tree_util.tree_map_with_path(typed, abstract_params(config))
+
+
+def _placed(tree: dict, mesh: jax.sharding.Mesh | None) -> dict:
+    """The tree with a sharding for each array: as the path table says, or the first device."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda leaf: here, tree) if mesh is None else parameter_shardings(tree, mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
+    )
 
 
 def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict, Tokenizer]:
@@ -233,20 +252,19 @@ def published_tokenizer(origin: pathlib.Path) -> Tokenizer:
     return load_tokenizer(origin if path is None else path.parent)
 
 
-def read_params(source: Source, config: ModelConfig, tree: dict, shardings: dict) -> dict:
-    """The parameter tree of a config, each array with the type and the sharding given for it."""
+def read_params(source: Source, config: ModelConfig, tree: dict) -> dict:
+    """The parameter tree of a config; `tree` gives each array's shape, type and sharding."""
     layers = dict(parameters_by_layer(config))
     unsound: set[str] = set()
 
-    def one(path, leaf, sharding):
+    def one(path, leaf):
         names = path_names(path)
         found = [source.piece(".".join(names[-2:]), layer) for layer in layers[names]]
-        leaf = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         array, not_finite = pieces.load(leaf, found)
         unsound.update(not_finite)
         return array
 
-    params = jax.tree_util.tree_map_with_path(one, tree, shardings)
+    params = jax.tree_util.tree_map_with_path(one, tree)
     _warn_of(unsound, source.origin)
     return params
 
