@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+from checkpoints import random_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax import cli
@@ -17,7 +18,6 @@ from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as engine
 from gptoss_jax.inference.generate import TextStream
 from gptoss_jax.weights import pretrained
-from checkpoints import random_checkpoint
 
 
 class Terminal(io.StringIO):

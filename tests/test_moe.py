@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import MeshConfig, ModelConfig
 from gptoss_jax.model.moe import MoE, route, router_stats, swiglu
+from gptoss_jax.model.transformer import abstract_params, parameter_count
 from gptoss_jax.parallel import expert_dispatch
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.parallel.sharding import parameter_shardings, path_names
 from gptoss_jax.training.losses import load_balance_loss, router_z_loss
 
 B, T = 2, 9
@@ -230,3 +233,120 @@ def test_few_rows_take_a_way_of_their_own_to_the_same_result(either_config, monk
     many, _ = moe(x_BTD, real_BT)
     np.testing.assert_allclose(few, many, atol=1e-5 * float(jnp.max(jnp.abs(many))))
     assert not np.any(few[1, 1:]) and np.all(np.any(few[0] != 0, axis=-1))
+
+
+CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+@pytest.fixture(scope="module")
+def packed_config(tiny_config):
+    """With sizes that MXFP4 can pack."""
+    return dataclasses.replace(
+        tiny_config, hidden_size=96, intermediate_size=64, swiglu_limit=1.5, expert_format="mxfp4"
+    )
+
+
+@pytest.fixture(scope="module")
+def packed_moe(packed_config):
+    """Any bytes in the experts, and all else random."""
+    rng = np.random.default_rng(4)
+    moe = nnx.eval_shape(lambda: MoE(packed_config, rngs=nnx.Rngs(0)))
+    for name, value in nnx.to_pure_dict(nnx.state(moe)).items():
+        if name.endswith("_blocks"):
+            value = rng.integers(0, 256, value.shape, np.uint8)
+        elif name.endswith("_scales"):
+            value = rng.integers(121, 125, value.shape, np.uint8)
+        else:
+            value = rng.standard_normal(value.shape).astype(np.float32)
+        setattr(moe, name, nnx.Param(jnp.asarray(value)))
+    return moe
+
+
+def numbers(moe, name):
+    """The packed rows [..., in] as float32."""
+    blocks, scales = (np.asarray(getattr(moe, f"{name}_{part}")[...]) for part in ("blocks", "scales"))
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
+    return np.ldexp(CODES[codes], scales[..., None].astype(int) - 127).reshape(*scales.shape[:-1], -1)
+
+
+def test_packed_experts_equal_plain_ones_that_hold_their_weights(packed_config, packed_moe):
+    same = {
+        name: getattr(packed_moe, name)[...]
+        for name in ("router", "router_bias", "gate_up_bias", "down_bias")
+    }
+    plain = make_layer(
+        dataclasses.replace(packed_config, expert_format="plain"),
+        gate_up=np.einsum("EFgD->EDgF", numbers(packed_moe, "gate_up")),
+        down=np.einsum("EDF->EFD", numbers(packed_moe, "down")),
+        **same,
+    )
+    x = tokens(packed_config)
+    found, stats = run(packed_moe, x, REAL)
+    expected, expected_stats = run(plain, x, REAL)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(stats["load"], expected_stats["load"])
+    np.testing.assert_allclose(found, by_tokens(plain, x, REAL), rtol=1e-4, atol=1e-4 * np.abs(found).max())
+    # The way of few rows, as in decoding.
+    found, _ = run(packed_moe, x[:, :3], REAL[:, :3])
+    expected = by_tokens(plain, x[:, :3], REAL[:, :3])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_packed_weights_are_exact_in_bfloat16(packed_moe):
+    graphdef, state = nnx.split(packed_moe)
+    weights = jax.jit(lambda state: nnx.merge(graphdef, state).expert_parameters(jnp.bfloat16))(state)
+    assert {value.dtype for value in weights.values()} == {jnp.dtype(jnp.bfloat16)}
+    expected = np.einsum("EFgD->EDgF", numbers(packed_moe, "gate_up"))
+    np.testing.assert_array_equal(weights["gate_up"].astype(jnp.float32), expected)
+    expected = np.einsum("EDF->EFD", numbers(packed_moe, "down"))
+    np.testing.assert_array_equal(weights["down"].astype(jnp.float32), expected)
+
+
+def test_packed_leaves(packed_config):
+    E, D, F, L = 5, 96, 64, 4
+    config = dataclasses.replace(packed_config, num_hidden_layers=L)
+    found = abstract_params(config)["blocks"]["0"]["moe"]
+    packed = {name: leaf.shape for name, leaf in found.items() if leaf.dtype == jnp.uint8}
+    assert packed == {
+        "gate_up_blocks": (L // 2, E, F, 2, D // 32, 16),
+        "gate_up_scales": (L // 2, E, F, 2, D // 32),
+        "down_blocks": (L // 2, E, D, F // 32, 16),
+        "down_scales": (L // 2, E, D, F // 32),
+    }
+    assert found.keys() - packed.keys() == {"router", "router_bias", "gate_up_bias", "down_bias"}
+    # Weights are counted, not bytes: a layer has 3 D F of them in each expert.
+    without = L * 3 * E * D * F
+    plain = dataclasses.replace(config, expert_format="plain")
+    assert parameter_count(config) == parameter_count(plain) > without
+    held = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    assert held == parameter_count(config) - without + without // 32 * 17
+
+
+def test_packed_leaves_have_a_place_on_the_mesh(packed_config):
+    config = dataclasses.replace(packed_config, num_local_experts=6, vocab_size=98)
+    tree = abstract_params(config)
+    shardings = parameter_shardings(tree, make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)))
+    shards = {
+        path_names(path)[-1]: sharding.shard_shape(leaf.shape)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(tree["blocks"]["0"]["moe"]),
+            jax.tree.leaves(shardings["blocks"]["0"]["moe"]),
+            strict=True,
+        )
+    }
+    # Experts by 2 and rows by 4; a group of 32 stays whole.
+    assert shards["gate_up_blocks"] == (2, 3, 16, 2, 3, 16) and shards["gate_up_scales"] == (2, 3, 16, 2, 3)
+    assert shards["down_blocks"] == (2, 3, 24, 2, 16) and shards["down_scales"] == (2, 3, 24, 2)
+
+
+def test_random_packed_experts_are_the_plain_ones_rounded(packed_config):
+    packed = MoE(packed_config, rngs=nnx.Rngs(3))
+    plain = MoE(dataclasses.replace(packed_config, expert_format="plain"), rngs=nnx.Rngs(3))
+    np.testing.assert_array_equal(packed.router[...], plain.router[...])
+    for name, axes in (("gate_up", "EDgF->EFgD"), ("down", "EFD->EDF")):
+        exact = np.einsum(axes, np.asarray(getattr(plain, name)[...]))
+        # The largest error of a group is a fifth of its largest number.
+        groups = np.abs(exact.reshape(*exact.shape[:-1], -1, 32))
+        bound = np.repeat(groups.max(axis=-1) / 5, 32, axis=-1)
+        error = np.abs(numbers(packed, name) - exact)
+        assert (error <= bound + 1e-7).all() and error.max() > 0

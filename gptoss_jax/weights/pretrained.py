@@ -68,7 +68,7 @@ class Source:
         """A parameter, by the last two names of its path, whichever way the experts are held and wanted."""
         matrix, _, part = key.rpartition("_")
         if self.packed and key in MATRICES:
-            (name, blocks), (_, scales) = (
+            (_, blocks), (name, scales) = (
                 self.array(f"{key}_{part}", layer) for part in ("blocks", "scales")
             )
             return pieces.Unpacked(name, blocks, scales, self.release)
@@ -294,15 +294,22 @@ def save_pretrained(
     Args:
       folder: must not exist yet, or be empty. It appears when it is whole.
       experts: the type of the weights; "mxfp4" packs the experts' matrices and makes all else bfloat16. What
-        was loaded packed keeps its bytes. None is what the model holds.
-      tokenizer: the folder whose tokenizer goes with it; None is where the model was loaded from.
+        was loaded packed keeps its bytes. None is mxfp4 where the model's are packed, else float32 where
+        anything is, else bfloat16.
+      tokenizer: a folder whose tokenizer goes with it; None is where the model was loaded from.
       shard_bytes: the size of a file before another one is begun.
 
     Raises ValueError for a model that the format cannot express, saying why, and for a folder that holds
     something; OSError when it cannot be written.
     """
-    origin = tokenizer or model.origin
-    source = ParameterTree(model.config, params_of(model), None if origin is None else pathlib.Path(origin))
+    origin = None if model.origin is None else pathlib.Path(model.origin)
+    if tokenizer is not None:
+        origin = _local(tokenizer)
+        if not {"tokenizer.json", "tokenizer_name.txt"} & {path.name for path in origin.iterdir()}:
+            raise ValueError(
+                f"tokenizer is {str(tokenizer)!r}: must hold tokenizer.json or tokenizer_name.txt"
+            )
+    source = ParameterTree(model.config, params_of(model), origin)
     write_folder(source, folder, experts, shard_bytes)
 
 
@@ -321,8 +328,9 @@ def write_folder(
     if jax.process_count() > 1:
         raise ValueError("a model is written by one process: load its checkpoint in one and save it there")
     if experts is None:
-        experts = "mxfp4" if source.packed else source.dtype("moe.gate_up").name
-        experts = experts if experts in ("mxfp4", "float32") else "bfloat16"
+        keys = {".".join(names[-2:]) for names, _ in parameters_by_layer(source.config)}
+        wide = any(source.dtype(key) not in (pieces.BFLOAT16, np.float16) for key in keys)
+        experts = "mxfp4" if source.packed else "float32" if wide else "bfloat16"
     # What a model does without is written as what has no effect.
     config = dataclasses.replace(source.config, router_bias=True, expert_bias=True, learned_sinks=True)
     values = config.to_hf(experts) | _token_ids(source.origin)
@@ -394,11 +402,12 @@ def _companions(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
 
 
 def _write_companions(origin: pathlib.Path | None, target: pathlib.Path) -> None:
-    if origin is not None and is_run(origin):
+    companions = _companions(origin)
+    for name, path in companions.items():
+        shutil.copyfile(path, target / name)
+    # Ours keep less than others want, and a tokenizer without a file only its name.
+    if origin is not None and (is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
         load_tokenizer(origin).export(target)
-    else:
-        for name, path in _companions(origin).items():
-            shutil.copyfile(path, target / name)
 
 
 def _token_ids(origin: pathlib.Path | None) -> dict[str, int]:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import mmap
 import os
 import pathlib
@@ -116,31 +117,54 @@ def _read_header(path: pathlib.Path) -> tuple[dict[str, tuple[np.dtype, tuple[in
             what = "truncated" if length <= LARGEST_HEADER else "not a safetensors file"
             raise ValueError(f"{path}: {what}: {size:,} bytes do not hold its header")
         raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {
-            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a safetensors file ({type(error).__name__}: {error})") from None
-    made, start = {}, 8 + length
-    for name, (dtype, shape, begin, end) in entries.items():
+    entries = _entries(path, raw)
+    made, position, start = {}, 0, 8 + length
+    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
         if dtype not in DTYPES:
             raise ValueError(f"{path}: {name} is of type {dtype!r}: must be {', '.join(DTYPES)}")
-        count = DTYPES[dtype].itemsize * int(np.prod(shape, dtype=np.int64))
+        count = DTYPES[dtype].itemsize * math.prod(shape)
         if begin < 0 or end - begin != count:
             raise ValueError(
-                f"{path}: {name} has {end - begin:,} bytes: {list(shape)} of {dtype} is {count:,}"
+                f"{path}: {name} has {end - begin:,} bytes, where {list(shape)} of {dtype} is {count:,}"
             )
-        if start + end > size:
-            needed = start + max(entry[-1] for entry in entries.values())
+        if begin != position:
             raise ValueError(
-                f"{path}: truncated: it has {size:,} bytes of {needed:,}, and {name} is not whole"
+                f"{path}: {name} begins at byte {begin:,}, and what is before it ends at {position:,}"
             )
-        made[name] = (DTYPES[dtype], shape, begin, end)
+        made[name], position = (DTYPES[dtype], shape, begin, end), end
+    if start + position != size:
+        whole = start + position
+        if size < whole:
+            raise ValueError(f"{path}: truncated: it has {size:,} bytes of {whole:,}")
+        raise ValueError(f"{path}: not a safetensors file ({size - whole:,} bytes follow the last tensor)")
     return made, start
+
+
+def _entries(path: pathlib.Path, raw: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Type, shape and bytes of each tensor, as the header says."""
+
+    def numbers(values: object) -> bool:
+        return isinstance(values, list) and all(type(value) is int for value in values)
+
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a safetensors file (its header is no JSON: {error})") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a safetensors file (its header is no JSON object)")
+    entries = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        entry = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        shaped = numbers(shape) and all(size >= 0 for size in shape)
+        if not (isinstance(dtype, str) and shaped and numbers(offsets) and len(offsets) == 2):
+            raise ValueError(
+                f"{path}: not a safetensors file ({name} lacks a dtype, a shape or two data_offsets)"
+            )
+        entries[name] = (dtype, tuple(shape), *offsets)
+    return entries
 
 
 def _listed(names: list[str]) -> str:
@@ -158,7 +182,7 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def write_tensors(
@@ -171,10 +195,13 @@ def write_tensors(
     index; `wrote` hears of each chunk's bytes."""
     folder = pathlib.Path(folder)
     shards: list[list[NewTensor]] = [[]]
+    filled = 0
     for tensor in tensors:
-        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > shard_bytes:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(tensor)
+        filled += tensor.nbytes
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
@@ -224,9 +251,12 @@ def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathl
     removes. Raises ValueError when the target holds something or another process is writing it, OSError when
     the disk has less room than `needed_bytes`.
     """
-    target = pathlib.Path(target).absolute()
+    # A link stays, and what it points to becomes the folder.
+    target = pathlib.Path(target).expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists already; name a folder that does not")
+    if target.is_mount():
+        raise ValueError(f"{target}: is a mount point; name a folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:
@@ -234,12 +264,7 @@ def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathl
             f"{target}: {needed_bytes / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left"
         )
     partial = target.with_name(f".{target.name}.partial")
-    lock = target.with_name(f".{target.name}.lock")
-    with open(lock, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{target}: another process is writing it now") from None
+    with _locked(target.with_name(f".{target.name}.lock"), target):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -247,4 +272,22 @@ def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathl
             os.rename(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(lock: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
+    """Holds a lock file, which is there only as long as somebody holds it."""
+    while True:
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{target}: another process is writing it now") from None
+            # Whoever held it may have removed it between the two lines above.
+            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
