@@ -1,7 +1,7 @@
 """Small random checkpoints in the published layouts, for whatever reads them. Needs neither jax nor torch.
 
-All sizes differ, so that an exchange of two axes cannot pass for the right thing. YaRN is that of the released
-models: its original length of 4096 makes positions past it worth testing.
+All sizes differ, so that an exchange of two axes cannot pass for the right thing. YaRN is that of the
+released models: its original length of 4096 makes positions past it worth testing.
 """
 
 import hashlib
@@ -49,10 +49,10 @@ def random_checkpoint(
 ) -> pathlib.Path:
     """Writes config.json and model.safetensors as a Hugging Face folder; returns the folder.
 
-    Norms are around 1; biases and sinks are far from 0; some activations reach SwiGLU's limit. With "mxfp4" the
-    experts' matrices are packed and all else is bfloat16. The same arguments give the same bytes everywhere.
-    `dialect` is where config.json has YaRN: "rope_scaling" as the released models, "rope_parameters" as
-    transformers 5.
+    Norms are around 1; biases and sinks are far from 0; some activations reach SwiGLU's limit. With "mxfp4"
+    the experts' matrices are packed and all else is bfloat16. `dialect` is where config.json has YaRN:
+    "rope_scaling" as the released models, "rope_parameters" as transformers 5. The same arguments give the
+    same weights on every machine.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,10 @@ def random_checkpoint(
 
 def weights_digest(folder: str | os.PathLike) -> str:
     """What tells whether two machines made the same weights."""
-    return hashlib.sha256((pathlib.Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(pathlib.Path(folder) / "model.safetensors").items()):
+        digest.update(name.encode() + tensor.tobytes())
+    return digest.hexdigest()
 
 
 def _config(experts_per_token: int, form: Form, dialect: str) -> dict:
@@ -108,7 +111,8 @@ def _tensors(form: Form, rng: np.random.Generator) -> dict[str, np.ndarray]:
         offset = _bytes(rng, (*shape[:-1], groups)) % (high - low + 1)
         tensors[f"{name}_scales"] = (127 + low + offset).astype(np.uint8)
 
-    add("model.embed_tokens.weight", V, D, spread=1.0)
+    # Small enough that the first norm's epsilon can be seen.
+    add("model.embed_tokens.weight", V, D, spread=0.1)
     for layer in range(SIZES["num_hidden_layers"]):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         add(f"model.layers.{layer}.input_layernorm.weight", D, spread=0.2, mean=1.0)

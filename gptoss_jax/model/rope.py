@@ -27,22 +27,30 @@ def ramp_ends(config: ModelConfig) -> tuple[float, float]:
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """The H / 2 rotary frequencies in radians per token (float64), and the factor on cos and sin."""
-    index = np.arange(config.head_dim // 2, dtype=np.float64)
-    plain = config.rope_theta ** (-2 * index / config.head_dim)
+    """The H / 2 rotary frequencies in radians per token (float32), and the factor on cos and sin.
+
+    Every step is rounded to float32, as in the reference that the released models were trained with: at
+    position 100,000, the last bit of a frequency is a thousandth of a radian and more.
+    """
+    one, half = np.float32(1), config.head_dim // 2
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    periods = (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
+    plain = one / periods
     scaling = config.rope_scaling
     if scaling is None:
         return plain, 1.0
     low, high = ramp_ends(config)
-    ramp = np.clip((index - low) / (high - low), 0, 1)
+    ramp = (np.arange(half, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    kept = one - np.clip(ramp, 0, 1)
+    divided = one / (np.float32(scaling.factor) * periods)
     concentration = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
-    return ramp * plain / scaling.factor + (1 - ramp) * plain, concentration
+    return divided * (one - kept) + plain * kept, concentration
 
 
 def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position's angles, float32 [B, T, H / 2]."""
     frequencies, concentration = inverse_frequencies(config)
-    angles = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * concentration, jnp.sin(angles) * concentration
 
 

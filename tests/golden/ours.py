@@ -1,0 +1,51 @@
+"""This package's side of a comparison with the reference: the same quantities, under the published names."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.transformer import Transformer, params_of, with_params
+from gptoss_jax.weights.huggingface import HUGGINGFACE, parameters_by_layer
+
+
+@functools.cache
+def _forward(config: ModelConfig):
+    return jax.jit(lambda params, tokens_BT: with_params(config, params)(tokens_BT))
+
+
+@functools.cache
+def _loss_and_gradients(config: ModelConfig):
+    def loss(params, tokens_BT, positions_BT):
+        logits_BTV = with_params(config, params)(tokens_BT, positions_BT=positions_BT)
+        log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
+    """Float32 logits [T, V] of one sequence [T]."""
+    tokens_BT = jnp.asarray(tokens, jnp.int32)[None]
+    return np.asarray(_forward(model.config)(params_of(model), tokens_BT))[0]
+
+
+def loss_and_gradients(
+    model: Transformer, tokens: np.ndarray, positions: np.ndarray
+) -> tuple[float, dict[str, np.ndarray]]:
+    """The mean cross-entropy of every next token of [B, T], and its gradient for every published name."""
+    config = model.config
+    arrays = (jnp.asarray(array, jnp.int32) for array in (tokens, positions))
+    loss, gradients = _loss_and_gradients(config)(params_of(model), *arrays)
+    published = {}
+    for names, layers in parameters_by_layer(config):
+        leaf = gradients
+        for name in names:
+            leaf = leaf[name]
+        layout = HUGGINGFACE[".".join(names[-2:])]
+        for row, layer in enumerate(layers):
+            array = np.asarray(leaf if layer < 0 else leaf[row])
+            published[layout.name.format(layer)] = layout.to_file(array)
+    return float(loss), published

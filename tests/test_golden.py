@@ -1,0 +1,82 @@
+"""The package against arrays that transformers computed (golden/make_golden.py). Needs no torch."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import original_layout, random_checkpoint, weights_digest
+from golden import ours
+from golden.compare import CASES, golden, gradient_error, prompts
+
+from gptoss_jax import from_pretrained
+from gptoss_jax.inference.generate import generate
+from gptoss_jax.model.transformer import params_of
+
+# With "mxfp4" the experts stay packed and are unpacked layer by layer.
+HELD = [*((name, "float32") for name in CASES), ("mxfp4", "mxfp4")]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """name of a case -> its folder."""
+
+    @functools.cache
+    def make(name):
+        case, arrays = CASES[name], golden(name)
+        folder = tmp_path_factory.mktemp(name)
+        random_checkpoint(folder, case.experts_per_token, case.form, int(arrays["seed"]), case.dialect)
+        assert weights_digest(folder) == arrays["digest"], "these are not the weights of the golden arrays"
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def load(checkpoint):
+    """(name of a case, how the experts are held) -> the model, in float32."""
+    return functools.cache(
+        lambda name, experts: from_pretrained(checkpoint(name), dtype="float32", experts=experts)
+    )
+
+
+@pytest.mark.parametrize("name, experts", HELD)
+def test_logits_on_both_sides_of_position_5000(name, experts, load, record_property):
+    arrays = golden(name)
+    # Packing has nothing to do with positions, and a short sequence compiles sooner.
+    tokens = arrays["tokens"][: None if experts == "float32" else 28]
+    kept = arrays["places"] < len(tokens)
+    logits = ours.logits(load(name, experts), tokens)[arrays["places"][kept]]
+    error = np.abs(logits - arrays["logits"][kept]).max() / arrays["largest"]
+    record_property("error", f"{error:.1e}")
+    print(f"{name}, experts {experts}: largest difference of a logit / largest logit = {error:.1e}")
+    assert error <= 2e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_the_gradient_of_every_parameter(name, load, record_property):
+    arrays = golden(name)
+    loss, gradients = ours.loss_and_gradients(load(name, "float32"), arrays["batch"], arrays["positions"])
+    assert loss == pytest.approx(float(arrays["loss"]), rel=1e-5)
+    assert {f"gradient/{key}" for key in gradients} == {key for key in arrays if key.startswith("gradient/")}
+    errors = {key: gradient_error(key, gradient, arrays) for key, gradient in gradients.items()}
+    worst = max(errors, key=errors.get)
+    record_property("error", f"{errors[worst]:.1e}")
+    print(f"{name}: largest relative error of a gradient = {errors[worst]:.1e}, {worst}")
+    assert errors[worst] <= 1e-4, worst
+
+
+@pytest.mark.parametrize("name, experts", HELD)
+def test_greedy_continuations_of_a_ragged_batch(name, experts, load):
+    arrays = golden(name)
+    expected = arrays["continuations"].tolist()
+    answers = generate(load(name, experts), prompts(arrays), max_new_tokens=len(expected[0]))
+    assert answers == expected
+
+
+@pytest.mark.parametrize("name", ["top2", "mxfp4"])
+def test_the_original_layout_holds_the_same_model(name, checkpoint, tmp_path):
+    original = from_pretrained(original_layout(checkpoint(name), tmp_path / "original"))
+    published = from_pretrained(checkpoint(name))
+    assert original.config == published.config
+    jax.tree.map(np.testing.assert_array_equal, params_of(original), params_of(published))
