@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -25,7 +26,7 @@ TASK_BYTES = 8 << 20
 # Rows of a matrix that are turned at a time: their lines stay in the cache.
 TURNED_ROWS = 256
 # Bytes of codes that are unpacked at a time; as many are worth compiling the unpacking for.
-UNPACKED_BYTES = 1 << 20
+UNPACKED_BYTES = 1 << 18
 
 Index = tuple[slice, ...]
 
@@ -186,9 +187,15 @@ def is_finite(numbers: np.ndarray) -> bool:
     return numbers.size == 0 or bool(signed.max() < limits[0] and unsigned.max() < limits[1])
 
 
+_scratch = threading.local()
+
+
 def _transposed(array: np.ndarray) -> np.ndarray:
-    """All axes in reverse order, copied."""
-    out = np.empty(array.shape[::-1], array.dtype)
+    """All axes in reverse order, in memory of this thread's that the next call takes again."""
+    # New memory for each matrix would cost more than the work: the system hands it over page by page.
+    if getattr(_scratch, "raw", np.empty(0)).nbytes < array.nbytes:
+        _scratch.raw = np.empty(array.nbytes, np.uint8)
+    out = _scratch.raw[: array.nbytes].view(array.dtype).reshape(array.shape[::-1])
     for i in range(0, len(array), TURNED_ROWS):
         out[..., i : i + TURNED_ROWS] = array[i : i + TURNED_ROWS].T
     return out
