@@ -8,7 +8,6 @@ plain read.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -75,7 +74,7 @@ def make_checkpoint(folder: pathlib.Path) -> int:
         tensors.append(NewTensor(name, kind, shape, chunks))
     with whole_folder(folder, sum(tensor.nbytes for tensor in tensors)) as partial:
         write_tensors(partial, tensors)
-        (partial / "config.json").write_text(json.dumps(dataclasses.replace(config).to_hf("mxfp4")))
+        (partial / "config.json").write_text(json.dumps(config.to_hf("mxfp4")))
     return max(tensor.nbytes for tensor in tensors)
 
 

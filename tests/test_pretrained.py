@@ -26,10 +26,11 @@ from gptoss_jax.kernels import mxfp4
 from gptoss_jax.model.transformer import init_params, params_of, with_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names
-from gptoss_jax.weights import pieces
+from gptoss_jax.weights import pieces, pretrained
 from gptoss_jax.weights.checkpoint import Checkpoints
 from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, axis_sizes, expected_shapes
 from gptoss_jax.weights.pretrained import (
+    convert,
     from_pretrained,
     load_pretrained,
     open_weights,
@@ -366,7 +367,7 @@ def test_float16_files(copied, tmp_path):
     packed = leaves(load_pretrained(folder, "float32", "mxfp4")[1])
     assert_same_leaves(packed, leaves(load_pretrained(tmp_path / "float32", experts="mxfp4")[1]))
     write_folder(open_weights(folder), tmp_path / "new")
-    assert {array.dtype.name for array in tensors_of(tmp_path / "new").values()} == {"bfloat16"}
+    assert {array.dtype.name for array in tensors_of(tmp_path / "new").values()} == {"float32"}
 
 
 @pytest.fixture(scope="module")
@@ -847,3 +848,117 @@ def test_loading_holds_less_than_half_a_tensor_besides_the_result(large, monkeyp
     one = max(array.nbytes // len(array) for name, array in arrays.items() if "moe" in name)
     # The peak would be below the total if numpy's memory were not what the arrays lie in.
     assert total <= peak[0] < total + one / 2
+
+
+def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
+    # What a GPU or TPU gets; on CPU the host's array becomes the device's.
+    source = open_weights(published("mxfp4"))
+    layers = [source.piece("moe.gate_up", layer) for layer in (0, 2)]
+    index = (slice(1, 3), slice(0, None), slice(0, 2), slice(3, 9))
+    index = tuple(slice(*part.indices(size)) for part, size in zip(index, layers[0].shape, strict=True))
+    devices = jax.devices()[2:4]
+    made, unsound = pieces._layer_by_layer(BFLOAT16, index, layers, devices)
+    wanted, _ = pieces._part(BFLOAT16, index, layers, stacked=True)
+    assert [array.devices() for array in made] == [{device} for device in devices] and unsound == []
+    for array in made:
+        np.testing.assert_array_equal(np.asarray(array), wanted)
+
+
+def test_a_slice_of_a_sharded_layer_gathers_nothing(divisible):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    gate_up = leaves(load_pretrained(divisible("float32"), mesh=mesh)[1])["blocks.1.moe.gate_up"]
+    rows = pieces.DeviceRows(gate_up, 1)
+    whole = np.asarray(gate_up)[1]
+    index = tuple(slice(size // 3, size - 1) for size in whole.shape)
+    np.testing.assert_array_equal(rows[index], whole[index])
+    assert rows.shape == whole.shape
+
+
+def test_other_files_beside_the_model_are_let_be(copied):
+    folder = copied("bfloat16")
+    save_file({"lora": np.zeros(3, np.float32)}, folder / "adapter_model.safetensors")
+    assert open_weights(folder).config.hidden_size == SIZES["hidden_size"]
+
+
+def test_a_link_to_nowhere(copied):
+    folder = copied("bfloat16")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("../blobs/gone")
+    with pytest.raises(ValueError, match="model.safetensors links to a file that is not there") as caught:
+        open_weights(folder)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_in_a_file_of_a_tied_model(copied, same):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(not same)
+
+    folder = copied("float32", change)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
+    if same:
+        assert "head" not in load_pretrained(folder)[1]
+    else:
+        with pytest.raises(ValueError, match="tie_word_embeddings is true, but the head is not"):
+            open_weights(folder)
+
+
+def test_a_type_that_only_some_layers_have(copied, tmp_path):
+    router = "model.layers.3.mlp.router.weight"
+
+    def change(tensors):
+        tensors[router] = np.random.default_rng(0).standard_normal(tensors[router].shape).astype(np.float32)
+
+    folder = copied("bfloat16", change)
+    model = from_pretrained(folder)
+    found = np.asarray(model.blocks[1].moe.router[...])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[1].T, load_file(folder / "model.safetensors")[router])
+    save_pretrained(model, tmp_path / "new")
+    assert tensors_of(tmp_path / "new")[router].dtype == np.float32
+
+
+def test_a_run_that_holds_a_nan_is_warned_of(run_folder, tiny_config, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    params = init_params(TrainConfig.load(folder / "config.json").model, jax.random.key(0))
+    params["blocks"]["1"]["moe"]["router"] = params["blocks"]["1"]["moe"]["router"].at[1, 2, 3].set(jnp.nan)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, params, {"step": jnp.array(1)}, {"step": 1})
+    checkpoints.close()
+    _, message = warned(lambda: from_pretrained(folder))
+    assert message.endswith("not finite in model.layers.3.mlp.router.weight")
+
+
+def test_a_folder_that_has_gone_since(copied, tmp_path):
+    folder = copied("bfloat16")
+    model = from_pretrained(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="is gone; name another folder"):
+        save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_is_not_read_for_a_target_that_is_taken(run_folder, tmp_path, monkeypatch):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    monkeypatch.setattr(pretrained, "open_weights", lambda folder: pytest.fail("was read"))
+    with pytest.raises(ValueError, match="exists already"):
+        convert(run_folder, tmp_path / "taken")
+    with pytest.raises(ValueError, match="hidden_size is .* multiples of 32"):
+        convert(run_folder, tmp_path / "new", "mxfp4")
+
+
+def test_a_damaged_companion(copied, tmp_path):
+    folder = copied("bfloat16")
+    (folder / "config.json").write_text(
+        json.dumps(
+            {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if "token_id" not in k}
+        )
+    )
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="generation_config.json") as caught:
+        save_pretrained(from_pretrained(folder), tmp_path / "new")
+    one_line(caught)
+    assert not (tmp_path / "new").exists()

@@ -46,7 +46,7 @@ YARN = (
 IGNORED = {
     "who wrote the file, from where, and with which class": (
         "_name_or_path", "name_or_path", "_commit_hash", "architectures", "transformers_version",
-        "unsloth_fixed", "unsloth_version",
+        "unsloth_fixed", "unsloth_version", "model_name", "auto_map",
     ),
     "the type that weights are stored in, which the weights themselves tell": (
         "dtype", "torch_dtype", "use_bfloat16",
@@ -58,7 +58,7 @@ IGNORED = {
     "what a call returns, keeps, or computes with": (
         "return_dict", "output_hidden_states", "output_attentions", "use_cache", "torchscript",
         "tf_legacy_loss", "chunk_size_feed_forward", "attn_implementation", "experts_implementation",
-        "_attn_implementation_autoset", "tie_last_hidden_states",
+        "_attn_implementation_autoset", "_attn_implementation", "tie_last_hidden_states", "use_kernels",
     ),
     "heads for other tasks": (
         "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",

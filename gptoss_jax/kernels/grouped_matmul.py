@@ -32,7 +32,9 @@ def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: j
     # What it makes of rows of no group is left open: the mask before keeps that out of the gradient, the one
     # after out of the result.
     in_group = jnp.arange(x_RD.shape[0])[:, None] < jnp.sum(group_sizes_E)
-    y_RF = lax.ragged_dot(jnp.where(in_group, x_RD, 0), w_EDF, group_sizes_E, precision=PRECISION)
+    # The TPU kernel refuses to be told of float32 where the operands are narrower.
+    precision = PRECISION if x_RD.dtype == jnp.float32 else lax.Precision.DEFAULT
+    y_RF = lax.ragged_dot(jnp.where(in_group, x_RD, 0), w_EDF, group_sizes_E, precision=precision)
     return jnp.where(in_group, y_RF, 0)
 
 

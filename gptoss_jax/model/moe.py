@@ -7,6 +7,7 @@ from flax import nnx
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels import mxfp4
 from gptoss_jax.parallel.expert_dispatch import apply_experts
+from gptoss_jax.parallel.sharding import UNPACKED, constrain
 
 RouterStats = dict[str, jax.Array]
 
@@ -94,10 +95,11 @@ class MoE(nnx.Module):
         """The experts' matrices and biases as numbers of a type: `gate_up` [E, D, 2, F], `down` [E, F, D],
         …"""
         names = ["gate_up_bias", "down_bias"] * self.config.expert_bias
-        if self.config.expert_format == "plain":
-            return {name: getattr(self, name)[...].astype(dtype) for name in [*names, "gate_up", "down"]}
+        names += ["gate_up", "down"] * (self.config.expert_format == "plain")
         parameters = {name: getattr(self, name)[...].astype(dtype) for name in names}
-        for name in ("gate_up", "down"):
-            blocks, scales = getattr(self, f"{name}_blocks")[...], getattr(self, f"{name}_scales")[...]
-            parameters[name] = mxfp4.unpack(blocks, scales, dtype).swapaxes(1, -1)
+        if self.config.expert_format == "mxfp4":
+            for name, spec in UNPACKED.items():
+                packed = (getattr(self, f"{name}_{part}")[...] for part in ("blocks", "scales"))
+                blocks, scales = (constrain(part, spec) for part in packed)
+                parameters[name] = mxfp4.unpack(blocks, scales, dtype).swapaxes(1, -1)
         return parameters

@@ -29,10 +29,10 @@ PARAMETERS = {
     ("moe", "down"): P("expert", "tensor", "fsdp"),
     ("moe", "down_bias"): P("expert", None),
     # Packed experts are split along their rows alone: 32 weights of the input axis are one group.
-    ("moe", "gate_up_blocks"): P("expert", ("fsdp", "tensor"), None, None, None),
-    ("moe", "gate_up_scales"): P("expert", ("fsdp", "tensor"), None, None),
-    ("moe", "down_blocks"): P("expert", ("fsdp", "tensor"), None, None),
-    ("moe", "down_scales"): P("expert", ("fsdp", "tensor"), None),
+    ("moe", "gate_up_blocks"): P("expert", ("tensor", "fsdp"), None, None, None),
+    ("moe", "gate_up_scales"): P("expert", ("tensor", "fsdp"), None, None),
+    ("moe", "down_blocks"): P("expert", ("tensor", "fsdp"), None, None),
+    ("moe", "down_scales"): P("expert", ("tensor", "fsdp"), None),
     ("attention_norm", "scale"): P(None),
     ("moe_norm", "scale"): P(None),
     ("final_norm", "scale"): P(None),
@@ -41,6 +41,8 @@ PARAMETERS = {
     ("ns_coeffs",): P(None),
 }
 
+# Where packed experts are gathered before they are unpacked: the bytes travel, not the numbers.
+UNPACKED = {"gate_up": P("expert", "tensor"), "down": P("expert")}
 BATCH_BT = P(BATCH, None)
 HIDDEN_BTD = P(BATCH, None, None)
 # Gathered over fsdp before a look-up: the axis cannot split the rows and the batch at once.

@@ -41,6 +41,7 @@ def train(config: TrainConfig) -> TrainState:
     mesh = make_mesh(config.mesh)
     start.check_devices(config, mesh)
     start.check_folder(config)
+    start.check_init_from(config, console.message)
     cache = build_cache(config.data, console.message)
     start.check_text(config, cache)
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}

@@ -16,7 +16,13 @@ from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel.mesh import batch_shards
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
 from gptoss_jax.weights.checkpoint import Checkpoints, is_run, load_config, load_run
-from gptoss_jax.weights.pretrained import open_weights, published_tokenizer, read_params
+from gptoss_jax.weights.pretrained import (
+    find_tokenizer,
+    local_folder,
+    open_weights,
+    read_params,
+    warn_of_params,
+)
 
 # Where a run is and how its devices are laid out may change between two starts; what it computes may not.
 FREE_FIELDS = ("run_dir", "data.cache_dir", "mesh")
@@ -28,7 +34,7 @@ MODEL_TRAINING_FIELDS = {
 # Those that the tree of parameters follows from.
 MODEL_SHAPE_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_local_experts", "layer_types", "attention_bias", "expert_bias",
+    "num_key_value_heads", "head_dim", "num_local_experts", "attention_bias", "expert_bias",
     "router_bias", "learned_sinks", "tie_word_embeddings",
 }  # fmt: skip
 
@@ -121,7 +127,7 @@ def first_state(
         return TrainState(params=params, **rest), record
     if config.init_from is None:
         return create_state(config, mesh), None
-    loaded, tokenizer = _foreign_weights(config, params, report)
+    loaded, tokenizer = _foreign_weights(config, params)
     if tokenizer is None:
         report(f"{config.init_from} holds no tokenizer: data.tokenizer has to be that of its weights")
     elif not tokenizer.same_ids_as(cache.tokenizer):
@@ -132,23 +138,25 @@ def first_state(
     return create_state(config, mesh, loaded), None
 
 
-def _foreign_weights(
-    config: TrainConfig, params: dict, report: Callable[[str], None]
-) -> tuple[dict, Tokenizer | None]:
+def _foreign_weights(config: TrainConfig, params: dict) -> tuple[dict, Tokenizer | None]:
     """The weights of `init_from`, a run folder or a published one, placed as `params` says; and its
     tokenizer."""
-    folder = pathlib.Path(config.init_from)
+    folder = local_folder(config.init_from)
+    tokenizer = find_tokenizer(folder)
     if is_run(folder):
-        _check_same_model(config, load_config(folder).model, report)
-        _, loaded, tokenizer = load_run(folder, abstract=params)
+        _, loaded, _ = load_run(folder, abstract=params)
+        warn_of_params(config.model, loaded, folder)
         return loaded, tokenizer
-    source = open_weights(config.init_from)
-    _check_same_model(config, source.config, report)
-    try:
-        tokenizer = published_tokenizer(source.origin)
-    except ValueError:
-        tokenizer = None
-    return read_params(source, config.model, params), tokenizer
+    return read_params(open_weights(folder), config.model, params), tokenizer
+
+
+def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
+    """Raises ValueError when `init_from` is no folder of weights, or of another model. Reads no weights."""
+    if config.init_from is None:
+        return
+    folder = local_folder(config.init_from)
+    theirs = load_config(folder).model if is_run(folder) else open_weights(folder).config
+    _check_same_model(config, theirs, report)
 
 
 def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable[[str], None]) -> None:
@@ -162,8 +170,9 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
     # What None stands for may be spelled out.
     if config.model.types_of_layers == theirs.types_of_layers:
         differing.pop("layer_types", None)
+    other_tree = len(config.model.period) != len(theirs.period)
     named = [f"model.{name} is {ours!r}, theirs {other!r}" for name, (ours, other) in differing.items()]
-    if differing.keys() & MODEL_SHAPE_FIELDS:
+    if differing.keys() & MODEL_SHAPE_FIELDS or other_tree:
         raise ValueError(
             f"init_from is {config.init_from!r}: its weights do not fit the model: {'; '.join(named)}"
         )

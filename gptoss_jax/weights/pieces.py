@@ -269,33 +269,66 @@ def load(leaf: jax.ShapeDtypeStruct, pieces: list[Piece]) -> tuple[jax.Array, li
 
     Args:
       leaf: shape, type and sharding; its first axis runs over the pieces unless there is one and it is as
-      large. pieces: one for each layer.
+        large.
+      pieces: one for each layer.
 
     Returns:
       the array, and the names of tensors that are not finite.
     """
     stacked = len(leaf.shape) > len(pieces[0].shape)
-    places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-    parts: dict[tuple, np.ndarray] = {}
-    jobs = []
-    for index in places.values():
+    places: dict[tuple, list[jax.Device]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        if bounds in parts:
-            continue
-        part = parts[bounds] = _aligned(tuple(stop - start for start, stop in bounds), leaf.dtype)
-        slices = tuple(slice(start, stop) for start, stop in bounds)
-        if stacked:
-            jobs += [(part[i], pieces[r], slices[1:]) for i, r in enumerate(range(*bounds[0]))]
+        places.setdefault(bounds, []).append(device)
+    shards, names = [], set()
+    for bounds, devices in places.items():
+        index = tuple(slice(start, stop) for start, stop in bounds)
+        if not stacked:
+            part, unsound = _part(leaf.dtype, index, pieces[:1])
+            shards += [jax.device_put(part, device) for device in devices]
+        elif devices[0].platform == "cpu":
+            # jax takes the array over as it is; devices with the same part share it.
+            part, unsound = _part(leaf.dtype, index[1:], pieces[index[0]], stacked=True)
+            shards += [jax.device_put(part, device) for device in devices]
         else:
-            jobs.append((part, pieces[0], slices))
-    names = fill(jobs)
-    shards = []
-    for device, index in places.items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        shards.append(jax.device_put(parts[bounds], device))
+            made, unsound = _layer_by_layer(leaf.dtype, index[1:], pieces[index[0]], devices)
+            shards += made
+        names.update(unsound)
     array = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     # What is not on a device yet would be held on the host together with the next array.
-    return jax.block_until_ready(array), names
+    return jax.block_until_ready(array), sorted(names)
+
+
+def _part(
+    dtype: np.dtype, index: Index, pieces: list[Piece], stacked: bool = False
+) -> tuple[np.ndarray, list[str]]:
+    """The same slice of every piece, one after another where there may be several."""
+    shape = tuple(part.stop - part.start for part in index)
+    out = _aligned((len(pieces), *shape), dtype)
+    names = fill((row, piece, index) for row, piece in zip(out, pieces, strict=True))
+    return out if stacked else out[0], names
+
+
+def _layer_by_layer(
+    dtype: np.dtype, index: Index, pieces: list[Piece], devices: list[jax.Device]
+) -> tuple[list[jax.Array], list[str]]:
+    """The same slice of every piece, stacked on each of the devices: the host holds one layer's at a time."""
+    shape, names = (len(pieces), *(part.stop - part.start for part in index)), set()
+    made = [jnp.zeros(shape, dtype, device=device) for device in devices]
+    for row, piece in enumerate(pieces):
+        part, unsound = _part(dtype, index, [piece])
+        names.update(unsound)
+        made = [
+            _with_row(array, jax.device_put(part, device), row)
+            for array, device in zip(made, devices, strict=True)
+        ]
+        jax.block_until_ready(made)
+    return made, sorted(names)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_row(array: jax.Array, row: jax.Array, index: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(array, row, index, 0)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -308,20 +341,38 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 class DeviceRows:
-    """One layer of a stacked array on devices; slices of it come to the host as they are asked for."""
+    """One layer of a stacked array on devices; slices of it come to the host as they are asked for.
+
+    Each is put together from the shards that hold it, device by device: nothing is gathered on a device.
+    """
 
     def __init__(self, array: jax.Array, layer: int | None):
-        self._array, self._layer = array, layer
+        self._layer = layer
         self.shape = array.shape if layer is None else array.shape[1:]
         self.dtype = np.dtype(array.dtype)
+        self._shards = {}
+        for shard in array.addressable_shards:
+            bounds = tuple(
+                part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True)
+            )
+            self._shards.setdefault(bounds, shard.data)
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        starts = [part.start for part in index]
-        sizes = [part.stop - part.start for part in index]
+        wanted = [(part.start, part.stop) for part in index]
         if self._layer is not None:
-            starts, sizes = [self._layer, *starts], [1, *sizes]
-        part = np.asarray(jax.lax.dynamic_slice(self._array, [jnp.int32(start) for start in starts], sizes))
-        return part if self._layer is None else part[0]
+            wanted = [(self._layer, self._layer + 1), *wanted]
+        out = np.empty([stop - start for start, stop in wanted], self.dtype)
+        for bounds, data in self._shards.items():
+            common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, bounds, strict=True)]
+            if all(start < stop for start, stop in common):
+                starts = [start - first for (start, _), (first, _) in zip(common, bounds, strict=True)]
+                part = jax.lax.dynamic_slice(data, starts, [stop - start for start, stop in common])
+                into = tuple(
+                    slice(start - first, stop - first)
+                    for (start, stop), (first, _) in zip(common, wanted, strict=True)
+                )
+                copy_cast(out[into], np.asarray(part))
+        return out if self._layer is None else out[0]
 
 
 def layer_of(array: jax.Array, layer: int | None) -> np.ndarray | DeviceRows:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.config.checked import read_json
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, params_of, with_params
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names
@@ -58,11 +59,13 @@ class Source:
         raise NotImplementedError
 
     def dtype(self, key: str) -> np.dtype:
-        """The type a parameter is held in; packed experts count as bfloat16."""
+        """The type that holds a parameter of every layer; packed experts count as bfloat16."""
         if self.packed and key in MATRICES:
             return pieces.BFLOAT16
         outside = key.split(".")[0] in ("embedding", "head", "final_norm")
-        return self.array(key, -1 if outside else 0)[1].dtype
+        layers = [-1] if outside else range(self.config.num_hidden_layers)
+        kinds = {self.array(key, layer)[1].dtype for layer in layers}
+        return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
     def piece(self, key: str, layer: int) -> pieces.Piece:
         """A parameter, by the last two names of its path, whichever way the experts are held and wanted."""
@@ -90,7 +93,20 @@ class PublishedFolder(Source):
         self.packed = any(name.endswith(("_blocks", ".blocks")) for name in names)
         self._held = _with_experts(self.config, self.packed)
         self.origin, self.release = folder, self._files.release
+        if self.config.tie_word_embeddings:
+            self._drop_tied_head()
         check_tensors(str(folder), self._held, self._table, self._files.tensors)
+
+    def _drop_tied_head(self) -> None:
+        """Some programs write the head although it is the embedding."""
+        names = (self._table[key].name for key in ("head.weight", "embedding.weight"))
+        head, embedding = (self._files.tensors.get(name) for name in names)
+        if head is not None and embedding is not None:
+            if head.tobytes() != embedding.tobytes():
+                raise ValueError(
+                    f"{self.origin}: tie_word_embeddings is true, but the head is not the embedding"
+                )
+            del self._files.tensors[self._table["head.weight"].name]
 
     def array(self, key: str, layer: int) -> tuple[str, np.ndarray]:
         layout = self._table[key]
@@ -126,7 +142,7 @@ def open_weights(folder: str | os.PathLike) -> Source:
 
     Raises ValueError when there is no such folder, it is none of these, or its tensors do not fit its config.
     """
-    folder = _local(folder)
+    folder = local_folder(folder)
     if is_run(folder):
         try:
             here = jax.local_devices(backend="cpu")[0]
@@ -137,7 +153,8 @@ def open_weights(folder: str | os.PathLike) -> Source:
     return PublishedFolder(folder)
 
 
-def _local(folder: str | os.PathLike) -> pathlib.Path:
+def local_folder(folder: str | os.PathLike) -> pathlib.Path:
+    """Where a folder of weights is, after `hf:OWNER/NAME` has been fetched."""
     name = str(folder)
     if name.startswith(HUB):
         wanted = ["*.json", "*.safetensors", "*.jinja"]
@@ -146,8 +163,8 @@ def _local(folder: str | os.PathLike) -> pathlib.Path:
             found = huggingface_hub.snapshot_download(
                 name[len(HUB) :], allow_patterns=wanted, ignore_patterns=["original/*", "metal/*"]
             )
-        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-            raise ValueError(f"{name}: cannot be fetched from the Hugging Face hub ({error})") from None
+        except Exception as error:  # what breaks on the way has the classes of whichever client is in use
+            raise ValueError(f"{name}: cannot be fetched from the Hugging Face hub ({error})") from error
         return pathlib.Path(found)
     path = pathlib.Path(folder).expanduser()
     if not path.is_dir():
@@ -178,7 +195,7 @@ def from_pretrained(
     """
     config, params, origin = load_pretrained(folder, dtype, experts, mesh)
     model = with_params(config, params)
-    model.origin = None if origin is None else str(origin)
+    model.origin = None if origin is None else str(origin.resolve())
     return model
 
 
@@ -191,12 +208,13 @@ def load_pretrained(
     """What `from_pretrained` makes a model of: config, parameter tree, and the folder with the tokenizer."""
     _check_choice("dtype", dtype, ("bfloat16", "float32"))
     _check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
-    local = _local(folder)
+    local = local_folder(folder)
     if is_run(local) and experts != "mxfp4":
         # Orbax puts each array straight to its place itself.
         config = load_config(local).model
         tree = _typed_tree(config, dtype, experts, lambda key: np.dtype(np.float32))
         _, params, _ = load_run(local, abstract=_placed(tree, mesh))
+        warn_of_params(config, params, local)
         return _computing_in(config, dtype), params, local
     source = open_weights(local)
     packed = experts == "mxfp4" or (experts is None and source.packed)
@@ -238,18 +256,38 @@ def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict, Tokenizer]
 
     Raises ValueError as that does, and when the folder holds no tokenizer.
     """
-    local = _local(folder)
-    if is_run(local):
-        run, params, tokenizer = load_run(local)
-        return run.model, params, tokenizer
-    config, params, origin = load_pretrained(local)
-    return config, params, published_tokenizer(origin)
+    local = local_folder(folder)
+    tokenizer = find_tokenizer(local)
+    if tokenizer is None:
+        raise ValueError(f"{folder}: must hold tokenizer.json or tokenizer_name.txt")
+    config, params, _ = load_pretrained(local)
+    return config, params, tokenizer
 
 
-def published_tokenizer(origin: pathlib.Path) -> Tokenizer:
-    """The tokenizer that goes with a published folder. Raises ValueError when there is none."""
+def find_tokenizer(origin: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer that goes with a model's folder; None where it holds none."""
     path = _companions(origin).get("tokenizer.json")
+    if path is None and not (origin / "tokenizer_name.txt").is_file():
+        return None
     return load_tokenizer(origin if path is None else path.parent)
+
+
+def warn_of_params(config: ModelConfig, params: dict, origin: pathlib.Path) -> None:
+    """Warns of every tensor of a parameter tree that holds something not finite."""
+
+    def sound(leaf):
+        axes = tuple(range(1, leaf.ndim))
+        return jnp.all(jnp.isfinite(leaf), axis=axes)
+
+    found = jax.device_get(jax.jit(lambda tree: jax.tree.map(sound, tree))(params))
+    layers, unsound = dict(parameters_by_layer(config)), set()
+    for path, rows in jax.tree_util.tree_leaves_with_path(found):
+        names = path_names(path)
+        layout, which = HUGGINGFACE[".".join(names[-2:])], layers[names]
+        if which == [-1]:
+            rows = rows.all(keepdims=True)
+        unsound |= {layout.name.format(layer) for layer, row in zip(which, rows, strict=True) if not row}
+    _warn_of(unsound, origin)
 
 
 def read_params(source: Source, config: ModelConfig, tree: dict) -> dict:
@@ -304,13 +342,35 @@ def save_pretrained(
     """
     origin = None if model.origin is None else pathlib.Path(model.origin)
     if tokenizer is not None:
-        origin = _local(tokenizer)
+        origin = local_folder(tokenizer)
         if not {"tokenizer.json", "tokenizer_name.txt"} & {path.name for path in origin.iterdir()}:
             raise ValueError(
                 f"tokenizer is {str(tokenizer)!r}: must hold tokenizer.json or tokenizer_name.txt"
             )
+    elif origin is not None and not origin.is_dir():
+        raise ValueError(
+            f"tokenizer is None: {origin}, where the model came from, is gone; name another folder"
+        )
     source = ParameterTree(model.config, params_of(model), origin)
     write_folder(source, folder, experts, shard_bytes)
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    experts: Format | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Writes the model of any folder as a Hugging Face folder; see `save_pretrained` and `write_folder`.
+
+    Published weights go piece by piece. A run's are restored first, whole and in float32.
+    """
+    tensor_files.check_target(target)
+    local = local_folder(source)
+    if is_run(local):
+        # What cannot be written is better known before.
+        load_config(local).model.to_hf(experts or "float32")
+    write_folder(open_weights(local), target, experts, progress=progress)
 
 
 def write_folder(
@@ -329,11 +389,13 @@ def write_folder(
         raise ValueError("a model is written by one process: load its checkpoint in one and save it there")
     if experts is None:
         keys = {".".join(names[-2:]) for names, _ in parameters_by_layer(source.config)}
-        wide = any(source.dtype(key) not in (pieces.BFLOAT16, np.float16) for key in keys)
+        wide = any(source.dtype(key) != pieces.BFLOAT16 for key in keys)
         experts = "mxfp4" if source.packed else "float32" if wide else "bfloat16"
+    tensor_files.check_target(folder)
+    tokenizer = _own_tokenizer(source.origin)
     # What a model does without is written as what has no effect.
     config = dataclasses.replace(source.config, router_bias=True, expert_bias=True, learned_sinks=True)
-    values = config.to_hf(experts) | _token_ids(source.origin)
+    values = config.to_hf(experts) | _token_ids(source.origin, tokenizer)
     unsound: set[str] = set()
     tensors = _new_tensors(source, _with_experts(config, experts == "mxfp4"), experts, unsound)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
@@ -345,7 +407,10 @@ def write_folder(
 
     with tensor_files.whole_folder(folder, total + (64 << 20)) as partial:
         tensor_files.write_tensors(partial, tensors, shard_bytes, wrote)
-        _write_companions(source.origin, partial)
+        for name, path in _companions(source.origin).items():
+            shutil.copyfile(path, partial / name)
+        if tokenizer is not None:
+            tokenizer.export(partial)
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     _warn_of(unsound, source.origin)
 
@@ -401,24 +466,21 @@ def _companions(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
     return {name: folder / name for folder in folders for name in COMPANIONS if (folder / name).is_file()}
 
 
-def _write_companions(origin: pathlib.Path | None, target: pathlib.Path) -> None:
-    companions = _companions(origin)
-    for name, path in companions.items():
-        shutil.copyfile(path, target / name)
-    # Ours keep less than others want, and a tokenizer without a file only its name.
-    if origin is not None and (is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
-        load_tokenizer(origin).export(target)
+def _own_tokenizer(origin: pathlib.Path | None) -> Tokenizer | None:
+    """The tokenizer of a folder that keeps it as ours do: less than others want, or only its name."""
+    if origin is None or not (is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
+        return None
+    return load_tokenizer(origin)
 
 
-def _token_ids(origin: pathlib.Path | None) -> dict[str, int]:
+def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict[str, int]:
+    if tokenizer is not None:
+        return dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_id), strict=True))
     if origin is None:
         return {}
-    if is_run(origin):
-        tokenizer = load_tokenizer(origin)
-        return dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_id), strict=True))
     # The released config.json names the turn's end alone; only where it says nothing is the other file asked.
     for path in (origin / "config.json", _companions(origin).get("generation_config.json")):
-        values = json.loads(path.read_bytes()) if path is not None and path.is_file() else {}
+        values = read_json(path) if path is not None and path.is_file() else {}
         found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
         if found:
             return found

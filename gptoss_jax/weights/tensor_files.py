@@ -37,7 +37,7 @@ class TensorFolder:
     """The tensors of a folder by name, each a read-only view of its memory-mapped file."""
 
     def __init__(self, folder: str | os.PathLike):
-        """Opens the files that the index names, or else every .safetensors file.
+        """Opens the files that the index names, or else model.safetensors, or else every .safetensors file.
 
         Raises ValueError, naming the file, for one that is missing, truncated or no safetensors file, and for
         an index that does not agree with its files.
@@ -50,6 +50,8 @@ class TensorFolder:
         homes = _read_index(index) if index.is_file() else None
         paths = sorted({self.folder / home for home in homes.values()} if homes else self._all_files())
         missing = [path.name for path in paths if not path.is_file()]
+        if missing and homes is None:
+            raise ValueError(f"{self.folder}: {_listed(missing)} links to a file that is not there")
         if missing:
             raise ValueError(f"{index}: names {_listed(missing)}, which {self.folder} does not hold")
         for path in paths:
@@ -59,7 +61,8 @@ class TensorFolder:
                 raise ValueError(f"{index}: places {name} in {home}, which does not hold it")
 
     def _all_files(self) -> list[pathlib.Path]:
-        paths = list(self.folder.glob("*.safetensors"))
+        # Beside it there may be an adapter's file, or somebody's copy.
+        paths = list(self.folder.glob(SINGLE)) or list(self.folder.glob("*.safetensors"))
         if not paths:
             raise ValueError(f"{self.folder}: holds no .safetensors file")
         return paths
@@ -239,8 +242,6 @@ def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[i
                 wrote(chunk.nbytes)
             if file.tell() - begin != tensor.nbytes:
                 raise ValueError(f"{tensor.name} came in {file.tell() - begin:,} bytes of {tensor.nbytes:,}")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -253,8 +254,7 @@ def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathl
     """
     # A link stays, and what it points to becomes the folder.
     target = pathlib.Path(target).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: exists already; name a folder that does not")
+    check_target(target)
     if target.is_mount():
         raise ValueError(f"{target}: is a mount point; name a folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -266,12 +266,32 @@ def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathl
     partial = target.with_name(f".{target.name}.partial")
     with _locked(target.with_name(f".{target.name}.lock"), target):
         try:
+            check_target(target)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
+            # The name may not outlive a power cut that the contents do not.
+            for path in [*partial.iterdir(), partial]:
+                _flush(path)
             os.rename(partial, target)
+            _flush(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: str | os.PathLike) -> None:
+    """Raises ValueError when there is something already where a folder is to be written."""
+    target = pathlib.Path(target).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: exists already; name a folder that does not")
+
+
+def _flush(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
