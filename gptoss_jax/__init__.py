@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from gptoss_jax.inference.generate import generate
     from gptoss_jax.model.transformer import Transformer
     from gptoss_jax.training.loop import train
-    from gptoss_jax.weights.pretrained import from_pretrained, save_pretrained
+    from gptoss_jax.weights.export import save_pretrained
+    from gptoss_jax.weights.pretrained import from_pretrained
 
 _HOMES = {
     "ModelConfig": "gptoss_jax.config",
@@ -16,7 +17,7 @@ _HOMES = {
     "Transformer": "gptoss_jax.model.transformer",
     "from_pretrained": "gptoss_jax.weights.pretrained",
     "generate": "gptoss_jax.inference.generate",
-    "save_pretrained": "gptoss_jax.weights.pretrained",
+    "save_pretrained": "gptoss_jax.weights.export",
     "train": "gptoss_jax.training.loop",
 }
 __all__ = [

@@ -93,7 +93,7 @@ def convert(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from gptoss_jax.weights import pretrained
+    from gptoss_jax.weights import export
 
     began = time.monotonic()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -107,7 +107,7 @@ def convert(
             size = total
             progress.update(task, completed=done, total=total)
 
-        pretrained.convert(source, target, experts, show)
+        export.convert(source, target, experts, show)
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -26,17 +26,12 @@ from gptoss_jax.kernels import mxfp4
 from gptoss_jax.model.transformer import init_params, params_of, with_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names
-from gptoss_jax.weights import pieces, pretrained
+from gptoss_jax.weights import export, pieces
 from gptoss_jax.weights.checkpoint import Checkpoints
+from gptoss_jax.weights.export import convert, save_pretrained, write_folder
 from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, axis_sizes, expected_shapes
-from gptoss_jax.weights.pretrained import (
-    convert,
-    from_pretrained,
-    load_pretrained,
-    open_weights,
-    save_pretrained,
-    write_folder,
-)
+from gptoss_jax.weights.pretrained import from_pretrained, load_pretrained
+from gptoss_jax.weights.sources import open_weights
 
 PUBLISHED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "configs"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -943,7 +938,7 @@ def test_a_folder_that_has_gone_since(copied, tmp_path):
 def test_a_run_is_not_read_for_a_target_that_is_taken(run_folder, tmp_path, monkeypatch):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
-    monkeypatch.setattr(pretrained, "open_weights", lambda folder: pytest.fail("was read"))
+    monkeypatch.setattr(export, "open_weights", lambda folder: pytest.fail("was read"))
     with pytest.raises(ValueError, match="exists already"):
         convert(run_folder, tmp_path / "taken")
     with pytest.raises(ValueError, match="hidden_size is .* multiples of 32"):

@@ -28,7 +28,8 @@ from gptoss_jax.training import start
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
 from gptoss_jax.weights.checkpoint import Checkpoints, load_run
-from gptoss_jax.weights.pretrained import from_pretrained, save_pretrained
+from gptoss_jax.weights.export import save_pretrained
+from gptoss_jax.weights.pretrained import from_pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24

@@ -16,13 +16,8 @@ from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel.mesh import batch_shards
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
 from gptoss_jax.weights.checkpoint import Checkpoints, is_run, load_config, load_run
-from gptoss_jax.weights.pretrained import (
-    find_tokenizer,
-    local_folder,
-    open_weights,
-    read_params,
-    warn_of_params,
-)
+from gptoss_jax.weights.pretrained import read_params, warn_of_params
+from gptoss_jax.weights.sources import find_tokenizer, local_folder, open_weights
 
 # Where a run is and how its devices are laid out may change between two starts; what it computes may not.
 FREE_FIELDS = ("run_dir", "data.cache_dir", "mesh")
