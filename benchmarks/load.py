@@ -89,7 +89,7 @@ def settle(folder: pathlib.Path) -> None:
     """Brings the files into the system's memory, and from its host what a virtual machine has yet to get:
     both would be counted as the next reader's time."""
     for _ in range(2):
-        run("import numpy as np; np.ones(13 << 30, np.uint8); print(0)")
+        run("import numpy as np; np.ones(11 << 30, np.uint8); print(0)")
     run(READER, str(folder))
 
 
