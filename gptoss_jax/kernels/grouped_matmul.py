@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptoss_jax.kernels import target
+
 PRECISION = lax.Precision.HIGHEST  # float32 stays float32 on TPU and GPU; narrower types are not affected
 
 
@@ -22,7 +24,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) 
     Returns:
       [R, F] in the type of `x_RD`.
     """
-    if jax.default_backend() == "cpu":
+    if target.platform() == "cpu":
         return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E)
     return reference_grouped_matmul(x_RD, w_EDF, group_sizes_E)
 
@@ -153,7 +155,7 @@ def _bias_rows(bias_EF, group_sizes_E, rows):
 
 def _bias_bwd(residuals, g_RF):
     bias_EF, group_sizes_E = residuals
-    if jax.default_backend() == "cpu":
+    if target.platform() == "cpu":
         ones_R1 = jnp.ones((g_RF.shape[0], 1), g_RF.dtype)
         d_bias_EF = _rows_times_rows(ones_R1, g_RF, group_sizes_E)[:, 0]
     else:

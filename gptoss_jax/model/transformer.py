@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.kernels import target
 from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
@@ -18,7 +19,7 @@ from gptoss_jax.parallel.sharding import EMBEDDING_VD, HIDDEN_BTD, constrain
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The type of the activations; "auto" is float32 on CPU and bfloat16 elsewhere."""
     if config.compute_dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if target.platform() == "cpu" else "bfloat16")
     return jnp.dtype(config.compute_dtype)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from gptoss_jax.kernels import target
 from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
 from gptoss_jax.parallel import mesh
 
@@ -79,7 +80,7 @@ def _local_experts(x_MD, experts_MX, weights_MX, parameters, activation):
     M, X = experts_MX.shape
     D = x_MD.shape[1]
     E, F, _ = parameters["down"].shape
-    if jax.default_backend() == "cpu" and M * X <= FEW_ROWS:
+    if target.platform() == "cpu" and M * X <= FEW_ROWS:
         return _few_rows(x_MD, experts_MX, weights_MX, parameters, activation)
     # Rows of no expert here go last, past every group, where the grouped product is zero.
     experts_R = jnp.where((experts_MX >= 0) & (experts_MX < E), experts_MX, E).reshape(-1)

@@ -1,0 +1,13 @@
+"""What a program is compiled for: the one place where code asks, so that it can choose its kernels."""
+
+import jax
+
+
+def platform() -> str:
+    """That of the mesh in use (`jax.set_mesh`), else of the default device: "cpu", "gpu" or "tpu".
+
+    A mesh may be of devices that are not here, as when a step is compiled for a TPU on a machine without one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
