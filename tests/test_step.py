@@ -22,7 +22,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.model.transformer import abstract_params, segment_positions
-from gptoss_jax.parallel.mesh import batch_shards, make_mesh
+from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding, path_names
 from gptoss_jax.training.optimizer import MATRICES, decay_mask, make_optimizer, make_schedule, muon_dimensions
 from gptoss_jax.training.state import abstract_state, create_state
@@ -108,7 +108,7 @@ def take_steps(config, mesh, batches):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
         state = jax.device_put(start_state(), shardings)
         put = functools.partial(jax.device_put, device=batch_sharding(mesh))
-    step, all_metrics = train_step_of(config, 1 if mesh is None else batch_shards(mesh)), []
+    step, all_metrics = train_step_of(config), []
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for batch in batches:
             state, metrics = step(state, put(batch))
@@ -124,7 +124,7 @@ def single():
 
 @pytest.fixture(scope="module")
 def train_step():
-    return train_step_of(CONFIG, 1)
+    return train_step_of(CONFIG)
 
 
 def test_a_step_changes_every_parameter(single):
@@ -208,7 +208,7 @@ def test_state_lies_where_the_table_says():
     assert len(moments) == 2
     assert all(leaf.sharding == gate_up.sharding for leaf in moments)
     query = state.params["blocks"]["0"]["attention"]["q"]
-    assert {shard.data.shape for shard in query.addressable_shards} == {(2, 12, 3, 10)}
+    assert {shard.data.shape for shard in query.addressable_shards} == {(2, 12, 3, 5)}
     # The same numbers as on one device, up to the way they are computed.
     alone = create_state(CONFIG, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     chex.assert_trees_all_close(on_host(state.params), on_host(alone.params), atol=1e-7)

@@ -164,7 +164,7 @@ def test_padding_does_not_matter(either_config, random_params, apply_model):
             "segment_ids": segments,
             "positions": segment_positions(segments),
         }
-        return summed_loss(either_config, params, batch, shards=1)
+        return summed_loss(either_config, params, batch)
 
     (nats, stats), (other_nats, other_stats) = loss(tokens), loss(other)
     assert float(nats) == float(other_nats) > 31 * 0.5
@@ -250,7 +250,7 @@ def loss_and_gradients(config, params, dropout_key=None):
         "segment_ids": SEGMENTS,
         "positions": segment_positions(SEGMENTS),
     }
-    take = jax.value_and_grad(lambda p: summed_loss(config, p, batch, 1, dropout_key), has_aux=True)
+    take = jax.value_and_grad(lambda p: summed_loss(config, p, batch, dropout_key), has_aux=True)
     (nats, _), grads = jax.jit(take)(params)
     return nats, grads
 

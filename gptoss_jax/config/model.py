@@ -103,6 +103,9 @@ class ModelConfig(Checked):
     router_aux_loss_coef: float = 0.0
     # Weight of the router z-loss, mean(logsumexp(router logits)^2); 0 turns it off.
     router_z_loss_coef: float = 0.0
+    # While training, the most rows an expert takes, as a multiple of its even share; what is beyond is
+    # dropped, and counted. None drops nothing, however uneven the routing is.
+    expert_capacity: float | None = None
     # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are always
     # float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -119,6 +122,11 @@ class ModelConfig(Checked):
             "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window",
             "max_position_embeddings", "rope_theta", "swiglu_alpha", "rms_norm_eps", "initializer_range",
         )  # fmt: skip
+        self._require(
+            self.expert_capacity is None or self.expert_capacity > 0,
+            "expert_capacity",
+            "must be above 0, or None to drop nothing",
+        )
         self._require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "num_attention_heads",

@@ -70,7 +70,9 @@ class MoE(nnx.Module):
             self.down_bias = nnx.Param(jnp.zeros((E, D)))
         self.config = config
 
-    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, RouterStats]:
+    def __call__(
+        self, x_BTD: jax.Array, real_BT: jax.Array, capacity: float | None = None
+    ) -> tuple[jax.Array, RouterStats]:
         """Sends each real token to its experts; the rows of padding come out as zeros.
 
         Returns [B, T, D] and the router's statistics.
@@ -82,14 +84,17 @@ class MoE(nnx.Module):
         if config.router_bias:
             logits_ME = logits_ME + self.router_bias[...]
         experts_MX, weights_MX = route(logits_ME, config.num_experts_per_tok)
-        y_MD = apply_experts(
+        y_MD, dropped = apply_experts(
             x_MD,
             jnp.where(real_M[:, None], experts_MX, -1),
             weights_MX,
             self.expert_parameters(x_BTD.dtype),
             lambda gate, up: swiglu(gate, up, config),
+            capacity,
         )
-        return y_MD.reshape(B, T, D), router_stats(logits_ME, experts_MX, real_M)
+        stats = router_stats(logits_ME, experts_MX, real_M)
+        asked = jnp.maximum(jnp.sum(real_M) * config.num_experts_per_tok, 1)
+        return y_MD.reshape(B, T, D), stats | {"dropped": dropped / asked}
 
     def expert_parameters(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
         """The experts' matrices and biases as numbers of a type: `gate_up` [E, D, 2, F], `down` [E, F, D],

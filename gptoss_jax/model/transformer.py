@@ -13,7 +13,7 @@ from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
-from gptoss_jax.parallel.sharding import EMBEDDING_VD, HIDDEN_BTD, constrain
+from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain, gather, gather_vocabulary
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -61,7 +61,7 @@ class Block(nnx.Module):
         self.residual_dropout = config.residual_dropout
 
     def __call__(
-        self, x_BTD, segment_ids_BT, positions_BT, cos_sin, cache=None, dropout_key=None
+        self, x_BTD, segment_ids_BT, positions_BT, cos_sin, cache=None, dropout_key=None, capacity=None
     ) -> tuple[jax.Array, LayerCache | None, RouterStats]:
         """[B, T, D] -> [B, T, D], the layer's new cache, the router's statistics."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
@@ -69,7 +69,7 @@ class Block(nnx.Module):
             self.attention_norm(x_BTD), segment_ids_BT, positions_BT, cos_sin, cache, keys[0]
         )
         x_BTD = x_BTD + dropped(y_BTD, self.residual_dropout, keys[1])
-        y_BTD, stats = self.moe(self.moe_norm(x_BTD), segment_ids_BT > 0)
+        y_BTD, stats = self.moe(self.moe_norm(x_BTD), segment_ids_BT > 0, capacity)
         x_BTD = x_BTD + dropped(y_BTD, self.residual_dropout, keys[2])
         return constrain(x_BTD, HIDDEN_BTD), cache, stats
 
@@ -128,7 +128,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Hidden states to float32 logits, [B, T, V]."""
-        weight_VD = self.head_weight_VD.astype(hidden_BTD.dtype)
+        weight_VD = gather_vocabulary(self.head_weight_VD, hidden_BTD.dtype)
         with jax.default_matmul_precision("highest"):
             return jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
 
@@ -140,27 +140,30 @@ class Transformer(nnx.Module):
         *,
         cache: list[LayerCache] | None = None,
         dropout_key: jax.Array | None = None,
+        capacity: float | None = None,
     ) -> tuple[jax.Array, list[LayerCache] | None, RouterStats]:
         """The residual stream after the final norm.
 
         Args:
           cache: keys and values of earlier tokens; the new ones are written at `positions_BT`, then read.
           dropout_key: turns the config's dropout on.
+          capacity: of the experts, see `expert_dispatch.apply_experts`; None drops nothing.
 
         Returns:
           [B, T, D] in the compute type; the new cache; the statistics of every layer's router, stacked:
-          `load` and `probability` [L, E], `z` [L].
+          `load` and `probability` [L, E], `z` and `dropped` [L].
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
-        config = self.config
+        config, dtype = self.config, compute_dtype(self.config)
         parts = [nnx.split(block) for block in self.blocks]
         repetitions = config.num_hidden_layers // len(parts)
 
         def one_block(graphdef, state, x_BTD, cache, key):
-            return nnx.merge(graphdef, state)(x_BTD, segment_ids_BT, positions_BT, cos_sin, cache, key)
+            block = nnx.merge(graphdef, gather(state, dtype))
+            return block(x_BTD, segment_ids_BT, positions_BT, cos_sin, cache, key, capacity)
 
         def one_period(x_BTD, scanned):
             states, caches, key = scanned
@@ -179,9 +182,10 @@ class Transformer(nnx.Module):
         # told.
         with jax.default_matmul_precision("highest"):
             cos_sin = rope.rotation(config, positions_BT)
-            embedding_VD = constrain(self.embedding.weight[...], EMBEDDING_VD)
-            x_BTD = embedding_VD[tokens_BT].astype(compute_dtype(config))
-            x_BTD = constrain(x_BTD, HIDDEN_BTD)
+            # Gathered before the look-up: the axes cannot split the rows and the batch at once.
+            # In float32, the type in which the gradients of a token's occurrences are added up.
+            embedding_VD = gather_vocabulary(self.embedding.weight[...], jnp.float32)
+            x_BTD = constrain(embedding_VD[tokens_BT].astype(dtype), HIDDEN_BTD)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
             caches = [None] * len(parts) if cache is None else list(cache)
             states = [state for _, state in parts]

@@ -1,6 +1,18 @@
-"""Tokens to their experts and back: dropless, on one device or over the axes of a mesh."""
+"""Tokens to their experts and back: on one device, or over the expert axis of a mesh, dropless.
+
+Each (token, expert) pair is a row. A device sorts its rows by expert. Where the experts are spread over
+devices, each row travels to its expert's device and the result travels back (`ragged_all_to_all`): experts
+never move. What a device gets depends on the router, up to all rows of all devices, so it has room for a
+bounded number at a time and takes what is more in further rounds, which hardly ever come.
+
+Letters: M tokens and R = M * X rows of one device, C rows that a device has room for, E experts of all
+devices, n devices of the expert axis.
+"""
 
 import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +22,14 @@ from gptoss_jax.kernels import target
 from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
 from gptoss_jax.parallel import mesh
 
-# Up to so many (token, expert) rows, reading whole layers of experts costs more than all arithmetic.
+# Up to so many rows, reading whole layers of experts costs more than all arithmetic.
 FEW_ROWS = 16
+# Room of a device for the rows it gets in one round, in percent of the rows it sends: what an even router
+# needs and a quarter more. Rows up to the second number fit always, so that decoding has one round.
+ROOM_PERCENT = 125
+SMALLEST_ROOM = 256
+
+Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @jax.custom_vjp
@@ -27,76 +45,244 @@ permute.defvjp(
 )
 
 
-def apply_experts(x_MD, experts_MX, weights_MX, parameters, activation):
+def apply_experts(
+    x_MD: jax.Array,
+    experts_MX: jax.Array,
+    weights_MX: jax.Array,
+    parameters: dict[str, jax.Array],
+    activation: Activation,
+    capacity: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the outputs of each token's experts.
 
     Args:
-      x_MD: tokens.
+      x_MD: tokens, of the whole mesh.
       experts_MX: int32, the experts of each token. A number outside 0 … E-1 stands for no expert and gives
-      zero. weights_MX: float32, the share of each of them in the sum. parameters: `gate_up` [E, D, 2, F] and
-      `down` [E, F, D], with `gate_up_bias` [E, 2, F] and `down_bias`
+        zero.
+      weights_MX: float32, the share of each of them in the sum.
+      parameters: `gate_up` [E, D, 2, F] and `down` [E, F, D], with `gate_up_bias` [E, 2, F] and `down_bias`
         [E, D] where the model has them; in the type of `x_MD`.
       activation: (gate_RF, up_RF) -> [R, F].
+      capacity: None drops nothing. A number lets an expert take at most so many times its even share of the
+        rows of those devices that exchange tokens (all rows, without an expert axis); rows beyond, the last
+        tokens' first, count zero.
 
     Returns:
-      [M, D] in the type of `x_MD`.
+      [M, D] in the type of `x_MD`, and the number of rows that were dropped, float32.
     """
     axes = mesh.current_axes()
+    one_part = functools.partial(
+        _one_device, activation=activation, capacity=capacity, devices=axes.get("expert", 1)
+    )
     if not axes:
-        return _local_experts(x_MD, experts_MX, weights_MX, parameters, activation)
+        return one_part(x_MD, experts_MX, weights_MX, parameters)
     specs = {
         "gate_up": P("expert", None, None, "tensor"),
         "gate_up_bias": P("expert", None, "tensor"),
         "down": P("expert", "tensor", None),
         "down_bias": P("expert", None),
     }
-    return jax.shard_map(
-        functools.partial(_exchanged_experts, activation=activation),
+
+    def with_tensor_axis(x_MD, experts_MX, weights_MX, parameters):
+        if axes["tensor"] > 1 and "down_bias" in parameters:
+            # It belongs to the whole sum over the tensor axis, so only one device of the axis may add it.
+            first = jax.lax.axis_index("tensor") == 0
+            parameters = parameters | {"down_bias": jnp.where(first, parameters["down_bias"], 0)}
+        y_MD, dropped = one_part(x_MD, experts_MX, weights_MX, parameters)
+        return jax.lax.psum(y_MD, "tensor"), dropped[None]
+
+    y_MD, dropped = jax.shard_map(
+        with_tensor_axis,
         in_specs=(P(mesh.BATCH), P(mesh.BATCH), P(mesh.BATCH), {name: specs[name] for name in parameters}),
-        out_specs=P(mesh.BATCH),
+        out_specs=(P(mesh.BATCH), P(mesh.BATCH)),
         check_vma=False,
     )(x_MD, experts_MX, weights_MX, parameters)
+    return y_MD, jnp.sum(dropped)
 
 
-def _exchanged_experts(x_MD, experts_MX, weights_MX, parameters, activation):
-    """One device's part: all tokens of its expert group come in, its own experts' share of the sums goes
-    out."""
-    x_MD, experts_MX, weights_MX = (
-        jax.lax.all_gather(part, "expert", tiled=True) for part in (x_MD, experts_MX, weights_MX)
-    )
-    local = parameters["down"].shape[0]
-    if "down_bias" in parameters:
-        # It belongs to the whole sum over the tensor axis, so only one device of the axis may add it.
-        first = jax.lax.axis_index("tensor") == 0
-        parameters = parameters | {"down_bias": jnp.where(first, parameters["down_bias"], 0)}
-    experts_MX = experts_MX - jax.lax.axis_index("expert") * local
-    y_MD = _local_experts(x_MD, experts_MX, weights_MX, parameters, activation)
-    return jax.lax.psum_scatter(jax.lax.psum(y_MD, "tensor"), "expert", tiled=True)
-
-
-def _local_experts(x_MD, experts_MX, weights_MX, parameters, activation):
-    """Sorts the (token, expert) rows by expert, multiplies, and puts the results back in the tokens'
-    order."""
+def _one_device(x_MD, experts_MX, weights_MX, parameters, activation, capacity, devices):
+    """One device's tokens: sorts their rows by expert, sends them through, puts the results back in order."""
     M, X = experts_MX.shape
     D = x_MD.shape[1]
-    E, F, _ = parameters["down"].shape
-    if target.platform() == "cpu" and M * X <= FEW_ROWS:
-        return _few_rows(x_MD, experts_MX, weights_MX, parameters, activation)
-    # Rows of no expert here go last, past every group, where the grouped product is zero.
-    experts_R = jnp.where((experts_MX >= 0) & (experts_MX < E), experts_MX, E).reshape(-1)
+    E = parameters["down"].shape[0] * devices
+    known_MX = (experts_MX >= 0) & (experts_MX < E)
+    dropped = jnp.float32(0)
+    if capacity is None and devices == 1 and target.platform() == "cpu" and M * X <= FEW_ROWS:
+        return _few_rows(
+            x_MD, experts_MX, jnp.where(known_MX, weights_MX, 0), parameters, activation
+        ), dropped
+    # Rows of no expert go last, past every group, where the product is zero.
+    experts_R = jnp.where(known_MX, experts_MX, E).reshape(-1)
+    room = all_rows = devices * M * X
+    if capacity is not None:
+        most = math.ceil(capacity * devices * M * X / E)
+        kept_R = _rank_in_expert(experts_R, E, devices) < most
+        dropped = jnp.sum(~kept_R & (experts_R < E)).astype(jnp.float32)
+        experts_R = jnp.where(kept_R, experts_R, E)
+        room = all_rows = min(room, most * E // devices)
     order_R = jnp.argsort(experts_R, stable=True)
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(M * X, dtype=order_R.dtype))
-    group_sizes_E = jnp.bincount(experts_R, length=E + 1)[:E].astype(jnp.int32)
+    counts_E = jnp.bincount(experts_R, length=E + 1)[:E].astype(jnp.int32)
 
     x_RD = permute(jnp.broadcast_to(x_MD[:, None], (M, X, D)).reshape(M * X, D), order_R, inverse_R)
+    if devices == 1:
+        y_RD = _through_experts(x_RD, parameters, counts_E, activation)
+    else:
+        if capacity is None:
+            room = min(room, max(M * X * ROOM_PERCENT // 100, SMALLEST_ROOM))
+        rounds = -(-all_rows // room)
+        counts_nE = jax.lax.all_gather(counts_E, "expert")
+        y_RD = _through_other_devices(x_RD, parameters, counts_nE, activation, room, rounds)
+    y_MXD = permute(y_RD, inverse_R, order_R).reshape(M, X, D)
+    return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype), dropped
+
+
+def _rank_in_expert(experts_R, E, devices):
+    """How many rows of the same expert come before each: earlier ones, and those of earlier devices."""
+    chosen_RE = (experts_R[:, None] == jnp.arange(E)).astype(jnp.int32)
+    before_RE = jnp.cumsum(chosen_RE, axis=0) - chosen_RE
+    if devices > 1:
+        counts_nE = jax.lax.all_gather(jnp.sum(chosen_RE, axis=0), "expert")
+        earlier = jnp.arange(devices)[:, None] < jax.lax.axis_index("expert")
+        before_RE += jnp.sum(jnp.where(earlier, counts_nE, 0), axis=0)
+    return jnp.sum(before_RE * chosen_RE, axis=1)
+
+
+def _through_experts(x_RD, parameters, group_sizes_E, activation):
+    """Rows sorted by expert through the experts that are here; rows past the groups give zero."""
+    E, F, D = parameters["down"].shape
     h_RF = grouped_matmul(x_RD, parameters["gate_up"].reshape(E, D, 2 * F), group_sizes_E)
     if "gate_up_bias" in parameters:
         h_RF = add_group_bias(h_RF, parameters["gate_up_bias"].reshape(E, 2 * F), group_sizes_E)
     y_RD = grouped_matmul(activation(h_RF[:, :F], h_RF[:, F:]), parameters["down"], group_sizes_E)
     if "down_bias" in parameters:
         y_RD = add_group_bias(y_RD, parameters["down_bias"], group_sizes_E)
-    y_MXD = permute(y_RD, inverse_R, order_R).reshape(M, X, D)
-    return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype)
+    return y_RD
+
+
+class Slices(NamedTuple):
+    """One direction of an exchange, as `jax.lax.ragged_all_to_all` takes it: E slices of rows, those for or
+    from device 0 first, one for each expert of the device that has the experts."""
+
+    read_E: jax.Array  # where each slice begins here
+    sizes_E: jax.Array  # its rows
+    write_E: jax.Array  # where it begins on the device that gets it
+    received_E: jax.Array  # rows of the slices that come in
+
+
+def _slices(counts_nE: jax.Array, room: int, turn: jax.Array | int) -> tuple[Slices, Slices, jax.Array]:
+    """The way there and the way back of one round, and how many rows each expert here gets in it.
+
+    All rows that a device gets, in all rounds, lie one expert after another, and within an expert one sender
+    after another. Round `turn` brings rows `turn * room` … of that order.
+    """
+    n, E = counts_nE.shape
+    here = jax.lax.axis_index("expert")
+    at_sender_nE = jnp.cumsum(counts_nE, axis=1) - counts_nE
+    by_owner = counts_nE.reshape(n, n, E // n).transpose(1, 2, 0).reshape(n, E)  # [owner, (expert, sender)]
+    begins = (jnp.cumsum(by_owner, axis=1) - by_owner).reshape(n, E // n, n).transpose(2, 0, 1).reshape(n, E)
+    low, high = turn * room, (turn + 1) * room
+    first_nE, end_nE = (jnp.clip(place, low, high) for place in (begins, begins + counts_nE))
+    sizes_nE = end_nE - first_nE
+    at_sender_nE = at_sender_nE + first_nE - begins
+    at_owner_nE = first_nE - low
+
+    def sent(x_nE):  # this device's slices
+        return x_nE[here]
+
+    def owned(x_nE):  # all devices' slices for the experts here
+        return jax.lax.dynamic_slice_in_dim(x_nE, here * (E // n), E // n, axis=1).reshape(-1)
+
+    there = Slices(sent(at_sender_nE), sent(sizes_nE), sent(at_owner_nE), owned(sizes_nE))
+    back = Slices(owned(at_owner_nE), owned(sizes_nE), owned(at_sender_nE), sent(sizes_nE))
+    return there, back, jnp.sum(owned(sizes_nE).reshape(n, E // n), axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def exchange(x_RD: jax.Array, there: Slices, back: Slices, rows: int) -> jax.Array:
+    """Sends slices of rows to the devices of the expert axis; [rows, D], zero where nothing arrives.
+
+    `back` is the way the same rows would return: that of the gradient.
+    """
+    move = reference_exchange if target.platform() == "cpu" else ragged_exchange
+    return move(x_RD, there, rows)
+
+
+exchange.defvjp(
+    # Of the rows only their number is kept, in an array without columns.
+    lambda x_RD, there, back, rows: (exchange(x_RD, there, back, rows), (there, back, x_RD[:, :0])),
+    lambda rows, kept, g_CD: (exchange(g_CD, kept[1], kept[0], kept[2].shape[0]), None, None),
+)
+
+
+def ragged_exchange(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
+    """`exchange` by the collective that TPU and GPU have."""
+    empty = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
+    return jax.lax.ragged_all_to_all(x_RD, empty, *slices, axis_name="expert")
+
+
+def reference_exchange(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
+    """The same by collectives that every backend has: each device takes its own of all devices' rows."""
+    x_RD = jax.lax.all_gather(x_RD, "expert", tiled=True)
+    sources = jax.lax.axis_index("expert") * (x_RD.shape[0] // jax.lax.axis_size("expert")) + slices.read_E
+    read_E, write_E = (
+        jax.lax.all_to_all(place, "expert", 0, 0, tiled=True) for place in (sources, slices.write_E)
+    )
+    into_CE = jnp.arange(rows)[:, None] - write_E
+    hit_CE = (into_CE >= 0) & (into_CE < slices.received_E)
+    source_C = jnp.sum(jnp.where(hit_CE, read_E + into_CE, 0), axis=1)
+    return jnp.where(jnp.any(hit_CE, axis=1)[:, None], x_RD[source_C], 0)
+
+
+def _round(x_RD, parameters, counts_nE, turn, activation, room):
+    there, back, group_sizes = _slices(counts_nE, room, turn)
+    x_CD = exchange(x_RD, there, back, room)
+    y_CD = _through_experts(x_CD, parameters, group_sizes, activation)
+    return exchange(y_CD, back, there, x_RD.shape[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _through_other_devices(x_RD, parameters, counts_nE, activation, room, rounds):
+    """Rows sorted by expert through their experts, wherever those are, in up to so many rounds.
+
+    The gradient keeps what the first round computed, and computes the further ones anew.
+    """
+    return _rounds_forward(x_RD, parameters, counts_nE, activation, room, rounds)[0]
+
+
+def _rounds_forward(x_RD, parameters, counts_nE, activation, room, rounds):
+    def one_round(x_RD, parameters, turn=0):
+        return _round(x_RD, parameters, counts_nE, turn, activation, room)
+
+    y_RD, pull = jax.vjp(one_round, x_RD, parameters)
+    y_RD = _further_rounds(
+        counts_nE, room, rounds, lambda turn, y_RD: y_RD + one_round(x_RD, parameters, turn), y_RD
+    )
+    return y_RD, (x_RD, parameters, counts_nE, pull)
+
+
+def _rounds_backward(activation, room, rounds, kept, g_RD):
+    x_RD, parameters, counts_nE, pull = kept
+
+    def further(turn, gradients):
+        one_round = functools.partial(
+            _round, counts_nE=counts_nE, turn=turn, activation=activation, room=room
+        )
+        return jax.tree.map(jnp.add, gradients, jax.vjp(one_round, x_RD, parameters)[1](g_RD))
+
+    return *_further_rounds(counts_nE, room, rounds, further, pull(g_RD)), None
+
+
+_through_other_devices.defvjp(_rounds_forward, _rounds_backward)
+
+
+def _further_rounds(counts_nE, room, rounds, body, carry):
+    """Folds rounds 1, 2, … into what the first one gave: as many as the fullest device of the axis needs."""
+    if rounds == 1:
+        return carry
+    n, E = counts_nE.shape
+    fullest = jnp.max(jnp.sum(counts_nE.reshape(n, n, E // n), axis=(0, 2)))
+    return jax.lax.fori_loop(1, -(-fullest // room), body, carry)
 
 
 def _few_rows(x_MD, experts_MX, weights_MX, parameters, activation):
@@ -114,7 +300,6 @@ def _few_rows(x_MD, experts_MX, weights_MX, parameters, activation):
         y_D = jnp.dot(activation(h_F[:F], h_F[F:]), pick("down", expert), precision="highest")
         return y_D + pick("down_bias", expert) if "down_bias" in parameters else y_D
 
-    # A number outside of 0 … E-1 stands for no expert: what is read in its place counts nothing.
-    weights_MX = jnp.where((experts_MX >= 0) & (experts_MX < E), weights_MX, 0)
+    # What is read in the place of no expert has weight zero.
     y_MXD = jnp.stack([jnp.stack([one_row(x_MD[m], experts_MX[m, x]) for x in range(X)]) for m in range(M)])
     return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype)

@@ -14,20 +14,41 @@ AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
 
 
+def divisors(number: int, most: int) -> list[int]:
+    """The divisors of a number that are at most so large, in rising order."""
+    return [size for size in range(1, min(number, most) + 1) if number % size == 0]
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Lays the devices (all of them by default) out as the config says.
 
     The axes are of type Auto: the compiler places what the path table and a few constraints leave open.
-    Raises ValueError when the axes do not multiply to the number of devices.
+    Raises ValueError when the axes do not multiply to the number of devices, saying which sizes would.
     """
     count = len(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
     product = math.prod(size for size in sizes.values() if size != -1)
-    asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if count % product or (product != count and -1 not in sizes.values()):
-        raise ValueError(f"mesh is {asked}: the axes must multiply to the {count} devices there are")
+        asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        allowed = f"the axes must multiply to the {count} devices there are; {_would_do(sizes, count)}"
+        raise ValueError(f"mesh is {asked}: {allowed}")
     shape = tuple(count // product if size == -1 else size for size in sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _would_do(sizes: dict[str, int], count: int) -> str:
+    """What to change in a mesh that does not fit the devices: one axis if that is enough."""
+    ways = []
+    for name, size in sizes.items():
+        others = math.prod(other for key, other in sizes.items() if key != name and other != -1)
+        if -1 in sizes.values() and size != -1:
+            ways += [f"{name} {', '.join(map(str, divisors(count // others, count)))}"] * (
+                count % others == 0
+            )
+        elif size != -1 and count % others == 0:
+            ways.append(f"{name} {count // others}")
+    sizes_of_axes = ", ".join(map(str, divisors(count, count)))
+    return f"{' or '.join(ways)} would do" if ways else f"each axis must be one of {sizes_of_axes}"
 
 
 def current_axes() -> dict[str, int]:

@@ -1,22 +1,28 @@
-"""One table: where each parameter, batch and activation lies on the mesh."""
+"""One table: where each parameter, batch and activation lies on the mesh, and where a parameter is used."""
 
+import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.parallel.mesh import BATCH, current_axes
+from gptoss_jax.parallel.mesh import BATCH, current_axes, divisors
+
+# The expert axis, for a parameter that every expert's device needs: it takes part in storing it, as fsdp
+# does, where it divides the dimension, and is left out where it does not.
+SPARE = "expert where it divides"
 
 # Last two names of a parameter's path -> its dimensions, without the leading one of stacked layers.
 PARAMETERS = {
-    ("embedding", "weight"): P("tensor", "fsdp"),
-    ("head", "weight"): P("tensor", "fsdp"),
-    ("attention", "q"): P("fsdp", "tensor", None),
-    ("attention", "k"): P("fsdp", "tensor", None),
-    ("attention", "v"): P("fsdp", "tensor", None),
-    ("attention", "out"): P("tensor", None, "fsdp"),
+    ("embedding", "weight"): P(("tensor", SPARE), "fsdp"),
+    ("head", "weight"): P(("tensor", SPARE), "fsdp"),
+    ("attention", "q"): P("fsdp", "tensor", SPARE),
+    ("attention", "k"): P("fsdp", "tensor", SPARE),
+    ("attention", "v"): P("fsdp", "tensor", SPARE),
+    ("attention", "out"): P("tensor", SPARE, "fsdp"),
     ("attention", "q_bias"): P("tensor", None),
     ("attention", "k_bias"): P("tensor", None),
     ("attention", "v_bias"): P("tensor", None),
@@ -41,49 +47,132 @@ PARAMETERS = {
     ("ns_coeffs",): P(None),
 }
 
+# Parameters of a block whose products are taken in the compute type: cast before they are gathered, half as
+# much travels.
+CAST = {"q", "k", "v", "out", "gate_up", "down", "gate_up_bias", "down_bias"}
 # Where packed experts are gathered before they are unpacked: the bytes travel, not the numbers.
 UNPACKED = {"gate_up": P("expert", "tensor"), "down": P("expert")}
 BATCH_BT = P(BATCH, None)
 HIDDEN_BTD = P(BATCH, None, None)
-# Gathered over fsdp before a look-up: the axis cannot split the rows and the batch at once.
-EMBEDDING_VD = P("tensor", None)
 
 
 def path_names(path) -> tuple[str, ...]:
-    """The names along a path of `jax.tree_util`."""
-    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    """The names along a path of `jax.tree_util`, a module's Variables left out."""
+    names = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return tuple(name for name in names if name != "value")
 
 
-def parameter_spec(path, value) -> P:
-    """Where a parameter lies; anything in an optimiser's state lies where the parameter of that path does.
+def _axes(entry) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
-    Raises KeyError for a parameter that the table does not know.
-    """
-    if not value.shape:
-        return P()
+
+def _table_spec(path, ndim: int) -> P:
+    """A parameter's line of the table, filled up for leading dimensions. Raises KeyError without one."""
     names = path_names(path)
     spec = PARAMETERS.get(names[-2:]) or PARAMETERS[names[-1:]]
-    return P(*(None,) * (len(value.shape) - len(spec)), *spec)
+    return P(*(None,) * (ndim - len(spec)), *spec)
+
+
+def parameter_spec(path, shape: tuple[int, ...], axes: Mapping[str, int]) -> P:
+    """Where a parameter lies; anything in an optimiser's state lies where the parameter of that path does.
+
+    Args:
+      axes: the sizes of the mesh's axes.
+
+    Raises KeyError for a parameter that the table does not know, and ValueError, naming it and the sizes that
+    would do, when an axis does not divide its dimension.
+    """
+    if not shape:
+        return P()
+    entries = []
+    for size, entry in zip(shape, _table_spec(path, len(shape)), strict=True):
+        fixed = tuple(name for name in _axes(entry) if name != SPARE)
+        parts = math.prod(axes[name] for name in fixed)
+        if size % parts:
+            asked = " times ".join(f"mesh.{name}" for name in fixed)
+            named = ".".join(path_names(path)[-2:])
+            would_do = ", ".join(map(str, divisors(size, math.prod(axes.values()))))
+            raise ValueError(
+                f"{asked} is {parts}: must divide {size}, a size of {named}; {would_do} would do"
+            )
+        if SPARE in _axes(entry) and size % (parts * axes["expert"]) == 0:
+            fixed += ("expert",)
+        entries.append(fixed[0] if len(fixed) == 1 else fixed or None)
+    return P(*entries)
+
+
+def used_spec(path, ndim: int) -> P:
+    """Where a parameter lies while it is used: gathered over fsdp, and over the expert axis unless that holds
+    different experts."""
+    expert = (
+        () if SPARE in (name for entry in _table_spec(path, ndim) for name in _axes(entry)) else ("expert",)
+    )
+    kept = {"tensor", *expert}
+    entries = [tuple(n for n in _axes(entry) if n in kept) for entry in _table_spec(path, ndim)]
+    return P(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
 def parameter_shardings(tree, mesh: Mesh):
     """The sharding of every leaf of a parameter tree or an optimiser's state over it.
 
-    Raises ValueError, naming the parameter, when an axis does not divide its dimension.
+    Raises ValueError as `parameter_spec` does.
     """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf.shape, dict(mesh.shape))), tree
+    )
 
-    def one(path, value):
-        spec = parameter_spec(path, value)
-        for size, axes in zip(value.shape, spec, strict=False):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
-            if size % parts:
-                name = ".".join(path_names(path)[-2:])
-                asked = " times ".join(f"mesh.{axis}" for axis in axes)
-                raise ValueError(f"{asked} is {parts}: must divide {size}, a size of {name}")
-        return NamedSharding(mesh, spec)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, stored: P, used: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), used)
+
+
+def _gather_backward(stored, used, _, g):
+    # Straight from the devices' parts of the sum to its shards: a reduce-scatter, not an all-reduce.
+    return (jax.lax.with_sharding_constraint(g, stored),)
+
+
+_gather.defvjp(lambda x, stored, used: (_gather(x, stored, used), None), _gather_backward)
+
+
+def gather(tree, dtype: jnp.dtype):
+    """The parameters of a part of the model as they are used, in a tree like theirs: FSDP's gather.
+
+    The matrices are cast to `dtype` first. Gradients come back as shards. Without a mesh the tree is returned
+    as it is, and packed experts always are: they are gathered where they are unpacked.
+    """
+    axes = current_axes()
+    if not axes:
+        return tree
+
+    def one(path, x):
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return x
+        x = x.astype(dtype) if path_names(path)[-1] in CAST else x
+        return _gather(x, parameter_spec(path, x.shape, axes), used_spec(path, x.ndim))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+_VOCABULARY = tuple(map(jax.tree_util.DictKey, ("head", "weight")))
+
+
+def gather_vocabulary(weight_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The vectors of the embedding or of the head as they are used, cast first: whole but for the tensor
+    axis."""
+    axes = current_axes()
+    if not axes:
+        return weight_VD.astype(dtype)
+    stored, used = parameter_spec(_VOCABULARY, weight_VD.shape, axes), used_spec(_VOCABULARY, weight_VD.ndim)
+    return _gather(weight_VD.astype(dtype), stored, used)
+
+
+def vocabulary_shards(gradient_VD: jax.Array) -> jax.Array:
+    """Holds a gradient of those vectors to where they are stored."""
+    axes = current_axes()
+    return (
+        constrain(gradient_VD, parameter_spec(_VOCABULARY, gradient_VD.shape, axes)) if axes else gradient_VD
+    )
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.pipeline import TokenCache, build_cache, held_out_batches, put_on_mesh, train_batches
-from gptoss_jax.parallel.mesh import batch_shards, make_mesh
+from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding
 from gptoss_jax.training import start
 from gptoss_jax.training.log import RunLog
@@ -62,8 +62,7 @@ def train(config: TrainConfig) -> TrainState:
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, record["tokens_seen"] if record else 0)
         stack.callback(log.close)
-        shards = batch_shards(mesh)
-        train_step, eval_step = make_train_step(config, shards), make_eval_step(config.model, shards)
+        train_step, eval_step = make_train_step(config), make_eval_step(config.model)
         stop = stack.enter_context(Interruption(console.message))
         log.greet(mesh, first_step)
         pending = None

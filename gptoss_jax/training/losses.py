@@ -5,14 +5,17 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.model.moe import RouterStats
+from gptoss_jax.parallel.mesh import BATCH, current_axes
+from gptoss_jax.parallel.sharding import gather_vocabulary, vocabulary_shards
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
 
 def chunk_length(batch: int, length: int, vocab_size: int, shards: int = 1) -> int:
-    """Positions of a chunk: the largest divisor of `length` whose logits, [B, chunk, V] over the batch's
+    """Positions of a chunk: the largest divisor of `length` whose logits, [B, chunk, V] split into so many
     shards, fit."""
     room = max(1, CHUNK_LOGITS * shards // (batch * vocab_size))
     return max(size for size in range(1, length + 1) if length % size == 0 and size <= room)
@@ -24,15 +27,18 @@ def cross_entropy(
 ) -> jax.Array:
     """The weighted sum of -log p(target) in nats, a float32 scalar.
 
+    `head_VD` is float32, and so is its gradient; on a mesh both lie where parameters are stored, and each
+    device works through its own rows of the batch against its own part of the vocabulary.
+
     Works through `chunk` positions at a time, so that the logits of all positions never exist together. When
     it is differentiated, each chunk's gradient is taken while its logits are there: no product is done twice.
     The gradient reaches `hidden_BTD` and `head_VD` only.
     """
-    return _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=False)[0]
+    return _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=False)[0]
 
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk):
-    loss, *gradients = _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=True)
+    loss, *gradients = _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=True)
     return loss, gradients
 
 
@@ -44,12 +50,39 @@ def _backward(chunk, gradients, g):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
+def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
+    """Loss, its gradient in `hidden_BTD` and its gradient in `head_VD`; without them, both are scalars."""
+    weight_VD = gather_vocabulary(head_VD, hidden_BTD.dtype)
+    over_chunks = functools.partial(_over_chunks, chunk=chunk, with_gradient=with_gradient)
+    if not current_axes():
+        return over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT)
+
+    def one_device(*arrays):
+        loss, d_x_BTD, head_gradient_VD = over_chunks(
+            *arrays, first_token=weight_here * jax.lax.axis_index("tensor")
+        )
+        return loss[None], d_x_BTD, head_gradient_VD[None]
+
+    weight_here = weight_VD.shape[0] // current_axes()["tensor"]
+    # Each device's sums come out side by side: added up outside, they go straight to the shards.
+    loss, d_x_BTD, head_gradient_VD = jax.shard_map(
+        one_device,
+        in_specs=(P(BATCH), P("tensor"), P(BATCH), P(BATCH)),
+        out_specs=(P(BATCH), P(BATCH), P(BATCH, "tensor")) if with_gradient else (P(BATCH), P(), P(BATCH)),
+        check_vma=False,
+    )(hidden_BTD, weight_VD, targets_BT, weights_BT)
+    head_gradient_VD = jnp.sum(head_gradient_VD, axis=0)
+    return jnp.sum(loss), d_x_BTD, vocabulary_shards(head_gradient_VD) if with_gradient else head_gradient_VD
+
+
+def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_gradient, first_token=None):
+    """The same on one device. `first_token`: where its part of the vocabulary begins; None has all of it."""
     B, T, D = hidden_BTD.shape
-    weight_VD = head_VD.astype(hidden_BTD.dtype)
+
+    def over_vocabulary(reduce, x):
+        return x if first_token is None else reduce(x, "tensor")
 
     def split(x):
-        # The batch axis stays whole, so that a batch spread over devices stays where it is.
         return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
 
     def one_chunk(carry, inputs):
@@ -60,11 +93,14 @@ def _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradie
         logits_BCV = jnp.einsum(
             "BCD,VD->BCV", x_BCD, weight_VD, precision="highest", preferred_element_type=jnp.float32
         )
-        largest_BC = jnp.max(logits_BCV, axis=-1)
+        largest_BC = over_vocabulary(jax.lax.pmax, jnp.max(logits_BCV, axis=-1))
         exp_BCV = jnp.exp(logits_BCV - largest_BC[..., None])
-        total_BC = jnp.sum(exp_BCV, axis=-1)
+        total_BC = over_vocabulary(jax.lax.psum, jnp.sum(exp_BCV, axis=-1))
         log_total_BC = jnp.log(total_BC) + largest_BC
-        chosen_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)[..., 0]
+        is_here_BC = (target_BC >= 0) & (target_BC < weight_VD.shape[0])
+        index_BC1 = jnp.where(is_here_BC, target_BC, 0)[..., None]
+        chosen_BC = jnp.where(is_here_BC, jnp.take_along_axis(logits_BCV, index_BC1, axis=-1)[..., 0], 0)
+        chosen_BC = over_vocabulary(jax.lax.psum, chosen_BC)
         # A padded position has weight zero whatever its logits are.
         loss = loss + jnp.sum(jnp.where(weight_BC > 0, (log_total_BC - chosen_BC) * weight_BC, 0))
         if not with_gradient:
@@ -79,11 +115,12 @@ def _over_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradie
         )
         return (loss, head_gradient_VD), d_x_BCD
 
-    start = (jnp.float32(0), jnp.zeros(head_VD.shape if with_gradient else (), jnp.float32))
+    start = (jnp.float32(0), jnp.zeros(weight_VD.shape if with_gradient else (), jnp.float32))
+    targets_BT = targets_BT if first_token is None else targets_BT - first_token
     inputs = (split(hidden_BTD), split(targets_BT), split(weights_BT.astype(jnp.float32)))
     (loss, head_gradient_VD), d_x = jax.lax.scan(one_chunk, start, inputs)
     if with_gradient:
-        d_x = jnp.moveaxis(d_x, 0, 1).reshape(B, T, D)
+        d_x = over_vocabulary(jax.lax.psum, jnp.moveaxis(d_x, 0, 1).reshape(B, T, D))
     return loss, d_x, head_gradient_VD
 
 

@@ -24,7 +24,8 @@ FREE_FIELDS = ("run_dir", "data.cache_dir", "mesh")
 # Fields of a model that say how it is trained or computed, not what it computes.
 MODEL_TRAINING_FIELDS = {
     "max_position_embeddings", "attention_dropout", "residual_dropout", "initializer_range",
-    "router_aux_loss_coef", "router_z_loss_coef", "compute_dtype", "expert_format", "remat",
+    "router_aux_loss_coef", "router_z_loss_coef", "expert_capacity", "compute_dtype",
+    "expert_format", "remat",
 }  # fmt: skip
 # Those that the tree of parameters follows from.
 MODEL_SHAPE_FIELDS = {

@@ -1,6 +1,7 @@
 """One step: pure functions of (state, batch), jitted once for a run."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,6 +10,7 @@ import optax
 
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.model.transformer import with_params
+from gptoss_jax.parallel.mesh import current_axes
 from gptoss_jax.parallel.sharding import BATCH_BT, constrain
 from gptoss_jax.training import losses
 from gptoss_jax.training.optimizer import make_optimizer, make_schedule
@@ -17,18 +19,18 @@ from gptoss_jax.training.state import TrainState
 Batch = dict[str, jax.Array]
 
 
-def summed_loss(model_config: ModelConfig, params: dict, batch: Batch, shards: int, dropout_key=None):
+def summed_loss(model_config: ModelConfig, params: dict, batch: Batch, dropout_key=None, capacity=None):
     """The sum of -log p over a batch's real targets in nats, and the routers' statistics.
 
-    `batch` holds int32 [B, T] arrays: tokens, targets, segment_ids (0 is padding) and positions. `shards` is
-    how many parts the mesh splits the batch into.
+    `batch` holds int32 [B, T] arrays: tokens, targets, segment_ids (0 is padding) and positions.
     """
     model = with_params(model_config, params)
     hidden_BTD, _, stats = model.hidden_states(
-        batch["tokens"], batch["segment_ids"], batch["positions"], dropout_key=dropout_key
+        batch["tokens"], batch["segment_ids"], batch["positions"], dropout_key=dropout_key, capacity=capacity
     )
     B, T = batch["tokens"].shape
-    chunk = losses.chunk_length(B, T, model_config.vocab_size, shards)
+    # Rows are split by the batch's axes and the vocabulary by the other one.
+    chunk = losses.chunk_length(B, T, model_config.vocab_size, math.prod(current_axes().values()))
     nats = losses.cross_entropy(
         hidden_BTD, model.head_weight_VD, batch["targets"], batch["segment_ids"] > 0, chunk
     )
@@ -36,13 +38,14 @@ def summed_loss(model_config: ModelConfig, params: dict, batch: Batch, shards: i
 
 
 def make_train_step(
-    config: TrainConfig, shards: int = 1
+    config: TrainConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The jitted step. The state given is donated: it may not be used again.
 
     Metrics, float32 scalars unless said: `loss` (mean over real targets, nats), `load_balance_loss`,
     `router_z_loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and `skipped_in_a_row` (int32,
-    this step included), `tokens` (real targets, int32), `expert_load` [L, E].
+    this step included), `tokens` (real targets, int32), `expert_load` [L, E], `dropped` (the share of the
+    tokens' choices of experts that found no room; 0 without `model.expert_capacity`).
     """
     optimizer = make_optimizer(config.optim, config.steps)
     schedule = make_schedule(config.optim, config.steps)
@@ -50,13 +53,14 @@ def make_train_step(
     with_dropout = model_config.attention_dropout > 0 or model_config.residual_dropout > 0
 
     def part_loss(params, part, tokens, key):
-        nats, stats = summed_loss(model_config, params, part, shards, key)
+        nats, stats = summed_loss(model_config, params, part, key, model_config.expert_capacity)
         mean = nats / tokens
         balance, z = losses.load_balance_loss(stats), losses.router_z_loss(stats)
         total = (
             mean + (model_config.router_aux_loss_coef * balance + model_config.router_z_loss_coef * z) / parts
         )
         observed = {"load_balance_loss": balance, "router_z_loss": z, "expert_load": stats["load"]}
+        observed["dropped"] = jnp.mean(stats["dropped"])
         return total, {"loss": mean} | jax.tree.map(lambda value: value / parts, observed)
 
     def gradient(params, batch, tokens, key):
@@ -114,11 +118,11 @@ def make_train_step(
 
 
 def make_eval_step(
-    config: ModelConfig, shards: int = 1
+    config: ModelConfig,
 ) -> Callable[[dict, Batch], tuple[jax.Array, jax.Array]]:
     """The jitted evaluation: (params, batch) -> (sum of -log p in nats, number of real targets)."""
 
     def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return summed_loss(config, params, batch, shards)[0], jnp.sum(batch["segment_ids"] > 0)
+        return summed_loss(config, params, batch)[0], jnp.sum(batch["segment_ids"] > 0)
 
     return jax.jit(eval_step)
