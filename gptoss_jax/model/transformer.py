@@ -13,7 +13,8 @@ from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
-from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain, gather, gather_vocabulary
+from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain, gather
+from gptoss_jax.parallel.vocabulary import gather_vocabulary, look_up
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -182,10 +183,8 @@ class Transformer(nnx.Module):
         # told.
         with jax.default_matmul_precision("highest"):
             cos_sin = rope.rotation(config, positions_BT)
-            # Gathered before the look-up: the axes cannot split the rows and the batch at once.
             # In float32, the type in which the gradients of a token's occurrences are added up.
-            embedding_VD = gather_vocabulary(self.embedding.weight[...], jnp.float32)
-            x_BTD = constrain(embedding_VD[tokens_BT].astype(dtype), HIDDEN_BTD)
+            x_BTD = constrain(look_up(self.embedding.weight[...], tokens_BT).astype(dtype), HIDDEN_BTD)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
             caches = [None] * len(parts) if cache is None else list(cache)
             states = [state for _, state in parts]

@@ -135,6 +135,11 @@ def _gather_backward(stored, used, _, g):
 _gather.defvjp(lambda x, stored, used: (_gather(x, stored, used), None), _gather_backward)
 
 
+def gather_as(path, x: jax.Array) -> jax.Array:
+    """A parameter as it is used, on the mesh there is."""
+    return _gather(x, parameter_spec(path, x.shape, current_axes()), used_spec(path, x.ndim))
+
+
 def gather(tree, dtype: jnp.dtype):
     """The parameters of a part of the model as they are used, in a tree like theirs: FSDP's gather.
 
@@ -149,30 +154,9 @@ def gather(tree, dtype: jnp.dtype):
         if jnp.issubdtype(x.dtype, jnp.integer):
             return x
         x = x.astype(dtype) if path_names(path)[-1] in CAST else x
-        return _gather(x, parameter_spec(path, x.shape, axes), used_spec(path, x.ndim))
+        return gather_as(path, x)
 
     return jax.tree_util.tree_map_with_path(one, tree)
-
-
-_VOCABULARY = tuple(map(jax.tree_util.DictKey, ("head", "weight")))
-
-
-def gather_vocabulary(weight_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The vectors of the embedding or of the head as they are used, cast first: whole but for the tensor
-    axis."""
-    axes = current_axes()
-    if not axes:
-        return weight_VD.astype(dtype)
-    stored, used = parameter_spec(_VOCABULARY, weight_VD.shape, axes), used_spec(_VOCABULARY, weight_VD.ndim)
-    return _gather(weight_VD.astype(dtype), stored, used)
-
-
-def vocabulary_shards(gradient_VD: jax.Array) -> jax.Array:
-    """Holds a gradient of those vectors to where they are stored."""
-    axes = current_axes()
-    return (
-        constrain(gradient_VD, parameter_spec(_VOCABULARY, gradient_VD.shape, axes)) if axes else gradient_VD
-    )
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.sharding import gather_vocabulary, vocabulary_shards
+from gptoss_jax.parallel.vocabulary import gather_vocabulary, vocabulary_shards
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
@@ -51,7 +51,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
-    """Loss, its gradient in `hidden_BTD` and its gradient in `head_VD`; without them, both are scalars."""
+    """The loss and, if asked for, its gradients in `hidden_BTD` and in `head_VD`, float32."""
     weight_VD = gather_vocabulary(head_VD, hidden_BTD.dtype)
     over_chunks = functools.partial(_over_chunks, chunk=chunk, with_gradient=with_gradient)
     if not current_axes():
@@ -71,8 +71,7 @@ def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
         out_specs=(P(BATCH), P(BATCH), P(BATCH, "tensor")) if with_gradient else (P(BATCH), P(), P(BATCH)),
         check_vma=False,
     )(hidden_BTD, weight_VD, targets_BT, weights_BT)
-    head_gradient_VD = jnp.sum(head_gradient_VD, axis=0)
-    return jnp.sum(loss), d_x_BTD, vocabulary_shards(head_gradient_VD) if with_gradient else head_gradient_VD
+    return jnp.sum(loss), d_x_BTD, vocabulary_shards(head_gradient_VD) if with_gradient else None
 
 
 def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_gradient, first_token=None):
