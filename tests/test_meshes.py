@@ -22,7 +22,7 @@ from gptoss_jax.config import (
 )
 from gptoss_jax.model.transformer import abstract_params, segment_positions
 from gptoss_jax.parallel import expert_dispatch
-from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.parallel.mesh import AXES, check_model, make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding, path_names
 from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_train_step
@@ -298,3 +298,36 @@ def test_experts_never_travel(mesh):
     of_others = {experts * D * F * k for k in (1, 2) for experts in range(2 * here, E + 1, here)}
     of_others -= {here * D * 2 * F}
     assert sizes and not sizes & of_others
+
+
+@pytest.mark.parametrize(
+    ("mesh", "allowed"),
+    [
+        (MeshConfig(data=3), "data 3 x fsdp 1 .* multiply to the 8 devices there are; data 8 would do"),
+        (MeshConfig(data=2, expert=2), r"data 4 or fsdp 2 or expert 4 or tensor 2 would do"),
+        (MeshConfig(data=-1, tensor=3), r"tensor 1, 2, 4, 8 would do"),
+        (MeshConfig(data=3, tensor=3), r"each axis must be one of 1, 2, 4, 8"),
+    ],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit_the_devices(mesh, allowed):
+    with pytest.raises(ValueError, match=rf"^mesh is .*{allowed}$"):
+        make_mesh(mesh)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"expert": 8}, "mesh.expert is 8: must divide model.num_local_experts (12); 1, 2, 3, 4, 6 would do"),
+        ({"tensor": 8}, "mesh.tensor is 8: must divide model.num_key_value_heads (4); 1, 2, 4 would do"),
+        ({"fsdp": 16}, "mesh.fsdp is 16: must divide model.hidden_size (40); 1, 2, 4, 5, 8, 10 would do"),
+        ({"tensor": 4}, None),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_model(axes, message):
+    model = dataclasses.replace(CONFIG.model, num_local_experts=12)
+    axes = dict.fromkeys(AXES, 1) | axes
+    if message is None:
+        return check_model(model, axes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_model(model, axes)

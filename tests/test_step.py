@@ -194,10 +194,9 @@ def test_state_lies_where_the_table_says():
 
 
 def test_an_axis_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match=r"mesh\.tensor is 4: must divide 2, a size of attention\.k"):
+    expected = r"mesh\.tensor is 4: must divide 2, a size of attention\.k; 1, 2 would do$"
+    with pytest.raises(ValueError, match=expected):
         create_state(CONFIG, make_mesh(MeshConfig(tensor=4)))
-    with pytest.raises(ValueError, match=r"mesh is data 3 x fsdp 1 x expert 1 x tensor 1: .* 8 devices"):
-        make_mesh(MeshConfig(data=3))
 
 
 @pytest.mark.parametrize("where", ["params", "gradient"])

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from gptoss_jax.config import MeshConfig
+from gptoss_jax.config import MeshConfig, ModelConfig, require
 
 AXES = ("data", "fsdp", "expert", "tensor")
 # The axes that share a batch. Every device of the tensor axis reads the same rows.
@@ -49,6 +49,21 @@ def _would_do(sizes: dict[str, int], count: int) -> str:
             ways.append(f"{name} {count // others}")
     sizes_of_axes = ", ".join(map(str, divisors(count, count)))
     return f"{' or '.join(ways)} would do" if ways else f"each axis must be one of {sizes_of_axes}"
+
+
+def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
+    """Raises ValueError, with the sizes that would do, when a mesh of these axes cannot split a model."""
+    split = {
+        "expert": ("num_local_experts",),
+        "tensor": ("num_key_value_heads", "intermediate_size", "vocab_size"),
+        "fsdp": ("hidden_size",),
+    }
+    for axis, fields in split.items():
+        sizes = {field: getattr(config, field) for field in fields}
+        would_do = ", ".join(map(str, divisors(math.gcd(*sizes.values()), math.prod(axes.values()))))
+        for field, size in sizes.items():
+            allowed = f"must divide model.{field} ({size}); {would_do} would do"
+            require(size % axes[axis] == 0, f"mesh.{axis}", axes[axis], allowed)
 
 
 def current_axes() -> dict[str, int]:

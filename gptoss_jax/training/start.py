@@ -13,7 +13,7 @@ import jax
 from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.data.pipeline import TokenCache
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.parallel.mesh import batch_shards
+from gptoss_jax.parallel.mesh import batch_shards, check_model
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
 from gptoss_jax.weights.checkpoint import Checkpoints, is_run, load_config, load_run
 from gptoss_jax.weights.pretrained import read_params, warn_of_params
@@ -36,7 +36,8 @@ MODEL_SHAPE_FIELDS = {
 
 
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError when a batch, or a part of it, cannot be shared evenly by the devices."""
+    """Raises ValueError when the devices cannot split the model, or share a batch or a part of it, evenly."""
+    check_model(config.model, dict(mesh.shape))
     shards, parts = batch_shards(mesh), config.optim.accumulate
     what = f"{shards} devices" if parts == 1 else f"{shards} devices times optim.accumulate ({parts})"
     size = config.data.batch_size
