@@ -187,7 +187,7 @@ def test_state_lies_where_the_table_says():
     assert len(moments) == 2
     assert all(leaf.sharding == gate_up.sharding for leaf in moments)
     query = state.params["blocks"]["0"]["attention"]["q"]
-    assert {shard.data.shape for shard in query.addressable_shards} == {(2, 12, 3, 5)}
+    assert {shard.data.shape for shard in query.addressable_shards} == {(2, 6, 3, 10)}
     # The same numbers as on one device, up to the way they are computed.
     alone = create_state(CONFIG, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     chex.assert_trees_all_close(on_host(state.params), on_host(alone.params), atol=1e-7)

@@ -7,6 +7,7 @@ from flax import nnx
 from gptoss_jax.config import SLIDING, ModelConfig
 from gptoss_jax.kernels.flash_attention import reference_attention, self_attention, visible
 from gptoss_jax.model import kv_cache, rope
+from gptoss_jax.parallel.sharding import product
 
 
 class Attention(nnx.Module):
@@ -49,13 +50,12 @@ class Attention(nnx.Module):
         """
         config, dtype = self.config, x_BTD.dtype
 
-        def project(weight, bias):
-            y = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype))
-            return y + bias[...].astype(dtype) if config.attention_bias else y
+        def project(name):
+            y = product(("attention", name), "BTD,DNH->BTNH", x_BTD, getattr(self, name)[...])
+            return y + getattr(self, f"{name}_bias")[...].astype(dtype) if config.attention_bias else y
 
-        q_BTNH = rope.rotate(project(self.q, getattr(self, "q_bias", None)), cos_sin)
-        k_BSKH = rope.rotate(project(self.k, getattr(self, "k_bias", None)), cos_sin)
-        v_BSKH = project(self.v, getattr(self, "v_bias", None))
+        q_BTNH, k_BSKH = (rope.rotate(project(name), cos_sin) for name in ("q", "k"))
+        v_BSKH = project("v")
         sinks_N = self.sinks[...] if config.learned_sinks else None
         if cache is None:
             y_BTNH = self_attention(
@@ -72,5 +72,5 @@ class Attention(nnx.Module):
                 positions_BT, segment_ids_BT, slots_BS, ones_BS, self.window, config.sink_tokens
             )
             y_BTNH = reference_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N)
-        y_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, self.out[...].astype(dtype))
+        y_BTD = product(("attention", "out"), "BTNH,NHD->BTD", y_BTNH, self.out[...])
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache

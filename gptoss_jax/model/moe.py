@@ -7,7 +7,7 @@ from flax import nnx
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels import mxfp4
 from gptoss_jax.parallel.expert_dispatch import apply_experts
-from gptoss_jax.parallel.sharding import UNPACKED, constrain
+from gptoss_jax.parallel.sharding import UNPACKED, constrain, product
 
 RouterStats = dict[str, jax.Array]
 
@@ -80,7 +80,7 @@ class MoE(nnx.Module):
         config = self.config
         B, T, D = x_BTD.shape
         x_MD, real_M = x_BTD.reshape(B * T, D), real_BT.reshape(-1)
-        logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(jnp.float32), self.router[...])
+        logits_ME = product(("moe", "router"), "MD,DE->ME", x_MD.astype(jnp.float32), self.router[...])
         if config.router_bias:
             logits_ME = logits_ME + self.router_bias[...]
         experts_MX, weights_MX = route(logits_ME, config.num_experts_per_tok)
@@ -91,17 +91,18 @@ class MoE(nnx.Module):
             self.expert_parameters(x_BTD.dtype),
             lambda gate, up: swiglu(gate, up, config),
             capacity,
+            in_shards=config.expert_format == "plain",
         )
         stats = router_stats(logits_ME, experts_MX, real_M)
         asked = jnp.maximum(jnp.sum(real_M) * config.num_experts_per_tok, 1)
         return y_MD.reshape(B, T, D), stats | {"dropped": dropped / asked}
 
     def expert_parameters(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
-        """The experts' matrices and biases as numbers of a type: `gate_up` [E, D, 2, F], `down` [E, F, D],
-        …"""
+        """The experts' matrices and biases: `gate_up` [E, D, 2, F], `down` [E, F, D], …; packed ones as
+        numbers of a type."""
         names = ["gate_up_bias", "down_bias"] * self.config.expert_bias
         names += ["gate_up", "down"] * (self.config.expert_format == "plain")
-        parameters = {name: getattr(self, name)[...].astype(dtype) for name in names}
+        parameters = {name: getattr(self, name)[...] for name in names}
         if self.config.expert_format == "mxfp4":
             for name, spec in UNPACKED.items():
                 packed = (getattr(self, f"{name}_{part}")[...] for part in ("blocks", "scales"))

@@ -13,8 +13,8 @@ from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
-from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain, gather
-from gptoss_jax.parallel.vocabulary import gather_vocabulary, look_up
+from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain, product
+from gptoss_jax.parallel.vocabulary import look_up
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -129,9 +129,10 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Hidden states to float32 logits, [B, T, V]."""
-        weight_VD = gather_vocabulary(self.head_weight_VD, hidden_BTD.dtype)
         with jax.default_matmul_precision("highest"):
-            return jnp.einsum("BTD,VD->BTV", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
+            return product(
+                ("head", "weight"), "BTD,VD->BTV", hidden_BTD, self.head_weight_VD, result_type=jnp.float32
+            )
 
     def hidden_states(
         self,
@@ -163,7 +164,7 @@ class Transformer(nnx.Module):
         repetitions = config.num_hidden_layers // len(parts)
 
         def one_block(graphdef, state, x_BTD, cache, key):
-            block = nnx.merge(graphdef, gather(state, dtype))
+            block = nnx.merge(graphdef, state)
             return block(x_BTD, segment_ids_BT, positions_BT, cos_sin, cache, key, capacity)
 
         def one_period(x_BTD, scanned):

@@ -16,11 +16,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels import target
 from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
 from gptoss_jax.parallel import mesh
+from gptoss_jax.parallel.sharding import gathered, parameter_spec, sum_over_tensor, used_spec
 
 # Up to so many rows, reading whole layers of experts costs more than all arithmetic.
 FEW_ROWS = 16
@@ -52,6 +54,7 @@ def apply_experts(
     parameters: dict[str, jax.Array],
     activation: Activation,
     capacity: float | None = None,
+    in_shards: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the outputs of each token's experts.
 
@@ -61,11 +64,12 @@ def apply_experts(
         zero.
       weights_MX: float32, the share of each of them in the sum.
       parameters: `gate_up` [E, D, 2, F] and `down` [E, F, D], with `gate_up_bias` [E, 2, F] and `down_bias`
-        [E, D] where the model has them; in the type of `x_MD`.
+        [E, D] where the model has them; cast to the type of `x_MD`.
       activation: (gate_RF, up_RF) -> [R, F].
       capacity: None drops nothing. A number lets an expert take at most so many times its even share of the
         rows of those devices that exchange tokens (all rows, without an expert axis); rows beyond, the last
         tokens' first, count zero.
+      in_shards: whether the parameters lie where the path table stores them, or are gathered already.
 
     Returns:
       [M, D] in the type of `x_MD`, and the number of rows that were dropped, float32.
@@ -75,29 +79,42 @@ def apply_experts(
         _one_device, activation=activation, capacity=capacity, devices=axes.get("expert", 1)
     )
     if not axes:
+        parameters = {name: value.astype(x_MD.dtype) for name, value in parameters.items()}
         return one_part(x_MD, experts_MX, weights_MX, parameters)
-    specs = {
-        "gate_up": P("expert", None, None, "tensor"),
-        "gate_up_bias": P("expert", None, "tensor"),
-        "down": P("expert", "tensor", None),
-        "down_bias": P("expert", None),
-    }
+    used = {name: used_spec(_path(name), value.ndim) for name, value in parameters.items()}
+    stored = used
+    if in_shards:
+        stored = {name: parameter_spec(_path(name), value.shape, axes) for name, value in parameters.items()}
 
-    def with_tensor_axis(x_MD, experts_MX, weights_MX, parameters):
+    def on_mesh(x_MD, experts_MX, weights_MX, parameters):
+        parameters = {
+            name: gathered(value.astype(x_MD.dtype), stored[name], used[name])
+            for name, value in parameters.items()
+        }
+        parameters = checkpoint_name(parameters, "gathered")
         if axes["tensor"] > 1 and "down_bias" in parameters:
             # It belongs to the whole sum over the tensor axis, so only one device of the axis may add it.
             first = jax.lax.axis_index("tensor") == 0
             parameters = parameters | {"down_bias": jnp.where(first, parameters["down_bias"], 0)}
         y_MD, dropped = one_part(x_MD, experts_MX, weights_MX, parameters)
-        return jax.lax.psum(y_MD, "tensor"), dropped[None]
+        return sum_over_tensor(y_MD) if axes["tensor"] > 1 else y_MD, dropped[None]
+
+    if stored != used:
+        # The gradient gathers the experts again: kept, those of all layers would be whole on every device.
+        policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
+        on_mesh = jax.checkpoint(on_mesh, policy=policy, prevent_cse=False)
 
     y_MD, dropped = jax.shard_map(
-        with_tensor_axis,
-        in_specs=(P(mesh.BATCH), P(mesh.BATCH), P(mesh.BATCH), {name: specs[name] for name in parameters}),
+        on_mesh,
+        in_specs=(P(mesh.BATCH), P(mesh.BATCH), P(mesh.BATCH), stored),
         out_specs=(P(mesh.BATCH), P(mesh.BATCH)),
         check_vma=False,
     )(x_MD, experts_MX, weights_MX, parameters)
     return y_MD, jnp.sum(dropped)
+
+
+def _path(name: str) -> tuple:
+    return tuple(map(jax.tree_util.DictKey, ("moe", name)))
 
 
 def _one_device(x_MD, experts_MX, weights_MX, parameters, activation, capacity, devices):

@@ -1,6 +1,5 @@
 """One table: where each parameter, batch and activation lies on the mesh, and where a parameter is used."""
 
-import functools
 import math
 from collections.abc import Mapping
 
@@ -19,16 +18,16 @@ SPARE = "expert where it divides"
 PARAMETERS = {
     ("embedding", "weight"): P(("tensor", SPARE), "fsdp"),
     ("head", "weight"): P(("tensor", SPARE), "fsdp"),
-    ("attention", "q"): P("fsdp", "tensor", SPARE),
-    ("attention", "k"): P("fsdp", "tensor", SPARE),
-    ("attention", "v"): P("fsdp", "tensor", SPARE),
-    ("attention", "out"): P("tensor", SPARE, "fsdp"),
+    ("attention", "q"): P(("fsdp", SPARE), "tensor", None),
+    ("attention", "k"): P(("fsdp", SPARE), "tensor", None),
+    ("attention", "v"): P(("fsdp", SPARE), "tensor", None),
+    ("attention", "out"): P("tensor", None, ("fsdp", SPARE)),
     ("attention", "q_bias"): P("tensor", None),
     ("attention", "k_bias"): P("tensor", None),
     ("attention", "v_bias"): P("tensor", None),
     ("attention", "out_bias"): P(None),
     ("attention", "sinks"): P("tensor"),
-    ("moe", "router"): P("fsdp", None),
+    ("moe", "router"): P(("fsdp", SPARE), None),
     ("moe", "router_bias"): P(None),
     ("moe", "gate_up"): P("expert", "fsdp", None, "tensor"),
     ("moe", "gate_up_bias"): P("expert", None, "tensor"),
@@ -47,9 +46,6 @@ PARAMETERS = {
     ("ns_coeffs",): P(None),
 }
 
-# Parameters of a block whose products are taken in the compute type: cast before they are gathered, half as
-# much travels.
-CAST = {"q", "k", "v", "out", "gate_up", "down", "gate_up_bias", "down_bias"}
 # Where packed experts are gathered before they are unpacked: the bytes travel, not the numbers.
 UNPACKED = {"gate_up": P("expert", "tensor"), "down": P("expert")}
 BATCH_BT = P(BATCH, None)
@@ -122,41 +118,78 @@ def parameter_shardings(tree, mesh: Mesh):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, stored: P, used: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(x, stored), used)
+def gathered(x: jax.Array, stored: P, used: P) -> jax.Array:
+    """Inside of `shard_map`, a parameter's shard as it is used: FSDP's gather.
+
+    Its gradient comes back as a shard: each device gets the sum of its part alone (reduce-scatter).
+    """
+    for dimension, (before, after) in enumerate(zip(stored, used, strict=True)):
+        if names := tuple(name for name in _axes(before) if name not in _axes(after)):
+            x = jax.lax.all_gather(x, names, axis=dimension, tiled=True)
+    return x
 
 
-def _gather_backward(stored, used, _, g):
-    # Straight from the devices' parts of the sum to its shards: a reduce-scatter, not an all-reduce.
-    return (jax.lax.with_sharding_constraint(g, stored),)
+def scattered(g: jax.Array, stored: P, used: P) -> jax.Array:
+    """A gradient as it is stored: the transpose of `gathered`, summed over all axes that split the batch."""
+    for dimension, (before, after) in enumerate(zip(stored, used, strict=True)):
+        if names := tuple(name for name in _axes(before) if name not in _axes(after)):
+            g = jax.lax.psum_scatter(g, names, scatter_dimension=dimension, tiled=True)
+    held = {name for entry in stored for name in _axes(entry)}
+    return jax.lax.psum(g, tuple(name for name in BATCH if name not in held))
 
 
-_gather.defvjp(lambda x, stored, used: (_gather(x, stored, used), None), _gather_backward)
+@jax.custom_vjp
+def sum_over_tensor(x: jax.Array) -> jax.Array:
+    """Inside of `shard_map`, the sum over the tensor axis of a result that is the same on all its devices.
+
+    What comes back to the one result is shared out evenly between its copies; each part of the sum is due
+    all of it. That takes no second sum over the devices, as the transpose of `psum` would.
+    """
+    return jax.lax.psum(x, "tensor")
 
 
-def gather_as(path, x: jax.Array) -> jax.Array:
-    """A parameter as it is used, on the mesh there is."""
-    return _gather(x, parameter_spec(path, x.shape, current_axes()), used_spec(path, x.ndim))
+sum_over_tensor.defvjp(lambda x: (sum_over_tensor(x), None), lambda _, g: (g * jax.lax.axis_size("tensor"),))
 
 
-def gather(tree, dtype: jnp.dtype):
-    """The parameters of a part of the model as they are used, in a tree like theirs: FSDP's gather.
+def product(
+    path: tuple[str, str],
+    equation: str,
+    x: jax.Array,
+    weight: jax.Array,
+    result_type: jnp.dtype | None = None,
+) -> jax.Array:
+    """`einsum(equation, x, weight)` with the weight, which is stored in shards, in the type of `x`.
 
-    The matrices are cast to `dtype` first. Gradients come back as shards. Without a mesh the tree is returned
-    as it is, and packed experts always are: they are gathered where they are unpacked.
+    Each device gathers the weight for its part of the batch, cast first, and gathers it again for the
+    gradient rather than keep it. What the tensor axis splits stays split, or is added up where it is summed
+    over.
+
+    Args:
+      path: the weight's line in the table.
+      equation: letters as everywhere; the first of `x` and of the result is what the batch's axes split.
+      result_type: default that of `x`.
     """
     axes = current_axes()
     if not axes:
-        return tree
+        return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=result_type)
+    keys = tuple(map(jax.tree_util.DictKey, path))
+    stored, used = parameter_spec(keys, weight.shape, axes), used_spec(keys, weight.ndim)
+    (x_letters, weight_letters), result_letters = (equation.partition("->")[i].split(",") for i in (0, 2))
+    split = {letter: entry for letter, entry in zip(weight_letters, used, strict=True) if entry}
+    summed = [letter for letter in split if letter not in result_letters[0]]
+    split[x_letters[0]] = BATCH
 
-    def one(path, x):
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            return x
-        x = x.astype(dtype) if path_names(path)[-1] in CAST else x
-        return gather_as(path, x)
+    def one_device(x, weight):
+        weight = gathered(weight.astype(x.dtype), stored, used)
+        y = jnp.einsum(equation, x, weight, preferred_element_type=result_type)
+        return sum_over_tensor(y) if summed else y
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.shard_map(
+        one_device if stored == used else jax.checkpoint(one_device, prevent_cse=False),
+        in_specs=(P(*map(split.get, x_letters)), stored),
+        out_specs=P(*map(split.get, result_letters[0])),
+        check_vma=False,
+    )(x, weight)
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

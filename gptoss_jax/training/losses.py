@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.vocabulary import gather_vocabulary, vocabulary_shards
+from gptoss_jax.parallel.sharding import gathered, scattered
+from gptoss_jax.parallel.vocabulary import place_in_part, vocabulary_specs
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
@@ -52,34 +53,34 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
     """The loss and, if asked for, its gradients in `hidden_BTD` and in `head_VD`, float32."""
-    weight_VD = gather_vocabulary(head_VD, hidden_BTD.dtype)
     over_chunks = functools.partial(_over_chunks, chunk=chunk, with_gradient=with_gradient)
     if not current_axes():
-        return over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT)
+        return over_chunks(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT, weights_BT)
+    stored, used = vocabulary_specs(head_VD.shape)
 
-    def one_device(*arrays):
-        loss, d_x_BTD, head_gradient_VD = over_chunks(
-            *arrays, first_token=weight_here * jax.lax.axis_index("tensor")
-        )
-        return loss[None], d_x_BTD, head_gradient_VD[None]
+    def one_device(hidden_BTD, head_VD, targets_BT, weights_BT):
+        weight_VD = gathered(head_VD.astype(hidden_BTD.dtype), stored, used)
+        loss, *gradients = over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, on_mesh=True)
+        loss = jax.lax.psum(loss, BATCH)
+        if not with_gradient:
+            return (loss,)
+        d_x_BTD, head_gradient_VD = gradients
+        return loss, d_x_BTD, scattered(head_gradient_VD, stored, used)
 
-    weight_here = weight_VD.shape[0] // current_axes()["tensor"]
-    # Each device's sums come out side by side: added up outside, they go straight to the shards.
-    loss, d_x_BTD, head_gradient_VD = jax.shard_map(
+    return jax.shard_map(
         one_device,
-        in_specs=(P(BATCH), P("tensor"), P(BATCH), P(BATCH)),
-        out_specs=(P(BATCH), P(BATCH), P(BATCH, "tensor")) if with_gradient else (P(BATCH), P(), P(BATCH)),
+        in_specs=(P(BATCH), stored, P(BATCH), P(BATCH)),
+        out_specs=(P(), P(BATCH), stored) if with_gradient else (P(),),
         check_vma=False,
-    )(hidden_BTD, weight_VD, targets_BT, weights_BT)
-    return jnp.sum(loss), d_x_BTD, vocabulary_shards(head_gradient_VD) if with_gradient else None
+    )(hidden_BTD, head_VD, targets_BT, weights_BT)
 
 
-def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_gradient, first_token=None):
-    """The same on one device. `first_token`: where its part of the vocabulary begins; None has all of it."""
+def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_gradient, on_mesh=False):
+    """The same for the rows of one device, whose part of the vocabulary `weight_VD` is."""
     B, T, D = hidden_BTD.shape
 
     def over_vocabulary(reduce, x):
-        return x if first_token is None else reduce(x, "tensor")
+        return reduce(x, "tensor") if on_mesh else x
 
     def split(x):
         return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
@@ -96,17 +97,20 @@ def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_grad
         exp_BCV = jnp.exp(logits_BCV - largest_BC[..., None])
         total_BC = over_vocabulary(jax.lax.psum, jnp.sum(exp_BCV, axis=-1))
         log_total_BC = jnp.log(total_BC) + largest_BC
-        is_here_BC = (target_BC >= 0) & (target_BC < weight_VD.shape[0])
-        index_BC1 = jnp.where(is_here_BC, target_BC, 0)[..., None]
-        chosen_BC = jnp.where(is_here_BC, jnp.take_along_axis(logits_BCV, index_BC1, axis=-1)[..., 0], 0)
+        index_BC, is_here_BC = target_BC, True
+        if on_mesh:
+            index_BC, is_here_BC = place_in_part(target_BC, weight_VD.shape[0])
+        chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
+        chosen_BC = jnp.where(is_here_BC, chosen_BC, 0)
         chosen_BC = over_vocabulary(jax.lax.psum, chosen_BC)
         # A padded position has weight zero whatever its logits are.
         loss = loss + jnp.sum(jnp.where(weight_BC > 0, (log_total_BC - chosen_BC) * weight_BC, 0))
         if not with_gradient:
             return (loss, head_gradient_VD), None
-        hot_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == target_BC[..., None]
+        hot_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == index_BC[..., None]
+        chosen_weight_BC = jnp.where(is_here_BC, weight_BC, 0)
         scale_BC = weight_BC / total_BC
-        d_logits = exp_BCV * scale_BC[..., None] - jnp.where(hot_BCV, weight_BC[..., None], 0)
+        d_logits = exp_BCV * scale_BC[..., None] - jnp.where(hot_BCV, chosen_weight_BC[..., None], 0)
         d_logits = d_logits.astype(x_BCD.dtype)
         d_x_BCD = jnp.einsum("BCV,VD->BCD", d_logits, weight_VD, precision="highest")
         head_gradient_VD = head_gradient_VD + jnp.einsum(
@@ -115,7 +119,6 @@ def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_grad
         return (loss, head_gradient_VD), d_x_BCD
 
     start = (jnp.float32(0), jnp.zeros(weight_VD.shape if with_gradient else (), jnp.float32))
-    targets_BT = targets_BT if first_token is None else targets_BT - first_token
     inputs = (split(hidden_BTD), split(targets_BT), split(weights_BT.astype(jnp.float32)))
     (loss, head_gradient_VD), d_x = jax.lax.scan(one_chunk, start, inputs)
     if with_gradient:
