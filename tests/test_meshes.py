@@ -291,14 +291,17 @@ def test_experts_never_travel(mesh):
     with jax.set_mesh(mesh):
         text = make_train_step(CONFIG).lower(abstract_state(CONFIG, mesh), batch).compile().as_text()
     shapes = re.findall(r"\[([\d,]+)\]", " ".join(re.findall(r"= ([^=]*?) all-gather(?:-start)?\(", text)))
-    sizes = {math.prod(map(int, shape.split(","))) for shape in shapes}
+    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
     # By their sizes, which no other array here has.
     D, F, here = 40, 28 // mesh.shape["tensor"], E // mesh.shape["expert"]
-    # The matrices of the experts here, gathered over fsdp alone, are seen.
-    assert {here * D * 2 * F, here * D * F} <= sizes or mesh.shape["fsdp"] == 1
+    if mesh.shape["fsdp"] > 1:
+        # The matrices of the experts here are seen, gathered over fsdp in both passes: none are kept.
+        assert sizes.count(here * D * 2 * F) >= 2 and sizes.count(here * D * F) >= 2
+    else:
+        assert not {here * D * 2 * F, here * D * F} & set(sizes)
     of_others = {experts * D * F * k for k in (1, 2) for experts in range(2 * here, E + 1, here)}
     of_others -= {here * D * 2 * F}
-    assert sizes and not sizes & of_others
+    assert sizes and not of_others.intersection(sizes)
 
 
 @pytest.mark.parametrize(

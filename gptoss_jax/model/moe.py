@@ -7,7 +7,7 @@ from flax import nnx
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels import mxfp4
 from gptoss_jax.parallel.expert_dispatch import apply_experts
-from gptoss_jax.parallel.sharding import UNPACKED, constrain, product
+from gptoss_jax.parallel.sharding import UNPACKED, by_device, constrain, product
 
 RouterStats = dict[str, jax.Array]
 
@@ -83,7 +83,10 @@ class MoE(nnx.Module):
         logits_ME = product(("moe", "router"), "MD,DE->ME", x_MD.astype(jnp.float32), self.router[...])
         if config.router_bias:
             logits_ME = logits_ME + self.router_bias[...]
-        experts_MX, weights_MX = route(logits_ME, config.num_experts_per_tok)
+        # Left to itself, the compiler brings all tokens to every device to find the largest logits.
+        experts_MX, weights_MX = by_device(
+            lambda logits: route(logits, config.num_experts_per_tok), logits_ME
+        )
         y_MD, dropped = apply_experts(
             x_MD,
             jnp.where(real_M[:, None], experts_MX, -1),

@@ -16,13 +16,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels import target
 from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
 from gptoss_jax.parallel import mesh
-from gptoss_jax.parallel.sharding import gathered, parameter_spec, sum_over_tensor, used_spec
+from gptoss_jax.parallel.sharding import gathered, gathers, parameter_spec, sum_over_tensor, used_spec
 
 # Up to so many rows, reading whole layers of experts costs more than all arithmetic.
 FEW_ROWS = 16
@@ -91,7 +90,6 @@ def apply_experts(
             name: gathered(value.astype(x_MD.dtype), stored[name], used[name])
             for name, value in parameters.items()
         }
-        parameters = checkpoint_name(parameters, "gathered")
         if axes["tensor"] > 1 and "down_bias" in parameters:
             # It belongs to the whole sum over the tensor axis, so only one device of the axis may add it.
             first = jax.lax.axis_index("tensor") == 0
@@ -99,10 +97,8 @@ def apply_experts(
         y_MD, dropped = one_part(x_MD, experts_MX, weights_MX, parameters)
         return sum_over_tensor(y_MD) if axes["tensor"] > 1 else y_MD, dropped[None]
 
-    if stored != used:
-        # The gradient gathers the experts again: kept, those of all layers would be whole on every device.
-        policy = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-        on_mesh = jax.checkpoint(on_mesh, policy=policy, prevent_cse=False)
+    if any(gathers(stored[name], used[name]) for name in parameters):
+        on_mesh = jax.checkpoint(on_mesh, policy=_is_kept, prevent_cse=False)
 
     y_MD, dropped = jax.shard_map(
         on_mesh,
@@ -111,6 +107,12 @@ def apply_experts(
         check_vma=False,
     )(x_MD, experts_MX, weights_MX, parameters)
     return y_MD, jnp.sum(dropped)
+
+
+def _is_kept(primitive, *_, **__) -> bool:
+    """What the gradient keeps: all but the gathered experts, in whatever form, which it gathers again. Kept,
+    those of all layers would be whole on every device."""
+    return primitive.name not in ("all_gather", "convert_element_type", "reshape")
 
 
 def _path(name: str) -> tuple:

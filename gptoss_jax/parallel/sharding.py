@@ -1,7 +1,7 @@
 """One table: where each parameter, batch and activation lies on the mesh, and where a parameter is used."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -118,24 +118,38 @@ def parameter_shardings(tree, mesh: Mesh):
     )
 
 
+def gathers(stored: P, used: P) -> list[tuple[int, tuple[str, ...]]]:
+    """The dimensions of a parameter that are gathered before it is used, and the axes they are split over."""
+    sizes, found = current_axes(), []
+    for dimension, (before, after) in enumerate(zip(stored, used, strict=True)):
+        names = tuple(name for name in _axes(before) if name not in _axes(after) and sizes[name] > 1)
+        found += [(dimension, names)] if names else []
+    return found
+
+
 def gathered(x: jax.Array, stored: P, used: P) -> jax.Array:
     """Inside of `shard_map`, a parameter's shard as it is used: FSDP's gather.
 
     Its gradient comes back as a shard: each device gets the sum of its part alone (reduce-scatter).
     """
-    for dimension, (before, after) in enumerate(zip(stored, used, strict=True)):
-        if names := tuple(name for name in _axes(before) if name not in _axes(after)):
-            x = jax.lax.all_gather(x, names, axis=dimension, tiled=True)
+    for dimension, names in gathers(stored, used):
+        x = jax.lax.all_gather(x, names, axis=dimension, tiled=True)
     return x
 
 
 def scattered(g: jax.Array, stored: P, used: P) -> jax.Array:
     """A gradient as it is stored: the transpose of `gathered`, summed over all axes that split the batch."""
-    for dimension, (before, after) in enumerate(zip(stored, used, strict=True)):
-        if names := tuple(name for name in _axes(before) if name not in _axes(after)):
-            g = jax.lax.psum_scatter(g, names, scatter_dimension=dimension, tiled=True)
+    for dimension, names in gathers(stored, used):
+        g = jax.lax.psum_scatter(g, names, scatter_dimension=dimension, tiled=True)
     held = {name for entry in stored for name in _axes(entry)}
     return jax.lax.psum(g, tuple(name for name in BATCH if name not in held))
+
+
+def by_device(function: Callable, *arrays: jax.Array):
+    """`function` of each device's own rows, those of arrays and results alike that the batch's axes split."""
+    if not current_axes():
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=P(BATCH), out_specs=P(BATCH), check_vma=False)(*arrays)
 
 
 @jax.custom_vjp
@@ -185,7 +199,7 @@ def product(
         return sum_over_tensor(y) if summed else y
 
     return jax.shard_map(
-        one_device if stored == used else jax.checkpoint(one_device, prevent_cse=False),
+        jax.checkpoint(one_device, prevent_cse=False) if gathers(stored, used) else one_device,
         in_specs=(P(*map(split.get, x_letters)), stored),
         out_specs=P(*map(split.get, result_letters[0])),
         check_vma=False,
