@@ -40,8 +40,8 @@ class Chip:
 
 # Memory of a TPU: what the compiler of libtpu 0.0.42 lets a program have ("exceeds available HBM (15.75G)");
 # the pages give 16, 95, 32 and, for a chip of two devices, 192 GiB. Bandwidths:
-# https://docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x, "HBM bandwidth per chip" and "Bidirectional
-# inter-chip interconnect (ICI) bandwidth per chip": 400, 1200, 800 and 1200 GB/s.
+# https://docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e and /tpu7x, "HBM bandwidth per chip" and
+# "Bidirectional inter-chip interconnect (ICI) bandwidth per chip": 400, 1200, 800 and 1200 GB/s.
 # GPUs: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and of DGX B200 (1,440 GB and 64 TB/s in
 # eight), NVLink 600, 900, 900 and 1,800 GB/s in both directions; networks are those of DGX A100 (eight ports
 # of 200 Gb/s), DGX H100, H200 and B200 (eight of 400 Gb/s).

@@ -1,8 +1,5 @@
 """A training step worked out from shapes alone: bytes, operations and collectives of one device.
 
-Letters as in the model: B batch, T length, D hidden, N query heads, K key/value heads, H head size, E experts,
-X experts per token, F expert width, V vocabulary, L layers; M tokens of one device in one part of a batch.
-
 Parameters, optimiser state and gradients are exact. Activations and temporaries follow formulas for the
 arrays that the backward pass cannot do without; a compiler needs room besides, for copies and for what its
 schedule holds longer. Times divide by published peaks, so no step is faster.
@@ -112,8 +109,8 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
     rows = config.data.batch_size // parts
     if rows % shards:
         raise ValueError(
-            f"data.batch_size is {config.data.batch_size}: {'a part of it, ' if parts > 1 else ''}{rows} rows, "
-            f"must be a multiple of the {shards} devices that mesh.data, mesh.fsdp and mesh.expert make"
+            f"data.batch_size is {config.data.batch_size}: the {rows} rows of a part must be a multiple of "
+            f"the {shards} devices that mesh.data, mesh.fsdp and mesh.expert make"
         )
     state_shapes = _state_shapes(dataclasses.replace(config, mesh=type(config.mesh)()))
     shardings = parameter_shardings(state_shapes, _abstract_mesh(mesh))
@@ -129,7 +126,8 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
         gradients=parameters,
         activations=model.num_hidden_layers * kept_bytes(model, config.data.seq_len, tokens, mesh),
         temporaries=max(
-            block_temporaries(config, leaves, tokens, mesh), vocabulary_temporaries(config, rows, shards, mesh)
+            block_temporaries(config, leaves, tokens, mesh),
+            vocabulary_temporaries(config, rows, shards, mesh),
         ),
     )
     step_tokens = config.data.batch_size * config.data.seq_len
@@ -178,7 +176,9 @@ def block_bytes(model: ModelConfig, seq_len: int, tokens: int, mesh: dict[str, i
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     stream = tokens * 2 * model.hidden_size * width
     attention = tokens * heads * model.head_dim // tensor * width
-    keys = sum(computed_keys(model, kind, seq_len) for kind in model.types_of_layers) / model.num_hidden_layers
+    keys = (
+        sum(computed_keys(model, kind, seq_len) for kind in model.types_of_layers) / model.num_hidden_layers
+    )
     weights = round(tokens * model.num_attention_heads // tensor * keys * (4 + width))
     return stream + attention + weights + expert_row_bytes(model, tokens, tensor)
 
@@ -228,8 +228,8 @@ def vocabulary_temporaries(config: TrainConfig, rows: int, shards: int, mesh: di
 
 
 def recomputed_flops(model: ModelConfig, seq_len: int) -> float:
-    """Operations for one token that remat does a second time: with "block" the forward pass of all blocks, with
-    "dots" that of experts and attention scores."""
+    """Operations for one token that remat does a second time: with "block" the forward pass of all blocks,
+    with "dots" that of experts and attention scores."""
     if model.remat == "none":
         return 0.0
     if model.remat == "block":
@@ -247,7 +247,7 @@ def transfer_seconds(
     each other.
 
     In a slice all links of a chip work at once. Where a group spans nodes, its k devices in a node share the
-    way out: around rings each carries 1/k of it, while of an exchange the part for other nodes goes out whole.
+    way out: around rings each carries 1/k of it, while of an exchange all that is for other nodes goes out.
     """
     inside = sent / chip.link
     if chip.node is None or math.prod(mesh.values()) <= chip.node:
@@ -266,7 +266,7 @@ def transfer_seconds(
 
 
 def _exchanges(model, leaves, tokens, parts, width, mesh):
-    """(what, kind, axes, bytes a device sends in a step) of every exchange that the sharding table asks for."""
+    """(what, kind, axes, bytes a device sends in a step) of every exchange that the sharding asks for."""
     layers, again = model.num_hidden_layers, model.remat == "block"
     passes = 3 if again else 2
     fsdp, expert, tensor = mesh["fsdp"], mesh["expert"], mesh["tensor"]
@@ -279,17 +279,18 @@ def _exchanges(model, leaves, tokens, parts, width, mesh):
     scatters = parts * (width * blocks + 4 * vocabulary)
     yield "scatter gradients", "reduce-scatter", ("fsdp",), sent_bytes("reduce-scatter", scatters, fsdp)
     # What an axis of the batch does not split, it holds copies of.
-    for axes in ({"data"}, {"data", "expert"}, {"data", "fsdp"}, {"data", "fsdp", "expert"}):
-        copies = [leaf for leaf in leaves if set(BATCH) - leaf.axes == axes]
-        wide = tuple(axis for axis in AXES if axis in axes and mesh[axis] > 1)
-        size = math.prod(mesh[axis] for axis in wide)
-        sums = sum(leaf.size * (width if "blocks" in leaf.names else 4) for leaf in copies)
-        yield "sum gradients", "all-reduce", wide, parts * sent_bytes("all-reduce", sums, size)
+    copied: dict[tuple[str, ...], int] = {}
+    for leaf in leaves:
+        axes = tuple(axis for axis in BATCH if axis not in leaf.axes and mesh[axis] > 1)
+        copied[axes] = copied.get(axes, 0) + leaf.size * (width if "blocks" in leaf.names else 4)
+    for axes, sums in copied.items():
+        size = math.prod(mesh[axis] for axis in axes)
+        yield "sum gradients", "all-reduce", axes, parts * sent_bytes("all-reduce", sums, size)
     # Rows go to their experts and come back, forward and backward.
     rows = tokens * model.num_experts_per_tok * model.hidden_size * width
     rows *= 2 * passes * layers * parts
     yield "exchange expert rows", "ragged-all-to-all", ("expert",), sent_bytes("all-to-all", rows, expert)
-    # Attention's and the experts' outputs forward, the gradients of their inputs backward; embedding and loss.
+    # Outputs of attention and experts forward, gradients of their inputs backward; embedding and loss.
     sums = parts * tokens * model.hidden_size * width * (2 * passes * layers + 2)
     yield "sum over tensor", "all-reduce", ("tensor",), sent_bytes("all-reduce", sums, tensor)
 
@@ -300,9 +301,7 @@ def _gathered(leaf: _Leaf, mesh: dict[str, int]) -> int:
 
 
 def _abstract_mesh(mesh: dict[str, int]) -> AbstractMesh:
-    return AbstractMesh(
-        tuple(mesh[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    return AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @functools.cache

@@ -33,8 +33,8 @@ class Collective:
     kind: str
     # Results on one device, as "bf16[8,128]".
     shapes: tuple[str, ...]
-    # Bytes of one execution: what a device holds after a gather, an all-reduce, an exchange or a permute; what
-    # it holds before a reduce-scatter; what it holds to send before a ragged exchange, an upper bound.
+    # Bytes of one execution: what a device holds after a gather, an all-reduce, an exchange or a permute;
+    # what it holds before a reduce-scatter; before a ragged exchange, an upper bound, what it may send.
     bytes: int
     groups: Groups
     # Executions in one run of the program, the known trip counts of the loops around it multiplied.
@@ -62,8 +62,8 @@ class Collective:
 
 
 def sent_bytes(kind: str, size: float, devices: int) -> float:
-    """Bytes that each of so many devices sends to gather, scatter or exchange `size` bytes; an all-reduce is a
-    reduce-scatter and a gather (Thakur et al. 2005, "Optimization of Collective Communication")."""
+    """Bytes that each of so many devices sends to gather, scatter or exchange `size` bytes; an all-reduce is
+    a reduce-scatter and a gather (Thakur et al. 2005, "Optimization of Collective Communication")."""
     return (2 if kind == "all-reduce" else 1) * size * (devices - 1) / devices
 
 
@@ -113,9 +113,9 @@ def parse_groups(text: str) -> Groups:
     """The groups in an instruction's attributes, whichever of the ways they are written in.
 
     `replica_groups={{0,1},{2,3}}`; `[2,2]<=[2,2]T(1,0)`, the numbers from 0 in an array of the second shape,
-    transposed, then split as the first says; `mesh['a'=2,'b'=4] {'b'}`, groups along some axes of a mesh, whose
-    devices may be listed as `device_ids=([4,2]T(1,0))`; `source_target_pairs={{0,1}}` of a permute. Empty,
-    `{}`, for all devices: the text does not say how many.
+    transposed, then split as the first says; `mesh['a'=2,'b'=4] {'b'}`, groups along some axes of a mesh,
+    whose devices may be listed as `device_ids=([4,2]T(1,0))`; `source_target_pairs={{0,1}}` of a permute.
+    Empty, `{}`, for all devices: the text does not say how many.
     """
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", text):
         return tuple(
@@ -133,7 +133,7 @@ def parse_groups(text: str) -> Groups:
 
 
 def mesh_axes(groups: Groups, mesh: Mapping[str, int], pairs: bool = False) -> tuple[str, ...]:
-    """The axes whose lines are these groups, the fewest that fit; for pairs, the axes that any pair crosses."""
+    """The axes whose lines are these groups, the fewest that fit; for pairs, those that any pair crosses."""
     ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
     if pairs:
         places = [[np.unravel_index(n, ids.shape) for n in pair] for pair in groups]

@@ -45,14 +45,16 @@ def all_meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Best first: those that fit, then the shortest step without overlap; what fits nowhere, by its memory."""
+    """Best first: what fits by its step without overlap, the shortest first, then the rest by its memory."""
     return sorted(
         estimates,
         key=lambda one: (not one.fits, one.serial_seconds if one.fits else one.memory.total),
     )
 
 
-def compare(config: TrainConfig, chip: Chip, devices: int, meshes: Sequence[dict[str, int]]) -> list[Estimate]:
+def compare(
+    config: TrainConfig, chip: Chip, devices: int, meshes: Sequence[dict[str, int]]
+) -> list[Estimate]:
     """Estimates for these meshes, or for all that are possible where none is given, best first.
 
     Raises ValueError for a given mesh that cannot split model or batch, and where none can.
@@ -66,5 +68,7 @@ def compare(config: TrainConfig, chip: Chip, devices: int, meshes: Sequence[dict
         except ValueError as error:
             refusal = error
     if not found:
-        raise ValueError(f"no mesh of {devices} devices can split this model and batch; the last tried: {refusal}")
+        raise ValueError(
+            f"no mesh of {devices} devices can split this model and batch; the last tried: {refusal}"
+        )
     return rank(found)
