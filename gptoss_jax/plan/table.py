@@ -23,7 +23,10 @@ def mesh_name(mesh: Mapping[str, int], separator: str = ",") -> str:
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.1f}"
+    size /= 1e9
+    if 0 < size < 0.005:
+        return "<.01"
+    return f"{size:,.2f}" if size < 9.995 else f"{size:,.1f}" if size < 99.95 else f"{size:,.0f}"
 
 
 def duration(seconds: float) -> str:
@@ -49,27 +52,22 @@ def show(plan: "Plan", console: Console) -> None:
         ),
     ):
         console.print(f"[bold]{name:8}[/]{text}", highlight=False)
-    for table in (_meshes(plan), _traffic(best), *(_compiled(one, plan) for one in plan.compiled)):
+    tables = (_meshes(plan), _traffic(best), *(_compiled(one, plan) for one in plan.compiled))
+    for table in tables:
+        # A title of the table itself would be wrapped at the table's width.
+        title, table.title = table.title, None
         console.print()
+        console.print(f"[bold]{title}[/]", highlight=False)
         console.print(table)
-    console.print()
     console.print(_verdict(plan), highlight=False)
 
 
 def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
+    return Table(title=title, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
 
 
 def _meshes(plan: "Plan") -> Table:
-    table = _table("Estimate from shapes, for one device: memory in GB (1e9 bytes), time in seconds")
+    table = _table("Estimate from shapes, one device: GB (1e9 bytes), seconds at published rates")
     table.add_column("mesh")
     for name in ("param", "optim", "grad", "activ", "temp", "total", "", "compute", "send"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -92,7 +90,7 @@ def _meshes(plan: "Plan") -> Table:
 
 
 def _traffic(one: Estimate) -> Table:
-    table = _table(f"What a device sends in a step with {mesh_name(one.mesh)}, at published rates")
+    table = _table(f"What a device sends in a step with {mesh_name(one.mesh)}")
     for name in ("exchange  ", "collective  ", "along  "):
         table.add_column(name, no_wrap=True)
     for name in ("GB sent", "seconds"):
@@ -108,30 +106,32 @@ def _traffic(one: Estimate) -> Table:
 
 
 def _compiled(one: Compiled, plan: "Plan") -> Table:
-    table = _table(f"Compiled for {plan.topology}, {mesh_name(one.mesh)}, in {one.seconds:,.0f} s")
-    table.add_column("of one device")
-    table.add_column("along")
-    table.add_column("times", justify="right")
-    table.add_column("GB", justify="right")
+    table = _table(
+        f"Compiled for {plan.topology}, {mesh_name(one.mesh)}, in {one.seconds:,.0f} s: one device"
+    )
+    table.add_column("compiler's figures", min_width=26)
+    table.add_column("along", min_width=12)
+    table.add_column("times", justify="right", min_width=6)
+    table.add_column("GB", justify="right", min_width=6)
     if not one.fits:
         if one.needed:
-            table.add_row("needed, at least", "", "", gigabytes(one.needed))
-            table.add_row("available", "", "", gigabytes(one.available))
-        else:
-            table.add_row(one.refusal, "", "", "")
+            table.add_row("needed", "", "", gigabytes(one.needed))
+        table.add_row("available", "", "", gigabytes(one.available or plan.chip.memory))
+        table.caption = one.refusal
         return table
     for name, size in (
         ("arguments", one.arguments),
         ("outputs in new memory", one.outputs - one.aliased),
         ("temporaries", one.temporaries),
         ("program", one.code),
-        ("[bold]all of these", one.total),
-        ("alive at once, at most", one.peak),
+        ("[bold]sum of these", one.total),
+        ("alive at once", one.peak),
+        ("available", plan.chip.memory),
     ):
         table.add_row(name, "", "", gigabytes(size))
     table.add_section()
     if one.collectives is None:
-        table.add_row("collectives: this jaxlib cannot read what this libtpu wrote", "", "", "")
+        table.caption = "Collectives: this jaxlib cannot read what this libtpu wrote."
         return table
     small = [entry for entry in one.collectives if entry["sent"] < 5e6]
     for entry in one.collectives:
@@ -139,8 +139,8 @@ def _compiled(one: Compiled, plan: "Plan") -> Table:
             times = f"{entry['times']:,}" + ("" if entry["trips_known"] else "+")
             table.add_row(f"{entry['kind']}, sent", " ".join(entry["axes"]), times, gigabytes(entry["sent"]))
     if small:
-        times = sum(entry["times"] for entry in small)
-        table.add_row("under 5 MB, sent", "", f"{times:,}", gigabytes(sum(entry["sent"] for entry in small)))
+        times, sent = (sum(entry[name] for entry in small) for name in ("times", "sent"))
+        table.add_row("others, under 5 MB each", "", f"{times:,}", gigabytes(sent))
     return table
 
 
