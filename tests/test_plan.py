@@ -275,8 +275,14 @@ def test_collectives_of_a_program():
     assert found["all-reduce.2"].shapes == ("f32[6]", "f32[]")
     assert found["all-gather.1"].sent == 64 and found["all-reduce.2"].sent == 28
     assert found["permute-start"].sent == 24
-    unknown = collectives(HLO.replace('backend_config={"known_trip_count":{"n":"12"}}', "metadata={}"))
-    assert [(one.times, one.trips_known) for one in unknown if one.in_loop] == [(1, False)] * 3
+    bare = HLO.replace('backend_config={"known_trip_count":{"n":"12"}}', "metadata={}")
+    assert [(one.times, one.trips_known) for one in collectives(bare) if one.in_loop] == [(1, False)] * 3
+    counted = bare.replace(
+        "ROOT %less = pred[] constant(true)",
+        "%i = s32[] get-tuple-element(%carry), index=0\n  %n = s32[]{:T(128)} constant(5)\n"
+        "  ROOT %less = pred[] compare(%i, %n), direction=LT",
+    )
+    assert [(one.times, one.trips_known) for one in collectives(counted) if one.in_loop] == [(5, True)] * 3
 
 
 @pytest.mark.parametrize(

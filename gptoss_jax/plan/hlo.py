@@ -223,8 +223,28 @@ def _executed(computations, entry: str) -> Iterator[tuple[str, int, bool, bool]]
             for listed in _CALLED_LISTS.findall(rest):
                 called += re.findall(r"%?([\w.\-]+)", listed)
             if opcode == "while":
-                trips = _TRIPS.search(rest)
-                count = int(trips[1]) if trips else 1
-                waiting += [(other, times * count, True, known and trips is not None) for other in called]
+                trips = _trip_count(computations, rest)
+                waiting += [
+                    (other, times * (trips or 1), True, known and trips is not None) for other in called
+                ]
             else:
                 waiting += [(other, times, in_loop, known) for other in called]
+
+
+def _trip_count(computations, loop: str) -> int | None:
+    """How often a loop's body runs: what the compiler has noted, else the constant that the loop's counter
+    must stay below. Those of `jax.lax.scan` and `fori_loop` count from 0 by one."""
+    if noted := _TRIPS.search(loop):
+        return int(noted[1])
+    condition = re.search(r"\bcondition=%?([\w.\-]+)", loop)
+    lines = computations.get(condition[1], []) if condition else []
+    constants = {
+        name: int(rest.split(")")[0])
+        for name, shape, opcode, rest in lines
+        if opcode == "constant" and shape.startswith("s32[]")
+    }
+    for _, _, opcode, rest in lines:
+        below = re.match(r"\s*%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", rest)
+        if opcode == "compare" and below and below[1] in constants:
+            return constants[below[1]]
+    return None
