@@ -88,7 +88,7 @@ def measure(preset: str, devices: str, mesh: str, batch_size: int) -> dict:
 def table(rows: list[dict]) -> str:
     """GB of one device; what is compiled gives arguments + new outputs + temporaries + program."""
     lines = [
-        "| model | devices | mesh | rows a step | of GB | estimate | compiled | fits | step, published rates |",
+        "| model | devices | mesh | rows | of GB | estimate | compiled | fits | compute + network |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for row in rows:
