@@ -8,16 +8,18 @@ import math
 
 import jax
 import pytest
+from rich.console import Console
 
 from gptoss_jax import cli
 from gptoss_jax.config import FULL, SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.parallel.mesh import AXES, make_mesh
 from gptoss_jax.plan.chips import CHIPS, GIB, find_chip, parse_topology
-from gptoss_jax.plan.compiled import compile_step, read_refusal
+from gptoss_jax.plan.compiled import Compiled, compile_step, read_refusal
 from gptoss_jax.plan.estimate import computed_keys, estimate, transfer_seconds
 from gptoss_jax.plan.hlo import collectives, mesh_axes, parse_groups, shape_bytes
 from gptoss_jax.plan.meshes import all_meshes, compare, parse_mesh, rank
 from gptoss_jax.plan.report import make_plan
+from gptoss_jax.plan.table import show
 from gptoss_jax.training.flops import flops_per_token, parameter_counts, peak_flops
 from gptoss_jax.training.state import create_state
 
@@ -359,6 +361,7 @@ def test_command(capsys, tmp_path, preset):
     name = ",".join(f"{axis}={size}" for axis, size in best["mesh"].items() if size > 1)
     assert f"Best: {name}," in captured.out and "16 of h200, each 141 GB" in captured.out
     memory = best["memory"]
+    assert memory["gradients"] == 2 * memory["parameters"]
     assert memory.pop("total") == sum(memory.values())
 
 
@@ -370,6 +373,30 @@ def test_given_meshes(capsys, preset):
     # The config's own flags for it mean one mesh.
     assert cli.main([*args, "--mesh.fsdp", "2", "--mesh.data", "-1"]) == 0
     assert "Best: data=4,fsdp=2," in capsys.readouterr().out
+
+
+def test_what_the_compiler_says_is_shown(capsys):
+    plan = make_plan(SMALL, chip="v5e", devices=8, meshes=["fsdp=8"])
+    mesh = plan.estimates[0].mesh
+    message = "Ran out of memory on HBM, temporaries (20.00G) exceeds available HBM (15.75G)."
+    entries = [
+        {"kind": "all-gather", "axes": ["fsdp"], "times": 24, "sent": 3.5e9, "trips_known": True},
+        {"kind": "all-reduce", "axes": ["fsdp"], "times": 7, "sent": 2e9, "trips_known": False},
+        {"kind": "all-to-all", "axes": ["fsdp"], "times": 3, "sent": 2e3, "trips_known": True},
+    ]
+    sizes = dict(arguments=4_000_000_000, outputs=3_000_000_000, aliased=2_900_000_000, code=70_000_000)
+    results = (
+        (Compiled(mesh, seconds=65.0, **read_refusal(message)), ["in 65 s", "21.5", "16.9", message]),
+        (
+            Compiled(mesh, True, 65.0, **sizes, temporaries=8_000_000_000, collectives=entries),
+            ["all-gather, sent", "24   3.50", "7+   2.00", "others, under 5 MB each", "12.2", "fsdp=8 fits"],
+        ),
+        (Compiled(mesh, True, 65.0, **sizes), ["this jaxlib cannot read"]),
+    )
+    for compiled, words in results:
+        show(dataclasses.replace(plan, topology="v5e:2x4", compiled=[compiled]), Console(width=80))
+        shown = capsys.readouterr().out
+        assert [word for word in words if word not in " ".join(shown.split("\n"))] == []
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Memory:
 
     parameters: int
     optimizer: int
-    # Of the whole step; where a batch is worked through in parts, their sum.
+    # Where a batch is worked through in parts, their sum and those of one part.
     gradients: int
     # Kept from the forward to the backward pass.
     activations: int
@@ -123,7 +123,7 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
     memory = Memory(
         parameters=parameters,
         optimizer=sum(jax.tree.leaves(held)) - parameters,
-        gradients=parameters,
+        gradients=parameters * min(parts, 2),
         activations=model.num_hidden_layers * kept_bytes(model, config.data.seq_len, tokens, mesh),
         temporaries=max(
             block_temporaries(config, leaves, tokens, mesh),

@@ -54,16 +54,18 @@ def show(plan: "Plan", console: Console) -> None:
         console.print(f"[bold]{name:8}[/]{text}", highlight=False)
     tables = (_meshes(plan), _traffic(best), *(_compiled(one, plan) for one in plan.compiled))
     for table in tables:
-        # A title of the table itself would be wrapped at the table's width.
-        title, table.title = table.title, None
-        console.print()
-        console.print(f"[bold]{title}[/]", highlight=False)
+        # The table itself would wrap them at its own width.
+        title, caption, table.title, table.caption = table.title, table.caption, None, None
+        console.print(f"\n[bold]{title}[/]", highlight=False)
         console.print(table)
+        if caption:
+            console.print(caption, highlight=False)
+    console.print()
     console.print(_verdict(plan), highlight=False)
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
 
 
 def _meshes(plan: "Plan") -> Table:
