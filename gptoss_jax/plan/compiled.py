@@ -67,7 +67,6 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_LOG_DIR": "disabled",
     }
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "result.json")

@@ -29,6 +29,10 @@ def gigabytes(size: float) -> str:
     return f"{size:,.2f}" if size < 9.995 else f"{size:,.1f}" if size < 99.95 else f"{size:,.0f}"
 
 
+def count(number: int) -> str:
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.2f} M"
+
+
 def duration(seconds: float) -> str:
     return f"{seconds:,.2f} s" if seconds >= 0.9995 else f"{seconds * 1e3:.1f} ms"
 
@@ -38,12 +42,12 @@ def show(plan: "Plan", console: Console) -> None:
     model, data, best = plan.config.model, plan.config.data, plan.estimates[0]
     total, active = parameter_counts(model)
     useful, done = best.useful_flops * plan.devices / 1e15, best.flops * plan.devices / 1e15
-    twice = f", {done:,.1f} with remat {model.remat}" if done > useful else ""
+    twice = f", {done:,.3g} with remat {model.remat}" if done > useful else ""
     for name, text in (
-        ("Model", f"{total / 1e9:,.2f} B parameters, {active / 1e9:,.2f} B active for a token"),
+        ("Model", f"{count(total)} parameters, {count(active)} active for a token"),
         (
             "Step",
-            f"{data.batch_size:,} rows of {data.seq_len:,} tokens: {useful:,.1f} useful PFLOPs{twice}",
+            f"{data.batch_size:,} rows of {data.seq_len:,} tokens: {useful:,.3g} useful PFLOPs{twice}",
         ),
         (
             "Devices",
