@@ -6,7 +6,6 @@ goes on from the run's last checkpoint.
 """
 
 import pathlib
-import runpy
 import sys
 
 from gptoss_jax import startup
@@ -14,22 +13,12 @@ from gptoss_jax import startup
 
 def read_arguments(arguments: list[str]):
     """The `TrainConfig` of a command line."""
-    import tyro
+    from gptoss_jax.config.preset import read_preset
 
-    from gptoss_jax.config import TrainConfig
-
-    here = pathlib.Path(__file__).parent
-    preset = here / "configs" / "quickstart.py"
+    preset = pathlib.Path(__file__).parent / "configs" / "quickstart.py"
     if arguments and not arguments[0].startswith("-"):
-        preset, arguments = pathlib.Path(arguments[0]), arguments[1:]
-    if not preset.is_file():
-        known = ", ".join(sorted(f"configs/{path.name}" for path in (here / "configs").glob("*.py")))
-        raise ValueError(f"config is {str(preset)!r}: no such file; there are {known}")
-    config = runpy.run_path(str(preset)).get("config")
-    if not isinstance(config, TrainConfig):
-        raise ValueError(f"config is {str(preset)!r}: must end with `config = TrainConfig(...)`")
-    settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(TrainConfig, default=config, args=arguments, description=__doc__, config=settings)
+        preset, arguments = arguments[0], arguments[1:]
+    return read_preset(preset, arguments, description=__doc__)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The command `gptoss`, also `python -m gptoss_jax`."""
 
+import dataclasses
 import os
 import sys
 import time
@@ -127,6 +128,55 @@ def report(run: Run) -> None:
     print(draw_report(run))
 
 
+@app.command
+def plan(
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
+    topology: Annotated[str | None, tyro.conf.arg(metavar="SLICE")] = None,
+    chip: Annotated[str | None, tyro.conf.arg(metavar="CHIP")] = None,
+    devices: OptionalInt = None,
+    mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="AXES")] = (),
+    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None,
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FLAG=VALUE")] = (),
+) -> None:
+    """Say what a training step costs on devices that need not be here: memory, FLOPs, communication.
+
+    Args:
+        config: A preset such as configs/gpt_oss_20b.py.
+        topology: TPU slice such as v5p:4x4x4; the real step is then compiled for it too, which takes minutes.
+        chip: v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200, with --devices: an estimate from shapes alone.
+        devices: Number of devices as JAX counts them; a tpu7x chip is two.
+        mesh: Such as fsdp=16,expert=4; may be given several times. Default: all meshes there are, the best
+            first.
+        json: Write everything to this file too.
+        set: A field of the config; --model.remat block, as for train.py, is the same as --set
+            model.remat=block.
+    """
+    from gptoss_jax.config.preset import read_preset
+
+    flags = [word for one in set for name, _, value in [one.partition("=")] for word in (f"--{name}", value)]
+    settings = read_preset(config, flags, prog="gptoss plan CONFIG")
+    if not mesh and any(one.startswith("mesh.") for one in set):
+        mesh = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(settings.mesh).items()),)
+    from gptoss_jax.plan import report
+
+    report.run(settings, topology, chip, devices, mesh, json)
+
+
+def _with_settings(args: Sequence[str]) -> list[str]:
+    """A command line where `--model.remat block`, any flag with a dot, reads `--set model.remat=block`."""
+    words, rest = [], list(args)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or "." not in name:
+            words.append(word)
+            continue
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        words += ["--set", f"{name[2:]}={value}"]
+    return words
+
+
 def _writer(file: TextIO) -> Callable[..., None]:
     """Writes text at once. At a terminal it can be dim, and whatever a model wrote cannot move the cursor."""
     from gptoss_jax.training.metrics import printable
@@ -151,6 +201,9 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises SystemExit where tyro does: after `--help` and for arguments that it cannot parse.
     """
     description = "Models of the gpt-oss family in JAX."
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["plan"]:
+        args = _with_settings(args)
     return startup.run(
         lambda: app.cli(prog="gptoss", description=description, args=args, sort_subcommands=False), "gptoss"
     )

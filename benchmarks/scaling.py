@@ -1,0 +1,127 @@
+"""Which slices and nodes full training fits on: python benchmarks/scaling.py [--only TEXT ...] [--table].
+
+For each line of PLANS: the estimate from shapes, and for a TPU slice the real train step through libtpu's
+compiler (minutes to an hour each, and several GB of memory). Each result goes to results/scaling.json as soon
+as it is there, and what is there already is not done again; --again does it anew. Prints the table of
+docs/scaling.md; --table does nothing else.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results" / "scaling.json"
+
+# Preset, slice or GPUs, mesh, rows of 4,096 tokens in a step: one for each device that shares the batch.
+PLANS = (
+    ("gpt_oss_20b", "v5e:8x8", "fsdp=8,expert=8", 64),
+    ("gpt_oss_20b", "v5e:8x8", "fsdp=16,expert=4", 64),
+    ("gpt_oss_20b", "v5p:2x2x4", "fsdp=2,expert=8", 16),
+    ("gpt_oss_20b", "v5p:2x2x4", "fsdp=16", 16),
+    ("gpt_oss_20b", "v6e:4x8", "fsdp=4,expert=8", 32),
+    ("gpt_oss_20b", "v6e:8x8", "fsdp=4,expert=16", 64),
+    ("gpt_oss_20b", "tpu7x:2x2x2", "fsdp=2,expert=8", 16),
+    ("gpt_oss_20b", "8xH200", "expert=8", 8),
+    ("gpt_oss_20b", "2x8xH200", "data=2,expert=8", 16),
+    ("gpt_oss_120b", "v5e:16x16", "fsdp=16,expert=16", 256),
+    ("gpt_oss_120b", "v5e:16x16", "fsdp=32,expert=8", 256),
+    ("gpt_oss_120b", "v5p:4x4x4", "fsdp=2,expert=32", 64),
+    ("gpt_oss_120b", "v5p:4x4x4", "fsdp=8,expert=8", 64),
+    ("gpt_oss_120b", "v6e:16x16", "fsdp=4,expert=64", 256),
+    ("gpt_oss_120b", "v6e:16x16", "fsdp=16,expert=16", 256),
+    ("gpt_oss_120b", "tpu7x:2x4x4", "fsdp=2,expert=32", 64),
+    ("gpt_oss_120b", "tpu7x:4x4x4", "fsdp=2,expert=64", 128),
+    ("gpt_oss_120b", "8xH200", "fsdp=2,expert=4", 8),
+    ("gpt_oss_120b", "2x8xH200", "fsdp=2,expert=8", 16),
+    ("gpt_oss_120b", "4x8xH200", "fsdp=2,expert=16", 32),
+    ("gpt_oss_120b", "8x8xH200", "expert=64", 64),
+    ("gpt_oss_120b", "8x8xH200", "fsdp=8,expert=8", 64),
+)
+
+
+def key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("preset", "devices", "mesh", "batch_size"))
+
+
+def read() -> list[dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+
+
+def keep(row: dict) -> None:
+    """Puts a row into the file, in place of an older one of the same plan."""
+    rows = [other for other in read() if key(other) != key(row)] + [row]
+    order = {plan: i for i, plan in enumerate(PLANS)}
+    rows.sort(key=lambda other: order.get(key(other), len(PLANS)))
+    RESULTS.parent.mkdir(exist_ok=True)
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(temporary, RESULTS)
+
+
+def measure(preset: str, devices: str, mesh: str, batch_size: int) -> dict:
+    from gptoss_jax.config.preset import read_preset
+    from gptoss_jax.plan.report import make_plan
+
+    config = read_preset(HERE.parent / "configs" / f"{preset}.py")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
+    row = {"preset": preset, "devices": devices, "mesh": mesh, "batch_size": batch_size}
+    row |= {"seq_len": config.data.seq_len, "remat": config.model.remat}
+    row |= {"versions": {"jax": importlib.metadata.version("jax")}}
+    if ":" in devices:
+        plan = make_plan(config, topology=devices, meshes=[mesh])
+        row["versions"]["libtpu"] = importlib.metadata.version("libtpu")
+    else:
+        *counts, chip = devices.split("x")
+        count = 1
+        for number in counts:
+            count *= int(number)
+        plan = make_plan(config, chip=chip.lower(), devices=count, meshes=[mesh])
+    values = plan.to_dict()
+    row |= {"count": plan.devices, "memory": plan.chip.memory, "estimate": values["estimates"][0]}
+    return row | {"compiled": values["compiled"][0] if values["compiled"] else None}
+
+
+def table(rows: list[dict]) -> str:
+    """GB of one device; what is compiled gives arguments + new outputs + temporaries + program."""
+    lines = [
+        "| model | devices | mesh | rows | of GB | estimate | compiled | fits | compute + network |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for row in rows:
+        guess, compiled = row["estimate"], row["compiled"]
+        fits, size, capacity = guess["fits"], "from shapes", row["memory"]
+        if compiled is not None:
+            fits, needed = compiled["fits"], compiled["total"] if compiled["fits"] else compiled["needed"]
+            size = f"{needed / 1e9:,.1f}" if needed else "too much"
+            capacity = compiled["available"] or capacity
+        lines.append(
+            f"| {row['preset'].removeprefix('gpt_oss_')} | {row['count']} ({row['devices']}) "
+            f"| `{row['mesh']}` | {row['batch_size']} | {capacity / 1e9:,.1f} "
+            f"| {guess['memory']['total'] / 1e9:,.1f} | {size} | {'yes' if fits else 'no'} "
+            f"| {guess['compute_seconds']:,.2f} + {guess['communication_seconds']:,.2f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", default=[], help="plans whose line holds all these words")
+    parser.add_argument("--again", action="store_true", help="do anew what is in the file")
+    parser.add_argument("--table", action="store_true", help="print the table of what is in the file")
+    options = parser.parse_args()
+    done = set() if options.again else {key(row) for row in read()}
+    for plan in () if options.table else PLANS:
+        line = " ".join(map(str, plan))
+        if plan in done or not all(word in line for word in options.only):
+            continue
+        print(line, flush=True)
+        keep(measure(*plan))
+    print(table(read()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,458 @@
+"""What `gptoss plan` says: exact bytes against a real sharded state, a reader of HLO, ranking, the command
+line, and a small step through the real TPU compiler."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+from rich.console import Console
+
+from gptoss_jax import cli
+from gptoss_jax.config import FULL, SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptoss_jax.parallel.mesh import AXES, make_mesh
+from gptoss_jax.plan.chips import CHIPS, GIB, find_chip, parse_topology
+from gptoss_jax.plan.compiled import Compiled, compile_step, read_refusal
+from gptoss_jax.plan.estimate import computed_keys, estimate, transfer_seconds
+from gptoss_jax.plan.hlo import collectives, mesh_axes, parse_groups, shape_bytes
+from gptoss_jax.plan.meshes import all_meshes, compare, parse_mesh, rank
+from gptoss_jax.plan.report import make_plan
+from gptoss_jax.plan.table import show
+from gptoss_jax.training.flops import flops_per_token, parameter_counts, peak_flops
+from gptoss_jax.training.state import create_state
+
+# Sizes that all differ, and that 2 and 4 divide where an axis asks for it.
+SMALL = TrainConfig(
+    model=ModelConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        num_local_experts=12,
+        num_experts_per_tok=3,
+        sliding_window=8,
+        router_aux_loss_coef=0.01,
+        remat="block",
+    ),
+    data=DataConfig(seq_len=128, batch_size=16),
+)
+
+
+def mesh_of(*sizes: int) -> dict[str, int]:
+    return dict(zip(AXES, sizes, strict=True))
+
+
+def with_model(**changes) -> TrainConfig:
+    return dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "optimizer"), [((1, 2, 2, 2), "adamw"), ((2, 4, 1, 1), "muon"), ((8, 1, 1, 1), "adamw")]
+)
+def test_state_bytes_are_those_of_a_real_state(sizes, optimizer):
+    config = dataclasses.replace(SMALL, optim=OptimConfig(name=optimizer))
+    state = create_state(config, make_mesh(MeshConfig(*sizes)))
+
+    def on_one_device(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    memory = estimate(config, CHIPS["v5e"], mesh_of(*sizes)).memory
+    assert memory.parameters == memory.gradients == on_one_device(state.params)
+    assert memory.parameters + memory.optimizer == on_one_device(state)
+
+
+def test_flops_and_time_of_compute():
+    chip = CHIPS["v5p"]
+    tokens = 16 * 128
+    plain = estimate(with_model(remat="none"), chip, mesh_of(1, 2, 2, 2))
+    assert plain.useful_flops == pytest.approx(flops_per_token(SMALL.model, 128) * tokens / 8)
+    assert plain.flops == plain.useful_flops
+    assert plain.compute_seconds == pytest.approx(plain.flops / 459e12)
+    # The forward pass of the blocks once more: a third of all but the head.
+    head = 6 * 64 * 96 * tokens / 8
+    block = estimate(SMALL, chip, mesh_of(1, 2, 2, 2))
+    assert block.flops - block.useful_flops == pytest.approx((plain.flops - head) / 3)
+    dots = estimate(with_model(remat="dots"), chip, mesh_of(1, 2, 2, 2))
+    assert plain.flops < dots.flops < block.flops
+
+
+def test_activations_follow_remat():
+    kept = {
+        remat: estimate(with_model(remat=remat), CHIPS["v5p"], mesh_of(2, 1, 1, 1)).memory.activations
+        for remat in ("none", "dots", "block")
+    }
+    tokens = 8 * 128
+    assert kept["block"] == 2 * tokens * 64 * 2
+    # Besides: output of attention, q, k and v in bfloat16, the router's logits in float32.
+    assert kept["dots"] == kept["block"] + 2 * tokens * ((64 + 16 * 16) * 2 + 12 * 4)
+    assert kept["none"] > kept["dots"]
+
+
+def test_computed_keys():
+    # One block of 64 queries, then a second: all keys up to the block's end, or from the window's start on.
+    assert computed_keys(SMALL.model, FULL, 128) == (64 + 128) / 2
+    assert computed_keys(SMALL.model, SLIDING, 128) == (64 + 128 - (64 - 8 + 1)) / 2
+
+
+def test_exchanges_counted_by_hand():
+    one = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 1, 4, 1))
+    sent = {(t.what, t.axes): t.sent for t in one.traffic}
+    # A device's 512 tokens to 3 experts each, there and back, in three passes of 2 layers; 3 of 4 rows leave.
+    rows = 512 * 3 * 64 * 2 * 2 * 3 * 2 * 3 / 4
+    assert sent["exchange expert rows", ("expert",)] == rows
+    assert {axes for _, axes in sent} == {("expert",)}
+    one = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 2, 1, 1))
+    sent = {t.what: t.sent for t in one.traffic}
+    D, F, E, H = 64, 40, 12, 16
+    # Matrices alone are split over fsdp.
+    block = D * 8 * H + 2 * D * 4 * H + 8 * H * D + D * E + E * 3 * D * F
+    vocabulary = 2 * 96 * D
+    assert sent["gather parameters"] == 2 * (3 * 2 * block + vocabulary) / 2
+    assert sent["scatter gradients"] == (2 * 2 * block + 4 * vocabulary) / 2
+    alone = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 1, 1, 1))
+    assert alone.traffic == () and alone.communication_seconds == 0
+    assert alone.overlapped_seconds == alone.serial_seconds == alone.compute_seconds
+
+
+def test_time_of_transfers():
+    chip = CHIPS["h200"]
+    inside = mesh_of(1, 1, 8, 1)
+    assert transfer_seconds(chip, inside, "all-gather", ("expert",), 450e9) == pytest.approx(1)
+    # Two nodes: eight devices share the way out around the rings.
+    across = mesh_of(1, 16, 1, 1)
+    assert transfer_seconds(chip, across, "all-gather", ("fsdp",), 450e9) == pytest.approx(450 / 8 / 50)
+    # Of an exchange, what goes to the other node's 8 of 15 others.
+    across = mesh_of(1, 1, 16, 1)
+    exchange = transfer_seconds(chip, across, "ragged-all-to-all", ("expert",), 450e9)
+    assert exchange == pytest.approx(450 * 8 / 15 / 50)
+    # The same axis within the nodes, and one that has one device in each.
+    both = mesh_of(4, 1, 8, 1)
+    assert transfer_seconds(chip, both, "all-to-all", ("expert",), 450e9) == pytest.approx(1)
+    assert transfer_seconds(chip, both, "all-reduce", ("data",), 450e9) == pytest.approx(9)
+
+
+def test_chips():
+    assert all(chip.peak == peak_flops(chip.device_kind) > 1e14 for chip in CHIPS.values())
+    assert parse_topology("v5p:4x4x4") == (CHIPS["v5p"], 64)
+    assert parse_topology("tpu7x:2x2x2") == (CHIPS["tpu7x"], 16)
+    assert parse_topology("v6e:4x8") == (CHIPS["v6e"], 32)
+    for bad, words in (
+        ("v5q:2x2", "did you mean v5p"),
+        ("h200:8", "--chip h200 --devices N"),
+        ("v5p:4x4", "v5p has 3 dimensions"),
+        ("v5e:4x", "2 dimensions, such as v5e:4x4"),
+        ("v5e", "2 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_topology(bad)
+    with pytest.raises(ValueError, match="chip is 'rtx': known are v5e, v5p"):
+        find_chip("rtx")
+
+
+def test_meshes():
+    assert parse_mesh("fsdp=4,expert=2", 8) == mesh_of(1, 4, 2, 1)
+    assert parse_mesh("expert=2, fsdp=-1", 8) == mesh_of(1, 4, 2, 1)
+    meshes = list(all_meshes(8))
+    # Ways to deal three factors of two out to four axes.
+    assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == math.comb(6, 3)
+    assert {math.prod(mesh.values()) for mesh in meshes} == {8}
+    for text, words in (
+        ("fdsp=8", "did you mean fsdp"),
+        ("fsdp", "axis=number"),
+        ("fsdp=0", "mesh.fsdp is 0"),
+        ("fsdp=3", "multiply to the 8 devices"),
+        ("fsdp=3,data=-1", "multiply to the 8 devices"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_mesh(text, 8)
+
+
+def test_ranking():
+    found = compare(SMALL, CHIPS["v5e"], 8, [])
+    assert found == rank(found[::-1])
+    seconds = [one.serial_seconds for one in found]
+    assert seconds == sorted(seconds) and all(one.fits for one in found)
+    # 8 divides neither the heads of keys nor the experts.
+    assert all(one.mesh["tensor"] <= 4 and one.mesh["expert"] <= 4 for one in found)
+    chip = dataclasses.replace(CHIPS["v5e"], memory=5e6)
+    tight = compare(SMALL, chip, 8, [])
+    fits = [one.fits for one in tight]
+    assert fits == sorted(fits, reverse=True) and set(fits) == {True, False}
+    assert all(one.memory.total <= 0.9 * 5e6 for one in tight if one.fits)
+    with pytest.raises(ValueError, match=r"no mesh of 7 devices can split .*must be a multiple of the 7"):
+        compare(SMALL, CHIPS["v5e"], 7, [])
+    with pytest.raises(ValueError, match="mesh.tensor is 8: must divide 4"):
+        compare(SMALL, CHIPS["v5e"], 8, [mesh_of(1, 1, 1, 8)])
+
+
+HLO = """\
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%part.1 (p: bf16[4,8]) -> bf16[8,8] {
+  %p = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.1 = bf16[8,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=7, replica_groups=[4,2]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%part.2 (p: bf16[4,8],
+    q: bf16[8,8]) -> bf16[8,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[4,2]<=[8], dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%all-reduce-scatter (input: f32[16,4]) -> f32[8,4] {
+  %input = f32[16,4]{1,0} parameter(0)
+  %all-reduce.9 = f32[16,4]{1,0} all-reduce(%input), channel_id=8, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  ROOT %slice = f32[8,4]{1,0} slice(%all-reduce.9), slice={[0:8], [0:4]}
+}
+
+%body (carry: (s32[], f32[6])) -> (s32[], f32[6]) {
+  %carry = (s32[], f32[6]{0}) parameter(0)
+  %x = f32[6]{0} get-tuple-element(%carry), index=1
+  %fused = bf16[8,8]{1,0} fusion(%x), kind=kLoop, calls=%part.1
+  %fused.2 = bf16[8,8]{1,0} fusion(%x), kind=kLoop, calls=%part.2
+  %all-reduce.2 = (f32[6]{0:T(128)}, f32[]{:T(128)}) all-reduce(%x, %x), channel_id=1, replica_groups=mesh['a'=2,'b'=2,'c'=2] {'b'}, to_apply=%add
+  %rows = bf16[10,4]{1,0} custom-call(%x), custom_call_target="rows"
+  %exchange = bf16[32,4]{1,0} ragged-all-to-all(%rows, %rows), channel_id=2, replica_groups={{0,2},{1,3},{4,6},{5,7}}
+  ROOT %next = (s32[], f32[6]{0}) tuple(%x, %x)
+}
+
+%condition (carry: (s32[], f32[6])) -> pred[] {
+  %carry = (s32[], f32[6]{0}) parameter(0)
+  ROOT %less = pred[] constant(true)
+}
+
+%wrapped (w: f32[8,2]) -> f32[4,2] {
+  %w = f32[8,2]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[4,2]{1,0} reduce-scatter(%w), channel_id=11, replica_groups=[4,2]<=[2,2,2]T(2,1,0), dimensions={0}, to_apply=%add
+}
+
+%never (n: f32[3]) -> f32[3] {
+  %n = f32[3]{0} parameter(0)
+  ROOT %all-reduce.3 = f32[3]{0} all-reduce(%n), replica_groups={{0,1}}, to_apply=%add
+}
+
+ENTRY %main (x: f32[6], y: f32[8,2]) -> f32[6] {
+  %x = f32[6]{0} parameter(0)
+  %y = f32[8,2]{1,0} parameter(1)
+  %loop = (s32[], f32[6]{0}) while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  %start = ((f32[8,2]{1,0}), f32[4,2]{1,0}) async-start(%y), calls=%wrapped
+  %done = f32[4,2]{1,0} async-done(%start), calls=%wrapped
+  %gather-start = (f32[6]{0}, f32[48]{0}) all-gather-start(%x), channel_id=12, replica_groups={}, dimensions={0}
+  %gather-done = f32[48]{0} all-gather-done(%gather-start)
+  %permute-start = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=13, source_target_pairs={{0,0},{1,3},{3,1}}
+  %permute-done = f32[6]{0} collective-permute-done(%permute-start)
+  ROOT %fused.3 = f32[8,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program():
+    mesh = {"x": 2, "y": 2, "z": 2}
+    found = {one.name: one for one in collectives(HLO)}
+    assert {
+        name: (one.kind, one.bytes, one.times, one.in_loop, one.axes(mesh)) for name, one in found.items()
+    } == {
+        # Twice in the text, once in the program.
+        "all-gather.1": ("all-gather", 128, 12, True, ("z",)),
+        "all-reduce.2": ("all-reduce", 28, 12, True, ("y",)),
+        # What stands to be sent, not the room for what may come.
+        "exchange": ("ragged-all-to-all", 80, 12, True, ("y",)),
+        "reduce-scatter.1": ("reduce-scatter", 64, 1, False, ("x",)),
+        "gather-start": ("all-gather", 192, 1, False, ("x", "y", "z")),
+        "permute-start": ("collective-permute", 24, 1, False, ("y",)),
+        "all-reduce.9": ("reduce-scatter", 256, 1, False, ("x",)),
+    }
+    assert all(one.trips_known for one in found.values())
+    assert found["all-reduce.2"].shapes == ("f32[6]", "f32[]")
+    assert found["all-gather.1"].sent == 64 and found["all-reduce.2"].sent == 28
+    assert found["permute-start"].sent == 24
+    bare = HLO.replace('backend_config={"known_trip_count":{"n":"12"}}', "metadata={}")
+    assert [(one.times, one.trips_known) for one in collectives(bare) if one.in_loop] == [(1, False)] * 3
+    counted = bare.replace(
+        "ROOT %less = pred[] constant(true)",
+        "%i = s32[] get-tuple-element(%carry), index=0\n  %n = s32[]{:T(128)} constant(5)\n"
+        "  ROOT %less = pred[] compare(%i, %n), direction=LT",
+    )
+    assert [(one.times, one.trips_known) for one in collectives(counted) if one.in_loop] == [(5, True)] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x={}", ((0, 1), (2, 3))),
+        ("replica_groups=[2,4]<=[8], x", ((0, 1, 2, 3), (4, 5, 6, 7))),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("replica_groups=[4,2]<=[2,2,2]T(2,1,0), x", ((0, 4), (2, 6), (1, 5), (3, 7))),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x", ((0, 4), (1, 5), (2, 6), (3, 7))),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+        (
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}",
+            ((0, 1), (2, 3), (4, 5), (6, 7)),
+        ),
+        ("replica_groups={}, x", ()),
+        ("source_target_pairs={{0,1},{1,0}}, x", ((0, 1), (1, 0))),
+    ],
+)
+def test_groups(text, groups):
+    assert parse_groups(text) == groups
+
+
+def test_axes_of_groups():
+    mesh = {"x": 2, "y": 1, "z": 3}
+    assert mesh_axes(((0, 1, 2), (3, 4, 5)), mesh) == ("z",)
+    assert mesh_axes(((0, 3), (1, 4), (2, 5)), mesh) == ("x",)
+    assert mesh_axes(((5, 4, 3, 2, 1, 0),), mesh) == ("x", "z")
+    assert mesh_axes(((0, 1), (2, 3), (4, 5)), mesh) == ("?",)
+    assert mesh_axes(((0, 1), (1, 2), (2, 0)), mesh, pairs=True) == ("z",)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [("bf16[2,3]", 12), ("f32[]", 4), ("pred[5]", 5), ("f8e4m3fn[4]", 4), ("s4[6]", 3)]
+)
+def test_bytes_of_shapes(shape, size):
+    assert shape_bytes(shape) == size
+
+
+def test_a_refusal_is_read():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(16.13G) exceeds available HBM (15.75G).\nmore"
+    )
+    values = read_refusal(message)
+    assert values["refusal"].startswith("Ran out of memory on HBM") and "\n" not in values["refusal"]
+    assert (values["needed"], values["available"]) == (16.13 * GIB, 15.75 * GIB)
+    values = read_refusal("RESOURCE_EXHAUSTED: too much")
+    assert values == {"fits": False, "refusal": "too much", "needed": None, "available": None}
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(
+        f"from gptoss_jax.config import TrainConfig\nconfig = TrainConfig.from_dict({SMALL.to_dict()})"
+    )
+    return str(path)
+
+
+def test_command(capsys, tmp_path, preset):
+    file = tmp_path / "plan.json"
+    args = ["plan", preset, "--chip", "h200", "--devices", "16", "--json", str(file)]
+    assert cli.main([*args, "--model.remat", "none", "--data.seq-len=64", "--optim.accumulate", "2"]) == 0
+    captured = capsys.readouterr()
+    # At most 80 columns, and nothing is cut.
+    assert max(map(len, captured.out.splitlines())) <= 80 and "…" not in captured.out
+    plan = json.loads(file.read_text())
+    assert plan["config"]["model"]["remat"] == "none" and plan["config"]["data"]["seq_len"] == 64
+    assert plan["devices"] == 16 and plan["chip"]["name"] == "h200" and plan["compiled"] == []
+    total, active = parameter_counts(SMALL.model)
+    assert (plan["parameters"], plan["active_parameters"]) == (total, active)
+    best = plan["estimates"][0]
+    name = ",".join(f"{axis}={size}" for axis, size in best["mesh"].items() if size > 1)
+    assert f"Best: {name}," in captured.out and "16 of h200, each 141 GB" in captured.out
+    memory = best["memory"]
+    assert memory["gradients"] == 2 * memory["parameters"]
+    assert memory.pop("total") == sum(memory.values())
+
+
+def test_given_meshes(capsys, preset):
+    args = ["plan", preset, "--chip", "v5e", "--devices", "8"]
+    assert cli.main([*args, "--mesh", "fsdp=8", "--mesh", "fsdp=4,expert=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "fsdp=8 " in shown and "fsdp=4, expert=2 " in shown and "more meshes" not in shown
+    # The config's own flags for it mean one mesh.
+    assert cli.main([*args, "--mesh.fsdp", "2", "--mesh.data", "-1"]) == 0
+    assert "Best: data=4,fsdp=2," in capsys.readouterr().out
+
+
+def test_what_the_compiler_says_is_shown(capsys):
+    plan = make_plan(SMALL, chip="v5e", devices=8, meshes=["fsdp=8"])
+    mesh = plan.estimates[0].mesh
+    message = "Ran out of memory on HBM, temporaries (20.00G) exceeds available HBM (15.75G)."
+    entries = [
+        {"kind": "all-gather", "axes": ["fsdp"], "times": 24, "sent": 3.5e9, "trips_known": True},
+        {"kind": "all-reduce", "axes": ["fsdp"], "times": 7, "sent": 2e9, "trips_known": False},
+        {"kind": "all-to-all", "axes": ["fsdp"], "times": 3, "sent": 2e3, "trips_known": True},
+    ]
+    sizes = dict(arguments=4_000_000_000, outputs=3_000_000_000, aliased=2_900_000_000, code=70_000_000)
+    results = (
+        (Compiled(mesh, seconds=65.0, **read_refusal(message)), ["in 65 s", "21.5", "16.9", message]),
+        (
+            Compiled(mesh, True, 65.0, **sizes, temporaries=8_000_000_000, collectives=entries),
+            ["all-gather, sent", "24   3.50", "7+   2.00", "others, under 5 MB each", "12.2", "fsdp=8 fits"],
+        ),
+        (Compiled(mesh, True, 65.0, **sizes), ["this jaxlib cannot read"]),
+    )
+    for compiled, words in results:
+        show(dataclasses.replace(plan, topology="v5e:2x4", compiled=[compiled]), Console(width=80))
+        shown = capsys.readouterr().out
+        assert [word for word in words if word not in " ".join(shown.split("\n"))] == []
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--chip", "v5q", "--devices", "4"], "did you mean v5p? known are v5e"),
+        (["--chip", "v5p"], "such as --topology v5p:4x4x4, or --chip h200 --devices 64"),
+        (["--chip", "v5p", "--devices", "0"], "devices is 0: must be above 0"),
+        (["--topology", "v5p:2x2x2", "--chip", "v5p"], "says chip and devices already"),
+        (["--chip", "h200", "--devices", "8", "--mesh", "fsdp=3"], "must multiply to the 8 devices"),
+        (["--chip", "h200", "--devices", "8", "--json", "/nowhere/x.json"], "its folder does not exist"),
+    ],
+)
+def test_errors_are_one_line(capsys, preset, args, words):
+    assert cli.main(["plan", preset, *args]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("gptoss: error: ") and captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+def test_without_libtpu(capsys, monkeypatch, preset):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    assert cli.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
+    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("v5e:2x4", "fsdp=2,expert=2,tensor=2"), ("v5p:2x2x1", "data=2,fsdp=2")]
+)
+def test_a_step_is_compiled(topology, mesh):
+    config = dataclasses.replace(SMALL, data=DataConfig(seq_len=64, batch_size=16))
+    plan = make_plan(config, topology, meshes=[mesh])
+    (one,), (guess,) = plan.compiled, plan.estimates
+    assert one.fits and one.mesh == guess.mesh and one.refusal == ""
+    # The state and four arrays of numbers, up to the padding of the compiler's tiles.
+    batch = 4 * 4 * 16 * 64 // math.prod(one.mesh[axis] for axis in ("data", "fsdp", "expert"))
+    exact = guess.memory.parameters + guess.memory.optimizer + batch
+    assert exact <= one.arguments < 4 * exact
+    assert one.aliased > 0.9 * one.outputs and one.temporaries > 0 and one.total < plan.chip.memory
+    if one.collectives is not None:
+        sent = {(entry["kind"], tuple(entry["axes"])): entry["sent"] for entry in one.collectives}
+        assert sent["all-gather", ("fsdp",)] > 0
+        assert {axis for _, axes in sent for axis in axes} <= {
+            axis for axis, size in one.mesh.items() if size > 1
+        }
+
+
+@needs_libtpu
+def test_a_topology_that_the_compiler_refuses():
+    with pytest.raises(ValueError, match="topology is 'v5p:3x5x1': .*not divisible"):
+        compile_step(SMALL, "v5p:3x5x1", mesh_of(15, 1, 1, 1))
