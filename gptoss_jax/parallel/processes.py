@@ -352,7 +352,9 @@ class Lifelines:
             self._send(["stopped", index, text])
         if self._ending:
             self.say(self._first)
-            # The thread that waits for those who leave must not be one that hears of it.
+            if self.index:
+                _leave(1)
+            # Process 0 waits for the others to leave, and this thread has to hear of it.
             threading.Thread(target=self.leave, args=(1,), daemon=True).start()
 
 
