@@ -34,8 +34,8 @@ BY_HAND = f"{ADDRESS} (HOST:PORT of process 0), {COUNT} and {INDEX}"
 SILENCE = 24
 # JAX's own watch ends a process without a clear word: it comes after ours.
 HEARTBEAT = 50
-# Seconds for the others to leave first, and to come when all have been started.
-LEAVING, COMING = 10, 60
+# Seconds for the others to leave first, to come when all have been started, and to fail in the same way.
+LEAVING, COMING, ALIKE = 10, 60, 2
 
 
 @contextlib.contextmanager
@@ -212,10 +212,10 @@ def _connect(index: int, count: int) -> dict[int, socket.socket]:
             except TimeoutError:
                 missing = sorted(set(range(1, count)) - lines.keys())
                 raise OSError(f"processes {missing} of {count} have not come to process 0") from None
-            # Whoever is not one of us is sent away.
+            # Whoever is not one of us is sent away. Without a buffer: what follows the line is not for here.
             with contextlib.suppress(OSError, ValueError, TypeError):
                 line.settimeout(COMING)
-                other, said = json.loads(line.makefile("rb").readline(1 << 10))
+                other, said = json.loads(line.makefile("rb", buffering=0).readline(1 << 10))
                 if said == password:
                     lines[other] = _kept_alive(line)
     return lines
@@ -279,8 +279,8 @@ class Lifelines:
         """Tells all that this process failed; the first failure of all: the index of its process, and its
         text."""
         with self._changed:
-            self._failing = True
-            ending = self._ending
+            self._failing, ending = True, self._ending
+            self._changed.notify_all()
         if ending:
             self._wait(lambda: False)
         if self.index:
@@ -291,8 +291,8 @@ class Lifelines:
         return self._first or (self.index, text)
 
     def wait_for_failure(self, seconds: float) -> None:
-        """Returns after so many seconds, unless another process turns out to be gone: that ends this one."""
-        self._wait(lambda: False, seconds)
+        """Returns when another process is known to have failed, at the latest after so many seconds."""
+        self._wait(lambda: self._first, seconds)
 
     def leave(self, code: int) -> None:
         """Ends this process; process 0, which the others lean on, as the last."""
@@ -346,10 +346,15 @@ class Lifelines:
         with self._changed:
             if self._first is not None:
                 return
-            self._first, self._ending = (index, text), not self._failing
+            self._first = (index, text)
             self._changed.notify_all()
         if not self.index:
             self._send(["stopped", index, text])
+        if text is not None:
+            # All may be about to fail alike, and then it is said once.
+            self._wait(lambda: self._failing, ALIKE)
+        with self._changed:
+            self._ending = not self._failing
         if self._ending:
             self.say(self._first)
             if self.index:
