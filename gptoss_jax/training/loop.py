@@ -148,10 +148,11 @@ class Interruption:
 
     def asked(self) -> bool:
         """Whether to stop before the next step: the same answer in all processes, whichever was asked."""
-        wanted = any(processes.exchange(self._signal is not None))
-        if wanted:
+        signals = [number for number in processes.exchange(self._signal) if number is not None]
+        if signals:
+            self._signal = signals[0]
             self._report("Stopping: the run is saved first. Ctrl-C leaves at once.")
-        return wanted
+        return bool(signals)
 
     def leave(self) -> None:
         """Ends the program the way the signal asked for."""
