@@ -28,7 +28,7 @@ from gptoss_jax.parallel import processes
 from gptoss_jax.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 30
+STEPS = 24
 GONE = "process {} of 2 is gone (killed, or its machine is); start all again with the same line"
 
 
@@ -59,9 +59,11 @@ def ended(started, timeout=200):
 
 
 def losses(folder):
-    """(step, whether it is the evaluation at the end) -> loss."""
+    """(step, whether of training, whether of all held-out text) -> loss."""
     rows = read_metrics(folder / "metrics.jsonl")
-    return {(row["step"], "final" in row): row.get("loss", row.get("val_loss")) for row in rows}
+    return {
+        (row["step"], "loss" in row, "final" in row): row.get("loss", row.get("val_loss")) for row in rows
+    }
 
 
 def wait_for_rows(folder, count, started):
@@ -90,7 +92,7 @@ def runs(tmp_path_factory):
     )
     whole = TrainConfig(
         model, data, OptimConfig(learning_rate=3e-3, warmup_steps=4, accumulate=2), MeshConfig(expert=4),
-        CheckpointConfig(every=5), EvalConfig(every=1000, prompt="ka", sample_tokens=4), STEPS,
+        CheckpointConfig(every=5), EvalConfig(every=1000, sample_tokens=0), STEPS,
         str(folder / "whole"),
     )  # fmt: skip
 
@@ -144,9 +146,8 @@ def test_a_killed_process_ends_the_other_with_a_message(runs):
 def test_it_goes_on_under_another_mesh_and_is_stopped_by_a_signal_to_one(runs):
     (code, out, err), (other, silent, silence) = runs["stopped"]
     assert (code, other) == (143, 143) and err == silence == silent == ""
-    stopped_at = max(step for step, _ in runs["second"])
+    stopped_at = max(step for step, *_ in runs["second"])
     assert "Going on from step" in out and f"Stopped at step {stopped_at} of {STEPS}" in out
-    assert (runs["folder"] / "broken" / "checkpoints" / str(stopped_at)).is_dir()
     code, out, err = runs["end"]
     assert code == 0, err
     assert f"Going on from step {stopped_at}" in out
