@@ -249,7 +249,7 @@ class Lifelines:
 
     def __init__(self, name: str, index: int, count: int, lines: dict[int, socket.socket]):
         self._name, self.index, self.count, self._lines = name, index, count, lines
-        self._changed = threading.Condition()
+        self._changed, self._sending = threading.Condition(), threading.Lock()
         self._values = {other: collections.deque() for other in lines}
         self._left: set[int] = set()
         self._first: tuple[int, str | None] | None = None
@@ -312,9 +312,10 @@ class Lifelines:
         )
 
     def _send(self, message: Any) -> None:
-        for line in self._lines.values():
-            with contextlib.suppress(OSError):  # whose end is gone is noticed by the thread that listens
-                line.sendall(_packed(message))
+        with self._sending:  # whole messages, whichever thread they come from
+            for line in self._lines.values():
+                with contextlib.suppress(OSError):  # whose end is gone is noticed by the thread that listens
+                    line.sendall(_packed(message))
 
     def _wait(self, condition, seconds: float = float("inf")) -> None:
         until = time.monotonic() + seconds
