@@ -36,6 +36,8 @@ SILENCE = 24
 HEARTBEAT = 50
 # Seconds for the others to leave first, to come when all have been started, and to fail in the same way.
 LEAVING, COMING, ALIKE = 10, 60, 2
+# Seconds in which all have to be started.
+STARTING = 300
 
 
 @contextlib.contextmanager
@@ -159,10 +161,18 @@ def _join(name: str) -> None:
         named = {"num_processes": int(os.environ[COUNT]), "process_id": int(os.environ[INDEX])}
         named |= {"cluster_detection_method": "deactivate"}
     _keep_stdout()
+    # JAX would end the process itself, with a dump of its stack.
+    late = threading.Timer(STARTING, _too_late, [name])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
-            **named, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=COMING
+            **named,
+            initialization_timeout=STARTING + COMING,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=COMING,
         )
+        late.cancel()
         index, count = jax.process_index(), jax.process_count()
         if index:
             # Closed by nobody: it is standard output until the process ends.
@@ -170,6 +180,17 @@ def _join(name: str) -> None:
         _lifelines = Lifelines(name, index, count, _connect(index, count))
     except RuntimeError as error:
         raise OSError(f"the processes do not come together: {error}") from error
+
+
+def _too_late(name: str) -> None:
+    state = distributed.global_state
+    startup.say(
+        name,
+        "error",
+        f"after {STARTING} seconds the {state.num_processes} processes have not all come to "
+        f"{state.coordinator_address}, where process 0 waits for them",
+    )
+    _leave(1)
 
 
 def _keep_stdout() -> None:
