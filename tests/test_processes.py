@@ -228,8 +228,8 @@ def test_an_error_of_one_ends_the_others(demos):
 
 def test_process_0_killed_ends_the_others(demos):
     (_, (code, _, err)) = demos["kill"]
-    # JAX may find it at the same moment, and says more.
-    assert code == 1 and err.startswith(f"demo: error: {GONE.format(0)}")
+    # JAX's own watch sees the same moment, and may be the first to speak.
+    assert (code == 1 and GONE.format(0) in err) or (code == -signal.SIGABRT and "leader task was" in err)
 
 
 def test_what_has_to_be_the_same_for_all(demos):
