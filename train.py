@@ -24,8 +24,10 @@ def read_arguments(arguments: list[str]):
 def main() -> None:
     config = read_arguments(sys.argv[1:])
     from gptoss_jax import train
+    from gptoss_jax.parallel import processes
 
-    train(config)
+    with processes.joined("train.py"):
+        train(config)
 
 
 if __name__ == "__main__":

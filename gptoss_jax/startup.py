@@ -30,24 +30,25 @@ def run(command: Callable[[], object], name: str) -> int:
     2: a ValueError, input that is not allowed. 1: what went wrong on the way. 130: Ctrl-C.
     """
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: _say(name, "warning", message)
+        warnings.showwarning = lambda message, *_: say(name, "warning", message)
         try:
             command()
         except ValueError as error:
-            _say(name, "error", error)
+            say(name, "error", error)
             return 2
         except BrokenPipeError:
             # The reader has left, `| head` for one. What Python still holds for it must not fail at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (OSError, FloatingPointError, MemoryError) as error:
-            _say(name, "error", error)
+            say(name, "error", error)
             return 1
         except KeyboardInterrupt:
             return 130
     return 0
 
 
-def _say(name: str, what: str, message: BaseException | str) -> None:
+def say(name: str, what: str, message: BaseException | str) -> None:
+    """Prints a message as one line on stderr: `NAME: WHAT: MESSAGE`."""
     line = " ".join(str(message).split()) or type(message).__name__
     print(f"{name}: {what}: {line}", file=sys.stderr, flush=True)

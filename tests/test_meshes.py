@@ -49,8 +49,9 @@ CONFIG = TrainConfig(
         compute_dtype="float32",
     ),
     data=DataConfig(seq_len=T, batch_size=B),
-    # A large epsilon keeps the update in proportion to the gradient, so that a wrong gradient shows.
-    optim=OptimConfig(learning_rate=0.02, warmup_steps=2, epsilon=0.05, clip_norm=0.0),
+    # A large epsilon keeps the update in proportion to the gradient, so that a wrong gradient shows. Small
+    # steps keep differences of rounding from growing until a router's near tie falls the other way.
+    optim=OptimConfig(learning_rate=5e-3, warmup_steps=2, epsilon=0.05, clip_norm=0.0),
     steps=20,
 )
 
@@ -112,7 +113,7 @@ def run(config, mesh_config, steps, router_bias=None):
     with jax.set_mesh(mesh):
         state, step = create_state(config, mesh, params), make_train_step(config)
         for seed in range(steps):
-            state, metrics = step(state, jax.device_put(make_batch(seed, config), batch_sharding(mesh)))
+            state, metrics = step(state, jax.device_put(make_batch(seed % 4, config), batch_sharding(mesh)))
             rows.append(jax.device_get(metrics))
             if seed == 0:  # AdamW's first moment is then a tenth of the gradient
                 gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
@@ -142,7 +143,7 @@ def test_a_mesh_trains_like_one_device(alone, name):
     assert rows[0]["loss"] == pytest.approx(expected_rows[0]["loss"], rel=1e-5)
     error, leaf = furthest(gradients, expected_gradients)
     assert error <= 1e-5, leaf
-    assert expected_rows[-1]["loss"] < expected_rows[0]["loss"]
+    assert all(expected_rows[16 + i]["loss"] < expected_rows[i]["loss"] - 0.02 for i in range(4))
     for row, expected in zip(rows, expected_rows, strict=True):
         assert row.keys() == expected.keys()
         for key in expected:

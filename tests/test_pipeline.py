@@ -25,6 +25,7 @@ from gptoss_jax.data.pipeline import (
     Rows,
     build_cache,
     held_out_batches,
+    local_rows,
     pack,
     put_on_mesh,
     train_batches,
@@ -307,17 +308,16 @@ def test_an_epoch_has_each_row_once_and_epochs_differ(cache, config):
     assert other != batches[:count] and sorted(other) == sorted(batches[:count])
 
 
-def test_batches_are_the_same_for_any_number_of_processes(cache, config):
+def test_a_part_of_a_batch_is_its_rows_and_nothing_else_is_read(cache, config, monkeypatch):
     whole = take(train_batches(cache, config, 3), 12)
     assert whole[0]["tokens"].shape == (8, 48)
-    for count in 2, 4:
-        parts = [take(train_batches(cache, config, 3, index, count), 12) for index in range(count)]
-        for k, batch in enumerate(whole):
-            for name, values in batch.items():
-                joined = np.stack([part[k][name] for part in parts], axis=1).reshape(values.shape)
-                assert np.array_equal(joined, values)
-    with pytest.raises(ValueError, match="data.batch_size is 8: must be a multiple of the 3 processes"):
-        train_batches(cache, config, 3, 0, 3)
+    for part in np.arange(4), np.array([1, 2, 6]):
+        for batch, all_rows in zip(take(train_batches(cache, config, 3, part), 12), whole, strict=True):
+            assert all(np.array_equal(batch[name], all_rows[name][part]) for name in all_rows)
+    read, real = [], Rows.__getitem__
+    monkeypatch.setattr(Rows, "__getitem__", lambda self, index: read.append(index) or real(self, index))
+    next(train_batches(cache, config, 3, np.array([5])))
+    assert 0 < len(read) < 8  # some are read ahead
 
 
 RESUME = """
@@ -342,10 +342,11 @@ def test_position_is_saved_and_restored(cache, config):
     assert same(take(batches, 9), later)
     batches.set_state(start)
     assert same(take(batches, 7), first)
-    # With another number of processes, and in a new one.
-    half = train_batches(cache, config, 5, 1, 2)
+    # For another part, as with another number of processes, and in a new one.
+    half = train_batches(cache, config, 5, np.arange(4, 8))
     half.set_state(state)
-    assert np.array_equal(next(half)["tokens"], later[0]["tokens"][1::2])
+    assert np.array_equal(next(half)["tokens"], later[0]["tokens"][4:])
+    assert half.get_state() == state | {"next_index": 8}
     command = [sys.executable, "-c", RESUME, json.dumps(config.to_dict()), json.dumps(state)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     expected = [hashlib.sha256(batch["tokens"].tobytes()).hexdigest() for batch in later[:3]]
@@ -382,17 +383,54 @@ def test_held_out_batches(cache, config):
     chosen = [i * len(rows) // 4 for i in range(4)]
     assert np.array_equal(few["targets"], [rows[i]["targets"] for i in chosen])
     assert same(held_out_batches(cache, config, limit=99), batches)
-    parts = [held_out_batches(cache, config, None, index, 2) for index in range(2)]
-    assert all(np.array_equal(part[1]["tokens"], batches[1]["tokens"][i::2]) for i, part in enumerate(parts))
+    part = held_out_batches(cache, config, part=np.array([1, 3]))
+    assert np.array_equal(part[1]["tokens"], batches[1]["tokens"][[1, 3]])
+
+
+def mesh_of(axes):
+    return jax.sharding.Mesh(np.array(jax.devices()).reshape(tuple(axes.values())), tuple(axes))
 
 
 def test_put_on_mesh(cache, config):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    config = dataclasses.replace(config, batch_size=2 * len(jax.devices()))
+    sharding = jax.sharding.NamedSharding(mesh_of({"data": 8}), jax.sharding.PartitionSpec("data", None))
+    config = dataclasses.replace(config, batch_size=16)
+    assert local_rows(sharding, 16).tolist() == list(range(16))
     batch = next(train_batches(cache, config, 0))
-    arrays = put_on_mesh(batch, sharding)
+    arrays = put_on_mesh(batch, sharding, 16)
     assert arrays.keys() == batch.keys()
     for name, values in arrays.items():
         assert values.sharding == sharding and values.dtype == np.int32
         assert np.array_equal(values, batch[name])
+
+
+class Process:
+    """What two of the functions ask a sharding, for a process that has some of the mesh's devices."""
+
+    def __init__(self, sharding, devices):
+        self._sharding, self._devices = sharding, devices
+
+    def addressable_devices_indices_map(self, shape):
+        parts = self._sharding.devices_indices_map(shape)
+        return {device: parts[device] for device in self._devices}
+
+
+@pytest.mark.parametrize(
+    "axes, spec, expected",
+    [
+        ({"data": 2, "tensor": 4}, "data", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        # Both processes hold parts of the same model: the same rows.
+        ({"tensor": 8}, None, [list(range(8))] * 2),
+        # The tensor axis spans the processes.
+        ({"tensor": 2, "data": 4}, "data", [list(range(8))] * 2),
+    ],
+)
+def test_each_process_reads_the_rows_of_its_devices(axes, spec, expected):
+    sharding = jax.sharding.NamedSharding(mesh_of(axes), jax.sharding.PartitionSpec(spec, None))
+    halves = jax.devices()[:4], jax.devices()[4:]
+    assert [local_rows(Process(sharding, half), 8).tolist() for half in halves] == expected
+
+
+def test_rows_of_devices_that_lie_apart():
+    sharding = jax.sharding.NamedSharding(mesh_of({"data": 8}), jax.sharding.PartitionSpec("data", None))
+    mine = [jax.devices()[i] for i in (5, 0, 3)]
+    assert local_rows(Process(sharding, mine), 16).tolist() == [0, 1, 6, 7, 10, 11]

@@ -229,49 +229,59 @@ class Rows:
         return row
 
 
+class Batches:
+    """Training batches by their number: batch k holds items k * B … k * B + B - 1 of the shuffled epochs."""
+
+    def __init__(self, epochs: grain.MapDataset, batch_size: int, part: np.ndarray):
+        self._epochs, self._batch_size, self._part = epochs, batch_size, part.tolist()
+
+    def __len__(self) -> int:
+        return len(self._epochs) // self._batch_size
+
+    def __getitem__(self, index: int) -> Batch:
+        rows = [self._epochs[index * self._batch_size + place] for place in self._part]
+        return {name: np.stack([row[name] for row in rows]) for name in ROW}
+
+
 def train_batches(
-    cache: TokenCache, config: DataConfig, seed: int, process_index: int = 0, process_count: int = 1
+    cache: TokenCache, config: DataConfig, seed: int, part: np.ndarray | None = None
 ) -> grain.DatasetIterator:
     """Endless batches of training rows, shuffled anew in each epoch, read ahead by one thread.
 
-    Global batch k holds the same rows for any number of processes, of which each gets its part. The
-    iterator's `get_state()` is a JSON-ready position that `set_state` takes back, in another process or with
-    another count of processes too.
+    Global batch k holds the same rows in the same order whoever reads them. The iterator's `get_state()` is a
+    JSON-ready position that `set_state` takes back, in another process or for another part too.
 
     Args:
-      process_index, process_count: which part of each batch this process gets, of how many. Processes that
-        must hold the same rows, because they share a replica of the model, give the same index.
+      part: which rows of each batch to read, the others are not touched; see `local_rows`. None reads all.
 
     Yields:
-      dicts of int32 [data.batch_size / process_count, T], see `Rows`.
+      dicts of int32 [len(part), T], see `Rows`.
 
-    Raises ValueError if data.batch_size cannot be shared evenly, or for a corpus that does not fill one row.
+    Raises ValueError for a corpus that does not fill one row.
     """
     rows = Rows(cache, held_out=False, seq_len=config.seq_len)
     pairs = int(rows.plan.length.sum())
     require(
         pairs >= config.seq_len, "data.seq_len", config.seq_len, f"the training text has only {pairs} tokens"
     )
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()[process_index::process_count]
-    # No remainder exists, but to allow for one grain counts in floats, which overflow if a batch is one row.
-    batches = dataset.batch(_local_batch_size(config, process_count), drop_remainder=True)
+    epochs = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    batches = grain.MapDataset.source(Batches(epochs, config.batch_size, _whole(config, part)))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
+def _whole(config: DataConfig, part: np.ndarray | None) -> np.ndarray:
+    return np.arange(config.batch_size) if part is None else part
+
+
 def held_out_batches(
-    cache: TokenCache,
-    config: DataConfig,
-    limit: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    cache: TokenCache, config: DataConfig, limit: int | None = None, part: np.ndarray | None = None
 ) -> list[Batch]:
-    """Batches of held-out rows, the same each time, of the shape that `train_batches` gives.
+    """Batches of held-out rows, the same each time, of the shape that `train_batches` gives for that part.
 
     All rows, the last batch filled up with rows of padding; or, if those are more than `limit` batches, as
-    many rows spread evenly over the held-out text. Raises ValueError if data.batch_size cannot be shared
-    evenly.
+    many rows spread evenly over the held-out text.
     """
-    local = _local_batch_size(config, process_count)
+    part = _whole(config, part)
     rows = Rows(cache, held_out=True, seq_len=config.seq_len)
     count = -(-len(rows) // config.batch_size)
     count = count if limit is None else min(count, limit)
@@ -279,8 +289,8 @@ def held_out_batches(
     chosen = np.full(room, -1)
     chosen[: len(rows)] = np.arange(room) * len(rows) // room if room < len(rows) else np.arange(len(rows))
     batches = []
-    for indices in chosen.reshape(count, local, process_count)[:, :, process_index]:
-        batch = {name: np.zeros((local, config.seq_len), np.int32) for name in ROW}
+    for indices in chosen.reshape(count, config.batch_size)[:, part]:
+        batch = {name: np.zeros((len(part), config.seq_len), np.int32) for name in ROW}
         for place, index in enumerate(indices):
             for name, values in (rows[index] if index >= 0 else {}).items():
                 batch[name][place] = values
@@ -288,12 +298,24 @@ def held_out_batches(
     return batches
 
 
-def _local_batch_size(config: DataConfig, process_count: int) -> int:
-    allowed = f"must be a multiple of the {process_count} processes that share a batch"
-    require(config.batch_size % process_count == 0, "data.batch_size", config.batch_size, allowed)
-    return config.batch_size // process_count
+def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that the devices of this process hold, in rising order.
+
+    Processes whose devices share rows, as along the tensor axis, each get all of those.
+    """
+    parts = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows, _ in parts]))
 
 
-def put_on_mesh(batch: Batch, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """Makes global arrays [data.batch_size, T] of the parts [B, T] that the processes hold."""
-    return {name: jax.make_array_from_process_local_data(sharding, values) for name, values in batch.items()}
+def put_on_mesh(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, T] of what each process holds of them: the rows that `local_rows` names."""
+    places = local_rows(sharding, batch_size)
+
+    def whole(values: np.ndarray) -> jax.Array:
+        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            return values[np.searchsorted(places, start) : np.searchsorted(places, stop)]
+
+        return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, of_device)
+
+    return {name: whole(values) for name, values in batch.items()}

@@ -7,7 +7,7 @@ from flax import nnx
 from gptoss_jax.config import SLIDING, ModelConfig
 from gptoss_jax.kernels.flash_attention import reference_attention, self_attention, visible
 from gptoss_jax.model import kv_cache, rope
-from gptoss_jax.parallel.sharding import product
+from gptoss_jax.parallel.sharding import product, products
 
 
 class Attention(nnx.Module):
@@ -50,12 +50,14 @@ class Attention(nnx.Module):
         """
         config, dtype = self.config, x_BTD.dtype
 
-        def project(name):
-            y = product(("attention", name), "BTD,DNH->BTNH", x_BTD, getattr(self, name)[...])
-            return y + getattr(self, f"{name}_bias")[...].astype(dtype) if config.attention_bias else y
-
-        q_BTNH, k_BSKH = (rope.rotate(project(name), cos_sin) for name in ("q", "k"))
-        v_BSKH = project("v")
+        weights = {("attention", name): getattr(self, name)[...] for name in "qkv"}
+        q_BTNH, k_BSKH, v_BSKH = products("BTD,DNH->BTNH", x_BTD, weights)
+        if config.attention_bias:
+            q_BTNH, k_BSKH, v_BSKH = (
+                y + bias[...].astype(dtype)
+                for y, bias in ((q_BTNH, self.q_bias), (k_BSKH, self.k_bias), (v_BSKH, self.v_bias))
+            )
+        q_BTNH, k_BSKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BSKH, cos_sin)
         sinks_N = self.sinks[...] if config.learned_sinks else None
         if cache is None:
             y_BTNH = self_attention(

@@ -14,6 +14,8 @@ from gptoss_jax.parallel.mesh import BATCH, current_axes, divisors
 # does, where it divides the dimension, and is left out where it does not.
 SPARE = "expert where it divides"
 
+Path = tuple[str, str]
+
 # Last two names of a parameter's path -> its dimensions, without the leading one of stacked layers.
 PARAMETERS = {
     ("embedding", "weight"): P(("tensor", SPARE), "fsdp"),
@@ -165,45 +167,56 @@ def sum_over_tensor(x: jax.Array) -> jax.Array:
 sum_over_tensor.defvjp(lambda x: (sum_over_tensor(x), None), lambda _, g: (g * jax.lax.axis_size("tensor"),))
 
 
-def product(
-    path: tuple[str, str],
-    equation: str,
-    x: jax.Array,
-    weight: jax.Array,
-    result_type: jnp.dtype | None = None,
-) -> jax.Array:
-    """`einsum(equation, x, weight)` with the weight, which is stored in shards, in the type of `x`.
+def products(
+    equation: str, x: jax.Array, weights: Mapping[Path, jax.Array], result_type: jnp.dtype | None = None
+) -> list[jax.Array]:
+    """`einsum(equation, x, weight)` with weights that are stored in shards, in the type of `x`.
 
-    Each device gathers the weight for its part of the batch, cast first, and gathers it again for the
-    gradient rather than keep it. What the tensor axis splits stays split, or is added up where it is summed
-    over.
+    Each device gathers the weights for its part of the batch, cast first, and gathers them again for the
+    gradient rather than keep them. What the tensor axis splits stays split, or is added up where it is summed
+    over; so is the gradient in `x`, once for all weights.
 
     Args:
-      path: the weight's line in the table.
       equation: letters as everywhere; the first of `x` and of the result is what the batch's axes split.
+      weights: by their line of the table.
       result_type: default that of `x`.
     """
     axes = current_axes()
     if not axes:
-        return jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=result_type)
-    keys = tuple(map(jax.tree_util.DictKey, path))
-    stored, used = parameter_spec(keys, weight.shape, axes), used_spec(keys, weight.ndim)
-    (x_letters, weight_letters), result_letters = (equation.partition("->")[i].split(",") for i in (0, 2))
-    split = {letter: entry for letter, entry in zip(weight_letters, used, strict=True) if entry}
-    summed = [letter for letter in split if letter not in result_letters[0]]
-    split[x_letters[0]] = BATCH
+        return [
+            jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=result_type)
+            for weight in weights.values()
+        ]
+    keys = {path: tuple(map(jax.tree_util.DictKey, path)) for path in weights}
+    stored = [parameter_spec(keys[path], weight.shape, axes) for path, weight in weights.items()]
+    used = [used_spec(keys[path], weight.ndim) for path, weight in weights.items()]
+    (x_letters, weight_letters), (result_letters,) = (equation.partition("->")[i].split(",") for i in (0, 2))
+    split = {letter: entry for letter, entry in zip(weight_letters, used[0], strict=True) if entry}
+    summed = any(letter not in result_letters for letter in split)
 
-    def one_device(x, weight):
-        weight = gathered(weight.astype(x.dtype), stored, used)
-        y = jnp.einsum(equation, x, weight, preferred_element_type=result_type)
-        return sum_over_tensor(y) if summed else y
+    def one_device(x, *shards):
+        if split and not summed:
+            x = jax.lax.pcast(x, "tensor", to="varying")
+        results = []
+        for shard, *specs in zip(shards, stored, used, strict=True):
+            weight = gathered(shard.astype(x.dtype), *specs)
+            y = jnp.einsum(equation, x, weight, preferred_element_type=result_type)
+            results.append(jax.lax.psum(y, "tensor") if summed else y)
+        return results
 
+    place = split | {x_letters[0]: BATCH}
     return jax.shard_map(
-        jax.checkpoint(one_device, prevent_cse=False) if gathers(stored, used) else one_device,
-        in_specs=(P(*map(split.get, x_letters)), stored),
-        out_specs=P(*map(split.get, result_letters[0])),
-        check_vma=False,
-    )(x, weight)
+        jax.checkpoint(one_device, prevent_cse=False) if any(map(gathers, stored, used)) else one_device,
+        in_specs=(P(*map(place.get, x_letters)), *stored),
+        out_specs=P(*map(place.get, result_letters)),
+    )(x, *weights.values())
+
+
+def product(
+    path: Path, equation: str, x: jax.Array, weight: jax.Array, result_type: jnp.dtype | None = None
+) -> jax.Array:
+    """`products` for one weight."""
+    return products(equation, x, {path: weight}, result_type)[0]
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:

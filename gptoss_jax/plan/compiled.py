@@ -104,7 +104,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from gptoss_jax.parallel.mesh import batch_shards, make_mesh
+    from gptoss_jax.parallel.mesh import make_mesh
     from gptoss_jax.parallel.sharding import batch_sharding
     from gptoss_jax.plan.hlo import collectives
     from gptoss_jax.training.state import abstract_state
@@ -120,7 +120,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
     began = time.monotonic()
     with jax.set_mesh(mesh):
-        lowered = make_train_step(config, batch_shards(mesh)).lower(abstract_state(config, mesh), batch)
+        lowered = make_train_step(config).lower(abstract_state(config, mesh), batch)
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

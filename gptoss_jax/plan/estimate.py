@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gptoss_jax.config import FULL, ModelConfig, TrainConfig
 from gptoss_jax.parallel.mesh import AXES, BATCH
-from gptoss_jax.parallel.sharding import parameter_shardings, path_names
+from gptoss_jax.parallel.sharding import parameter_shardings, path_names, used_spec
 from gptoss_jax.plan.chips import Chip
 from gptoss_jax.plan.hlo import sent_bytes
 from gptoss_jax.training.flops import flops_per_token, mean_visible_keys
@@ -92,11 +92,13 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """One parameter: its path's names, elements of a device, and the axes that split it."""
+    """One parameter: its path's names, elements of a device, the axes that split it, and those of them over
+    which it is gathered before it is used."""
 
     names: tuple[str, ...]
     size: int
     axes: frozenset[str]
+    gathered: tuple[str, ...]
 
 
 def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
@@ -202,9 +204,8 @@ def computed_keys(model: ModelConfig, kind: str, seq_len: int) -> float:
 
 
 def block_temporaries(config: TrainConfig, leaves: list[_Leaf], tokens: int, mesh: dict[str, int]) -> int:
-    """Bytes held while one block runs backward: its weights in the compute type and their gradients, gathered
-    over the fsdp axis; the gradients of its expert rows and softmax weights; and, with remat, all of what was
-    not kept."""
+    """Bytes held while one block runs backward: its weights in the compute type and their gradients, both
+    gathered; the gradients of its expert rows and softmax weights; with remat, all that was not kept."""
     model, width = config.model, compute_bytes(config.model)
     weights = sum(_gathered(leaf, mesh) for leaf in leaves if "blocks" in leaf.names)
     weights = round(weights / model.num_hidden_layers) * 2 * width
@@ -218,11 +219,11 @@ def block_temporaries(config: TrainConfig, leaves: list[_Leaf], tokens: int, mes
 
 
 def vocabulary_temporaries(config: TrainConfig, rows: int, shards: int, mesh: dict[str, int]) -> int:
-    """Bytes held while the loss runs: the head in the compute type and its float32 gradient, both gathered
-    over the fsdp axis, and one chunk's logits, their exponentials and gradient."""
+    """Bytes held while the loss runs: the head in the compute type and its float32 gradient, both
+    gathered, and one chunk's logits, their exponentials and gradient."""
     model, width = config.model, compute_bytes(config.model)
     vocabulary = model.vocab_size // mesh["tensor"]
-    chunk = chunk_length(rows, config.data.seq_len, model.vocab_size, shards)
+    chunk = chunk_length(rows, config.data.seq_len, model.vocab_size, shards * mesh["tensor"])
     logits = rows // shards * chunk * vocabulary * (4 + 4 + width)
     return vocabulary * model.hidden_size * (width + 4) + logits
 
@@ -269,15 +270,17 @@ def _exchanges(model, leaves, tokens, parts, width, mesh):
     """(what, kind, axes, bytes a device sends in a step) of every exchange that the sharding asks for."""
     layers, again = model.num_hidden_layers, model.remat == "block"
     passes = 3 if again else 2
-    fsdp, expert, tensor = mesh["fsdp"], mesh["expert"], mesh["tensor"]
-    split = [leaf for leaf in leaves if "fsdp" in leaf.axes]
-    blocks = sum(_gathered(leaf, mesh) for leaf in split if "blocks" in leaf.names)
-    vocabulary = sum(_gathered(leaf, mesh) for leaf in split if "blocks" not in leaf.names)
-    gathers = parts * width * (passes * blocks + vocabulary)
-    yield "gather parameters", "all-gather", ("fsdp",), sent_bytes("all-gather", gathers, fsdp)
-    # Gradients of the blocks come in the compute type, those of the vocabulary are summed in float32.
-    scatters = parts * (width * blocks + 4 * vocabulary)
-    yield "scatter gradients", "reduce-scatter", ("fsdp",), sent_bytes("reduce-scatter", scatters, fsdp)
+    expert, tensor = mesh["expert"], mesh["tensor"]
+    for axes in sorted({leaf.gathered for leaf in leaves if leaf.gathered}):
+        split, size = [leaf for leaf in leaves if leaf.gathered == axes], math.prod(mesh[a] for a in axes)
+        blocks = sum(_gathered(leaf, mesh) for leaf in split if "blocks" in leaf.names)
+        embedding = sum(_gathered(leaf, mesh) for leaf in split if "embedding" in leaf.names)
+        head = sum(_gathered(leaf, mesh) for leaf in split if "head" in leaf.names)
+        # Every pass gathers anew. The embedding and the gradients of the vocabulary travel in float32.
+        gathers = parts * (width * passes * blocks + 4 * embedding + width * head)
+        yield "gather parameters", "all-gather", axes, sent_bytes("all-gather", gathers, size)
+        scatters = parts * (width * blocks + 4 * (embedding + head))
+        yield "scatter gradients", "reduce-scatter", axes, sent_bytes("reduce-scatter", scatters, size)
     # What an axis of the batch does not split, it holds copies of.
     copied: dict[tuple[str, ...], int] = {}
     for leaf in leaves:
@@ -296,8 +299,8 @@ def _exchanges(model, leaves, tokens, parts, width, mesh):
 
 
 def _gathered(leaf: _Leaf, mesh: dict[str, int]) -> int:
-    """Elements of a parameter on a device once it is gathered over the fsdp axis."""
-    return leaf.size * (mesh["fsdp"] if "fsdp" in leaf.axes else 1)
+    """Elements of a parameter on a device once it is gathered."""
+    return leaf.size * math.prod(mesh[axis] for axis in leaf.gathered)
 
 
 def _abstract_mesh(mesh: dict[str, int]) -> AbstractMesh:
@@ -313,10 +316,15 @@ def _local_bytes(leaf, sharding) -> int:
     return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
+def _axes(spec) -> frozenset[str]:
+    return frozenset(a for part in spec for a in ((part,) if isinstance(part, str) else part or ()))
+
+
 def _leaves(state: TrainState, shardings: TrainState) -> list[_Leaf]:
     def one(path, leaf, sharding):
-        axes = {a for part in sharding.spec for a in ((part,) if isinstance(part, str) else part or ())}
-        return _Leaf(path_names(path), math.prod(sharding.shard_shape(leaf.shape)), frozenset(axes))
+        axes, kept = (_axes(spec) for spec in (sharding.spec, used_spec(path, leaf.ndim)))
+        gathered = tuple(axis for axis in AXES if axis in axes - kept and sharding.mesh.shape[axis] > 1)
+        return _Leaf(path_names(path), math.prod(sharding.shard_shape(leaf.shape)), axes, gathered)
 
     found = jax.tree_util.tree_map_with_path(one, state.params, shardings.params)
     return jax.tree.leaves(found, is_leaf=lambda leaf: isinstance(leaf, _Leaf))

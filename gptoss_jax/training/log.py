@@ -134,8 +134,7 @@ class RunLog:
         config, tokenizer = self.config.eval, self.cache.tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
         room = self.config.model.max_position_embeddings - len(prompt)
-        # Generating over several processes has not been tried, and a sample may not cost a run.
-        if min(config.sample_tokens, room) < 1 or jax.process_count() > 1:
+        if min(config.sample_tokens, room) < 1:
             return
         (tokens,) = generate_with_params(
             self.config.model,

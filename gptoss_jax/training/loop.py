@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from gptoss_jax.config import TrainConfig
-from gptoss_jax.data.pipeline import TokenCache, build_cache, held_out_batches, put_on_mesh, train_batches
+from gptoss_jax.data.pipeline import TokenCache, held_out_batches, local_rows, put_on_mesh, train_batches
+from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding
 from gptoss_jax.training import start
@@ -22,8 +22,6 @@ from gptoss_jax.training.metrics import Console
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 from gptoss_jax.weights.checkpoint import Checkpoints
-
-STEPS_BETWEEN_ASKING = 10
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -36,20 +34,23 @@ def train(config: TrainConfig) -> TrainState:
       FloatingPointError: loss or gradient was not finite in 20 steps in a row.
       OSError: something could not be written; checkpoints written before stay.
     """
+    processes.check_joined()
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)
+    start.check_same_config(config)
     start.check_devices(config, mesh)
     start.check_folder(config)
     start.check_init_from(config, console.message)
-    cache = build_cache(config.data, console.message)
+    cache = start.open_cache(config.data, console.message)
     start.check_text(config, cache)
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(cache, config.data, config.seed, **place)
+    sharding = batch_sharding(mesh)
+    batches = train_batches(cache, config.data, config.seed, local_rows(sharding, config.data.batch_size))
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if is_main:
             stack.enter_context(start.only_run_in(run_dir))
+        start.check_shared(run_dir)
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
         stack.callback(checkpoints.close)
@@ -67,7 +68,7 @@ def train(config: TrainConfig) -> TrainState:
         log.greet(mesh, first_step)
         pending = None
         while True:
-            last, stopping = step == config.steps, stop.asked(step)
+            last, stopping = step == config.steps, stop.asked()
             evaluate = step > first_step and (last or step % config.eval.every == 0)
             due = evaluate or stopping or step % config.checkpoint.every == 0
             save = step > first_step and due
@@ -90,7 +91,7 @@ def train(config: TrainConfig) -> TrainState:
             if last or stopping:
                 break
             with log.clock.waiting_for_data():
-                batch = put_on_mesh(next(batches), batch_sharding(mesh))
+                batch = put_on_mesh(next(batches), sharding, config.data.batch_size)
             state, metrics = train_step(state, batch)
             step += 1
             # A step is logged while the one after it runs on the device.
@@ -99,8 +100,9 @@ def train(config: TrainConfig) -> TrainState:
             pending = (step, metrics)
         checkpoints.wait()
         log.finish(step, first_step)
-        if step < config.steps:
-            stop.leave()
+    processes.finish()
+    if step < config.steps:
+        stop.leave()
     return state
 
 
@@ -108,11 +110,11 @@ def _held_out_loss(
     config: TrainConfig, cache: TokenCache, eval_step: Callable, state: TrainState, limit: int | None
 ) -> tuple[float, float]:
     """Mean -log p of held-out tokens in nats, and bits per byte of their text."""
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     sharding = batch_sharding(jax.tree.leaves(state.params)[0].sharding.mesh)
+    batch_size = config.data.batch_size
     sums = [
-        eval_step(state.params, put_on_mesh(batch, sharding))
-        for batch in held_out_batches(cache, config.data, limit, **place)
+        eval_step(state.params, put_on_mesh(batch, sharding, batch_size))
+        for batch in held_out_batches(cache, config.data, limit, local_rows(sharding, batch_size))
     ]
     nats, tokens = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
     loss = float(nats / tokens)
@@ -143,17 +145,13 @@ class Interruption:
         # Nothing is printed here: the signal may have come in the middle of a print.
         self._signal = number
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop before the next step: the same answer in all processes."""
-        wanted = self._signal is not None
-        if jax.process_count() > 1:
-            # To ask the others waits for the step under way, so it is not done at each.
-            if step % STEPS_BETWEEN_ASKING:
-                return False
-            wanted = bool(multihost_utils.process_allgather(np.asarray(wanted)).any())
-        if wanted:
+    def asked(self) -> bool:
+        """Whether to stop before the next step: the same answer in all processes, whichever was asked."""
+        signals = [number for number in processes.exchange(self._signal) if number is not None]
+        if signals:
+            self._signal = signals[0]
             self._report("Stopping: the run is saved first. Ctrl-C leaves at once.")
-        return wanted
+        return bool(signals)
 
     def leave(self) -> None:
         """Ends the program the way the signal asked for."""

@@ -5,14 +5,18 @@ import contextlib
 import dataclasses
 import fcntl
 import pathlib
+import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-from gptoss_jax.config import ModelConfig, TrainConfig, require
-from gptoss_jax.data.pipeline import TokenCache
+from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
+from gptoss_jax.data.pipeline import TokenCache, build_cache
 from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.mesh import batch_shards, check_model
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
 from gptoss_jax.weights.checkpoint import Checkpoints, is_run, load_config, load_run
@@ -33,6 +37,55 @@ MODEL_SHAPE_FIELDS = {
     "num_key_value_heads", "head_dim", "num_local_experts", "attention_bias", "expert_bias",
     "router_bias", "learned_sinks", "tie_word_embeddings",
 }  # fmt: skip
+
+
+# Seconds until a file that one machine has written is seen by another over a network's file system.
+UNTIL_SEEN = 15
+
+
+def check_same_config(config: TrainConfig) -> None:
+    """Raises ValueError when the processes of a run were started with different settings, naming them."""
+    first, *others = map(_flat, processes.exchange(config.to_dict()))
+    for index, other in enumerate(others, start=1):
+        # Where each machine keeps its tokenised text is its own affair.
+        differing = [n for n in sorted(first) if first[n] != other.get(n) and n != "data.cache_dir"]
+        for name in differing:
+            raise ValueError(
+                f"{name} is {other.get(name)!r} in process {index} and {first[name]!r} in process 0: all "
+                "processes must be started with the same settings"
+            )
+
+
+def check_shared(run_dir: pathlib.Path) -> None:
+    """Raises ValueError when a process does not see what process 0 writes to the run folder."""
+    probe = run_dir / f".seen-by-all-{secrets.token_hex(8)}"
+    is_main = jax.process_index() == 0
+    if is_main and jax.process_count() > 1:
+        probe.touch()
+    probe = run_dir / processes.exchange(probe.name)[0]
+    until = time.monotonic() + UNTIL_SEEN
+    while jax.process_count() > 1 and not probe.exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    seen = processes.exchange([probe.exists(), socket.gethostname()])
+    if is_main:
+        probe.unlink(missing_ok=True)
+    for index, (found, host) in enumerate(seen[1:], start=1):
+        if not found:
+            raise ValueError(
+                f"run_dir is {str(run_dir)!r}: process {index} on {host} does not see what process 0 writes "
+                "there; it must lie on storage that all processes share"
+            )
+
+
+def open_cache(config: DataConfig, report: Callable[[str], None]) -> TokenCache:
+    """The tokenised text, made by process 0; where its folder is not seen, by one process of each machine."""
+    hosts = processes.exchange(socket.gethostname())
+    first_of_each = {hosts.index(host) for host in hosts}
+    for turn in [{0}, first_of_each] if len(hosts) > 1 else []:
+        if jax.process_index() in turn:
+            build_cache(config, report)
+        processes.exchange(None)
+    return build_cache(config, report)
 
 
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:

@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.sharding import dtype_bytes
 
 ITEMS = ("params", "training", "record")
@@ -70,7 +71,8 @@ class Checkpoints:
             record=ocp.args.JsonSave(record),
         )
         metrics = None if val_loss is None else {"val_loss": val_loss}
-        self._check_room(step, dtype_bytes((params, training)) // jax.process_count() + OVERHEAD)
+        if jax.process_index() == 0:  # all write to the same disk
+            self._check_room(step, dtype_bytes((params, training)) + OVERHEAD)
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
 
     def _check_room(self, step: int, needed: int) -> None:
@@ -114,15 +116,19 @@ class Checkpoints:
                 training=ocp.args.StandardRestore(training),
                 record=ocp.args.JsonRestore(),
             )
+            reason = cause = None
             try:
                 restored = self._manager.restore(step, args=items)
             except Exception as error:  # Orbax, tensorstore and JSON each have their own for a broken file
-                reason = str(error).strip().splitlines()[0][:160]
+                reason, cause = str(error).strip().splitlines()[0][:160], error
+            # What one process cannot read is damaged for all.
+            reason = next((said for said in processes.exchange(reason) if said is not None), None)
+            if reason is not None:
                 damaged.append(step)
                 if step == steps[0]:
                     raise ValueError(
                         f"{self.folder}: no checkpoint can be read; that of step {step}: {reason}"
-                    ) from error
+                    ) from cause
                 report(f"checkpoint of step {step} is damaged ({reason}); using the one before")
                 continue
             self._set_aside(damaged)
@@ -141,6 +147,7 @@ class Checkpoints:
                         break
                     target = self.folder / f"damaged-{step}-{count}"
                 (self.folder / str(step)).rename(target)
+        processes.exchange(None)
         self._manager = self._open()
 
     def restore_params(self, step: int, params: Any) -> Any:

@@ -1,0 +1,326 @@
+"""Several processes: real ones, on this machine, over gloo."""
+
+import dataclasses
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gptoss_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from gptoss_jax.parallel import processes
+from gptoss_jax.training.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 24
+GONE = "process {} of 2 is gone (killed, or its machine is); start all again with the same line"
+
+
+def start_one(command, devices=1, **variables):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return subprocess.Popen(
+        command, env=environment | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def start_two(command, devices=1):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    return [start_one(command, devices, **common, JAX_PROCESS_ID=str(index)) for index in range(2)]
+
+
+def ended(started, timeout=200):
+    """(exit code, stdout, stderr) of each process."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *output) for process, output in zip(started, outputs, strict=True)]
+
+
+def losses(folder):
+    """(step, whether of training, whether of all held-out text) -> loss."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    return {
+        (row["step"], "loss" in row, "final" in row): row.get("loss", row.get("val_loss")) for row in rows
+    }
+
+
+def wait_for_rows(folder, count, started):
+    metrics = folder / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+        assert all(process.poll() is None for process in started), ended(started)
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One process of 8 devices from start to end; and a run that begins on two of 4, is killed, goes on
+    on two of 2, is stopped, and ends on one of 4. Each with its outputs."""
+    folder = tmp_path_factory.mktemp("processes")
+    words, chosen = ["ka", "lo", "mi", "teru", "sano"], random.Random(0)
+    stories = [" ".join(chosen.choices(words, k=chosen.randint(20, 90))) + ".\n" for _ in range(40)]
+    (folder / "stories.txt").write_text("<|endoftext|>\n".join(stories))
+    model = ModelConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+        max_position_embeddings=128, rope_theta=10000.0, rope_scaling=None, residual_dropout=0.1,
+        router_aux_loss_coef=0.01,
+    )  # fmt: skip
+    data = DataConfig(
+        f"text:{folder}/*.txt", "bytes", seq_len=32, batch_size=16, cache_dir=str(folder / "cache")
+    )
+    whole = TrainConfig(
+        model, data, OptimConfig(learning_rate=3e-3, warmup_steps=4, accumulate=2), MeshConfig(expert=4),
+        CheckpointConfig(every=5), EvalConfig(every=1000, sample_tokens=0), STEPS,
+        str(folder / "whole"),
+    )  # fmt: skip
+
+    def line(name, **changes):
+        preset = folder / f"{name}.py"
+        values = dataclasses.replace(whole, run_dir=str(folder / name), **changes).to_dict()
+        preset.write_text(
+            f"from gptoss_jax.config import TrainConfig\nconfig = TrainConfig.from_dict({values!r})\n"
+        )
+        return [sys.executable, str(ROOT / "train.py"), str(preset)]
+
+    reference, broken = start_one(line("whole"), devices=8), folder / "broken"
+    found = {"folder": folder}
+    pair = start_two(line("broken"), devices=4)
+    wait_for_rows(broken, 8, pair)
+    pair[1].kill()
+    began = time.monotonic()
+    pair[0].wait(timeout=60)
+    found["seconds"] = time.monotonic() - began
+    found["killed"] = ended(pair)
+    found["first"] = losses(broken)
+    (found["whole"],) = ended([reference])
+    # Another size of the axes too.
+    pair = start_two(line("broken", mesh=MeshConfig(fsdp=2, expert=2)), devices=2)
+    wait_for_rows(broken, len(found["first"]), pair)
+    wait_for_rows(broken, len(losses(broken)) + 3, pair)
+    pair[1].send_signal(signal.SIGTERM)
+    found["stopped"] = ended(pair)
+    found["second"] = losses(broken)
+    (found["end"],) = ended([start_one(line("broken", mesh=MeshConfig(data=2, tensor=2)), devices=4)])
+    found["third"] = losses(broken)
+    return found
+
+
+def test_two_processes_compute_what_one_does(runs):
+    assert runs["whole"][0] == 0, runs["whole"][2]
+    whole = losses(runs["folder"] / "whole")
+    assert len(runs["first"]) >= 8
+    np.testing.assert_allclose(
+        list(runs["first"].values()), [whole[step] for step in runs["first"]], rtol=0, atol=2e-6
+    )
+
+
+def test_a_killed_process_ends_the_other_with_a_message(runs):
+    (code, out, err), (killed, silent, _) = runs["killed"]
+    assert (code, killed) == (1, -signal.SIGKILL) and runs["seconds"] < 60
+    assert err.startswith(f"train.py: error: {GONE.format(1)}") and len(err.splitlines()) == 1
+    assert "on     8 × cpu" in out and "Gloo" not in out and silent == ""
+
+
+def test_it_goes_on_under_another_mesh_and_is_stopped_by_a_signal_to_one(runs):
+    (code, out, err), (other, silent, silence) = runs["stopped"]
+    assert (code, other) == (143, 143) and err == silence == silent == ""
+    stopped_at = max(step for step, *_ in runs["second"])
+    assert "Going on from step" in out and f"Stopped at step {stopped_at} of {STEPS}" in out
+    code, out, err = runs["end"]
+    assert code == 0, err
+    assert f"Going on from step {stopped_at}" in out
+    assert "on     4 × cpu (data 2 × tensor 2)" in out
+
+
+def test_a_run_of_many_meshes_has_the_losses_of_one(runs):
+    whole = losses(runs["folder"] / "whole")
+    assert runs["third"].keys() == whole.keys() and len(whole) == STEPS + 2
+    np.testing.assert_allclose(
+        list(runs["third"].values()), [whole[step] for step in runs["third"]], rtol=0, atol=1e-4
+    )
+
+
+DEMO = """
+import sys, time
+from gptoss_jax import startup
+from gptoss_jax.config import TrainConfig
+from gptoss_jax.parallel import processes
+
+def said(check, *arguments):
+    try:
+        check(*arguments)
+    except ValueError as error:
+        return str(error)
+
+def main():
+    with processes.joined("demo"):
+        import dataclasses, pathlib
+        import jax
+        from gptoss_jax.training import start
+
+        index, mode, folder = jax.process_index(), sys.argv[1], pathlib.Path(sys.argv[2])
+        assert processes.exchange((index, "x")) == [[0, "x"], [1, "x"]]
+        print(f"{index} of {jax.process_count()}", flush=True)
+        if mode == "checks":
+            start.UNTIL_SEEN = 0.5
+            (folder / str(index)).mkdir(parents=True, exist_ok=True)
+            print(said(start.check_shared, folder), flush=True)
+            print(said(start.check_shared, folder / str(index)), flush=True)
+            print(said(start.check_same_config, TrainConfig(seed=index)), flush=True)
+        if mode == "all":
+            raise ValueError("wrong everywhere")
+        if mode == "one" and index == 1:
+            raise OSError("wrong in one")
+        while mode in ("one", "kill"):
+            processes.exchange(None)
+            time.sleep(0.01)
+
+sys.exit(startup.run(main, "demo"))
+"""
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """mode -> the processes' (exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("demo")
+    started = {
+        mode: start_two([sys.executable, "-u", "-c", DEMO, mode, str(folder)])
+        for mode in ("checks", "all", "one", "kill")
+    }
+    victim = started["kill"][0]
+    assert victim.stdout.readline() == "0 of 2\n"
+    victim.kill()
+    return {mode: ended(pair) for mode, pair in started.items()}
+
+
+def test_an_error_of_all_is_said_once(demos):
+    assert [code for code, _, _ in demos["all"]] == [2, 2]
+    assert "".join(err for _, _, err in demos["all"]) == "demo: error: wrong everywhere\n"
+
+
+def test_an_error_of_one_ends_the_others(demos):
+    (code, _, err), (own_code, _, own_err) = demos["one"]
+    assert (code, own_code) == (1, 1) and own_err == "demo: error: wrong in one\n"
+    assert err.startswith("demo: error: process 1 of 2 has stopped with an error; start all again")
+
+
+def test_process_0_killed_ends_the_others(demos):
+    (_, (code, _, err)) = demos["kill"]
+    # JAX's own watch sees the same moment, and may be the first to speak.
+    assert (code == 1 and GONE.format(0) in err) or (code == -signal.SIGABRT and "leader task was" in err)
+
+
+def test_what_has_to_be_the_same_for_all(demos):
+    (code, out, err), (other, silent, _) = demos["checks"]
+    assert (code, other) == (0, 0) and silent == "", err
+    first, shared, not_shared, seed = out.splitlines()
+    assert (first, shared) == ("0 of 2", "None")
+    assert "does not see what process 0 writes there; it must lie on storage that all" in not_shared
+    assert seed == (
+        "seed is 1 in process 1 and 0 in process 0: all processes must be started with the same settings"
+    )
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI")
+def test_mpirun(tmp_path):
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-u", "-c", DEMO]
+    ((code, out, err),) = ended([start_one([*mpirun, "all", str(tmp_path)])])
+    assert code == 2 and out.count("0 of 2\n") == 1 and "1 of 2\n" not in out
+    assert err.count("demo: error: wrong everywhere") == 1
+
+
+BY_HAND = {"JAX_COORDINATOR_ADDRESS": "here:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-002]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets variables; a None removes one."""
+    for name in os.environ:
+        if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "JAX_PROCESS", "SLURM_", "OMPI_", "KUBERNETES_")):
+            monkeypatch.delenv(name)
+
+    def change(variables):
+        for name, value in variables.items():
+            if value is not None:
+                monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"JAX_NUM_PROCESSES": "1"},
+        BY_HAND | {"JAX_NUM_PROCESSES": "1"},
+        SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        # In the batch script itself, without srun.
+        SLURM | {"SLURM_STEP_NODELIST": None},
+        OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
+        # A pod that is no part of a job.
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+    ],
+)
+def test_a_process_alone_joins_nobody(environment, variables):
+    environment(variables)
+    with processes.joined("demo"):
+        assert not jax.distributed.is_initialized()
+        assert processes.exchange(3) == [3]
+
+
+@pytest.mark.parametrize("variables", [BY_HAND, SLURM, OPEN_MPI])
+def test_several_processes_are_recognised(environment, variables):
+    environment(variables)
+    assert processes._several()
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        (BY_HAND | {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two': must be a whole number"),
+        (BY_HAND | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES is 0: must be above 0"),
+        (BY_HAND | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2: must be below JAX_NUM_PROCESSES, 2"),
+        (BY_HAND | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1': must be a whole number"),
+        (BY_HAND | {"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is None: must be set where one of"),
+        (BY_HAND | {"JAX_NUM_PROCESSES": None}, "JAX_NUM_PROCESSES is None: must be set where one of"),
+        (BY_HAND | {"JAX_COORDINATOR_ADDRESS": None}, "JAX_COORDINATOR_ADDRESS is None: must be HOST:PORT"),
+        (BY_HAND | {"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS is 'here': must be HOST"),
+        ({"JAX_COORDINATOR_ADDRESS": "here:1"}, "JAX_COORDINATOR_ADDRESS is 'here:1': needs JAX_NUM"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is '2': JAX does not know this Open MPI"),
+    ],
+)
+def test_an_environment_that_does_not_fit(environment, variables, message):
+    environment(variables)
+    with pytest.raises(ValueError, match=message) as error, processes.joined("demo"):
+        pass
+    assert "\n" not in str(error.value)
