@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from gptoss_jax.config import MeshConfig, ModelConfig, require
@@ -33,7 +34,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         allowed = f"the axes must multiply to the {count} devices there are; {_would_do(sizes, count)}"
         raise ValueError(f"mesh is {asked}: {allowed}")
     shape = tuple(count // product if size == -1 else size for size in sizes.values())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # An axis may take a part of a slice's physical axis: 8 experts of a 4x4x4 slice are two of its rows.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _would_do(sizes: dict[str, int], count: int) -> str:

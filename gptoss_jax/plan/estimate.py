@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from gptoss_jax.config import FULL, ModelConfig, TrainConfig
+from gptoss_jax.kernels.flash_attention import query_block
 from gptoss_jax.parallel.mesh import AXES, BATCH
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names, used_spec
 from gptoss_jax.plan.chips import Chip
@@ -194,7 +195,7 @@ def expert_row_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
 def computed_keys(model: ModelConfig, kind: str, seq_len: int) -> float:
     """Keys for which a query's score is computed, masked ones included, on average: attention works in blocks
     of queries (`kernels/flash_attention.py`)."""
-    block = max(64, -(-seq_len // 16))
+    block = query_block(seq_len, "tpu")
     computed = 0
     for start in range(0, seq_len, block):
         stop = min(start + block, seq_len)
@@ -212,7 +213,7 @@ def block_temporaries(config: TrainConfig, leaves: list[_Leaf], tokens: int, mes
     seq_len, tensor = config.data.seq_len, mesh["tensor"]
     rows = expert_row_bytes(model, tokens, tensor)
     # The backward pass of one block of queries at a time.
-    keys = min(seq_len, max(64, -(-seq_len // 16)))
+    keys = min(seq_len, query_block(seq_len, "tpu"))
     scores = tokens // seq_len * keys * model.num_attention_heads // tensor * seq_len * 4
     again = block_bytes(model, seq_len, tokens, mesh) if model.remat != "none" else 0
     return weights + rows + scores + again
