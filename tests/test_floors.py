@@ -19,6 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def floor_of(module: str) -> int:
     """The floor of `gptoss_jax.<folder>…`, counted from the ground."""
     first = module.split(".")[1] if "." in module else ""
+    if first == "startup":  # what must happen before jax is loaded: it imports nothing of ours
+        return -1
     return FLOORS.index(first) if first in FLOORS else len(FLOORS)
 
 

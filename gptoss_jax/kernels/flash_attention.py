@@ -84,8 +84,8 @@ def reference_attention(
 
 
 def query_block(length: int, platform: str) -> int:
-    """Queries that are worked through at once: small blocks skip more, and the program grows with their number,
-    which the compilers for accelerators take badly."""
+    """Queries that are worked through at once: small blocks skip more, but the program grows with their
+    number, which the compilers for accelerators take badly."""
     return max(64, -(-length // (16 if platform == "cpu" else 8)))
 
 
