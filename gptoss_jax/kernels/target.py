@@ -8,6 +8,16 @@ def platform() -> str:
 
     A mesh may be of devices that are not here, as when a step is compiled for a TPU on a machine without one.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
+    device = _device_of_mesh()
     return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """What JAX calls the device, "TPU v5 lite" for one."""
+    device = _device_of_mesh()
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _device_of_mesh():
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh.abstract_device

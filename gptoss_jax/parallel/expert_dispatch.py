@@ -1,18 +1,14 @@
 """Tokens to their experts and back: on one device, or over the expert axis of a mesh, dropless.
 
 Each (token, expert) pair is a row. A device sorts its rows by expert. Where the experts are spread over
-devices, each row travels to its expert's device and the result travels back (`ragged_all_to_all`): experts
-never move. What a device gets depends on the router, up to all rows of all devices, so it has room for a
-bounded number at a time and takes what is more in further rounds, which hardly ever come.
+devices, each row travels to its expert's device and the result travels back (`exchange`): experts never move.
 
-Letters: M tokens and R = M * X rows of one device, C rows that a device has room for, E experts of all
-devices, n devices of the expert axis.
+Letters: M tokens and R = M * X rows of one device, E experts of all devices, n devices of the expert axis.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +16,11 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels import target
 from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
-from gptoss_jax.parallel import mesh
+from gptoss_jax.parallel import exchange, mesh
 from gptoss_jax.parallel.sharding import gathered, gathers, parameter_spec, sum_over_tensor, used_spec
 
 # Up to so many rows, reading whole layers of experts costs more than all arithmetic.
 FEW_ROWS = 16
-# Room of a device for the rows it gets in one round, in percent of the rows it sends: what an even router
-# needs and a quarter more. Rows up to the second number fit always, so that decoding has one round.
-ROOM_PERCENT = 125
-SMALLEST_ROOM = 256
-
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -132,13 +123,12 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, activation, capacity, 
         ), dropped
     # Rows of no expert go last, past every group, where the product is zero.
     experts_R = jnp.where(known_MX, experts_MX, E).reshape(-1)
-    room = all_rows = devices * M * X
+    most = None
     if capacity is not None:
         most = math.ceil(capacity * devices * M * X / E)
         kept_R = _rank_in_expert(experts_R, E, devices) < most
         dropped = jnp.sum(~kept_R & (experts_R < E)).astype(jnp.float32)
         experts_R = jnp.where(kept_R, experts_R, E)
-        room = all_rows = min(room, most * E // devices)
     order_R = jnp.argsort(experts_R, stable=True)
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(M * X, dtype=order_R.dtype))
     counts_E = jnp.bincount(experts_R, length=E + 1)[:E].astype(jnp.int32)
@@ -147,11 +137,9 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, activation, capacity, 
     if devices == 1:
         y_RD = _through_experts(x_RD, parameters, counts_E, activation)
     else:
-        if capacity is None:
-            room = min(room, max(M * X * ROOM_PERCENT // 100, SMALLEST_ROOM))
-        rounds = -(-all_rows // room)
+        transport = exchange.transport(M * X, devices, E // devices, most)
         counts_nE = jax.lax.all_gather(counts_E, "expert")
-        y_RD = _through_other_devices(x_RD, parameters, counts_nE, activation, room, rounds)
+        y_RD = _through_other_devices(x_RD, parameters, counts_nE, activation, transport)
     y_MXD = permute(y_RD, inverse_R, order_R).reshape(M, X, D)
     return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype), dropped
 
@@ -179,129 +167,51 @@ def _through_experts(x_RD, parameters, group_sizes_E, activation):
     return y_RD
 
 
-class Slices(NamedTuple):
-    """One direction of an exchange, as `jax.lax.ragged_all_to_all` takes it: E slices of rows, those for or
-    from device 0 first, one for each expert of the device that has the experts."""
-
-    read_E: jax.Array  # where each slice begins here
-    sizes_E: jax.Array  # its rows
-    write_E: jax.Array  # where it begins on the device that gets it
-    received_E: jax.Array  # rows of the slices that come in
+def _round(x_RD, parameters, counts_nE, turn, activation, transport):
+    there, back, group_sizes = transport.ways(counts_nE, x_RD.shape[0], turn)
+    return back(_through_experts(there(x_RD), parameters, group_sizes, activation))
 
 
-def _slices(counts_nE: jax.Array, room: int, turn: jax.Array | int) -> tuple[Slices, Slices, jax.Array]:
-    """The way there and the way back of one round, and how many rows each expert here gets in it.
-
-    All rows that a device gets, in all rounds, lie one expert after another, and within an expert one sender
-    after another. Round `turn` brings rows `turn * room` … of that order.
-    """
-    n, E = counts_nE.shape
-    here = jax.lax.axis_index("expert")
-    at_sender_nE = jnp.cumsum(counts_nE, axis=1) - counts_nE
-    by_owner = counts_nE.reshape(n, n, E // n).transpose(1, 2, 0).reshape(n, E)  # [owner, (expert, sender)]
-    begins = (jnp.cumsum(by_owner, axis=1) - by_owner).reshape(n, E // n, n).transpose(2, 0, 1).reshape(n, E)
-    low, high = turn * room, (turn + 1) * room
-    first_nE, end_nE = (jnp.clip(place, low, high) for place in (begins, begins + counts_nE))
-    sizes_nE = end_nE - first_nE
-    at_sender_nE = at_sender_nE + first_nE - begins
-    at_owner_nE = first_nE - low
-
-    def sent(x_nE):  # this device's slices
-        return x_nE[here]
-
-    def owned(x_nE):  # all devices' slices for the experts here
-        return jax.lax.dynamic_slice_in_dim(x_nE, here * (E // n), E // n, axis=1).reshape(-1)
-
-    there = Slices(sent(at_sender_nE), sent(sizes_nE), sent(at_owner_nE), owned(sizes_nE))
-    back = Slices(owned(at_owner_nE), owned(sizes_nE), owned(at_sender_nE), sent(sizes_nE))
-    return there, back, jnp.sum(owned(sizes_nE).reshape(n, E // n), axis=0)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def exchange(x_RD: jax.Array, there: Slices, back: Slices, rows: int) -> jax.Array:
-    """Sends slices of rows to the devices of the expert axis; [rows, D], zero where nothing arrives.
-
-    `back` is the way the same rows would return: that of the gradient.
-    """
-    move = reference_exchange if target.platform() == "cpu" else ragged_exchange
-    return move(x_RD, there, rows)
-
-
-exchange.defvjp(
-    # Of the rows only their number is kept, in an array without columns.
-    lambda x_RD, there, back, rows: (exchange(x_RD, there, back, rows), (there, back, x_RD[:, :0])),
-    lambda rows, kept, g_CD: (exchange(g_CD, kept[1], kept[0], kept[2].shape[0]), None, None),
-)
-
-
-def ragged_exchange(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
-    """`exchange` by the collective that TPU and GPU have."""
-    empty = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
-    return jax.lax.ragged_all_to_all(x_RD, empty, *slices, axis_name="expert")
-
-
-def reference_exchange(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
-    """The same by collectives that every backend has: each device takes its own of all devices' rows."""
-    x_RD = jax.lax.all_gather(x_RD, "expert", tiled=True)
-    sources = jax.lax.axis_index("expert") * (x_RD.shape[0] // jax.lax.axis_size("expert")) + slices.read_E
-    read_E, write_E = (
-        jax.lax.all_to_all(place, "expert", 0, 0, tiled=True) for place in (sources, slices.write_E)
-    )
-    into_CE = jnp.arange(rows)[:, None] - write_E
-    hit_CE = (into_CE >= 0) & (into_CE < slices.received_E)
-    source_C = jnp.sum(jnp.where(hit_CE, read_E + into_CE, 0), axis=1)
-    return jnp.where(jnp.any(hit_CE, axis=1)[:, None], x_RD[source_C], 0)
-
-
-def _round(x_RD, parameters, counts_nE, turn, activation, room):
-    there, back, group_sizes = _slices(counts_nE, room, turn)
-    x_CD = exchange(x_RD, there, back, room)
-    y_CD = _through_experts(x_CD, parameters, group_sizes, activation)
-    return exchange(y_CD, back, there, x_RD.shape[0])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _through_other_devices(x_RD, parameters, counts_nE, activation, room, rounds):
-    """Rows sorted by expert through their experts, wherever those are, in up to so many rounds.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _through_other_devices(x_RD, parameters, counts_nE, activation, transport):
+    """Rows sorted by expert through their experts, wherever those are, in as many rounds as it takes.
 
     The gradient keeps what the first round computed, and computes the further ones anew.
     """
-    return _rounds_forward(x_RD, parameters, counts_nE, activation, room, rounds)[0]
+    return _rounds_forward(x_RD, parameters, counts_nE, activation, transport)[0]
 
 
-def _rounds_forward(x_RD, parameters, counts_nE, activation, room, rounds):
+def _rounds_forward(x_RD, parameters, counts_nE, activation, transport):
     def one_round(x_RD, parameters, turn=0):
-        return _round(x_RD, parameters, counts_nE, turn, activation, room)
+        return _round(x_RD, parameters, counts_nE, turn, activation, transport)
 
     y_RD, pull = jax.vjp(one_round, x_RD, parameters)
     y_RD = _further_rounds(
-        counts_nE, room, rounds, lambda turn, y_RD: y_RD + one_round(x_RD, parameters, turn), y_RD
+        counts_nE, transport, lambda turn, y_RD: y_RD + one_round(x_RD, parameters, turn), y_RD
     )
     return y_RD, (x_RD, parameters, counts_nE, pull)
 
 
-def _rounds_backward(activation, room, rounds, kept, g_RD):
+def _rounds_backward(activation, transport, kept, g_RD):
     x_RD, parameters, counts_nE, pull = kept
 
     def further(turn, gradients):
         one_round = functools.partial(
-            _round, counts_nE=counts_nE, turn=turn, activation=activation, room=room
+            _round, counts_nE=counts_nE, turn=turn, activation=activation, transport=transport
         )
         return jax.tree.map(jnp.add, gradients, jax.vjp(one_round, x_RD, parameters)[1](g_RD))
 
-    return *_further_rounds(counts_nE, room, rounds, further, pull(g_RD)), None
+    return *_further_rounds(counts_nE, transport, further, pull(g_RD)), None
 
 
 _through_other_devices.defvjp(_rounds_forward, _rounds_backward)
 
 
-def _further_rounds(counts_nE, room, rounds, body, carry):
-    """Folds rounds 1, 2, … into what the first one gave: as many as the fullest device of the axis needs."""
-    if rounds == 1:
+def _further_rounds(counts_nE, transport, body, carry):
+    """Folds rounds 1, 2, … into what the first one gave."""
+    if transport.most_rounds == 1:
         return carry
-    n, E = counts_nE.shape
-    fullest = jnp.max(jnp.sum(counts_nE.reshape(n, n, E // n), axis=(0, 2)))
-    return jax.lax.fori_loop(1, -(-fullest // room), body, carry)
+    return jax.lax.fori_loop(1, transport.rounds(counts_nE), body, carry)
 
 
 def _few_rows(x_MD, experts_MX, weights_MX, parameters, activation):
