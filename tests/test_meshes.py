@@ -1,8 +1,10 @@
 """Every mesh of eight devices trains like one device, however uneven the routing, and holds its share."""
 
+import collections as containers
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 
 import jax
@@ -20,10 +22,12 @@ from gptoss_jax.config import (
     RopeScaling,
     TrainConfig,
 )
+from gptoss_jax.config.preset import read_preset
 from gptoss_jax.model.transformer import abstract_params, segment_positions
 from gptoss_jax.parallel import exchange, expert_dispatch
 from gptoss_jax.parallel.mesh import AXES, check_model, make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding, path_names
+from gptoss_jax.plan.hlo import collectives, shape_bytes
 from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_train_step
 
@@ -250,12 +254,8 @@ def test_a_capacity_drops_the_last_rows_and_counts_them():
     assert plain[0]["dropped"] == 0 and plain[0]["loss"] != rows[0]["loss"]
 
 
-@functools.cache
-def big_enough():
-    """A model of which norms and biases are a small part: that of the quickstart."""
-    import runpy
-
-    return runpy.run_path("configs/quickstart.py")["config"]
+# A model of which norms and biases are a small part.
+QUICKSTART = read_preset(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 
 
 @pytest.mark.parametrize(
@@ -266,13 +266,15 @@ def big_enough():
         (MeshConfig(data=1, expert=8), 8),
         (MeshConfig(data=2, fsdp=2, expert=2), 4),
         (MeshConfig(data=1, fsdp=2, expert=4), 8),
+        (MeshConfig(data=1, fsdp=2, expert=2, tensor=2), 8),
     ],
     ids=str,
 )
 def test_each_device_holds_its_share_of_bytes(mesh, parts):
-    config = dataclasses.replace(
-        big_enough(), optim=OptimConfig(), model=dataclasses.replace(big_enough().model, num_hidden_layers=2)
+    model = dataclasses.replace(
+        QUICKSTART.model, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )
+    config = dataclasses.replace(QUICKSTART, optim=OptimConfig(), model=model)
     mesh = make_mesh(mesh)
     state = create_state(config, mesh)
     held = (state.params, state.opt_state)
@@ -298,18 +300,20 @@ def test_experts_never_travel(mesh):
     }
     with jax.set_mesh(mesh):
         text = make_train_step(CONFIG).lower(abstract_state(CONFIG, mesh), batch).compile().as_text()
-    shapes = re.findall(r"\[([\d,]+)\]", " ".join(re.findall(r"= ([^=]*?) all-gather(?:-start)?\(", text)))
-    sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    # Numbers that each all-gather gives, by the axes it runs along.
+    sizes = containers.defaultdict(list)
+    for one in collectives(text):
+        if one.kind == "all-gather":
+            sizes[one.axes(mesh.shape)] += [shape_bytes(shape) // 4 for shape in one.shapes]
     # By their sizes, which no other array here has.
     D, F, here = 40, 28 // mesh.shape["tensor"], E // mesh.shape["expert"]
     if mesh.shape["fsdp"] > 1:
         # The matrices of the experts here are seen, gathered over fsdp in both passes: none are kept.
-        assert sizes.count(here * D * 2 * F) >= 2 and sizes.count(here * D * F) >= 2
-    else:
-        assert not {here * D * 2 * F, here * D * F} & set(sizes)
-    of_others = {experts * D * F * k for k in (1, 2) for experts in range(2 * here, E + 1, here)}
-    of_others -= {here * D * 2 * F}
-    assert sizes and not of_others.intersection(sizes)
+        gathered = sizes["fsdp",]
+        assert gathered.count(here * D * 2 * F) >= 2 and gathered.count(here * D * F) >= 2
+    along_expert = [size for axes, found in sizes.items() if "expert" in axes for size in found]
+    assert along_expert, "rows and attention's weights are gathered"
+    assert not {experts * D * F for experts in range(here, 2 * E + 1)}.intersection(along_expert)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,9 @@ class Compiled:
     code: int = 0
     # The most that is alive at once, as the compiler counts it; below the sum of these, which has gaps.
     peak: int = 0
-    # One for each kind and axes: kind, axes, executions in a step, bytes a device sends, trips_known. None
-    # where this jaxlib cannot read what this libtpu wrote.
+    # One for each kind and axes: kind, axes, executions in a step, bytes a device sends, trips_known; those
+    # in loops that run as often as the data asks, each counted once, stand apart (trips_known is False).
+    # None where this jaxlib cannot read what this libtpu wrote.
     collectives: list[dict] | None = None
 
     @property
@@ -146,11 +147,10 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     sums: dict[tuple, dict] = {}
     for one in collectives(text):
         axes = one.axes(mesh.shape)
-        entry = {"kind": one.kind, "axes": axes, "times": 0, "sent": 0.0, "trips_known": True}
-        entry = sums.setdefault((one.kind, axes), entry)
+        entry = {"kind": one.kind, "axes": axes, "times": 0, "sent": 0.0, "trips_known": one.trips_known}
+        entry = sums.setdefault((one.kind, axes, one.trips_known), entry)
         entry["times"] += one.times
         entry["sent"] += one.times * one.sent
-        entry["trips_known"] &= one.trips_known
     return values | {"collectives": sorted(sums.values(), key=lambda entry: -entry["sent"])}
 
 

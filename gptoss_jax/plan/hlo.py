@@ -34,7 +34,8 @@ class Collective:
     # Results on one device, as "bf16[8,128]".
     shapes: tuple[str, ...]
     # Bytes of one execution: what a device holds after a gather, an all-reduce, an exchange or a permute;
-    # what it holds before a reduce-scatter; before a ragged exchange, an upper bound, what it may send.
+    # what it holds before a reduce-scatter; of a ragged exchange, an upper bound: the smaller of what stands
+    # to be sent and what there is room for.
     bytes: int
     groups: Groups
     # Executions in one run of the program, the known trip counts of the loops around it multiplied.
@@ -95,7 +96,7 @@ def collectives(hlo_text: str) -> list[Collective]:
             elif kind == "reduce-scatter":
                 size *= max(map(len, groups), default=1)
             elif kind == "ragged-all-to-all":
-                size = _first_operand_bytes(lines, rest) or size
+                size = min(_first_operand_bytes(lines, rest) or size, size)
             found[key] = Collective(instruction, kind, shapes, size, groups, times, in_loop, known)
     return list(found.values())
 
@@ -179,7 +180,7 @@ def _results(shape: str, kind: str, started: bool) -> tuple[str, ...]:
 
 
 def _first_operand_bytes(lines: list, rest: str) -> int:
-    operand = re.match(r"\s*(?:\S+ )?%?([\w.\-]+)", rest)
+    operand = re.match(r"\s*(?:\w+\[[^%]*? )?%?([\w.\-]+)", rest)
     return next((shape_bytes(shape) for name, shape, *_ in lines if operand and name == operand[1]), 0)
 
 

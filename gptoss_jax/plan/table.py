@@ -139,6 +139,8 @@ def _compiled(one: Compiled, plan: "Plan") -> Table:
     if one.collectives is None:
         table.caption = "Collectives: this jaxlib cannot read what this libtpu wrote."
         return table
+    if any(not entry["trips_known"] for entry in one.collectives):
+        table.caption = "+: in loops that run as often as the data asks; each counts once."
     small = [entry for entry in one.collectives if entry["sent"] < 5e6]
     for entry in one.collectives:
         if entry not in small:
