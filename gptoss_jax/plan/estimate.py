@@ -277,7 +277,8 @@ def _exchanges(model, leaves, tokens, parts, width, mesh):
         blocks = sum(_gathered(leaf, mesh) for leaf in split if "blocks" in leaf.names)
         embedding = sum(_gathered(leaf, mesh) for leaf in split if "embedding" in leaf.names)
         head = sum(_gathered(leaf, mesh) for leaf in split if "head" in leaf.names)
-        # Forward and backward gather anew, recomputation or not. The embedding and the gradients of the vocabulary travel in float32.
+        # Forward and backward gather anew, recomputation or not. The embedding and the gradients of the
+        # vocabulary travel in float32.
         gathers = parts * (width * 2 * blocks + 4 * embedding + width * head)
         yield "gather parameters", "all-gather", axes, sent_bytes("all-gather", gathers, size)
         scatters = parts * (width * blocks + 4 * (embedding + head))
