@@ -228,6 +228,15 @@ def test_settings_that_do_not_fit(make_config, tmp_path, changes, message):
         train(TrainConfig.from_dict(values))
 
 
+def test_what_a_capacity_drops_is_in_the_metrics(finished, make_config, tmp_path):
+    model = dataclasses.replace(finished[0].model, expert_capacity=0.5)
+    train(make_config(tmp_path / "run", model=model, steps=2, eval=EvalConfig(sample_tokens=0)))
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+    # Experts that are all full take half of the rows.
+    assert len(rows) == 2 and all(0.5 <= row["dropped_share"] < 0.8 for row in rows)
+    assert not any("dropped_share" in row for row in results(finished[0].run_dir))
+
+
 def test_starting_from_a_run_s_weights(finished, make_config, tmp_path):
     config = make_config(
         tmp_path / "second", init_from=finished[0].run_dir, steps=2, eval=EvalConfig(sample_tokens=0)

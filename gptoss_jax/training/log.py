@@ -94,6 +94,8 @@ class RunLog:
                 "tokens_seen": self.tokens_seen,
                 "epoch": round(self.tokens_seen / self._train_tokens, 4),
             } | timing  # fmt: skip
+            if config.model.expert_capacity is not None:
+                row["dropped_share"] = round(float(values["dropped"]), 6)
             every = max(1, config.steps // LOAD_ROWS)
             if step == 1 or step // every > (step - config.log_every) // every:
                 row["expert_load"] = np.round(values["expert_load"].astype(float), 4).tolist()
