@@ -29,6 +29,7 @@ PLANS = (
     ("gpt_oss_20b", "2x8xH200", "data=2,expert=8", 16),
     ("gpt_oss_120b", "v5e:16x16", "fsdp=16,expert=16", 256),
     ("gpt_oss_120b", "v5e:16x16", "fsdp=32,expert=8", 256),
+    ("gpt_oss_120b", "v5e:16x16", "fsdp=16,expert=8,tensor=2", 128),
     ("gpt_oss_120b", "v5p:4x4x4", "fsdp=2,expert=32", 64),
     ("gpt_oss_120b", "v5p:4x4x4", "fsdp=8,expert=8", 64),
     ("gpt_oss_120b", "v6e:16x16", "fsdp=4,expert=64", 256),
@@ -62,8 +63,9 @@ def keep(row: dict) -> None:
     os.replace(temporary, RESULTS)
 
 
-def measure(preset: str, devices: str, mesh: str, batch_size: int) -> dict:
+def measure(preset: str, devices: str, mesh: str, batch_size: int, compiled: bool = True) -> dict:
     from gptoss_jax.config.preset import read_preset
+    from gptoss_jax.plan.chips import parse_topology
     from gptoss_jax.plan.report import make_plan
 
     config = read_preset(HERE.parent / "configs" / f"{preset}.py")
@@ -71,7 +73,10 @@ def measure(preset: str, devices: str, mesh: str, batch_size: int) -> dict:
     row = {"preset": preset, "devices": devices, "mesh": mesh, "batch_size": batch_size}
     row |= {"seq_len": config.data.seq_len, "remat": config.model.remat}
     row |= {"versions": {"jax": importlib.metadata.version("jax")}}
-    if ":" in devices:
+    if ":" in devices and not compiled:
+        chip, count = parse_topology(devices)
+        plan = make_plan(config, chip=chip.name, devices=count, meshes=[mesh])
+    elif ":" in devices:
         plan = make_plan(config, topology=devices, meshes=[mesh])
         row["versions"]["libtpu"] = importlib.metadata.version("libtpu")
     else:
@@ -86,16 +91,16 @@ def measure(preset: str, devices: str, mesh: str, batch_size: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """GB of one device; what is compiled gives arguments + new outputs + temporaries + program."""
+    """GB of one device. Compiled: what is alive at once, or what was needed where it did not fit."""
     lines = [
-        "| model | devices | mesh | rows | of GB | estimate | compiled | fits | compute + network |",
+        "| model | devices | mesh | rows | GB there are | estimated | compiled | fits | compute + network |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for row in rows:
         guess, compiled = row["estimate"], row["compiled"]
         fits, size, capacity = guess["fits"], "from shapes", row["memory"]
         if compiled is not None:
-            fits, needed = compiled["fits"], compiled["total"] if compiled["fits"] else compiled["needed"]
+            fits, needed = compiled["fits"], compiled["peak"] if compiled["fits"] else compiled["needed"]
             size = f"{needed / 1e9:,.1f}" if needed else "too much"
             capacity = compiled["available"] or capacity
         lines.append(
@@ -111,10 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="plans whose line holds all these words")
     parser.add_argument("--again", action="store_true", help="do anew what is in the file")
+    parser.add_argument("--estimates", action="store_true", help="only work the estimates out anew")
     parser.add_argument("--table", action="store_true", help="print the table of what is in the file")
     options = parser.parse_args()
     done = set() if options.again else {key(row) for row in read()}
-    for plan in () if options.table else PLANS:
+    for row in read() if options.estimates else ():
+        keep(row | {"estimate": measure(*key(row), compiled=False)["estimate"]})
+    for plan in () if options.table or options.estimates else PLANS:
         line = " ".join(map(str, plan))
         if plan in done or not all(word in line for word in options.only):
             continue
