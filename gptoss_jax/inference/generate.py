@@ -20,7 +20,7 @@ from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
 from gptoss_jax.model.kv_cache import LayerCache, make_cache
 from gptoss_jax.model.transformer import Transformer, compute_dtype, params_of, with_params
-from gptoss_jax.parallel.mesh import BATCH, current_axes
+from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
 from gptoss_jax.parallel.sharding import constrain
 
 # The smallest piece of a prompt and the smallest cache, in tokens.
@@ -198,7 +198,7 @@ def _chunks(
 ) -> Iterator[list[list[int]]]:
     """The one engine. `pace`: steps of the last decoding call and its seconds -> steps of the next one."""
     # The mesh splits the batch evenly: empty sequences, done before they begin, fill it up.
-    shards = math.prod(current_axes().get(axis, 1) for axis in BATCH)
+    shards = batch_shards(current_axes())
     batch = -(-len(prompts) // shards) * shards
     fed_B = np.zeros(batch, np.int32)
     fed_B[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]

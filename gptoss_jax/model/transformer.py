@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.kernels import target
 from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
+from gptoss_jax.parallel.mesh import batch_shards, current_axes
 from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain, product
 from gptoss_jax.parallel.vocabulary import look_up
 
@@ -154,12 +155,16 @@ class Transformer(nnx.Module):
         Returns:
           [B, T, D] in the compute type; the new cache; the statistics of every layer's router, stacked:
           `load` and `probability` [L, E], `z` and `dropped` [L].
+
+        Raises ValueError where the devices of a mesh cannot share the rows evenly.
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
         config, dtype = self.config, compute_dtype(self.config)
+        rows, shards = tokens_BT.shape[0], batch_shards(current_axes())
+        require(rows % shards == 0, "rows of tokens", rows, f"must be a multiple of {shards} devices")
         parts = [nnx.split(block) for block in self.blocks]
         repetitions = config.num_hidden_layers // len(parts)
 

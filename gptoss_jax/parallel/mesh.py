@@ -74,6 +74,6 @@ def current_axes() -> dict[str, int]:
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """How many parts a batch is split into."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+def batch_shards(axes: Mapping[str, int]) -> int:
+    """How many parts a mesh of these axes splits a batch into; 1 without axes."""
+    return math.prod(axes.get(axis, 1) for axis in BATCH)

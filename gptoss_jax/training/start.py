@@ -91,7 +91,7 @@ def open_cache(config: DataConfig, report: Callable[[str], None]) -> TokenCache:
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError when the devices cannot split the model, or share a batch or a part of it, evenly."""
     check_model(config.model, dict(mesh.shape))
-    shards, parts = batch_shards(mesh), config.optim.accumulate
+    shards, parts = batch_shards(mesh.shape), config.optim.accumulate
     what = f"{shards} devices" if parts == 1 else f"{shards} devices times optim.accumulate ({parts})"
     size = config.data.batch_size
     require(size % (shards * parts) == 0, "data.batch_size", size, f"must be a multiple of {what}")
