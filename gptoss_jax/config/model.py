@@ -115,6 +115,10 @@ class ModelConfig(Checked):
     # What the backward pass recomputes: nothing, all but the matrix products' results ("dots"), or each whole
     # block.
     remat: Literal["none", "dots", "block"] = "none"
+    # Stack the layers and scan over one period of their types, so that compilation takes as long for 36 layers
+    # as for 4. False keeps each layer for itself: nothing is copied into stacks and out of them, which is faster
+    # for a small model on CPU. It changes how a run's checkpoints are laid out.
+    scan_layers: bool = True
 
     def _check(self) -> None:
         self._require_positive(
@@ -174,8 +178,11 @@ class ModelConfig(Checked):
 
     @property
     def period(self) -> tuple[str, ...]:
-        """The shortest run of layer types that the model is a whole number of repetitions of."""
+        """The shortest run of layer types that the model is a whole number of repetitions of; all layers, where
+        they are not to be stacked."""
         kinds, count = self.types_of_layers, self.num_hidden_layers
+        if not self.scan_layers:
+            return kinds
         return next(
             kinds[:p] for p in range(1, count + 1) if count % p == 0 and kinds[:p] * (count // p) == kinds
         )
@@ -206,7 +213,8 @@ class ModelConfig(Checked):
         4.55 and 5 read the result, but 4.55 has SwiGLU's 1.702 and 7 built in, and takes YaRN's factor to be
         `max_position_embeddings / original_max_position_embeddings`. Token ids are the tokenizer's to add.
 
-        Not carried: `compute_dtype`, `expert_format`, `remat`, `residual_dropout` and `router_z_loss_coef`.
+        Not carried: `compute_dtype`, `expert_format`, `remat`, `scan_layers`, `residual_dropout` and
+        `router_z_loss_coef`.
         `router_aux_loss_coef` is written, but turned off; transformers' load-balance loss is about
         `num_experts_per_tok` times ours.
 

@@ -1,32 +1,46 @@
 """Rows sorted by group times one matrix per group: the matrix product inside the experts.
 
-Letters here: R rows, E groups (experts), D input width, F output width. Rows past the sum of the group sizes
-belong to no group and come out as zeros.
+Letters here: R rows, E groups (experts), D input width, F output width, C rows of a group that are worked through
+together. Rows past the sum of the group sizes belong to no group and come out as zeros.
 """
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptoss_jax.kernels import target
+from gptoss_jax.kernels import native, target
 
 PRECISION = lax.Precision.HIGHEST  # float32 stays float32 on TPU and GPU; narrower types are not affected
 
 
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Multiplies each group of rows by its own matrix; differentiable in both.
+def grouped_matmul(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
+) -> jax.Array:
+    """Multiplies each group of rows by its own matrix, and adds its own bias; differentiable in all three.
 
     Args:
       x_RD: rows, those of group 0 first, then those of group 1, and so on.
       w_EDF: one matrix per group.
       group_sizes_E: int32, rows in each group; the sum may be below R.
+      bias_EF: one row per group, or none.
 
     Returns:
-      [R, F] in the type of `x_RD`.
+      [R, F] in the type of `x_RD`; rows of no group are zero.
     """
-    if target.platform() == "cpu":
-        return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E)
-    return reference_grouped_matmul(x_RD, w_EDF, group_sizes_E)
+    if is_native(x_RD.dtype):
+        return native_grouped_matmul(x_RD, w_EDF, group_sizes_E, bias_EF)
+    multiply = blocked_grouped_matmul if target.platform() == "cpu" else reference_grouped_matmul
+    y_RF = multiply(x_RD, w_EDF, group_sizes_E)
+    return y_RF if bias_EF is None else add_group_bias(y_RF, bias_EF, group_sizes_E)
+
+
+def is_native(dtype: jnp.dtype) -> bool:
+    """Whether the kernels in C++ are what multiplies: on CPU, in float32, where they can be compiled."""
+    return target.platform() == "cpu" and dtype == jnp.float32 and native.is_available()
 
 
 def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -40,130 +54,188 @@ def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: j
     return jnp.where(in_group, y_RF, 0)
 
 
+def native_grouped_matmul(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
+) -> jax.Array:
+    """The same by the kernels of `native/grouped_matmul.cc`, for CPU and float32: work is that of the rows there
+    are, near the processor's peak."""
+    bias = jnp.zeros(0, jnp.float32) if bias_EF is None else bias_EF
+    return _native(x_RD, w_EDF, bias, group_sizes_E)
+
+
+def _call(name, *shapes):
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.ffi.ffi_call(native.target(name), results)
+
+
 @jax.custom_vjp
+def _native(x_RD, w_EDF, bias, group_sizes_E):
+    call = _call("GroupedForward", (x_RD.shape[0], w_EDF.shape[2]))
+    return call(x_RD, w_EDF, bias, group_sizes_E, turned=False)[0]
+
+
+def _native_bwd(kept, g_RF):
+    x_RD, w_EDF, bias, group_sizes_E = kept
+    nothing = jnp.zeros(0, jnp.float32)
+    (dx_RD,) = _call("GroupedForward", x_RD.shape)(g_RF, w_EDF, nothing, group_sizes_E, turned=True)
+    outer = _call("GroupedOuter", w_EDF.shape, (w_EDF.shape[0], w_EDF.shape[2]))
+    dw_EDF, db_EF = outer(x_RD, g_RF, group_sizes_E)
+    return dx_RD, dw_EDF, db_EF if bias.size else nothing, None
+
+
+_native.defvjp(lambda *args: (_native(*args), args), _native_bwd)
+
+
 def blocked_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """The same as a loop over blocks of rows whose trip count follows the group sizes: work grows with R, not
-    E * R."""
-    return _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose=False)
+    """The same by products of equal size: work grows with R, not E * R."""
+    return map_groups(lambda x, w: jnp.matmul(x, w, precision=PRECISION), x_RD, w_EDF, group_sizes_E)
 
 
-def _blocked_fwd(x_RD, w_EDF, group_sizes_E):
-    return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def map_groups(function: Callable, x_RD: jax.Array, parameters, group_sizes_E: jax.Array) -> jax.Array:
+    """Applies a function of rows and parameters to each group of rows with the group's own parameters.
 
+    The first C rows of every group are worked through together, all groups in one batch; C is a little more than
+    the mean, so that there are hardly any rows beyond where groups are even. What is beyond follows in a loop over
+    blocks of rows whose trip count is that of the blocks there are. So at most about twice the work of the rows is
+    done, however uneven the groups are, and most of it in products that are as large as they can be.
 
-def _blocked_bwd(residuals, g_RF):
-    x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _rows_times_matrices(g_RF, w_EDF, group_sizes_E, transpose=True)
-    return dx_RD, _rows_times_rows(x_RD, g_RF, group_sizes_E).astype(w_EDF.dtype), None
+    Args:
+      function: ([C, D], parameters of one group) -> [C, F], each row by itself; also with a leading axis of
+        groups on all of these.
+      parameters: a tree of arrays with a leading axis E.
 
-
-blocked_grouped_matmul.defvjp(_blocked_fwd, _blocked_bwd)
-
-
-def _block_rows(rows: int, groups: int) -> int:
-    """Rows in a block: 128 keep the product near its peak, smaller blocks waste less where groups are
-    small."""
-    per_group = max(1, rows // groups)
-    return min(rows, next((block for block in (128, 64, 32) if per_group >= block), 16))
-
-
-def _over_groups(group_sizes_E, rows, block, initial, start_group, step, end_group):
-    """Runs `step(e, start, mask, inner)` over the blocks of each group, where start is the block's first row.
-
-    The blocks lie side by side from the group's first row, with mask None. What is left is one more block
-    that ends where the group does: it reaches back over rows that were done or are another group's, and its
-    mask [block, 1] is True for the rows that count.
+    Returns:
+      [R, F]; differentiable in `x_RD` and `parameters`.
     """
-    ends_E = jnp.cumsum(group_sizes_E)
-
-    def group(e, carry):
-        whole = group_sizes_E[e] // block
-        left = ends_E[e] - group_sizes_E[e] + whole * block
-        inner = lax.fori_loop(
-            0, whole, lambda i, c: step(e, left - (whole - i) * block, None, c), start_group(carry)
-        )
-
-        def rest(_, c):
-            start = jnp.clip(ends_E[e] - block, 0, rows - block)
-            row = start + jnp.arange(block)[:, None]
-            return step(e, start, (row >= left) & (row < ends_E[e]), c)
-
-        inner = lax.fori_loop(0, (left < ends_E[e]).astype(jnp.int32), rest, inner)
-        return end_group(e, carry, inner)
-
-    return lax.fori_loop(0, group_sizes_E.shape[0], group, initial)
+    return _map_forward(function, x_RD, parameters, group_sizes_E)[0]
 
 
-def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose):
-    rows = x_RD.shape[0]
-    block = _block_rows(rows, w_EDF.shape[0])
-    contract = (((1,), (1 if transpose else 0,)), ((), ()))
-
-    def step(e, start, mask, out):
-        x = lax.dynamic_slice_in_dim(x_RD, start, block)
-        w = lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
-        y = lax.dot_general(x, w, contract, precision=PRECISION)
-        if mask is not None:
-            y = jnp.where(mask, y, lax.dynamic_slice_in_dim(out, start, block))
-        return lax.dynamic_update_slice_in_dim(out, y, start, 0)
-
-    empty = jnp.zeros((rows, w_EDF.shape[1 if transpose else 2]), x_RD.dtype)
-    return _over_groups(group_sizes_E, rows, block, empty, lambda out: out, step, lambda e, carry, out: out)
+def _sizes(rows: int, groups: int) -> tuple[int, int]:
+    """C, and the rows of a block of the rest."""
+    mean = rows / groups
+    # Below so many rows, reading the matrices of groups that have no rows would cost more than it saves.
+    import os
+    f=float(os.environ.get("CF","1.125")); d=int(os.environ.get("BD","4"))
+    together = 0 if mean < 8 else min(rows, -(-int(f * mean) // 16) * 16)
+    block = next((size for size in (512,256,128, 64, 32) if mean >= d * size), 16)
+    return together, min(rows, block)
 
 
-def _rows_times_rows(x_RD, g_RF, group_sizes_E):
-    """Sum over each group's rows of x^T g: [E, D, F] in float32 at least."""
+def _map_forward(function, x_RD, parameters, group_sizes_E):
     rows, groups = x_RD.shape[0], group_sizes_E.shape[0]
-    block = _block_rows(rows, groups)
-    sum_type = jnp.promote_types(x_RD.dtype, jnp.float32)
-    contract = (((0,), (0,)), ((), ()))
+    together, block = _sizes(rows, groups)
+    ends_E = jnp.cumsum(group_sizes_E)
+    starts_E = ends_E - group_sizes_E
 
-    def step(e, start, mask, total):
-        x = lax.dynamic_slice_in_dim(x_RD, start, block)
-        g = lax.dynamic_slice_in_dim(g_RF, start, block)
-        if mask is not None:
-            # Both, because not even a zero times what stands outside of the group may enter: it may be
-            # infinite.
-            x, g = jnp.where(mask, x, 0), jnp.where(mask, g, 0)
-        return total + lax.dot_general(x, g, contract, precision=PRECISION, preferred_element_type=sum_type)
+    def main(x_RD, parameters):
+        slot_EC = starts_E[:, None] + jnp.arange(together)
+        row_of_slot = jnp.where(slot_EC < ends_E[:, None], slot_EC, -1).reshape(-1)
+        row_R = jnp.arange(rows)
+        group_R = jnp.sum(row_R[:, None] >= ends_E, axis=1)
+        place_R = row_R - jnp.append(starts_E, rows)[group_R]
+        inside_R = (group_R < groups) & (place_R < together)
+        slot_of_row = jnp.where(inside_R, group_R * together + place_R, -1)
+        x_ECD = take(x_RD, row_of_slot, slot_of_row).reshape(groups, together, -1)
+        y_ECF = function(x_ECD, parameters)
+        return take(y_ECF.reshape(groups * together, -1), slot_of_row, row_of_slot)
 
-    empty = jnp.zeros((groups, x_RD.shape[1], g_RF.shape[1]), sum_type)
-    return _over_groups(
-        group_sizes_E,
-        rows,
-        block,
-        empty,
-        lambda carry: jnp.zeros(carry.shape[1:], sum_type),
-        step,
-        lambda e, carry, total: lax.dynamic_update_index_in_dim(carry, total, e, 0),
-    )
+    if together:
+        y_RF, pull = jax.vjp(main, x_RD, parameters)
+    else:
+        one = jax.eval_shape(function, x_RD, jax.tree.map(lambda p: p[0], parameters))
+        y_RF, pull = jnp.zeros(one.shape, one.dtype), None
+
+    def step(tile, y_RF):
+        y = function(tile.read(x_RD), tile.of_group(parameters))
+        return tile.write(y_RF, y)
+
+    y_RF = _over_rest(group_sizes_E, rows, together, block, step, y_RF)
+    return y_RF, (x_RD, parameters, group_sizes_E, pull)
+
+
+def _map_backward(function, kept, g_RF):
+    x_RD, parameters, group_sizes_E, pull = kept
+    rows, groups = x_RD.shape[0], group_sizes_E.shape[0]
+    together, block = _sizes(rows, groups)
+    gradients = jax.tree.map(jnp.zeros_like, (x_RD, parameters)) if pull is None else pull(g_RF)
+
+    def step(tile, gradients):
+        dx_RD, d_parameters = gradients
+        back = jax.vjp(function, tile.read(x_RD), tile.of_group(parameters))[1]
+        dx, d_one = back(tile.read(g_RF))
+        add = functools.partial(lax.dynamic_update_index_in_dim, index=tile.group, axis=0)
+        d_parameters = jax.tree.map(
+            lambda total, old, new: add(total, old + new), d_parameters, tile.of_group(d_parameters), d_one
+        )
+        return tile.write(dx_RD, dx), d_parameters
+
+    return *_over_rest(group_sizes_E, rows, together, block, step, gradients), None
+
+
+map_groups.defvjp(_map_forward, _map_backward)
+
+
+class _Tile(NamedTuple):
+    """A block of neighbouring rows, some of which are those of one group that are its turn."""
+
+    group: jax.Array
+    start: jax.Array
+    is_mine: jax.Array  # bool [block, 1]
+
+    def read(self, x_RD):
+        # What stands in other rows may be infinite: not even a zero times it may enter.
+        return jnp.where(self.is_mine, self._rows(x_RD), 0)
+
+    def write(self, x_RD, x):
+        return lax.dynamic_update_slice_in_dim(x_RD, jnp.where(self.is_mine, x, self._rows(x_RD)), self.start, 0)
+
+    def of_group(self, parameters):
+        return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, self.group, keepdims=False), parameters)
+
+    def _rows(self, x_RD):
+        return lax.dynamic_slice_in_dim(x_RD, self.start, self.is_mine.shape[0])
+
+
+def _over_rest(group_sizes_E, rows, together, block, step, carry):
+    """Folds `step(tile, carry)` over the blocks of rows beyond the first `together` of each group."""
+    if together == rows:
+        return carry
+    ends_E = jnp.cumsum(group_sizes_E)
+    rest_E = jnp.maximum(group_sizes_E - together, 0)
+    tiles_E = -(-rest_E // block)
+    last_E = jnp.cumsum(tiles_E)
+
+    def one(t, carry):
+        group = jnp.sum(t >= last_E)
+        first = ends_E[group] - rest_E[group] + (t - last_E[group] + tiles_E[group]) * block
+        start = jnp.minimum(first, rows - block)
+        row = start + jnp.arange(block)[:, None]
+        return step(_Tile(group, start, (row >= first) & (row < ends_E[group])), carry)
+
+    return lax.fori_loop(0, last_E[-1], one, carry)
 
 
 @jax.custom_vjp
-def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Adds to each row its group's bias; rows of no group stay as they are. Its gradient needs no scatter on
-    CPU."""
-    return x_RF + _bias_rows(bias_EF, group_sizes_E, x_RF.shape[0])
+def take(x_RD: jax.Array, index_C: jax.Array, inverse_R: jax.Array | None) -> jax.Array:
+    """`x_RD[index_C]`, zero for an index of -1, where no row is taken twice.
+
+    `inverse_R` says into which row of the result each row goes, -1 for none: the gradient is a gather too,
+    not a scatter.
+    """
+    return jnp.where((index_C >= 0)[:, None], x_RD[jnp.maximum(index_C, 0)], 0)
 
 
-def _bias_rows(bias_EF, group_sizes_E, rows):
-    ends_E = jnp.cumsum(group_sizes_E)
-    rows_R = jnp.arange(rows, dtype=ends_E.dtype)
-    groups_R = jnp.searchsorted(ends_E, rows_R, side="right", method="compare_all")
-    return jnp.pad(bias_EF, ((0, 1), (0, 0)))[groups_R]
-
-
-def _bias_bwd(residuals, g_RF):
-    bias_EF, group_sizes_E = residuals
-    if target.platform() == "cpu":
-        ones_R1 = jnp.ones((g_RF.shape[0], 1), g_RF.dtype)
-        d_bias_EF = _rows_times_rows(ones_R1, g_RF, group_sizes_E)[:, 0]
-    else:
-        summed = jax.vjp(lambda b: _bias_rows(b, group_sizes_E, g_RF.shape[0]), bias_EF)[1]
-        (d_bias_EF,) = summed(g_RF)
-    return g_RF, d_bias_EF.astype(bias_EF.dtype), None
-
-
-add_group_bias.defvjp(
-    lambda x_RF, bias_EF, sizes: (add_group_bias(x_RF, bias_EF, sizes), (bias_EF, sizes)), _bias_bwd
+take.defvjp(
+    lambda x_RD, index_C, inverse_R: (take(x_RD, index_C, inverse_R), (index_C, inverse_R)),
+    lambda kept, g_CD: (take(g_CD, kept[1], kept[0]), None, None),
 )
+
+
+def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Adds to each row its group's bias; rows of no group stay as they are."""
+    ends_E = jnp.cumsum(group_sizes_E)
+    groups_R = jnp.searchsorted(
+        ends_E, jnp.arange(x_RF.shape[0], dtype=ends_E.dtype), side="right", method="compare_all"
+    )
+    return x_RF + jnp.pad(bias_EF, ((0, 1), (0, 0)))[groups_R]

@@ -193,8 +193,12 @@ class Transformer(nnx.Module):
             x_BTD = constrain(look_up(self.embedding.weight[...], tokens_BT).astype(dtype), HIDDEN_BTD)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
             caches = [None] * len(parts) if cache is None else list(cache)
-            states = [state for _, state in parts]
-            x_BTD, (caches, stats) = jax.lax.scan(one_period, x_BTD, (states, caches, keys), repetitions)
+            scanned = ([state for _, state in parts], caches, keys)
+            if repetitions > 1:
+                x_BTD, (caches, stats) = jax.lax.scan(one_period, x_BTD, scanned)
+            else:
+                x_BTD, made = one_period(x_BTD, jax.tree.map(lambda leaf: leaf[0], scanned))
+                caches, stats = jax.tree.map(lambda leaf: leaf[None], made)
             stats = jax.tree.map(lambda s: s.reshape(config.num_hidden_layers, *s.shape[2:]), stats)
             return self.final_norm(x_BTD), None if cache is None else caches, stats
 

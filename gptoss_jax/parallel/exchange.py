@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import target
+from gptoss_jax.kernels.grouped_matmul import take
 
 Way = Callable[[jax.Array], jax.Array]
 
@@ -204,19 +205,3 @@ def _in_slices(count: int, begins: jax.Array, sizes: jax.Array, others: jax.Arra
     into = jnp.arange(count)[:, None] - begins
     hit = (into >= 0) & (into < sizes)
     return jnp.sum(jnp.where(hit, others + into + 1, 0), axis=1) - 1
-
-
-@jax.custom_vjp
-def take(x_RD: jax.Array, index_C: jax.Array, inverse_R: jax.Array | None) -> jax.Array:
-    """`x_RD[index_C]`, zero for an index of -1, where no row is taken twice.
-
-    `inverse_R` says into which row of the result each row goes, -1 for none: the gradient is a gather too,
-    not a scatter.
-    """
-    return jnp.where((index_C >= 0)[:, None], x_RD[jnp.maximum(index_C, 0)], 0)
-
-
-take.defvjp(
-    lambda x_RD, index_C, inverse_R: (take(x_RD, index_C, inverse_R), (index_C, inverse_R)),
-    lambda kept, g_CD: (take(g_CD, kept[1], kept[0]), None, None),
-)

@@ -70,8 +70,9 @@ def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
 
 
 def current_axes() -> dict[str, int]:
-    """Axis sizes of the mesh in use (`jax.set_mesh`); empty outside of one."""
-    return dict(jax.sharding.get_abstract_mesh().shape)
+    """Axis sizes of the mesh in use (`jax.set_mesh`); empty outside of one, and where it is one device."""
+    axes = dict(jax.sharding.get_abstract_mesh().shape)
+    return axes if math.prod(axes.values()) > 1 else {}
 
 
 def batch_shards(axes: Mapping[str, int]) -> int:

@@ -1,5 +1,6 @@
 """One table: where each parameter, batch and activation lies on the mesh, and where a parameter is used."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -183,10 +184,7 @@ def products(
     """
     axes = current_axes()
     if not axes:
-        return [
-            jnp.einsum(equation, x, weight.astype(x.dtype), preferred_element_type=result_type)
-            for weight in weights.values()
-        ]
+        return [_einsum(equation, x, weight.astype(x.dtype), result_type) for weight in weights.values()]
     keys = {path: tuple(map(jax.tree_util.DictKey, path)) for path in weights}
     stored = [parameter_spec(keys[path], weight.shape, axes) for path, weight in weights.items()]
     used = [used_spec(keys[path], weight.ndim) for path, weight in weights.items()]
@@ -200,7 +198,10 @@ def products(
         results = []
         for shard, *specs in zip(shards, stored, used, strict=True):
             weight = gathered(shard.astype(x.dtype), *specs)
-            y = jnp.einsum(equation, x, weight, preferred_element_type=result_type)
+            copies = tuple(jax.typeof(x).vma - jax.typeof(weight).vma)
+            # Its gradient is summed over the devices that have the same part of it.
+            weight = jax.lax.pcast(weight, copies, to="varying") if copies else weight
+            y = _einsum(equation, x, weight, result_type)
             results.append(jax.lax.psum(y, "tensor") if summed else y)
         return results
 
@@ -210,6 +211,28 @@ def products(
         in_specs=(P(*map(place.get, x_letters)), *stored),
         out_specs=P(*map(place.get, result_letters)),
     )(x, *weights.values())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _einsum(equation: str, x: jax.Array, weight: jax.Array, result_type) -> jax.Array:
+    """`einsum`, whose gradient in the weight is the product x^T g, in this order.
+
+    In the other one, which `einsum` takes, a compiler has to turn g, and XLA for CPU works g out number by number
+    to do so.
+    """
+    return jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
+
+
+def _einsum_bwd(equation, result_type, kept, g):
+    x, weight = kept
+    x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
+    g = g.astype(x.dtype)
+    backward = functools.partial(jnp.einsum, precision="highest")
+    d_weight = backward(f"{x_letters},{y_letters}->{weight_letters}", x, g)
+    return backward(f"{y_letters},{weight_letters}->{x_letters}", g, weight), d_weight
+
+
+_einsum.defvjp(lambda equation, x, weight, result_type: (_einsum(equation, x, weight, result_type), (x, weight)), _einsum_bwd)
 
 
 def product(

@@ -113,9 +113,11 @@ def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_grad
         d_logits = exp_BCV * scale_BC[..., None] - jnp.where(hot_BCV, chosen_weight_BC[..., None], 0)
         d_logits = d_logits.astype(x_BCD.dtype)
         d_x_BCD = jnp.einsum("BCV,VD->BCD", d_logits, weight_VD, precision="highest")
-        head_gradient_VD = head_gradient_VD + jnp.einsum(
-            "BCV,BCD->VD", d_logits, x_BCD, precision="highest", preferred_element_type=jnp.float32
+        # In this order it is the smaller of the two that a compiler has to turn.
+        head_gradient_DV = jnp.einsum(
+            "BCD,BCV->DV", x_BCD, d_logits, precision="highest", preferred_element_type=jnp.float32
         )
+        head_gradient_VD = head_gradient_VD + head_gradient_DV.T
         return (loss, head_gradient_VD), d_x_BCD
 
     start = (jnp.float32(0), jnp.zeros(weight_VD.shape if with_gradient else (), jnp.float32))

@@ -1,6 +1,7 @@
 """From `OptimConfig` to optax."""
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers as Muon
@@ -75,6 +76,16 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             muon_weight_dimension_numbers=muon_dimensions,
             **{f"adam_{name}": value for name, value in adam.items()},
         )
-    return (
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
-    )
+    return optax.chain(_clip(config.clip_norm), optimizer) if config.clip_norm else optimizer
+
+
+def _clip(most: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` as one factor: gradients that are divided one by one would all be written out
+    before the optimiser reads them again."""
+
+    def update(gradients, state, params=None):
+        norm = optax.tree.norm(gradients)
+        factor = jnp.where(norm > most, most / norm, 1.0)
+        return jax.tree.map(lambda g: g * factor, gradients), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

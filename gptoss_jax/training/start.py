@@ -35,7 +35,7 @@ MODEL_TRAINING_FIELDS = {
 MODEL_SHAPE_FIELDS = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "num_local_experts", "attention_bias", "expert_bias",
-    "router_bias", "learned_sinks", "tie_word_embeddings",
+    "router_bias", "learned_sinks", "tie_word_embeddings", "scan_layers",
 }  # fmt: skip
 
 
@@ -205,7 +205,11 @@ def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
     if config.init_from is None:
         return
     folder = local_folder(config.init_from)
-    theirs = load_config(folder).model if is_run(folder) else open_weights(folder).config
+    if is_run(folder):
+        theirs = load_config(folder).model
+    else:
+        # Published files hold layer by layer, and are read into either form.
+        theirs = dataclasses.replace(open_weights(folder).config, scan_layers=config.model.scan_layers)
     _check_same_model(config, theirs, report)
 
 

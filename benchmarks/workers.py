@@ -1,0 +1,56 @@
+"""Peers in processes of their own, measured alternately: while one works, the others wait for their turn.
+
+A worker is this file run with the name of a module and a function of it: the function gets its settings, makes
+ready, and returns a `dict` of name -> function without arguments. `Worker.ask(name)` calls one there and returns
+what it returns, as JSON.
+"""
+
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+# What train.py starts itself with; the peers get it too.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+class Worker:
+    """A process that runs `module.function(**settings)` and then does what it is asked."""
+
+    def __init__(self, module: str, function: str, settings: dict, **environment: str):
+        environment = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES, "JAX_PLATFORMS": "cpu"} | environment
+        command = [sys.executable, __file__, module, function, json.dumps(settings)]
+        self._process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._answer()
+
+    def ask(self, name: str):
+        self._process.stdin.write(f"{name}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        for line in self._process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        raise RuntimeError(f"{' '.join(self._process.args[2:])} has ended with {self._process.wait()}")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def main(module: str, function: str, settings: str) -> None:
+    sys.path.insert(0, str(HERE))
+    abilities = getattr(importlib.import_module(module), function)(**json.loads(settings))
+    print("answer null", flush=True)
+    for line in sys.stdin:
+        print("answer", json.dumps(abilities[line.strip()]()), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

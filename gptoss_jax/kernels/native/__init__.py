@@ -1,0 +1,76 @@
+"""Kernels for CPU in C++, compiled when they are first used, with the compiler that the machine has."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+
+import jax
+import jaxlib
+
+SOURCE = pathlib.Path(__file__).parent / "grouped_matmul.cc"
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+# "0" leaves them out: everything then goes through XLA alone.
+SWITCH = "GPTOSS_JAX_NATIVE"
+HANDLERS = ("GroupedForward", "GroupedOuter")
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether the kernels can be called; compiles them, once for a machine, and tells XLA of them.
+
+    Without a C++ compiler they cannot. One that fails is reported as a warning.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return False
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+    if compiler is None:
+        return False
+    try:
+        library = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        line = next((line for line in output.splitlines() if "error" in line), output)
+        warnings.warn(f"{compiler} cannot compile {SOURCE.name}, XLA does its work: {line}", stacklevel=2)
+        return False
+    for name in HANDLERS:
+        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def target(name: str) -> str:
+    """What XLA calls a handler."""
+    return f"gptoss_jax.{name}"
+
+
+def _compiled(compiler: str) -> pathlib.Path:
+    """The library for this source, compiler, jaxlib and processor."""
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    parts = (SOURCE.read_bytes(), " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode())
+    key = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    library = pathlib.Path(cache) / "gptoss_jax" / "native" / f"grouped_matmul-{key}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may be at it: each has a file of its own, and any of them will do.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = pathlib.Path(folder) / library.name
+        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        os.replace(made, library)
+    return library
+
+
+def _processor() -> str:
+    """What -march=native stands for here."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
