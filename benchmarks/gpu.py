@@ -1,0 +1,92 @@
+"""What matters on one GPU, in under ten minutes: python benchmarks/gpu.py [--only NAME ...] [--smoke].
+
+Prints tables with the median (least–most) of at least five repetitions, next to the physical limit that the
+same run measures, and writes all of it to results/gpu-DEVICE.json (with --only: gpu-DEVICE-NAMES.json).
+What fails is told in a line and written down, the rest goes on, and the exit code is then 1. Optional peer:
+pip install tokamax. --smoke runs everything with toy sizes on CPU, to see that the script works; its figures
+mean nothing and are written only where --out says.
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+
+import jax
+from common import hardware, print_table, show, versions, write_json
+from gpu_kernels import attention, grouped
+from gpu_model import generation, training
+from gpu_run import REPETITIONS, Run
+
+
+def peaks(run: Run) -> dict:
+    """The limits that the other sections are held against."""
+    scaled = {
+        "bfloat16 matmul, TFLOP/s": {k: v / 1e12 for k, v in run.peaks["matmul_flops"].items()},
+        "memory, read + write, GB/s": {k: v / 1e9 for k, v in run.peaks["bandwidth"].items()},
+    }
+    print_table("What the device reaches", ("", "measured"), [(n, show(v, 1)) for n, v in scaled.items()])
+    return run.peaks
+
+
+# Name -> function and the seconds it may take; what it has begun it finishes.
+SECTIONS = {
+    "peaks": (peaks, 30),
+    "attention": (attention, 130),
+    "grouped": (grouped, 110),
+    "training": (training, 180),
+    "generation": (generation, 90),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="NAME", help=", ".join(SECTIONS))
+    parser.add_argument("--smoke", action="store_true", help="toy sizes on CPU")
+    parser.add_argument("--out", help="the JSON file to write")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        jax.config.update("jax_platforms", "cpu")
+    else:
+        # Three quarters are the default; the larger model wants more.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+        if jax.default_backend() != "gpu":
+            parser.error(f"needs a GPU and there is {jax.default_backend()!r}; --smoke tries it on CPU")
+    run, names = Run(options.smoke), options.only or list(SECTIONS)
+    slug = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+    out = options.out and str(pathlib.Path(options.out).with_suffix(".json"))
+    if not out and not options.smoke:
+        out = "-".join(["gpu", slug, *(options.only or ())])
+    record = {
+        "hardware": hardware(),
+        "versions": versions("jax-cuda12-plugin", "nvidia-cudnn-cu12", "tokamax"),
+    }
+    record["settings"] = {"smoke": options.smoke, "sections": names, "repetitions": REPETITIONS}
+    record["seconds"] = {}
+    for name in names:
+        print(f"\n{name}", flush=True)
+        function, seconds = SECTIONS[name]
+        # The compiler for CPU takes what it takes, and the smoke run is to reach every line.
+        run.give(math.inf if options.smoke else seconds)
+        start = time.monotonic()
+        record[name] = run.attempt(name, function, run)
+        record["seconds"][name] = time.monotonic() - start
+        # What a section has compiled and loaded holds memory.
+        jax.clear_caches()
+        # All sections but the first rest on it, and it may not be among those asked for.
+        record["peaks"] = run.__dict__.get("peaks")
+        record |= {"failures": run.failures, "skipped": run.skipped}
+        if out:
+            path = write_json(out, record)
+    if out:
+        print(f"\n{path}")
+    return 1 if run.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

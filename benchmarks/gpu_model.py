@@ -1,0 +1,288 @@
+"""Sections of gpu.py: the whole model, trained and generating."""
+
+import dataclasses
+import itertools
+import pathlib
+import sysconfig
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import alternate, print_table, show, spread
+from gpu_run import REPETITIONS, Run, percent
+
+from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptoss_jax.inference.generate import generate_with_params
+from gptoss_jax.model.transformer import init_params
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.parallel.sharding import batch_sharding
+from gptoss_jax.training.flops import flops_per_token, mfu, parameter_counts
+from gptoss_jax.training.state import abstract_state, create_state
+from gptoss_jax.training.step import make_train_step
+
+COMMON = ModelConfig(
+    vocab_size=32768,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    num_local_experts=32,
+    num_experts_per_tok=4,
+    router_aux_loss_coef=0.01,
+    compute_dtype="bfloat16",
+)
+MODELS = {
+    "1B": dataclasses.replace(COMMON, hidden_size=1152, intermediate_size=1152, num_hidden_layers=8),
+    "3B": dataclasses.replace(COMMON, hidden_size=1920, intermediate_size=1920, num_hidden_layers=8),
+}
+TINY = dataclasses.replace(
+    COMMON,
+    vocab_size=300,
+    hidden_size=48,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    sliding_window=8,
+    compute_dtype="float32",
+)
+# Rows of a step and what the backward pass recomputes, the most desired first; the first that fits is taken.
+# They begin with what `gptoss plan` takes to be close to 80 GB, since each that does not fit is compiled too.
+CHOICES = {
+    "1B": ((4, "none"), (16, "block"), (8, "block"), (4, "block")),
+    "3B": ((8, "block"), (4, "block"), (2, "block")),
+    "tiny": ((2, "none"),),
+}
+WARM_UP, STEPS = 3, 10
+# Share of the memory that a compiled step may fill: the rest goes to the allocator's fragments.
+ROOM = 0.97
+
+
+def text(count: int) -> np.ndarray:
+    """Bytes of Python's standard library as tokens. Random ones would make routing even, or one-sided."""
+    folder = pathlib.Path(sysconfig.get_path("stdlib"))
+    pieces, length = [], 0
+    for path in itertools.cycle(sorted(folder.glob("*.py"))):
+        pieces.append(np.frombuffer(path.read_bytes(), np.uint8))
+        length += len(pieces[-1])
+        if length >= count:
+            return np.concatenate(pieces)[:count].astype(np.int32)
+
+
+# Training
+
+
+def training(run: Run) -> dict:
+    """The real step with AdamW on text, from random weights: the router starts as it is initialised and has
+    the balance loss. `load`: the fullest expert's rows over the mean, of all layers and measured steps."""
+    models = {"tiny": TINY} if run.smoke else MODELS
+    record = {"seq_len": 32 if run.smoke else 4096, "rows": []}
+    for name, model in models.items():
+        if run.left <= 0:
+            run.skip(f"training {name}", "no time left")
+            continue
+        row = run.attempt(f"training {name}", _train, run, name, model, record["seq_len"])
+        if row is not None:
+            record["rows"].append(row)
+    print_table(
+        f"Training: AdamW, bfloat16, rows of {record['seq_len']} tokens",
+        (
+            "model",
+            "parameters (active)",
+            "rows",
+            "remat",
+            "tokens/s",
+            "MFU",
+            "of matmul peak",
+            "load",
+            "compile s",
+        ),
+        [
+            (
+                row["model"],
+                f"{row['parameters'] / 1e9:.2f}B ({row['active'] / 1e9:.2f}B)",
+                row["rows"],
+                row["remat"],
+                show(row["tokens_per_second"], 0),
+                percent(row["mfu"]),
+                percent(row["of_matmul_peak"]),
+                f"{row['load']['mean']:.2f}, at most {row['load']['max']:.2f}",
+                f"{row['compile_seconds']:.0f}",
+            )
+            for row in record["rows"]
+        ],
+    )
+    return record
+
+
+def _train(run: Run, name: str, model: ModelConfig, seq_len: int) -> dict:
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    too_large = []
+    for rows, remat in CHOICES[name]:
+        config = TrainConfig(
+            model=dataclasses.replace(model, remat=remat),
+            data=DataConfig(seq_len=seq_len, batch_size=rows),
+            optim=OptimConfig(warmup_steps=10),
+            mesh=MeshConfig(data=1),
+            steps=1000,
+        )
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            start = time.perf_counter()
+            shapes = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32, sharding=batch_sharding(mesh))
+            batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shapes)
+            try:
+                step = make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
+                seconds, needed = time.perf_counter() - start, _memory(step)
+                if limit is None or needed <= ROOM * limit:
+                    row = _steps(config, mesh, step)
+                    break
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+        too_large.append([rows, remat])
+    else:
+        raise MemoryError(f"none of {too_large} fits in {limit} bytes")
+    total, active = parameter_counts(model)
+    flops = flops_per_token(model, seq_len)
+    speed = row["tokens_per_second"]["median"] * flops
+    return row | {
+        "model": name,
+        "config": config.model.to_dict(),
+        "parameters": total,
+        "active": active,
+        "rows": rows,
+        "remat": remat,
+        "too_large": too_large,
+        "compile_seconds": seconds,
+        "step_memory": needed,
+        "useful_flops_per_token": flops,
+        "mfu": mfu(speed, jax.devices()[0].device_kind),
+        "of_matmul_peak": speed / run.peak,
+    }
+
+
+def _memory(compiled) -> int:
+    """Bytes that a compiled step needs at once; what it gives back in place of its arguments counts once."""
+    sizes = compiled.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
+
+
+def _steps(config: TrainConfig, mesh, step) -> dict:
+    """Tokens a second, the losses and the experts' loads of the steps after the first few."""
+    rows, seq_len = config.data.batch_size, config.data.seq_len
+    state = create_state(config, mesh)
+    tokens = text((WARM_UP + STEPS) * rows * seq_len + 1)
+    place = batch_sharding(mesh)
+    ones = jax.device_put(np.ones((rows, seq_len), np.int32), place)
+    positions = jax.device_put(np.broadcast_to(np.arange(seq_len, dtype=np.int32), (rows, seq_len)), place)
+    seconds, losses, loads = [], [], []
+    for i in range(WARM_UP + STEPS):
+        first = i * rows * seq_len
+        batch = {
+            "tokens": jax.device_put(tokens[first : first + rows * seq_len].reshape(rows, -1), place),
+            "targets": jax.device_put(
+                tokens[first + 1 : first + 1 + rows * seq_len].reshape(rows, -1), place
+            ),
+            "segment_ids": ones,
+            "positions": positions,
+        }
+        jax.block_until_ready(batch)
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        if i >= WARM_UP:
+            seconds.append(time.perf_counter() - start)
+            losses.append(float(metrics["loss"]))
+            loads.append(np.asarray(metrics["expert_load"]))
+    fullest = np.max(loads, axis=-1) / np.mean(loads, axis=-1)
+    return {
+        "tokens_per_second": spread([rows * seq_len / s for s in seconds]),
+        "loss": [losses[0], losses[-1]],
+        "load": {"mean": float(fullest.mean()), "max": float(fullest.max())},
+    }
+
+
+# Generation
+
+
+def decode_bytes(config: ModelConfig, batch: int, context: int) -> float:
+    """Bytes that one step of decoding cannot but read: bfloat16 weights, and the keys and values that are
+    visible.
+
+    All sequences share the weights outside of the experts. Of the experts as many are read as `batch` tokens
+    choose on average where each expert is as likely as any other.
+    """
+    E, X = config.num_local_experts, config.num_experts_per_tok
+    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    expert = L * (3 * D * F + config.expert_bias * (2 * F + D))
+    chosen = E * (1 - (1 - X / E) ** batch)
+    weights = parameter_counts(config)[1] + (chosen - X) * expert
+    near = min(context, config.sliding_window + config.sink_tokens)
+    slots = sum(near if "sliding" in kind else context for kind in config.types_of_layers)
+    return 2 * (weights + batch * slots * 2 * config.num_key_value_heads * config.head_dim)
+
+
+def generation(run: Run) -> dict:
+    """Greedy answers to prompts of text from random bfloat16 weights. Prefill: a prompt and one token.
+    Decoding: what more tokens take longer; its limit reads `decode_bytes` at the measured bandwidth."""
+    config = TINY if run.smoke else MODELS["3B"]
+    prompt, new = (17, 8) if run.smoke else (1025, 129)
+
+    @jax.jit
+    def weights():
+        params = init_params(config, jax.random.key(0))
+        return jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
+
+    params = jax.block_until_ready(weights())
+    context = prompt + new // 2
+    head = 2 * config.hidden_size * config.vocab_size
+    prefill_flops = flops_per_token(config, prompt, training=False) - head
+    record = {"config": config.to_dict(), "prompt": prompt, "new_tokens": new, "rows": []}
+    for batch in (1, 2) if run.smoke else (1, 8, 32):
+        if run.left <= 0:
+            run.skip(f"generation, batch {batch}", "no time left")
+            continue
+        prompts = text(batch * prompt).reshape(batch, prompt)
+        calls = {
+            name: lambda prompts=prompts, count=count: generate_with_params(config, params, prompts, count)
+            for name, count in (("short", 1), ("long", new))
+        }
+        seconds = run.attempt(f"generation, batch {batch}", alternate, calls, REPETITIONS)
+        if seconds is None:
+            continue
+        longer = [long - short for short, long in zip(seconds["short"], seconds["long"], strict=True)]
+        prefill = spread([batch * prompt / s for s in seconds["short"]])
+        row = {"batch": batch, "prefill": prefill}
+        row["prefill_of_matmul_peak"] = prefill["median"] * prefill_flops / run.peak
+        row["decode_limit"] = batch / (decode_bytes(config, batch, context) / run.bandwidth)
+        # On a machine where nothing takes long the difference may be noise.
+        if min(longer) > 0:
+            row["decode"] = spread([batch * (new - 1) / s for s in longer])
+            row["decode_of_limit"] = row["decode"]["median"] / row["decode_limit"]
+        record["rows"].append(row)
+    total, active = (count / 1e9 for count in parameter_counts(config))
+    print_table(
+        f"Generation: {total:.2f}B parameters ({active:.2f}B active), prompts of {prompt}, tokens/s",
+        ("batch", "prefill", "of matmul peak", "decode", "limit by bandwidth", "of the limit"),
+        [
+            (
+                row["batch"],
+                show(row["prefill"], 0),
+                percent(row["prefill_of_matmul_peak"]),
+                show(row["decode"], 1) if "decode" in row else None,
+                f"{row['decode_limit']:,.0f}",
+                percent(row.get("decode_of_limit")),
+            )
+            for row in record["rows"]
+        ],
+    )
+    return record

@@ -1,0 +1,177 @@
+"""The GPU kernels: run as plain JAX against the reference, and lowered to Triton, which needs no GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.kernels.flash_attention import reference_attention, visible
+from gptoss_jax.kernels.triton_attention import Block, Blocks, triton_attention
+
+B, T, N, K, H = 3, 150, 6, 2, 24  # neither T nor H fits the blocks
+SMALL = Blocks(Block(16, 16, 4, 2), Block(32, 16, 4, 2), Block(16, 32, 4, 2))
+SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0, -0.3, 5.0])
+
+
+def heads(seed=0, dtype=np.float32):
+    """Random q, k, v and the result's gradient."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(2 * rng.standard_normal((B, T, count, H)), dtype) for count in (N, K, K, N)]
+
+
+def packed():
+    """Positions and segment ids: documents that start inside of blocks and end on their edges, and padding;
+    positions that begin late; positions that rise by one to three."""
+    lengths = [(40, 24, 80, 6), (3, 100, 47, 0), (90, 22, 38, 0)]
+    segments = np.array([np.repeat([1, 2, 3, 0], row) for row in lengths])
+    positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    positions[1] += 5000
+    steps = np.random.default_rng(1).integers(1, 4, T)
+    for document in (1, 2, 3):
+        at = segments[2] == document
+        positions[2, at] = np.cumsum(steps[at]) - steps[at][0]
+    return jnp.array(positions), jnp.array(segments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def with_gradients(fast, window, sink_tokens, inputs, d_out, positions, segments):
+    def attend(q, k, v, sinks=None):
+        if fast:
+            return triton_attention(
+                q, k, v, positions, segments, window, sink_tokens, sinks, interpret=True, blocks=SMALL
+            )
+        mask = visible(positions, segments, positions, segments, window, sink_tokens)
+        return reference_attention(q, k, v, mask, sinks)
+
+    out, vjp = jax.vjp(attend, *inputs)
+    return out, *vjp(d_out)
+
+
+NAMES = ("out", "dq", "dk", "dv", "ds")
+
+
+@pytest.mark.parametrize("sink_tokens", [0, 2])
+@pytest.mark.parametrize("window", [None, 1, 5, 70])
+def test_equals_the_reference(window, sink_tokens):
+    *inputs, d_out = heads()
+    inputs = (*inputs, SINKS)
+    plain = with_gradients(False, window, sink_tokens, inputs, d_out, *packed())
+    fast = with_gradients(True, window, sink_tokens, inputs, d_out, *packed())
+    for name, p, f in zip(NAMES, plain, fast, strict=True):
+        assert np.abs(f - p).max() < 1e-5 * np.abs(p).max(), name
+
+
+@pytest.mark.parametrize("window, sink_tokens", [(None, 0), (5, 2)])
+def test_without_learned_sinks(window, sink_tokens):
+    *inputs, d_out = heads(seed=2)
+    plain = with_gradients(False, window, sink_tokens, tuple(inputs), d_out, *packed())
+    fast = with_gradients(True, window, sink_tokens, tuple(inputs), d_out, *packed())
+    for name, p, f in zip(NAMES[:4], plain, fast, strict=True):
+        assert np.abs(f - p).max() < 1e-5 * np.abs(p).max(), name
+
+
+def test_narrow_types_are_kept_and_close():
+    *inputs, d_out = heads(seed=3, dtype=jnp.bfloat16)
+    inputs = (*inputs, SINKS.astype(jnp.bfloat16))
+    fast = with_gradients(True, 5, 2, inputs, d_out, *packed())
+    wide = [x.astype(jnp.float32) for x in (*inputs, d_out)]
+    plain = with_gradients(False, 5, 2, tuple(wide[:4]), wide[4], *packed())
+    for name, p, f in zip(NAMES, plain, fast, strict=True):
+        assert f.dtype == jnp.bfloat16, name
+        assert np.abs(f.astype(jnp.float32) - p).max() < 2e-2 * np.abs(p).max(), name
+
+
+def in_order(spoilt=slice(0)):
+    """One document; q, k, v and the result's gradient that are not a number at some tokens."""
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    arrays = [x.at[:, spoilt].set(jnp.nan) for x in heads(seed=4)]
+    return arrays[:3], arrays[3], positions, jnp.ones_like(positions)
+
+
+def finite_tokens(window, sink_tokens, spoilt):
+    """Tokens with finite out, dq, dk and dv where those of `spoilt` are not a number: a zero weight does not
+    save what was read."""
+    inputs, d_out, *where = in_order(spoilt)
+    results = with_gradients(True, window, sink_tokens, (*inputs, SINKS), d_out, *where)[:4]
+    return [np.flatnonzero(np.isfinite(x).all(axis=(0, 2, 3))).tolist() for x in results]
+
+
+def test_far_blocks_are_not_read():
+    # Blocks of 16 keys, and of 16 or 32 rows that are the queries of 3 heads: 6 to 12 tokens.
+    out, dq, dk, dv = finite_tokens(5, 0, slice(64, 80))
+    assert set(out) >= {*range(60), *range(90, T)}
+    assert set(dq) >= {*range(54), *range(96, T)}
+    assert set(dk) & set(dv) >= {*range(32), *range(96, T)}
+    # In full layers later queries read them, and earlier ones still do not.
+    assert finite_tokens(None, 0, slice(64, 80))[0] == [*range(64)]
+    # The first tokens' gradients, and those of their block of 32 keys, come from all queries.
+    out, _, dk, dv = finite_tokens(5, 2, slice(64, 80))
+    assert set(out) >= {*range(60), *range(90, T)}
+    assert dk == dv == [*range(96, T)]
+
+
+def test_another_document_is_not_read():
+    (q, k, v), _, positions, _ = in_order(slice(0, 48))
+    segments = jnp.where(positions < 48, 1, 2)
+    out = triton_attention(q, k, v, positions, segments, None, 0, SINKS, interpret=True, blocks=SMALL)
+    assert np.isfinite(out[:, 48:]).all() and np.isnan(out[:, :48]).all()
+
+
+def test_padding_whose_positions_stand_still():
+    # Segments and positions 0, as packing makes it: the documents' results are not touched by it.
+    inputs, d_out, positions, segments = in_order()
+    kept = jnp.arange(T) < 100
+    found = with_gradients(
+        True, 5, 2, (*inputs, SINKS), d_out * kept[:, None, None], positions * kept, segments * kept
+    )
+    short = [x[:, :100] for x in (*inputs, d_out, positions, segments)]
+    alone = with_gradients(True, 5, 2, (*short[:3], SINKS), *short[3:])
+    for name, f, a in zip(NAMES, found, alone, strict=True):
+        assert np.isfinite(f).all(), name
+        f = f if name == "ds" else f[:, :100]
+        np.testing.assert_allclose(f, a, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def traced(dtype, window, length=1024):
+    shape = {count: jax.ShapeDtypeStruct((2, length, count, 64), dtype) for count in (8, 2)}
+    where = jax.ShapeDtypeStruct((2, length), jnp.int32)
+    sinks = jax.ShapeDtypeStruct((8,), dtype)
+
+    def forward_and_backward(q, k, v, sinks, positions, segments, d_out):
+        def attend(q, k, v, sinks):
+            return triton_attention(q, k, v, positions, segments, window, 0, sinks)
+
+        out, vjp = jax.vjp(attend, q, k, v, sinks)
+        return out, *vjp(d_out)
+
+    return jax.jit(forward_and_backward).trace(shape[8], shape[2], shape[2], sinks, where, where, shape[8])
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lowers_for_cuda(dtype, window):
+    text = traced(dtype, window).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("_forward_kernel", "_d_queries_kernel", "_d_keys_kernel"):
+        assert text.count(f'name = "{kernel}"') == 1
+    assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_no_score_matrix_and_full_precision(window):
+    products = 0
+    for equation in equations(traced(jnp.float32, window).jaxpr.jaxpr):
+        for variable in (*equation.invars, *equation.outvars):
+            assert sum(size >= 1024 for size in variable.aval.shape) <= 1, equation
+        if equation.primitive.name == "dot_general":
+            products += 1
+            assert equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+    assert products == 2 + 3 + 4

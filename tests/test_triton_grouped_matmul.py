@@ -1,0 +1,135 @@
+"""The grouped product's GPU kernels: their results, interpreted, against a loop in float64; and that they
+lower for CUDA to Triton programs that are well formed, which needs no GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.triton import lowering
+
+from gptoss_jax.kernels.triton_grouped_matmul import Blocks, _tiles, triton_grouped_matmul
+
+R, E, D, F = 57, 4, 37, 50
+SMALL = Blocks(rows=16, columns=32, inner=16, warps=4, stages=2)
+
+
+def by_loop(x, w, g, sizes):
+    """y, dx and dw, group by group."""
+    y, dx, dw = np.zeros(g.shape), np.zeros(x.shape), np.zeros(w.shape)
+    start = 0
+    for e, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], dx[rows], dw[e] = x[rows] @ w[e], g[rows] @ w[e].T, x[rows].T @ g[rows]
+        start += size
+    return y, dx, dw
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(blocks, x, w, g, sizes):
+    y, vjp = jax.vjp(lambda x, w: triton_grouped_matmul(x, w, sizes, interpret=True, _blocks=blocks), x, w)
+    return y, *vjp(g)
+
+
+def check(sizes, outside=0.0, blocks=SMALL, dtype=np.float32, tolerance=1e-5):
+    rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
+    x, w, g = (rng.standard_normal(shape).astype(dtype) for shape in ((R, D), (E, D, F), (R, F)))
+    expected = by_loop(*(a.astype(np.float64) for a in (x, w, g)), sizes)
+    # What stands past the groups must not matter.
+    x[sum(sizes) :] = outside
+    g[sum(sizes) :] = outside
+    found = with_gradients(blocks, x, w, g, jnp.array(sizes, jnp.int32))
+    for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
+        assert f.dtype == dtype, name
+        np.testing.assert_allclose(
+            np.asarray(f, np.float64), e, rtol=tolerance, atol=10 * tolerance, err_msg=name
+        )
+
+
+def sizes_within(rows):
+    """Group sizes with a sum of at most `rows`, zero and one among them often."""
+    cuts = st.lists(st.integers(0, rows), min_size=E, max_size=E).map(sorted)
+    small = st.lists(st.integers(0, 3), min_size=E, max_size=E)
+    return cuts.map(lambda c: [c[0], *(b - a for a, b in zip(c, c[1:], strict=False))]) | small
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=sizes_within(R), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
+@example(sizes=[R, 0, 0, 0], outside=0.0)
+@example(sizes=[0, 0, 0, R], outside=0.0)
+@example(sizes=[0, 0, 0, 0], outside=np.nan)
+@example(sizes=[1, 1, 1, 1], outside=np.inf)
+@example(sizes=[17, 1, 16, 23], outside=0.0)
+@example(sizes=[0, 16, 0, 17], outside=np.nan)
+def test_any_group_sizes(sizes, outside):
+    check(sizes, outside)
+
+
+def test_by_hand():
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    w = jnp.array([[[1.0], [0.0]], [[9.0], [9.0]], [[0.0], [10.0]]])
+    y = triton_grouped_matmul(x, w, jnp.array([2, 0, 1]), interpret=True)
+    np.testing.assert_array_equal(y[:, 0], [1, 3, 60, 0])
+
+
+def test_the_blocks_it_chooses():
+    """Larger than all the arrays here, so that every edge is masked."""
+    check([20, 0, 30, 3], np.nan, blocks=None)
+
+
+def test_bfloat16():
+    check([20, 0, 30, 3], np.nan, dtype=jnp.bfloat16, tolerance=0.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=sizes_within(R))
+@example(sizes=[1, 1, 1, R - 3])
+@example(sizes=[17, 17, 17, 6])
+def test_tiles_cover_every_row_once(sizes):
+    """There is room for every tile, each has rows of one group only, and rows of no group are a group too."""
+    group, first, end = map(np.asarray, _tiles(jnp.array(sizes, jnp.int32), R, 16))
+    found = np.full(R, -1)
+    for g, start, stop in zip(group, first, end, strict=True):
+        rows = slice(start, min(start + 16, stop))
+        assert np.all(found[rows] == -1)
+        found[rows] = g
+    np.testing.assert_array_equal(found, np.repeat(np.arange(E + 1), [*sizes, R - sum(sizes)]))
+    assert len(group) == 4 + E
+
+
+def test_sizes_beyond_the_rows_stay_inside():
+    check_ends = np.asarray(_tiles(jnp.array([40, 40, 0, 0], jnp.int32), R, 16)[2])
+    assert check_ends.max() == R
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("rows", [65536, 64])
+def test_lowers_for_cuda(dtype, rows, monkeypatch):
+    """The released sizes. Pallas hands its program over without looking whether it is well formed."""
+    whole, kernels = lowering.lower_jaxpr_to_triton_module, []
+
+    def verified(*args, **kwargs):
+        result = whole(*args, **kwargs)
+        kernels.append(result.module.operation.get_asm())
+        result.module.operation.verify()
+        return result
+
+    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", verified)
+    groups, width = 32, 2880
+    x = jax.ShapeDtypeStruct((rows, width), dtype)
+    w = jax.ShapeDtypeStruct((groups, width, width), dtype)
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+
+    def both(x, w, sizes):
+        y, vjp = jax.vjp(lambda x, w: triton_grouped_matmul(x, w, sizes), x, w)
+        return y, *vjp(y)
+
+    text = jax.jit(both).trace(x, w, sizes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == len(kernels) == 3
+    # No kernel may round float32 to TF32 (0) on its way to the tensor cores; 2 is IEEE.
+    for kernel in kernels:
+        assert kernel.count("tt.dot") == 1
+        assert "inputPrecision = tf32" not in kernel and "inputPrecision = 0" not in kernel
