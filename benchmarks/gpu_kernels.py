@@ -48,7 +48,6 @@ def _attention_forms(run: Run, window: int | None) -> dict:
     """Name -> function of (q, k, v, sinks, positions, segments)."""
     # Here, so that what is missing fails this section only.
     from gptoss_jax.kernels.blockwise_attention import blockwise_attention
-
     from gptoss_jax.kernels.flash_attention import flash_attention
 
     def with_sinks(attend):

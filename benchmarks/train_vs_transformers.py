@@ -51,7 +51,10 @@ def ours(experts: int, top_k: int) -> dict:
     from gptoss_jax.training.step import make_train_step
 
     model = ModelConfig(
-        **model_sizes(experts, top_k), rope_theta=10000.0, rope_scaling=None, compute_dtype="float32",
+        **model_sizes(experts, top_k),
+        rope_theta=10000.0,
+        rope_scaling=None,
+        compute_dtype="float32",
         scan_layers=False,
     )
     config = TrainConfig(
@@ -125,7 +128,9 @@ def measure(experts: int, top_k: int, rounds: int, implementations) -> dict:
     sizes = {"experts": experts, "top_k": top_k}
     module = "train_vs_transformers"
     us = Worker(module, "ours", sizes)
-    peers = {name: Worker(module, "transformers", sizes | {"implementation": name}) for name in implementations}
+    peers = {
+        name: Worker(module, "transformers", sizes | {"implementation": name}) for name in implementations
+    }
     seconds = {name: [] for name in ("ours", *peers)}
     peaks = []
     for _ in range(rounds):
@@ -153,9 +158,14 @@ def main() -> None:
         medians = {name: statistics.median(values) for name, values in result["seconds"].items()}
         peak = statistics.median(result["peaks"])
         share = result["flops_per_token"] * count / medians["ours"] / peak
-        print(f"E {experts} top-{top_k}: " + ", ".join(f"{n} {count / s:,.0f}" for n, s in medians.items()), end=" ")
+        print(
+            f"E {experts} top-{top_k}: " + ", ".join(f"{n} {count / s:,.0f}" for n, s in medians.items()),
+            end=" ",
+        )
         best = min((s for n, s in medians.items() if n != "ours"), default=0)
-        print(f"tokens/s; ratio {best / medians['ours']:.2f}; peak {peak / 1e9:.0f} GFLOP/s, ours {share:.0%}")
+        print(
+            f"tokens/s; ratio {best / medians['ours']:.2f}; peak {peak / 1e9:.0f} GFLOP/s, ours {share:.0%}"
+        )
 
 
 if __name__ == "__main__":

@@ -111,7 +111,9 @@ def _forward(static, q, k, v, sinks_N, row, dropout_key):
         last, sum_of_all, out_i = _over_keys(static, row, k, v, i, step, state)
         place = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=2)
         outs, logs = carry
-        return place(outs, (out_i / sum_of_all[..., None]).astype(q.dtype)), place(logs, last + jnp.log(sum_of_all))
+        return place(outs, (out_i / sum_of_all[..., None]).astype(q.dtype)), place(
+            logs, last + jnp.log(sum_of_all)
+        )
 
     empty = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], sum_type))
     out, log_total = lax.fori_loop(0, count, one_block, empty)
@@ -136,7 +138,11 @@ def _backward(static, kept, g):
             d_scores = (weights * (d_weights - delta_i)).astype(q.dtype)
             weights = _dropped(static, weights, keys, dropout_key).astype(q.dtype)
             dq_i = dq_i + _matmul(d_scores, keys.k, sum_type)
-            return dq_i, keys.add(dk, _outer(d_scores, q_i, sum_type)), keys.add(dv, _outer(weights, g_i, sum_type))
+            return (
+                dq_i,
+                keys.add(dk, _outer(d_scores, q_i, sum_type)),
+                keys.add(dv, _outer(weights, g_i, sum_type)),
+            )
 
         state = (jnp.zeros((B, K, R, H), sum_type), dk, dv)
         dq_i, dk, dv = _over_keys(static, row, k, v, i, step, state)
@@ -199,7 +205,9 @@ def _over_keys(static, row, k, v, i, step, state):
         batch = jnp.arange(len(place_BS))[:, None]
 
         def add(total, x):
-            return total.at[batch, :, place_BS].add(jnp.where(is_before_BS[..., None, None], x.swapaxes(1, 2), 0))
+            return total.at[batch, :, place_BS].add(
+                jnp.where(is_before_BS[..., None, None], x.swapaxes(1, 2), 0)
+            )
 
         ks, vs = (x[batch, :, place_BS].swapaxes(1, 2) for x in (k, v))
         index = i * (T // C + 1) + T // C
@@ -245,5 +253,7 @@ def _dropped(static, weights, keys, dropout_key):
     """Weights, or their gradient, after dropout: the same ones are dropped for the same pair of blocks."""
     if not static.dropout:
         return weights
-    kept = jax.random.bernoulli(jax.random.fold_in(dropout_key, keys.index), 1 - static.dropout, weights.shape)
+    kept = jax.random.bernoulli(
+        jax.random.fold_in(dropout_key, keys.index), 1 - static.dropout, weights.shape
+    )
     return jnp.where(kept, weights / (1 - static.dropout), 0)

@@ -1,5 +1,5 @@
-"""Grouped-query attention with a mask rule and learned sinks: the plain reference, and the form that skips
-what is never visible.
+"""Grouped-query attention with a mask rule and learned sinks: the plain reference, and the choice of the form that
+a program is compiled with.
 
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size.
 """
@@ -8,32 +8,58 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import target
+from gptoss_jax.kernels.blockwise_attention import blockwise_attention
+from gptoss_jax.kernels.mask import MASKED, visible
 
-MASKED = -1e30  # finite, so that a query which sees no key gives no NaN
+# Rows of so many tokens at most are worked through in whole strips of keys on CPU.
+SHORT = 512
 
 
-def visible(
+def flash_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-    key_positions_BS: jax.Array,
-    key_segment_ids_BS: jax.Array,
     window: int | None,
     sink_tokens: int = 0,
+    sinks_N: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """The mask rule: bool [B, T, S], whether each query sees each key.
+    """Attention of rows to themselves by the mask rule (`mask.visible`), differentiable in q, k, v and the sinks.
 
-    A key is visible in its own segment, at or before the query, and in a sliding layer (`window` is not None)
-    only when it is one of the `window` latest, the query's own included, or one of the segment's first
-    `sink_tokens`.
+    Positions must rise by one from token to token of a segment, and a segment must be one piece of its row.
+    Nothing here has T x T numbers, and a sliding layer costs O(T * W). What is chosen, all of one function:
+
+    - TPU: splash attention; GPU: our Triton kernel. Neither does dropout, nor splash attention sink tokens.
+    - Everywhere else: blocks in plain XLA; on CPU, short rows in strips.
+
+    Args:
+      q_BTNH, k_BTKH, v_BTKH: query head n uses key/value head n // G.
+      window: keys that a query sees, its own included; None for all before it.
+      sink_tokens: the first tokens of a segment, which stay visible.
+      sinks_N: one more logit in each head's softmax, without a value.
+      dropout_key: turns dropout of the attention weights on.
+
+    Returns:
+      [B, T, N, H] in the type of `q_BTNH`.
     """
-    ahead_BTS = positions_BT[:, :, None] - key_positions_BS[:, None, :]
-    mask_BTS = (ahead_BTS >= 0) & (segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None, :])
-    if window is None:
-        return mask_BTS
-    near_BTS = ahead_BTS < window
-    if sink_tokens:
-        near_BTS |= key_positions_BS[:, None, :] < sink_tokens
-    return mask_BTS & near_BTS
+    inputs = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, window, sink_tokens, sinks_N)
+    platform = target.platform()
+    drops = dropout_key is not None and dropout > 0
+    # Imported where they are used: what they import is of no use elsewhere, and takes its time.
+    if platform == "gpu" and not drops:
+        from gptoss_jax.kernels.triton_attention import triton_attention
+
+        return triton_attention(*inputs)
+    if platform == "tpu" and not drops and (window is None or sink_tokens == 0):
+        from gptoss_jax.kernels.splash_attention import splash_attention
+
+        return splash_attention(*inputs)
+    if platform == "cpu" and q_BTNH.shape[1] <= SHORT:
+        return strip_attention(*inputs, dropout, dropout_key)
+    return blockwise_attention(*inputs, dropout, dropout_key)
 
 
 def reference_attention(
@@ -83,13 +109,7 @@ def reference_attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def query_block(length: int, platform: str) -> int:
-    """Queries that are worked through at once: small blocks skip more, but the program grows with their
-    number, which the compilers for accelerators take badly."""
-    return max(64, -(-length // (16 if platform == "cpu" else 8)))
-
-
-def self_attention(
+def strip_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -101,13 +121,12 @@ def self_attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of rows to themselves, in blocks of queries that read only the keys they may see.
+    """The same for short rows: the reference, a few queries at a time with the keys that they may see.
 
-    Positions must rise by one or more from token to token of a segment: then no key after a query's place in
-    the row is visible to it, and no key `window` places or more before. Returns [B, T, N, H].
+    The gradient keeps the weights, where `blockwise_attention` computes them twice.
     """
     T = q_BTNH.shape[1]
-    block = query_block(T, target.platform())
+    block = max(64, -(-T // 16))
     outs = []
     for start in range(0, T, block):
         stop = min(start + block, T)

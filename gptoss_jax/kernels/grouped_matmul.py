@@ -116,9 +116,11 @@ def _sizes(rows: int, groups: int) -> tuple[int, int]:
     mean = rows / groups
     # Below so many rows, reading the matrices of groups that have no rows would cost more than it saves.
     import os
-    f=float(os.environ.get("CF","1.125")); d=int(os.environ.get("BD","4"))
+
+    f = float(os.environ.get("CF", "1.125"))
+    d = int(os.environ.get("BD", "4"))
     together = 0 if mean < 8 else min(rows, -(-int(f * mean) // 16) * 16)
-    block = next((size for size in (512,256,128, 64, 32) if mean >= d * size), 16)
+    block = next((size for size in (512, 256, 128, 64, 32) if mean >= d * size), 16)
     return together, min(rows, block)
 
 
@@ -188,7 +190,9 @@ class _Tile(NamedTuple):
         return jnp.where(self.is_mine, self._rows(x_RD), 0)
 
     def write(self, x_RD, x):
-        return lax.dynamic_update_slice_in_dim(x_RD, jnp.where(self.is_mine, x, self._rows(x_RD)), self.start, 0)
+        return lax.dynamic_update_slice_in_dim(
+            x_RD, jnp.where(self.is_mine, x, self._rows(x_RD)), self.start, 0
+        )
 
     def of_group(self, parameters):
         return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, self.group, keepdims=False), parameters)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import SLIDING, ModelConfig
-from gptoss_jax.kernels.flash_attention import reference_attention, self_attention, visible
+from gptoss_jax.kernels.flash_attention import flash_attention, reference_attention
+from gptoss_jax.kernels.mask import visible
 from gptoss_jax.model import kv_cache, rope
-from gptoss_jax.parallel.sharding import product, products
+from gptoss_jax.parallel.sharding import by_head, product, products
 
 
 class Attention(nnx.Module):
@@ -60,9 +61,12 @@ class Attention(nnx.Module):
         q_BTNH, k_BSKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BSKH, cos_sin)
         sinks_N = self.sinks[...] if config.learned_sinks else None
         if cache is None:
-            y_BTNH = self_attention(
-                q_BTNH, k_BSKH, v_BSKH, positions_BT, segment_ids_BT, self.window, config.sink_tokens,
-                sinks_N, config.attention_dropout, dropout_key,
+            y_BTNH = by_head(
+                lambda q, k, v, sinks, key, positions, segments: flash_attention(
+                    q, k, v, positions, segments, self.window, config.sink_tokens, sinks,
+                    config.attention_dropout, key,
+                ),
+                (q_BTNH, k_BSKH, v_BSKH), sinks_N, dropout_key, positions_BT, segment_ids_BT,
             )  # fmt: skip
         else:
             cache = kv_cache.write(cache, k_BSKH, v_BSKH, positions_BT, segment_ids_BT)

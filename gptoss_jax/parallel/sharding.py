@@ -155,6 +155,35 @@ def by_device(function: Callable, *arrays: jax.Array):
     return jax.shard_map(function, in_specs=P(BATCH), out_specs=P(BATCH), check_vma=False)(*arrays)
 
 
+def by_head(
+    function: Callable,
+    heads: tuple[jax.Array, ...],
+    sinks_N: jax.Array | None,
+    key: jax.Array | None,
+    *rows_BT,
+) -> jax.Array:
+    """`function(*heads, sinks, key, *rows)` of each device's own rows and heads.
+
+    Heads are split on axis 2 of `heads` and of the result, [B, T, N or K, H]. Each device has a random key of
+    its own.
+    """
+    if not current_axes():
+        return function(*heads, sinks_N, key, *rows_BT)
+
+    def one_device(heads, sinks_N, key_data, rows):
+        key = None
+        if key_data is not None:
+            place = jax.lax.axis_index((*BATCH, "tensor"))
+            key = jax.random.fold_in(jax.random.wrap_key_data(key_data), place)
+        return function(*heads, sinks_N, key, *rows)
+
+    spec = P(BATCH, None, "tensor", None)
+    key_data = None if key is None else jax.random.key_data(key)
+    return jax.shard_map(
+        one_device, in_specs=(spec, P("tensor"), P(), P(BATCH)), out_specs=spec, check_vma=False
+    )(heads, sinks_N, key_data, rows_BT)
+
+
 @jax.custom_vjp
 def sum_over_tensor(x: jax.Array) -> jax.Array:
     """Inside of `shard_map`, the sum over the tensor axis of a result that is the same on all its devices.
@@ -232,7 +261,10 @@ def _einsum_bwd(equation, result_type, kept, g):
     return backward(f"{y_letters},{weight_letters}->{x_letters}", g, weight), d_weight
 
 
-_einsum.defvjp(lambda equation, x, weight, result_type: (_einsum(equation, x, weight, result_type), (x, weight)), _einsum_bwd)
+_einsum.defvjp(
+    lambda equation, x, weight, result_type: (_einsum(equation, x, weight, result_type), (x, weight)),
+    _einsum_bwd,
+)
 
 
 def product(
