@@ -1,8 +1,8 @@
 """Training steps of us and of transformers, alternately: python benchmarks/train_vs_transformers.py.
 
 The sizes of a student's notebook (6 layers of width 384) with 4, 32 and 128 experts, batch 4 x 512, float32,
-AdamW with clipping, two threads each. Prints tokens/s, the ratio of the medians, and how much of the matmul peak,
-measured in the same run, our steps reach.
+AdamW with clipping, two threads each. Prints tokens/s, the ratio of the medians, and how much of the matmul
+peak, measured in the same run, our steps reach.
 """
 
 import argparse
@@ -129,7 +129,10 @@ def measure(experts: int, top_k: int, rounds: int, implementations) -> dict:
     module = "train_vs_transformers"
     us = Worker(module, "ours", sizes)
     peers = {
-        name: Worker(module, "transformers", sizes | {"implementation": name}) for name in implementations
+        name: Worker(
+            module, "transformers", sizes | {"implementation": name}, GLIBC_TUNABLES="glibc.malloc.hugetlb=1"
+        )
+        for name in implementations
     }
     seconds = {name: [] for name in ("ours", *peers)}
     peaks = []

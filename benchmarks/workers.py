@@ -1,8 +1,8 @@
 """Peers in processes of their own, measured alternately: while one works, the others wait for their turn.
 
-A worker is this file run with the name of a module and a function of it: the function gets its settings, makes
-ready, and returns a `dict` of name -> function without arguments. `Worker.ask(name)` calls one there and returns
-what it returns, as JSON.
+A worker is this file run with the name of a module and a function of it: the function gets its settings,
+makes ready, and returns a `dict` of name -> function without arguments. `Worker.ask(name)` calls one there
+and returns what it returns, as JSON.
 """
 
 import importlib
@@ -12,16 +12,18 @@ import pathlib
 import subprocess
 import sys
 
+from gptoss_jax import startup
+
 HERE = pathlib.Path(__file__).parent
 # What train.py starts itself with; the peers get it too.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+MEMORY = ":".join(startup.TUNABLES)
 
 
 class Worker:
     """A process that runs `module.function(**settings)` and then does what it is asked."""
 
     def __init__(self, module: str, function: str, settings: dict, **environment: str):
-        environment = os.environ | {"GLIBC_TUNABLES": HUGE_PAGES, "JAX_PLATFORMS": "cpu"} | environment
+        environment = os.environ | {"GLIBC_TUNABLES": MEMORY, "JAX_PLATFORMS": "cpu"} | environment
         command = [sys.executable, __file__, module, function, json.dumps(settings)]
         self._process = subprocess.Popen(
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE

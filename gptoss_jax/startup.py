@@ -5,21 +5,27 @@ import sys
 import warnings
 from collections.abc import Callable
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# Memory in huge pages, and none given back: XLA for CPU allocates and frees that of every step, some GB.
+TUNABLES = (
+    "glibc.malloc.hugetlb=1",
+    "glibc.malloc.mmap_max=0",
+    "glibc.malloc.arena_max=1",
+    "glibc.malloc.trim_threshold=68719476736",
+)
 
 
-def use_huge_pages() -> None:
-    """Starts this process anew with memory in huge pages; does nothing where that is done already or not
-    known.
+def keep_memory() -> None:
+    """Starts this process anew so that it keeps its memory, in huge pages; does nothing where that is done
+    already or not known.
 
-    XLA for CPU gets and returns the memory of every step, and with pages of 4 KiB a third of the step's time
-    goes to touching them for the first time. glibc reads this setting only at the start of a process (2.35
-    and later).
+    XLA for CPU gets and returns the memory of every step, and a third of the step's time goes to touching it
+    for the first time again: with pages of 4 KiB always, and where a virtual machine gives pages back, with
+    any. glibc reads these settings only at the start of a process (hugetlb: 2.35 and later).
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if not sys.platform.startswith("linux") or "glibc.malloc.hugetlb" in tunables or not sys.executable:
+    if not sys.platform.startswith("linux") or "glibc.malloc." in tunables or not sys.executable:
         return
-    os.environ["GLIBC_TUNABLES"] = f"{tunables}:{HUGE_PAGES}" if tunables else HUGE_PAGES
+    os.environ["GLIBC_TUNABLES"] = ":".join((*filter(None, [tunables]), *TUNABLES))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -9,15 +9,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gptoss_jax.kernels import native
 from gptoss_jax.kernels.grouped_matmul import (
     add_group_bias,
     blocked_grouped_matmul,
     grouped_matmul,
+    map_groups,
+    native_grouped_matmul,
     reference_grouped_matmul,
 )
 
 E, D, F = 4, 5, 7
 FORMS = {"blocked": blocked_grouped_matmul, "reference": reference_grouped_matmul, "chosen": grouped_matmul}
+if native.is_available():
+    FORMS["native"] = native_grouped_matmul
 
 
 def by_loop(x, w, g, sizes):
@@ -74,6 +79,81 @@ def test_any_group_sizes(form, sizes, outside):
 )
 def test_larger_blocks(rows, shares):
     check("blocked", rows, [int(share * rows) for share in shares], np.nan)
+
+
+@pytest.mark.skipif(not native.is_available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("widths", [(1, 1), (31, 33), (100, 530), (1030, 70)], ids=str)
+@pytest.mark.parametrize("sizes", [(0, 13, 1, 40), (600, 0, 5, 0), (12, 24, 8, 4)], ids=str)
+def test_native_at_every_edge(widths, sizes):
+    """Widths and rows around those of its blocks (32 columns, 480 columns, 512 inner, 12 rows), with a
+    bias."""
+    (D, F), E = widths, len(sizes)
+    rng = np.random.default_rng(D + sum(sizes))
+    shapes = ((sum(sizes) + 3, D), (E, D, F), (E, F), (sum(sizes) + 3, F))
+    x, w, b, g = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    x[-3:] = g[-3:] = np.nan
+
+    @jax.jit
+    def found(x, w, b, g):
+        y, back = jax.vjp(lambda x, w, b: native_grouped_matmul(x, w, jnp.array(sizes), b), x, w, b)
+        return y, *back(g)
+
+    y, dx, dw, db = found(x, w, b, g)
+    ends = np.cumsum(sizes)
+    for e, (begin, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        x64, w64, g64 = (a.astype(np.float64) for a in (x[begin:end], w[e], g[begin:end]))
+        expected = {"y": x64 @ w64 + b[e], "dx": g64 @ w64.T, "dw": x64.T @ g64, "db": g64.sum(0)}
+        for name, part in {"y": y[begin:end], "dx": dx[begin:end], "dw": dw[e], "db": db[e]}.items():
+            scale = np.abs(expected[name]).max(initial=1)
+            np.testing.assert_allclose(part, expected[name], rtol=0, atol=1e-5 * scale, err_msg=name)
+    np.testing.assert_array_equal(y[-3:], 0)
+    np.testing.assert_array_equal(dx[-3:], 0)
+
+
+def test_without_native_kernels_xla_does_it(monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    x, w, sizes = jnp.ones((5, 2)), jnp.ones((2, 2, 3)), jnp.array([2, 3])
+    text = jax.jit(lambda x, w: grouped_matmul(x, w, sizes, jnp.ones((2, 3)))).lower(x, w).as_text()
+    assert "custom_call" not in text
+    np.testing.assert_array_equal(grouped_matmul(x, w, sizes, jnp.ones((2, 3))), 3)
+
+
+def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'x.cc:1: error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(
+        UserWarning, match="cannot compile grouped_matmul.cc, XLA does its work: x.cc:1: error"
+    ):
+        assert not native.is_available.__wrapped__()
+    assert [path for path in tmp_path.rglob("*") if path.suffix == ".so"] == []
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.0, 0.3, 0.0), (0, 0.9, 0, 0)])
+def test_any_function_of_rows(shares):
+    sizes = jnp.array([int(share * 400) for share in shares], jnp.int32)
+    rng = np.random.default_rng(1)
+    x, w, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((400, D), (E, D, F), (E, F)))
+    g = jnp.asarray(rng.standard_normal((400, F)), jnp.float32)
+
+    def function(x, p):
+        return jnp.tanh(x @ p["w"] + p["b"][..., None, :])
+
+    p = {"w": w, "b": b}
+    y, back = jax.vjp(lambda x, p: map_groups(function, x, p, sizes), x, p)
+    group = np.minimum(np.searchsorted(np.cumsum(sizes), np.arange(400), side="right"), E - 1)
+    inside = (np.arange(400) < int(sizes.sum()))[:, None]
+    expected, back_plain = jax.vjp(
+        lambda x, p: jnp.where(
+            inside, jnp.tanh(jnp.einsum("rd,rdf->rf", x, p["w"][group]) + p["b"][group]), 0
+        ),
+        x,
+        p,
+    )
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), back(g), back_plain(g))
 
 
 def test_by_hand():

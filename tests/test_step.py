@@ -318,7 +318,7 @@ def first_update(gradient, **options):
     optimizer = make_optimizer(OptimConfig(**options), 100)
     params = {"head": {"weight": jnp.full((1,), 2.0)}, "final_norm": {"scale": jnp.full((1,), 2.0)}}
     grads = {"head": {"weight": jnp.array([gradient[0]])}, "final_norm": {"scale": jnp.array([gradient[1]])}}
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, finite=True)
     return [float(updates["head"]["weight"][0]), float(updates["final_norm"]["scale"][0])]
 
 
@@ -371,7 +371,7 @@ def test_a_muon_update_is_near_orthogonal_and_of_adams_size():
     }
     params = jax.tree.map(jnp.zeros_like, grads)
     optimizer = make_optimizer(config, 10)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, finite=True)
     update = np.asarray(updates["moe"]["gate_up"])[1, :, 0]
     singular = np.linalg.svd(update, compute_uv=False)
     assert singular.max() / singular.min() < 2  # that of the gradient is far above

@@ -115,9 +115,9 @@ class ModelConfig(Checked):
     # What the backward pass recomputes: nothing, all but the matrix products' results ("dots"), or each whole
     # block.
     remat: Literal["none", "dots", "block"] = "none"
-    # Stack the layers and scan over one period of their types, so that compilation takes as long for 36 layers
-    # as for 4. False keeps each layer for itself: nothing is copied into stacks and out of them, which is faster
-    # for a small model on CPU. It changes how a run's checkpoints are laid out.
+    # Stack the layers and scan over one period of their types, so that compilation takes as long for 36
+    # layers as for 4. False keeps each layer for itself: nothing is copied into stacks and out of them, which
+    # is faster for a small model on CPU. It changes how a run's checkpoints are laid out.
     scan_layers: bool = True
 
     def _check(self) -> None:
@@ -178,8 +178,8 @@ class ModelConfig(Checked):
 
     @property
     def period(self) -> tuple[str, ...]:
-        """The shortest run of layer types that the model is a whole number of repetitions of; all layers, where
-        they are not to be stacked."""
+        """The shortest run of layer types that the model is a whole number of repetitions of; all layers,
+        where they are not to be stacked."""
         kinds, count = self.types_of_layers, self.num_hidden_layers
         if not self.scan_layers:
             return kinds

@@ -1,8 +1,8 @@
-"""Attention in blocks of queries and keys, in plain XLA: runs everywhere, forward and backward without a [T, T]
-array (Dao 2023, arXiv:2307.08691; the sink's gradient: MATH.md, "Forward").
+"""Attention in blocks of queries and keys, in plain XLA: runs everywhere, forward and backward without a [T,
+T] array (Dao 2023, arXiv:2307.08691; the sink's gradient: MATH.md, "Forward").
 
-Letters: B batch, T queries and keys, N query heads, K key/value heads, G = N / K, H head size; C tokens of a block,
-R = G * C query rows of one key/value head.
+Letters: B batch, T queries and keys, N query heads, K key/value heads, G = N / K, H head size; C tokens of a
+block, R = G * C query rows of one key/value head.
 """
 
 import functools
@@ -51,8 +51,8 @@ def blockwise_attention(
 ) -> jax.Array:
     """Attention of rows to themselves, see `flash_attention.flash_attention`. Returns [B, T, N, H].
 
-    Blocks of keys that no query of a block can see are not visited: those after it, those before its window, and
-    those before the first query's segment. So a sliding layer costs O(T * W).
+    Blocks of keys that no query of a block can see are not visited: those after it, those before its window,
+    and those before the first query's segment. So a sliding layer costs O(T * W).
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -162,7 +162,8 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Keys(NamedTuple):
-    """Some keys and values, [B, K, S, H], which queries of a block see them, and how to add to their gradient."""
+    """Some keys and values, [B, K, S, H], which queries of a block see them, and how to add to their
+    gradient."""
 
     k: jax.Array
     v: jax.Array
@@ -183,15 +184,12 @@ def _over_keys(static, row, k, v, i, step, state):
 
     def one(j, state):
         read = functools.partial(lax.dynamic_slice_in_dim, start_index=j * C, slice_size=C)
-        mask = visible(
-            queries.positions, queries.segments, read(row.positions, axis=1), read(row.segments, axis=1), window,
-            sink_tokens,
-        )  # fmt: skip
+        keys = read(row.positions, axis=1), read(row.segments, axis=1)
+        mask = visible(queries.positions, queries.segments, *keys, window, sink_tokens)
 
         def add(total, x):
             return lax.dynamic_update_slice_in_dim(total, read(total, axis=2) + x, j * C, axis=2)
 
-        # Of positions that rise by more than one, the mask rule alone would let a later token of the row see.
         index = i * (row.segments.shape[1] // C + 1) + j
         return step(_Keys(read(k, axis=2), read(v, axis=2), mask, add, index), state)
 

@@ -1,5 +1,5 @@
-"""Grouped-query attention with a mask rule and learned sinks: the plain reference, and the choice of the form that
-a program is compiled with.
+"""Grouped-query attention with a mask rule and learned sinks: the plain reference, and the choice of the form
+that a program is compiled with.
 
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size.
 """
@@ -27,7 +27,8 @@ def flash_attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of rows to themselves by the mask rule (`mask.visible`), differentiable in q, k, v and the sinks.
+    """Attention of rows to themselves by the mask rule (`mask.visible`), differentiable in q, k, v and the
+    sinks.
 
     Positions must rise by one from token to token of a segment, and a segment must be one piece of its row.
     Nothing here has T x T numbers, and a sliding layer costs O(T * W). What is chosen, all of one function:

@@ -1,7 +1,7 @@
 """Rows sorted by group times one matrix per group: the matrix product inside the experts.
 
-Letters here: R rows, E groups (experts), D input width, F output width, C rows of a group that are worked through
-together. Rows past the sum of the group sizes belong to no group and come out as zeros.
+Letters here: R rows, E groups (experts), D input width, F output width, C rows of a group that are worked
+through together. Rows past the sum of the group sizes belong to no group and come out as zeros.
 """
 
 import functools
@@ -57,8 +57,8 @@ def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: j
 def native_grouped_matmul(
     x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
 ) -> jax.Array:
-    """The same by the kernels of `native/grouped_matmul.cc`, for CPU and float32: work is that of the rows there
-    are, near the processor's peak."""
+    """The same by the kernels of `native/grouped_matmul.cc`, for CPU and float32: work is that of the rows
+    there are, near the processor's peak."""
     bias = jnp.zeros(0, jnp.float32) if bias_EF is None else bias_EF
     return _native(x_RD, w_EDF, bias, group_sizes_E)
 
@@ -95,10 +95,11 @@ def blocked_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax
 def map_groups(function: Callable, x_RD: jax.Array, parameters, group_sizes_E: jax.Array) -> jax.Array:
     """Applies a function of rows and parameters to each group of rows with the group's own parameters.
 
-    The first C rows of every group are worked through together, all groups in one batch; C is a little more than
-    the mean, so that there are hardly any rows beyond where groups are even. What is beyond follows in a loop over
-    blocks of rows whose trip count is that of the blocks there are. So at most about twice the work of the rows is
-    done, however uneven the groups are, and most of it in products that are as large as they can be.
+    The first C rows of every group are worked through together, all groups in one batch; C is a little more
+    than the mean, so that there are hardly any rows beyond where groups are even. What is beyond follows in a
+    loop over blocks of rows whose trip count is that of the blocks there are. So at most about twice the work
+    of the rows is done, however uneven the groups are, and most of it in products that are as large as they
+    can be.
 
     Args:
       function: ([C, D], parameters of one group) -> [C, F], each row by itself; also with a leading axis of
@@ -115,12 +116,8 @@ def _sizes(rows: int, groups: int) -> tuple[int, int]:
     """C, and the rows of a block of the rest."""
     mean = rows / groups
     # Below so many rows, reading the matrices of groups that have no rows would cost more than it saves.
-    import os
-
-    f = float(os.environ.get("CF", "1.125"))
-    d = int(os.environ.get("BD", "4"))
-    together = 0 if mean < 8 else min(rows, -(-int(f * mean) // 16) * 16)
-    block = next((size for size in (512, 256, 128, 64, 32) if mean >= d * size), 16)
+    together = 0 if mean < 8 else min(rows, -(-int(1.125 * mean) // 16) * 16)
+    block = next((size for size in (256, 128, 64, 32) if mean >= 8 * size), 16)
     return together, min(rows, block)
 
 

@@ -227,8 +227,9 @@ def products(
         results = []
         for shard, *specs in zip(shards, stored, used, strict=True):
             weight = gathered(shard.astype(x.dtype), *specs)
-            copies = tuple(jax.typeof(x).vma - jax.typeof(weight).vma)
             # Its gradient is summed over the devices that have the same part of it.
+            held = {name for entry in specs[0] for name in _axes(entry)}
+            copies = tuple(name for name in BATCH if name not in held)
             weight = jax.lax.pcast(weight, copies, to="varying") if copies else weight
             y = _einsum(equation, x, weight, result_type)
             results.append(jax.lax.psum(y, "tensor") if summed else y)
@@ -246,8 +247,8 @@ def products(
 def _einsum(equation: str, x: jax.Array, weight: jax.Array, result_type) -> jax.Array:
     """`einsum`, whose gradient in the weight is the product x^T g, in this order.
 
-    In the other one, which `einsum` takes, a compiler has to turn g, and XLA for CPU works g out number by number
-    to do so.
+    In the other one, which `einsum` takes, a compiler has to turn g, and XLA for CPU works g out number by
+    number to do so.
     """
     return jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
 

@@ -68,6 +68,8 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        # The last line of an error is then what went wrong, not a word on what is not shown.
+        "JAX_TRACEBACK_FILTERING": "off",
     }
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "result.json")

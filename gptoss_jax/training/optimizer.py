@@ -54,17 +54,19 @@ def muon_dimensions(params) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: MUON_DIMENSIONS.get(path_names(path)[-1]), params)
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) with it, on the clipped gradient.
 
-    Muon's updates are scaled to the size that AdamW's have (Liu et al. 2025, "Muon is Scalable for LLM
-    Training"), so that one learning rate serves both. Weight decay then pulls on Muon's matrices alone.
+    Its `update` takes one more argument, `finite`: where that is False the state stays as it was. Muon's
+    updates are scaled to the size that AdamW's have (Liu et al. 2025, "Muon is Scalable for LLM Training"),
+    so that one learning rate serves both. Weight decay then pulls on Muon's matrices alone.
     """
     schedule = make_schedule(config, steps)
-    adam = {"b1": config.beta1, "b2": config.beta2}
     if config.name == "adamw":
-        optimizer = optax.adamw(
-            schedule, **adam, eps=config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
+        optimizer = optax.chain(
+            _scale_by_adam(config),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(schedule),
         )
     else:
         optimizer = optax.contrib.muon(
@@ -74,14 +76,55 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             weight_decay_mask=decay_mask,
             consistent_rms=0.2,
             muon_weight_dimension_numbers=muon_dimensions,
-            **{f"adam_{name}": value for name, value in adam.items()},
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
         )
-    return optax.chain(_clip(config.clip_norm), optimizer) if config.clip_norm else optimizer
+    if config.clip_norm:
+        optimizer = optax.chain(_clip(config.clip_norm), optimizer)
+    is_kept_already = config.name == "adamw"
+
+    def update(gradients, state, params, *, finite):
+        updates, new_state = optax.with_extra_args_support(optimizer).update(
+            gradients, state, params, finite=finite
+        )
+        return updates, jax.tree.map(
+            lambda new, old: new if is_kept_already and new.ndim else jnp.where(finite, new, old),
+            new_state,
+            state,
+        )
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, which leaves the moments as they are where `finite` is False.
+
+    The barrier has the update computed from the new moments. Otherwise a compiler computes it from the old
+    ones too, and then has to copy those before it can write the new ones in their place.
+    """
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+
+    def update(gradients, state, params=None, *, finite, **_):
+        def moment(order, decay, olds):
+            new = optax.tree.update_moment(gradients, olds, decay, order)
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, olds)
+
+        count = optax.safe_increment(state.count)
+        moments = moment(1, config.beta1, state.mu), moment(2, config.beta2, state.nu)
+        mu, nu = jax.lax.optimization_barrier(moments)
+        updates = jax.tree.map(
+            lambda m, v: m / (jnp.sqrt(v) + config.epsilon),
+            optax.tree.bias_correction(mu, config.beta1, count),
+            optax.tree.bias_correction(nu, config.beta2, count),
+        )
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def _clip(most: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` as one factor: gradients that are divided one by one would all be written out
-    before the optimiser reads them again."""
+    """`optax.clip_by_global_norm` as one factor: gradients that are divided one by one would all be written
+    out before the optimiser reads them again."""
 
     def update(gradients, state, params=None):
         norm = optax.tree.norm(gradients)

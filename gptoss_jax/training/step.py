@@ -90,18 +90,15 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         grads, metrics = gradient(state.params, batch, jnp.maximum(tokens, 1), key)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-
-        def if_finite(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
+        params = optax.apply_updates(state.params, updates)
         bad = 1 - finite.astype(jnp.int32)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=if_finite(optax.apply_updates(state.params, updates), state.params),
-            opt_state=if_finite(opt_state, state.opt_state),
+            params=jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params),
+            opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
         )
