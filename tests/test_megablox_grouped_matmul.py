@@ -1,0 +1,79 @@
+"""The grouped product of TPUs in interpret mode against a loop, and through the TPU compiler."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tpu_compiler import needs_libtpu, on_tpus
+
+from gptoss_jax.kernels.megablox_grouped_matmul import _parts, _tiles, megablox_grouped_matmul
+
+E = 4
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def with_gradients(x, w, g, sizes, interpret=True):
+    y, vjp = jax.vjp(lambda x, w: megablox_grouped_matmul(x, w, sizes, interpret), x, w)
+    return y, *vjp(g)
+
+
+def check(rows, D, F, sizes, outside):
+    rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
+    x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((rows, D), (E, D, F), (rows, F)))
+    y, dx, dw = np.zeros((rows, F)), np.zeros((rows, D)), np.zeros((E, D, F))
+    start = 0
+    for e, size in enumerate(sizes):
+        group = slice(start, start + size)
+        y[group], dx[group], dw[e] = x[group] @ w[e], g[group] @ w[e].T, x[group].T @ g[group]
+        start += size
+    # What stands past the groups must not matter.
+    x[start:], g[start:] = outside, outside
+    found = with_gradients(x, w, g, jnp.array(sizes, jnp.int32))
+    for name, f, e in zip(("y", "dx", "dw"), found, (y, dx, dw), strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "outside"),
+    [
+        ((10, 0, 20, 7), 0.0),
+        ((10, 0, 3, 0), np.nan),
+        ((0, 0, 0, 0), np.inf),
+        ((0, 37, 0, 0), 0.0),
+        ((1, 16, 16, 4), 0.0),
+        ((5, 5, 5, 21), np.nan),
+    ],
+)
+def test_equals_a_loop(sizes, outside):
+    check(37, 5, 7, sizes, outside)
+
+
+def test_several_tiles():
+    # Three tiles of rows, one of them of three groups; widths that are no multiples of a tile's.
+    check(300, 200, 900, (130, 0, 20, 140), np.nan)
+
+
+def test_tiles():
+    # gpt-oss: gate and up, their gradient, and down; then one expert with few rows, and float32.
+    assert _tiles(2048, 2880, 5760, 2) == (256, 2880, 768)
+    assert _tiles(2048, 5760, 2880, 2) == (128, 5760, 512)
+    assert _tiles(2048, 2880, 2880, 2) == (256, 2880, 768)
+    assert _tiles(512, 2880, 5760, 2) == (128, 2880, 768)
+    assert _tiles(2048, 2880, 2880, 4) == (128, 2880, 512)
+    assert _tiles(2048, 20000, 2880, 4) == (128, 1024, 512)
+    assert [_parts(size, 1024) for size in (7, 1024, 1025, 2880)] == [7, 1024, 640, 1024]
+
+
+@needs_libtpu
+def test_compiles_for_tpus():
+    def three(x, w, g, sizes):
+        return with_gradients(x, w, g, sizes, False)
+
+    # Widths that are multiples of 64 but not of 128, as in gpt-oss.
+    for dtype in (jnp.bfloat16, jnp.float32):
+        shapes = [((512, 192), dtype), ((E, 192, 1344), dtype), ((512, 1344), dtype), ((E,), jnp.int32)]
+        with jax.default_matmul_precision("highest"):
+            for text in on_tpus(three, shapes):
+                assert text.count('custom_call_target="tpu_custom_call"') == 3

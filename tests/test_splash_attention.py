@@ -1,0 +1,130 @@
+"""Splash attention in interpret mode against the plain reference, and through the TPU compiler."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tpu_compiler import needs_libtpu, on_tpus
+
+from gptoss_jax.kernels.flash_attention import reference_attention, visible
+from gptoss_jax.kernels.splash_attention import _block, splash_attention
+
+N, K, H = 4, 2, 24
+SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0])
+
+
+def heads(batch, length, seed):
+    """Random q, k, v, and the result's gradient, scaled so that the weights are far from even."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(2 * rng.standard_normal((batch, length, n, H)), jnp.float32) for n in (N, K, K, N)]
+
+
+def packed(*rows):
+    """Positions and segment ids of rows of documents; the last length of each is padding."""
+    segments = [np.repeat([*range(1, len(row)), 0], row) for row in rows]
+    positions = [np.concatenate([np.arange(n) for n in row]) for row in rows]
+    return jnp.array(positions), jnp.array(segments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(fast, window, q, k, v, d_out, positions, segments, sinks):
+    def attend(q, k, v, sinks):
+        if fast:
+            return splash_attention(q, k, v, positions, segments, window, 0, sinks, interpret=True)
+        mask = visible(positions, segments, positions, segments, window)
+        return reference_attention(q, k, v, mask, sinks)
+
+    out, vjp = jax.vjp(attend, q, k, v, sinks)
+    return out, *vjp(d_out)
+
+
+def check(window, where, sinks=SINKS, seed=1):
+    inputs = heads(*where[0].shape, seed)
+    plain = with_gradients(False, window, *inputs, *where, sinks)
+    fast = with_gradients(True, window, *inputs, *where, sinks)
+    names = ("out", "dq", "dk", "dv", *(["ds"] if sinks is not None else []))
+    for name, p, f in zip(names, plain, fast, strict=False):
+        np.testing.assert_allclose(f, p, rtol=1e-5, atol=1e-5 * np.abs(p).max(), err_msg=name)
+        assert np.abs(p).max() > 0.1 and f.dtype == p.dtype, name
+
+
+@pytest.mark.parametrize("window", [None, 3, 128])
+def test_equals_the_reference(window):
+    # Documents that start inside of blocks and end on their edges, and padding.
+    check(window, packed((40, 88, 20, 2), (3, 127, 20, 0)))
+
+
+def test_without_sinks_and_padding():
+    check(None, packed((128, 0)), sinks=None)
+
+
+def test_several_blocks():
+    # Two blocks of 384 where the window counts, and one of 640 where it does not: 20 and 40 rows are filled.
+    check(130, packed((600, 148, 0)))
+    check(None, packed((300, 300, 0)))
+
+
+def test_window_holds_w_keys_with_the_query_itself():
+    positions, segments = packed((260, 0))
+    q, k, v, _ = heads(1, 260, 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def attend(window, k, v):
+        return splash_attention(q, k, v, positions, segments, window, 0, SINKS, interpret=True)
+
+    for window, last in ((128, 132), (129, 133), (1, 5)):
+        before = attend(window, k, v)
+        after = attend(window, k.at[:, 5].add(1.0), v.at[:, 5].add(1.0))
+        changed = np.flatnonzero(np.abs(np.asarray(after - before)).max(axis=(0, 2, 3)) > 0)
+        np.testing.assert_array_equal(changed, np.arange(5, last + 1))
+
+
+def test_blocks():
+    sizes = {1: 128, 128: 128, 129: 256, 1024: 1024, 1025: 640, 4096: 1024, 4097: 896, 8192: 1024}
+    assert {length: _block(length, None, jnp.bfloat16) for length in sizes} == sizes
+    assert [_block(length, 128, jnp.bfloat16) for length in (100, 600, 4096)] == [128, 384, 512]
+    assert _block(4096, None, jnp.float32) == 512
+
+
+def test_bfloat16():
+    # The kernels' own gradient of the sinks would come in bfloat16.
+    where = packed((150, 0))
+    inputs = [x.astype(jnp.bfloat16) for x in heads(1, 150, 3)]
+    plain = with_gradients(False, 40, *[x.astype(jnp.float32) for x in inputs], *where, SINKS)
+    fast = with_gradients(True, 40, *inputs, *where, SINKS)
+    assert [x.dtype.name for x in fast] == 4 * ["bfloat16"] + ["float32"]
+    for p, f in zip(plain, fast, strict=True):
+        np.testing.assert_allclose(f.astype(jnp.float32), p, atol=0.02 * np.abs(p).max())
+
+
+def test_sink_tokens_beyond_a_window_are_refused():
+    q, k, v, _ = heads(1, 7, 4)
+    where = packed((7, 0))
+    with pytest.raises(ValueError, match="sink_tokens is 4: .* give 0"):
+        splash_attention(q, k, v, *where, 3, 4)
+    out = splash_attention(q, k, v, *where, None, 4, interpret=True)
+    mask = visible(*where, *where, None)
+    np.testing.assert_allclose(out, reference_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+@needs_libtpu
+def test_compiles_for_tpus():
+    def both(q, k, v, segments, sinks, d_out):
+        def attend(q, k, v, sinks):
+            one = splash_attention(q, k, v, segments, segments, 128, 0, sinks)
+            return one + splash_attention(one, k, v, segments, segments, None, 0, sinks)
+
+        out, vjp = jax.vjp(attend, q, k, v, sinks)
+        return out, *vjp(d_out)
+
+    for dtype in (jnp.bfloat16, jnp.float32):
+        shapes = [((2, 100, n, 64), dtype) for n in (N, K, K)]
+        shapes += [((2, 100), jnp.int32), ((N,), jnp.float32), ((2, 100, N, 64), dtype)]
+        # As the model asks for its own products; the kernels would refuse it for bfloat16.
+        with jax.default_matmul_precision("highest"):
+            for text in on_tpus(both, shapes):
+                assert text.count('custom_call_target="tpu_custom_call"') == 6
+                for kernel in ("fwd", "dq", "dkv"):
+                    assert f"splash_mqa_{kernel}_segmented" in text
