@@ -33,9 +33,23 @@ def grouped_matmul(
     """
     if is_native(x_RD.dtype):
         return native_grouped_matmul(x_RD, w_EDF, group_sizes_E, bias_EF)
-    multiply = blocked_grouped_matmul if target.platform() == "cpu" else reference_grouped_matmul
-    y_RF = multiply(x_RD, w_EDF, group_sizes_E)
+    y_RF = _form()(x_RD, w_EDF, group_sizes_E)
     return y_RF if bias_EF is None else add_group_bias(y_RF, bias_EF, group_sizes_E)
+
+
+def _form() -> Callable:
+    """The form for the platform that is compiled for. `lax.ragged_dot` is none of them: on CPU and GPU it
+    multiplies every row by every group's matrix, and on TPU it does so for the gradient of the matrices."""
+    # Imported where they are used: what they import is of no use elsewhere, and takes its time.
+    if target.platform() == "tpu":
+        from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
+
+        return megablox_grouped_matmul
+    if target.platform() == "gpu":
+        from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
+
+        return triton_grouped_matmul
+    return blocked_grouped_matmul
 
 
 def is_native(dtype: jnp.dtype) -> bool:
@@ -44,7 +58,7 @@ def is_native(dtype: jnp.dtype) -> bool:
 
 
 def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """The same through `jax.lax.ragged_dot`: a grouped kernel on TPU, every group times every row on CPU."""
+    """The plain reference, by `jax.lax.ragged_dot`."""
     # What it makes of rows of no group is left open: the mask before keeps that out of the gradient, the one
     # after out of the result.
     in_group = jnp.arange(x_RD.shape[0])[:, None] < jnp.sum(group_sizes_E)
