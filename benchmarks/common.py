@@ -1,8 +1,10 @@
-"""What the benchmarks share: where they run, timing, tables and the JSON file.
+"""What the benchmarks share: flags, where they run, what they run, timing, tables and the JSON file.
 
 Python looks first in the folder of the script it runs, so `import common` finds this from any of them.
 """
 
+import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -14,11 +16,28 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+PEAK = "matmul peak"
+
+
+def flags(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The flags of every benchmark for CPU."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="smallest sizes, to see that it works: bounds mean nothing, no file",
+    )
+    return parser
 
 
 def hardware() -> dict:
@@ -78,6 +97,110 @@ def _seconds(function, *args) -> float:
     return time.perf_counter() - start
 
 
+def square_product(size: int = 2048) -> Callable[[], jax.Array]:
+    """The product of two float32 matrices: what nothing else here can be faster than."""
+    a, b = (jnp.full((size, size), value, jnp.float32) for value in (0.5, 2.0))
+    return functools.partial(jax.jit(jnp.matmul), a, b)
+
+
+def flops_per_second(seconds: Sequence[float], flops: float = 2 * 2048**3) -> dict[str, float]:
+    """The spread of so many operations, by default those of `square_product`, in these times."""
+    return spread([flops / one for one in seconds])
+
+
+def with_gradients(function: Callable) -> Callable:
+    """(cotangent, arguments, others) -> the result and the gradients of the arguments, in one program.
+
+    The others are passed in too: as constants they would let the compiler do work beforehand.
+    """
+
+    def both(g, arguments, others=()):
+        y, pull = jax.vjp(lambda *arguments: function(*arguments, *others), *arguments)
+        return y, pull(g)
+
+    return jax.jit(both)
+
+
+def largest_error(found, expected) -> float:
+    """Largest difference over the largest value of the same array; the worst array's of two trees."""
+
+    def one(found, expected):
+        found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+        return float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
+
+    return max(jax.tree.leaves(jax.tree.map(one, found, expected)))
+
+
+def uneven_sizes(rows: int, groups: int) -> np.ndarray:
+    """Group sizes as a router gives them: log-normal shares, the largest about three times the mean."""
+    shares = np.exp(0.5 * np.random.default_rng(0).standard_normal(groups))
+    ends = np.round(np.cumsum(shares) / shares.sum() * rows).astype(np.int32)
+    return np.diff(ends, prepend=0).astype(np.int32)
+
+
+class Training:
+    """A model in training on one device, always with the same batch of random tokens, one document a row."""
+
+    def __init__(self, model, rows: int, length: int):
+        from gptoss_jax.config import DataConfig, MeshConfig, TrainConfig
+        from gptoss_jax.parallel.mesh import make_mesh
+        from gptoss_jax.training.state import create_state
+        from gptoss_jax.training.step import make_train_step
+
+        config = TrainConfig(
+            model=model,
+            data=DataConfig(seq_len=length, batch_size=rows),
+            mesh=MeshConfig(data=1),
+            steps=10_000,
+        )
+        self._batch = batch_of(random_tokens(model.vocab_size, rows, length))
+        self._mesh = make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(self._mesh):
+            self._state = create_state(config, self._mesh)
+            self.program = make_train_step(config).lower(self._state, self._batch).compile()
+
+    def step(self) -> jax.Array:
+        """Takes one step; returns its loss. The step is over when the loss and all of the state are there."""
+        with jax.set_mesh(self._mesh):
+            self._state, metrics = self.program(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        return metrics["loss"]
+
+
+def random_tokens(vocabulary: int, rows: int, length: int) -> np.ndarray:
+    """Each row with the target of its last token."""
+    return np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
+
+
+def batch_of(rows: np.ndarray) -> dict[str, jax.Array]:
+    tokens, targets = jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, 1:])
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    segment_ids_BT = jnp.ones_like(tokens)
+    return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids_BT, "positions": positions_BT}
+
+
+def student_model(**sizes):
+    """The layers of a student's notebook, width 384, as `ModelConfig`; two of them, unless said."""
+    from gptoss_jax.config import ModelConfig
+
+    fixed = {
+        "vocab_size": 4096,
+        "hidden_size": 384,
+        "intermediate_size": 960,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+        "compute_dtype": "float32",
+        "scan_layers": False,
+    }
+    return ModelConfig(**fixed | sizes)
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -85,6 +208,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def show(values: dict[str, float], digits: int = 2) -> str:
     """A spread for people: median (min–max)."""
     return "{median:,.{d}f} ({min:,.{d}f}–{max:,.{d}f})".format(**values, d=digits)
+
+
+def milliseconds(seconds: dict[str, float]) -> str:
+    return show({name: 1e3 * value for name, value in seconds.items()}, 3)
+
+
+def percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f} %"
+
+
+def bounded(name: str, value: float, most: float = float("inf"), least: float = 0.0) -> dict:
+    """Prints a figure with its bound, and returns both."""
+    bound = f"at most {most:g}" if most < float("inf") else f"at least {least:g}"
+    kept = least <= value <= most
+    print(f"{name}: {value:.2f} ({bound}: {'kept' if kept else 'MISSED'})", flush=True)
+    return {"name": name, "value": value, "bound": bound, "kept": kept}
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:

@@ -6,8 +6,8 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import print_table, show
-from gpu_run import Run, percent
+from common import milliseconds, percent, print_table, uneven_sizes, with_gradients
+from gpu_run import Run
 
 from gptoss_jax.kernels import flash_attention
 from gptoss_jax.kernels.grouped_matmul import reference_grouped_matmul
@@ -22,23 +22,6 @@ BLOCKS = (
     Blocks(128, 128, 64, warps=4, stages=3),
     Blocks(128, 128, 32, warps=4, stages=4),
 )
-
-
-def with_gradients(function):
-    """(cotangent, arguments, others) -> the result and the gradients of the arguments, in one program.
-
-    The others are passed in too: as constants they would let the compiler do work beforehand.
-    """
-
-    def both(g, arguments, others=()):
-        y, pull = jax.vjp(lambda *arguments: function(*arguments, *others), *arguments)
-        return y, pull(g)
-
-    return jax.jit(both)
-
-
-def milliseconds(seconds: dict) -> str:
-    return show({name: 1e3 * value for name, value in seconds.items()}, 3)
 
 
 # Attention
@@ -163,13 +146,6 @@ def _attention_exactness(run: Run, N, K, H, window) -> list[dict]:
 
 
 # Grouped product
-
-
-def uneven_sizes(rows: int, groups: int) -> np.ndarray:
-    """Group sizes as a router gives them: log-normal shares, the largest about three times the mean."""
-    shares = np.exp(0.5 * np.random.default_rng(0).standard_normal(groups))
-    ends = np.round(np.cumsum(shares) / shares.sum() * rows).astype(np.int32)
-    return np.diff(ends, prepend=0).astype(np.int32)
 
 
 def _grouped_forms(run: Run) -> dict:

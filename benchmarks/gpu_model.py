@@ -9,8 +9,8 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import alternate, print_table, show, spread
-from gpu_run import REPETITIONS, Run, percent
+from common import alternate, percent, print_table, show, spread
+from gpu_run import REPETITIONS, Run
 
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.inference.generate import generate_with_params

@@ -94,7 +94,3 @@ def _queue(function, calls):
     for _ in range(calls):
         last = function()
     return last
-
-
-def percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f} %"

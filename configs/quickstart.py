@@ -29,6 +29,7 @@ config = TrainConfig(
         rope_scaling=None,
         router_aux_loss_coef=0.01,
         router_z_loss_coef=1e-4,
+        scan_layers=False,
     ),
     data=DataConfig(source="stdlib", tokenizer="bpe:4096", seq_len=512, batch_size=4),
     optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=40, final_fraction=0.0),

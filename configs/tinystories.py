@@ -45,6 +45,7 @@ config = TrainConfig(
         rms_norm_eps=1e-6,
         router_aux_loss_coef=0.01,
         router_z_loss_coef=1e-4,
+        scan_layers=False,
     ),
     data=DataConfig(
         source="hf:roneneldan/TinyStories", tokenizer="o200k_harmony", seq_len=512, batch_size=32

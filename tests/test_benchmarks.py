@@ -1,5 +1,6 @@
 """The benchmarks: the GPU script runs through with toy sizes, and one failure does not stop the rest."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -69,3 +70,13 @@ def test_without_a_gpu_it_says_so(script):
     done = script("gpu.py", "--only", "peaks")
     assert done.returncode == 2
     assert "needs a GPU and there is 'cpu'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["compile_time", "context", "experts", "kernels", "train_vs_transformers"])
+def test_help(name, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    words = module.make_parser().format_help()
+    assert f"python benchmarks/{name}.py" in words and "--quick" in words

@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from gptoss_jax import cli
-from gptoss_jax.config import FULL, SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.parallel.mesh import AXES, make_mesh
 from gptoss_jax.plan.chips import CHIPS, GIB, find_chip, parse_topology
 from gptoss_jax.plan.compiled import Compiled, compile_step, read_refusal
-from gptoss_jax.plan.estimate import computed_keys, estimate, transfer_seconds
+from gptoss_jax.plan.estimate import estimate, transfer_seconds
 from gptoss_jax.plan.hlo import collectives, mesh_axes, parse_groups, shape_bytes
 from gptoss_jax.plan.meshes import all_meshes, compare, parse_mesh, rank
 from gptoss_jax.plan.report import make_plan
@@ -91,12 +91,6 @@ def test_activations_follow_remat():
     # Besides: output of attention, q, k and v in bfloat16, the router's logits in float32.
     assert kept["dots"] == kept["block"] + 2 * tokens * ((64 + 16 * 16) * 2 + 12 * 4)
     assert kept["none"] > kept["dots"]
-
-
-def test_computed_keys():
-    # One block of 64 queries, then a second: all keys up to the block's end, or from the window's start on.
-    assert computed_keys(SMALL.model, FULL, 128) == (64 + 128) / 2
-    assert computed_keys(SMALL.model, SLIDING, 128) == (64 + 128 - (64 - 8 + 1)) / 2
 
 
 def test_exchanges_counted_by_hand():

@@ -262,6 +262,15 @@ def test_starting_from_published_weights(finished, make_config, tmp_path):
         train(make_config(run_dir, init_from=name, steps=2, eval=EvalConfig(sample_tokens=0)))
         runs[name] = results(run_dir)
     assert runs[folder] == runs[str(tmp_path / "published")]
+    # Files hold layer by layer: they go into a model whose layers are not stacked as well; a run does not.
+    apart = dataclasses.replace(finished[0].model, scan_layers=False)
+    options = {"model": apart, "steps": 2, "eval": EvalConfig(sample_tokens=0)}
+    train(make_config(tmp_path / "apart", init_from=str(tmp_path / "published"), **options))
+    for row, expected in zip(results(tmp_path / "apart"), runs[folder], strict=True):
+        name = "loss" if row["loss"] is not None else "val_loss"
+        assert row[name] == pytest.approx(expected[name], rel=1e-5)
+    with pytest.raises(ValueError, match="model.scan_layers is False, theirs True"):
+        train(make_config(tmp_path / "refused", init_from=folder, **options))
 
 
 def test_published_weights_that_do_not_fit(finished, make_config, tmp_path, capsys):

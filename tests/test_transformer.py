@@ -270,6 +270,26 @@ def test_remat_changes_nothing(tiny_config, random_params):
         chex.assert_trees_all_close(other, grads, rtol=1e-3, atol=1e-5 * largest)
 
 
+def test_layers_that_are_not_stacked_change_nothing(tiny_config, random_params):
+    params = random_params(tiny_config)
+    apart = dataclasses.replace(tiny_config, scan_layers=False)
+    period = len(tiny_config.period)
+
+    def unstacked(tree):
+        layers = range(tiny_config.num_hidden_layers)
+        blocks = {
+            str(i): jax.tree.map(lambda x, i=i: x[i // period, None], tree["blocks"][str(i % period)])
+            for i in layers
+        }
+        return tree | {"blocks": blocks}
+
+    chex.assert_trees_all_equal_shapes(unstacked(params), abstract_params(apart))
+    nats, grads = loss_and_gradients(tiny_config, params)
+    other_nats, other = loss_and_gradients(apart, unstacked(params))
+    assert float(other_nats) == pytest.approx(float(nats), rel=1e-6)
+    chex.assert_trees_all_close(other, unstacked(grads), rtol=1e-4, atol=1e-4)
+
+
 def test_remat_recomputes(tiny_config):
     # A rematerialised block keeps less for the backward pass.
     params = abstract_params(tiny_config)

@@ -14,7 +14,7 @@ from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
-from gptoss_jax.parallel.sharding import HIDDEN_BTD, constrain, product
+from gptoss_jax.parallel.sharding import HIDDEN_BTD, PRODUCT, constrain, product
 from gptoss_jax.parallel.vocabulary import look_up
 
 
@@ -182,7 +182,7 @@ class Transformer(nnx.Module):
             return x_BTD, (caches, jax.tree.map(lambda *values: jnp.stack(values), *stats))
 
         if config.remat != "none":
-            policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
             one_block = jax.checkpoint(one_block, policy=policies[config.remat], static_argnums=0)
 
         # Every product inside is float32 where its operands are: TPU and GPU would round them without being

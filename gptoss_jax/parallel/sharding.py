@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +17,9 @@ from gptoss_jax.parallel.mesh import BATCH, current_axes, divisors
 SPARE = "expert where it divides"
 
 Path = tuple[str, str]
+
+# What rematerialisation calls the results of `products`.
+PRODUCT = "product"
 
 # Last two names of a parameter's path -> its dimensions, without the leading one of stacked layers.
 PARAMETERS = {
@@ -211,6 +215,11 @@ def products(
       weights: by their line of the table.
       result_type: default that of `x`.
     """
+    results = _products(equation, x, weights, result_type)
+    return [checkpoint_name(y, PRODUCT) for y in results]
+
+
+def _products(equation, x, weights, result_type):
     axes = current_axes()
     if not axes:
         return [_einsum(equation, x, weight.astype(x.dtype), result_type) for weight in weights.values()]

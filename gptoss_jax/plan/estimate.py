@@ -12,8 +12,7 @@ import math
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from gptoss_jax.config import FULL, ModelConfig, TrainConfig
-from gptoss_jax.kernels.flash_attention import query_block
+from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.parallel.mesh import AXES, BATCH
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names, used_spec
 from gptoss_jax.plan.chips import Chip
@@ -172,18 +171,14 @@ def kept_bytes(model: ModelConfig, seq_len: int, tokens: int, mesh: dict[str, in
 
 def block_bytes(model: ModelConfig, seq_len: int, tokens: int, mesh: dict[str, int]) -> int:
     """Bytes of what the backward pass of one whole block reads, its input aside: the two normed copies of the
-    residual stream, queries, keys and values, attention's output, the softmax weights in float32 and in the
-    compute type (mean of a sliding and a full layer), and for each (token, expert) row the expert's input,
-    gate, up, product and output. Experts are taken to be in balance."""
+    residual stream, queries, keys and values, attention's output and the logarithm of each softmax's sum in
+    float32, and for each (token, expert) row the expert's input, gate, up, product and output. Experts are
+    taken to be in balance."""
     width, tensor = compute_bytes(model), mesh["tensor"]
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     stream = tokens * 2 * model.hidden_size * width
-    attention = tokens * heads * model.head_dim // tensor * width
-    keys = (
-        sum(computed_keys(model, kind, seq_len) for kind in model.types_of_layers) / model.num_hidden_layers
-    )
-    weights = round(tokens * model.num_attention_heads // tensor * keys * (4 + width))
-    return stream + attention + weights + expert_row_bytes(model, tokens, tensor)
+    attention = tokens * (heads * model.head_dim * width + model.num_attention_heads * 4) // tensor
+    return stream + attention + expert_row_bytes(model, tokens, tensor)
 
 
 def expert_row_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
@@ -192,31 +187,16 @@ def expert_row_bytes(model: ModelConfig, tokens: int, tensor: int) -> int:
     return rows * (2 * model.hidden_size + 3 * model.intermediate_size // tensor) * compute_bytes(model)
 
 
-def computed_keys(model: ModelConfig, kind: str, seq_len: int) -> float:
-    """Keys for which a query's score is computed, masked ones included, on average: attention works in blocks
-    of queries (`kernels/flash_attention.py`)."""
-    block = query_block(seq_len, "tpu")
-    computed = 0
-    for start in range(0, seq_len, block):
-        stop = min(start + block, seq_len)
-        whole = kind == FULL or model.sink_tokens
-        computed += (stop - start) * (stop - (0 if whole else max(0, start - model.sliding_window + 1)))
-    return computed / seq_len
-
-
 def block_temporaries(config: TrainConfig, leaves: list[_Leaf], tokens: int, mesh: dict[str, int]) -> int:
     """Bytes held while one block runs backward: its weights in the compute type and their gradients, both
-    gathered; the gradients of its expert rows and softmax weights; with remat, all that was not kept."""
+    gathered; the gradients of its expert rows; with remat, all that was not kept."""
     model, width = config.model, compute_bytes(config.model)
     weights = sum(_gathered(leaf, mesh) for leaf in leaves if "blocks" in leaf.names)
     weights = round(weights / model.num_hidden_layers) * 2 * width
     seq_len, tensor = config.data.seq_len, mesh["tensor"]
     rows = expert_row_bytes(model, tokens, tensor)
-    # The backward pass of one block of queries at a time.
-    keys = min(seq_len, query_block(seq_len, "tpu"))
-    scores = tokens // seq_len * keys * model.num_attention_heads // tensor * seq_len * 4
     again = block_bytes(model, seq_len, tokens, mesh) if model.remat != "none" else 0
-    return weights + rows + scores + again
+    return weights + rows + again
 
 
 def vocabulary_temporaries(config: TrainConfig, rows: int, shards: int, mesh: dict[str, int]) -> int:

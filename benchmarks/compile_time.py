@@ -1,0 +1,86 @@
+"""How long a deep model takes to compile: python benchmarks/compile_time.py [--layers 4 36].
+
+Seconds to trace, lower and compile the training step of gpt-oss-120b scaled to width 256 and 8 experts,
+with 4 layers and with 36, stacked and scanned over. Nothing is allocated or run, nothing is kept from one
+time to the next, in memory or on disk, and the depths take turns. The ratio of the medians may be 1.3.
+Shown: median (least–most). Writes results/compile_time.json.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+from common import bounded, flags, print_table, show, spread, write_json
+
+from gptoss_jax.config import MeshConfig
+from gptoss_jax.config.preset import read_preset
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.parallel.sharding import batch_sharding
+from gptoss_jax.training.state import abstract_state
+from gptoss_jax.training.step import make_train_step
+
+PRESET = pathlib.Path(__file__).parents[1] / "configs" / "gpt_oss_120b.py"
+SCALED = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+}
+BOUND = 1.3
+
+
+def compile_step(config, layers: int) -> float:
+    """Seconds until the program is there."""
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_hidden_layers=layers, **SCALED),
+        data=dataclasses.replace(config.data, batch_size=1, seq_len=512),
+        mesh=MeshConfig(data=1),
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    shape = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32, sharding=batch_sharding(mesh))
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)
+    jax.clear_caches()
+    with jax.set_mesh(mesh):
+        state = abstract_state(config, mesh)
+        began = time.perf_counter()
+        make_train_step(config).lower(state, batch).compile()
+    return time.perf_counter() - began
+
+
+def make_parser():
+    parser = flags(__doc__, rounds=5)
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 36), help="default: 4 36")
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    rounds, config = 1 if options.quick else options.rounds, read_preset(PRESET)
+    # The first time also loads what jax loads when it is used.
+    compile_step(config, options.layers[0])
+    seconds = {layers: [] for layers in options.layers}
+    for _ in range(rounds):
+        for layers, values in seconds.items():
+            values.append(compile_step(config, layers))
+    found = {layers: spread(values) for layers, values in seconds.items()}
+    print_table(
+        "Tracing, lowering and compiling the training step",
+        ("layers", "seconds"),
+        [(layers, show(values)) for layers, values in found.items()],
+    )
+    few, many = (found[layers]["median"] for layers in options.layers)
+    bound = bounded(f"{options.layers[1]} layers / {options.layers[0]} layers", many / few, BOUND)
+    if not options.quick:
+        rows = [{"layers": layers, "seconds": values} for layers, values in found.items()]
+        record = {"settings": {"rounds": rounds, "sizes": SCALED}, "rows": rows, "bounds": [bound]}
+        print(write_json("compile_time", record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""What more experts cost at the same work a token, float32 on CPU: python benchmarks/experts.py [--experts N
+...].
+
+2,048 tokens of width 384, four experts of width 960 each, from 4 to 128 experts: one layer of experts,
+forward and all gradients (routing is uneven, and given), and a training step of a model of two such layers.
+The limit is the matmul peak of the same run (2,048^3, in turn with the rest). Useful operations are the
+same for all, but for the router's; what grows with E is the optimiser's work, and the number and smallness
+of the products.
+
+All sizes take turns, so all are in memory together: 10 GB. Shown: median (least–most). Writes
+results/experts.json.
+"""
+
+import functools
+
+import common
+import jax
+from common import PEAK, Training, percent, show, spread, student_model
+
+from gptoss_jax import startup
+from gptoss_jax.model.moe import route, swiglu
+from gptoss_jax.parallel.expert_dispatch import apply_experts
+from gptoss_jax.training.flops import flops_per_token
+
+EXPERTS = (4, 8, 16, 32, 64, 128)
+TOP_K = 4
+LAYER, STEP = "layer", "training step"
+
+
+def layer_call(model, M: int):
+    """The experts of one layer: gradients reach tokens, routing weights, matrices and biases."""
+    D, E, F = model.hidden_size, model.num_local_experts, model.intermediate_size
+    shapes = {"gate_up": (E, D, 2, F), "down": (E, F, D), "gate_up_bias": (E, 2, F), "down_bias": (E, D)}
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    parameters = {name: 0.02 * jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
+    x_MD, g_MD = (jax.random.normal(next(keys), (M, D)) for _ in range(2))
+    # Some experts are liked by all tokens.
+    logits_ME = jax.random.normal(next(keys), (M, E)) + 0.5 * jax.random.normal(next(keys), (E,))
+    experts_MX, weights_MX = route(logits_ME, model.num_experts_per_tok)
+
+    def layer(x_MD, weights_MX, parameters, experts_MX):
+        return apply_experts(x_MD, experts_MX, weights_MX, parameters, lambda g, u: swiglu(g, u, model))[0]
+
+    return functools.partial(
+        common.with_gradients(layer), g_MD, (x_MD, weights_MX, parameters), (experts_MX,)
+    )
+
+
+def make_parser():
+    parser = common.flags(__doc__, rounds=7)
+    parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS, help="default: 4 … 128")
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    rows, length = (1, 128) if options.quick else (4, 512)
+    counts, M = options.experts[:2] if options.quick else options.experts, rows * length
+    calls, flops = {PEAK: common.square_product()}, {}
+    for E in counts:
+        model = student_model(num_local_experts=E, num_experts_per_tok=TOP_K)
+        # Three products of D x F for each expert of a token; backward is twice forward.
+        flops[LAYER, E] = 3 * 2 * 3 * M * TOP_K * model.hidden_size * model.intermediate_size
+        flops[STEP, E] = M * flops_per_token(model, length)
+        calls[LAYER, E] = layer_call(model, M)
+        calls[STEP, E] = Training(model, rows, length).step
+    seconds = common.alternate(calls, options.rounds)
+    peak, found = common.flops_per_second(seconds.pop(PEAK)), []
+    for (what, E), values in sorted(seconds.items()):
+        row = {"what": what, "E": E, "seconds": spread(values), "flops": flops[what, E]}
+        row["tokens_per_second"] = spread([M / one for one in values])
+        row["flops_per_second"] = common.flops_per_second(values, flops[what, E])
+        found.append(row | {"of_peak": row["flops_per_second"]["median"] / peak["median"]})
+    common.print_table(
+        f"{M} tokens, top-{TOP_K}, D 384, F 960; matmul peak {peak['median'] / 1e9:,.0f} GFLOP/s",
+        ("what, E", "ms", "tokens/s", "useful GFLOP/s", "of the peak"),
+        [
+            (
+                f"{row['what']}, {row['E']}",
+                common.milliseconds(row["seconds"]),
+                show(row["tokens_per_second"], 0),
+                f"{row['flops_per_second']['median'] / 1e9:.1f}",
+                percent(row["of_peak"]),
+            )
+            for row in found
+        ],
+    )
+    if not options.quick:
+        settings = {"rounds": options.rounds, "batch": rows, "length": length, "top_k": TOP_K}
+        print(common.write_json("experts", {"settings": settings, "peak": peak, "rows": found}))
+
+
+if __name__ == "__main__":
+    startup.use_huge_pages()
+    main()

@@ -1,0 +1,160 @@
+"""Each kernel against its plain reference, float32 on CPU: python benchmarks/kernels.py [--only PART ...].
+
+grouped: the experts' grouped product, forward and both gradients, 2,048 tokens x top-4 with uneven groups.
+The limit is the matmul peak of the same run (2,048^3, in turn with the rest), and 128 experts may take 1.5
+times what 8 take, since the work is the same. `lax.ragged_dot` does every expert's work for every row on
+CPU, so it runs only for 8. Error: from float64 in numpy.
+
+attention: forward and all gradients, with sinks, a sliding and a full layer. FLOPs are those of the visible
+pairs, two products forward and five backward. Error: from the plain form with a whole score matrix, which
+runs up to 2,048 tokens.
+
+loss: the memory that the loss and its gradients take at gpt-oss's vocabulary, in chunks and with all logits
+at once, each in a process of its own: the most it had resident, less what it had before. The difference
+must be one array of logits at least.
+
+Errors are the largest difference over the largest value of the array, the worst array's. Shown: median
+(least–most). Writes results/kernels.json (with --only: kernels-PARTS.json).
+"""
+
+import functools
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import PEAK, percent, spread, with_gradients
+from loss_memory import loss
+
+from gptoss_jax import startup
+from gptoss_jax.kernels import grouped_matmul, native
+from gptoss_jax.kernels.blockwise_attention import blockwise_attention
+from gptoss_jax.kernels.flash_attention import flash_attention, reference_attention
+from gptoss_jax.kernels.mask import visible
+
+
+def _normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def grouped(rounds: int, quick: bool) -> dict:
+    R, D, F = (256, 384, 1920) if quick else (2048 * 4, 384, 1920)
+    counts = (8, 32) if quick else (8, 32, 128)
+    x_RD, g_RF = _normal(0, R, D), _normal(1, R, F)
+    calls, errors = {PEAK: common.square_product()}, {}
+    for E in counts:
+        sizes, w_EDF = common.uneven_sizes(R, E), _normal(2, E, D, F) * D**-0.5
+        forms = {"XLA blocks": grouped_matmul.blocked_grouped_matmul}
+        if native.is_available():
+            forms = {"native": grouped_matmul.native_grouped_matmul} | forms
+        if E <= 8:
+            forms["ragged_dot"] = grouped_matmul.reference_grouped_matmul
+        expected = _grouped_float64(x_RD, w_EDF, g_RF, sizes)
+        for form, function in forms.items():
+            call = functools.partial(with_gradients(function), g_RF, (x_RD, w_EDF), (jnp.asarray(sizes),))
+            calls[E, form], errors[E, form] = call, common.largest_error(call(), expected)
+    seconds, flops = common.alternate(calls, rounds), 6 * R * D * F
+    peak, rows = common.flops_per_second(seconds.pop(PEAK)), []
+    for (E, form), values in seconds.items():
+        row = {"E": E, "form": form, "seconds": spread(values), "error": errors[E, form]}
+        row |= {"largest_of_mean": float(common.uneven_sizes(R, E).max() * E / R)}
+        rows.append(row | {"of_peak": flops / row["seconds"]["median"] / peak["median"]})
+    common.print_table(
+        f"Grouped product: {R} rows, D {D}, F {F}; matmul peak {peak['median'] / 1e9:,.0f} GFLOP/s",
+        ("E, form", "ms", "of the peak", "error", "largest group / mean"),
+        [
+            (f"{row['E']}, {row['form']}", common.milliseconds(row["seconds"]), percent(row["of_peak"]),
+             f"{row['error']:.1e}", f"{row['largest_of_mean']:.1f}")
+            for row in rows
+        ],
+    )  # fmt: skip
+    medians, most = {(row["E"], row["form"]): row["seconds"]["median"] for row in rows}, counts[-1]
+    bounds = [
+        common.bounded(f"{form}: time at E={most} / time at E=8", medians[most, form] / medians[8, form], 1.5)
+        for E, form in medians
+        if most == E
+    ]
+    return {"R": R, "D": D, "F": F, "flops": flops, "peak": peak, "rows": rows, "bounds": bounds}
+
+
+def _grouped_float64(x_RD, w_EDF, g_RF, sizes):
+    """(y, (dx, dw))"""
+    x_RD, w_EDF, g_RF = (np.asarray(a, np.float64) for a in (x_RD, w_EDF, g_RF))
+    parts = [slice(end - size, end) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
+    y_RF = np.concatenate([x_RD[part] @ w for part, w in zip(parts, w_EDF, strict=True)])
+    dx_RD = np.concatenate([g_RF[part] @ w.T for part, w in zip(parts, w_EDF, strict=True)])
+    return y_RF, (dx_RD, np.stack([x_RD[part].T @ g_RF[part] for part in parts]))
+
+
+def attention(rounds: int, quick: bool) -> dict:
+    B, N, K, H = 1, 6, 2, 64
+    calls, errors = {PEAK: common.square_product()}, {}
+    for T in (512,) if quick else (512, 1024, 2048, 4096):
+        shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (N,))
+        arguments, g = tuple(_normal(i, *shape) for i, shape in enumerate(shapes)), _normal(4, B, T, N, H)
+        positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
+        places = (positions_BT, jnp.ones_like(positions_BT))
+        for window in (128, None):
+
+            def blocks(q, k, v, sinks, *places, attend=blockwise_attention, window=window):
+                return attend(q, k, v, *places, window, 0, sinks)
+
+            def plain(q, k, v, sinks, *places, window=window):
+                return reference_attention(q, k, v, visible(*places, *places, window), sinks)
+
+            forms = {"chosen": functools.partial(blocks, attend=flash_attention), "blocks": blocks}
+            expected, key = None, ("full" if window is None else f"window {window}", T)
+            if T <= 2048:
+                forms["plain"] = plain
+                expected = with_gradients(plain)(g, arguments, places)
+            for form, function in forms.items():
+                calls[*key, form] = functools.partial(with_gradients(function), g, arguments, places)
+                if expected is not None and form != "plain":
+                    errors[*key, form] = common.largest_error(calls[*key, form](), expected)
+    seconds = common.alternate(calls, rounds)
+    peak, rows = common.flops_per_second(seconds.pop(PEAK)), []
+    for (layer, T, form), values in seconds.items():
+        most = T if layer == "full" else min(T, 128)
+        flops = 7 * 2 * H * B * N * (most * (most + 1) // 2 + (T - most) * most)
+        row = {"layer": layer, "T": T, "form": form, "seconds": spread(values)}
+        row |= {"error": errors.get((layer, T, form)), "flops": flops}
+        rows.append(row | {"of_peak": flops / row["seconds"]["median"] / peak["median"]})
+    medians = {(row["layer"], row["T"], row["form"]): row["seconds"]["median"] for row in rows}
+    for row in rows:
+        reference = medians.get((row["layer"], row["T"], "plain"))
+        row["times_as_fast"] = reference and reference / row["seconds"]["median"]
+    common.print_table(
+        f"Attention: {N} heads of {H}, {K} of keys; matmul peak {peak['median'] / 1e9:,.0f} GFLOP/s",
+        ("layer, T, form", "ms", "plain / this", "of the peak", "error"),
+        [
+            (f"{row['layer']}, {row['T']}, {row['form']}", common.milliseconds(row["seconds"]),
+             row["times_as_fast"] and f"{row['times_as_fast']:.2f}", percent(row["of_peak"]),
+             None if row["error"] is None else f"{row['error']:.1e}")
+            for row in rows
+        ],
+    )  # fmt: skip
+    return {"B": B, "N": N, "K": K, "H": H, "peak": peak, "rows": rows}
+
+
+PARTS = {"grouped": grouped, "attention": attention, "loss": loss}
+
+
+def make_parser():
+    parser = common.flags(__doc__, rounds=7)
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    names = options.only or list(PARTS)
+    record = {"settings": {"rounds": options.rounds}}
+    record |= {name: PARTS[name](options.rounds, options.quick) for name in names}
+    if not options.quick:
+        print(common.write_json("-".join(["kernels", *(options.only or ())]), record))
+
+
+if __name__ == "__main__":
+    startup.use_huge_pages()
+    main()
