@@ -92,5 +92,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    startup.use_huge_pages()
+    startup.keep_memory()
     main()

@@ -1,10 +1,5 @@
 """Training steps of us and of transformers, alternately: python benchmarks/train_vs_transformers.py.
 
-<<<<<<< HEAD
-The sizes of a student's notebook (6 layers of width 384) with 4, 32 and 128 experts, batch 4 x 512, float32,
-AdamW with clipping, two threads each. Prints tokens/s, the ratio of the medians, and how much of the matmul
-peak, measured in the same run, our steps reach.
-=======
 The sizes of a student's notebook (6 layers of width 384, window 256) with 4, 32 and 128 experts, batch 4 x
 512, float32, AdamW with clipping, all cores for each side, each in a process of its own; what does not have
 its turn waits. Two steps before are not counted. A round is one step of each side, and a matmul of 2,048^3
@@ -18,7 +13,6 @@ more than the 24 GB of the machine this is for.
 
 Shown: tokens/s as median (least–most), and the ratio of the medians, ours over the peer's. Writes every
 round's seconds to results/train_vs_transformers.json. Needs pip install -e '.[parity]'.
->>>>>>> bench
 """
 
 import os
@@ -109,20 +103,6 @@ def transformers(experts: int, top_k: int, layers: int, rows: int, length: int, 
     return {"step": lambda: clocked(step)}
 
 
-<<<<<<< HEAD
-def measure(experts: int, top_k: int, rounds: int, implementations) -> dict:
-    sizes = {"experts": experts, "top_k": top_k}
-    module = "train_vs_transformers"
-    us = Worker(module, "ours", sizes)
-    peers = {
-        name: Worker(
-            module, "transformers", sizes | {"implementation": name}, GLIBC_TUNABLES="glibc.malloc.hugetlb=1"
-        )
-        for name in implementations
-    }
-    seconds = {name: [] for name in ("ours", *peers)}
-    peaks = []
-=======
 # What asks them.
 
 
@@ -137,7 +117,6 @@ def measure(settings: dict, fresh: bool, rounds: int, peers: list[str]) -> dict:
     names = (OURS, *peers)
     seconds, peaks, flops = {name: [] for name in names}, [], None
     workers = {} if fresh else {name: start(name) for name in names}
->>>>>>> bench
     for _ in range(rounds):
         for name in names:
             worker = start(name) if fresh else workers[name]
