@@ -72,7 +72,12 @@ def test_without_a_gpu_it_says_so(script):
     assert "needs a GPU and there is 'cpu'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["compile_time", "context", "experts", "kernels", "train_vs_transformers"])
+NAMES = ["compile_time", "context", "experts", "kernels", "remat", "train_vs_transformers"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+    "name", ["compile_time", "remat", "context", "experts", "kernels", "train_vs_transformers"]
+)
 def test_help(name, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
