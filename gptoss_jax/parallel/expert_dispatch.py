@@ -187,7 +187,8 @@ def _gated(activation, h_CF):
 
 def _gated_bwd(activation, h_CF, g_CF):
     # Without the barrier a compiler finds the same terms in the forward pass, and keeps them all from there.
-    halves = jnp.split(jax.lax.optimization_barrier(h_CF), 2, axis=-1)
+    h_CF, g_CF = jax.lax.optimization_barrier((h_CF, g_CF))
+    halves = jnp.split(h_CF, 2, axis=-1)
     d_gate, d_up = jax.vjp(activation, *halves)[1](g_CF)
     # Written in place, each half in one pass: XLA for CPU joins two arrays number by number.
     start = (0,) * h_CF.ndim
