@@ -1,8 +1,9 @@
 """The grouped product on TPU: JAX's megablox kernels, forward and in both gradients.
 
 What `jax.lax.ragged_dot` becomes there (libtpu 0.0.42; v5e, v5p, v6e) is a grouped kernel for the product and
-for the gradient of x, but the gradient of the matrices is every group times every row: E times the work. And
-for the gradient of x it writes the matrices transposed to memory first.
+for the gradient of x, but the gradient of the matrices is every group times every row: E times the work. For
+65,536 rows of gate and up in gpt-oss-20b, v5e's compiler counts 835 million cycles for it, and schedules the
+kernel here in 20. And for the gradient of x, ragged_dot first writes the matrices to memory transposed.
 
 Letters as in `grouped_matmul.py`: R rows, E groups, D input width, F output width.
 """
@@ -84,15 +85,15 @@ def _tiles(rows_in_group: int, width: int, outputs: int, itemsize: int) -> tuple
 
     The whole input width where VMEM allows: a tile of a matrix then stays there while its group's rows pass.
     """
-    for rows in (ROWS, FEW_ROWS) if rows_in_group >= 4 * ROWS else (FEW_ROWS,):
+    # Float32 is multiplied in several passes over parts of its bits, which lie in VMEM too.
+    for rows in (ROWS, FEW_ROWS) if itemsize == 2 else ():
         # Two buffers for each of the three, and the sums in float32.
         fixed, each = 2 * rows * width * itemsize, 2 * (width + rows) * itemsize + 4 * rows
         most = (VMEM - fixed) // each // LANES * LANES
-        if most >= min(4 * LANES, _up(outputs, LANES)):
+        small_groups = rows == ROWS and rows_in_group < 4 * ROWS
+        if not small_groups and most >= min(4 * LANES, _up(outputs, LANES)):
             return rows, width, _parts(outputs, min(most, WIDTH))
-    if most >= LANES:
-        return rows, width, _parts(outputs, most)
-    return rows, _parts(width, 8 * LANES), _parts(outputs, 4 * LANES)
+    return FEW_ROWS, _parts(width, 8 * LANES), _parts(outputs, 4 * LANES)
 
 
 def _parts(size: int, most: int) -> int:

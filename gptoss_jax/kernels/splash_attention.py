@@ -14,7 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 LANES = 128  # sequences and blocks are multiples of it
 # The most rows and columns in a block of scores. For 4,096 tokens of the released models (64 heads on 8, of
-# size 64) the schedules of libtpu 0.0.42 take, forward and backward, in millions of cycles:
+# size 64) libtpu 0.0.42 schedules, forward and backward, in millions of cycles (its listings of instructions,
+# LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true", times the steps of the grids):
 #   window 128: blocks of 256 4.9 (v5e), 6.6 (v5p), 4.6 (v6e); of 512 5.5, 6.3, 4.5, in half as many steps.
 #   no window: blocks of 512 12.8, 16.4, 9.9; of 1,024 12.4, 13.4, 9.0; 2,048 x 1,024 14.2, too large, 10.0.
 # What a step waits for memory comes on top. One kernel for dq, dk and dv would save 2 to 3 of these without a

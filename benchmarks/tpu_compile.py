@@ -1,0 +1,201 @@
+"""What the TPU compiler says of the kernels: python benchmarks/tpu_compile.py [--only TEXT].
+
+Needs libtpu and no TPU. Compiles the attention and the grouped product of gpt-oss-20b, and a sliding and a
+full layer on these kernels, for one device of each kind; prints the compiler's own figures and puts them into
+results/tpu_compile.json. A dash stands for what it could not work out. It does not look into the kernels:
+operations of attention are not in its count, and the reads of the grouped product's kernels are an upper
+bound, which the least time follows.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import time
+from unittest import mock
+
+# For one process beside others, on a machine without TPUs.
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+import jax
+from jax.experimental import topologies
+
+from gptoss_jax.config import MeshConfig
+from gptoss_jax.config.preset import read_preset
+from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
+from gptoss_jax.kernels.splash_attention import splash_attention
+from gptoss_jax.model import attention as model_attention
+from gptoss_jax.parallel import expert_dispatch
+from gptoss_jax.parallel.mesh import make_mesh
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results" / "tpu_compile.json"
+TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+T, N, K, H, D, F, W = 4096, 64, 8, 64, 2880, 2880, 128  # of the released models
+TOKENS, X = 16384, 4  # rows of the grouped product: so many tokens, four experts each
+
+
+def attention(window):
+    def forward(q, k, v, segments, sinks, _):
+        return splash_attention(q, k, v, segments, segments, window, 0, sinks)
+
+    shapes = [(1, T, n, H) for n in (N, K, K)]
+    return forward, [*shapes, ((1, T), "int32"), ((N,), "float32"), (1, T, N, H)], (0, 1, 2, 4)
+
+
+def grouped(form, experts, width, outputs):
+    def forward(x, w, sizes, _):
+        return form(x, w, sizes)
+
+    R = TOKENS * X
+    return forward, [(R, width), (experts, width, outputs), ((experts,), "int32"), (R, outputs)], (0, 1)
+
+
+def with_gradients(forward, arguments):
+    """The result and the gradients of some arguments; the last argument is the result's gradient."""
+
+    def both(*inputs):
+        def of(*chosen):
+            changed = dict(zip(arguments, chosen, strict=True))
+            return forward(*(changed.get(i, x) for i, x in enumerate(inputs)))
+
+        out, vjp = jax.vjp(of, *(inputs[i] for i in arguments))
+        return out, *vjp(inputs[-1])
+
+    return both
+
+
+def programs() -> dict:
+    """Name to (function, shapes, useful operations): those of the grouped product, exactly."""
+    found = {}
+    for window in (W, None):
+        forward, shapes, arguments = attention(window)
+        name = f"attention, {'window ' + str(window) if window else 'full'}"
+        found[name] = forward, shapes, None
+        found[name + ", + gradients"] = with_gradients(forward, arguments), shapes, None
+    for experts in (32, 16):
+        for name, width, outputs in (("gate_up", D, 2 * F), ("down", F, D)):
+            for form in (megablox_grouped_matmul, jax.lax.ragged_dot):
+                forward, shapes, arguments = grouped(form, experts, width, outputs)
+                line = f"{name}, {experts} experts, {form.__name__.split('_')[0]}"
+                work = 2 * TOKENS * X * width * outputs
+                found[line] = forward, shapes, work
+                found[line + ", + gradients"] = with_gradients(forward, arguments), shapes, 3 * work
+    return found
+
+
+def pair_of_layers(place):
+    """A sliding and a full layer of gpt-oss-20b on one row, forward and backward, in bfloat16 throughout."""
+    from flax import nnx
+
+    from gptoss_jax.model.transformer import Transformer
+
+    published = read_preset(HERE.parent / "configs" / "gpt_oss_20b.py").model
+    config = dataclasses.replace(published, num_hidden_layers=2, vocab_size=128, remat="none")
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+    def attend(q, k, v, positions, segments, window, sink_tokens, sinks, *_):
+        return splash_attention(q, k, v, positions, segments, window, sink_tokens, sinks)
+
+    def step(params, tokens, d_out):
+        with (
+            mock.patch.object(model_attention, "self_attention", attend),
+            mock.patch.object(expert_dispatch, "grouped_matmul", megablox_grouped_matmul),
+        ):
+            out, vjp = jax.vjp(lambda params: nnx.merge(graphdef, params).hidden_states(tokens)[0], params)
+            return vjp(d_out.astype(out.dtype))
+
+    def shaped(x):
+        return jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=place)
+
+    tokens = jax.ShapeDtypeStruct((1, T), "int32", sharding=place)
+    return step, (jax.tree.map(shaped, params), tokens, shaped(jax.ShapeDtypeStruct((1, T, D), "bfloat16")))
+
+
+def measure(function, arguments) -> dict:
+    began = time.monotonic()
+    try:
+        program = jax.jit(function).lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {"refusal": str(error).splitlines()[0]}
+    cost, memory = program.cost_analysis(), program.memory_analysis()
+
+    def given(name):
+        # A negative one stands for something that the compiler could not work out.
+        value = cost.get(name)
+        return value if value is not None and value > 0 else None
+
+    return {
+        "flops": given("flops"),
+        "bytes": given("bytes accessed"),
+        "optimal_seconds": given("optimal_seconds"),
+        "temporaries": memory.temp_size_in_bytes,
+        "peak": memory.peak_memory_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+        "compile_seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def keep(row: dict) -> None:
+    """Puts a row into the file, in place of an older one of the same program."""
+    versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
+    row = row | {"date": time.strftime("%Y-%m-%d"), "versions": versions}
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = [other for other in rows if any(other[key] != row[key] for key in ("chip", "program"))]
+    RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n")
+
+
+def show(row: dict) -> str:
+    def number(name, unit):
+        value = row.get(name)
+        return "–" if value is None else f"{value / unit:,.2f}"
+
+    work = "–" if not row.get("useful_flops") else f"{row['flops'] / row['useful_flops']:,.2f}"
+    columns = (
+        ("flops", 1e12),
+        ("bytes", 1e9),
+        ("optimal_seconds", 1e-3),
+        ("temporaries", 1e9),
+        ("peak", 1e9),
+    )
+    cells = [number(name, unit) for name, unit in columns] + [number("code", 1e6)]
+    cells = [cells[0], work, *cells[1:]] if "refusal" not in row else [row["refusal"]]
+    return f"| {row['chip']} | {row['program']} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="chips and programs whose line holds this")
+    options = parser.parse_args()
+    print(
+        "| chip | program | TFLOP | of useful | GB accessed | least ms | temporary GB | peak GB | code MB |"
+    )
+    print("| --- | --- |" + " ---: |" * 7)
+    for name in TPUS:
+        device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+        place = jax.sharding.SingleDeviceSharding(device)
+        mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), [device])
+
+        def arrays(shapes, place=place):
+            pairs = [shape if isinstance(shape[0], tuple) else (shape, "bfloat16") for shape in shapes]
+            return [jax.ShapeDtypeStruct(*pair, sharding=place) for pair in pairs]
+
+        jobs = {key: (function, arrays(shapes), work) for key, (function, shapes, work) in programs().items()}
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        jobs["two layers, + gradients"] = (*pair_of_layers(whole), None)
+        for key, (function, arguments, work) in jobs.items():
+            row = {"chip": name.split(":")[0], "program": key, "useful_flops": work}
+            if options.only not in f"{row['chip']} {key}":
+                continue
+            # The kernels do not need the mesh; the model asks it what it is compiled for.
+            with jax.set_mesh(mesh) if "layers" in key else contextlib.nullcontext():
+                row |= measure(function, arguments)
+            keep(row)
+            print(show(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
