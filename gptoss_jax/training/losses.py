@@ -113,11 +113,12 @@ def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_grad
         d_logits = exp_BCV * scale_BC[..., None] - jnp.where(hot_BCV, chosen_weight_BC[..., None], 0)
         d_logits = d_logits.astype(x_BCD.dtype)
         d_x_BCD = jnp.einsum("BCV,VD->BCD", d_logits, weight_VD, precision="highest")
-        # In this order it is the smaller of the two that a compiler has to turn.
-        head_gradient_DV = jnp.einsum(
-            "BCD,BCV->DV", x_BCD, d_logits, precision="highest", preferred_element_type=jnp.float32
-        )
-        head_gradient_VD = head_gradient_VD + head_gradient_DV.T
+        outer = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+        if x_BCD.dtype == jnp.float32:
+            # In this order it is the smaller of the two that XLA for CPU turns.
+            head_gradient_VD = head_gradient_VD + outer("BCD,BCV->DV", x_BCD, d_logits).T
+        else:
+            head_gradient_VD = head_gradient_VD + outer("BCV,BCD->VD", d_logits, x_BCD)
         return (loss, head_gradient_VD), d_x_BCD
 
     start = (jnp.float32(0), jnp.zeros(weight_VD.shape if with_gradient else (), jnp.float32))
