@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptoss_jax.kernels import target
 from gptoss_jax.kernels.mask import MASKED, segment_starts, visible
 
 # Tokens of a block at most: large enough for the products to be fast, small enough for its scores to stay in
-# the cache and for little to be computed that is masked.
-BLOCK = 256
+# the cache and for little to be computed that is masked; in a sliding layer on CPU that counts for more.
+BLOCK, WINDOW_BLOCK = 256, 64
 
 
 class _Static(NamedTuple):
@@ -47,7 +48,7 @@ def blockwise_attention(
     sinks_N: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> jax.Array:
     """Attention of rows to themselves, see `flash_attention.flash_attention`. Returns [B, T, N, H].
 
@@ -56,6 +57,8 @@ def blockwise_attention(
     """
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
+    if block is None:
+        block = WINDOW_BLOCK if window is not None and target.platform() == "cpu" else BLOCK
     count = -(-T // block)
     size = -(-T // count)
     static = _Static(window, sink_tokens if window is not None else 0, 0.0, size)
