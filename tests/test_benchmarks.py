@@ -76,8 +76,6 @@ NAMES = ["compile_time", "context", "experts", "kernels", "remat", "train_vs_tra
 
 
 @pytest.mark.parametrize("name", NAMES)
-    "name", ["compile_time", "remat", "context", "experts", "kernels", "train_vs_transformers"]
-)
 def test_help(name, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
