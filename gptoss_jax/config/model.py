@@ -112,8 +112,8 @@ class ModelConfig(Checked):
     # How the experts' matrices are held: plain arrays, or packed in MXFP4 as published (4.25 bits a weight;
     # for running a model, not for training it).
     expert_format: Literal["plain", "mxfp4"] = "plain"
-    # What the backward pass recomputes: nothing, all but the matrix products' results ("dots"), or each whole
-    # block.
+    # What the backward pass recomputes: nothing, all but the results of the products with attention's and the
+    # router's weights ("dots"), or each whole block.
     remat: Literal["none", "dots", "block"] = "none"
     # Stack the layers and scan over one period of their types, so that compilation takes as long for 36
     # layers as for 4. False keeps each layer for itself: nothing is copied into stacks and out of them, which

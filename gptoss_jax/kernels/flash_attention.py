@@ -33,7 +33,8 @@ def flash_attention(
     Positions must rise by one from token to token of a segment, and a segment must be one piece of its row.
     Nothing here has T x T numbers, and a sliding layer costs O(T * W). What is chosen, all of one function:
 
-    - TPU: splash attention; GPU: our Triton kernel. Neither does dropout, nor splash attention sink tokens.
+    - TPU: splash attention; GPU: our Triton kernel, for heads of up to 128 and cards with the shared memory
+      of an A100 or more. Neither does dropout, nor splash attention sink tokens; it reads no positions.
     - Everywhere else: blocks in plain XLA; on CPU, short rows in strips.
 
     Args:
@@ -50,7 +51,7 @@ def flash_attention(
     platform = target.platform()
     drops = dropout_key is not None and dropout > 0
     # Imported where they are used: what they import is of no use elsewhere, and takes its time.
-    if platform == "gpu" and not drops:
+    if platform == "gpu" and not drops and _fits_triton(q_BTNH.shape[3]):
         from gptoss_jax.kernels.triton_attention import triton_attention
 
         return triton_attention(*inputs)
@@ -61,6 +62,12 @@ def flash_attention(
     if platform == "cpu" and q_BTNH.shape[1] <= SHORT:
         return strip_attention(*inputs, dropout, dropout_key)
     return blockwise_attention(*inputs, dropout, dropout_key)
+
+
+def _fits_triton(head_size: int) -> bool:
+    """Whether the blocks of our Triton kernel fit the GPU's shared memory, 129 KiB for heads of 128."""
+    memory = getattr(jax.devices()[0], "shared_memory_per_block_optin", None)
+    return head_size <= 128 and (memory is None or memory >= 132 << 10)
 
 
 def reference_attention(
@@ -126,8 +133,7 @@ def strip_attention(
 
     The gradient keeps the weights, where `blockwise_attention` computes them twice.
     """
-    T = q_BTNH.shape[1]
-    block = max(64, -(-T // 16))
+    T, block = q_BTNH.shape[1], 64
     outs = []
     for start in range(0, T, block):
         stop = min(start + block, T)

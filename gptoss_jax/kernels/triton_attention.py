@@ -85,7 +85,7 @@ def triton_attention(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """Attention of rows to themselves under the mask rule, `flash_attention.visible`; differentiable in q, k,
+    """Attention of rows to themselves under the mask rule, `mask.visible`; differentiable in q, k,
     v and sinks. Returns [B, T, N, H] in the type of `q_BTNH`.
 
     Segments must be contiguous in a row and positions rise by one or more from token to token of a segment.

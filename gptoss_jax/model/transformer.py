@@ -118,7 +118,8 @@ class Transformer(nnx.Module):
         Args:
           tokens_BT: int32. Ids are not checked against the vocabulary here.
           segment_ids_BT: int32, documents from 1, padding 0; tokens see their own document only. Default: one
-          document. positions_BT: int32. Default: from 0 in every segment.
+          document. positions_BT: int32, rising by one from token to token of a segment: kernels rely on it.
+          Default: from 0 in every segment.
         """
         hidden_BTD, _, _ = self.hidden_states(tokens_BT, segment_ids_BT, positions_BT)
         return self.logits(hidden_BTD)

@@ -265,10 +265,14 @@ def _einsum(equation: str, x: jax.Array, weight: jax.Array, result_type) -> jax.
 def _einsum_bwd(equation, result_type, kept, g):
     x, weight = kept
     x_letters, weight_letters, y_letters = equation.replace("->", ",").split(",")
-    g = g.astype(x.dtype)
-    backward = functools.partial(jnp.einsum, precision="highest")
-    d_weight = backward(f"{x_letters},{y_letters}->{weight_letters}", x, g)
-    return backward(f"{y_letters},{weight_letters}->{x_letters}", g, weight), d_weight
+
+    def backward(equation, a, b, dtype):
+        # Where the result is wider than the operands, so is its gradient.
+        a, b = (operand.astype(g.dtype) for operand in (a, b))
+        return jnp.einsum(equation, a, b, precision="highest").astype(dtype)
+
+    d_weight = backward(f"{x_letters},{y_letters}->{weight_letters}", x, g, weight.dtype)
+    return backward(f"{y_letters},{weight_letters}->{x_letters}", g, weight, x.dtype), d_weight
 
 
 _einsum.defvjp(

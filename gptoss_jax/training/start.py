@@ -226,6 +226,8 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
         differing.pop("layer_types", None)
     other_tree = len(config.model.period) != len(theirs.period)
     named = [f"model.{name} is {ours!r}, theirs {other!r}" for name, (ours, other) in differing.items()]
+    if "scan_layers" in differing:
+        named.append("gptoss convert writes a run in a form that fits either")
     if differing.keys() & MODEL_SHAPE_FIELDS or other_tree:
         raise ValueError(
             f"init_from is {config.init_from!r}: its weights do not fit the model: {'; '.join(named)}"

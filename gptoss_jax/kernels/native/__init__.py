@@ -29,15 +29,22 @@ def is_available() -> bool:
     """
     if os.environ.get(SWITCH) == "0":
         return False
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
-    if compiler is None:
-        return False
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        line = next((line for line in output.splitlines() if "error" in line), output)
-        warnings.warn(f"{compiler} cannot compile {SOURCE.name}, XLA does its work: {line}", stacklevel=2)
+    compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+    library, refusal = None, None
+    for compiler in dict.fromkeys(compilers):
+        try:
+            library = ctypes.CDLL(str(_compiled(compiler)))
+            break
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            output = getattr(error, "stderr", None) or str(error)
+            lines = (output.decode(errors="replace") if isinstance(output, bytes) else output).splitlines()
+            line = next((line for line in lines if "error" in line), lines[0] if lines else "no word")
+            refusal = (
+                f"{compiler} cannot compile {SOURCE.name}, or it cannot be loaded; XLA does its work: {line}"
+            )
+    if library is None:
+        if refusal:
+            warnings.warn(refusal, stacklevel=2)
         return False
     for name in HANDLERS:
         jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")

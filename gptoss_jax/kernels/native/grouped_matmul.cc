@@ -15,7 +15,9 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -203,6 +205,7 @@ float* Scratch() {
   };
   thread_local std::unique_ptr<float, Free> memory(
       (float*)std::aligned_alloc(64, (kInner + 1) * kBlock * sizeof(float)));
+  if (memory == nullptr) throw std::bad_alloc();
   return memory.get();
 }
 
