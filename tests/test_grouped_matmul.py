@@ -14,7 +14,6 @@ from gptoss_jax.kernels.grouped_matmul import (
     add_group_bias,
     blocked_grouped_matmul,
     grouped_matmul,
-    map_groups,
     native_grouped_matmul,
     reference_grouped_matmul,
 )
@@ -130,31 +129,6 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
     ):
         assert not native.is_available.__wrapped__()
     assert [path for path in tmp_path.rglob("*") if path.suffix == ".so"] == []
-
-
-@pytest.mark.parametrize("shares", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.0, 0.3, 0.0), (0, 0.9, 0, 0)])
-def test_any_function_of_rows(shares):
-    sizes = jnp.array([int(share * 400) for share in shares], jnp.int32)
-    rng = np.random.default_rng(1)
-    x, w, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((400, D), (E, D, F), (E, F)))
-    g = jnp.asarray(rng.standard_normal((400, F)), jnp.float32)
-
-    def function(x, p):
-        return jnp.tanh(x @ p["w"] + p["b"][..., None, :])
-
-    p = {"w": w, "b": b}
-    y, back = jax.vjp(lambda x, p: map_groups(function, x, p, sizes), x, p)
-    group = np.minimum(np.searchsorted(np.cumsum(sizes), np.arange(400), side="right"), E - 1)
-    inside = (np.arange(400) < int(sizes.sum()))[:, None]
-    expected, back_plain = jax.vjp(
-        lambda x, p: jnp.where(
-            inside, jnp.tanh(jnp.einsum("rd,rdf->rf", x, p["w"][group]) + p["b"][group]), 0
-        ),
-        x,
-        p,
-    )
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), back(g), back_plain(g))
 
 
 def test_by_hand():

@@ -178,7 +178,7 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
     return {"t": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
-def refused(folder, *words):
+def assert_refused(folder, *words):
     """Asserts that a folder is refused in one line that has all the words."""
     with pytest.raises(ValueError) as caught:
         TensorFolder(folder)
@@ -196,18 +196,18 @@ def one_file(tmp_path):
 def test_truncated_in_the_data(one_file):
     size = one_file.stat().st_size
     os.truncate(one_file, size - 1)
-    refused(one_file.parent, str(one_file), "truncated", f"{size - 1:,} bytes of {size:,}")
+    assert_refused(one_file.parent, str(one_file), "truncated", f"{size - 1:,} bytes of {size:,}")
 
 
 def test_truncated_in_the_header(one_file):
     os.truncate(one_file, 100)
-    refused(one_file.parent, str(one_file), "truncated", "header")
+    assert_refused(one_file.parent, str(one_file), "truncated", "header")
 
 
 @pytest.mark.parametrize("size", [0, 5])
 def test_empty_file(one_file, size):
     os.truncate(one_file, size)
-    refused(one_file.parent, str(one_file), "header")
+    assert_refused(one_file.parent, str(one_file), "header")
 
 
 @pytest.mark.parametrize(
@@ -223,18 +223,18 @@ def test_empty_file(one_file, size):
 )
 def test_no_safetensors_file(one_file, content):
     one_file.write_bytes(content)
-    refused(one_file.parent, str(one_file), "not a safetensors file")
+    assert_refused(one_file.parent, str(one_file), "not a safetensors file")
 
 
 def test_unknown_type(one_file):
     with_header(one_file, entry("F8_E5M2", (24,)))
-    refused(one_file.parent, str(one_file), "t is of type 'F8_E5M2'", "U8, F16, BF16, F32, F64")
+    assert_refused(one_file.parent, str(one_file), "t is of type 'F8_E5M2'", "U8, F16, BF16, F32, F64")
 
 
 @pytest.mark.parametrize("offsets", [(0, 20), (0, 28), (4, 24), (24, 0), (-8, 16)])
 def test_offsets_that_disagree_with_the_shape(one_file, offsets):
     with_header(one_file, entry(offsets=offsets))
-    refused(one_file.parent, str(one_file), r"\bt\b", r"\[2, 3\] of F32 is 24")
+    assert_refused(one_file.parent, str(one_file), r"\bt\b", r"\[2, 3\] of F32 is 24")
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_offsets_that_disagree_with_the_shape(one_file, offsets):
 )
 def test_malformed_headers(one_file, header):
     with_header(one_file, header)
-    refused(one_file.parent, str(one_file))
+    assert_refused(one_file.parent, str(one_file))
 
 
 def test_any_broken_byte_of_the_header_is_read_or_refused(tmp_path):
@@ -292,20 +292,20 @@ def sharded(tmp_path):
 
 def test_missing_shard(sharded):
     (sharded / "model-00002-of-00005.safetensors").unlink()
-    refused(sharded, "index.json", "model-00002-of-00005.safetensors", "does not hold")
+    assert_refused(sharded, "index.json", "model-00002-of-00005.safetensors", "does not hold")
 
 
 def test_many_missing_shards_are_not_all_listed(sharded):
     homes = {f"t{i}": f"{i}.safetensors" for i in range(9)}
     (sharded / tensor_files.INDEX).write_text(json.dumps({"weight_map": homes}))
-    refused(sharded, "0.safetensors, 1.safetensors, 2.safetensors, 3.safetensors and 5 more")
+    assert_refused(sharded, "0.safetensors, 1.safetensors, 2.safetensors, 3.safetensors and 5 more")
 
 
 def test_index_that_places_a_tensor_where_it_is_not(sharded):
     index = json.loads((sharded / tensor_files.INDEX).read_text())
     index["weight_map"]["more"] = "model-00001-of-00005.safetensors"
     (sharded / tensor_files.INDEX).write_text(json.dumps(index))
-    refused(sharded, "index.json", "more", "model-00001-of-00005.safetensors")
+    assert_refused(sharded, "index.json", "more", "model-00001-of-00005.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -325,17 +325,17 @@ def test_index_that_places_a_tensor_where_it_is_not(sharded):
 )
 def test_no_index(sharded, content):
     (sharded / tensor_files.INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(sharded, str(sharded / tensor_files.INDEX), "not an index of safetensors files")
+    assert_refused(sharded, str(sharded / tensor_files.INDEX), "not an index of safetensors files")
 
 
 def test_the_same_tensor_twice(tmp_path):
     save_file(random_tensors(0), tmp_path / "one.safetensors")
     save_file({"e.single": np.ones(3)}, tmp_path / "two.safetensors")
-    refused(tmp_path, "two.safetensors", "e.single", "one.safetensors")
+    assert_refused(tmp_path, "two.safetensors", "e.single", "one.safetensors")
 
 
 def test_no_files_at_all(tmp_path):
-    refused(tmp_path, str(tmp_path), "holds no .safetensors file")
+    assert_refused(tmp_path, str(tmp_path), "holds no .safetensors file")
 
 
 def resident_kilobytes(path):

@@ -100,30 +100,21 @@ def _native_bwd(kept, g_RF):
 _native.defvjp(lambda *args: (_native(*args), args), _native_bwd)
 
 
+@jax.custom_vjp
 def blocked_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """The same by products of equal size: work grows with R, not E * R."""
-    return map_groups(lambda x, w: jnp.matmul(x, w, precision=PRECISION), x_RD, w_EDF, group_sizes_E)
+    """The same in plain XLA: work grows with R, not E * R.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def map_groups(function: Callable, x_RD: jax.Array, parameters, group_sizes_E: jax.Array) -> jax.Array:
-    """Applies a function of rows and parameters to each group of rows with the group's own parameters.
-
-    The first C rows of every group are worked through together, all groups in one batch; C is a little more
-    than the mean, so that there are hardly any rows beyond where groups are even. What is beyond follows in a
-    loop over blocks of rows whose trip count is that of the blocks there are. So at most about twice the work
-    of the rows is done, however uneven the groups are, and most of it in products that are as large as they
-    can be.
-
-    Args:
-      function: ([C, D], parameters of one group) -> [C, F], each row by itself; also with a leading axis of
-        groups on all of these.
-      parameters: a tree of arrays with a leading axis E.
-
-    Returns:
-      [R, F]; differentiable in `x_RD` and `parameters`.
+    The first C rows of every group are multiplied together, all groups in one batch; C is a little more than
+    the mean, so that there are hardly any rows beyond where groups are even. What is beyond follows in a loop
+    over blocks of rows whose trip count is that of the blocks there are. So at most about twice the work of
+    the rows is done, however uneven the groups are, and most of it in products that are as large as they can
+    be.
     """
-    return _map_forward(function, x_RD, parameters, group_sizes_E)[0]
+    return _blocked_forward(x_RD, w_EDF, group_sizes_E)[0]
+
+
+def _multiply(x, w):
+    return jnp.matmul(x, w, precision=PRECISION)
 
 
 def _sizes(rows: int, groups: int) -> tuple[int, int]:
@@ -135,58 +126,53 @@ def _sizes(rows: int, groups: int) -> tuple[int, int]:
     return together, min(rows, block)
 
 
-def _map_forward(function, x_RD, parameters, group_sizes_E):
-    rows, groups = x_RD.shape[0], group_sizes_E.shape[0]
-    together, block = _sizes(rows, groups)
+def _together(x_RD, w_EDF, group_sizes_E, together):
+    """The first rows of each group, [R, F]; zero for the others."""
+    rows, groups = x_RD.shape[0], w_EDF.shape[0]
     ends_E = jnp.cumsum(group_sizes_E)
     starts_E = ends_E - group_sizes_E
-
-    def main(x_RD, parameters):
-        slot_EC = starts_E[:, None] + jnp.arange(together)
-        row_of_slot = jnp.where(slot_EC < ends_E[:, None], slot_EC, -1).reshape(-1)
-        row_R = jnp.arange(rows)
-        group_R = jnp.sum(row_R[:, None] >= ends_E, axis=1)
-        place_R = row_R - jnp.append(starts_E, rows)[group_R]
-        inside_R = (group_R < groups) & (place_R < together)
-        slot_of_row = jnp.where(inside_R, group_R * together + place_R, -1)
-        x_ECD = take(x_RD, row_of_slot, slot_of_row).reshape(groups, together, -1)
-        y_ECF = function(x_ECD, parameters)
-        return take(y_ECF.reshape(groups * together, -1), slot_of_row, row_of_slot)
-
-    if together:
-        y_RF, pull = jax.vjp(main, x_RD, parameters)
-    else:
-        one = jax.eval_shape(function, x_RD, jax.tree.map(lambda p: p[0], parameters))
-        y_RF, pull = jnp.zeros(one.shape, one.dtype), None
-
-    def step(tile, y_RF):
-        y = function(tile.read(x_RD), tile.of_group(parameters))
-        return tile.write(y_RF, y)
-
-    y_RF = _over_rest(group_sizes_E, rows, together, block, step, y_RF)
-    return y_RF, (x_RD, parameters, group_sizes_E, pull)
+    slot_EC = starts_E[:, None] + jnp.arange(together)
+    row_of_slot = jnp.where(slot_EC < ends_E[:, None], slot_EC, -1).reshape(-1)
+    group_R = _group_of_row(group_sizes_E, rows)
+    place_R = jnp.arange(rows) - jnp.append(starts_E, rows)[group_R]
+    inside_R = (group_R < groups) & (place_R < together)
+    slot_of_row = jnp.where(inside_R, group_R * together + place_R, -1)
+    x_ECD = take(x_RD, row_of_slot, slot_of_row).reshape(groups, together, -1)
+    return take(_multiply(x_ECD, w_EDF).reshape(groups * together, -1), slot_of_row, row_of_slot)
 
 
-def _map_backward(function, kept, g_RF):
-    x_RD, parameters, group_sizes_E, pull = kept
+def _blocked_forward(x_RD, w_EDF, group_sizes_E):
     rows, groups = x_RD.shape[0], group_sizes_E.shape[0]
     together, block = _sizes(rows, groups)
-    gradients = jax.tree.map(jnp.zeros_like, (x_RD, parameters)) if pull is None else pull(g_RF)
+    y_RF = jnp.zeros((rows, w_EDF.shape[2]), x_RD.dtype)
+    if together:
+        y_RF = _together(x_RD, w_EDF, group_sizes_E, together)
+
+    def step(tile, y_RF):
+        return tile.write(y_RF, _multiply(tile.read(x_RD), w_EDF[tile.group]))
+
+    y_RF = _over_rest(group_sizes_E, rows, together, block, step, y_RF)
+    return y_RF, (x_RD, w_EDF, group_sizes_E)
+
+
+def _blocked_backward(kept, g_RF):
+    x_RD, w_EDF, group_sizes_E = kept
+    rows, groups = x_RD.shape[0], group_sizes_E.shape[0]
+    together, block = _sizes(rows, groups)
+    gradients = jnp.zeros_like(x_RD), jnp.zeros_like(w_EDF)
+    if together:
+        first = functools.partial(_together, group_sizes_E=group_sizes_E, together=together)
+        gradients = jax.vjp(first, x_RD, w_EDF)[1](g_RF)
 
     def step(tile, gradients):
-        dx_RD, d_parameters = gradients
-        back = jax.vjp(function, tile.read(x_RD), tile.of_group(parameters))[1]
-        dx, d_one = back(tile.read(g_RF))
-        add = functools.partial(lax.dynamic_update_index_in_dim, index=tile.group, axis=0)
-        d_parameters = jax.tree.map(
-            lambda total, old, new: add(total, old + new), d_parameters, tile.of_group(d_parameters), d_one
-        )
-        return tile.write(dx_RD, dx), d_parameters
+        dx_RD, dw_EDF = gradients
+        dx, dw = jax.vjp(_multiply, tile.read(x_RD), w_EDF[tile.group])[1](tile.read(g_RF))
+        return tile.write(dx_RD, dx), dw_EDF.at[tile.group].add(dw)
 
     return *_over_rest(group_sizes_E, rows, together, block, step, gradients), None
 
 
-map_groups.defvjp(_map_forward, _map_backward)
+blocked_grouped_matmul.defvjp(_blocked_forward, _blocked_backward)
 
 
 class _Tile(NamedTuple):
@@ -204,9 +190,6 @@ class _Tile(NamedTuple):
         return lax.dynamic_update_slice_in_dim(
             x_RD, jnp.where(self.is_mine, x, self._rows(x_RD)), self.start, 0
         )
-
-    def of_group(self, parameters):
-        return jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, self.group, keepdims=False), parameters)
 
     def _rows(self, x_RD):
         return lax.dynamic_slice_in_dim(x_RD, self.start, self.is_mine.shape[0])
@@ -249,8 +232,11 @@ take.defvjp(
 
 def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Adds to each row its group's bias; rows of no group stay as they are."""
-    ends_E = jnp.cumsum(group_sizes_E)
-    groups_R = jnp.searchsorted(
-        ends_E, jnp.arange(x_RF.shape[0], dtype=ends_E.dtype), side="right", method="compare_all"
-    )
+    groups_R = _group_of_row(group_sizes_E, x_RF.shape[0])
     return x_RF + jnp.pad(bias_EF, ((0, 1), (0, 0)))[groups_R]
+
+
+def _group_of_row(group_sizes_E, rows):
+    """The group of each row; E for rows of none."""
+    ends_E = jnp.cumsum(group_sizes_E)
+    return jnp.searchsorted(ends_E, jnp.arange(rows, dtype=ends_E.dtype), side="right", method="compare_all")

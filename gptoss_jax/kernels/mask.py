@@ -33,5 +33,5 @@ def visible(
 def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
     """Where in the row each token's segment begins, int32 [B, T]."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=jnp.min(segment_ids_BT) - 1) != 0
+    starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
     return jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)

@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-MASKED = -1e30  # finite: a block of keys of which a row sees none gives no NaN
+from gptoss_jax.kernels.mask import MASKED, segment_starts
+
 LOG2_E = math.log2(math.e)
 
 
@@ -85,8 +86,8 @@ def triton_attention(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """Attention of rows to themselves under the mask rule, `mask.visible`; differentiable in q, k,
-    v and sinks. Returns [B, T, N, H] in the type of `q_BTNH`.
+    """Attention of rows to themselves under the mask rule, `mask.visible`; differentiable in q, k, v
+    and sinks. Returns [B, T, N, H] in the type of `q_BTNH`.
 
     Segments must be contiguous in a row and positions rise by one or more from token to token of a segment.
     Where they do not, as in padding whose positions are all 0, a query still sees none but its own segment's
@@ -125,9 +126,9 @@ def _places(positions_BT, segment_ids_BT, window, sink_tokens):
     """Positions; per token, the place where its segment begins and that of the last query that may see it."""
     T = positions_BT.shape[1]
     place_T = jnp.arange(T, dtype=jnp.int32)
-    change = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-    begins_BT = lax.cummax(jnp.where(jnp.pad(change, ((0, 0), (1, 0))), place_T, 0), axis=1)
-    ends_BT = lax.cummin(jnp.where(jnp.pad(change, ((0, 0), (0, 1))), place_T, T - 1), axis=1, reverse=True)
+    begins_BT = segment_starts(segment_ids_BT)
+    # A segment ends where, seen from behind, it begins.
+    ends_BT = T - 1 - segment_starts(segment_ids_BT[:, ::-1])[:, ::-1]
     if window is None:
         return positions_BT, begins_BT, ends_BT
     lasts_BT = jnp.minimum(ends_BT, place_T + window - 1)

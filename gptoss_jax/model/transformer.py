@@ -9,6 +9,7 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.kernels import target
+from gptoss_jax.kernels.mask import segment_starts
 from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention
 from gptoss_jax.model.kv_cache import LayerCache
@@ -27,9 +28,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
     """Positions that start from 0 wherever the segment changes, int32 [B, T]."""
-    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
-    starts_BT = jnp.diff(segment_ids_BT, axis=1, prepend=-1) != 0
-    return index_T - jax.lax.cummax(jnp.where(starts_BT, index_T, 0), axis=1)
+    return jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32) - segment_starts(segment_ids_BT)
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels import target
-from gptoss_jax.kernels.grouped_matmul import grouped_matmul, is_native, map_groups
+from gptoss_jax.kernels.grouped_matmul import grouped_matmul
 from gptoss_jax.parallel import exchange, mesh
 from gptoss_jax.parallel.sharding import gathered, gathers, parameter_spec, sum_over_tensor, used_spec
 
@@ -157,8 +157,6 @@ def _rank_in_expert(experts_R, E, devices):
 
 def _through_experts(x_RD, parameters, group_sizes_E, activation):
     """Rows sorted by expert through the experts that are here; rows past the groups give zero."""
-    if target.platform() == "cpu" and not is_native(x_RD.dtype):
-        return map_groups(functools.partial(_expert, activation=activation), x_RD, parameters, group_sizes_E)
     E, F, D = parameters["down"].shape
     bias = parameters.get("gate_up_bias")
     bias = None if bias is None else bias.reshape(E, 2 * F)
@@ -167,36 +165,24 @@ def _through_experts(x_RD, parameters, group_sizes_E, activation):
     return grouped_matmul(a_RF, parameters["down"], group_sizes_E, parameters.get("down_bias"))
 
 
-def _expert(x_CD, parameters, activation):
-    """Rows through one expert, or with a leading axis everywhere, through one expert each."""
-    gate_up, down = parameters["gate_up"], parameters["down"]
-    gate_up = gate_up.reshape(*gate_up.shape[:-2], -1)
-    h_CF = jnp.matmul(x_CD, gate_up, precision="highest")
-    if "gate_up_bias" in parameters:
-        bias = parameters["gate_up_bias"]
-        h_CF = h_CF + bias.reshape(*bias.shape[:-2], 1, -1)
-    y_CD = jnp.matmul(_gated(activation, h_CF), down, precision="highest")
-    return y_CD + parameters["down_bias"][..., None, :] if "down_bias" in parameters else y_CD
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated(activation, h_CF):
+def _gated(activation, h_RF):
     """The activation of the two halves of each row. The gradient keeps its input alone."""
-    return activation(*jnp.split(h_CF, 2, axis=-1))
+    return activation(*jnp.split(h_RF, 2, axis=-1))
 
 
-def _gated_bwd(activation, h_CF, g_CF):
+def _gated_bwd(activation, h_RF, g_RF):
     # Without the barrier a compiler finds the same terms in the forward pass, and keeps them all from there.
-    h_CF, g_CF = jax.lax.optimization_barrier((h_CF, g_CF))
-    halves = jnp.split(h_CF, 2, axis=-1)
-    d_gate, d_up = jax.vjp(activation, *halves)[1](g_CF)
+    h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
+    halves = jnp.split(h_RF, 2, axis=-1)
+    d_gate, d_up = jax.vjp(activation, *halves)[1](g_RF)
     # Written in place, each half in one pass: XLA for CPU joins two arrays number by number.
-    start = (0,) * h_CF.ndim
-    d_h_CF = jax.lax.dynamic_update_slice(jnp.zeros_like(h_CF), d_gate, start)
-    return (jax.lax.dynamic_update_slice(d_h_CF, d_up, (*start[:-1], d_gate.shape[-1])),)
+    start = (0,) * h_RF.ndim
+    d_h_RF = jax.lax.dynamic_update_slice(jnp.zeros_like(h_RF), d_gate, start)
+    return (jax.lax.dynamic_update_slice(d_h_RF, d_up, (*start[:-1], d_gate.shape[-1])),)
 
 
-_gated.defvjp(lambda activation, h_CF: (_gated(activation, h_CF), h_CF), _gated_bwd)
+_gated.defvjp(lambda activation, h_RF: (_gated(activation, h_RF), h_RF), _gated_bwd)
 
 
 def _round(x_RD, parameters, counts_nE, turn, activation, transport):

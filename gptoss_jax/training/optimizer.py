@@ -81,6 +81,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
         )
     if config.clip_norm:
         optimizer = optax.chain(_clip(config.clip_norm), optimizer)
+    # Of AdamW only the counts are left to keep: asking the moments once more would copy them.
     is_kept_already = config.name == "adamw"
 
     def update(gradients, state, params, *, finite):
