@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped import by_loop, sizes_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,17 +23,6 @@ E, D, F = 4, 5, 7
 FORMS = {"blocked": blocked_grouped_matmul, "reference": reference_grouped_matmul, "chosen": grouped_matmul}
 if native.is_available():
     FORMS["native"] = native_grouped_matmul
-
-
-def by_loop(x, w, g, sizes):
-    """y, dx and dw, group by group."""
-    y, dx, dw = np.zeros((len(x), F)), np.zeros(x.shape), np.zeros(w.shape)
-    start = 0
-    for e, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        y[rows], dx[rows], dw[e] = x[rows] @ w[e], g[rows] @ w[e].T, x[rows].T @ g[rows]
-        start += size
-    return y, dx, dw
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -53,16 +43,9 @@ def check(form, rows, sizes, outside):
         np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def sizes_within(rows):
-    """Group sizes with a sum of at most `rows`, zero and one among them often."""
-    cuts = st.lists(st.integers(0, rows), min_size=E, max_size=E).map(sorted)
-    small = st.lists(st.integers(0, 3), min_size=E, max_size=E)
-    return cuts.map(lambda c: [c[0], *(b - a for a, b in zip(c, c[1:], strict=False))]) | small
-
-
 @pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=40, deadline=None)
-@given(sizes=sizes_within(37), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
+@given(sizes=sizes_within(37, E), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
 @example(sizes=[37, 0, 0, 0], outside=0.0)
 @example(sizes=[0, 0, 0, 37], outside=0.0)
 @example(sizes=[0, 0, 0, 0], outside=np.nan)

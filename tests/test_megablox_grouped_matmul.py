@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped import by_loop
 from tpu_compiler import needs_libtpu, on_tpus
 
 from gptoss_jax.kernels.megablox_grouped_matmul import _parts, _tiles, megablox_grouped_matmul
@@ -22,16 +23,11 @@ def with_gradients(x, w, g, sizes, interpret=True):
 def check(rows, D, F, sizes, outside):
     rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
     x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((rows, D), (E, D, F), (rows, F)))
-    y, dx, dw = np.zeros((rows, F)), np.zeros((rows, D)), np.zeros((E, D, F))
-    start = 0
-    for e, size in enumerate(sizes):
-        group = slice(start, start + size)
-        y[group], dx[group], dw[e] = x[group] @ w[e], g[group] @ w[e].T, x[group].T @ g[group]
-        start += size
+    expected, start = by_loop(x, w, g, sizes), sum(sizes)
     # What stands past the groups must not matter.
     x[start:], g[start:] = outside, outside
     found = with_gradients(x, w, g, jnp.array(sizes, jnp.int32))
-    for name, f, e in zip(("y", "dx", "dw"), found, (y, dx, dw), strict=True):
+    for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-4, err_msg=name)
 
 

@@ -26,7 +26,7 @@ from gptoss_jax.kernels import mxfp4
 from gptoss_jax.model.transformer import init_params, params_of, with_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names
-from gptoss_jax.weights import export, pieces
+from gptoss_jax.weights import export, placing
 from gptoss_jax.weights.checkpoint import Checkpoints
 from gptoss_jax.weights.export import convert, save_pretrained, write_folder
 from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, axis_sizes, expected_shapes
@@ -836,7 +836,7 @@ def traced_peak():
 @pytest.mark.parametrize(("experts", "dtype"), [(None, None), ("bfloat16", None), ("float32", "float32")])
 def test_loading_holds_less_than_half_a_tensor_besides_the_result(large, monkeypatch, experts, dtype):
     # Each thread holds a few MB of its own, however many there are.
-    monkeypatch.setattr(pieces.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(placing.os, "sched_getaffinity", lambda process: {0, 1})
     load_pretrained(large, dtype, experts)
     with traced_peak() as peak:
         _, params, _ = load_pretrained(large, dtype, experts)
@@ -854,8 +854,8 @@ def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
     index = (slice(1, 3), slice(0, None), slice(0, 2), slice(3, 9))
     index = tuple(slice(*part.indices(size)) for part, size in zip(index, layers[0].shape, strict=True))
     devices = jax.devices()[2:4]
-    made, unsound = pieces._layer_by_layer(BFLOAT16, index, layers, devices)
-    wanted, _ = pieces._part(BFLOAT16, index, layers, stacked=True)
+    made, unsound = placing._layer_by_layer(BFLOAT16, index, layers, devices)
+    wanted, _ = placing._part(BFLOAT16, index, layers, stacked=True)
     assert [array.devices() for array in made] == [{device} for device in devices] and unsound == []
     for array in made:
         np.testing.assert_array_equal(np.asarray(array), wanted)
@@ -864,7 +864,7 @@ def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
 def test_a_slice_of_a_sharded_layer_gathers_nothing(divisible):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     gate_up = leaves(load_pretrained(divisible("float32"), mesh=mesh)[1])["blocks.1.moe.gate_up"]
-    rows = pieces.DeviceRows(gate_up, 1)
+    rows = placing.DeviceRows(gate_up, 1)
     whole = np.asarray(gate_up)[1]
     index = tuple(slice(size // 3, size - 1) for size in whole.shape)
     np.testing.assert_array_equal(rows[index], whole[index])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped import by_loop, sizes_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.triton import lowering
@@ -15,17 +16,6 @@ from gptoss_jax.kernels.triton_grouped_matmul import Blocks, _tiles, triton_grou
 
 R, E, D, F = 57, 4, 37, 50
 SMALL = Blocks(rows=16, columns=32, inner=16, warps=4, stages=2)
-
-
-def by_loop(x, w, g, sizes):
-    """y, dx and dw, group by group."""
-    y, dx, dw = np.zeros(g.shape), np.zeros(x.shape), np.zeros(w.shape)
-    start = 0
-    for e, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        y[rows], dx[rows], dw[e] = x[rows] @ w[e], g[rows] @ w[e].T, x[rows].T @ g[rows]
-        start += size
-    return y, dx, dw
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -49,15 +39,8 @@ def check(sizes, outside=0.0, blocks=SMALL, dtype=np.float32, tolerance=1e-5):
         )
 
 
-def sizes_within(rows):
-    """Group sizes with a sum of at most `rows`, zero and one among them often."""
-    cuts = st.lists(st.integers(0, rows), min_size=E, max_size=E).map(sorted)
-    small = st.lists(st.integers(0, 3), min_size=E, max_size=E)
-    return cuts.map(lambda c: [c[0], *(b - a for a, b in zip(c, c[1:], strict=False))]) | small
-
-
 @settings(max_examples=60, deadline=None)
-@given(sizes=sizes_within(R), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
+@given(sizes=sizes_within(R, E), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
 @example(sizes=[R, 0, 0, 0], outside=0.0)
 @example(sizes=[0, 0, 0, R], outside=0.0)
 @example(sizes=[0, 0, 0, 0], outside=np.nan)
@@ -85,7 +68,7 @@ def test_bfloat16():
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=sizes_within(R))
+@given(sizes=sizes_within(R, E))
 @example(sizes=[1, 1, 1, R - 3])
 @example(sizes=[17, 17, 17, 6])
 def test_tiles_cover_every_row_once(sizes):

@@ -16,7 +16,7 @@ from gptoss_jax.config.checked import read_json
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, params_of
 from gptoss_jax.parallel.sharding import path_names
-from gptoss_jax.weights import pieces, tensor_files
+from gptoss_jax.weights import pieces, placing, tensor_files
 from gptoss_jax.weights.checkpoint import is_run, load_config
 from gptoss_jax.weights.huggingface import HUGGINGFACE, parameters_by_layer
 from gptoss_jax.weights.sources import (
@@ -172,7 +172,7 @@ def _chunks(piece, shape, kind, layout, unsound) -> Iterator[np.ndarray]:
     for start in range(0, shape[0], step):
         part = slice(start, min(start + step, shape[0]))
         out = np.empty((part.stop - part.start, *shape[1:]), kind)
-        unsound.update(pieces.fill([(out, piece, (part, *(slice(0, size) for size in shape[1:])))]))
+        unsound.update(placing.fill([(out, piece, (part, *(slice(0, size) for size in shape[1:])))]))
         yield layout.to_file(out)
 
 

@@ -6,11 +6,8 @@ of itself, so that a slice is all that is ever held besides the source and the r
 
 import dataclasses
 import functools
-import math
-import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -21,8 +18,6 @@ import numpy as np
 from gptoss_jax.kernels import mxfp4
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# What one thread works at: small enough for its cache, large enough for numpy's overhead.
-TASK_BYTES = 8 << 20
 # Rows of a matrix that are turned at a time: their lines stay in the cache.
 TURNED_ROWS = 256
 # Bytes of codes that are unpacked at a time; as many are worth compiling the unpacking for.
@@ -230,155 +225,3 @@ def _on_host(function: Callable) -> Callable[..., np.ndarray]:
     except RuntimeError:
         device = jax.local_devices()[0]
     return lambda *arrays: np.asarray(compiled(*jax.device_put(arrays, device)))
-
-
-def fill(jobs: Iterable[tuple[np.ndarray, Piece, Index]]) -> list[str]:
-    """Fills each array with a slice of its piece, on all cores.
-
-    Returns the names of the tensors in which something infinite or not a number was met.
-    """
-    tasks = []
-    for out, piece, index in jobs:
-        index = tuple(slice(*part.indices(size)) for part, size in zip(index, piece.shape, strict=True))
-        step = max(1, TASK_BYTES * len(out) // max(out.nbytes, 1))
-        # What the source holds in another order is read best as a whole.
-        whole = (
-            isinstance(piece, Plain) and isinstance(piece.array, np.ndarray) and not _rows_first(piece.array)
-        )
-        step = len(out) if whole else step
-        for i in range(0, len(out), step):
-            first = slice(index[0].start + i, min(index[0].start + i + step, index[0].stop))
-            tasks.append((out[i : i + step], piece, (first, *index[1:])))
-
-    def work(task) -> str | None:
-        out, piece, index = task
-        return None if piece.fill(out, index) else piece.name
-
-    with ThreadPoolExecutor(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    ) as pool:
-        return sorted({name for name in pool.map(work, tasks) if name is not None})
-
-
-def _rows_first(array: np.ndarray) -> bool:
-    return array.ndim < 2 or array.strides[0] == max(array.strides)
-
-
-def load(leaf: jax.ShapeDtypeStruct, pieces: list[Piece]) -> tuple[jax.Array, list[str]]:
-    """One array of the parameter tree, read straight to its place.
-
-    Args:
-      leaf: shape, type and sharding; its first axis runs over the pieces unless there is one and it is as
-        large.
-      pieces: one for each layer.
-
-    Returns:
-      the array, and the names of tensors that are not finite.
-    """
-    stacked = len(leaf.shape) > len(pieces[0].shape)
-    places: dict[tuple, list[jax.Device]] = {}
-    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
-        places.setdefault(bounds, []).append(device)
-    shards, names = [], set()
-    for bounds, devices in places.items():
-        index = tuple(slice(start, stop) for start, stop in bounds)
-        if not stacked:
-            part, unsound = _part(leaf.dtype, index, pieces[:1])
-            shards += [jax.device_put(part, device) for device in devices]
-        elif devices[0].platform == "cpu":
-            # jax takes the array over as it is; devices with the same part share it.
-            part, unsound = _part(leaf.dtype, index[1:], pieces[index[0]], stacked=True)
-            shards += [jax.device_put(part, device) for device in devices]
-        else:
-            made, unsound = _layer_by_layer(leaf.dtype, index[1:], pieces[index[0]], devices)
-            shards += made
-        names.update(unsound)
-    array = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-    # What is not on a device yet would be held on the host together with the next array.
-    return jax.block_until_ready(array), sorted(names)
-
-
-def _part(
-    dtype: np.dtype, index: Index, pieces: list[Piece], stacked: bool = False
-) -> tuple[np.ndarray, list[str]]:
-    """The same slice of every piece, one after another where there may be several."""
-    shape = tuple(part.stop - part.start for part in index)
-    out = _aligned((len(pieces), *shape), dtype)
-    names = fill((row, piece, index) for row, piece in zip(out, pieces, strict=True))
-    return out if stacked else out[0], names
-
-
-def _layer_by_layer(
-    dtype: np.dtype, index: Index, pieces: list[Piece], devices: list[jax.Device]
-) -> tuple[list[jax.Array], list[str]]:
-    """The same slice of every piece, stacked on each of the devices: the host holds one layer's at a time."""
-    shape, names = (len(pieces), *(part.stop - part.start for part in index)), set()
-    made = [jnp.zeros(shape, dtype, device=device) for device in devices]
-    for row, piece in enumerate(pieces):
-        part, unsound = _part(dtype, index, [piece])
-        names.update(unsound)
-        made = [
-            _with_row(array, jax.device_put(part, device), row)
-            for array, device in zip(made, devices, strict=True)
-        ]
-        jax.block_until_ready(made)
-    return made, sorted(names)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _with_row(array: jax.Array, row: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(array, row, index, 0)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that jax takes over on CPU as it is: it copies what does not lie at a multiple of 64."""
-    dtype = np.dtype(dtype)
-    count = math.prod(shape) * dtype.itemsize
-    raw = np.empty(count + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + count].view(dtype).reshape(shape)
-
-
-class DeviceRows:
-    """One layer of a stacked array on devices; slices of it come to the host as they are asked for.
-
-    Each is put together from the shards that hold it, device by device: nothing is gathered on a device.
-    """
-
-    def __init__(self, array: jax.Array, layer: int | None):
-        self._layer = layer
-        self.shape = array.shape if layer is None else array.shape[1:]
-        self.dtype = np.dtype(array.dtype)
-        self._shards = {}
-        for shard in array.addressable_shards:
-            bounds = tuple(
-                part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True)
-            )
-            self._shards.setdefault(bounds, shard.data)
-
-    def __getitem__(self, index: Index) -> np.ndarray:
-        wanted = [(part.start, part.stop) for part in index]
-        if self._layer is not None:
-            wanted = [(self._layer, self._layer + 1), *wanted]
-        out = np.empty([stop - start for start, stop in wanted], self.dtype)
-        for bounds, data in self._shards.items():
-            common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, bounds, strict=True)]
-            if all(start < stop for start, stop in common):
-                starts = [start - first for (start, _), (first, _) in zip(common, bounds, strict=True)]
-                part = jax.lax.dynamic_slice(data, starts, [stop - start for start, stop in common])
-                into = tuple(
-                    slice(start - first, stop - first)
-                    for (start, stop), (first, _) in zip(common, wanted, strict=True)
-                )
-                copy_cast(out[into], np.asarray(part))
-        return out if self._layer is None else out[0]
-
-
-def layer_of(array: jax.Array, layer: int | None) -> np.ndarray | DeviceRows:
-    """One layer of an array of the parameter tree (None: all of it): a view where it is host memory
-    already."""
-    if len(array.sharding.device_set) == 1 and next(iter(array.devices())).platform == "cpu":
-        whole = np.asarray(array)
-        return whole if layer is None else whole[layer]
-    return DeviceRows(array, layer)

@@ -14,7 +14,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, with_params
 from gptoss_jax.parallel.sharding import parameter_shardings, path_names
-from gptoss_jax.weights import pieces
+from gptoss_jax.weights import placing
 from gptoss_jax.weights.checkpoint import is_run, load_config, load_run
 from gptoss_jax.weights.huggingface import HUGGINGFACE, parameters_by_layer
 from gptoss_jax.weights.sources import (
@@ -147,7 +147,7 @@ def read_params(source: Source, config: ModelConfig, tree: dict) -> dict:
     def one(path, leaf):
         names = path_names(path)
         found = [source.piece(".".join(names[-2:]), layer) for layer in layers[names]]
-        array, not_finite = pieces.load(leaf, found)
+        array, not_finite = placing.load(leaf, found)
         unsound.update(not_finite)
         return array
 

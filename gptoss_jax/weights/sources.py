@@ -17,7 +17,7 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.weights import pieces, tensor_files
+from gptoss_jax.weights import pieces, placing, tensor_files
 from gptoss_jax.weights.checkpoint import is_run, load_run
 from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, check_tensors, parameters_by_layer
 
@@ -44,7 +44,7 @@ class Source(abc.ABC):
     release: Callable[[np.ndarray], None] | None = None
 
     @abc.abstractmethod
-    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | pieces.DeviceRows]:
+    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | placing.DeviceRows]:
         """The published name and the array, with our axes, of what is held; layer -1 is that of no layer."""
 
     def dtype(self, key: str) -> np.dtype:
@@ -117,8 +117,8 @@ class ParameterTree(Source):
             for row, layer in enumerate(layers):
                 self._arrays[".".join(names[-2:]), layer] = (leaf, None if layer < 0 else row)
 
-    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | pieces.DeviceRows]:
-        return HUGGINGFACE[key].name.format(layer), pieces.layer_of(*self._arrays[key, layer])
+    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | placing.DeviceRows]:
+        return HUGGINGFACE[key].name.format(layer), placing.layer_of(*self._arrays[key, layer])
 
 
 def with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
