@@ -5,11 +5,10 @@ latest token, sample the next one. Between two compiled calls the cache stays on
 numbers that the host holds.
 """
 
-import codecs
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +16,48 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.inference.requests import Request, requests
 from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
-from gptoss_jax.model.kv_cache import LayerCache, make_cache
+from gptoss_jax.inference.text import TextStream
+from gptoss_jax.model.kv_cache import Cache, grow, make_cache
 from gptoss_jax.model.transformer import Transformer, compute_dtype, params_of, with_params
 from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
 from gptoss_jax.parallel.sharding import constrain
+from gptoss_jax.weights.sources import find_tokenizer
 
-# The smallest piece of a prompt and the smallest cache, in tokens.
-SMALLEST = 16
-LARGEST_PIECE = 512
-# Attention scores of one layer that a piece of a prompt may take: 1 GiB in float32.
-PIECE_SCORES = 1 << 28
+# Tokens of a sequence in one call that reads a prompt: a prompt is cut into pieces of these sizes.
+PIECES = (512, 128, 32)
+# Most tokens of all sequences in such a call: their activations and scores are what memory it takes.
+PIECE_TOKENS = 4096
 # Most tokens of a sequence in one call of the decoder.
 STEPS = 64
-# Seconds between the chunks of a stream.
-STREAM_INTERVAL = 0.1
+# Room for tokens in the smallest cache; the others are twice as large as the one before.
+SMALLEST_CACHE = 256
+# Seconds between the chunks of a stream, and between two looks for stop strings.
+INTERVAL = 0.1
 
-CACHE = P(None, BATCH, None, "tensor", None)
-Settings = dict[str, np.number]
+CACHE = P(None, BATCH, "tensor", None, None)
 
 
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
-    seed: int = 0,
-) -> list[list[int]]:
+    max_new_tokens: int | Sequence[int] = 32,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    min_p: float | None | Sequence[float | None] = None,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+    stop_strings: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    seed: int | Sequence[int] = 0,
+    log_probs: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
     """Continues each prompt; returns the new tokens only.
+
+    Every setting is one value for all prompts, or a list with one for each; of stop tokens and strings, one
+    sequence, or a list of them.
 
     Args:
       model: under `jax.set_mesh` its parameters must lie where the path table places them.
@@ -56,23 +65,30 @@ def generate(
       max_new_tokens: most tokens that a prompt is continued by.
       temperature, top_k, top_p, min_p: see `sampling.sample`. The default is greedy.
       stop_tokens: any of these ends its sequence and is not part of the answer.
-      seed: 0 … 2^32 - 1. Token t of prompt b is drawn with fold_in(fold_in(key(seed), b), t), whatever the
-        other prompts are.
+      stop_strings: an answer ends with the token in which one of these is complete, the last of the answer:
+        cut the text where the string begins (`TextStream` does). Looked for between the calls of the decoder,
+        so a few tokens more may be computed than are returned.
+      seed: 0 … 2^32 - 1. Token t of a prompt is drawn with fold_in(key(seed), t), so an answer is the same
+        alone and in any batch, and prompts that are the same need seeds of their own to get other answers.
+      log_probs: whether to return, beside the tokens, the log of the probability that the model gave each of
+        them, before temperature and filters.
+      tokenizer: what stop strings are looked for with; default: that of the folder the model came from.
 
     Raises:
       ValueError: no prompts, an empty one, an id outside the vocabulary, a setting outside its range, or a
         prompt that leaves too little of `max_position_embeddings`.
 
-    What compiles: a prefill for each (number of prompts, length of a piece, length of the cache), where a
-    piece is a power of two from 16 to 512 and the cache one from 16 up to `max_position_embeddings`, itself
-    taken for one; and a decoder for each (number of prompts, length of the cache, which of greedy, top_k,
-    top_p and min_p are asked for). A context of 131,072 has 14 lengths of the cache, so at most 6 * 14
-    prefills for each number of prompts and 14 decoders for each of those choices. The values of the settings,
-    the seed and the prompts recompile nothing, nor does `max_new_tokens` within a length of the cache; more
-    than 8 stop tokens do, at 16, 32, ….
+    What compiles, for each number of prompts, rounded up to a power of two, and each length of the cache,
+    which is 256 times a power of two or the whole context: an empty cache, or the growth to that length; a
+    prefill for each size of a piece, 32, 128 and 512 tokens; a decoder for each choice of what is asked for
+    among temperature, top_k, top_p, min_p and log_probs. So a context of 131,072, ten lengths, takes at most
+    10 * (2 + 3) programs and 10 decoders for each such choice, whatever the prompts are (`most_programs`).
+    The values of the settings, seeds and prompts recompile nothing; more than 8 stop tokens do, at 16, 32, ….
     """
-    settings = (max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens, seed)
-    return generate_with_params(model.config, params_of(model), prompts, *settings)
+    if stop_strings and tokenizer is None and model.origin is not None:
+        tokenizer = find_tokenizer(model.origin)
+    settings = (max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens, stop_strings, seed, log_probs)
+    return generate_with_params(model.config, params_of(model), prompts, *settings, tokenizer)
 
 
 def stream(
@@ -80,227 +96,256 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """The same answers as `generate`, whose arguments it takes, while they are being decoded.
 
-    Yields a list with a list for each prompt, the tokens that are new to it, possibly none: the first token
-    alone and as soon as it is there, later ones about every 0.1 s. Errors in the arguments are raised by the
-    call, not by the first `next`.
+    Yields a list with a list for each prompt, the tokens that are new to it, possibly none (with `log_probs`
+    a pair of such lists): the first token alone and as soon as it is there, later ones about every 0.1 s.
+    Errors in the arguments are raised by the call, not by the first `next`.
     """
+    if kwargs.get("stop_strings") and not kwargs.get("tokenizer") and model.origin is not None:
+        kwargs["tokenizer"] = find_tokenizer(model.origin)
     return stream_with_params(model.config, params_of(model), prompts, *args, **kwargs)
 
 
 def generate_with_params(
     config: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *args, **kwargs
-) -> list[list[int]]:
-    """`generate` for a config and its parameters as a plain tree; the other arguments are the same."""
-    chunks = _chunks(
-        config, params, *_checked(config, prompts, *args, **kwargs), lambda steps, seconds: STEPS
-    )
-    return [[token for part in parts for token in part] for parts in zip(*chunks, strict=True)]
+) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
+    """`generate` for a config and its parameters as a plain tree; the other arguments are the same, but that
+    stop strings need a tokenizer."""
+    asked = _Asked.of(config, prompts, *args, **kwargs)
+    # Nothing is to be looked at before the end, unless it is for stop strings.
+    pace = _steady_pace if any(one.stop_strings for one in asked.requests) else _no_pace
+    chunks = list(_chunks(config, params, asked, pace))
+    joined = [
+        [[one for part in parts for one in part] for parts in zip(*column, strict=True)]
+        for column in zip(*chunks, strict=True)
+    ]
+    return tuple(joined) if asked.log_probs else joined[0]
 
 
 def stream_with_params(
     config: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *args, **kwargs
 ) -> Iterator[list[list[int]]]:
     """`stream` for a config and its parameters as a plain tree; the other arguments are the same."""
-    return _chunks(config, params, *_checked(config, prompts, *args, **kwargs), _steady_pace)
+    asked = _Asked.of(config, prompts, *args, **kwargs)
+    chunks = _chunks(config, params, asked, _steady_pace)
+    return chunks if asked.log_probs else (tokens for tokens, _ in chunks)
 
 
-class TextStream:
-    """Tokens to text, piece by piece, where a character may be spread over several tokens."""
+def most_programs(config: ModelConfig, decoders: int = 1) -> int:
+    """The most programs that any prompts of one rounded number compile, with so many choices of settings."""
+    lengths = len({_room(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
+    return lengths * (2 + len(PIECES) + decoders)
 
-    def __init__(self, decode_bytes: Callable[[Sequence[int]], bytes]):
-        """`decode_bytes`: that of a Tokenizer."""
-        self._decode_bytes = decode_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, tokens: Sequence[int]) -> str:
-        """The text that is complete with these tokens; the bytes of an unfinished character wait."""
-        return self._utf8.decode(self._decode_bytes(tokens))
+class _Asked(NamedTuple):
+    """The arguments of `generate`, checked."""
 
-    def close(self) -> str:
-        """What is left at the end: nothing, or U+FFFD for a character that broke off."""
-        return self._utf8.decode(b"", final=True)
+    requests: list[Request]
+    log_probs: bool
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, config, prompts, *args, log_probs=False, tokenizer=None, **kwargs):
+        # By place, the last two of `generate`'s arguments come after those of `requests`.
+        if len(args) > 8:
+            args, (log_probs, tokenizer, *_) = args[:8], (*args[8:], tokenizer)
+        found = requests(config, prompts, *args, **kwargs)
+        strings = next((one.stop_strings for one in found if one.stop_strings), ())
+        require(
+            not strings or tokenizer is not None,
+            "stop_strings",
+            list(strings),
+            "must come with the tokenizer that they are looked for with, tokenizer=…",
+        )
+        return cls(found, log_probs, tokenizer)
+
+
+def _no_pace(steps: int, seconds: float) -> int:
+    return STEPS
 
 
 def _steady_pace(steps: int, seconds: float) -> int:
     """Steps of the next call, from those of the last one and how long it took; 1 at the start."""
-    if seconds < STREAM_INTERVAL:
+    if seconds < INTERVAL:
         return min(2 * steps, STEPS)
-    return max(steps // 2, 1) if seconds > 2 * STREAM_INTERVAL else steps
+    return max(steps // 2, 1) if seconds > 2 * INTERVAL else steps
 
 
-def _checked(
-    config,
-    prompts,
-    max_new_tokens=32,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    min_p=None,
-    stop_tokens=(),
-    seed=0,
-) -> tuple[list[np.ndarray], int, Settings, np.ndarray, np.uint32]:
-    """The arguments of `generate`, checked and as arrays."""
-    require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
-    arrays = []
-    for i, prompt in enumerate(prompts):
-        name, array = f"prompts[{i}]", np.asarray(prompt)
-        require(array.ndim == 1, name, prompt, "must be a sequence of token ids")
-        require(array.size > 0, name, prompt, "must hold at least one token")
-        known = array.dtype.kind in "iu" and (array >= 0) & (array < config.vocab_size)
-        allowed = f"a token id must be an integer from 0 to {config.vocab_size - 1}"
-        require(np.all(known), f"{name}[{np.argmin(known)}]", array[np.argmin(known)].item(), allowed)
-        arrays.append(array.astype(np.int32))
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be 1 or more")
-    require(0 <= temperature < math.inf, "temperature", temperature, "must be 0 (greedy) or more")
-    require(top_k is None or top_k >= 1, "top_k", top_k, "must be 1 or more, or None")
-    require(top_p is None or 0 < top_p <= 1, "top_p", top_p, "must be above 0 and at most 1, or None")
-    require(min_p is None or 0 <= min_p < 1, "min_p", min_p, "must be at least 0 and below 1, or None")
-    require(0 <= seed < 1 << 32, "seed", seed, "must be from 0 to 4294967295")
-    longest = int(np.argmax([len(array) for array in arrays]))
-    limit, length = config.max_position_embeddings, len(arrays[longest])
-    has = f"prompts[{longest}] has {length} tokens and model.max_position_embeddings is {limit}"
-    require(length < limit, "prompts", f"{length} tokens long", f"must leave room for an answer; {has}")
-    require(
-        length + max_new_tokens <= limit,
-        "max_new_tokens",
-        max_new_tokens,
-        f"must be at most {limit - length}, because {has}",
-    )
-    settings: Settings = {}
-    if temperature > 0:
-        # An array type of its own keeps 1 and 1.0 from being two programs.
-        settings["temperature"] = np.float32(temperature)
-        if top_k is not None:
-            settings["top_k"] = np.int32(min(top_k, config.vocab_size))
-        if top_p is not None:
-            settings["top_p"] = np.float32(top_p)
-        if min_p is not None:
-            settings["min_p"] = np.float32(min_p)
-    stops = np.full(_bucket(len(stop_tokens), 8), -1, np.int32)
-    stops[: len(stop_tokens)] = stop_tokens
-    return arrays, max_new_tokens, settings, stops, np.uint32(seed)
+def _bucket(count: int, smallest: int = 1) -> int:
+    """The first power of two times `smallest` that is at least `count`."""
+    return smallest << max(-(-count // smallest) - 1, 0).bit_length()
 
 
-def _bucket(count: int, smallest: int = SMALLEST) -> int:
-    """The first power of two that is at least `count`."""
-    return max(smallest, 1 << (count - 1).bit_length()) if count > 0 else smallest
+def _room(config: ModelConfig, tokens: int) -> int:
+    """The length of the smallest cache with room for so many tokens."""
+    return min(_bucket(tokens, SMALLEST_CACHE), config.max_position_embeddings)
+
+
+def _filters(asked: list[Request], batch: int, vocabulary: int) -> dict[str, np.ndarray]:
+    """The samplers' settings of every sequence [B], of those alone that anybody asks for."""
+
+    def column(values, neutral, dtype):
+        filled = [neutral if value is None else value for value in values]
+        return np.array(filled + [neutral] * (batch - len(filled)), dtype)
+
+    if all(one.temperature == 0 for one in asked):
+        return {}
+    settings = {"temperature": column([one.temperature for one in asked], 0, np.float32)}
+    if any(one.top_k is not None for one in asked):
+        kept = [None if one.top_k is None else min(one.top_k, vocabulary) for one in asked]
+        settings["top_k"] = column(kept, vocabulary, np.int32)
+    for name, neutral in (("top_p", 1.0), ("min_p", 0.0)):
+        values = [getattr(one, name) for one in asked]
+        if any(value is not None for value in values):
+            settings[name] = column(values, neutral, np.float32)
+    return settings
 
 
 def _chunks(
-    config: ModelConfig,
-    params: dict,
-    prompts: list[np.ndarray],
-    max_new_tokens: int,
-    settings: Settings,
-    stops_K: np.ndarray,
-    seed: np.uint32,
-    pace: Callable[[int, float], int],
-) -> Iterator[list[list[int]]]:
+    config: ModelConfig, params: dict, asked: _Asked, pace: Callable[[int, float], int]
+) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
     """The one engine. `pace`: steps of the last decoding call and its seconds -> steps of the next one."""
-    # The mesh splits the batch evenly: empty sequences, done before they begin, fill it up.
-    shards = batch_shards(current_axes())
-    batch = -(-len(prompts) // shards) * shards
+    count, shards = len(asked.requests), batch_shards(current_axes())
+    # Empty sequences, done before they begin, fill the batch up to what the mesh splits evenly.
+    batch = _bucket(-(-count // shards)) * shards
+    prompts = [one.prompt for one in asked.requests]
     fed_B = np.zeros(batch, np.int32)
-    fed_B[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
-    longest = int(fed_B.max())
-    length = min(_bucket(longest + max_new_tokens), config.max_position_embeddings)
+    fed_B[:count] = [len(prompt) - 1 for prompt in prompts]
+    limits_B = np.zeros(batch, np.int32)
+    limits_B[:count] = [one.max_new_tokens for one in asked.requests]
+    stops = [one.stop_tokens for one in asked.requests]
+    stops_BK = np.full((batch, _bucket(max(map(len, stops)), 8)), -1, np.int32)
+    for row, tokens in zip(stops_BK, stops, strict=False):
+        row[: len(tokens)] = tokens
+    seeds_B = np.zeros(batch, np.uint32)
+    seeds_B[:count] = [one.seed for one in asked.requests]
+    settings = _filters(asked.requests, batch, config.vocab_size)
+    matchers = [
+        TextStream(asked.tokenizer.decode_bytes, one.stop_strings) if one.stop_strings else None
+        for one in asked.requests
+    ]
 
+    most, longest = int(limits_B.max()), int(fed_B.max())
+    length = _room(config, longest + min(most, STEPS))
     cache = _empty_cache(config, batch, length)
-    for start, size in _pieces(longest, batch * config.num_attention_heads * length):
+    for start, size in _pieces(longest, batch):
         tokens_BT = np.zeros((batch, size), np.int32)
-        for b, prompt in enumerate(prompts):
-            part = prompt[start : min(start + size, fed_B[b])]
-            tokens_BT[b, : len(part)] = part
-        cache = _prefill(config, params, cache, tokens_BT, np.int32(start), fed_B)
+        for row, prompt in zip(tokens_BT, prompts, strict=False):
+            part = prompt[start : min(start + size, len(prompt) - 1)]
+            row[: len(part)] = part
+        counts_B = np.clip(fed_B - start, 0, size)
+        cache = _prefill(config, params, cache, tokens_BT, counts_B)
 
     latest_B, done_B = np.zeros(batch, np.int32), np.ones(batch, bool)
-    latest_B[: len(prompts)] = [prompt[-1] for prompt in prompts]
-    done_B[: len(prompts)] = False
-    made, steps = 0, pace(1, STREAM_INTERVAL)
-    while made < max_new_tokens and not done_B.all():
-        steps = min(steps, max_new_tokens - made)
+    latest_B[:count] = [prompt[-1] for prompt in prompts]
+    done_B[:count] = False
+    made, steps = 0, pace(1, INTERVAL)
+    while made < most and not done_B.all():
+        steps = min(steps, most - made)
+        reach = int(np.max(np.where(done_B, 0, fed_B + np.minimum(made + steps, limits_B))))
+        if reach > length:
+            length = _room(config, reach)
+            cache = _grown(config, cache, length)
         began = time.monotonic()
-        cache, tokens_BC = _decode(
-            config,
-            params,
-            cache,
-            latest_B,
-            fed_B,
-            done_B,
-            np.int32(made),
-            np.int32(steps),
-            stops_K,
-            seed,
-            settings,
-        )
+        cache, tokens_BC, log_probs_BC = _decode(
+            config, params, cache, latest_B, done_B, np.int32(made), np.int32(steps), limits_B, stops_BK,
+            seeds_B, settings, asked.log_probs,
+        )  # fmt: skip
         tokens_BC = np.asarray(tokens_BC)[:, :steps]
-        yield [[int(token) for token in row if token >= 0] for row in tokens_BC[: len(prompts)]]
         latest_B, done_B = tokens_BC[:, -1], tokens_BC[:, -1] < 0
-        made, fed_B = made + steps, fed_B + np.int32(steps)
+        parts = [[int(token) for token in row if token >= 0] for row in tokens_BC[:count]]
+        for b, matcher in enumerate(matchers):
+            if matcher is not None:
+                parts[b] = _until_stop(matcher, parts[b], asked.tokenizer.vocab_size)
+                done_B[b] |= matcher.stopped
+        values = np.asarray(log_probs_BC) if asked.log_probs else None
+        scores = [[] if values is None else values[b, : len(part)].tolist() for b, part in enumerate(parts)]
+        yield parts, scores
+        made += steps
+        done_B |= made >= limits_B
         steps = pace(steps, time.monotonic() - began)
 
 
-def _pieces(count: int, scores_per_token: int) -> Iterator[tuple[int, int]]:
-    """Cuts `count` tokens into (start, size) of powers of two; the last piece may reach past the end."""
-    room = 1 << (max(PIECE_SCORES // scores_per_token, 1).bit_length() - 1)
-    largest = max(SMALLEST, min(LARGEST_PIECE, room))
+def _until_stop(matcher: TextStream, tokens: list[int], known: int) -> list[int]:
+    """The tokens up to the one in which a stop string is complete."""
+    for i, token in enumerate(tokens):
+        if matcher.stopped:
+            return tokens[:i]
+        # The model's table may have more rows than the tokenizer has tokens.
+        matcher.feed([token] if token < known else [])
+    return tokens
+
+
+def _pieces(count: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Cuts `count` tokens into (start, size); the last piece may reach past the end."""
+    sizes = [size for size in PIECES if size * batch <= PIECE_TOKENS] or PIECES[-1:]
     start = 0
     while start < count:
-        size = min(largest, _bucket(count - start))
+        size = next((size for size in sizes if size <= count - start), sizes[-1])
         yield start, size
         start += size
 
 
-def _placed(cache: list[LayerCache]) -> list[LayerCache]:
+def _placed(cache: Cache) -> Cache:
     """The cache as every program hands it over: another placement would compile the next one again."""
-    return jax.tree.map(lambda leaf: constrain(leaf, CACHE), cache)
+    layers = jax.tree.map(lambda leaf: constrain(leaf, CACHE), cache.layers)
+    return Cache(layers, constrain(cache.lengths, P(BATCH)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "length"))
-def _empty_cache(config: ModelConfig, batch: int, length: int) -> list[LayerCache]:
+def _empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     return _placed(make_cache(config, batch, length, compute_dtype(config)))
 
 
+@functools.partial(jax.jit, static_argnames=("config", "length"))
+def _grown(config: ModelConfig, cache: Cache, length: int) -> Cache:
+    return _placed(grow(config, cache, length))
+
+
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _prefill(config, params, cache, tokens_BT, start, lengths_B) -> list[LayerCache]:
-    """Reads tokens `start` … `start` + T - 1 of each sequence into the cache, as far as `lengths_B` goes."""
-    positions_BT = start + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    segment_ids_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+def _prefill(config, params, cache, tokens_BT, counts_B) -> Cache:
+    """Reads the first `counts_B` of the tokens of each sequence into the cache."""
+    segment_ids_BT = (jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]).astype(jnp.int32)
     model = with_params(config, params)
-    return _placed(model.hidden_states(tokens_BT, segment_ids_BT, positions_BT, cache=cache)[1])
+    return _placed(model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)[1])
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _decode(config, params, cache, latest_B, positions_B, done_B, made, steps, stops_K, seed, settings):
+@functools.partial(jax.jit, static_argnames=("config", "log_probs"), donate_argnames="cache")
+def _decode(
+    config, params, cache, latest_B, done_B, made, steps, limits_B, stops_BK, seeds_B, settings, log_probs
+):
     """Up to `steps` (traced) tokens for every sequence that is not done.
 
-    `latest_B` stands at `positions_B` and has not been read yet; `made` tokens have been sampled before.
-    Returns the cache and int32 [B, STEPS], where -1 stands for the end of a sequence and all after it.
+    `latest_B` has not been read yet; `made` tokens have been sampled before, and `limits_B` may be in all.
+    Returns the cache, int32 [B, STEPS], where -1 stands for the end of a sequence and all after it, and
+    their log-probabilities, float32 [B, STEPS] or nothing.
     """
     model = with_params(config, params)
-    keys_B = sequence_keys(seed, latest_B.shape[0])
+    keys_B = sequence_keys(seeds_B)
 
     def going(state):
-        step, _, _, done_B, _ = state
+        step, _, _, done_B, *_ = state
         return (step < steps) & ~jnp.all(done_B)
 
     def one_step(state):
-        step, cache, latest_B, done_B, tokens_BC = state
+        step, cache, latest_B, done_B, tokens_BC, scores_BC = state
         hidden_BTD, cache, _ = model.hidden_states(
-            latest_B[:, None],
-            (~done_B).astype(jnp.int32)[:, None],
-            (positions_B + step)[:, None],
-            cache=cache,
+            latest_B[:, None], (~done_B).astype(jnp.int32)[:, None], cache=cache
         )
         logits_BV = model.logits(hidden_BTD)[:, 0]
         latest_B = sample(logits_BV, step_keys(keys_B, made + step), **settings)
-        done_B |= jnp.any(latest_B[:, None] == stops_K, axis=1)
+        done_B |= jnp.any(latest_B[:, None] == stops_BK, axis=1)
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(done_B, -1, latest_B))
-        return step + 1, _placed(cache), latest_B, done_B, tokens_BC
+        if log_probs:
+            chosen_B = jnp.take_along_axis(logits_BV, latest_B[:, None], axis=1)[:, 0]
+            scores_BC = scores_BC.at[:, step].set(chosen_B - jax.nn.logsumexp(logits_BV, axis=1))
+        done_B |= made + step + 1 >= limits_B
+        return step + 1, _placed(cache), latest_B, done_B, tokens_BC, scores_BC
 
-    tokens_BC = jnp.full((latest_B.shape[0], STEPS), -1, jnp.int32)
-    _, cache, _, _, tokens_BC = jax.lax.while_loop(
-        going, one_step, (jnp.int32(0), cache, latest_B, done_B, tokens_BC)
+    shape = latest_B.shape[0], STEPS
+    tokens_BC = jnp.full(shape, -1, jnp.int32)
+    scores_BC = jnp.zeros(shape if log_probs else (0,), jnp.float32)
+    _, cache, _, _, tokens_BC, scores_BC = jax.lax.while_loop(
+        going, one_step, (jnp.int32(0), cache, latest_B, done_B, tokens_BC, scores_BC)
     )
     # Every process of a mesh reads all of the answers.
-    return _placed(cache), constrain(tokens_BC, P())
+    return _placed(cache), constrain(tokens_BC, P()), constrain(scores_BC, P())

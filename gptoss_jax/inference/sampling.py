@@ -14,9 +14,9 @@ import jax.numpy as jnp
 Setting = float | int | jax.Array
 
 
-def sequence_keys(seed: int | jax.Array, batch: int) -> jax.Array:
-    """One random key for each sequence [B], from the seed and the sequence's index alone."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
+def sequence_keys(seeds_B: jax.Array) -> jax.Array:
+    """One random key for each sequence [B], from its own seed (uint32) alone."""
+    return jax.vmap(jax.random.key)(seeds_B)
 
 
 def step_keys(keys_B: jax.Array, step: jax.Array | int) -> jax.Array:

@@ -1,14 +1,27 @@
 """Grouped-query attention with alternating windows and learned sinks."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import SLIDING, ModelConfig
-from gptoss_jax.kernels.flash_attention import flash_attention, reference_attention
-from gptoss_jax.kernels.mask import visible
-from gptoss_jax.model import kv_cache, rope
+from gptoss_jax.kernels import cached_attention
+from gptoss_jax.kernels.flash_attention import flash_attention
+from gptoss_jax.kernels.stack import Layer
+from gptoss_jax.model import rope
+from gptoss_jax.model.kv_cache import LayerCache
 from gptoss_jax.parallel.sharding import by_head, product, products
+
+
+class Cached(NamedTuple):
+    """What a layer needs to know of the cache."""
+
+    stacks: LayerCache  # keys and values of this layer and others, [layers, B, K, S, H]
+    layer: jax.Array | int  # which of them is this one
+    lengths: jax.Array  # int32 [B], tokens read before
+    counts: jax.Array  # int32 [B], how many of the row's first tokens are real
 
 
 class Attention(nnx.Module):
@@ -42,12 +55,12 @@ class Attention(nnx.Module):
         segment_ids_BT: jax.Array,
         positions_BT: jax.Array,
         cos_sin: tuple[jax.Array, jax.Array],
-        cache: dict[str, jax.Array] | None = None,
+        cached: Cached | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """Attends within the row, or to the cache, which gets the row's keys and values first.
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attends within the row, and to what was read before it where there is a cache.
 
-        Returns [B, T, D] and the new cache of this layer (None without one).
+        Returns [B, T, D] and the stacks of the cache with the row's keys and values in them (None without).
         """
         config, dtype = self.config, x_BTD.dtype
 
@@ -59,8 +72,9 @@ class Attention(nnx.Module):
                 for y, bias in ((q_BTNH, self.q_bias), (k_BSKH, self.k_bias), (v_BSKH, self.v_bias))
             )
         q_BTNH, k_BSKH = rope.rotate(q_BTNH, cos_sin), rope.rotate(k_BSKH, cos_sin)
-        sinks_N = self.sinks[...] if config.learned_sinks else None
-        if cache is None:
+        sinks_N = jnp.asarray(self.sinks[...]) if config.learned_sinks else None
+        cache = None
+        if cached is None:
             y_BTNH = by_head(
                 lambda q, k, v, sinks, key, positions, segments: flash_attention(
                     q, k, v, positions, segments, self.window, config.sink_tokens, sinks,
@@ -69,14 +83,22 @@ class Attention(nnx.Module):
                 (q_BTNH, k_BSKH, v_BSKH), sinks_N, dropout_key, positions_BT, segment_ids_BT,
             )  # fmt: skip
         else:
-            cache = kv_cache.write(cache, k_BSKH, v_BSKH, positions_BT, segment_ids_BT)
-            k_BSKH, v_BSKH = cache["keys"].astype(dtype), cache["values"].astype(dtype)
-            # A slot is a position, and every slot up to a query's own has been written by its own sequence.
-            slots_BS = jnp.broadcast_to(jnp.arange(k_BSKH.shape[1]), k_BSKH.shape[:2])
-            ones_BS = jnp.ones_like(slots_BS)
-            mask_BTS = visible(
-                positions_BT, segment_ids_BT, slots_BS, ones_BS, self.window, config.sink_tokens
-            )
-            y_BTNH = reference_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N)
+            y_BTNH, cache = self._with_cache(q_BTNH, k_BSKH, v_BSKH, cached, sinks_N)
         y_BTD = product(("attention", "out"), "BTNH,NHD->BTD", y_BTNH, self.out[...])
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache
+
+    def _with_cache(self, q_BTNH, k_BTKH, v_BTKH, cached, sinks_N) -> tuple[jax.Array, LayerCache]:
+        sink_tokens = self.config.sink_tokens if self.window is not None else 0
+        lengths_B, counts_B = cached.lengths, cached.counts
+        keys, values = (Layer(cached.stacks[name], cached.layer) for name in ("keys", "values"))
+        after = cached_attention.write(keys, values, k_BTKH, v_BTKH, lengths_B, counts_B, sink_tokens)
+        if q_BTNH.shape[1] > 1:
+            # Keys that the first of the new tokens see may lie where the last ones are written.
+            y_BTNH = cached_attention.attend(
+                q_BTNH, k_BTKH, v_BTKH, keys, values, lengths_B, counts_B, self.window, sink_tokens, sinks_N
+            )
+        else:
+            seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, keys.shape[2]), 0)
+            layers = (Layer(stack, cached.layer) for stack in after)
+            y_BTNH = cached_attention.attend_one(q_BTNH, *layers, seen_B, sinks_N)
+        return y_BTNH, dict(zip(("keys", "values"), after, strict=True))

@@ -6,18 +6,11 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels import mxfp4
+from gptoss_jax.kernels.swiglu import SwiGLU
 from gptoss_jax.parallel.expert_dispatch import apply_experts
-from gptoss_jax.parallel.sharding import UNPACKED, by_device, constrain, product
+from gptoss_jax.parallel.sharding import by_device, product
 
 RouterStats = dict[str, jax.Array]
-
-
-def swiglu(gate: jax.Array, up: jax.Array, config: ModelConfig) -> jax.Array:
-    """gpt-oss's gated activation: the gate is clamped from above only, the linear half on both sides."""
-    if config.swiglu_limit is not None:
-        gate = jnp.minimum(gate, config.swiglu_limit)
-        up = jnp.clip(up, -config.swiglu_limit, config.swiglu_limit)
-    return gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + config.swiglu_up_offset)
 
 
 def route(logits_ME: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
@@ -91,24 +84,20 @@ class MoE(nnx.Module):
             x_MD,
             jnp.where(real_M[:, None], experts_MX, -1),
             weights_MX,
-            self.expert_parameters(x_BTD.dtype),
-            lambda gate, up: swiglu(gate, up, config),
+            self.expert_parameters(),
+            SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset),
             capacity,
-            in_shards=config.expert_format == "plain",
         )
         stats = router_stats(logits_ME, experts_MX, real_M)
         asked = jnp.maximum(jnp.sum(real_M) * config.num_experts_per_tok, 1)
         return y_MD.reshape(B, T, D), stats | {"dropped": dropped / asked}
 
-    def expert_parameters(self, dtype: jnp.dtype) -> dict[str, jax.Array]:
-        """The experts' matrices and biases: `gate_up` [E, D, 2, F], `down` [E, F, D], …; packed ones as
-        numbers of a type."""
-        names = ["gate_up_bias", "down_bias"] * self.config.expert_bias
-        names += ["gate_up", "down"] * (self.config.expert_format == "plain")
-        parameters = {name: getattr(self, name)[...] for name in names}
-        if self.config.expert_format == "mxfp4":
-            for name, spec in UNPACKED.items():
-                packed = (getattr(self, f"{name}_{part}")[...] for part in ("blocks", "scales"))
-                blocks, scales = (constrain(part, spec) for part in packed)
-                parameters[name] = mxfp4.unpack(blocks, scales, dtype).swapaxes(1, -1)
-        return parameters
+    def expert_parameters(self) -> dict[str, jax.Array]:
+        """The experts' matrices and biases as they are held, by name: `gate_up` [E, D, 2, F] and `down` [E,
+        F, D], or `gate_up_blocks`, `gate_up_scales`, …."""
+        packed = self.config.expert_format == "mxfp4"
+        parts = ["_blocks", "_scales"] if packed else [""]
+        parts += ["_bias"] * self.config.expert_bias
+        return {
+            name: getattr(self, name)[...] for name in (n + p for n in ("gate_up", "down") for p in parts)
+        }

@@ -10,9 +10,10 @@ from flax import nnx
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.kernels import target
 from gptoss_jax.kernels.mask import segment_starts
+from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.model import rope
-from gptoss_jax.model.attention import Attention
-from gptoss_jax.model.kv_cache import LayerCache
+from gptoss_jax.model.attention import Attention, Cached
+from gptoss_jax.model.kv_cache import Cache, LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
 from gptoss_jax.parallel.sharding import HIDDEN_BTD, PRODUCT, constrain, product
@@ -62,12 +63,12 @@ class Block(nnx.Module):
         self.residual_dropout = config.residual_dropout
 
     def __call__(
-        self, x_BTD, segment_ids_BT, positions_BT, cos_sin, cache=None, dropout_key=None, capacity=None
+        self, x_BTD, segment_ids_BT, positions_BT, cos_sin, cached=None, dropout_key=None, capacity=None
     ) -> tuple[jax.Array, LayerCache | None, RouterStats]:
-        """[B, T, D] -> [B, T, D], the layer's new cache, the router's statistics."""
+        """[B, T, D] -> [B, T, D], the cache with this layer's keys and values, the router's statistics."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         y_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), segment_ids_BT, positions_BT, cos_sin, cache, keys[0]
+            self.attention_norm(x_BTD), segment_ids_BT, positions_BT, cos_sin, cached, keys[0]
         )
         x_BTD = x_BTD + dropped(y_BTD, self.residual_dropout, keys[1])
         y_BTD, stats = self.moe(self.moe_norm(x_BTD), segment_ids_BT > 0, capacity)
@@ -141,14 +142,15 @@ class Transformer(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         *,
-        cache: list[LayerCache] | None = None,
+        cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
         capacity: float | None = None,
-    ) -> tuple[jax.Array, list[LayerCache] | None, RouterStats]:
+    ) -> tuple[jax.Array, Cache | None, RouterStats]:
         """The residual stream after the final norm.
 
         Args:
-          cache: keys and values of earlier tokens; the new ones are written at `positions_BT`, then read.
+          cache: keys and values of earlier tokens. Each row then goes on where its sequence has got to: its
+            real tokens stand first, padding (segment 0) after them, and positions are the cache's.
           dropout_key: turns the config's dropout on.
           capacity: of the experts, see `expert_dispatch.apply_experts`; None drops nothing.
 
@@ -160,26 +162,34 @@ class Transformer(nnx.Module):
         """
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
-        if positions_BT is None:
+        counts_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
+        if cache is not None:
+            positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        elif positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
         config, dtype = self.config, compute_dtype(self.config)
         rows, shards = tokens_BT.shape[0], batch_shards(current_axes())
         require(rows % shards == 0, "rows of tokens", rows, f"must be a multiple of {shards} devices")
         parts = [nnx.split(block) for block in self.blocks]
+        states = [state for _, state in parts]
         repetitions = config.num_hidden_layers // len(parts)
+        # A mesh gathers what it needs of a layer: that is cut out of its stack first.
+        in_place = cache is not None and not current_axes()
 
-        def one_block(graphdef, state, x_BTD, cache, key):
+        def one_block(graphdef, state, x_BTD, cached, key):
             block = nnx.merge(graphdef, state)
-            return block(x_BTD, segment_ids_BT, positions_BT, cos_sin, cache, key, capacity)
+            return block(x_BTD, segment_ids_BT, positions_BT, cos_sin, cached, key, capacity)
 
-        def one_period(x_BTD, scanned):
-            states, caches, key = scanned
-            stats = []
+        def one_period(carry, scanned):
+            (x_BTD, caches), (period, own, key) = carry, scanned
+            caches, stats = list(caches), []
             for i, (graphdef, _) in enumerate(parts):
                 layer_key = None if key is None else jax.random.fold_in(key, i)
-                x_BTD, caches[i], layer_stats = one_block(graphdef, states[i], x_BTD, caches[i], layer_key)
+                state = jax.tree.map(lambda leaf: Layer(leaf, period), states[i]) if in_place else own[i]
+                cached = None if cache is None else Cached(caches[i], period, cache.lengths, counts_B)
+                x_BTD, caches[i], layer_stats = one_block(graphdef, state, x_BTD, cached, layer_key)
                 stats.append(layer_stats)
-            return x_BTD, (caches, jax.tree.map(lambda *values: jnp.stack(values), *stats))
+            return (x_BTD, caches), jax.tree.map(lambda *values: jnp.stack(values), *stats)
 
         if config.remat != "none":
             policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
@@ -192,15 +202,18 @@ class Transformer(nnx.Module):
             # In float32, the type in which the gradients of a token's occurrences are added up.
             x_BTD = constrain(look_up(self.embedding.weight[...], tokens_BT).astype(dtype), HIDDEN_BTD)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
-            caches = [None] * len(parts) if cache is None else list(cache)
-            scanned = ([state for _, state in parts], caches, keys)
+            carry = x_BTD, [None] * len(parts) if cache is None else cache.layers
+            own = None if in_place else states
             if repetitions > 1:
-                x_BTD, (caches, stats) = jax.lax.scan(one_period, x_BTD, scanned)
+                periods = jnp.arange(repetitions)
+                (x_BTD, caches), stats = jax.lax.scan(one_period, carry, (periods, own, keys))
             else:
-                x_BTD, made = one_period(x_BTD, jax.tree.map(lambda leaf: leaf[0], scanned))
-                caches, stats = jax.tree.map(lambda leaf: leaf[None], made)
+                first = jax.tree.map(lambda leaf: leaf[0], (own, keys))
+                (x_BTD, caches), stats = one_period(carry, (0, *first))
+                stats = jax.tree.map(lambda leaf: leaf[None], stats)
             stats = jax.tree.map(lambda s: s.reshape(config.num_hidden_layers, *s.shape[2:]), stats)
-            return self.final_norm(x_BTD), None if cache is None else caches, stats
+            after = None if cache is None else Cache(caches, cache.lengths + counts_B)
+            return self.final_norm(x_BTD), after, stats
 
 
 @functools.cache

@@ -9,19 +9,23 @@ Letters: M tokens and R = M * X rows of one device, E experts of all devices, n 
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.kernels import target
-from gptoss_jax.kernels.grouped_matmul import grouped_matmul
+from gptoss_jax.kernels import few_rows, target
+from gptoss_jax.kernels.grouped_matmul import add_group_bias, grouped_matmul
+from gptoss_jax.kernels.mxfp4_grouped_matmul import mxfp4_grouped_matmul
+from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.parallel import exchange, mesh
 from gptoss_jax.parallel.sharding import gathered, gathers, parameter_spec, sum_over_tensor, used_spec
 
 # Up to so many rows, reading whole layers of experts costs more than all arithmetic.
 FEW_ROWS = 16
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
+Parameters = dict[str, jax.Array]
 
 
 @jax.custom_vjp
@@ -41,10 +45,9 @@ def apply_experts(
     x_MD: jax.Array,
     experts_MX: jax.Array,
     weights_MX: jax.Array,
-    parameters: dict[str, jax.Array],
+    parameters: dict[str, jax.Array | Layer],
     activation: Activation,
     capacity: float | None = None,
-    in_shards: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of the outputs of each token's experts.
 
@@ -53,13 +56,15 @@ def apply_experts(
       experts_MX: int32, the experts of each token. A number outside 0 … E-1 stands for no expert and gives
         zero.
       weights_MX: float32, the share of each of them in the sum.
-      parameters: `gate_up` [E, D, 2, F] and `down` [E, F, D], with `gate_up_bias` [E, 2, F] and `down_bias`
-        [E, D] where the model has them; cast to the type of `x_MD`.
+      parameters: `gate_up` [E, D, 2, F] and `down` [E, F, D], cast to the type of `x_MD`; or, packed in MXFP4
+        and never unpacked as a whole, `gate_up_blocks` [E, F, 2, D / 32, 16], `gate_up_scales` [E, F, 2, D /
+        32], `down_blocks` [E, D, F / 32, 16] and `down_scales` [E, D, F / 32]; with `gate_up_bias` [E, 2, F]
+        and `down_bias` [E, D] where the model has them. On a mesh they lie where the path table stores them.
+        Off one they may be layers of stacks, of which only the experts that are needed are read.
       activation: (gate_RF, up_RF) -> [R, F].
       capacity: None drops nothing. A number lets an expert take at most so many times its even share of the
         rows of those devices that exchange tokens (all rows, without an expert axis); rows beyond, the last
         tokens' first, count zero.
-      in_shards: whether the parameters lie where the path table stores them, or are gathered already.
 
     Returns:
       [M, D] in the type of `x_MD`, and the number of rows that were dropped, float32.
@@ -69,24 +74,25 @@ def apply_experts(
         _one_device, activation=activation, capacity=capacity, devices=axes.get("expert", 1)
     )
     if not axes:
-        parameters = {name: value.astype(x_MD.dtype) for name, value in parameters.items()}
-        return one_part(x_MD, experts_MX, weights_MX, parameters)
+        return one_part(x_MD, experts_MX, weights_MX, *_flattened(parameters, x_MD.dtype))
+    parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
+    stored = {name: parameter_spec(_path(name), value.shape, axes) for name, value in parameters.items()}
     used = {name: used_spec(_path(name), value.ndim) for name, value in parameters.items()}
-    stored = used
-    if in_shards:
-        stored = {name: parameter_spec(_path(name), value.shape, axes) for name, value in parameters.items()}
+    split = axes["tensor"] > 1
+    # Of packed experts every device has whole input vectors and gives some outputs: nothing is a part of a sum.
+    summed = split and not _is_packed(parameters)
 
     def on_mesh(x_MD, experts_MX, weights_MX, parameters):
         parameters = {
-            name: gathered(value.astype(x_MD.dtype), stored[name], used[name])
+            name: gathered(_typed(value, x_MD.dtype), stored[name], used[name])
             for name, value in parameters.items()
         }
-        if axes["tensor"] > 1 and "down_bias" in parameters:
+        if summed and "down_bias" in parameters:
             # It belongs to the whole sum over the tensor axis, so only one device of the axis may add it.
             first = jax.lax.axis_index("tensor") == 0
             parameters = parameters | {"down_bias": jnp.where(first, parameters["down_bias"], 0)}
         y_MD, dropped = one_part(x_MD, experts_MX, weights_MX, parameters)
-        return sum_over_tensor(y_MD) if axes["tensor"] > 1 else y_MD, dropped[None]
+        return sum_over_tensor(y_MD) if summed else y_MD, dropped[None]
 
     if any(gathers(stored[name], used[name]) for name in parameters):
         on_mesh = jax.checkpoint(on_mesh, policy=_is_kept, prevent_cse=False)
@@ -100,6 +106,41 @@ def apply_experts(
     return y_MD, jnp.sum(dropped)
 
 
+def _is_packed(parameters: dict[str, jax.Array | Layer]) -> bool:
+    return "down_blocks" in parameters
+
+
+def _typed(value, dtype):
+    """Numbers in a type; packed bytes as they are."""
+    return value if value.dtype == jnp.uint8 else value.astype(dtype)
+
+
+class _Stack(NamedTuple):
+    """Where matrices are those of several layers' experts, one after another: which are the layer's own."""
+
+    first: jax.Array | int
+    count: int
+    all: int
+
+    def sizes(self, counts_E):
+        """The rows of each matrix, from those of each expert."""
+        return jax.lax.dynamic_update_slice(jnp.zeros(self.all, jnp.int32), counts_E, (self.first,))
+
+
+def _flattened(parameters: dict[str, jax.Array | Layer], dtype) -> tuple[Parameters, _Stack | None]:
+    """The matrices of all layers of their stacks, where they are in stacks and need not be cast, with the
+    biases of the layer that is meant."""
+    parameters = {name: _typed(value, dtype) for name, value in parameters.items()}
+    matrices = {name: value for name, value in parameters.items() if not name.endswith("_bias")}
+    biases = {name: jnp.asarray(value) for name, value in parameters.items() if name not in matrices}
+    if not all(isinstance(value, Layer) for value in matrices.values()):
+        return {name: jnp.asarray(value) for name, value in matrices.items()} | biases, None
+    flat = {name: value.stack.reshape(-1, *value.shape[1:]) for name, value in matrices.items()}
+    (name, layer), *_ = matrices.items()
+    count = layer.shape[0]
+    return flat | biases, _Stack(layer.index * count, count, flat[name].shape[0])
+
+
 def _is_kept(primitive, *_, **__) -> bool:
     """What the gradient keeps: all but the gathered experts, in whatever form, which it gathers again. Kept,
     those of all layers would be whole on every device."""
@@ -110,17 +151,21 @@ def _path(name: str) -> tuple:
     return tuple(map(jax.tree_util.DictKey, ("moe", name)))
 
 
-def _one_device(x_MD, experts_MX, weights_MX, parameters, activation, capacity, devices):
+def _one_device(x_MD, experts_MX, weights_MX, parameters, stack=None, *, activation, capacity, devices):
     """One device's tokens: sorts their rows by expert, sends them through, puts the results back in order."""
     M, X = experts_MX.shape
     D = x_MD.shape[1]
-    E = parameters["down"].shape[0] * devices
+    E = (stack.count if stack else next(iter(parameters.values())).shape[0]) * devices
     known_MX = (experts_MX >= 0) & (experts_MX < E)
     dropped = jnp.float32(0)
-    if capacity is None and devices == 1 and target.platform() == "cpu" and M * X <= FEW_ROWS:
-        return _few_rows(
-            x_MD, experts_MX, jnp.where(known_MX, weights_MX, 0), parameters, activation
-        ), dropped
+    if capacity is None and devices == 1:
+        few_MX = jnp.where(known_MX, weights_MX, 0)
+        if stack and few_rows.suits(M, x_MD.dtype):
+            y_MD = few_rows.experts(x_MD, experts_MX, few_MX, parameters, stack.first, E, activation)
+            return y_MD, dropped
+        if target.platform() == "cpu" and M * X <= FEW_ROWS and not _is_packed(parameters):
+            first = stack.first if stack else 0
+            return _few_rows(x_MD, experts_MX, few_MX, parameters, activation, first), dropped
     # Rows of no expert go last, past every group, where the product is zero.
     experts_R = jnp.where(known_MX, experts_MX, E).reshape(-1)
     most = None
@@ -135,7 +180,7 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, activation, capacity, 
 
     x_RD = permute(jnp.broadcast_to(x_MD[:, None], (M, X, D)).reshape(M * X, D), order_R, inverse_R)
     if devices == 1:
-        y_RD = _through_experts(x_RD, parameters, counts_E, activation)
+        y_RD = _through_experts(x_RD, parameters, counts_E, activation, stack)
     else:
         transport = exchange.transport(M * X, devices, E // devices, most)
         counts_nE = jax.lax.all_gather(counts_E, "expert")
@@ -155,14 +200,46 @@ def _rank_in_expert(experts_R, E, devices):
     return jnp.sum(before_RE * chosen_RE, axis=1)
 
 
-def _through_experts(x_RD, parameters, group_sizes_E, activation):
+def _through_experts(x_RD, parameters, counts_E, activation, stack=None):
     """Rows sorted by expert through the experts that are here; rows past the groups give zero."""
-    E, F, D = parameters["down"].shape
+    if _is_packed(parameters):
+        return _through_packed(x_RD, parameters, counts_E, activation, stack)
+    bias, down_bias = parameters.get("gate_up_bias"), parameters.get("down_bias")
+    bias = None if bias is None else bias.reshape(bias.shape[0], -1)
+    gate_up, down = parameters["gate_up"], parameters["down"]
+    gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
+    if stack is None:
+        a_RF = _gated(activation, grouped_matmul(x_RD, gate_up, counts_E, bias))
+        return grouped_matmul(a_RF, down, counts_E, down_bias)
+    sizes = stack.sizes(counts_E)
+    a_RF = _gated(activation, _with_bias(grouped_matmul(x_RD, gate_up, sizes), bias, counts_E))
+    return _with_bias(grouped_matmul(a_RF, down, sizes), down_bias, counts_E)
+
+
+def _through_packed(x_RD, parameters, counts_E, activation, stack):
+    """The same with packed experts, of which a device of the tensor axis has some of the outputs."""
+    sizes = stack.sizes(counts_E) if stack else counts_E
+    # The gate and the linear half of a number of the activation stand beside each other.
+    blocks, scales = (
+        part.reshape(part.shape[0], -1, *part.shape[3:])
+        for part in (parameters["gate_up_blocks"], parameters["gate_up_scales"])
+    )
     bias = parameters.get("gate_up_bias")
-    bias = None if bias is None else bias.reshape(E, 2 * F)
-    h_RF = grouped_matmul(x_RD, parameters["gate_up"].reshape(E, D, 2 * F), group_sizes_E, bias)
-    a_RF = _gated(activation, h_RF)
-    return grouped_matmul(a_RF, parameters["down"], group_sizes_E, parameters.get("down_bias"))
+    bias = None if bias is None else bias.swapaxes(1, 2).reshape(bias.shape[0], -1)
+    h_RF = _with_bias(mxfp4_grouped_matmul(x_RD, blocks, scales, sizes), bias, counts_E)
+    gate_RF, up_RF = jnp.moveaxis(h_RF.reshape(x_RD.shape[0], -1, 2), -1, 0)
+    a_RF = _all_outputs(activation(gate_RF, up_RF))
+    y_RD = mxfp4_grouped_matmul(a_RF, parameters["down_blocks"], parameters["down_scales"], sizes)
+    return _with_bias(_all_outputs(y_RD), parameters.get("down_bias"), counts_E)
+
+
+def _with_bias(y_RF, bias_EF, counts_E):
+    return y_RF if bias_EF is None else add_group_bias(y_RF, bias_EF, counts_E)
+
+
+def _all_outputs(y_RF):
+    split = mesh.current_axes().get("tensor", 1) > 1
+    return jax.lax.all_gather(y_RF, "tensor", axis=1, tiled=True) if split else y_RF
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -232,19 +309,20 @@ def _further_rounds(counts_nE, transport, body, carry):
     return jax.lax.fori_loop(1, transport.rounds(counts_nE), body, carry)
 
 
-def _few_rows(x_MD, experts_MX, weights_MX, parameters, activation):
-    """The same where rows are few, as in decoding: each reads its own expert's matrices and no other's."""
+def _few_rows(x_MD, experts_MX, weights_MX, parameters, activation, first):
+    """The same where rows are few, as in decoding: each reads its own expert's matrices and no other's.
+    `first`: which of the matrices is that of expert 0."""
     M, X = experts_MX.shape
-    E, F, D = parameters["down"].shape
+    F, D = parameters["down"].shape[1:]
 
     def pick(name, expert):
         return jax.lax.dynamic_index_in_dim(parameters[name], expert, keepdims=False)
 
     def one_row(x_D, expert):
-        h_F = jnp.dot(x_D, pick("gate_up", expert).reshape(D, 2 * F), precision="highest")
+        h_F = jnp.dot(x_D, pick("gate_up", first + expert).reshape(D, 2 * F), precision="highest")
         if "gate_up_bias" in parameters:
             h_F = h_F + pick("gate_up_bias", expert).reshape(2 * F)
-        y_D = jnp.dot(activation(h_F[:F], h_F[F:]), pick("down", expert), precision="highest")
+        y_D = jnp.dot(activation(h_F[:F], h_F[F:]), pick("down", first + expert), precision="highest")
         return y_D + pick("down_bias", expert) if "down_bias" in parameters else y_D
 
     # What is read in the place of no expert has weight zero.

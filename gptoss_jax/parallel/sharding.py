@@ -10,6 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptoss_jax.kernels import few_rows
+from gptoss_jax.kernels.stack import layer_of
 from gptoss_jax.parallel.mesh import BATCH, current_axes, divisors
 
 # The expert axis, for a parameter that every expert's device needs: it takes part in storing it, as fsdp
@@ -53,8 +55,6 @@ PARAMETERS = {
     ("ns_coeffs",): P(None),
 }
 
-# Where packed experts are gathered before they are unpacked: the bytes travel, not the numbers.
-UNPACKED = {"gate_up": P("expert", "tensor"), "down": P("expert")}
 BATCH_BT = P(BATCH, None)
 HIDDEN_BTD = P(BATCH, None, None)
 
@@ -221,6 +221,11 @@ def products(
 
 def _products(equation, x, weights, result_type):
     axes = current_axes()
+    if not axes and result_type in (None, x.dtype) and few_rows.suits(_rows(equation, x), x.dtype):
+        return few_rows.products(
+            equation, x, [layer_of(weight.astype(x.dtype)) for weight in weights.values()]
+        )
+    weights = {path: jnp.asarray(weight) for path, weight in weights.items()}
     if not axes:
         return [_einsum(equation, x, weight.astype(x.dtype), result_type) for weight in weights.values()]
     keys = {path: tuple(map(jax.tree_util.DictKey, path)) for path in weights}
@@ -250,6 +255,12 @@ def _products(equation, x, weights, result_type):
         in_specs=(P(*map(place.get, x_letters)), *stored),
         out_specs=P(*map(place.get, result_letters)),
     )(x, *weights.values())
+
+
+def _rows(equation: str, x: jax.Array) -> int:
+    """How many vectors of `x` are multiplied."""
+    x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
+    return math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

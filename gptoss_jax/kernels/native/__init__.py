@@ -14,11 +14,20 @@ import warnings
 import jax
 import jaxlib
 
-SOURCE = pathlib.Path(__file__).parent / "grouped_matmul.cc"
+HERE = pathlib.Path(__file__).parent
+SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "few_rows.cc"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 # "0" leaves them out: everything then goes through XLA alone.
 SWITCH = "GPTOSS_JAX_NATIVE"
-HANDLERS = ("GroupedForward", "GroupedOuter")
+HANDLERS = (
+    "GroupedForward",
+    "GroupedOuter",
+    "GroupedPacked",
+    "FewRowsProducts",
+    "FewRowsExperts",
+    "FewRowsPacked",
+    "FewRowsAttention",
+)
 
 
 @functools.cache
@@ -40,7 +49,8 @@ def is_available() -> bool:
             lines = (output.decode(errors="replace") if isinstance(output, bytes) else output).splitlines()
             line = next((line for line in lines if "error" in line), lines[0] if lines else "no word")
             refusal = (
-                f"{compiler} cannot compile {SOURCE.name}, or it cannot be loaded; XLA does its work: {line}"
+                f"{compiler} cannot compile the kernels in {HERE.name}/, or they cannot be loaded; XLA does "
+                f"their work: {line}"
             )
     if library is None:
         if refusal:
@@ -57,18 +67,19 @@ def target(name: str) -> str:
 
 
 def _compiled(compiler: str) -> pathlib.Path:
-    """The library for this source, compiler, jaxlib and processor."""
+    """The library for these sources, compiler, jaxlib and processor."""
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    parts = (SOURCE.read_bytes(), " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode())
-    key = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-    library = pathlib.Path(cache) / "gptoss_jax" / "native" / f"grouped_matmul-{key}.so"
+    files = sorted(path for path in HERE.iterdir() if path.suffix in (".cc", ".h"))
+    settings = " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode()
+    key = hashlib.sha256(b"".join((*(path.read_bytes() for path in files), settings))).hexdigest()[:16]
+    library = pathlib.Path(cache) / "gptoss_jax" / "native" / f"kernels-{key}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may be at it: each has a file of its own, and any of them will do.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = pathlib.Path(folder) / library.name
-        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         os.replace(made, library)
     return library

@@ -9,25 +9,19 @@
 // number at a time, broadcast. A task is a group and a block of columns; threads take the next task when they are done.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <new>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "mxfp4.h"
+#include "parallel.h"
 
 namespace {
 
-typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
-constexpr int kLanes = 16;
 constexpr int kRows = 12;             // of C in a microkernel: 12 x 2 vectors of sums fit the 32 registers of AVX-512
 constexpr int kColumns = 2 * kLanes;  // of C in a microkernel
 constexpr int kInner = 512;           // of k in a packed block
@@ -43,6 +37,8 @@ struct Product {
   int64_t a_row, a_inner;  // strides
   int64_t b_inner, b_column;
   int64_t c_row;
+  const uint8_t* blocks = nullptr;  // packed B, [columns, k / 32, 16], instead of b
+  const uint8_t* scales = nullptr;  // [columns, k / 32]
 };
 
 // C[rows, 32] += A[rows, k] B[k, 32], with B packed.
@@ -131,6 +127,27 @@ void Turn(const float* in, int64_t in_line, float* out, int64_t out_line) {
   }
 }
 
+// The same of packed B, whose columns are whole lines of groups of 32.
+void Unpack(const Product& p, int64_t column, int64_t columns, int64_t from, int64_t inner, float* packed) {
+  const int64_t groups = p.k / kGroup;
+  for (int64_t j = 0; j < columns; j += kColumns, packed += kColumns * inner) {
+    const int width = std::min<int64_t>(kColumns, columns - j);
+    for (int64_t g = from / kGroup, i = 0; i < inner; ++g, i += kGroup) {
+      alignas(64) float lines[kColumns][kGroup] = {};
+      for (int x = 0; x < width; ++x) {
+        const int64_t group = (column + j + x) * groups + g;
+        Vector low, high;
+        Codes(p.blocks + group * kGroupBytes, &low, &high);
+        low *= ScaleOf(p.scales[group]), high *= ScaleOf(p.scales[group]);
+        for (int lane = 0; lane < kLanes; ++lane) lines[x][2 * lane] = low[lane], lines[x][2 * lane + 1] = high[lane];
+      }
+      for (int64_t down = 0; down < kGroup; down += kLanes)
+        for (int64_t right = 0; right < kColumns; right += kLanes)
+          Turn(&lines[right][down], kGroup, packed + (i + down) * kColumns + right, kColumns);
+    }
+  }
+}
+
 // Packs B[from : from + inner, column : column + columns] into panels of 32 columns, filled up with zeros.
 void Pack(const Product& p, int64_t column, int64_t columns, int64_t from, int64_t inner, float* packed) {
   for (int64_t j = 0; j < columns; j += kColumns, packed += kColumns * inner) {
@@ -184,10 +201,12 @@ void Columns(const Product& p, int64_t column, float* packed) {
   const int64_t columns = std::min<int64_t>(kBlock, p.n - column);
   // Blocks of k of equal size, so that the last one is not a sliver.
   const int64_t blocks = std::max<int64_t>(1, (p.k + kInner - 1) / kInner);
-  const int64_t step = (p.k + blocks - 1) / blocks;
+  int64_t step = (p.k + blocks - 1) / blocks;
+  if (p.blocks != nullptr) step = (step + kGroup - 1) / kGroup * kGroup;
   for (int64_t from = 0; from == 0 || from < p.k; from += step) {
     const int64_t inner = std::min(step, p.k - from);
-    Pack(p, column, columns, from, inner, packed);
+    p.blocks == nullptr ? Pack(p, column, columns, from, inner, packed)
+                        : Unpack(p, column, columns, from, inner, packed);
     if (p.sums != nullptr) Sum(p, column, columns, from, inner, packed);
     int64_t row = 0;
 #define ROWS(count)                   \
@@ -210,38 +229,22 @@ float* Scratch() {
 }
 
 // Runs all column blocks of all products on the threads there are.
-void Run(std::shared_ptr<const std::vector<Product>> products, bool a_is_row_major, ffi::ThreadPool pool) {
-  struct Work {
-    std::shared_ptr<const std::vector<Product>> products;
-    std::vector<std::pair<int, int64_t>> tasks;
-    std::atomic<size_t> next{0}, done{0};
-  };
-  auto work = std::make_shared<Work>();
-  work->products = products;
-  for (size_t e = 0; e < products->size(); ++e)
-    for (int64_t column = 0; column < (*products)[e].n; column += kBlock) work->tasks.emplace_back(e, column);
+void Multiply(const std::vector<Product>& products, bool a_is_row_major, ffi::ThreadPool pool) {
+  std::vector<std::pair<const Product*, int64_t>> tasks;
+  for (const Product& p : products)
+    for (int64_t column = 0; column < p.n; column += kBlock) tasks.emplace_back(&p, column);
   // The longest first: what is left at the end is short.
-  std::stable_sort(work->tasks.begin(), work->tasks.end(), [&](auto& x, auto& y) {
-    const Product &p = (*products)[x.first], &q = (*products)[y.first];
-    return p.m * p.k > q.m * q.k;
-  });
-  auto help = [work, a_is_row_major] {
-    for (size_t task; (task = work->next++) < work->tasks.size(); ++work->done) {
-      const auto [e, column] = work->tasks[task];
-      if (a_is_row_major)
-        Columns<true>((*work->products)[e], column, Scratch());
-      else
-        Columns<false>((*work->products)[e], column, Scratch());
-    }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](auto& x, auto& y) { return x.first->m * x.first->k > y.first->m * y.first->k; });
+  auto one = [&](int64_t task) {
+    const auto [p, column] = tasks[task];
+    a_is_row_major ? Columns<true>(*p, column, Scratch()) : Columns<false>(*p, column, Scratch());
   };
-  // Helpers may start late, or never where the pool is busy: this thread waits for what was begun alone.
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), work->tasks.size()) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(help));
-  help();
-  while (work->done < work->tasks.size()) std::this_thread::yield();
+  Run({{(int64_t)tasks.size(), one}}, pool);
 }
 
 using Floats = ffi::Buffer<ffi::F32>;
+using Bytes = ffi::Buffer<ffi::U8>;
 using Sizes = ffi::Buffer<ffi::S32>;
 
 // The groups' sizes as they are used: never past the rows there are.
@@ -258,16 +261,35 @@ std::vector<int64_t> Clamped(const Sizes& sizes, int64_t rows) {
 ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Sizes sizes, ffi::Result<Floats> y,
                    bool turned) {
   const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
-  auto products = std::make_shared<std::vector<Product>>();
+  std::vector<Product> products;
   int64_t row = 0, e = 0;
   for (int64_t m : Clamped(sizes, rows)) {
     const float* start = bias.element_count() ? bias.typed_data() + e * n : nullptr;
     if (m)
-      products->push_back({x.typed_data() + row * k, w.typed_data() + e * n * k, y->typed_data() + row * n, start,
+      products.push_back({x.typed_data() + row * k, w.typed_data() + e * n * k, y->typed_data() + row * n, start,
                            nullptr, m, n, k, k, 1, turned ? 1 : n, turned ? k : 1, n});
     row += m, ++e;
   }
-  Run(products, true, pool);
+  Multiply(products, true, pool);
+  std::memset(y->typed_data() + row * n, 0, (rows - row) * n * sizeof(float));
+  return ffi::Error::Success();
+}
+
+// y[R, N] = x[R, K] w[e]^T with packed w, [E, N, K / 32, 16] and [E, N, K / 32]; plus the group's bias.
+ffi::Error Packed(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scales, Floats bias, Sizes sizes,
+                  ffi::Result<Floats> y) {
+  const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
+  std::vector<Product> products;
+  int64_t row = 0, e = 0;
+  for (int64_t m : Clamped(sizes, rows)) {
+    const float* start = bias.element_count() ? bias.typed_data() + e * n : nullptr;
+    const int64_t group = e * n * (k / kGroup);
+    if (m)
+      products.push_back({x.typed_data() + row * k, nullptr, y->typed_data() + row * n, start, nullptr, m, n, k, k, 1, 1,
+                          k, n, blocks.typed_data() + group * kGroupBytes, scales.typed_data() + group});
+    row += m, ++e;
+  }
+  Multiply(products, true, pool);
   std::memset(y->typed_data() + row * n, 0, (rows - row) * n * sizeof(float));
   return ffi::Error::Success();
 }
@@ -276,14 +298,14 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Sizes 
 ffi::Error Outer(ffi::ThreadPool pool, Floats x, Floats g, Sizes sizes, ffi::Result<Floats> dw,
                  ffi::Result<Floats> db) {
   const int64_t rows = x.dimensions()[0], m = x.dimensions()[1], n = g.dimensions()[1];
-  auto products = std::make_shared<std::vector<Product>>();
+  std::vector<Product> products;
   int64_t row = 0, e = 0;
   for (int64_t k : Clamped(sizes, rows)) {
-    products->push_back({x.typed_data() + row * m, g.typed_data() + row * n, dw->typed_data() + e * m * n, nullptr,
+    products.push_back({x.typed_data() + row * m, g.typed_data() + row * n, dw->typed_data() + e * m * n, nullptr,
                          db->typed_data() + e * n, m, n, k, 1, m, n, 1, n});
     row += k, ++e;
   }
-  Run(products, false, pool);
+  Multiply(products, false, pool);
   return ffi::Error::Success();
 }
 
@@ -298,6 +320,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedForward, Forward,
                                   .Arg<Sizes>()
                                   .Ret<Floats>()
                                   .Attr<bool>("turned"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedPacked, Packed,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Bytes>()
+                                  .Arg<Bytes>()
+                                  .Arg<Floats>()
+                                  .Arg<Sizes>()
+                                  .Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedOuter, Outer,
                               ffi::Ffi::Bind()

@@ -1,0 +1,136 @@
+"""What is asked of the engine: each prompt with its own settings, checked."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.config import ModelConfig, require
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt and how it is to be continued; the fields are those of `generate.generate`."""
+
+    prompt: np.ndarray  # int32, at least one token
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    stop_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    seed: int
+
+
+def requests(
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int] = 32,
+    temperature: float | Sequence[float] = 0.0,
+    top_k: int | None | Sequence[int | None] = None,
+    top_p: float | None | Sequence[float | None] = None,
+    min_p: float | None | Sequence[float | None] = None,
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
+    stop_strings: str | Sequence[str] | Sequence[Sequence[str]] = (),
+    seed: int | Sequence[int] = 0,
+) -> list[Request]:
+    """A request for each prompt. Raises ValueError as `generate.generate` does."""
+    require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
+    tokens = [_tokens(config, i, prompt) for i, prompt in enumerate(prompts)]
+    count = len(tokens)
+    whole = (int, np.integer)
+    number = (float, np.floating, *whole)
+    room = [config.max_position_embeddings - len(prompt) for prompt in tokens]
+    columns = {
+        "max_new_tokens": _each(
+            "max_new_tokens", max_new_tokens, count, whole, "1 or more", lambda n: n >= 1
+        ),
+        "temperature": _each(
+            "temperature", temperature, count, number, "0 (greedy) or more", lambda t: 0 <= t < math.inf
+        ),
+        "top_k": _each("top_k", top_k, count, whole, "1 or more, or None", lambda k: k >= 1, optional=True),
+        "top_p": _each(
+            "top_p",
+            top_p,
+            count,
+            number,
+            "above 0 and at most 1, or None",
+            lambda p: 0 < p <= 1,
+            optional=True,
+        ),
+        "min_p": _each(
+            "min_p",
+            min_p,
+            count,
+            number,
+            "at least 0 and below 1, or None",
+            lambda p: 0 <= p < 1,
+            optional=True,
+        ),
+        "seed": _each("seed", seed, count, whole, "from 0 to 4294967295", lambda s: 0 <= s < 1 << 32),
+        "stop_tokens": [tuple(map(int, each)) for each in _sets("stop_tokens", stop_tokens, count, whole)],
+        "stop_strings": [tuple(each) for each in _sets("stop_strings", stop_strings, count, (str,))],
+    }
+    for i, (left, wanted) in enumerate(zip(room, columns["max_new_tokens"], strict=True)):
+        limit, length = config.max_position_embeddings, len(tokens[i])
+        has = f"prompts[{i}] has {length} tokens and model.max_position_embeddings is {limit}"
+        require(left > 0, "prompts", f"{length} tokens long", f"must leave room for an answer; {has}")
+        require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
+    rows = zip(*columns.values(), strict=True)
+    return [
+        Request(prompt, **dict(zip(columns, row, strict=True)))
+        for prompt, row in zip(tokens, rows, strict=True)
+    ]
+
+
+def _tokens(config: ModelConfig, i: int, prompt: Sequence[int]) -> np.ndarray:
+    name, array = f"prompts[{i}]", np.asarray(prompt)
+    require(array.ndim == 1, name, prompt, "must be a sequence of token ids")
+    require(array.size > 0, name, prompt, "must hold at least one token")
+    known = array.dtype.kind in "iu" and (array >= 0) & (array < config.vocab_size)
+    allowed = f"a token id must be an integer from 0 to {config.vocab_size - 1}"
+    require(np.all(known), f"{name}[{np.argmin(known)}]", array[np.argmin(known)].item(), allowed)
+    return array.astype(np.int32)
+
+
+def _each(
+    name: str,
+    value: Any,
+    count: int,
+    kinds: tuple[type, ...],
+    allowed: str,
+    is_allowed: Callable[[Any], bool],
+    optional: bool = False,
+) -> list:
+    """A setting for each prompt, from one for all of them or one for each."""
+    several = isinstance(value, (list, tuple, range, np.ndarray))
+    if several:
+        require(len(value) == count, name, value, f"must be one value, or {count}, one for each prompt")
+    for i, one in enumerate(value if several else [value]):
+        fits = (one is None and optional) or (
+            isinstance(one, kinds) and not isinstance(one, bool) and is_allowed(one)
+        )
+        require(fits, f"{name}[{i}]" if several else name, one, f"must be {allowed}")
+    return list(value) if several else [value] * count
+
+
+def _sets(name: str, value: Any, count: int, kinds: tuple[type, ...]) -> list:
+    """The stop tokens or strings of each prompt, from a sequence for all of them or one for each."""
+    value = [value] if isinstance(value, str) else list(value)
+    several = bool(value) and all(not isinstance(one, (*kinds, str)) for one in value)
+    if several:
+        require(len(value) == count, name, value, f"must be one sequence, or {count}, one for each prompt")
+    sets = [[one] if isinstance(one, str) else list(one) for one in value] if several else [value]
+    for i, each in enumerate(sets):
+        for one in each:
+            place = f"{name}[{i}]" if several else name
+            if kinds == (str,):
+                require(
+                    isinstance(one, str) and one != "", place, each, "must hold strings that are not empty"
+                )
+            else:
+                require(isinstance(one, kinds), place, each, "must hold token ids")
+    return sets if several else sets * count

@@ -1,0 +1,42 @@
+// MXFP4 as numbers: 32 weights are 16 bytes of two codes each, the low one first, and a byte of scale (kernels/mxfp4.py).
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "parallel.h"
+
+constexpr int kGroup = 32;
+constexpr int kGroupBytes = kGroup / 2;
+
+alignas(64) constexpr float kCodes[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
+                                          -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+// 2^(scale - 127); 255 stands for not-a-number.
+inline float ScaleOf(uint8_t scale) {
+  const uint32_t bits = scale == 255 ? 0x7fc00000u : scale == 0 ? 0x00400000u : (uint32_t)scale << 23;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The codes of a group without its scale: those of the low halves of the bytes, and those of the high ones.
+inline void Codes(const uint8_t* bytes, Vector* low, Vector* high) {
+#ifdef __AVX512F__
+  const __m512 table = _mm512_load_ps(kCodes);
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+  // A permutation reads the lowest four bits of an index alone.
+  *low = (Vector)_mm512_permutexvar_ps(wide, table);
+  *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
+#else
+  for (int i = 0; i < kGroupBytes; ++i) {
+    (*low)[i] = kCodes[bytes[i] & 15];
+    (*high)[i] = kCodes[bytes[i] >> 4];
+  }
+#endif
+}
