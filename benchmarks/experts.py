@@ -18,7 +18,7 @@ import jax
 from common import PEAK, Training, percent, show, spread, student_model
 
 from gptoss_jax import startup
-from gptoss_jax.model.moe import route, swiglu
+from gptoss_jax.model.moe import route
 from gptoss_jax.parallel.expert_dispatch import apply_experts
 from gptoss_jax.training.flops import flops_per_token
 
@@ -38,8 +38,10 @@ def layer_call(model, M: int):
     logits_ME = jax.random.normal(next(keys), (M, E)) + 0.5 * jax.random.normal(next(keys), (E,))
     experts_MX, weights_MX = route(logits_ME, model.num_experts_per_tok)
 
+    activation = SwiGLU(model.swiglu_alpha, model.swiglu_limit, model.swiglu_up_offset)
+
     def layer(x_MD, weights_MX, parameters, experts_MX):
-        return apply_experts(x_MD, experts_MX, weights_MX, parameters, lambda g, u: swiglu(g, u, model))[0]
+        return apply_experts(x_MD, experts_MX, weights_MX, parameters, activation)[0]
 
     return functools.partial(
         common.with_gradients(layer), g_MD, (x_MD, weights_MX, parameters), (experts_MX,)

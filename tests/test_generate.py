@@ -1,8 +1,7 @@
-"""The cache against the plain forward pass, batches against single prompts, and what compiles how often."""
+"""Answers against the plain forward pass, batches against single prompts, and what compiles how often."""
 
 import contextlib
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +9,33 @@ import numpy as np
 import pytest
 
 from gptoss_jax.config import MeshConfig
+from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as engine
-from gptoss_jax.inference.generate import generate, generate_with_params, stream, stream_with_params
+from gptoss_jax.inference.generate import (
+    generate,
+    generate_with_params,
+    most_programs,
+    stream,
+    stream_with_params,
+)
 from gptoss_jax.inference.sampling import sample
-from gptoss_jax.model.kv_cache import make_cache
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import init_params, with_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import parameter_shardings
 
 PROMPTS = [[5], [11, 3, 96, 0, 7, 8, 9], list(range(40, 63)), [1, 2]]
-# With this, any one of them needs a cache of 64: the tests share a few compiled programs.
 MOST = 40
 GREEDY: dict = {}
 SAMPLED = {"temperature": 0.9, "top_k": 30, "top_p": 0.95, "min_p": 0.01}
+# One of each kind, in one batch.
+MIXED = {
+    "temperature": [0.0, 1.2, 0.8, 1.0],
+    "top_k": [None, 20, None, None],
+    "top_p": [0.5, None, 0.9, None],
+    "min_p": [None, None, None, 0.05],
+    "seed": [3, 4294967295, 0, 7],
+    "max_new_tokens": [40, 3, 17, 1],
+}
 
 
 @pytest.fixture
@@ -35,30 +48,9 @@ def gpt_oss(tiny_config, random_params):
     return tiny_config, random_params(tiny_config)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def cached_logits(config, params, cache, tokens_BT, positions_BT):
-    model = with_params(config, params)
-    hidden_BTD, cache, _ = model.hidden_states(tokens_BT, None, positions_BT, cache=cache)
-    return model.logits(hidden_BTD), cache
-
-
-def test_logits_with_the_cache_equal_those_without(any_model, apply_model):
-    config, params = any_model
-    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (3, 23))
-    expected = apply_model(config, params, tokens_BT)
-    assert np.std(expected) > 1, "logits too flat to show a mistake"
-    for pieces in ([23], [8, 1, 8, 1, 1, 1, 1, 1, 1]):
-        cache, got, start = make_cache(config, 3, 29, jnp.float32), [], 0
-        for size in pieces:
-            positions_BT = np.broadcast_to(np.arange(start, start + size), (3, size))
-            logits, cache = cached_logits(
-                config, params, cache, tokens_BT[:, start : start + size], positions_BT
-            )
-            got.append(logits)
-            start += size
-        # The largest logit sets the scale: that of the rounding in the sums that all of them are.
-        error = np.max(np.abs(np.concatenate(got, axis=1) - expected))
-        assert error < 1e-5 * np.max(np.abs(expected))
+def alone(settings: dict, b: int) -> dict:
+    """The settings of one prompt of a batch."""
+    return {name: value[b] if isinstance(value, list) else value for name, value in settings.items()}
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -70,63 +62,147 @@ def test_tokens_are_those_of_the_plain_forward_pass(any_model, apply_model, sett
         rows_BT[b, : len(prompt) + MOST] = prompt + answer
     # All at once: if the first t tokens are right, then the logits of the next one are those of a loop.
     logits_BTV = apply_model(config, params, rows_BT)
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(9), t) for t in range(MOST)])
     for b, prompt in enumerate(PROMPTS):
-        keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(9), b), t) for t in range(MOST)]
         logits_TV = logits_BTV[b, len(prompt) - 1 : len(prompt) - 1 + MOST]
-        assert answers[b] == sample(logits_TV, jnp.stack(keys), **settings).tolist()
+        assert answers[b] == sample(logits_TV, keys, **settings).tolist()
     other = generate_with_params(config, params, PROMPTS, MOST, **settings, seed=10)
     assert (answers == other) == (settings is GREEDY)
 
 
-@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_batch_equals_its_prompts_alone(any_model, settings):
-    together = generate_with_params(*any_model, PROMPTS, MOST, **settings)
-    for b in range(len(PROMPTS)):
-        # A sequence's place in the batch is part of its key, so it keeps that; the others are something else.
-        others = [prompt if i == b else [0] for i, prompt in enumerate(PROMPTS)]
-        assert generate_with_params(*any_model, others, MOST, **settings)[b] == together[b]
-    first = generate_with_params(*any_model, PROMPTS[:1], MOST, **settings)
-    assert first == together[:1]
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED, MIXED], ids=["greedy", "sampled", "mixed"])
+def test_a_prompt_has_the_same_answer_alone_and_in_any_batch(any_model, settings):
+    settings = {"max_new_tokens": MOST} | settings
+    together = generate_with_params(*any_model, PROMPTS, **settings)
+    for b, prompt in enumerate(PROMPTS):
+        assert generate_with_params(*any_model, [prompt], **alone(settings, b)) == [together[b]]
+    order = [2, 0, 3, 1]
+    moved = {
+        name: [value[b] for b in order] if isinstance(value, list) else value
+        for name, value in settings.items()
+    }
+    answers = generate_with_params(*any_model, [PROMPTS[b] for b in order], **moved)
+    assert answers == [together[b] for b in order]
+    if settings.get("seed"):
+        assert [len(answer) for answer in together] == settings["max_new_tokens"]
 
 
-def test_a_prompt_in_many_pieces(gpt_oss, monkeypatch):
+def test_sixteen_of_the_same_prompt(gpt_oss):
+    settings = {"max_new_tokens": 12, "temperature": 1.0}
+    seeds = list(range(16))
+    answers = generate_with_params(*gpt_oss, [[5, 6]] * 16, **settings, seed=seeds)
+    assert len({tuple(answer) for answer in answers}) > 12
+    for seed in (0, 9, 15):
+        assert generate_with_params(*gpt_oss, [[5, 6]], **settings, seed=seed) == [answers[seed]]
+
+
+def test_a_prompt_in_many_pieces_and_a_cache_that_grows(gpt_oss, monkeypatch):
     # To the very end of the context, whose length is no power of two.
     prompts = [[(7 * i) % 97 for i in range(170)], [4]]
     expected = generate_with_params(*gpt_oss, prompts, max_new_tokens=22)
-    monkeypatch.setattr(engine, "LARGEST_PIECE", 16)
-    assert generate_with_params(*gpt_oss, prompts, max_new_tokens=22) == expected
     assert [len(answer) for answer in expected] == [22, 22]
+    monkeypatch.setattr(engine, "PIECES", (16, 4))
+    monkeypatch.setattr(engine, "SMALLEST_CACHE", 2)
+    monkeypatch.setattr(engine, "STEPS", 5)
+    grown = []
+    monkeypatch.setattr(engine, "grow", lambda *args: grown.append(args[2]) or GROW(*args))
+    jax.clear_caches()
+    assert generate_with_params(*gpt_oss, prompts, max_new_tokens=22) == expected
+    assert generate_with_params(*gpt_oss, [[4]], max_new_tokens=20) == [expected[1][:20]]
+    assert grown == [16, 32]
+    jax.clear_caches()
+
+
+GROW = engine.grow
 
 
 def test_stop_tokens(gpt_oss):
     whole = generate_with_params(*gpt_oss, PROMPTS, MOST)
     stops = (whole[1][4], whole[2][0])
-    expected = [
-        answer[: next((i for i, token in enumerate(answer) if token in stops), MOST)] for answer in whole
-    ]
+
+    def until(answer, stops):
+        return answer[: next((i for i, token in enumerate(answer) if token in stops), MOST)]
+
+    expected = [until(answer, stops) for answer in whole]
     assert generate_with_params(*gpt_oss, PROMPTS, MOST, stop_tokens=stops) == expected
     assert expected[2] == [] and 0 < len(expected[1]) <= 4
+    # Some for each prompt.
+    each = [(), (whole[1][4],), [], range(97)]
+    expected = [until(answer, stops) for answer, stops in zip(whole, each, strict=True)]
+    assert generate_with_params(*gpt_oss, PROMPTS, MOST, stop_tokens=each) == expected
     # More stop tokens than there is room for at first; any token ends its answer at once.
     assert generate_with_params(*gpt_oss, PROMPTS, MOST, stop_tokens=range(97)) == [[], [], [], []]
 
 
+def test_stop_strings(tiny_config, random_params):
+    config = dataclasses.replace(tiny_config, vocab_size=258)
+    params, tokenizer = random_params(config), make_tokenizer("bytes")
+    settings = {"max_new_tokens": MOST, "temperature": 1.0, "tokenizer": tokenizer}
+    whole = generate_with_params(config, params, PROMPTS, **settings)
+    # Bytes of an answer that are text: one that two tokens make, and one that never comes.
+    texts = [tokenizer.decode_bytes([t for t in answer if t < 256]) for answer in whole]
+    b, i = next(
+        (b, i)
+        for b, answer in enumerate(whole)
+        for i in range(3, len(answer) - 1)
+        if max(answer[i : i + 2]) < 128 and len(texts[b]) == len(answer)
+    )
+    string = bytes(whole[b][i : i + 2]).decode()
+    found = generate_with_params(config, params, PROMPTS, **settings, stop_strings=["never there", string])
+    end = texts[b].find(string.encode()) + 2
+    assert found[b] == whole[b][:end] and end <= i + 2
+    each = [[string] if j == b else [] for j in range(len(PROMPTS))]
+    found = generate_with_params(config, params, PROMPTS, **settings, stop_strings=each)
+    assert found == [whole[j][:end] if j == b else whole[j] for j in range(len(PROMPTS))]
+    chunks = list(stream_with_params(config, params, PROMPTS, **settings, stop_strings=each))
+    assert [sum(parts, []) for parts in zip(*chunks, strict=True)] == found
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_log_probabilities(gpt_oss, apply_model, settings):
+    config, params = gpt_oss
+    expected = generate_with_params(config, params, PROMPTS, MOST, **settings)
+    answers, scores = generate_with_params(config, params, PROMPTS, MOST, **settings, log_probs=True)
+    assert answers == expected
+    for prompt, answer, score in zip(PROMPTS, answers, scores, strict=True):
+        row_BT = np.zeros((len(PROMPTS), 64), np.int32)
+        row_BT[0, : len(prompt) + MOST] = prompt + answer
+        logits_TV = apply_model(config, params, row_BT)[0, len(prompt) - 1 : len(prompt) - 1 + MOST]
+        wanted = jax.nn.log_softmax(logits_TV)[np.arange(MOST), answer]
+        np.testing.assert_allclose(score, wanted, atol=1e-4)
+    stops = answers[1][3]
+    tokens, scores_until = generate_with_params(
+        config, params, PROMPTS, MOST, **settings, log_probs=True, stop_tokens=[stops]
+    )
+    assert list(map(len, tokens)) == list(map(len, scores_until))
+    np.testing.assert_allclose(scores_until[1], scores[1][: len(tokens[1])], atol=1e-5)
+
+
 def test_stream_is_generate_in_parts(gpt_oss):
     model = with_params(*gpt_oss)
-    settings = SAMPLED | {"max_new_tokens": MOST, "stop_tokens": (1, 2, 3)}
+    settings = SAMPLED | {"max_new_tokens": MOST, "stop_tokens": range(9)}
     expected = generate(model, PROMPTS, **settings)
     chunks = list(stream(model, PROMPTS, **settings))
     assert all(len(part) <= 1 for part in chunks[0])
     assert len(chunks) > 2
     assert [sum(parts, []) for parts in zip(*chunks, strict=True)] == expected
     assert len({len(answer) for answer in expected}) > 1
+    pairs = list(stream(model, PROMPTS, **settings, log_probs=True))
+    assert [sum(parts, []) for parts in zip(*(tokens for tokens, _ in pairs), strict=True)] == expected
 
 
-def test_on_a_mesh(tiny_config, random_params):
+@pytest.mark.parametrize("form", ["plain", "mxfp4"])
+def test_on_a_mesh(tiny_config, random_params, form):
     # Three prompts over four shards of the batch; experts and heads are split as well.
     config = dataclasses.replace(tiny_config, num_local_experts=6, vocab_size=98)
-    params = random_params(config)
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_tokens": (1, 2, 3)}
+    if form == "mxfp4":
+        config = dataclasses.replace(config, hidden_size=32, intermediate_size=64, expert_format=form)
+        params = init_params(config, jax.random.key(0))
+    else:
+        params = random_params(config)
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_tokens": range(9)}
     expected = generate_with_params(config, params, PROMPTS[:3], **settings)
+    assert len({len(answer) for answer in expected}) > 1
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     placed = jax.device_put(params, parameter_shardings(params, mesh))
     with jax.set_mesh(mesh):
@@ -161,6 +237,7 @@ def test_what_compiles(gpt_oss, monkeypatch):
         return with_params(*args, **kwargs)
 
     monkeypatch.setattr(engine, "with_params", counted)
+    jax.clear_caches()
     with compilations() as programs:
         generate_with_params(config, params, [[1] * 9, [2]], 15, temperature=1.0, top_k=5)
     assert (len(traces), len(programs)) == (2, 3)  # the empty cache, the reader and the decoder
@@ -171,6 +248,30 @@ def test_what_compiles(gpt_oss, monkeypatch):
     with compilations() as programs:
         generate_with_params(config, params, [[1] * 9, [2]], 15)
     assert (len(traces), len(programs)) == (3, 1)  # greedy is another decoder
+
+
+def test_any_prompts_compile_a_number_of_programs_that_is_known(tiny_config, random_params, monkeypatch):
+    config = dataclasses.replace(tiny_config, num_hidden_layers=2, max_position_embeddings=90)
+    params = random_params(config)
+    monkeypatch.setattr(engine, "SMALLEST_CACHE", 16)
+    monkeypatch.setattr(engine, "PIECES", (32, 8, 4))
+    assert most_programs(config, decoders=2) == 4 * (2 + 3 + 2)  # lengths 16, 32, 64, 90
+    assert most_programs(dataclasses.replace(config, max_position_embeddings=131072)) == 14 * (2 + 3 + 1)
+    rng = np.random.default_rng(0)
+    jax.clear_caches()
+    with compilations() as programs:
+        done = 0
+        while done < 1000:
+            # A batch of 13 … 16 is one of 16.
+            lengths = rng.integers(1, 80, rng.integers(13, 17))
+            prompts = [rng.integers(0, 97, length).tolist() for length in lengths]
+            generate_with_params(
+                config, params, prompts, int(rng.integers(1, 11)), temperature=float(rng.integers(0, 2))
+            )
+            done += len(prompts)
+    # Nothing else compiles, eager operations included.
+    assert 10 < len(programs) <= most_programs(config, decoders=2)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +291,16 @@ def test_what_compiles(gpt_oss, monkeypatch):
         ([[1]], {"top_p": 1.1}, "top_p is 1.1: must be above 0 and at most 1"),
         ([[1]], {"min_p": -0.1}, "min_p is -0.1: must be at least 0 and below 1"),
         ([[1]], {"min_p": 1.0}, "min_p is 1.0: must be at least 0 and below 1"),
+        ([[1]], {"temperature": "hot"}, "temperature is 'hot': must be 0"),
+        ([[1]], {"top_k": 2.5}, "top_k is 2.5: must be 1 or more, or None"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5: must be 1 or more"),
+        ([[1], [2]], {"top_p": [0.5, 1.5]}, r"top_p\[1\] is 1.5: must be above 0"),
+        ([[1], [2]], {"seed": [1, 2, 3]}, r"seed is \[1, 2, 3\]: must be one value, or 2, one for"),
+        ([[1]], {"stop_strings": ""}, r"stop_strings is \[''\]: must hold strings that are not empty"),
+        ([[1], [2]], {"stop_strings": [["a"], ["b", ""]]}, r"stop_strings\[1\] is \['b', ''\]: must hold"),
+        ([[1], [2]], {"stop_strings": [["a"]]}, r"stop_strings is .*: must be one sequence, or 2, one"),
+        ([[1]], {"stop_strings": "a"}, r"stop_strings is \['a'\]: must come with the tokenizer"),
+        ([[1]], {"stop_tokens": [1.5]}, r"stop_tokens is \[1.5\]: must hold token ids"),
         ([[1]], {"seed": -1}, "seed is -1: must be from 0 to 4294967295"),
         ([[1], [1] * 182], {"max_new_tokens": 11}, "max_new_tokens is 11: must be at most 10, because"),
         ([[1] * 192], {}, r"prompts\[0\] has 192 tokens and model.max_position_embeddings is 192"),

@@ -73,7 +73,9 @@ def test_draws_follow_the_filtered_distribution(settings):
     draws, V = 20_000, 13
     logits_V = 2 * jax.random.normal(jax.random.key(1), (V,))
     expected_V = np.exp(np.asarray(filtered_log_probs(logits_V[None], **settings)[0], np.float64))
-    tokens_B = compiled_sample(jnp.tile(logits_V, (draws, 1)), sequence_keys(3, draws), **settings)
+    tokens_B = compiled_sample(
+        jnp.tile(logits_V, (draws, 1)), sequence_keys(jnp.arange(draws, dtype=jnp.uint32)), **settings
+    )
     chex.assert_type(tokens_B, jnp.int32)
     observed_V = np.bincount(tokens_B, minlength=V)
     kept_V = expected_V > 0
@@ -90,16 +92,19 @@ def test_settings_of_each_sequence():
     )
     expected = [[0.2, 0.4, 0.1, 0.3], [0, 1, 0, 0], [0, 4 / 7, 0, 3 / 7]]
     np.testing.assert_allclose(probabilities_BV, expected, atol=1e-6)
-    tokens_B = sample(jnp.tile(LOGITS, (2, 1)), sequence_keys(0, 2), jnp.array([0.0, 0.0]))
+    tokens_B = sample(
+        jnp.tile(LOGITS, (2, 1)), sequence_keys(jnp.zeros(2, jnp.uint32)), jnp.array([0.0, 0.0])
+    )
     np.testing.assert_array_equal(tokens_B, [1, 1])
 
 
 def test_keys():
-    keys_B = step_keys(sequence_keys(7, 5), 3)
-    expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 4), 3)
-    assert keys_B[4] == expected
+    seeds_B = np.array([7, 0, 4294967295, 7, 12], np.uint32)
+    keys_B = step_keys(sequence_keys(seeds_B), 3)
+    for b, seed in enumerate(seeds_B):
+        assert keys_B[b] == jax.random.fold_in(jax.random.key(seed), 3)
     # A seed that is traced, as in the decoder, is the same seed.
-    assert jax.jit(sequence_keys, static_argnums=1)(np.uint32(7), 5)[4] == sequence_keys(7, 5)[4]
+    assert jax.jit(sequence_keys)(seeds_B)[4] == sequence_keys(seeds_B)[4]
     # What a sequence draws does not depend on those beside it.
     logits_BV = jax.random.normal(jax.random.key(0), (5, 50))
     together_B = compiled_sample(logits_BV, keys_B, 1.0, top_p=0.9)
@@ -112,5 +117,7 @@ def test_keys():
     [({}, 0), ({"min_p": 0.1}, 0), ({"top_k": 3}, 1), ({"top_k": 3, "top_p": 0.5, "min_p": 0.1}, 1)],
 )
 def test_at_most_one_sort(settings, sorts):
-    jaxpr = jax.make_jaxpr(lambda x, keys: sample(x, keys, 1.0, **settings))(LOGITS, sequence_keys(0, 1))
+    jaxpr = jax.make_jaxpr(lambda x, keys: sample(x, keys, 1.0, **settings))(
+        LOGITS, sequence_keys(jnp.zeros(1, jnp.uint32))
+    )
     assert str(jaxpr).count(" sort[") == sorts

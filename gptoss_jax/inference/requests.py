@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,8 +71,13 @@ def requests(
             optional=True,
         ),
         "seed": _each("seed", seed, count, whole, "from 0 to 4294967295", lambda s: 0 <= s < 1 << 32),
-        "stop_tokens": [tuple(map(int, each)) for each in _sets("stop_tokens", stop_tokens, count, whole)],
-        "stop_strings": [tuple(each) for each in _sets("stop_strings", stop_strings, count, (str,))],
+        "stop_tokens": [
+            tuple(map(int, each)) for each in _sets("stop_tokens", stop_tokens, count, whole, "token ids")
+        ],
+        "stop_strings": [
+            tuple(each)
+            for each in _sets("stop_strings", stop_strings, count, str, "strings that are not empty")
+        ],
     }
     for i, (left, wanted) in enumerate(zip(room, columns["max_new_tokens"], strict=True)):
         limit, length = config.max_position_embeddings, len(tokens[i])
@@ -117,20 +122,16 @@ def _each(
     return list(value) if several else [value] * count
 
 
-def _sets(name: str, value: Any, count: int, kinds: tuple[type, ...]) -> list:
+def _sets(name: str, value: Any, count: int, kind: type | tuple[type, ...], allowed: str) -> list:
     """The stop tokens or strings of each prompt, from a sequence for all of them or one for each."""
     value = [value] if isinstance(value, str) else list(value)
-    several = bool(value) and all(not isinstance(one, (*kinds, str)) for one in value)
+    sequences = [isinstance(one, Iterable) and not isinstance(one, str) for one in value]
+    several = bool(value) and all(sequences)
     if several:
         require(len(value) == count, name, value, f"must be one sequence, or {count}, one for each prompt")
-    sets = [[one] if isinstance(one, str) else list(one) for one in value] if several else [value]
+    sets = [list(one) for one in value] if several else [value]
     for i, each in enumerate(sets):
         for one in each:
             place = f"{name}[{i}]" if several else name
-            if kinds == (str,):
-                require(
-                    isinstance(one, str) and one != "", place, each, "must hold strings that are not empty"
-                )
-            else:
-                require(isinstance(one, kinds), place, each, "must hold token ids")
+            require(isinstance(one, kind) and one != "", place, each, f"must hold {allowed}")
     return sets if several else sets * count

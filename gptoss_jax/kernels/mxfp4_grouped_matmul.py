@@ -1,6 +1,8 @@
-import jax, jax.numpy as jnp
+import jax
+import jax.numpy as jnp
+
 from gptoss_jax.kernels import mxfp4, native
-from gptoss_jax.kernels.grouped_matmul import is_native, grouped_matmul
+from gptoss_jax.kernels.grouped_matmul import grouped_matmul, is_native
 
 
 def mxfp4_grouped_matmul(x_RD, blocks, scales, sizes, bias=None):

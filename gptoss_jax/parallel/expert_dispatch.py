@@ -79,7 +79,7 @@ def apply_experts(
     stored = {name: parameter_spec(_path(name), value.shape, axes) for name, value in parameters.items()}
     used = {name: used_spec(_path(name), value.ndim) for name, value in parameters.items()}
     split = axes["tensor"] > 1
-    # Of packed experts every device has whole input vectors and gives some outputs: nothing is a part of a sum.
+    # Of packed experts a device gives some of the outputs, whole: nothing is a part of a sum.
     summed = split and not _is_packed(parameters)
 
     def on_mesh(x_MD, experts_MX, weights_MX, parameters):
