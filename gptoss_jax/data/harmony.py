@@ -139,10 +139,19 @@ class Harmony:
                 parser.process(token)
         except library.HarmonyError:
             return None
-        part = Part(parser.current_channel, parser.current_recipient, parser.current_content_type)
-        fits = parser.current_role == Role.ASSISTANT and part.channel in (None, *CHANNELS)
-        # A marker twice, or one out of place, is taken for part of a name.
-        return part if fits and "<|" not in (part.recipient or "") else None
+        recipient, content_type = parser.current_recipient, parser.current_content_type
+        written = b"".join(map(self.spelled, tokens)).decode(errors="replace")
+        if recipient and content_type is None and f"to={recipient}" not in written:
+            # The library takes a single word for a recipient, that of `final <|constrain|>json` too.
+            recipient, content_type = None, recipient
+        fits = (
+            parser.current_role == Role.ASSISTANT
+            and parser.current_channel in (None, *CHANNELS)
+            and (recipient is None or f"to={recipient}" in written)
+            # A marker that is out of place is taken for part of a word.
+            and "<|" not in (recipient or "") + (content_type or "").removeprefix("<|constrain|>")
+        )
+        return Part(parser.current_channel, recipient, content_type) if fits else None
 
     def spelled(self, token: int) -> bytes:
         """The bytes of a token; those of a special one are its name."""
