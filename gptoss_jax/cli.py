@@ -90,15 +90,15 @@ def chat(
     """Talk with a chat model in Harmony, gpt-oss's format; a base model continues each line. /help has more.
 
     Args:
-        folder: Folder of a Hugging Face model, or of a run of train.py; hf:OWNER/NAME is one of its hub. A
-            chat model is one whose tokenizer has Harmony's special tokens.
+        folder: Folder of a Hugging Face model, or of a run of train.py; hf:OWNER/NAME is one of its hub.
+            A chat model is one whose tokenizer has Harmony's special tokens.
         reasoning: How much a chat model thinks before it answers.
         instructions: What a chat model shall keep to, such as "Answer in French.".
         analysis: Whether a chat model's thinking is shown, dimmed.
         plain: Take the model for a base model, although its tokenizer has Harmony's special tokens.
         max_new_tokens: Stop an answer after so many tokens. Default: 4096 of a chat model, 200 of a base one.
-        temperature: 0 takes the likeliest token, 1 follows the model's probabilities. Default: 1 for a chat
-            model, 0.8 for a base one.
+        temperature: 0 takes the likeliest token, 1 follows the model's probabilities.
+            Default: 1 for a chat model, 0.8 for a base one.
         top_k: Choose among this many of the likeliest tokens only.
         top_p: Choose among the likeliest tokens whose probabilities add up to this.
         min_p: Choose among tokens at least this many times as likely as the likeliest.

@@ -56,7 +56,7 @@ def test_text_is_never_broken_inside_a_character():
         (
             ["chat", "--help"],
             ["FOLDER", "--reasoning", "{low,medium,high}", "--instructions", "--analysis", "{show,hide}",
-             "--plain", "4096 of a chat model", "--temperature", "--seed"],
+             "--plain", "200 of a base one", "--temperature", "--seed"],
         ),
         (["convert", "--help"], ["SRC", "DST", "--experts", "{None,bfloat16,float32,mxfp4}", "original/"]),
         (["report", "--help"], ["RUN", "report.png"]),
