@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TextIO
 import tyro
 
 from gptoss_jax import startup
+from gptoss_jax.config import require
 
 # Nothing above a command's body may import jax, which takes longer than `--help` should.
 
@@ -45,6 +46,7 @@ def generate(
     """
     import jax
 
+    from gptoss_jax.inference.chat import speed
     from gptoss_jax.inference.generate import TextStream, stream_with_params
     from gptoss_jax.weights.pretrained import load_model
 
@@ -68,12 +70,70 @@ def generate(
         raise
     write(text.close())
     write("\n")
-    rate = "–"
-    if times[-1] > times[0]:
-        # The first chunk has waited for the compiler, which says nothing of the model's speed.
-        rate = f"{sum(counts[1:]) / (times[-1] - times[0]):,.1f}"
-    made = sum(counts)
-    _writer(sys.stderr)(f"{made:,} token{'s' * (made != 1)} · {rate} tokens/s\n", dim=True)
+    _writer(sys.stderr)(speed(counts, times) + "\n", dim=True)
+
+
+@app.command
+def chat(
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    reasoning: Literal["low", "medium", "high"] = "medium",
+    instructions: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
+    analysis: Literal["show", "hide"] = "show",
+    plain: tyro.conf.FlagCreatePairsOff[bool] = False,
+    max_new_tokens: OptionalInt = None,
+    temperature: OptionalFloat = None,
+    top_k: OptionalInt = None,
+    top_p: OptionalFloat = None,
+    min_p: OptionalFloat = None,
+    seed: int = 0,
+) -> None:
+    """Talk with a chat model in Harmony, gpt-oss's format; a base model continues each line. /help has more.
+
+    Args:
+        folder: Folder of a Hugging Face model, or of a run of train.py; hf:OWNER/NAME is one of its hub.
+            A chat model is one whose tokenizer has Harmony's special tokens.
+        reasoning: How much a chat model thinks before it answers.
+        instructions: What a chat model shall keep to, such as "Answer in French.".
+        analysis: Whether a chat model's thinking is shown, dimmed.
+        plain: Take the model for a base model, although its tokenizer has Harmony's special tokens.
+        max_new_tokens: Stop an answer after so many tokens. Default: 4096 of a chat model, 200 of a base one.
+        temperature: 0 takes the likeliest token, 1 follows the model's probabilities.
+            Default: 1 for a chat model, 0.8 for a base one.
+        top_k: Choose among this many of the likeliest tokens only.
+        top_p: Choose among the likeliest tokens whose probabilities add up to this.
+        min_p: Choose among tokens at least this many times as likely as the likeliest.
+        seed: Another seed gives other answers; the same one the same.
+    """
+    import datetime
+
+    import jax
+
+    from gptoss_jax.data.harmony import is_harmony
+    from gptoss_jax.inference.chat import HELP, Completion, HarmonyConversation, run, typed_lines
+    from gptoss_jax.weights.pretrained import load_model
+
+    config, params, tokenizer = load_model(folder)
+    errors = _writer(sys.stderr)
+
+    def note(text: str) -> None:
+        errors(text + "\n", dim=True)
+
+    if is_harmony(tokenizer) and not plain:
+        today = datetime.date.today().isoformat()
+        conversation = HarmonyConversation(tokenizer, reasoning, instructions, today)
+    else:
+        require(instructions is None, "instructions", instructions, "must be left out for plain completion")
+        conversation = Completion(tokenizer)
+        note("plain completion: every line is a text of its own, to continue from")
+    # Bytes that are no text must not end the chat.
+    sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        note(HELP)
+    lines = typed_lines(sys.stdin, "> " if sys.stdout.isatty() else "")
+    run(
+        config, jax.device_put(params), conversation, lines, _writer(sys.stdout), note, max_new_tokens,
+        temperature, top_k, top_p, min_p, seed, show_analysis=analysis == "show",
+    )  # fmt: skip
 
 
 @app.command

@@ -1,7 +1,10 @@
 """Simulated devices, and the tiny models that the tests share: their sizes all differ."""
 
 import functools
+import hashlib
 import os
+import pathlib
+import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the tests' time is compilation, which level 0 halves. What the caller has set stands last and wins.
@@ -16,8 +19,11 @@ import numpy as np
 import pytest
 
 from gptoss_jax.config import ModelConfig, RopeScaling
+from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.model.transformer import abstract_params, with_params
 from gptoss_jax.parallel.sharding import path_names
+
+RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +113,21 @@ def _apply(config: ModelConfig):
 def apply_model():
     """(config, params, tokens, segment ids, positions) -> logits in numpy; compiled once per config."""
     return lambda config, params, *inputs: np.asarray(_apply(config)(params, *inputs))
+
+
+@pytest.fixture(scope="session")
+def harmony(tmp_path_factory):
+    """gpt-oss's tokenizer, by the ranks beside the checkout if they are there, and else as tiktoken finds
+    them.
+    """
+    ranks = pathlib.Path(__file__).parents[2] / "shared/data/tokenizer/encodings/o200k_base.tiktoken"
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.is_file():
+            cache = tmp_path_factory.mktemp("tiktoken")
+            shutil.copy(ranks, cache / hashlib.sha1(RANKS_URL.encode()).hexdigest())
+            patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        try:
+            tokenizer = make_tokenizer("o200k_harmony")
+        except ValueError as error:
+            pytest.skip(f"needs o200k_base.tiktoken: {error}")
+        yield tokenizer

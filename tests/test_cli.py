@@ -47,11 +47,16 @@ def test_text_is_never_broken_inside_a_character():
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--help"], ["usage: gptoss", "convert", "report", "Continue a text", "Draw the curves"]),
+        (["--help"], ["usage: gptoss", "chat", "convert", "report", "Continue a text", "Draw the curves"]),
         (
             ["generate", "--help"],
             ["RUN", "--prompt", "--max-new-tokens", "(default: 200)", "--top-k", "--top-p",
              "--min-p", "--seed", "likeliest"],
+        ),
+        (
+            ["chat", "--help"],
+            ["FOLDER", "--reasoning", "{low,medium,high}", "--instructions", "--analysis", "{show,hide}",
+             "--plain", "200 of a base one", "--temperature", "--seed"],
         ),
         (["convert", "--help"], ["SRC", "DST", "--experts", "{None,bfloat16,float32,mxfp4}", "original/"]),
         (["report", "--help"], ["RUN", "report.png"]),

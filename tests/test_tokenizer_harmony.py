@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 
@@ -16,7 +15,6 @@ from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
 # Of openai/gpt-oss-20b's tokenizer.json.
 PUBLISHED = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
 SPECIAL = "a<|endoftext|>b<|startoftext|><|return|>"
@@ -48,22 +46,6 @@ NASTY = [
     "\x00\x7f\xa0\u2028\ufeff\ufffd",
     " . , !  we'LL it\u017f's 1234567",
 ]
-
-
-@pytest.fixture(scope="session")
-def harmony(tmp_path_factory):
-    """By the ranks beside the checkout if they are there, and else as tiktoken finds them."""
-    ranks = SHARED / "tokenizer" / "encodings" / "o200k_base.tiktoken"
-    with pytest.MonkeyPatch.context() as patch:
-        if ranks.is_file():
-            cache = tmp_path_factory.mktemp("tiktoken")
-            shutil.copy(ranks, cache / hashlib.sha1(URL.encode()).hexdigest())
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-        try:
-            tokenizer = make_tokenizer("o200k_harmony")
-        except ValueError as error:
-            pytest.skip(f"needs o200k_base.tiktoken: {error}")
-        yield tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,343 @@
+"""The loop of `gptoss chat`, with scripted answers; a real base model; and a terminal with Ctrl-C."""
+
+import dataclasses
+import io
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptoss_jax import cli
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.data.tokenizer import make_tokenizer
+from gptoss_jax.inference import chat
+from gptoss_jax.inference.chat import HELP, Completion, HarmonyConversation, talk
+from gptoss_jax.model.transformer import with_params
+from gptoss_jax.weights import pretrained
+from gptoss_jax.weights.export import save_pretrained
+
+START = "<|start|>assistant"
+THOUGHT, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+USER = "<|start|>user<|message|>"
+
+
+class Session:
+    """Runs `talk` on scripted answers; each is a list of chunks: text, bytes, or an exception to raise."""
+
+    def __init__(self, tokenizer, conversation):
+        self.tokenizer, self.conversation = tokenizer, conversation
+        self.prompts, self.asked, self.out, self.notes = [], [], "", []
+
+    def ids(self, chunk):
+        if isinstance(chunk, bytes):
+            table = {self.tokenizer.decode_bytes([token]): token for token in range(256)}
+            return [table[bytes([byte])] for byte in chunk]
+        tokens = []
+        for piece in re.split(r"(<\|\w+\|>)", chunk):
+            special = self.tokenizer.special_tokens.get(piece)
+            tokens += self.tokenizer.encode(piece) if special is None else [special]
+        return tokens
+
+    def spell(self, tokens):
+        names = {token: name.encode() for name, token in self.tokenizer.special_tokens.items()}
+        return b"".join(names.get(one) or self.tokenizer.decode_bytes([one]) for one in tokens).decode()
+
+    def run(self, lines, answers, context=4096, max_new_tokens=1000, **settings):
+        """What is written, with dim text in brackets; notes and prompts are kept apart."""
+        answers = iter(answers)
+
+        def source(prompt, most, seed):
+            self.prompts.append(self.spell(prompt))
+            self.asked.append((most, seed))
+            for chunk in next(answers):
+                if isinstance(chunk, BaseException):
+                    raise chunk
+                yield self.ids(chunk)
+
+        def write(text, dim):
+            self.out += f"[{text}]" if dim else text
+
+        talk(self.conversation, lines, source, write, self.notes.append, context, max_new_tokens, **settings)
+        return self.out.replace("][", "")
+
+    def remarks(self):
+        """The notes without the speed, which is never the same."""
+        return [re.sub(r"^(\d+ tokens?) · (–|[\d,.]+) tokens/s", r"\1", note) for note in self.notes]
+
+
+@pytest.fixture
+def session(harmony):
+    return Session(harmony, HarmonyConversation(harmony, "low", "Be brief.", "2026-01-31"))
+
+
+@pytest.fixture
+def plain():
+    tokenizer = make_tokenizer("bytes")
+    return Session(tokenizer, Completion(tokenizer))
+
+
+def test_a_conversation(session):
+    answers = [
+        [THOUGHT + "2 and", " 2<|end|>", START, FINAL + "4", "."],
+        [FINAL + "5"],
+    ]
+    assert session.run(["2 + 2?", "", "plus 1?"], answers, seed=7) == "[2 and 2]\n\n4.\n5\n"
+    first = session.prompts[0]
+    assert "Current date: 2026-01-31\n\nReasoning: low\n" in first and "# Instructions\n\nBe brief." in first
+    assert first.endswith(f"Be brief.<|end|>{USER}2 + 2?<|end|>{START}")
+    assert session.prompts[1] == (
+        first.removesuffix(START) + f"{START}{FINAL}4.<|end|>{USER}plus 1?<|end|>{START}"
+    )
+    assert session.remarks() == ["15 tokens", "4 tokens"]
+    assert session.asked == [(1000, 7), (1000, 8)]
+
+
+def test_hidden_analysis(session):
+    answers = [
+        [THOUGHT + "a<|end|>", START + "<|channel|>commentary<|message|>b<|end|>" + START + FINAL + "c"]
+    ]
+    assert session.run(["q"], answers, show_analysis=False) == "b\n\nc\n"
+
+
+def test_ctrl_c_keeps_what_was_said(session):
+    stop = KeyboardInterrupt()
+    answers = [
+        [THOUGHT + "t<|end|>" + START + FINAL + "one tw", stop],
+        [THOUGHT + "hm", stop],
+        [stop],
+        # In the middle of a character, and of a header.
+        [FINAL + "a", "é".encode()[:1], stop],
+        [FINAL + "b<|end|>" + START + "<|channel|>fi", stop],
+        [FINAL + "c"],
+    ]
+    shown = session.run(list("abcdef"), answers)
+    assert shown == "[t]\n\none tw\n[hm]\n\na\ufffd\nb\n\n<|start|>assistant<|channel|>fi\nc\n"
+    assert session.remarks()[1:4] == ["4 tokens · stopped", "0 tokens · stopped", "5 tokens · stopped"]
+    said = f"{USER}a<|end|>{START}{FINAL}one tw<|end|>{USER}b<|end|>{START}{THOUGHT}hm<|end|>{USER}c<|end|>"
+    assert session.prompts[3].endswith(said + f"{USER}d<|end|>{START}")
+    assert session.prompts[5].endswith(
+        f"{USER}d<|end|>{START}{FINAL}a<|end|>{USER}e<|end|>{START}{FINAL}b<|end|>{USER}f<|end|>{START}"
+    )
+
+
+def test_a_call_is_shown(session):
+    header = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+    answers = [[THOUGHT + "t<|end|>", START + header + '{"city": "Oslo"}'], [FINAL + "x"]]
+    shown = session.run(["q", "r"], answers, show_analysis=False)
+    assert shown == '[to functions.weather: ]{"city": "Oslo"}\nx\n'
+    assert session.remarks()[0].endswith("tokens · a call of functions.weather, but no tools are connected")
+    assert '<|constrain|>json<|message|>{"city": "Oslo"}<|call|><|start|>user' in session.prompts[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        (["Hello there"], "Hello there\n"),
+        ([THOUGHT + "a<|end|>", START + "<|channel|>fin"], "[a]\n\n<|start|>assistant<|channel|>fin\n"),
+        (["<|end|><|end|>", "\ufffd<|message|>x"], "<|end|><|end|>\ufffd<|message|>x\n"),
+        ([FINAL + "a\n"], "a\n"),
+        ([THOUGHT + "a\n\n<|end|>" + START + FINAL + "b"], "[a\n\n]b\n"),
+        ([], "\n"),
+    ],
+)
+def test_other_answers(session, answer, shown):
+    assert session.run(["q", "r"], [answer, [FINAL + "ok"]]) == shown + "ok\n"
+
+
+def test_an_answer_that_is_cut_off(session):
+    answers = [[FINAL + "a b"], [FINAL + "c"]]
+    assert session.run(["q", "r"], answers, max_new_tokens=5) == "a b\nc\n"
+    assert session.remarks() == ["5 tokens · stopped at --max-new-tokens 5", "4 tokens"]
+    assert f"{FINAL}a b<|end|>{USER}r" in session.prompts[1]
+
+
+def test_a_conversation_that_grows_too_long(session):
+    length = len(session.conversation.prompt("q"))
+    answers = [[FINAL + "a b"], [FINAL + "c"]]
+    lines = ["q", "r", "/new", "q"]
+    assert session.run(lines, answers, context=length + 5) == "a b\nc\n"
+    limit = length + 5
+    assert session.remarks() == [
+        f"5 tokens · stopped: the model reads at most {limit} tokens; /new starts over",
+        f"not sent: the conversation has {length + 13} tokens with this line, and the model reads at most"
+        f" {limit}; /new starts over",
+        "a new conversation",
+        "4 tokens",
+    ]
+    assert session.asked == [(5, 0), (5, 1)]
+    assert session.prompts[0] == session.prompts[1]
+
+
+def test_commands(plain):
+    lines = ["/help", " /new ", "/etc/hosts is", "/exit", "never"]
+    assert plain.run(lines, [["x"]]) == "x\n"
+    assert plain.notes[:2] == [HELP, "a new conversation"] and len(plain.notes) == 3
+    assert plain.prompts == ["<|endoftext|>/etc/hosts is"]
+
+
+def test_plain_completion_remembers_nothing(plain):
+    assert plain.run(["é ", "b"], [[b"\xc3", b"\xa9\xe2"], ["y"]]) == "é\ufffd\ny\n"
+    assert plain.prompts == ["<|endoftext|>é ", "<|endoftext|>b"]
+    assert plain.conversation.stop_tokens == (256,)
+
+
+class Stdin(io.TextIOWrapper):
+    def __init__(self, data):
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(monkeypatch):
+    """(tokenizer, config, chunks of each answer) -> a folder that is loaded from nowhere; what is asked."""
+    asked = []
+
+    def load(tokenizer, config, answers):
+        monkeypatch.setattr(pretrained, "load_model", lambda folder: (config, {}, tokenizer))
+
+        def stream(config, params, prompts, *args, **kwargs):
+            asked.append((prompts, args, kwargs))
+            # The first call only checks the settings.
+            return iter([[list(chunk)] for chunk in answers[len(asked) - 2]])
+
+        monkeypatch.setattr(chat, "stream_with_params", stream)
+        return asked
+
+    return load
+
+
+def test_the_command_with_a_chat_model(folder, harmony, session, monkeypatch, capsys):
+    chunks = [session.ids(FINAL + "hé")]
+    asked = folder(harmony, ModelConfig(vocab_size=201088), [chunks])
+    monkeypatch.setattr(sys, "stdin", Stdin(b"a\xff\n"))
+    line = ["chat", "x", "--reasoning", "high", "--instructions", "Be kind.", "--top-p", "0.9", "--seed", "3"]
+    assert cli.main(line) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "hé\n"
+    assert re.fullmatch(r"\d tokens · – tokens/s\n", captured.err)
+    prompts, args, kwargs = asked[1]
+    assert args == (4096, 1.0, None, 0.9, None)
+    assert kwargs == {"stop_tokens": (200002, 200012, 199999), "seed": 3}
+    text = session.spell(prompts[0])
+    assert "Reasoning: high" in text and "Be kind." in text and "a\ufffd<|end|>" in text
+    assert re.search(r"Current date: \d{4}-\d\d-\d\d\n", text)
+
+
+@pytest.mark.parametrize("flags", [[], ["--plain"]])
+def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, flags):
+    tokenizer = request.getfixturevalue("harmony") if flags else make_tokenizer("bytes")
+    config = ModelConfig(vocab_size=tokenizer.vocab_size + 3)
+    asked = folder(tokenizer, config, [[tokenizer.encode("b"), [tokenizer.vocab_size]], []])
+    monkeypatch.setattr(sys, "stdin", Stdin(b"a\n\nc"))
+    assert cli.main(["chat", "x", *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "b\n\n"
+    assert captured.err.startswith(
+        "plain completion: every line is a text of its own, to continue from\n2 tok"
+    )
+    assert [prompts for prompts, _, _ in asked[1:]] == [
+        [[tokenizer.bos_id, *tokenizer.encode(text)]] for text in "ac"
+    ]
+    assert asked[1][1:] == ((200, 0.8, None, None, None), {"stop_tokens": (tokenizer.eos_id,), "seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--instructions", "x"], "instructions is 'x': must be left out for plain completion"),
+        (["--temperature", "-1"], "temperature is -1.0: must be 0 (greedy) or more"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0: must be 1 or more"),
+        (["--seed", "-1"], "seed is -1: must be from 0 to 4294967295"),
+    ],
+)
+def test_bad_settings_are_said_before_the_first_line(monkeypatch, capsys, flags, message):
+    loaded = (ModelConfig(vocab_size=260), {}, make_tokenizer("bytes"))
+    monkeypatch.setattr(pretrained, "load_model", lambda folder: loaded)
+    monkeypatch.setattr(sys, "stdin", Stdin(b""))
+    assert cli.main(["chat", "x", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == f"gptoss: error: {message}"
+
+
+def test_a_real_base_model(tiny_config, random_params, tmp_path):
+    config = dataclasses.replace(tiny_config, vocab_size=259)
+    save_pretrained(with_params(config, random_params(config)), tmp_path / "model")
+    make_tokenizer("bytes").save(tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-m", "gptoss_jax", "chat", str(tmp_path / "model"), "--max-new-tokens", "9",
+         "--top-k", "3"],
+        input="The cat\n/help\n" + 200 * "x" + "\nThe dog\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    notes = done.stderr.splitlines()
+    assert notes[0].startswith("plain completion") and notes[2] == HELP
+    assert notes[3].startswith("not sent: the conversation has 201 tokens with this line")
+    for note in (notes[1], notes[4]):
+        assert re.fullmatch(r"9 tokens · [\d.,]+ tokens/s · stopped at --max-new-tokens 9", note)
+    assert len(done.stdout) >= 4 and done.stdout.endswith("\n")
+
+
+AT_A_TERMINAL = """
+import fcntl, itertools, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from gptoss_jax import cli
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.data.tokenizer import make_tokenizer
+from gptoss_jax.inference import chat
+from gptoss_jax.weights import pretrained
+
+def stream(config, params, prompts, *args, **kwargs):
+    for number in itertools.count():
+        time.sleep(0.01)
+        yield [b"%d " % number]
+
+chat.stream_with_params = stream
+pretrained.load_model = lambda folder: (ModelConfig(vocab_size=260), {}, make_tokenizer("bytes"))
+sys.exit(cli.main(["chat", "x", "--max-new-tokens", "10000"]))
+"""
+
+
+def test_ctrl_c_at_a_terminal():
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_A_TERMINAL], stdin=inside, stdout=inside, stderr=inside,
+        start_new_session=True, env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(inside)
+    seen = b""
+
+    def wait_for(*expected):
+        nonlocal seen
+        for word in expected:
+            while word not in seen:
+                assert select.select([terminal], [], [], 60)[0], seen
+                seen += os.read(terminal, 4096)
+            seen = seen[seen.index(word) + len(word) :]
+
+    def type(text):
+        # readline misses a signal that comes while it reads a key.
+        time.sleep(0.2)
+        os.write(terminal, text)
+
+    try:
+        wait_for(b"> ")
+        for line in (b"count\n", b"again\n"):
+            type(line)
+            wait_for(b"0 1 2 3 4 ")
+            type(b"\x03")
+            wait_for(b"tokens/s", b"stopped", b"> ")
+        type(b"half a line")
+        wait_for(b"half a line")
+        type(b"\x03")
+        wait_for(b"> ")
+        type(b"\x03")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)

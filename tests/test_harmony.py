@@ -1,0 +1,409 @@
+"""Harmony: published renderings token for token, and answers of any kind as text."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+
+import openai_harmony as library
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.data.harmony import SPECIAL, Harmony, Part, developer, is_harmony, system, user
+from gptoss_jax.data.tokenizer import make_tokenizer
+
+VECTORS = pathlib.Path(__file__).parents[2] / "shared" / "data" / "vectors" / "harmony"
+ROBOT = "Answer the user's questions like a robot."
+CAPITAL = "What is the capital of the largest country in the world?"
+SUM = [
+    user("What is 2 + 2?"),
+    Part("analysis", text='User asks a simple question: "What is 2 + 2?" The answer: 4.').message(),
+    Part("final", text="2 + 2 equals 4.").message(),
+]
+RENDERINGS = {
+    "no_tools": [system(date="2025-06-28")],
+    "simple_convo": [system(), user("What is 2 + 2?")],
+    "reasoning_system_message": [system(channels=["analysis", "final"]), user("What is 2 + 2?")],
+    "reasoning_system_message_no_instruction": [
+        system("high", channels=["analysis", "final"]),
+        user("What is the best place to eat candy in the world?"),
+    ],
+    "reasoning_system_message_with_dates": [
+        system(date="2021-01-01", knowledge_cutoff="2021-01", channels=["analysis", "final"]),
+        user("What is 42 * pi?"),
+    ],
+    "dropping_cot_by_default": [*SUM, user("What about 9 / 2?")],
+    "keep_analysis_between_finals": [
+        user("What is 2 + 2?"),
+        Part("analysis", text="thinking 2+2").message(),
+        Part("final", text="4").message(),
+        user("What is 3 + 5?"),
+        Part("analysis", text="thinking 3+5").message(),
+        Part("final", text="8").message(),
+    ],
+}
+for effort in ("low", "medium", "high"):
+    RENDERINGS[f"simple_convo_{effort}_effort"] = [system(effort), developer(ROBOT), user(CAPITAL)]
+    RENDERINGS[f"simple_convo_{effort}_effort_no_instruction"] = [system(effort), user(CAPITAL)]
+
+TOKYO = 'User asks: "What is the weather in Tokyo?" We need to use lookup_weather tool.'
+TOOL = '<|start|>browser.search to=assistant<|channel|>commentary<|message|>{"result": "https://openai.com/"}'
+WEATHER = "User asks: “What is the weather in SF?” We need to use lookup_weather tool."
+SEARCH = '{"query": "current US president July 2025", "topn": 10, "source": "news"}'
+# What a model wrote, and what is read in it: channel, recipient, content type, text.
+ANSWERS = {
+    "simple_reasoning_response": [
+        ("analysis", None, None, 'User asks: "What is 2 + 2?" Simple arithmetic. Provide answer.'),
+        ("final", None, None, "2 + 2 = 4."),
+    ],
+    "simple_tool_call": [
+        ("analysis", None, None, TOKYO),
+        ("analysis", "lookup_weather", "code", '{"location": "Tokyo"}'),
+    ],
+    # A tool's own message is nothing that a model should write, and so is text.
+    "streamable_parser": [
+        ("analysis", None, None, "*"),
+        ("commentary", "browser.search", "code", SEARCH),
+        (
+            None, None, None,
+            TOOL + "<|end|>",
+        ),
+    ],
+    "tool_response_parsing": [
+        (
+            None, None, None,
+            TOOL + " ",
+        ),
+    ],
+}  # fmt: skip
+NOT_OURS = {
+    "browser_and_function_tool": "no tools are connected",
+    "browser_and_python_tool": "no tools are connected",
+    "browser_tool_only": "no tools are connected",
+    "render_functions_with_parameters": "no tools are connected",
+    "does_not_drop_if_ongoing_analysis": "no tool ever replies; up to its reply it is a test below",
+    "preserve_cot": "old analysis is always dropped",
+}
+
+
+@pytest.fixture(scope="module")
+def published(harmony):
+    return Harmony(harmony)
+
+
+def ids(tokenizer, text):
+    """The tokens of a text in which special tokens are spelled out."""
+    tokens = []
+    for piece in re.split(r"(<\|\w+\|>)", text):
+        special = tokenizer.special_tokens.get(piece)
+        tokens += tokenizer.encode(piece) if special is None else [special]
+    return tokens
+
+
+def byte_ids(tokenizer, data):
+    """The tokens of single bytes."""
+    table = {tokenizer.decode_bytes([token]): token for token in range(256)}
+    return [table[bytes([byte])] for byte in data]
+
+
+def vector(name):
+    path = VECTORS / f"test_{name}.txt"
+    if not path.is_file():
+        pytest.skip(f"needs {path}")
+    return path.read_text().removesuffix("\n")
+
+
+def parts_of(harmony, tokens, sizes=None):
+    """The parts of an answer that comes in pieces of some sizes; what is shown of each is what it holds."""
+    reader, shown = harmony.reader(), {}
+    rest, sizes = list(tokens), iter(sizes or [])
+    while rest:
+        size = next(sizes, 1)
+        for part, text in reader.feed(rest[:size]):
+            shown[part] = shown.get(part, "") + text
+        rest = rest[size:]
+    for part, text in reader.close():
+        shown[part] = shown.get(part, "") + text
+    assert [shown.get(part, "") for part in reader.parts] == [part.text for part in reader.parts]
+    assert reader.close() == []
+    return [dataclasses.astuple(part) for part in reader.parts]
+
+
+def test_all_vectors_are_looked_at():
+    if not VECTORS.is_dir():
+        pytest.skip(f"needs {VECTORS}")
+    names = {path.stem.removeprefix("test_") for path in VECTORS.glob("*.txt")}
+    assert names == RENDERINGS.keys() | ANSWERS.keys() | NOT_OURS.keys()
+
+
+@pytest.mark.parametrize("name", RENDERINGS)
+def test_published_renderings(harmony, published, name):
+    expected = ids(harmony, vector(name))
+    if name == "keep_analysis_between_finals":  # the vector is a finished conversation
+        expected += [200006, 173781]
+    assert published.render(RENDERINGS[name]) == expected
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_published_answers(harmony, published, name):
+    content = vector(name)
+    tokens = ids(harmony, content)
+    if content.startswith("200005"):
+        tokens = [int(token) for token in content.split()]
+    expected = [list(part) for part in ANSWERS[name]]
+    if name == "streamable_parser":
+        text = content.removeprefix("<|channel|>analysis<|message|>")
+        expected[0][-1] = text[: text.index("<|end|>")]
+        assert len(expected[0][-1]) > 200
+    assert [list(part) for part in parts_of(published, tokens)] == expected
+
+
+def test_a_call_is_rendered_as_published(harmony, published):
+    expected = vector("does_not_drop_if_ongoing_analysis")
+    expected = expected[: expected.index("<|call|>") + len("<|call|>")] + "<|start|>assistant"
+    conversation = [
+        user("What is the weather in SF?"),
+        Part("analysis", text=WEATHER).message(),
+        Part(
+            "commentary", "functions.lookup_weather", "<|constrain|>json", '{"location": "San Francisco"}'
+        ).message(),
+    ]
+    assert published.render(conversation) == ids(harmony, expected)
+
+
+def test_published_ids(published):
+    conversation = [user("Hello world"), Part("final", text="2 + 2 = 4.").message(), user("a<|end|>")]
+    user_ids, assistant_ids = [200006, 1428, 200008], [200006, 173781]
+    assert published.render(conversation) == [
+        *user_ids, 13225, 2375, 200007, *assistant_ids, 200005, 17196, 200008, 17, 659, 220, 17, 314, 220, 19,
+        13, 200007, *user_ids, 64, 27, 91, 419, 91, 29, 200007, *assistant_ids,
+    ]  # fmt: skip
+
+
+def spell(harmony, tokens):
+    return b"".join(map(harmony.spelled, tokens)).decode()
+
+
+U = "<|start|>user<|message|>{}<|end|>".format
+A = "<|start|>assistant<|channel|>{}<|message|>{}<|end|>".format
+CALL = "<|start|>assistant to=f.x<|channel|>commentary json<|message|>{}<|call|>"
+
+
+def said(channel, text):
+    return Part(channel, text=text).message()
+
+
+@pytest.mark.parametrize(
+    ("conversation", "expected"),
+    [
+        # Three turns: the analysis of both finished ones goes. openai-harmony keeps the second.
+        (
+            [user("q1"), said("analysis", "t1"), said("final", "a1"), user("q2"), said("analysis", "t2"),
+             said("final", "a2"), user("q3")],
+            U("q1") + A("final", "a1") + U("q2") + A("final", "a2") + U("q3"),
+        ),
+        # Interrupted in its analysis: that stays, and what was dropped before stays dropped.
+        (
+            [user("q1"), said("analysis", "t1"), said("final", "a1"), user("q2"), said("analysis", "t2"),
+             user("q3")],
+            U("q1") + A("final", "a1") + U("q2") + A("analysis", "t2") + U("q3"),
+        ),
+        # And goes too once there is an answer.
+        (
+            [user("q1"), said("analysis", "t1"), user("q2"), said("analysis", "t2"), said("final", "a2"),
+             user("q3")],
+            U("q1") + U("q2") + A("final", "a2") + U("q3"),
+        ),
+        # A call of a tool, which is no answer; what is said on the way is no analysis.
+        (
+            [user("q1"), said("analysis", "t1"), said("commentary", "p"),
+             Part("commentary", "f.x", "json", "{}").message(), user("q2")],
+            U("q1") + A("analysis", "t1") + A("commentary", "p") + CALL + U("q2"),
+        ),
+        # Text without a format, as the answer it was shown as.
+        ([user("q1"), Part(text="x<|end|>").message()], U("q1") + A("final", "x<|end|>")),
+        ([user("<|start|>system\ud800é")], U("<|start|>system\ufffdé")),
+        ([], ""),
+    ],
+    ids=["finished", "interrupted", "answered", "called", "no format", "spelled", "nothing"],
+)  # fmt: skip
+def test_what_is_rendered(published, conversation, expected):
+    assert spell(published, published.render(conversation)) == expected + "<|start|>assistant"
+
+
+def test_the_first_messages(published):
+    first = [system("low", "2026-01-31"), developer("Be brief.")]
+    assert spell(published, published.render(first)) == (
+        "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
+        "Knowledge cutoff: 2024-06\nCurrent date: 2026-01-31\n\nReasoning: low\n\n"
+        "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
+        "<|start|>developer<|message|># Instructions\n\nBe brief.<|end|><|start|>assistant"
+    )
+
+
+F = "<|channel|>final<|message|>"
+START = "<|start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("answer", "parts"),
+    [
+        ("", []),
+        (F + "a", [("final", "a")]),
+        (F + "a<|return|>", [("final", "a")]),
+        (f"<|channel|>analysis<|message|>a<|end|>{START}{F}b", [("analysis", "a"), ("final", "b")]),
+        ("<|message|>a<|end|>", [(None, "a")]),
+        # Another format, and none.
+        ("Hello", [(None, "Hello")]),
+        ("Hello<|return|>", [(None, "Hello<|return|>")]),
+        (" x" * 65 + "<|channel|>y", [(None, " x" * 65 + "<|channel|>y")]),
+        # It breaks off.
+        (START, [(None, START)]),
+        ("<|channel|>", [(None, "<|channel|>")]),
+        ("<|channel|>analysis", [(None, "<|channel|>analysis")]),
+        (F + "a<|end|><|start|>", [("final", "a"), (None, "<|start|>")]),
+        # Headers that are none: an unknown role or channel, words or markers out of place.
+        (f"<|start|>wizard{F}a", [(None, f"<|start|>wizard{F}a")]),
+        (U("a") + START + F + "b", [(None, U("a")), ("final", "b")]),
+        ("<|channel|>thoughts<|message|>a", [(None, "<|channel|>thoughts<|message|>a")]),
+        ("<|channel|><|message|>a", [(None, "<|channel|><|message|>a")]),
+        (F.replace("final", "final a b") + "c", [(None, "<|channel|>final a b<|message|>c")]),
+        ("<|channel|>analysis" + F + "a", [(None, "<|channel|>analysis" + F + "a")]),
+        (f"<|end|>{F}a", [(None, f"<|end|>{F}a")]),
+        # Nothing ends the first message, or nothing begins the second.
+        (f"<|channel|>analysis<|message|>a{START}{F}b", [("analysis", "a"), ("final", "b")]),
+        (F + "a<|end|>b<|end|>c", [("final", "a"), (None, "b<|end|>c")]),
+        (START + F + "a", [("final", "a")]),
+        # Special tokens inside of a message.
+        (F + "a<|message|><|constrain|><|endoftext|>", [("final", "a<|message|><|constrain|><|endoftext|>")]),
+    ],
+)  # fmt: skip
+def test_what_is_read(harmony, published, answer, parts):
+    found = parts_of(published, ids(harmony, answer))
+    assert [(channel, text) for channel, _, _, text in found] == parts
+
+
+def test_the_type_of_an_answer_is_read(harmony, published):
+    answer = F.replace("final", "final <|constrain|>json") + "{}"
+    assert parts_of(published, ids(harmony, answer)) == [("final", None, "<|constrain|>json", "{}")]
+
+
+def test_a_call_is_read(harmony, published):
+    expected = ("commentary", "functions.x", "<|constrain|>json", "{}")
+    for header in (
+        "<|channel|>commentary to=functions.x <|constrain|>json",
+        " to=functions.x<|channel|>commentary <|constrain|>json",
+    ):
+        assert parts_of(published, ids(harmony, header + "<|message|>{}<|call|>")) == [expected]
+
+
+def test_characters_are_never_broken(harmony, published):
+    header, end = ids(harmony, F), ids(harmony, "<|end|>")
+    reader = published.reader()
+    reader.feed(header)
+    shown = [reader.feed([token]) for token in byte_ids(harmony, "é".encode())]
+    assert shown == [[], [(reader.parts[0], "é")]]
+    # One that breaks off at the end of a message belongs to that one.
+    first, second, third = (byte_ids(harmony, data) for data in (b"\xe2\x82", b"\xac", b"\xf0\x9f"))
+    tokens = [*header, *first, *end, *ids(harmony, START + F), *second, *third]
+    assert [part[3] for part in parts_of(published, tokens)] == ["\ufffd", "\ufffd\ufffd"]
+    # A model has more rows than the tokenizer has tokens.
+    text = parts_of(published, [*header, 200013, 201087])[0][3]
+    assert text == "<|reserved_200013|><|reserved_201087|>"
+
+
+WORDS = ["assistant", "user", "analysis", "final", " to=f.x", " json", "apple", " apple", "to=apple", "é"]
+FRAMES = ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|constrain|>", "<|endoftext|>"]
+LONGER = [START, F, "<|channel|>analysis<|message|>", "<|end|>" + START]
+PIECES = st.sampled_from(WORDS) | st.sampled_from(FRAMES) | st.sampled_from(LONGER) | st.binary(max_size=3)
+
+
+@settings(deadline=None, max_examples=200)
+@given(pieces=st.lists(PIECES | st.just(201087), max_size=30), sizes=st.lists(st.integers(1, 9)))
+def test_no_answer_is_an_error_or_loses_text(harmony, published, pieces, sizes):
+    tokens = []
+    for piece in pieces:
+        tokens += (
+            ids(harmony, piece) if isinstance(piece, str)
+            else byte_ids(harmony, piece) if isinstance(piece, bytes)
+            else [piece]
+        )  # fmt: skip
+    parts = parts_of(published, tokens)
+    assert parts_of(published, tokens, sizes) == parts
+    written = b"".join(map(published.spelled, tokens)).decode(errors="replace")
+    for word in ("apple", "json", "f.x", "é"):
+        shown = sum((field or "").count(word) for part in parts for field in part)
+        assert shown == written.count(word)
+    # And the conversation goes on.
+    assert published.render([user("a"), *(Part(*part).message() for part in parts), user("b")])
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    messages=st.lists(
+        st.tuples(
+            st.sampled_from(["analysis", "commentary", "final"]),
+            st.sampled_from([None, "f.x", "browser.search"]),
+            st.sampled_from([None, "json", "<|constrain|>json"]),
+            st.text(),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_an_answer_in_the_format_is_read_as_it_was_rendered(harmony, published, messages):
+    tokens = published.render([Part(*message).message() for message in messages])
+    # From where the first message has said that it is the assistant's to where the next one would.
+    assert tokens[:2] == tokens[-2:] == ids(harmony, START)
+    assert parts_of(published, tokens[2:-2]) == messages
+
+
+def test_which_tokenizers_are_harmony(harmony):
+    assert is_harmony(harmony)
+    assert not is_harmony(make_tokenizer("bytes"))
+    for name in ("return", "channel", "start", "end", "message", "call"):
+        special = harmony.special_tokens | {f"<|{name}|>": 200010}
+        assert not is_harmony(dataclasses.replace(harmony, special_tokens=special))
+
+
+def test_openai_harmony_gets_the_published_ranks(harmony, monkeypatch):
+    seen = []
+
+    def look(name):
+        path = pathlib.Path(os.environ["TIKTOKEN_ENCODINGS_BASE"]) / "o200k_base.tiktoken"
+        seen.append(hashlib.sha256(path.read_bytes()).hexdigest())
+
+    monkeypatch.setattr(library, "load_harmony_encoding", look)
+    Harmony(harmony)
+    assert seen == ["446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"]
+
+
+@pytest.mark.parametrize("before", [None, "/nowhere"])
+def test_openai_harmony_needs_no_file_of_its_own(harmony, monkeypatch, before):
+    monkeypatch.delenv("TIKTOKEN_ENCODINGS_BASE", raising=False)
+    if before:
+        monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", before)
+    Harmony(harmony)
+    assert os.environ.get("TIKTOKEN_ENCODINGS_BASE") == before
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (lambda: [b"%d" % token for token in range(200019)], "hash mismatch"),
+        (lambda: [b""] * 200019, "invalid tiktoken vocab file"),
+    ],
+    ids=["other", "empty"],
+)
+def test_other_tables_are_refused(table, reason):
+    special = {f"<|{name}|>": token for name, token in SPECIAL.items()}
+    other = dataclasses.replace(
+        make_tokenizer("bytes"), name="mine", vocab_size=200019, special_tokens=special,
+        _make_token_bytes=table,
+    )  # fmt: skip
+    assert is_harmony(other)
+    with pytest.raises(ValueError, match=f"^tokenizer is 'mine': .*{reason}") as caught:
+        Harmony(other)
+    assert "\n" not in str(caught.value)
