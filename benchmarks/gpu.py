@@ -1,4 +1,4 @@
-"""What matters on one GPU, in about ten minutes: python benchmarks/gpu.py [--only NAME ...] [--smoke].
+"""What matters on one GPU, in under twelve minutes: python benchmarks/gpu.py [--only NAME ...] [--smoke].
 
 Prints tables with the median (least–most) of at least five repetitions, next to the physical limit that the
 same run measures, and writes all of it to results/gpu-DEVICE.json (with --only: gpu-DEVICE-NAMES.json).
