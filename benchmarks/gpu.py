@@ -1,4 +1,4 @@
-"""What matters on one GPU, in under ten minutes: python benchmarks/gpu.py [--only NAME ...] [--smoke].
+"""What matters on one GPU, in under twelve minutes: python benchmarks/gpu.py [--only NAME ...] [--smoke].
 
 Prints tables with the median (least–most) of at least five repetitions, next to the physical limit that the
 same run measures, and writes all of it to results/gpu-DEVICE.json (with --only: gpu-DEVICE-NAMES.json).
@@ -17,8 +17,9 @@ import time
 
 import jax
 from common import hardware, print_table, show, versions, write_json
+from gpu_generation import generation, released
 from gpu_kernels import attention, grouped
-from gpu_model import generation, training
+from gpu_model import training
 from gpu_run import REPETITIONS, Run
 
 
@@ -39,6 +40,7 @@ SECTIONS = {
     "grouped": (grouped, 110),
     "training": (training, 180),
     "generation": (generation, 90),
+    "released": (released, 150),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sections of gpu.py: the whole model, trained and generating."""
+"""Sections of gpu.py: the whole model, trained."""
 
 import dataclasses
 import itertools
@@ -9,12 +9,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import alternate, percent, print_table, show, spread
-from gpu_run import REPETITIONS, Run
+from common import percent, print_table, show, spread
+from gpu_run import Run
 
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from gptoss_jax.inference.generate import generate_with_params
-from gptoss_jax.model.transformer import init_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding
 from gptoss_jax.training.flops import flops_per_token, mfu, parameter_counts
@@ -70,9 +68,6 @@ def text(count: int) -> np.ndarray:
         length += len(pieces[-1])
         if length >= count:
             return np.concatenate(pieces)[:count].astype(np.int32)
-
-
-# Training
 
 
 def training(run: Run) -> dict:
@@ -209,80 +204,3 @@ def _steps(config: TrainConfig, mesh, step) -> dict:
         "loss": [losses[0], losses[-1]],
         "load": {"mean": float(fullest.mean()), "max": float(fullest.max())},
     }
-
-
-# Generation
-
-
-def decode_bytes(config: ModelConfig, batch: int, context: int) -> float:
-    """Bytes that one step of decoding cannot but read: bfloat16 weights, and the keys and values that are
-    visible.
-
-    All sequences share the weights outside of the experts. Of the experts as many are read as `batch` tokens
-    choose on average where each expert is as likely as any other.
-    """
-    E, X = config.num_local_experts, config.num_experts_per_tok
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    expert = L * (3 * D * F + config.expert_bias * (2 * F + D))
-    chosen = E * (1 - (1 - X / E) ** batch)
-    weights = parameter_counts(config)[1] + (chosen - X) * expert
-    near = min(context, config.sliding_window + config.sink_tokens)
-    slots = sum(near if "sliding" in kind else context for kind in config.types_of_layers)
-    return 2 * (weights + batch * slots * 2 * config.num_key_value_heads * config.head_dim)
-
-
-def generation(run: Run) -> dict:
-    """Greedy answers to prompts of text from random bfloat16 weights. Prefill: a prompt and one token.
-    Decoding: what more tokens take longer; its limit reads `decode_bytes` at the measured bandwidth."""
-    config = TINY if run.smoke else MODELS["3B"]
-    prompt, new = (17, 8) if run.smoke else (1025, 129)
-
-    @jax.jit
-    def weights():
-        params = init_params(config, jax.random.key(0))
-        return jax.tree.map(lambda leaf: leaf.astype(config.compute_dtype), params)
-
-    params = jax.block_until_ready(weights())
-    context = prompt + new // 2
-    head = 2 * config.hidden_size * config.vocab_size
-    prefill_flops = flops_per_token(config, prompt, training=False) - head
-    record = {"config": config.to_dict(), "prompt": prompt, "new_tokens": new, "rows": []}
-    for batch in (1, 2) if run.smoke else (1, 8, 32):
-        if run.left <= 0:
-            run.skip(f"generation, batch {batch}", "no time left")
-            continue
-        prompts = text(batch * prompt).reshape(batch, prompt)
-        calls = {
-            name: lambda prompts=prompts, count=count: generate_with_params(config, params, prompts, count)
-            for name, count in (("short", 1), ("long", new))
-        }
-        seconds = run.attempt(f"generation, batch {batch}", alternate, calls, REPETITIONS)
-        if seconds is None:
-            continue
-        longer = [long - short for short, long in zip(seconds["short"], seconds["long"], strict=True)]
-        prefill = spread([batch * prompt / s for s in seconds["short"]])
-        row = {"batch": batch, "prefill": prefill}
-        row["prefill_of_matmul_peak"] = prefill["median"] * prefill_flops / run.peak
-        row["decode_limit"] = batch / (decode_bytes(config, batch, context) / run.bandwidth)
-        # On a machine where nothing takes long the difference may be noise.
-        if min(longer) > 0:
-            row["decode"] = spread([batch * (new - 1) / s for s in longer])
-            row["decode_of_limit"] = row["decode"]["median"] / row["decode_limit"]
-        record["rows"].append(row)
-    total, active = (count / 1e9 for count in parameter_counts(config))
-    print_table(
-        f"Generation: {total:.2f}B parameters ({active:.2f}B active), prompts of {prompt}, tokens/s",
-        ("batch", "prefill", "of matmul peak", "decode", "limit by bandwidth", "of the limit"),
-        [
-            (
-                row["batch"],
-                show(row["prefill"], 0),
-                percent(row["prefill_of_matmul_peak"]),
-                show(row["decode"], 1) if "decode" in row else None,
-                f"{row['decode_limit']:,.0f}",
-                percent(row.get("decode_of_limit")),
-            )
-            for row in record["rows"]
-        ],
-    )
-    return record

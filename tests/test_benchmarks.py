@@ -1,5 +1,7 @@
-"""The benchmarks: the GPU script runs through with toy sizes, and one failure does not stop the rest."""
+"""The benchmarks: those of the GPU and of decoding run through with toy sizes, and one failure does not stop
+the rest; what decoding is held against is counted right."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -7,7 +9,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.transformer import with_params
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -18,7 +25,7 @@ def script():
 
     def run(*arguments):
         # One device, as on the machines that the script is for.
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
         environment |= {"PYTHONPATH": str(FOLDER.parent), "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)
@@ -28,11 +35,12 @@ def script():
 
 def test_gpu_smoke(script, tmp_path):
     out, before = tmp_path / "gpu.json", set((FOLDER / "results").iterdir())
-    done = script("gpu.py", "--smoke", "--only", "peaks", "grouped", "--out", out)
+    sections = ["peaks", "grouped", "generation", "released"]
+    done = script("gpu.py", "--smoke", "--only", *sections, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tokamax: needs a GPU" in done.stdout
     record = json.loads(out.read_text())
-    assert record["failures"] == [] and record["settings"]["sections"] == ["peaks", "grouped"]
+    assert record["failures"] == [] and record["settings"]["sections"] == sections
     assert record["hardware"]["platform"] == "cpu" and record["versions"]["jax"]
     assert record["peaks"]["matmul_flops"]["median"] > 0 and record["peaks"]["bandwidth"]["min"] > 0
     assert {row["form"] for row in record["grouped"]["rows"]} == {
@@ -42,6 +50,8 @@ def test_gpu_smoke(script, tmp_path):
     }
     for row in record["grouped"]["rows"]:
         assert 0 < row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
+    rows = [(row["model"], row["batch"]) for row in record["generation"]["rows"] + record["released"]["rows"]]
+    assert rows == [(name, batch) for name in ("tiny", "tiny, packed", "tiny") for batch in (1, 2)]
     assert set((FOLDER / "results").iterdir()) == before
 
 
@@ -72,14 +82,105 @@ def test_without_a_gpu_it_says_so(script):
     assert "needs a GPU and there is 'cpu'" in done.stderr
 
 
-NAMES = ["compile_time", "context", "experts", "kernels", "remat", "train_vs_transformers"]
+@pytest.fixture
+def module(monkeypatch):
+    """The module of a benchmark."""
+
+    def load(name):
+        monkeypatch.syspath_prepend(FOLDER)
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_help(name, monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    words = module.make_parser().format_help()
+def test_decode_limit_quick(script):
+    before = set((FOLDER / "results").iterdir())
+    done = script("decode_limit.py", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "small, float32, batch 2" in done.stdout and "small, mxfp4, batch 2" in done.stdout
+    assert "small: moved at most at" in done.stdout
+    assert set((FOLDER / "results").iterdir()) == before
+
+
+def test_decode_vs_transformers_quick(script):
+    pytest.importorskip("transformers", reason="the peer: pip install -e '.[parity]'")
+    done = script("decode_vs_transformers.py", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 top-2, batch 2, prefill" in done.stdout and "4 top-2, batch 2, decode" in done.stdout
+    assert "4 experts, batch 2: 10 of 10 greedy tokens are the same on both sides" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "form, size, expected",
+    [
+        # Outside of the experts: 2 layers of 768 in attention's matrices, 48 in its biases, 2 sinks, 165 in
+        # the router and 64 in norms; the last norm's 32 and the head's 224: 2,350. Slots: 3 sequences of 6 in
+        # the sliding layer and 10 in the full one, 8 numbers each: 384. Experts: 2 layers of 4, of 6,144 and
+        # 160 in biases.
+        ("plain", 4, 4 * (2350 + 384) + 8 * 4 * (6144 + 160)),
+        ("mxfp4", 2, 2 * (2350 + 384) + 8 * (6144 // 2 + 6144 // 32 + 2 * 160)),
+    ],
+)
+def test_bytes_of_a_step(module, form, size, expected):
+    config = ModelConfig(
+        vocab_size=7,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=6,
+        expert_format=form,
+    )
+    assert module("decoding").step_bytes(config, batch=3, context=10, experts=4, size=size) == expected
+
+
+def test_mean_bytes_of_an_answer(module, tiny_config):
+    decoding = module("decoding")
+    # Three tokens after a prompt of 5: the steps for the last two see 6 and 7.
+    both = [decoding.step_bytes(tiny_config, 2, context, 3.5) for context in (6, 7)]
+    assert decoding.mean_step_bytes(tiny_config, 2, prompt=5, new=3, experts=3.5) == sum(both) / 2
+    # Two layers are full, 2 sequences, 2 heads of 8, keys and values, 4 bytes.
+    assert both[1] - both[0] == 2 * 2 * 2 * 8 * 2 * 4
+
+
+def test_experts_of_a_step(module, tiny_config, random_params):
+    decoding, params = module("decoding"), random_params(tiny_config)
+    config = dataclasses.replace(tiny_config, num_local_experts=4)
+    assert decoding.uniform_experts(config, 1) == 2 and decoding.uniform_experts(config, 2) == 3
+    rows = np.asarray([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]], np.int32)
+    # The same row twice goes to the experts of one.
+    assert decoding.chosen_experts(tiny_config, params, rows[[0, 0]], prompt=3) == 2
+
+    @jax.jit
+    def load(tokens_BT):
+        return with_params(tiny_config, params).hidden_states(tokens_BT)[2]["load"]
+
+    def last_token_goes_to(row_T):
+        return np.asarray(load(row_T[None]) * len(row_T) - load(row_T[None, :-1]) * (len(row_T) - 1)) > 0.1
+
+    union_LE = last_token_goes_to(rows[0]) | last_token_goes_to(rows[1])
+    expected = union_LE.sum() / tiny_config.num_hidden_layers
+    assert 2 < expected <= 4
+    assert decoding.chosen_experts(tiny_config, params, rows, prompt=4) == expected
+
+
+def test_tokens_before_a_difference(module):
+    same = module("decode_vs_transformers").same_before_difference
+    assert same([[1, 2, 3], [4, 5, 6]], [[1, 2, 9], [7, 5, 6]]) == 2
+    assert same([[1, 2, 3]], [[1, 2, 3]]) == 3
+
+
+NAMES = ["compile_time", "context", "decode_limit", "decode_vs_transformers", "experts", "kernels", "remat"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "train_vs_transformers"])
+def test_help(name, module):
+    words = module(name).make_parser().format_help()
     assert f"python benchmarks/{name}.py" in words and "--quick" in words
