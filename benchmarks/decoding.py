@@ -57,21 +57,13 @@ def chosen_experts(config: ModelConfig, params: dict, rows_BT: np.ndarray, promp
     def count(params, rows_BT):
         model = with_params(config, params)
 
-        def read(cache, tokens_BT, start):
-            positions_BT = start + jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-            _, cache, stats = model.hidden_states(
-                tokens_BT, jnp.ones_like(tokens_BT), positions_BT, cache=cache
-            )
-            return cache, stats["load"]
-
-        def step(cache, token_and_position):
-            tokens_B, position = token_and_position
-            cache, load_LE = read(cache, tokens_B[:, None], position)
-            return cache, jnp.sum(load_LE > 0) / load_LE.shape[0]
+        def step(cache, tokens_B):
+            _, cache, stats = model.hidden_states(tokens_B[:, None], cache=cache)
+            return cache, jnp.sum(stats["load"] > 0) / len(stats["load"])
 
         cache = make_cache(config, B, T, compute_dtype(config))
-        cache, _ = read(cache, rows_BT[:, :prompt], 0)
-        _, counts = jax.lax.scan(step, cache, (rows_BT[:, prompt:].T, jnp.arange(prompt, T)))
+        _, cache, _ = model.hidden_states(rows_BT[:, :prompt], cache=cache)
+        _, counts = jax.lax.scan(step, cache, rows_BT[:, prompt:].T)
         return jnp.mean(counts)
 
     return float(count(params, jnp.asarray(rows_BT, jnp.int32)))
