@@ -1,0 +1,187 @@
+"""The kernels of decoding on CPU against the plain forms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.kernels import few_rows, mxfp4, native
+from gptoss_jax.kernels.stack import Layer
+from gptoss_jax.kernels.swiglu import SwiGLU
+from gptoss_jax.model.transformer import init_params, with_params
+from gptoss_jax.parallel import expert_dispatch
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def near(found, expected, bound=2e-6):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=bound * float(jnp.max(jnp.abs(expected))))
+
+
+# Heads of sizes that are no multiple of a vector's 16 numbers, and rows beside those that go together.
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize(
+    ("equation", "inner", "outer"),
+    [
+        ("MD,DE->ME", (67,), [(5,)]),
+        ("BTD,DNH->BTNH", (70,), [(3, 7), (1, 40), (600, 1)]),
+        ("BTNH,NHD->BTD", (6, 11), [(131,)]),
+        ("BTD,VD->BTV", (129,), [(77,)]),
+        ("BTD,VD->BTV", (13,), [(6,)]),
+    ],
+)
+def test_products(rows, equation, inner, outer):
+    x_letters, w_letters = equation.split("->")[0].split(",")
+    kept = (rows,) if len(x_letters) - len(inner) == 1 else (1, rows)
+    x = normal(0, *kept, *inner)
+    turned = not w_letters.startswith(x_letters[-len(inner) :])
+    stacks = [normal(i, 3, *(out + inner if turned else inner + out)) for i, out in enumerate(outer)]
+    found = few_rows.products(equation, x, [Layer(stack, jnp.int32(2)) for stack in stacks])
+    for y, stack in zip(found, stacks, strict=True):
+        near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
+
+
+def test_gradients_of_products():
+    x, w, g = normal(0, 2, 3, 20), normal(1, 4, 20, 3, 5), normal(2, 2, 3, 3, 5)
+
+    def ours(x, w, index):
+        return jnp.sum(few_rows.products("BTD,DNH->BTNH", x, [Layer(w, index)])[0] * g)
+
+    def plain(x, w):
+        return jnp.sum(jnp.einsum("BTD,DNH->BTNH", x, w[3], precision="highest") * g)
+
+    for index in (3, jnp.int32(3)):
+        for found, expected in zip(
+            jax.grad(ours, (0, 1))(x, w, index), jax.grad(plain, (0, 1))(x, w), strict=True
+        ):
+            near(found, expected)
+
+
+def matrices(E, D, F, packed, seed=0):
+    """The matrices of E experts, with the numbers that packed ones stand for."""
+    gate_up, down = normal(seed, E, F, 2, D), normal(seed + 1, E, D, F)
+    if not packed:
+        return {"gate_up": jnp.einsum("EFgD->EDgF", gate_up), "down": down.swapaxes(1, 2)}, gate_up, down
+    parameters = {}
+    for name, values in (("gate_up", gate_up), ("down", down)):
+        parameters[f"{name}_blocks"], parameters[f"{name}_scales"] = mxfp4.pack(values)
+    numbers = [
+        mxfp4.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)
+        for name in ("gate_up", "down")
+    ]
+    return parameters, *numbers
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("limit", [None, 1.5])
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_experts_under_any_routing(packed, limit, data):
+    E, D, F, X = 5, 64, 96, 2
+    M = data.draw(st.integers(1, 7))
+    choice = st.lists(st.integers(-1, E), min_size=M * X, max_size=M * X)
+    chosen_MX = np.array(data.draw(choice), np.int32).reshape(M, X)
+    parameters, gate_up, down = matrices(2 * E, D, F, packed)
+    has_bias = data.draw(st.booleans())
+    bias = {"gate_up_bias": normal(5, E, 2, F), "down_bias": normal(6, E, D)} if has_bias else {}
+    x_MD, weights_MX = normal(7, M, D), jnp.abs(normal(8, M, X))
+    activation = SwiGLU(1.7, limit, 0.5)
+    found = few_rows.experts(x_MD, chosen_MX, weights_MX, parameters | bias, E, E, activation)
+    expected = np.zeros((M, D))
+    for m, x in np.ndindex(M, X):
+        e = chosen_MX[m, x]
+        if not 0 <= e < E:
+            continue
+        h = np.einsum("D,FgD->gF", x_MD[m], gate_up[E + e])
+        h = h + bias["gate_up_bias"][e] if bias else h
+        y = down[E + e] @ np.asarray(activation(*jnp.asarray(h, jnp.float32)))
+        expected[m] += weights_MX[m, x] * (y + bias["down_bias"][e] if bias else y)
+    np.testing.assert_allclose(found, expected, atol=5e-6 * max(np.abs(expected).max(), 1))
+
+
+def test_extreme_numbers_of_packed_experts():
+    # All codes, under scales from the least to the largest that a product does not overflow with.
+    D, F, activation = 32, 64, SwiGLU(1.7, 7.0, 1.0)
+    rng = np.random.default_rng(0)
+    one_MD, only_M1, all_M1 = normal(1, 1, D), jnp.zeros((1, 1), int), jnp.ones((1, 1))
+    parameters = {
+        "gate_up_blocks": jnp.asarray(rng.integers(0, 256, (1, F, 2, 1, 16), np.uint8)),
+        "down_blocks": jnp.asarray(rng.integers(0, 256, (1, D, 2, 16), np.uint8)),
+        "down_scales": jnp.asarray(rng.integers(120, 130, (1, D, 2), np.uint8)),
+    }
+    for scale in (3, 64, 127, 190):
+        parameters["gate_up_scales"] = jnp.full((1, F, 2, 1), scale, jnp.uint8)
+        numbers = {
+            name: mxfp4.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)[0]
+            for name in ("gate_up", "down")
+        }
+        h_F2 = numbers["gate_up"] @ one_MD[0]
+        expected = numbers["down"] @ activation(h_F2[:, 0], h_F2[:, 1])
+        found = few_rows.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
+        near(found[0], expected, 5e-6)
+    # Scale 255 is not a number.
+    parameters["down_scales"] = parameters["down_scales"].at[0, 3, 1].set(255)
+    found = few_rows.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
+    assert np.isnan(found[0]).tolist() == [d == 3 for d in range(D)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
+    E, D, F = 4, 32, 64
+    stacks, _, _ = matrices(3 * E, D, F, packed)
+    stacks = {name: value.reshape(3, E, *value.shape[1:]) for name, value in stacks.items()}
+    stacks["down_bias"], stacks["gate_up_bias"] = normal(3, 3, E, D), normal(4, 3, E, 2, F)
+    activation = SwiGLU(1.7, 7.0, 1.0)
+    for M in (3, 40):
+        x_MD, weights_MX = normal(5, M, D), jnp.abs(normal(6, M, 2))
+        chosen_MX = np.random.default_rng(7).integers(0, E, (M, 2))
+        arguments = x_MD, chosen_MX, weights_MX
+        alone = expert_dispatch.apply_experts(
+            *arguments, {name: value[1] for name, value in stacks.items()}, activation
+        )[0]
+        layers = {name: Layer(value, jnp.int32(1)) for name, value in stacks.items()}
+        near(expert_dispatch.apply_experts(*arguments, layers, activation)[0], alone, 5e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 512], ids=["decode", "prefill"])
+@pytest.mark.parametrize("few", [16, 0], ids=["native", "plain"])
+def test_memory_of_packed_experts(tiny_config, monkeypatch, tokens, few):
+    from gptoss_jax.inference import generate as engine
+
+    config = dataclasses.replace(
+        tiny_config,
+        hidden_size=192,
+        intermediate_size=256,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=24,
+        expert_format="mxfp4",
+        max_position_embeddings=1024,
+    )
+    monkeypatch.setattr(few_rows, "FEW_ROWS", few)
+    jax.clear_caches()
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    weights = 4 * 24 * 3 * 192 * 256
+    packed = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.uint8)
+    assert packed == weights // 32 * 17
+    cache = jax.eval_shape(lambda: engine.make_cache(config, 1, 1024, jnp.float32))
+
+    def step(params, cache, tokens_BT):
+        model = with_params(config, params)
+        return model.hidden_states(tokens_BT, cache=cache)[:2]
+
+    program = jax.jit(step, donate_argnums=1).lower(
+        params, cache, jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    )
+    memory = program.compile().memory_analysis()
+    of_a_layer = 4 * weights // 4
+    assert memory.temp_size_in_bytes < of_a_layer
+    jax.clear_caches()

@@ -1,0 +1,174 @@
+"""The cache: where tokens lie, what it costs, and that with it the model is the same model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.kernels import cached_attention, few_rows
+from gptoss_jax.kernels.flash_attention import reference_attention
+from gptoss_jax.kernels.mask import visible
+from gptoss_jax.kernels.stack import Layer
+from gptoss_jax.model.kv_cache import grow, make_cache
+from gptoss_jax.model.transformer import with_params
+from gptoss_jax.parallel.sharding import dtype_bytes
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read(config, params, cache, tokens_BT, segment_ids_BT=None):
+    model = with_params(config, params)
+    hidden_BTD, cache, _ = model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)
+    return model.logits(hidden_BTD), cache
+
+
+@pytest.fixture(params=["native", "plain"])
+def form(request, monkeypatch):
+    """With the kernels for few rows where there are any, and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(few_rows, "FEW_ROWS", 0)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def test_logits_in_pieces_of_any_size_equal_those_without_a_cache(
+    either_config, random_params, apply_model, form
+):
+    # Not seed 0, whose model makes more of a rounding than others do.
+    config, params = either_config, random_params(either_config, 1)
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (3, 31))
+    expected = apply_model(config, params, tokens_BT)
+    assert np.std(expected) > 1, "logits too flat to show a mistake"
+    # The window is 4, the ring 4 or, with sink tokens, 6.
+    for sizes in ([1] * 31, [5] * 6 + [1], [13, 1, 1, 16]):
+        cache, got, start = make_cache(config, 3, 33, jnp.float32), [], 0
+        for size in sizes:
+            logits, cache = read(config, params, cache, tokens_BT[:, start : start + size])
+            got.append(logits)
+            start += size
+        assert start == 31 and cache.lengths.tolist() == [31, 31, 31]
+        # The largest logit sets the scale: that of the rounding in the sums that all of them are.
+        error = np.max(np.abs(np.concatenate(got, axis=1) - expected))
+        assert error < 1e-5 * np.max(np.abs(expected))
+
+
+def test_layers_apart(tiny_config, random_params, apply_model):
+    config = dataclasses.replace(tiny_config, scan_layers=False)
+    params = random_params(config)
+    tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (3, 9))
+    expected, got = apply_model(config, params, tokens_BT), []
+    cache = make_cache(config, 3, 9, jnp.float32)
+    for piece in (tokens_BT[:, :6], *(tokens_BT[:, t : t + 1] for t in (6, 7, 8))):
+        logits, cache = read(config, params, cache, piece)
+        got.append(logits)
+    error = np.max(np.abs(np.concatenate(got, axis=1) - expected))
+    assert error < 1e-5 * np.max(np.abs(expected))
+
+
+def test_ragged_rows_and_a_cache_that_grows(either_config, random_params, apply_model):
+    config, params = either_config, random_params(either_config)
+    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (3, 20))
+    expected = apply_model(config, params, tokens_BT)
+    read_B, cache = np.zeros(3, int), make_cache(config, 3, 5, jnp.float32)
+    # Each turn every sequence reads another number of its tokens, none among them.
+    for room, counts_B in ((5, [1, 3, 0]), (5, [4, 1, 0]), (12, [1, 5, 6]), (20, [6, 0, 1]), (20, [1, 1, 1])):
+        cache = grow(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
+        T = 1 if max(counts_B) == 1 else 6
+        rows_BT, segments_BT = np.zeros((3, T), int), np.zeros((3, T), int)
+        for b, count in enumerate(counts_B):
+            rows_BT[b, :count] = tokens_BT[b, read_B[b] : read_B[b] + count]
+            segments_BT[b, :count] = 1
+        logits, cache = read(config, params, cache, rows_BT, segments_BT)
+        for b, count in enumerate(counts_B):
+            wanted = expected[b, read_B[b] : read_B[b] + count]
+            np.testing.assert_allclose(logits[b, :count], wanted, atol=1e-5 * np.max(np.abs(expected)))
+        read_B += counts_B
+        assert cache.lengths.tolist() == read_B.tolist()
+    assert read_B.tolist() == [13, 10, 8]
+
+
+def test_slots_by_hand():
+    # Two sink tokens and a ring of four; after nine tokens the ring holds 5, 6, 7 and 8.
+    slots = cached_attention.slots_of(jnp.arange(11), 6, 2)
+    assert slots.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 2]
+    held = cached_attention.positions_of(jnp.array([9, 3, 0, 6]), jnp.arange(6), 6, 2)
+    assert held.tolist() == [
+        [0, 1, 6, 7, 8, 5],
+        [0, 1, 2, -1, -1, -1],
+        [-1, -1, -1, -1, -1, -1],
+        [0, 1, 2, 3, 4, 5],
+    ]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 3), st.integers(1, 6), st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_a_ring_holds_the_latest_tokens_and_the_first(sink_tokens, window, counts):
+    slots, length = sink_tokens + window, 0
+    keys = jnp.full((1, 1, 1, slots, 1), -1.0)
+    for count in counts:
+        layer, new = Layer(keys, 0), length + jnp.arange(9.0)[None, :, None, None]
+        arguments = jnp.array([length]), jnp.array([count]), sink_tokens
+        keys, values = cached_attention.write(layer, layer, new, new, *arguments)
+        length += count
+        np.testing.assert_array_equal(keys, values)
+        found = sorted(keys[keys >= 0].tolist())
+        assert found == [p for p in range(length) if p < sink_tokens or p >= length - window]
+        held = cached_attention.positions_of(jnp.array([length]), jnp.arange(slots), slots, sink_tokens)
+        np.testing.assert_array_equal(held[0], keys[0, 0, 0, :, 0])
+
+
+@pytest.mark.parametrize(("window", "sink_tokens"), [(None, 0), (7, 0), (7, 3)])
+@pytest.mark.parametrize("new", [1, 9])
+def test_attention_to_a_cache_equals_the_reference(form, monkeypatch, window, sink_tokens, new):
+    # More slots than a block, which the last block is no multiple of.
+    monkeypatch.setattr(cached_attention, "BLOCK", 4)
+    B, N, K, H, L, S = 3, 6, 2, 5, 2, 23
+    rng = np.random.default_rng(0)
+    lengths_B, total = np.array([14, 0, 5]), 23
+    q_BTNH, k_BTKH, v_BTKH = (
+        jnp.asarray(2 * rng.standard_normal((B, total, heads, H)), jnp.float32) for heads in (N, K, K)
+    )
+    sinks_N = jnp.asarray(rng.standard_normal(N), jnp.float32)
+    slots = S if window is None else sink_tokens + window
+    # What is in the other layer, or in slots that were never written, must not count.
+    stacks = [jnp.full((L, B, K, slots, H), np.nan) for _ in range(2)]
+    row_BT = np.broadcast_to(np.arange(total), (B, total))
+    expected = reference_attention(
+        q_BTNH, k_BTKH, v_BTKH, visible(row_BT, row_BT * 0, row_BT, row_BT * 0, window, sink_tokens), sinks_N
+    )
+    stacks = [stack.at[1].set(0) for stack in stacks]
+    layers = (Layer(stack, 1) for stack in stacks)
+    stacks = cached_attention.write(*layers, k_BTKH, v_BTKH, jnp.zeros(B, int), lengths_B, sink_tokens)
+    at_BT = lengths_B[:, None] + np.arange(new)
+    parts = [jnp.take_along_axis(x, at_BT[:, :, None, None], axis=1) for x in (q_BTNH, k_BTKH, v_BTKH)]
+    counts_B = np.array([1, 0, 1]) if new == 1 else np.array([9, 4, 0])
+    before = [Layer(stack, 1) for stack in stacks]
+    after = cached_attention.write(*before, *parts[1:], lengths_B, counts_B, sink_tokens)
+    if new == 1:
+        seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, slots), 0)
+        y_BTNH = cached_attention.attend_one(parts[0], *(Layer(stack, 1) for stack in after), seen_B, sinks_N)
+    else:
+        y_BTNH = cached_attention.attend(*parts, *before, lengths_B, counts_B, window, sink_tokens, sinks_N)
+    for b, count in enumerate(counts_B):
+        wanted = expected[b, lengths_B[b] : lengths_B[b] + count]
+        np.testing.assert_allclose(y_BTNH[b, :count], wanted, atol=2e-6)
+    if new == 1:
+        assert not np.any(y_BTNH[1])
+
+
+def test_what_the_cache_of_gpt_oss_20b_costs():
+    # 12 full layers of 131,072 slots and 12 rings of 128, 8 heads of 64, keys and values, two bytes each.
+    cache = jax.eval_shape(lambda: make_cache(ModelConfig(), 1, 131072, jnp.bfloat16))
+    assert dtype_bytes(cache.layers) == 12 * (131072 + 128) * 8 * 64 * 2 * 2 == 3224371200
+    shapes = [layer["keys"].shape for layer in cache.layers]
+    assert shapes == [(12, 1, 8, 128, 64), (12, 1, 8, 131072, 64)]
+    # Every layer whole would be twice as much.
+    assert 24 * 131072 * 8 * 64 * 2 * 2 == 6442450944
+    # A short cache has no more slots in a ring than in a full layer.
+    assert make_cache(ModelConfig(num_hidden_layers=2), 1, 64, jnp.bfloat16).layers[0]["keys"].shape[3] == 64
