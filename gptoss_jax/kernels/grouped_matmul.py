@@ -239,7 +239,8 @@ take.defvjp(
 def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Adds to each row its group's bias; rows of no group stay as they are."""
     groups_R = _group_of_row(group_sizes_E, x_RF.shape[0])
-    return x_RF + jnp.pad(bias_EF, ((0, 1), (0, 0)))[groups_R]
+    # Padded with a row for those, it would be copied whole: it may be that of all layers.
+    return x_RF + bias_EF.at[groups_R].get(mode="fill", fill_value=0)
 
 
 def _group_of_row(group_sizes_E, rows):

@@ -46,6 +46,7 @@ def mosaic_mxfp4_matmul(
     width = min(F, WIDTH[x_RD.dtype.itemsize])
     count, *tables = visits(group_sizes_E, rows, row_tile)
     x_PRC = x_RD.reshape(rows, D // 2, 2).transpose(2, 0, 1)
+    packed = blocks_EFGC.transpose(0, 2, 3, 1), scales_EFG.transpose(0, 2, 1)
 
     y_RF = pl.pallas_call(
         _kernel,
@@ -67,9 +68,14 @@ def mosaic_mxfp4_matmul(
         ),
         interpret=interpret,
         name="mxfp4_matmul",
-    )(*tables, x_PRC, blocks_EFGC.transpose(0, 2, 3, 1), scales_EFG.transpose(0, 2, 1))
+    )(*tables, x_PRC, *(packed if interpret else map(_stays, packed)))
     # What lies past the groups was never written.
     return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+
+
+def _stays(packed):
+    # Else a small stack may be brought to VMEM, all of it.
+    return pltpu.with_memory_space_constraint(packed, pltpu.HBM)
 
 
 def _kernel(tile_V, group_V, start_V, end_V, x_ref, blocks_ref, scales_ref, y_ref, w_ref, scale_ref, one_ref):
