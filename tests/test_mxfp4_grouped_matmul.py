@@ -18,7 +18,7 @@ from tpu_compiler import TPUS, needs_libtpu
 
 from gptoss_jax.kernels import mxfp4, target
 from gptoss_jax.kernels.grouped_matmul import add_group_bias
-from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul
+from gptoss_jax.kernels.mosaic_mxfp4_matmul import BLOCKS, SCALES, mosaic_mxfp4_matmul
 from gptoss_jax.kernels.mxfp4_grouped_matmul import looped_mxfp4_matmul, mxfp4_grouped_matmul, visits
 from gptoss_jax.kernels.triton_mxfp4_matmul import triton_mxfp4_matmul
 
@@ -202,7 +202,7 @@ def test_memory_is_that_of_one_matrix():
         return y, back(y)
 
     compiled = jax.jit(both).lower(*arguments, S((groups,), jnp.int32)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * 4 * width * width
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * width * width
 
 
 @needs_libtpu
@@ -217,7 +217,7 @@ def test_compiles_for_tpus(rows, monkeypatch):
     for name in TPUS:
         device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
         place = jax.sharding.SingleDeviceSharding(device)
-        stored = Format(Layout((0, 2, 3, 1)), place), Format(Layout((0, 2, 1)), place)
+        stored = Format(Layout(BLOCKS), place), Format(Layout(SCALES), place)
         S = functools.partial(jax.ShapeDtypeStruct, sharding=place)
         for dtype in (jnp.bfloat16, jnp.float32):
             blocks = jax.ShapeDtypeStruct((*stack, 16), jnp.uint8, sharding=stored[0])

@@ -9,6 +9,9 @@ scale is one number above the 16 bytes it belongs to, and nothing has to move be
 numbers, those of an even input and of the odd one after it, go into two matrices, and the rows' even and odd
 inputs stand apart too.
 
+Arrays that lie in memory so (BLOCKS, SCALES) are read where they are. Left to itself, XLA keeps scales in
+another order, and blocks too where E is a multiple of 128 and F is not: then every call copies all of them.
+
 Letters as in mxfp4_grouped_matmul.py.
 """
 
@@ -22,6 +25,8 @@ from gptoss_jax.kernels import mxfp4
 from gptoss_jax.kernels.grouped_matmul import PRECISION
 from gptoss_jax.kernels.mxfp4_grouped_matmul import visits
 
+# The order of axes in memory, for `jax.experimental.layout.Layout`; axes before E come first, as they are.
+BLOCKS, SCALES = (0, 2, 3, 1), (0, 2, 1)
 # Rows in a tile, at most.
 ROWS = 128
 # Outputs in a tile, by the bytes of a number: what fits into the 16 MiB of VMEM that a kernel gets.
@@ -46,7 +51,7 @@ def mosaic_mxfp4_matmul(
     width = min(F, WIDTH[x_RD.dtype.itemsize])
     count, *tables = visits(group_sizes_E, rows, row_tile)
     x_PRC = x_RD.reshape(rows, D // 2, 2).transpose(2, 0, 1)
-    packed = blocks_EFGC.transpose(0, 2, 3, 1), scales_EFG.transpose(0, 2, 1)
+    packed = blocks_EFGC.transpose(BLOCKS), scales_EFG.transpose(SCALES)
 
     y_RF = pl.pallas_call(
         _kernel,
@@ -96,7 +101,10 @@ def _kernel(tile_V, group_V, start_V, end_V, x_ref, blocks_ref, scales_ref, y_re
 
 
 def _unpack(blocks_ref, scales_ref, w_ref, scale_ref, one_ref):
-    """A tile of one group's weights as numbers: `mxfp4.unpack` with fewer operations."""
+    """A tile of one group's weights as numbers: `mxfp4.unpack` with fewer operations.
+
+    Numbers that are not normal in float32, below 2^-126, may become zero.
+    """
     scale = scales_ref[...].astype(jnp.int32)
     # The smallest scale is no normal float: twice as much, and all codes half their size.
     power = lax.bitcast_convert_type(jnp.maximum(scale, 1) << 23, jnp.float32)

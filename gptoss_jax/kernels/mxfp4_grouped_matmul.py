@@ -92,7 +92,7 @@ _product.defvjp(_product_fwd, _product_bwd)
 def _looped(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, turned=False):
     """[R, D] x [E, F, D] -> [R, F] or, turned, [R, F] x [E, F, D] -> [R, D]."""
     rows, (_, outputs, G, _) = x_RD.shape[0], blocks_EFGC.shape
-    width = mxfp4.GROUP * G if turned else outputs
+    width, equation = (mxfp4.GROUP * G, "RF,FD->RD") if turned else (outputs, "RD,FD->RF")
     block = min(rows, BLOCK)
     ends_E = jnp.minimum(jnp.cumsum(group_sizes_E), rows)
     starts_E = ends_E - group_sizes_E
@@ -102,11 +102,10 @@ def _looped(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, turned=False):
     def one_group(n, y_R):
         group = jnp.sum(nth_E <= n)
         w_FD = mxfp4.unpack(blocks_EFGC[group], scales_EFG[group], x_RD.dtype)
-        w = w_FD if turned else w_FD.T
 
         def one_tile(t, y_R):
             tile = Tile.at(group, starts_E[group] + t * block, ends_E[group], block, rows)
-            return tile.write(y_R, jnp.matmul(tile.read(x_RD), w, precision=PRECISION))
+            return tile.write(y_R, jnp.einsum(equation, tile.read(x_RD), w_FD, precision=PRECISION))
 
         return lax.fori_loop(0, -(-group_sizes_E[group] // block), one_tile, y_R)
 
