@@ -175,12 +175,20 @@ def _blocked_backward(kept, g_RF):
 blocked_grouped_matmul.defvjp(_blocked_forward, _blocked_backward)
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """A block of neighbouring rows, some of which are those of one group that are its turn."""
 
     group: jax.Array
     start: jax.Array
     is_mine: jax.Array  # bool [block, 1]
+
+    @classmethod
+    def at(cls, group, first, end, block, rows):
+        """That of the rows from `first` on, those before `end`; `rows`, of at least `block`, is all there
+        are."""
+        start = jnp.minimum(first, rows - block)
+        row = start + jnp.arange(block)[:, None]
+        return cls(group, start, (row >= first) & (row < end))
 
     def read(self, x_RD):
         # What stands in other rows may be infinite: not even a zero times it may enter.
@@ -207,9 +215,7 @@ def _over_rest(group_sizes_E, rows, together, block, step, carry):
     def one(t, carry):
         group = jnp.sum(t >= last_E)
         first = ends_E[group] - rest_E[group] + (t - last_E[group] + tiles_E[group]) * block
-        start = jnp.minimum(first, rows - block)
-        row = start + jnp.arange(block)[:, None]
-        return step(_Tile(group, start, (row >= first) & (row < ends_E[group])), carry)
+        return step(Tile.at(group, first, ends_E[group], block, rows), carry)
 
     return lax.fori_loop(0, last_E[-1], one, carry)
 
@@ -233,7 +239,8 @@ take.defvjp(
 def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Adds to each row its group's bias; rows of no group stay as they are."""
     groups_R = _group_of_row(group_sizes_E, x_RF.shape[0])
-    return x_RF + jnp.pad(bias_EF, ((0, 1), (0, 0)))[groups_R]
+    # Padded with a row for those, it would be copied whole: it may be that of all layers.
+    return x_RF + bias_EF.at[groups_R].get(mode="fill", fill_value=0)
 
 
 def _group_of_row(group_sizes_E, rows):
