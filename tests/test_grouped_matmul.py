@@ -108,7 +108,7 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.warns(
-        UserWarning, match="cannot compile the kernels in native/, or .*; XLA does its work: x.cc:1: error"
+        UserWarning, match="cannot compile the kernels in native/, or .*; XLA does their work: x.cc:1: error"
     ):
         assert not native.is_available.__wrapped__()
     assert [path for path in tmp_path.rglob("*") if path.suffix == ".so"] == []

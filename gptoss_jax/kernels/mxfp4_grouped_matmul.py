@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptoss_jax.kernels import mxfp4, target
-from gptoss_jax.kernels.grouped_matmul import PRECISION, Tile, add_group_bias
+from gptoss_jax.kernels import mxfp4, native, target
+from gptoss_jax.kernels.grouped_matmul import PRECISION, Tile, add_group_bias, is_native
 
 # Rows that a group's matrix is multiplied with in one turn of the loop in plain XLA.
 BLOCK = 64
@@ -45,12 +45,14 @@ def mxfp4_grouped_matmul(
     Returns:
       [R, F] in the type of `x_RD`; rows of no group are zero.
     """
-    y_RF = _product(x_RD, blocks_EFGC, scales_EFG, group_sizes_E.astype(jnp.int32), _form(x_RD.shape[0]))
+    y_RF = _product(x_RD, blocks_EFGC, scales_EFG, group_sizes_E.astype(jnp.int32), _form(x_RD))
     return y_RF if bias_EF is None else add_group_bias(y_RF, bias_EF, group_sizes_E)
 
 
-def _form(rows: int) -> Callable:
+def _form(x_RD: jax.Array) -> Callable:
     """The form for the platform that is compiled for."""
+    if is_native(x_RD.dtype):
+        return native_mxfp4_matmul
     # Imported where they are used: what they import is of no use elsewhere, and takes its time.
     if target.platform() == "tpu":
         from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul
@@ -59,10 +61,20 @@ def _form(rows: int) -> Callable:
     if target.platform() == "gpu":
         from gptoss_jax.kernels.triton_mxfp4_matmul import MOST_ROWS, triton_mxfp4_matmul
 
-        if rows <= MOST_ROWS:
+        if x_RD.shape[0] <= MOST_ROWS:
             return triton_mxfp4_matmul
-    # A kernel in C++ for CPU goes here, where `is_native(dtype)`.
     return _looped
+
+
+def native_mxfp4_matmul(
+    x_RD: jax.Array, blocks_EFGC: jax.Array, scales_EFG: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """The same by the kernels of `native/grouped_matmul.cc`, for CPU and float32: a block of a matrix becomes
+    numbers where it is packed for the product anyway. Without a bias and not differentiable by itself."""
+    result = jax.ShapeDtypeStruct((x_RD.shape[0], blocks_EFGC.shape[1]), jnp.float32)
+    nothing = jnp.zeros(0, jnp.float32)
+    call = jax.ffi.ffi_call(native.target("GroupedPacked"), result)
+    return call(x_RD, blocks_EFGC, scales_EFG, nothing, group_sizes_E)
 
 
 def looped_mxfp4_matmul(

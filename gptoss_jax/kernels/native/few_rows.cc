@@ -105,7 +105,7 @@ void DotPacked(const Rows& r, const uint8_t* blocks, const uint8_t* scales, int6
     Vector sum[rows] = {};
     for (int64_t g = 0; g < groups; ++g) {
       Vector low, high;
-      Codes(blocks + g * kGroupBytes, &low, &high);
+      Codes(blocks + g * kGroupBytes, scales[g], &low, &high);
       const float scale = ScaleOf(scales[g]);
       for (int i = 0; i < rows; ++i) {
         const float* x = r.x[i] + g * kGroup;

@@ -137,7 +137,7 @@ void Unpack(const Product& p, int64_t column, int64_t columns, int64_t from, int
       for (int x = 0; x < width; ++x) {
         const int64_t group = (column + j + x) * groups + g;
         Vector low, high;
-        Codes(p.blocks + group * kGroupBytes, &low, &high);
+        Codes(p.blocks + group * kGroupBytes, p.scales[group], &low, &high);
         low *= ScaleOf(p.scales[group]), high *= ScaleOf(p.scales[group]);
         for (int lane = 0; lane < kLanes; ++lane) lines[x][2 * lane] = low[lane], lines[x][2 * lane + 1] = high[lane];
       }

@@ -17,16 +17,17 @@ constexpr int kGroupBytes = kGroup / 2;
 alignas(64) constexpr float kCodes[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
                                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// 2^(scale - 127); 255 stands for not-a-number.
+// 2^(scale - 127); 255 stands for not-a-number. The least one, 2^-127, would be flushed to zero: there it is twice that,
+// and `Codes` gives half.
 inline float ScaleOf(uint8_t scale) {
-  const uint32_t bits = scale == 255 ? 0x7fc00000u : scale == 0 ? 0x00400000u : (uint32_t)scale << 23;
+  const uint32_t bits = scale == 255 ? 0x7fc00000u : (uint32_t)(scale ? scale : 1) << 23;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-// The codes of a group without its scale: those of the low halves of the bytes, and those of the high ones.
-inline void Codes(const uint8_t* bytes, Vector* low, Vector* high) {
+// The codes of a group, to be multiplied by ScaleOf: those of the low halves of the bytes, and those of the high ones.
+inline void Codes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* high) {
 #ifdef __AVX512F__
   const __m512 table = _mm512_load_ps(kCodes);
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
@@ -39,4 +40,5 @@ inline void Codes(const uint8_t* bytes, Vector* low, Vector* high) {
     (*high)[i] = kCodes[bytes[i] >> 4];
   }
 #endif
+  if (scale == 0) *low *= 0.5f, *high *= 0.5f;
 }
