@@ -18,6 +18,9 @@ Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 
+# Commands that compute with a model: for them memory in huge pages is worth a start anew.
+RUNS_MODELS = ("generate", "chat", "eval")
+
 app = tyro.extras.SubcommandApp()
 
 
@@ -261,6 +264,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises SystemExit where tyro does: after `--help` and for arguments that it cannot parse.
     """
     description = "Models of the gpt-oss family in JAX."
+    if args is None and sys.argv[1:2] in ([name] for name in RUNS_MODELS) and "--help" not in sys.argv:
+        startup.keep_memory()
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["plan"]:
         args = _with_settings(args)

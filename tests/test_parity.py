@@ -1,6 +1,7 @@
 """The package against transformers' GptOssForCausalLM on the same checkpoints, both run here."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -97,6 +98,19 @@ def test_greedy_continuations_of_a_ragged_batch(name, checkpoint, theirs, figure
     figure("smallest margin of a token / largest logit", margin)
     model = from_pretrained(checkpoint(name), dtype="float32", experts="float32")
     assert generate(model, ragged, max_new_tokens=64) == expected.tolist()
+
+
+def test_greedy_continuations_of_sixteen_prompts_about_the_window(tmp_path, figure):
+    folder = random_checkpoint(tmp_path, 4, "float32", seed=2)
+    written = json.loads((folder / "config.json").read_text()) | {"sliding_window": 128}
+    (folder / "config.json").write_text(json.dumps(written))
+    rng = np.random.default_rng(2)
+    lengths = (1, 2, 31, 32, 33, 127, 128, 129, 130, 255, 256, 300, 511, 512, 513, 700)
+    ragged = [rng.integers(0, 211, length).tolist() for length in lengths]
+    expected, margin = reference.greedy(reference.load(folder), ragged, new_tokens=128)
+    figure("smallest margin of a token / largest logit", margin)
+    assert len(set(expected.flatten().tolist())) > 40
+    assert generate(from_pretrained(folder), ragged, max_new_tokens=128) == expected.tolist()
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(checkpoint, theirs, figure):
