@@ -116,6 +116,21 @@ def test_a_prompt_in_many_pieces_and_a_cache_that_grows(gpt_oss, monkeypatch):
 GROW = engine.grow
 
 
+def test_how_prompts_are_cut():
+    def sizes(count, batch=1):
+        return [size for _, size in engine._pieces(count, batch)]
+
+    assert sizes(0) == [] and sizes(1) == sizes(32) == [32] and sizes(33) == [32, 32]
+    assert sizes(63) == [32, 32] and sizes(64) == sizes(127) == [128] and sizes(200) == [128, 128]
+    assert sizes(256) == [512] and sizes(1200) == [512, 512, 128, 32, 32]
+    # So many sequences that a piece is shorter.
+    assert sizes(300, batch=16) == [128, 128, 32, 32] and sizes(100, batch=500) == [32] * 4
+    for count in range(1, 1500):
+        pieces = list(engine._pieces(count, 1))
+        ends = [start + size for start, size in pieces]
+        assert [start for start, _ in pieces] == [0, *ends[:-1]] and ends[-1] >= count > pieces[-1][0]
+
+
 def test_stop_tokens(gpt_oss):
     whole = generate_with_params(*gpt_oss, PROMPTS, MOST)
     stops = (whole[1][4], whole[2][0])

@@ -276,11 +276,14 @@ def _until_stop(matcher: TextStream, tokens: list[int], known: int) -> list[int]
 
 
 def _pieces(count: int, batch: int) -> Iterator[tuple[int, int]]:
-    """Cuts `count` tokens into (start, size); the last piece may reach past the end."""
+    """Cuts `count` tokens into (start, size); the last piece may reach past the end, but not by more than
+    there is in it: a call reads all weights, so fewer calls are worth some padding."""
     sizes = [size for size in PIECES if size * batch <= PIECE_TOKENS] or PIECES[-1:]
     start = 0
     while start < count:
-        size = next((size for size in sizes if size <= count - start), sizes[-1])
+        left = count - start
+        size = next((size for size in sizes if size <= left), sizes[-1])
+        size = min((wider for wider in sizes if left <= wider <= 2 * left), default=size)
         yield start, size
         start += size
 
