@@ -33,6 +33,7 @@ def generate(
     top_k: OptionalInt = None,
     top_p: OptionalFloat = None,
     min_p: OptionalFloat = None,
+    stop_strings: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = (),
     seed: int = 0,
 ) -> None:
     """Continue a text with a model, printing it as it is written.
@@ -45,6 +46,7 @@ def generate(
         top_k: Choose among this many of the likeliest tokens only.
         top_p: Choose among the likeliest tokens whose probabilities add up to this.
         min_p: Choose among tokens at least this many times as likely as the likeliest.
+        stop_strings: End before this text, if the model writes it; may be given several times.
         seed: Another seed gives another text; the same one the same.
     """
     import jax
@@ -56,11 +58,12 @@ def generate(
     config, params, tokenizer = load_model(run)
     chunks = stream_with_params(
         config, jax.device_put(params), [[tokenizer.bos_id, *tokenizer.encode(prompt)]], max_new_tokens,
-        temperature, top_k, top_p, min_p, stop_tokens=(tokenizer.eos_id,), seed=seed,
+        temperature, top_k, top_p, min_p, stop_tokens=(tokenizer.eos_id,), stop_strings=stop_strings,
+        seed=seed, tokenizer=tokenizer,
     )  # fmt: skip
     write = _writer(sys.stdout)
     write(prompt, dim=True)
-    text = TextStream(tokenizer.decode_bytes)
+    text = TextStream(tokenizer.decode_bytes, stop_strings)
     counts, times = [], []
     try:
         for (tokens,) in chunks:
