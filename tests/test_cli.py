@@ -145,7 +145,16 @@ def test_generate_to_a_file(run, capsys):
     assert captured.err.startswith("14 tokens · ") and captured.err.endswith(" tokens/s\n")
     assert run.prompts == [[256, *"héllo ".encode()]]
     assert run.args == (200, 0.8, 7, None, None)
-    assert run.kwargs == {"stop_tokens": (256,), "seed": 3}
+    assert run.kwargs.pop("tokenizer").vocab_size == 257
+    assert run.kwargs == {"stop_tokens": (256,), "stop_strings": (), "seed": 3}
+
+
+def test_generate_until_a_string(run, capsys):
+    run.chunks = [b"one, t", b"w", b"o. Three"]
+    stops = ["--stop-strings", "two.", "--stop-strings", "Three"]
+    assert cli.main(["generate", "folder", "--prompt", "", *stops]) == 0
+    assert capsys.readouterr().out == "one, \n"
+    assert run.kwargs["stop_strings"] == ("two.", "Three")
 
 
 def test_generate_at_a_terminal(run, monkeypatch):

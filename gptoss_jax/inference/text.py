@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 class TextStream:
     """Tokens to text, piece by piece, where a character may be spread over several tokens.
 
-    With stop strings the text ends where the first of them begins, `stopped` then is true, and text that may
-    be the beginning of one waits until it is known.
+    With stop strings the text ends where the first of them that is complete begins, `stopped` then is true,
+    and text that may be the beginning of one waits until it is known.
     """
 
     def __init__(self, decode_bytes: Callable[[Sequence[int]], bytes], stop_strings: Sequence[str] = ()):
@@ -33,10 +33,12 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + more
-        found = [place for place in map(text.find, self._stops) if place >= 0]
-        if found:
+        places = ((text.find(stop), stop) for stop in self._stops)
+        # The first to be complete, so that it does not matter in what pieces the text comes.
+        found = min(((place + len(stop), place) for place, stop in places if place >= 0), default=None)
+        if found is not None:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: found[1]]
         # The longest end of the text that begins a stop string.
         lengths = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
         known = len(text) - max(lengths, default=0)

@@ -1,0 +1,37 @@
+"""Text as it comes, and where it ends."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptoss_jax.inference.text import TextStream
+
+
+def pieces(text: bytes, cuts: list[int]) -> list[bytes]:
+    ends = sorted({cut for cut in cuts if cut < len(text)})
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+
+
+def through(stops, parts):
+    stream = TextStream(bytes, stops)
+    shown = [stream.feed(list(part)) for part in parts]
+    return [*shown, stream.close()], stream.stopped
+
+
+@given(
+    st.text("aäb€", max_size=12),
+    st.lists(st.text("aäb€", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 30)),
+)
+def test_text_ends_before_the_first_stop_string_however_it_comes(text, stops, cuts):
+    shown, stopped = through(stops, pieces(text.encode(), cuts))
+    ends = [text[:n] for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]
+    assert stopped == bool(ends)
+    # The longest of the strings that are complete there counts.
+    length = max((len(stop) for stop in stops if ends and ends[0].endswith(stop)), default=0)
+    assert "".join(shown) == (ends[0][: len(ends[0]) - length] if ends else text)
+
+
+def test_what_may_begin_a_stop_string_waits():
+    assert through(["stop", "end"], [b"a s", b"to", b"ry e", b"n"]) == (["a ", "", "story ", "", "en"], False)
+    assert through(["stop"], [b"a st", b"op, and", b" more"]) == (["a ", "", "", ""], True)
+    assert through([], [b"a\xc3", b"\xb6", b"\xe2"]) == (["a", "ö", "", "\ufffd"], False)
