@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gptoss_jax.kernels import few_rows, mxfp4, native
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.kernels.swiglu import SwiGLU
+from gptoss_jax.model.kv_cache import make_cache
 from gptoss_jax.model.transformer import init_params, with_params
 from gptoss_jax.parallel import expert_dispatch
 
@@ -151,11 +152,59 @@ def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
         near(expert_dispatch.apply_experts(*arguments, layers, activation)[0], alone, 5e-6)
 
 
+@pytest.mark.parametrize("few", [16, 0], ids=["native", "plain"])
+def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_params, monkeypatch, few):
+    monkeypatch.setattr(few_rows, "FEW_ROWS", few)
+    config = dataclasses.replace(tiny_config, hidden_size=64, intermediate_size=96, initializer_range=0.05)
+    plain, layers = random_params(config), {}
+    packed = dataclasses.replace(config, expert_format="mxfp4")
+    for name, block in plain["blocks"].items():
+        moe = dict(block["moe"])
+        for matrix, axes in (("gate_up", "LEDgF->LEFgD"), ("down", "LEFD->LEDF")):
+            parts = mxfp4.pack(jnp.einsum(axes, moe.pop(matrix)))
+            moe |= dict(zip((f"{matrix}_blocks", f"{matrix}_scales"), parts, strict=True))
+        layers[name] = block | {"moe": moe}
+    numbers = {
+        name: block
+        | {
+            "moe": {
+                key: value
+                for key, value in block["moe"].items()
+                if "_blocks" not in key and "_scales" not in key
+            }
+            | {
+                matrix: jnp.einsum(
+                    axes,
+                    mxfp4.unpack(
+                        *(block["moe"][f"{matrix}_{part}"] for part in ("blocks", "scales")), jnp.float32
+                    ),
+                )
+                for matrix, axes in (("gate_up", "LEFgD->LEDgF"), ("down", "LEDF->LEFD"))
+            }
+        }
+        for name, block in layers.items()
+    }
+    tokens_BT = np.random.default_rng(0).integers(0, 97, (2, 12))
+
+    def logits(config, params):
+        @jax.jit
+        def read(params, cache, tokens_BT):
+            model = with_params(config, params)
+            hidden_BTD, cache, _ = model.hidden_states(tokens_BT, cache=cache)
+            return model.logits(hidden_BTD), cache
+
+        cache, found = make_cache(config, 2, 12, jnp.float32), []
+        for piece in (tokens_BT[:, :9], *(tokens_BT[:, t : t + 1] for t in (9, 10, 11))):
+            more, cache = read(params, cache, piece)
+            found.append(more)
+        return jnp.concatenate(found, axis=1)
+
+    near(logits(packed, plain | {"blocks": layers}), logits(config, plain | {"blocks": numbers}), 1e-5)
+
+
 @pytest.mark.parametrize("tokens", [1, 512], ids=["decode", "prefill"])
 @pytest.mark.parametrize("few", [16, 0], ids=["native", "plain"])
 def test_memory_of_packed_experts(tiny_config, monkeypatch, tokens, few):
-    from gptoss_jax.inference import generate as engine
-
     config = dataclasses.replace(
         tiny_config,
         hidden_size=192,
@@ -172,7 +221,7 @@ def test_memory_of_packed_experts(tiny_config, monkeypatch, tokens, few):
     weights = 4 * 24 * 3 * 192 * 256
     packed = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.uint8)
     assert packed == weights // 32 * 17
-    cache = jax.eval_shape(lambda: engine.make_cache(config, 1, 1024, jnp.float32))
+    cache = jax.eval_shape(lambda: make_cache(config, 1, 1024, jnp.float32))
 
     def step(params, cache, tokens_BT):
         model = with_params(config, params)

@@ -66,6 +66,9 @@ def test_what_is_left(logits, settings, expected):
         {"temperature": 1.3, "top_k": 5},
         {"temperature": 1.0, "top_p": 0.8},
         {"temperature": 1.5, "min_p": 0.1},
+        {"temperature": 1.2, "top_k": 7, "top_p": 0.85},
+        {"temperature": 1.8, "top_k": 9, "min_p": 0.15},
+        {"temperature": 1.6, "top_p": 0.9, "min_p": 0.12},
         {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.2},
     ],
 )

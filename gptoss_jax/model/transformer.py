@@ -164,6 +164,9 @@ class Transformer(nnx.Module):
             segment_ids_BT = jnp.ones_like(tokens_BT)
         counts_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
         if cache is not None:
+            require(
+                positions_BT is None, "positions", "given", "must be left to the cache where there is one"
+            )
             positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         elif positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
