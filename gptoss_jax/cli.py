@@ -17,6 +17,7 @@ from gptoss_jax.config import require
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+OptionalFile = Annotated[str | None, tyro.conf.arg(metavar="FILE")]
 
 # Commands that compute with a model: for them memory in huge pages is worth a start anew.
 RUNS_MODELS = ("generate", "chat", "eval")
@@ -142,6 +143,38 @@ def chat(
     )  # fmt: skip
 
 
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    source: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
+    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK")] = (),
+    context: OptionalInt = None,
+    stride: OptionalInt = None,
+    batch_size: OptionalInt = None,
+    max_tokens: OptionalInt = None,
+    limit: OptionalInt = None,
+    num_fewshot: OptionalInt = None,
+    json: OptionalFile = None,
+) -> None:
+    """Say how well a model predicts a text, or how it does at tasks of lm_eval.
+
+    Args:
+        folder: Folder of a run of train.py, or of a Hugging Face model; hf:OWNER/NAME is one of its hub.
+        source: The text, named as train.py's data.source: text:GLOB, jsonl:GLOB#field, stdlib, ….
+        task: A task's YAML file, or the name of one that comes with lm_eval; may be given several times.
+        context: Tokens seen at once. Default: a run's data.seq_len, else 2048; for a task all that fit.
+        stride: Tokens from one window of a text to the next, which scores what is new. Default: half of them.
+        batch_size: Rows in one call of the model. Default: as many as have 16384 tokens.
+        max_tokens: Score so many tokens of the text at most.
+        limit: Ask so many questions of each task at most.
+        num_fewshot: Examples in front of each question. Default: the task's own number.
+        json: Write the result to this file too.
+    """
+    from gptoss_jax.evaluation import report
+
+    report.run(folder, source, task, context, stride, batch_size, max_tokens, limit, num_fewshot, json)
+
+
 @app.command
 def convert(
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")],
@@ -201,7 +234,7 @@ def plan(
     chip: Annotated[str | None, tyro.conf.arg(metavar="CHIP")] = None,
     devices: OptionalInt = None,
     mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="AXES")] = (),
-    json: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None,
+    json: OptionalFile = None,
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FLAG=VALUE")] = (),
 ) -> None:
     """Say what a training step costs on devices that need not be here: memory, FLOPs, communication.

@@ -123,7 +123,7 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _in_batches(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+def in_batches(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
     """Groups documents to about `BATCH_CHARS` characters: bounded memory, and work for all cores."""
     batch, size = [], 0
     for text, is_held_out in documents:
@@ -134,6 +134,18 @@ def _in_batches(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[st
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The tokens of each text as a document is stored: bos, its ids, eos."""
+    parts = [list(_parts(text)) for text in texts]
+    encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(parts))))
+    for pieces in parts:
+        ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(pieces)), [tokenizer.eos_id]]
+        stored = np.concatenate(ids)
+        top = int(stored.max())
+        require(top < tokenizer.vocab_size, "token id", top, f"must be below {tokenizer.vocab_size}")
+        yield stored
 
 
 def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Callable[[str], None]) -> None:
@@ -150,14 +162,9 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths, sizes, flags, held_out_text, written = [], [], [], [], 0
     with open(folder / "tokens.bin", "wb") as file:
-        for batch in _in_batches(documents()):
-            parts = [list(_parts(text)) for text, _ in batch]
-            encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(parts))))
-            for (text, is_held_out), pieces in zip(batch, parts, strict=True):
-                ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(pieces)), [tokenizer.eos_id]]
-                stored = np.concatenate(ids)
-                top = int(stored.max())
-                require(top < tokenizer.vocab_size, "token id", top, f"must be below {tokenizer.vocab_size}")
+        for batch in in_batches(documents()):
+            stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
+            for (text, is_held_out), stored in zip(batch, stored_tokens, strict=True):
                 file.write(stored.astype(dtype).tobytes())
                 data = text.encode()
                 lengths.append(len(stored))
