@@ -1,0 +1,220 @@
+"""The adapter to lm_eval: its numbers against the plain model, and tasks from files."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
+
+from gptoss_jax import cli  # noqa: E402
+from gptoss_jax.config import ModelConfig  # noqa: E402
+from gptoss_jax.data.tokenizer import make_tokenizer  # noqa: E402
+from gptoss_jax.evaluation.lm_eval import GptOss, evaluate_tasks  # noqa: E402
+from gptoss_jax.inference.generate import generate_with_params  # noqa: E402
+from gptoss_jax.model.transformer import init_params, with_params  # noqa: E402
+from gptoss_jax.weights.export import save_pretrained  # noqa: E402
+
+BYTES = make_tokenizer("bytes")
+BOS = BYTES.bos_id
+PAIRS = [
+    ("the cat", " sat"),
+    ("", "é€"),
+    ("a longer context than the others have", " and its end"),
+    ("x", "y"),
+]
+CHOICE = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+GENERATION = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {data}
+test_split: train
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs:
+  until: ["{until}"]
+  max_gen_toks: 9
+metric_list:
+  - metric: exact_match
+"""
+
+
+@pytest.fixture(scope="module")
+def config():
+    return ModelConfig(
+        vocab_size=263, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=16, num_local_experts=5, num_experts_per_tok=2, sliding_window=4,
+        max_position_embeddings=64, rope_scaling=None, initializer_range=0.3, compute_dtype="float32",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return init_params(config, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def folder(config, params, tmp_path_factory):
+    """A Hugging Face folder of a base model."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    save_pretrained(with_params(config, params), folder, experts="float32")
+    BYTES.export(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def log_probs(config, params, apply_model):
+    """(tokens before, tokens) -> the log-probability of each of them, and whether it is the likeliest."""
+
+    def score(before, tokens):
+        row_BT = np.array([(before + tokens)[:-1]])
+        logits_TV = apply_model(config, params, row_BT)[0].astype(np.float64)[len(before) - 1 :]
+        log_probs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
+        best = np.argmax(logits_TV, axis=-1)
+        return log_probs_TV[np.arange(len(tokens)), tokens], best == tokens
+
+    return score
+
+
+def asked(kind, *arguments):
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_log_likelihoods_are_those_of_the_plain_model(folder, log_probs, batch_size):
+    found = GptOss(str(folder), batch_size).loglikelihood(
+        [asked("loglikelihood", *pair) for pair in PAIRS], True
+    )
+    for (before, after), (total, is_greedy) in zip(PAIRS, found, strict=True):
+        scores, best = log_probs([BOS, *before.encode()], list(after.encode()))
+        assert total == pytest.approx(scores.sum(), rel=1e-5)
+        assert is_greedy == best.all()
+
+
+def test_what_greedy_decoding_would_give(config, params, folder):
+    (tokens,) = generate_with_params(config, params, [[BOS, 97]], 5)
+    model = GptOss(str(folder))
+    requests = [(None, [BOS, 97], tokens), (None, [BOS, 97], [*tokens[:4], (tokens[4] + 1) % 256])]
+    assert [is_greedy for _, is_greedy in model._loglikelihood_tokens(requests, True)] == [True, False]
+
+
+def test_rolling_log_likelihoods(folder, log_probs):
+    texts = ["short", "a text that is far longer than the twelve tokens of a row", "é"]
+    model = GptOss(str(folder), max_length=12)
+    found = model.loglikelihood_rolling([asked("loglikelihood_rolling", text) for text in texts], True)
+    for text, total in zip(texts, found, strict=True):
+        windows = get_rolling_token_windows(list(text.encode()), BOS, 12, 1)
+        scores = [log_probs(*make_disjoint_window(window))[0] for window in windows]
+        assert sum(map(len, scores)) == len(text.encode())
+        assert total == pytest.approx(np.concatenate(scores).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_answers_end_before_the_strings(config, params, folder, batch_size):
+    prompts = ["one", "another prompt", "x"]
+    tokens = generate_with_params(
+        config, params, [[BOS, *p.encode()] for p in prompts], 12, stop_tokens=[BOS]
+    )
+    texts = [BYTES.decode([t for t in row if t < 257]) for row in tokens]
+    # A character of the first answer that stands in it once.
+    until = next(c for c in texts[0] if c != "\ufffd" and texts[0].index(c) > 0)
+    settings = {"until": [until], "max_gen_toks": 12}
+    found = GptOss(str(folder), batch_size).generate_until(
+        [asked("generate_until", prompt, settings) for prompt in prompts], True
+    )
+    assert found[0] == texts[0][: texts[0].index(until)]
+    assert found == [text.split(until)[0] for text in texts]
+
+
+@pytest.fixture
+def task(tmp_path):
+    """(template, rows, others) -> a YAML file of a task, with its data beside it."""
+
+    def make(template, rows, **others):
+        data, file = tmp_path / "data.jsonl", tmp_path / "task.yaml"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text(template.format(name="a_task_of_mine", data=data, **others))
+        return str(file)
+
+    return make
+
+
+def test_a_task_of_choices_from_a_file(folder, log_probs, task, tmp_path, capfd):
+    rows, right = [], 0
+    for question, choices, answer in (
+        ("one and", [" two", " a"], 0),
+        ("x", [" y", " z", " w"], 2),
+        ("q", [" r", " s"], 1),
+    ):
+        totals = [log_probs([BOS, *question.encode()], list(c.encode()))[0].sum() for c in choices]
+        right += int(np.argmax(totals)) == answer
+        rows.append({"question": question, "choices": choices, "answer": answer})
+    # lm_eval puts a space between question and choice itself.
+    file = task(CHOICE + 'target_delimiter: ""\n', rows)
+    written = tmp_path / "result.json"
+    assert cli.main(["eval", str(folder), "--task", file, "--json", str(written)]) == 0
+    result = json.loads(written.read_text())
+    assert result["results"]["a_task_of_mine"]["acc,none"] == pytest.approx(right / 3)
+    assert "a_task_of_mine" in capfd.readouterr().out
+    assert evaluate_tasks(str(folder), [file], limit=1)["n-samples"]["a_task_of_mine"]["effective"] == 1
+
+
+def test_a_task_of_answers_from_a_file(config, params, folder, task):
+    questions = ["one", "two and three"]
+    tokens = generate_with_params(
+        config, params, [[BOS, *q.encode()] for q in questions], 9, stop_tokens=[BOS]
+    )
+    texts = [BYTES.decode([t for t in row if t < 257]) for row in tokens]
+    rows = [{"question": q, "answer": a} for q, a in zip(questions, (texts[0], "never"), strict=True)]
+    found = evaluate_tasks(str(folder), [task(GENERATION, rows, until="never there")])
+    assert found["results"]["a_task_of_mine"]["exact_match,none"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["--task", "no_such_task_of_mine"],
+            "task is 'no_such_task_of_mine': must be a YAML file, or a task",
+        ),
+        (["--task", "nowhere.yaml"], "task is 'nowhere.yaml': must be a YAML file, or a task"),
+    ],
+)
+def test_tasks_that_are_not_there(folder, arguments, words, capsys):
+    assert cli.main(["eval", str(folder), *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"gptoss: error: {words}") and shown.count("\n") == 1
+
+
+def test_settings_that_are_not_known(folder):
+    model = GptOss(str(folder))
+    for settings, words in (
+        ({"num_beams": 3}, r"generation_kwargs.num_beams is 3: is not supported"),
+        ({"max_gen_toks": 64}, r"generation_kwargs.max_gen_toks is 64: must be from 1 to 63"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate_until([asked("generate_until", "a", settings)], True)
+    with pytest.raises(
+        ValueError, match="max_length is 65: must be at most the model's max_position_embeddings"
+    ):
+        GptOss(str(folder), max_length=65)
+    assert math.isfinite(model.loglikelihood([asked("loglikelihood", "a", "b")], True)[0][0])
