@@ -283,8 +283,10 @@ def test_a_real_base_model(tiny_config, random_params, tmp_path):
 
 
 AT_A_TERMINAL = """
-import fcntl, itertools, sys, termios, time
+import fcntl, itertools, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+# Whoever started the tests may have told them to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from gptoss_jax import cli
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
@@ -313,9 +315,10 @@ def test_ctrl_c_at_a_terminal():
 
     def wait_for(*expected):
         nonlocal seen
+        deadline = time.monotonic() + 60
         for word in expected:
             while word not in seen:
-                assert select.select([terminal], [], [], 60)[0], seen
+                assert select.select([terminal], [], [], max(deadline - time.monotonic(), 0))[0], seen[-1000:]
                 seen += os.read(terminal, 4096)
             seen = seen[seen.index(word) + len(word) :]
 
