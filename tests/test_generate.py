@@ -285,7 +285,7 @@ def test_any_prompts_compile_a_number_of_programs_that_is_known(tiny_config, ran
             )
             done += len(prompts)
     # Nothing else compiles, eager operations included.
-    assert 10 < len(programs) <= most_programs(config, decoders=2)
+    assert 8 <= len(programs) <= most_programs(config, decoders=2)
     jax.clear_caches()
 
 

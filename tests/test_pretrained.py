@@ -304,7 +304,8 @@ def test_packed_logits_are_those_of_the_unpacked_weights(published):
     packed = logits(from_pretrained(published("mxfp4"), dtype="float32"))
     plain = logits(from_pretrained(published("mxfp4"), dtype="float32", experts="float32"))
     assert packed.shape == (*TOKENS.shape, SIZES["vocab_size"]) and np.abs(packed).max() > 1
-    np.testing.assert_allclose(packed, plain, rtol=0, atol=1e-6 * np.abs(plain).max())
+    # Other kernels multiply them: sums are rounded in another order.
+    np.testing.assert_allclose(packed, plain, rtol=0, atol=5e-6 * np.abs(plain).max())
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "float32"])
