@@ -51,6 +51,7 @@ def generate(
     stop_tokens: Sequence[int] | Sequence[Sequence[int]] = (),
     stop_strings: str | Sequence[str] | Sequence[Sequence[str]] = (),
     seed: int | Sequence[int] = 0,
+    *,
     log_probs: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> list[list[int]] | tuple[list[list[int]], list[list[float]]]:
@@ -87,8 +88,10 @@ def generate(
     """
     if stop_strings and tokenizer is None and model.origin is not None:
         tokenizer = find_tokenizer(model.origin)
-    settings = (max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens, stop_strings, seed, log_probs)
-    return generate_with_params(model.config, params_of(model), prompts, *settings, tokenizer)
+    settings = max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens, stop_strings, seed
+    return generate_with_params(
+        model.config, params_of(model), prompts, *settings, log_probs=log_probs, tokenizer=tokenizer
+    )
 
 
 def stream(
@@ -145,9 +148,6 @@ class _Asked(NamedTuple):
 
     @classmethod
     def of(cls, config, prompts, *args, log_probs=False, tokenizer=None, **kwargs):
-        # By place, the last two of `generate`'s arguments come after those of `requests`.
-        if len(args) > 8:
-            args, (log_probs, tokenizer, *_) = args[:8], (*args[8:], tokenizer)
         found = requests(config, prompts, *args, **kwargs)
         strings = next((one.stop_strings for one in found if one.stop_strings), ())
         require(
