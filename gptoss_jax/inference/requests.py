@@ -2,12 +2,24 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
+
+WHOLE = int, np.integer
+NUMBER = float, np.floating, *WHOLE
+# The types of a setting, which values are allowed, and how that is said; some may be None.
+NUMBERS = {
+    "max_new_tokens": (WHOLE, lambda value: value >= 1, "1 or more"),
+    "temperature": (NUMBER, lambda value: 0 <= value < math.inf, "0 (greedy) or more"),
+    "top_k": (WHOLE, lambda value: value >= 1, "1 or more, or None"),
+    "top_p": (NUMBER, lambda value: 0 < value <= 1, "above 0 and at most 1, or None"),
+    "min_p": (NUMBER, lambda value: 0 <= value < 1, "at least 0 and below 1, or None"),
+    "seed": (WHOLE, lambda value: 0 <= value < 1 << 32, "from 0 to 4294967295"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,44 +53,18 @@ def requests(
     require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
     tokens = [_tokens(config, i, prompt) for i, prompt in enumerate(prompts)]
     count = len(tokens)
-    whole = (int, np.integer)
-    number = (float, np.floating, *whole)
-    room = [config.max_position_embeddings - len(prompt) for prompt in tokens]
-    columns = {
-        "max_new_tokens": _each(
-            "max_new_tokens", max_new_tokens, count, whole, "1 or more", lambda n: n >= 1
-        ),
-        "temperature": _each(
-            "temperature", temperature, count, number, "0 (greedy) or more", lambda t: 0 <= t < math.inf
-        ),
-        "top_k": _each("top_k", top_k, count, whole, "1 or more, or None", lambda k: k >= 1, optional=True),
-        "top_p": _each(
-            "top_p",
-            top_p,
-            count,
-            number,
-            "above 0 and at most 1, or None",
-            lambda p: 0 < p <= 1,
-            optional=True,
-        ),
-        "min_p": _each(
-            "min_p",
-            min_p,
-            count,
-            number,
-            "at least 0 and below 1, or None",
-            lambda p: 0 <= p < 1,
-            optional=True,
-        ),
-        "seed": _each("seed", seed, count, whole, "from 0 to 4294967295", lambda s: 0 <= s < 1 << 32),
-        "stop_tokens": [
-            tuple(map(int, each)) for each in _sets("stop_tokens", stop_tokens, count, whole, "token ids")
-        ],
-        "stop_strings": [
-            tuple(each)
-            for each in _sets("stop_strings", stop_strings, count, str, "strings that are not empty")
-        ],
+    numbers = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
     }
+    columns = {name: _each(name, value, count) for name, value in numbers.items()}
+    columns["stop_tokens"] = _sets("stop_tokens", stop_tokens, count, WHOLE, "token ids")
+    columns["stop_strings"] = _sets("stop_strings", stop_strings, count, str, "strings that are not empty")
+    room = [config.max_position_embeddings - len(prompt) for prompt in tokens]
     for i, (left, wanted) in enumerate(zip(room, columns["max_new_tokens"], strict=True)):
         limit, length = config.max_position_embeddings, len(tokens[i])
         has = f"prompts[{i}] has {length} tokens and model.max_position_embeddings is {limit}"
@@ -101,23 +87,15 @@ def _tokens(config: ModelConfig, i: int, prompt: Sequence[int]) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _each(
-    name: str,
-    value: Any,
-    count: int,
-    kinds: tuple[type, ...],
-    allowed: str,
-    is_allowed: Callable[[Any], bool],
-    optional: bool = False,
-) -> list:
+def _each(name: str, value: Any, count: int) -> list:
     """A setting for each prompt, from one for all of them or one for each."""
+    kinds, is_allowed, allowed = NUMBERS[name]
     several = isinstance(value, (list, tuple, range, np.ndarray))
     if several:
         require(len(value) == count, name, value, f"must be one value, or {count}, one for each prompt")
     for i, one in enumerate(value if several else [value]):
-        fits = (one is None and optional) or (
-            isinstance(one, kinds) and not isinstance(one, bool) and is_allowed(one)
-        )
+        is_number = isinstance(one, kinds) and not isinstance(one, bool)
+        fits = is_allowed(one) if is_number else one is None and allowed.endswith("None")
         require(fits, f"{name}[{i}]" if several else name, one, f"must be {allowed}")
     return list(value) if several else [value] * count
 
@@ -129,9 +107,9 @@ def _sets(name: str, value: Any, count: int, kind: type | tuple[type, ...], allo
     several = bool(value) and all(sequences)
     if several:
         require(len(value) == count, name, value, f"must be one sequence, or {count}, one for each prompt")
-    sets = [list(one) for one in value] if several else [value]
+    sets = [tuple(one) for one in value] if several else [tuple(value)]
     for i, each in enumerate(sets):
         for one in each:
             place = f"{name}[{i}]" if several else name
-            require(isinstance(one, kind) and one != "", place, each, f"must hold {allowed}")
+            require(isinstance(one, kind) and one != "", place, list(each), f"must hold {allowed}")
     return sets if several else sets * count
