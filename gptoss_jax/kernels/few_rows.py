@@ -50,7 +50,8 @@ def products(equation: str, x: jax.Array, layers: Sequence[Layer]) -> list[jax.A
     shapes = [_result(rows, math.prod(layer.shape) // inner) for layer in layers]
     index = jnp.asarray(layers[0].index, jnp.int32)
     stacks = (layer.stack for layer in layers)
-    results = _call("FewRowsProducts", shapes)(x.reshape(rows, inner), index, *stacks, turned=turned)
+    name = "FewRowsTurnedProducts" if turned else "FewRowsProducts"
+    results = _call(name, shapes)(x.reshape(rows, inner), index, *stacks)
     outer = [letter for letter in w_letters if letter not in summed]
     kept = x.shape[: x.ndim - len(summed)]
     return [

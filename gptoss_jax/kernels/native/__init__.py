@@ -24,6 +24,7 @@ HANDLERS = (
     "GroupedOuter",
     "GroupedPacked",
     "FewRowsProducts",
+    "FewRowsTurnedProducts",
     "FewRowsExperts",
     "FewRowsPacked",
     "FewRowsAttention",

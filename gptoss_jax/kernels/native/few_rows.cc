@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "mxfp4.h"
@@ -16,13 +17,14 @@ namespace {
 
 constexpr int kRows = 4;          // worked through together
 constexpr int64_t kInner = 64;    // lines of a matrix that stay in the cache while further rows use them
-constexpr int64_t kBlock = 512;   // columns of a task at most
+constexpr int64_t kLines = 192;   // lines of a task at most, where a matrix is shared out by lines, as they lie in memory
+constexpr int64_t kWide = 2048;   // and columns
+constexpr int64_t kBlock = 512;   // columns of a task at most, where it is shared out by columns
 constexpr int64_t kLeast = 64;    // and at least
 
 using Floats = ffi::Buffer<ffi::F32>;
 using Bytes = ffi::Buffer<ffi::U8>;
 using Ints = ffi::Buffer<ffi::S32>;
-
 
 // Columns of a task, where `columns` in all are to be shared among the threads.
 int64_t BlockOf(int64_t columns, int64_t width, ffi::ThreadPool& pool) {
@@ -142,47 +144,109 @@ void AddAll(const std::vector<const float*>& x, const std::vector<float*>& y, co
   }
 }
 
-// y_i = x w_i[layer] for every weight, [layers, inner, columns] or, turned, [layers, columns, inner].
-ffi::Error Products(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights, ffi::RemainingRets results,
-                    bool turned) {
+// How the matrices [lines, columns] of some groups are shared out: whole lines as far as possible, which lie one
+// after another in memory. The parts do not depend on what else is asked for, so neither does how sums are rounded.
+struct Shares {
+  int64_t groups, lines, columns, parts, blocks;
+
+  Shares(int64_t groups, int64_t lines, int64_t columns)
+      : groups(groups), lines(lines), columns(columns), parts(std::max<int64_t>(1, (lines + kLines - 1) / kLines)),
+        blocks((columns + kWide - 1) / kWide) {}
+
+  int64_t tasks() const { return groups * parts * blocks; }
+
+  struct One {
+    int64_t group, part, line, count, column, width;
+  };
+  One at(int64_t task) const {
+    const int64_t block = task % blocks, part = task / blocks % parts;
+    const int64_t share = (lines + parts - 1) / parts, width = (columns / blocks + kLanes - 1) / kLanes * kLanes;
+    const int64_t line = part * share, column = block * width;
+    // The last block takes what is left.
+    const int64_t end = block + 1 == blocks ? columns : column + width;
+    return {task / blocks / parts, part, line, std::max<int64_t>(0, std::min(share, lines - line)), column, end - column};
+  }
+};
+
+// sum[0 : count] += each further part, which are `step` numbers apart.
+void AddParts(float* sum, int64_t step, int64_t parts, int64_t count) {
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < count; ++i) sum[i] += sum[part * step + i];
+}
+
+// y_i = x w_i[layer] for every weight, [layers, inner, columns].
+ffi::Error Products(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights,
+                    ffi::RemainingRets results) {
+  const int64_t rows = x.dimensions()[0], inner = x.dimensions()[1];
+  struct Weight {
+    Shares shares;
+    const float* w;
+    float* y;
+    std::unique_ptr<float[]> further;  // sums of all parts but the first
+  };
+  std::vector<Weight> all;
+  std::vector<std::pair<const Weight*, int64_t>> tasks;
+  for (size_t i = 0; i < results.size(); ++i) {
+    Floats y = **results.get<Floats>(i), w = *weights.get<Floats>(i);
+    const Shares shares(1, inner, y.dimensions()[1]);
+    const int64_t size = rows * shares.columns;
+    all.push_back({shares, w.typed_data() + layer.typed_data()[0] * inner * shares.columns, y.typed_data(),
+                   std::make_unique<float[]>((shares.parts - 1) * size)});
+  }
+  for (const Weight& weight : all)
+    for (int64_t task = 0; task < weight.shares.tasks(); ++task) tasks.emplace_back(&weight, task);
+  auto multiply = [&](int64_t number) {
+    const auto [weight, task] = tasks[number];
+    const Shares::One one = weight->shares.at(task);
+    const int64_t columns = weight->shares.columns;
+    float* sums = one.part == 0 ? weight->y : weight->further.get() + (one.part - 1) * rows * columns;
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    for (int64_t i = 0; i < rows; ++i) {
+      from.push_back(x.typed_data() + i * inner + one.line), to.push_back(sums + i * columns + one.column);
+      std::memset(to.back(), 0, one.width * sizeof(float));
+    }
+    AddAll(from, to, weight->w + one.line * columns + one.column, columns, one.count, one.width);
+  };
+  auto add = [&](int64_t row) {
+    for (const Weight& weight : all) {
+      const int64_t columns = weight.shares.columns, size = rows * columns;
+      for (int64_t part = 1; part < weight.shares.parts; ++part)
+        for (int64_t c = 0; c < columns; ++c)
+          weight.y[row * columns + c] += weight.further[(part - 1) * size + row * columns + c];
+    }
+  };
+  Run({{(int64_t)tasks.size(), multiply}, {rows, add}}, pool);
+  return ffi::Error::Success();
+}
+
+// The same with w turned, [layers, columns, inner].
+ffi::Error TurnedProducts(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights,
+                          ffi::RemainingRets results) {
   const int64_t rows = x.dimensions()[0], inner = x.dimensions()[1];
   struct Task {
     const float* w;
     float* y;
-    int64_t line, columns, width;
+    int64_t columns, all;
   };
   std::vector<Task> tasks;
-  int64_t all = 0;
-  for (size_t i = 0; i < results.size(); ++i) all += (*results.get<Floats>(i))->dimensions()[1];
   for (size_t i = 0; i < results.size(); ++i) {
     Floats y = **results.get<Floats>(i), w = *weights.get<Floats>(i);
-    const int64_t columns = y.dimensions()[1], block = BlockOf(all, columns, pool);
+    const int64_t columns = y.dimensions()[1], block = BlockOf(columns, columns, pool);
     const float* start = w.typed_data() + layer.typed_data()[0] * inner * columns;
     for (int64_t c = 0; c < columns; c += block)
-      tasks.push_back({start + c * (turned ? inner : 1), y.typed_data() + c, turned ? inner : columns,
-                       std::min(block, columns - c), columns});
+      tasks.push_back({start + c * inner, y.typed_data() + c, std::min(block, columns - c), columns});
   }
-  Run({{(int64_t)tasks.size(),
-        [&](int64_t number) {
-          const Task& t = tasks[number];
-          std::vector<const float*> from;
-          std::vector<float*> to;
-          for (int64_t i = 0; i < rows; ++i) {
-            from.push_back(x.typed_data() + i * inner);
-            to.push_back(t.y + i * t.width);
-          }
-          if (!turned) {
-            for (float* y : to) std::memset(y, 0, t.columns * sizeof(float));
-            AddAll(from, to, t.w, t.line, inner, t.columns);
-            return;
-          }
-          InFours(rows, [&](int64_t first, int count) {
-            Rows r;
-            for (int i = 0; i < count; ++i) r.x[i] = from[first + i], r.y[i] = to[first + i];
-            BY_COUNT(count, Dot, r, t.w, t.line, inner, t.columns)
-          });
-        }}},
-      pool);
+  auto multiply = [&](int64_t number) {
+    const Task& t = tasks[number];
+    InFours(rows, [&](int64_t first, int count) {
+      Rows r;
+      for (int i = 0; i < count; ++i)
+        r.x[i] = x.typed_data() + (first + i) * inner, r.y[i] = t.y + (first + i) * t.all;
+      BY_COUNT(count, Dot, r, t.w, inner, inner, t.columns)
+    });
+  };
+  Run({{(int64_t)tasks.size(), multiply}}, pool);
   return ffi::Error::Success();
 }
 
@@ -248,49 +312,46 @@ ffi::Error FewRowsOfExperts(ffi::ThreadPool pool, Floats x, Ints chosen, Floats 
                             Floats gate_up_bias, Floats down, Floats down_bias, ffi::Result<Floats> y,
                             int64_t experts, float alpha, float limit, float offset) {
   const Experts e(x, chosen, first, gate_up_bias, down_bias, experts, down.dimensions()[1], alpha, limit, offset);
-  const int64_t D = e.width, F = e.hidden;
-  auto h = std::make_unique<float[]>(e.rows() * 2 * F), z = std::make_unique<float[]>(e.rows() * D);
-  const int64_t count = e.groups.size();
-  const int64_t f_block = BlockOf(count * F, F, pool), d_block = BlockOf(count * D, D, pool);
-  const int64_t f_blocks = (F + f_block - 1) / f_block, d_blocks = (D + d_block - 1) / d_block;
+  const int64_t D = e.width, F = e.hidden, rows = e.rows();
+  const Shares up(e.groups.size(), D, 2 * F), down_again(e.groups.size(), F, D);
+  // Each share of the lines has sums of its own, which are added up in their order.
+  auto h = std::make_unique<float[]>(up.parts * rows * 2 * F), z = std::make_unique<float[]>(down_again.parts * rows * D);
 
-  auto up = [&](int64_t task) {
-    const auto& group = e.groups[task / f_blocks];
-    const int64_t f = task % f_blocks * f_block, columns = std::min(f_block, F - f);
-    for (int half = 0; half < 2; ++half) {
-      std::vector<const float*> from;
-      std::vector<float*> to;
-      for (int64_t r : group.rows) {
-        float* out = h.get() + (r * 2 + half) * F + f;
-        if (e.gate_up_bias)
-          std::memcpy(out, e.gate_up_bias + (group.number * 2 + half) * F + f, columns * sizeof(float));
-        else
-          std::memset(out, 0, columns * sizeof(float));
-        from.push_back(e.x + r / e.chosen * D), to.push_back(out);
-      }
-      AddAll(from, to, gate_up.typed_data() + (group.expert * D * 2 + half) * F + f, 2 * F, D, columns);
-    }
-    for (int64_t r : group.rows) {
-      float* gate = h.get() + r * 2 * F + f;
-      e.Gate(gate, gate + F, columns);
-    }
-  };
-  auto down_again = [&](int64_t task) {
-    const auto& group = e.groups[task / d_blocks];
-    const int64_t d = task % d_blocks * d_block, columns = std::min(d_block, D - d);
+  auto multiply = [&](const Shares& shares, int64_t task, const float* w, const float* bias, auto input, float* sums) {
+    const Shares::One one = shares.at(task);
+    const auto& group = e.groups[one.group];
     std::vector<const float*> from;
     std::vector<float*> to;
     for (int64_t r : group.rows) {
-      float* out = z.get() + r * D + d;
-      if (e.down_bias)
-        std::memcpy(out, e.down_bias + group.number * D + d, columns * sizeof(float));
+      float* out = sums + (one.part * rows + r) * shares.columns + one.column;
+      if (bias && one.part == 0)
+        std::memcpy(out, bias + group.number * shares.columns + one.column, one.width * sizeof(float));
       else
-        std::memset(out, 0, columns * sizeof(float));
-      from.push_back(h.get() + r * 2 * F), to.push_back(out);
+        std::memset(out, 0, one.width * sizeof(float));
+      from.push_back(input(r) + one.line), to.push_back(out);
     }
-    AddAll(from, to, down.typed_data() + group.expert * F * D + d, D, F, columns);
+    const float* start = w + (group.expert * shares.lines + one.line) * shares.columns + one.column;
+    AddAll(from, to, start, shares.columns, one.count, one.width);
   };
-  Run({{count * f_blocks, up}, {count * d_blocks, down_again}}, pool);
+  auto gate = [&](int64_t task) {
+    for (int64_t r : e.groups[task].rows) {
+      float* sum = h.get() + r * 2 * F;
+      AddParts(sum, rows * 2 * F, up.parts, 2 * F);
+      e.Gate(sum, sum + F, F);
+    }
+  };
+  Run({{up.tasks(), [&](int64_t task) {
+          multiply(up, task, gate_up.typed_data(), e.gate_up_bias, [&](int64_t r) { return e.x + r / e.chosen * D; },
+                   h.get());
+        }},
+       {(int64_t)e.groups.size(), gate},
+       {down_again.tasks(), [&](int64_t task) {
+          multiply(down_again, task, down.typed_data(), e.down_bias, [&](int64_t r) { return h.get() + r * 2 * F; },
+                   z.get());
+        }}},
+      pool);
+  for (const auto& group : e.groups)
+    for (int64_t r : group.rows) AddParts(z.get() + r * D, rows * D, down_again.parts, D);
   e.Sum(z.get(), chosen, weights.typed_data(), y->typed_data());
   return ffi::Error::Success();
 }
@@ -414,8 +475,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsProducts, Products,
                                   .Arg<Floats>()
                                   .Arg<Ints>()
                                   .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("turned"));
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsTurnedProducts, TurnedProducts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsExperts, FewRowsOfExperts,
                               ffi::Ffi::Bind()
