@@ -167,7 +167,7 @@ def evaluate(
         batch_size: Rows in one call of the model. Default: as many as have 16384 tokens.
         max_tokens: Score so many tokens of the text at most.
         limit: Ask so many questions of each task at most.
-        num_fewshot: Examples in front of each question. Default: the task's own number.
+        num_fewshot: Examples in front of a question, unless the task says 0. Default: the task's own number.
         json: Write the result to this file too.
     """
     from gptoss_jax.evaluation import report

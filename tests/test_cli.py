@@ -58,6 +58,11 @@ def test_text_is_never_broken_inside_a_character():
             ["FOLDER", "--reasoning", "{low,medium,high}", "--instructions", "--analysis", "{show,hide}",
              "--plain", "200 of a base one", "--temperature", "--seed"],
         ),
+        (
+            ["eval", "--help"],
+            ["FOLDER", "--source", "--task", "(repeatable)", "--context", "--stride", "--batch-size",
+             "--max-tokens", "--limit", "--num-fewshot", "--json"],
+        ),
         (["convert", "--help"], ["SRC", "DST", "--experts", "{None,bfloat16,float32,mxfp4}", "original/"]),
         (["report", "--help"], ["RUN", "report.png"]),
     ],

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
 
+import datasets  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
@@ -16,6 +17,7 @@ from gptoss_jax import cli  # noqa: E402
 from gptoss_jax.config import ModelConfig  # noqa: E402
 from gptoss_jax.data.tokenizer import make_tokenizer  # noqa: E402
 from gptoss_jax.evaluation.lm_eval import GptOss, evaluate_tasks  # noqa: E402
+from gptoss_jax.evaluation.scores import target_scores  # noqa: E402
 from gptoss_jax.inference.generate import generate_with_params  # noqa: E402
 from gptoss_jax.model.transformer import init_params, with_params  # noqa: E402
 from gptoss_jax.weights.export import save_pretrained  # noqa: E402
@@ -110,6 +112,28 @@ def test_log_likelihoods_are_those_of_the_plain_model(folder, log_probs, batch_s
         assert is_greedy == best.all()
 
 
+def test_what_is_too_long_loses_its_beginning(folder, log_probs):
+    context, continuation = PAIRS[2]
+    model = GptOss(str(folder), max_length=16)
+    ((total, _),) = model.loglikelihood([asked("loglikelihood", context, continuation)], True)
+    # Sixteen tokens are read: all but the last of the continuation, and those before it.
+    tokens = list((context + continuation).encode())[-17:]
+    count = len(continuation)
+    assert total == pytest.approx(log_probs(tokens[:-count], tokens[-count:])[0].sum(), rel=1e-5)
+    with pytest.raises(ValueError, match="tokens to score is 17: must be at most max_length, 16"):
+        model.loglikelihood([asked("loglikelihood", "a", "b" * 17)], True)
+
+
+def test_few_programs_are_compiled(folder):
+    model = GptOss(str(folder), batch_size=2)
+    target_scores.clear_cache()
+    for longest in (3, 9, 31, 40, 62):
+        texts = [asked("loglikelihood", "a" * length, "b") for length in range(1, longest)]
+        model.loglikelihood(texts, True)
+    # Rows of 32 and of 64 tokens.
+    assert target_scores._cache_size() == 2
+
+
 def test_what_greedy_decoding_would_give(config, params, folder):
     (tokens,) = generate_with_params(config, params, [[BOS, 97]], 5)
     model = GptOss(str(folder))
@@ -145,9 +169,20 @@ def test_answers_end_before_the_strings(config, params, folder, batch_size):
     assert found == [text.split(until)[0] for text in texts]
 
 
+def test_drawn_answers(folder):
+    settings = {"do_sample": True, "temperature": 2.0, "top_k": 40, "max_gen_toks": 9, "until": []}
+    requests = [asked("generate_until", prompt, settings) for prompt in ("a", "a", "b c", "a")]
+    found = [GptOss(str(folder), batch_size).generate_until(requests, True) for batch_size in (None, 1, 3)]
+    assert found[0] == found[1] == found[2]
+    # The same prompt again is asked for another answer.
+    assert len({found[0][i] for i in (0, 1, 3)}) == 3
+
+
 @pytest.fixture
-def task(tmp_path):
-    """(template, rows, others) -> a YAML file of a task, with its data beside it."""
+def task(tmp_path, monkeypatch):
+    """(template, rows, others) -> a YAML file of a task, with its data beside it; nothing is downloaded."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
     def make(template, rows, **others):
         data, file = tmp_path / "data.jsonl", tmp_path / "task.yaml"
@@ -175,7 +210,9 @@ def test_a_task_of_choices_from_a_file(folder, log_probs, task, tmp_path, capfd)
     result = json.loads(written.read_text())
     assert result["results"]["a_task_of_mine"]["acc,none"] == pytest.approx(right / 3)
     assert "a_task_of_mine" in capfd.readouterr().out
-    assert evaluate_tasks(str(folder), [file], limit=1)["n-samples"]["a_task_of_mine"]["effective"] == 1
+    few = evaluate_tasks(str(folder), [file], limit=1, num_fewshot=2)
+    assert few["n-samples"]["a_task_of_mine"]["effective"] == 1
+    assert few["n-shot"] == {"a_task_of_mine": 2}
 
 
 def test_a_task_of_answers_from_a_file(config, params, folder, task):
