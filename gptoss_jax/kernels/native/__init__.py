@@ -15,7 +15,7 @@ import jax
 import jaxlib
 
 HERE = pathlib.Path(__file__).parent
-SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "few_rows.cc"))
+SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "few_rows.cc", "few_rows_experts.cc"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 # "0" leaves them out: everything then goes through XLA alone.
 SWITCH = "GPTOSS_JAX_NATIVE"
