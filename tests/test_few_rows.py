@@ -134,6 +134,14 @@ def test_extreme_numbers_of_packed_experts():
     assert np.isnan(found[0]).tolist() == [d == 3 for d in range(D)]
 
 
+def test_what_is_not_a_number_stays_so():
+    parameters, _, _ = matrices(2, 32, 64, packed=False)
+    arguments = normal(0, 3, 32), jnp.zeros((3, 1), int), jnp.ones((3, 1))
+    for half in (0, 1):
+        bad = parameters | {"gate_up": parameters["gate_up"].at[0, 3, half, 5].set(jnp.nan)}
+        assert np.isnan(few_rows.experts(*arguments, bad, 0, 2, SwiGLU(1.7, 7.0, 1.0))).all()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
     E, D, F = 4, 32, 64

@@ -69,7 +69,7 @@ struct Experts {
       Vector one[2] = {};
       std::memcpy(&one[0], gate + c, width * sizeof(float));
       std::memcpy(&one[1], up + c, width * sizeof(float));
-      const Vector g = Least(one[0], Fill(limit)), u = Most(Least(one[1], Fill(limit)), Fill(-limit));
+      const Vector g = Least(Fill(limit), one[0]), u = Most(Fill(-limit), Least(Fill(limit), one[1]));
       one[0] = g / (1.0f + Exp(-alpha * g)) * (u + offset);
       std::memcpy(gate + c, &one[0], width * sizeof(float));
     }

@@ -22,12 +22,13 @@ inline Vector Load(const float* from) { return *(const Vector*)from; }
 inline void Store(float* to, Vector value) { *(Vector*)to = value; }
 
 inline Vector Fill(float value) { return Vector{} + value; }
+// Of these two the second stays where it is not a number.
 inline Vector Least(Vector a, Vector b) { return a < b ? a : b; }
 inline Vector Most(Vector a, Vector b) { return a > b ? a : b; }
 
 // e^x to within two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor, degree 7).
 inline Vector Exp(Vector x) {
-  x = Least(Most(x, Fill(-87.0f)), Fill(88.0f));
+  x = Least(Fill(88.0f), Most(Fill(-87.0f), x));
   // Adding 1.5 * 2^23 rounds to a whole number, which then stands in the lowest bits.
   const Vector whole = x * 1.44269504f + 12582912.0f, n = whole - 12582912.0f;
   const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
