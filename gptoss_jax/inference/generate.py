@@ -69,8 +69,9 @@ def generate(
       stop_strings: an answer ends with the token in which one of these is complete, the last of the answer:
         cut the text where the string begins (`TextStream` does). Looked for between the calls of the decoder,
         so a few tokens more may be computed than are returned.
-      seed: 0 … 2^32 - 1. Token t of a prompt is drawn with fold_in(key(seed), t), so an answer is the same
-        alone and in any batch, and prompts that are the same need seeds of their own to get other answers.
+      seed: 0 … 2^32 - 1. Token t of a prompt is drawn with fold_in(key(seed), t), alone and in any batch:
+        in float32 so are the answers, but for ties; in bfloat16 rounding can choose other experts and tokens.
+        Prompts that are the same need seeds of their own to get other answers.
       log_probs: whether to return, beside the tokens, the log of the probability that the model gave each of
         them, before temperature and filters.
       tokenizer: what stop strings are looked for with; default: that of the folder the model came from.
