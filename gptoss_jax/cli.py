@@ -53,7 +53,8 @@ def generate(
     import jax
 
     from gptoss_jax.inference.chat import speed
-    from gptoss_jax.inference.generate import TextStream, stream_with_params
+    from gptoss_jax.inference.generate import stream_with_params
+    from gptoss_jax.inference.text import TextStream
     from gptoss_jax.weights.pretrained import load_model
 
     config, params, tokenizer = load_model(run)

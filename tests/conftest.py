@@ -20,6 +20,7 @@ import pytest
 
 from gptoss_jax.config import ModelConfig, RopeScaling
 from gptoss_jax.data.tokenizer import make_tokenizer
+from gptoss_jax.kernels import native
 from gptoss_jax.model.transformer import abstract_params, with_params
 from gptoss_jax.parallel.sharding import path_names
 
@@ -131,3 +132,13 @@ def harmony(tmp_path_factory):
         except ValueError as error:
             pytest.skip(f"needs o200k_base.tiktoken: {error}")
         yield tokenizer
+
+
+@pytest.fixture(params=["native", "plain"])
+def cpu_form(request, monkeypatch):
+    """With the kernels in C++, where they can be compiled, and as a machine without a compiler does it."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "is_available", lambda: False)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()

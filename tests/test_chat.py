@@ -249,7 +249,7 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
     ("flags", "message"),
     [
         (["--instructions", "x"], "instructions is 'x': must be left out for plain completion"),
-        (["--temperature", "-1"], "temperature is -1.0: must be 0 (greedy) or more"),
+        (["--temperature", "-1"], "temperature is -1.0: must be 0 (greedy) or more, and fit in float32"),
         (["--max-new-tokens", "0"], "max_new_tokens is 0: must be 1 or more"),
         (["--seed", "-1"], "seed is -1: must be from 0 to 4294967295"),
     ],

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from gptoss_jax import cli
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import generate as engine
-from gptoss_jax.inference.generate import TextStream
+from gptoss_jax.inference import generate as generation
+from gptoss_jax.inference.text import TextStream
 from gptoss_jax.weights import pretrained
 
 
@@ -137,7 +137,7 @@ def run(monkeypatch):
                 raise chunk
             yield [list(chunk)]
 
-    monkeypatch.setattr(engine, "stream_with_params", answer)
+    monkeypatch.setattr(generation, "stream_with_params", answer)
     return seen
 
 

@@ -23,7 +23,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def near(found, expected, bound=2e-6):
+def assert_near(found, expected, bound=2e-6):
     np.testing.assert_allclose(found, expected, rtol=0, atol=bound * float(jnp.max(jnp.abs(expected))))
 
 
@@ -47,7 +47,7 @@ def test_products(rows, equation, inner, outer):
     stacks = [normal(i, 3, *(out + inner if turned else inner + out)) for i, out in enumerate(outer)]
     found = few_rows.products(equation, x, [Layer(stack, jnp.int32(2)) for stack in stacks])
     for y, stack in zip(found, stacks, strict=True):
-        near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
+        assert_near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
 
 
 def test_gradients_of_products():
@@ -63,7 +63,7 @@ def test_gradients_of_products():
         for found, expected in zip(
             jax.grad(ours, (0, 1))(x, w, index), jax.grad(plain, (0, 1))(x, w), strict=True
         ):
-            near(found, expected)
+            assert_near(found, expected)
 
 
 def matrices(E, D, F, packed, seed=0):
@@ -127,7 +127,7 @@ def test_extreme_numbers_of_packed_experts():
         h_F2 = numbers["gate_up"] @ one_MD[0]
         expected = numbers["down"] @ activation(h_F2[:, 0], h_F2[:, 1])
         found = few_rows.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
-        near(found[0], expected, 5e-6)
+        assert_near(found[0], expected, 5e-6)
     # Scale 255 is not a number.
     parameters["down_scales"] = parameters["down_scales"].at[0, 3, 1].set(255)
     found = few_rows.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
@@ -140,6 +140,9 @@ def test_what_is_not_a_number_stays_so():
     for half in (0, 1):
         bad = parameters | {"gate_up": parameters["gate_up"].at[0, 3, half, 5].set(jnp.nan)}
         assert np.isnan(few_rows.experts(*arguments, bad, 0, 2, SwiGLU(1.7, 7.0, 1.0))).all()
+    keys, values = normal(1, 1, 2, 1, 5, 16).at[0, 1, 0, 2, 3].set(jnp.nan), normal(2, 1, 2, 1, 5, 16)
+    y_BNH = few_rows.attention(normal(3, 2, 3, 16), Layer(keys, 0), Layer(values, 0), jnp.array([4, 4]), None)
+    assert np.isnan(y_BNH[1]).all() and np.isfinite(y_BNH[0]).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -157,41 +160,26 @@ def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
             *arguments, {name: value[1] for name, value in stacks.items()}, activation
         )[0]
         layers = {name: Layer(value, jnp.int32(1)) for name, value in stacks.items()}
-        near(expert_dispatch.apply_experts(*arguments, layers, activation)[0], alone, 5e-6)
+        assert_near(expert_dispatch.apply_experts(*arguments, layers, activation)[0], alone, 5e-6)
 
 
-@pytest.mark.parametrize("few", [16, 0], ids=["native", "plain"])
-def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_params, monkeypatch, few):
-    monkeypatch.setattr(few_rows, "FEW_ROWS", few)
+def packed_and_unpacked(block):
+    """The parameters of layers with packed experts, and with the numbers that those stand for."""
+    moe = dict(block["moe"])
+    packed, numbers = dict(moe), dict(moe)
+    for name, held, turned in (("gate_up", "LEDgF", "LEFgD"), ("down", "LEFD", "LEDF")):
+        blocks, scales = mxfp4.pack(jnp.einsum(f"{held}->{turned}", packed.pop(name)))
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        numbers[name] = jnp.einsum(f"{turned}->{held}", mxfp4.unpack(blocks, scales, jnp.float32))
+    return block | {"moe": packed}, block | {"moe": numbers}
+
+
+def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_params, cpu_form):
     config = dataclasses.replace(tiny_config, hidden_size=64, intermediate_size=96, initializer_range=0.05)
-    plain, layers = random_params(config), {}
-    packed = dataclasses.replace(config, expert_format="mxfp4")
-    for name, block in plain["blocks"].items():
-        moe = dict(block["moe"])
-        for matrix, axes in (("gate_up", "LEDgF->LEFgD"), ("down", "LEFD->LEDF")):
-            parts = mxfp4.pack(jnp.einsum(axes, moe.pop(matrix)))
-            moe |= dict(zip((f"{matrix}_blocks", f"{matrix}_scales"), parts, strict=True))
-        layers[name] = block | {"moe": moe}
-    numbers = {
-        name: block
-        | {
-            "moe": {
-                key: value
-                for key, value in block["moe"].items()
-                if "_blocks" not in key and "_scales" not in key
-            }
-            | {
-                matrix: jnp.einsum(
-                    axes,
-                    mxfp4.unpack(
-                        *(block["moe"][f"{matrix}_{part}"] for part in ("blocks", "scales")), jnp.float32
-                    ),
-                )
-                for matrix, axes in (("gate_up", "LEFgD->LEDgF"), ("down", "LEDF->LEFD"))
-            }
-        }
-        for name, block in layers.items()
-    }
+    packed_config = dataclasses.replace(config, expert_format="mxfp4")
+    params = random_params(config)
+    both = {name: packed_and_unpacked(block) for name, block in params["blocks"].items()}
+    packed, numbers = (params | {"blocks": {name: pair[i] for name, pair in both.items()}} for i in (0, 1))
     tokens_BT = np.random.default_rng(0).integers(0, 97, (2, 12))
 
     def logits(config, params):
@@ -207,12 +195,11 @@ def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_p
             found.append(more)
         return jnp.concatenate(found, axis=1)
 
-    near(logits(packed, plain | {"blocks": layers}), logits(config, plain | {"blocks": numbers}), 1e-5)
+    assert_near(logits(packed_config, packed), logits(config, numbers), 1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 512], ids=["decode", "prefill"])
-@pytest.mark.parametrize("few", [16, 0], ids=["native", "plain"])
-def test_memory_of_packed_experts(tiny_config, monkeypatch, tokens, few):
+def test_memory_of_packed_experts(tiny_config, cpu_form, tokens):
     config = dataclasses.replace(
         tiny_config,
         hidden_size=192,
@@ -223,8 +210,6 @@ def test_memory_of_packed_experts(tiny_config, monkeypatch, tokens, few):
         expert_format="mxfp4",
         max_position_embeddings=1024,
     )
-    monkeypatch.setattr(few_rows, "FEW_ROWS", few)
-    jax.clear_caches()
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     weights = 4 * 24 * 3 * 192 * 256
     packed = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.uint8)
@@ -241,4 +226,3 @@ def test_memory_of_packed_experts(tiny_config, monkeypatch, tokens, few):
     memory = program.compile().memory_analysis()
     of_a_layer = 4 * weights // 4
     assert memory.temp_size_in_bytes < of_a_layer
-    jax.clear_caches()

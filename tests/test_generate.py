@@ -10,11 +10,11 @@ import pytest
 
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import generate as engine
+from gptoss_jax.inference import engine
+from gptoss_jax.inference.engine import most_programs
 from gptoss_jax.inference.generate import (
     generate,
     generate_with_params,
-    most_programs,
     stream,
     stream_with_params,
 )
@@ -149,8 +149,9 @@ def test_stop_tokens(gpt_oss):
     assert generate_with_params(*gpt_oss, PROMPTS, MOST, stop_tokens=range(97)) == [[], [], [], []]
 
 
-def test_stop_strings(tiny_config, random_params):
-    config = dataclasses.replace(tiny_config, vocab_size=258)
+def test_stop_strings(tiny_config, random_params, monkeypatch):
+    # Four ids that the tokenizer does not know.
+    config = dataclasses.replace(tiny_config, vocab_size=261)
     params, tokenizer = random_params(config), make_tokenizer("bytes")
     settings = {"max_new_tokens": MOST, "temperature": 1.0, "tokenizer": tokenizer}
     whole = generate_with_params(config, params, PROMPTS, **settings)
@@ -171,6 +172,51 @@ def test_stop_strings(tiny_config, random_params):
     assert found == [whole[j][:end] if j == b else whole[j] for j in range(len(PROMPTS))]
     chunks = list(stream_with_params(config, params, PROMPTS, **settings, stop_strings=each))
     assert [sum(parts, []) for parts in zip(*chunks, strict=True)] == found
+    # A prompt that is done is computed no further.
+    calls, decode = [], engine._decode
+
+    def counted(config, params, cache, latest_B, done_B, made, steps, *others):
+        calls.append((int(made), int(steps)))
+        return decode(config, params, cache, latest_B, done_B, made, steps, *others)
+
+    monkeypatch.setattr(engine, "_decode", counted)
+    monkeypatch.setattr(engine, "STEPS", 4)
+    jax.clear_caches()
+    alone = generate_with_params(config, params, [PROMPTS[b]], **settings, stop_strings=string)
+    assert alone == [whole[b][:end]]
+    made, steps = calls[-1]
+    assert made < end <= made + steps < MOST
+    jax.clear_caches()
+
+
+def test_tokens_that_the_tokenizer_does_not_know(tiny_config, random_params):
+    config = dataclasses.replace(tiny_config, vocab_size=261)
+    settings = {"max_new_tokens": MOST, "temperature": 5.0, "seed": [0, 1, 2, 3]}
+    expected = generate_with_params(config, random_params(config), PROMPTS, **settings)
+    assert any(token >= 257 for answer in expected for token in answer)
+    settings |= {"stop_strings": "never there", "tokenizer": make_tokenizer("bytes")}
+    assert generate_with_params(config, random_params(config), PROMPTS, **settings) == expected
+
+
+def test_a_stream_of_several_processes_reads_no_clock(monkeypatch):
+    # Their clocks differ, and all of them must take the same steps.
+    assert (engine._next_steps(4, 0.0), engine._next_steps(4, 9.0)) == (8, 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for steps, expected in ((1, 2), (4, 8), (8, 8)):
+        assert engine._next_steps(steps, 0.0) == engine._next_steps(steps, 9.0) == expected
+
+
+def test_the_tokenizer_of_the_model_s_folder(tiny_config, random_params, tmp_path):
+    config = dataclasses.replace(tiny_config, vocab_size=261)
+    model = with_params(config, random_params(config))
+    make_tokenizer("bytes").save(tmp_path)
+    by_place = (6, 0.0, None, None, None, (), ["zz"])
+    with pytest.raises(ValueError, match="stop_strings is .* must come with the tokenizer"):
+        generate(model, [[1]], *by_place)
+    model.origin = str(tmp_path)
+    expected = generate(model, [[1]], 6)
+    assert generate(model, [[1]], *by_place) == expected
+    assert [sum(parts, []) for parts in zip(*stream(model, [[1]], *by_place), strict=True)] == expected
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -225,6 +271,23 @@ def test_on_a_mesh(tiny_config, random_params, form):
         with compilations() as programs:
             generate_with_params(config, placed, PROMPTS[1:], **settings)
     assert programs == []
+
+
+def test_on_a_mesh_no_device_gets_the_whole_cache(tiny_config, random_params):
+    config = dataclasses.replace(tiny_config, num_local_experts=6, vocab_size=98)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    params = random_params(config)
+    placed = jax.device_put(params, parameter_shardings(params, mesh))
+    zeros_B = np.zeros(4, np.int32)
+    arguments = zeros_B, zeros_B > 0, np.int32(0), np.int32(4), zeros_B + 4, zeros_B[:, None] - 1
+    with jax.set_mesh(mesh):
+        cache = engine._empty_cache(config, 4, 192)
+        lowered = engine._decode.lower(
+            config, placed, cache, *arguments, zeros_B.astype(np.uint32), {}, False
+        )
+        text = lowered.compile().as_text()
+    # A device has one of two heads of one of four sequences: [2 periods, 1, 1, 192 slots, 8].
+    assert "f32[2,1,1,192,8]" in text and "f32[2,4,2,192,8]" not in text
 
 
 @contextlib.contextmanager
@@ -289,6 +352,14 @@ def test_any_prompts_compile_a_number_of_programs_that_is_known(tiny_config, ran
     jax.clear_caches()
 
 
+def test_numbers_of_all_kinds(gpt_oss):
+    expected = generate_with_params(*gpt_oss, [[5, 6], [7]], 6, 0.5, seed=3, stop_tokens=[9])
+    one_by_one = (np.array(prompt) for prompt in ([5, 6], [7]))
+    temperature, seed = jnp.float32(0.5), np.array([3, 3], np.uint32)
+    settings = {"temperature": temperature, "seed": seed, "stop_tokens": (jnp.int32(9) for _ in range(1))}
+    assert generate_with_params(*gpt_oss, one_by_one, np.array(6), **settings) == expected
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [
@@ -315,7 +386,15 @@ def test_any_prompts_compile_a_number_of_programs_that_is_known(tiny_config, ran
         ([[1], [2]], {"stop_strings": [["a"], ["b", ""]]}, r"stop_strings\[1\] is \['b', ''\]: must hold"),
         ([[1], [2]], {"stop_strings": [["a"]]}, r"stop_strings is .*: must be one sequence, or 2, one"),
         ([[1]], {"stop_strings": "a"}, r"stop_strings is \['a'\]: must come with the tokenizer"),
-        ([[1]], {"stop_tokens": [1.5]}, r"stop_tokens is \[1.5\]: must hold token ids"),
+        ([[1]], {"stop_tokens": [1.5]}, r"stop_tokens is \[1.5\]: must hold token ids from 0 to 96"),
+        ([[1]], {"stop_tokens": [97]}, r"stop_tokens is \[97\]: must hold token ids from 0 to 96"),
+        ([[1]], {"stop_tokens": [2**31]}, r"stop_tokens is \[2147483648\]: must hold token ids"),
+        ([[1]], {"stop_tokens": [True]}, r"stop_tokens is \[True\]: must hold token ids"),
+        ([[1]], {"stop_tokens": 5}, "stop_tokens is 5: must be a sequence of token ids"),
+        ([[1]], {"stop_strings": None}, "stop_strings is None: must be a sequence of strings"),
+        ([[1]], {"temperature": 1e300}, "temperature is 1e.300: must be 0 .greedy. or more, and fit in"),
+        ([[2**70]], {}, r"prompts\[0\]\[0\] is 1180591620717411303424: a token id must be"),
+        ([[[1], [1, 2]]], {}, r"prompts\[0\] is \[\[1\], \[1, 2\]\]: must be a sequence of token ids"),
         ([[1]], {"seed": -1}, "seed is -1: must be from 0 to 4294967295"),
         ([[1], [1] * 182], {"max_new_tokens": 11}, "max_new_tokens is 11: must be at most 10, because"),
         ([[1] * 192], {}, r"prompts\[0\] has 192 tokens and model.max_position_embeddings is 192"),

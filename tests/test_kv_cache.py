@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.kernels import cached_attention, few_rows
+from gptoss_jax.kernels import cached_attention
 from gptoss_jax.kernels.flash_attention import reference_attention
 from gptoss_jax.kernels.mask import visible
 from gptoss_jax.kernels.stack import Layer
@@ -27,18 +27,8 @@ def read(config, params, cache, tokens_BT, segment_ids_BT=None):
     return model.logits(hidden_BTD), cache
 
 
-@pytest.fixture(params=["native", "plain"])
-def form(request, monkeypatch):
-    """With the kernels for few rows where there are any, and without."""
-    if request.param == "plain":
-        monkeypatch.setattr(few_rows, "FEW_ROWS", 0)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 def test_logits_in_pieces_of_any_size_equal_those_without_a_cache(
-    either_config, random_params, apply_model, form
+    either_config, random_params, apply_model, cpu_form
 ):
     # Not seed 0, whose model makes more of a rounding than others do.
     config, params = either_config, random_params(either_config, 1)
@@ -125,7 +115,7 @@ def test_a_ring_holds_the_latest_tokens_and_the_first(sink_tokens, window, count
 
 @pytest.mark.parametrize(("window", "sink_tokens"), [(None, 0), (7, 0), (7, 3)])
 @pytest.mark.parametrize("new", [1, 9])
-def test_attention_to_a_cache_equals_the_reference(form, monkeypatch, window, sink_tokens, new):
+def test_attention_to_a_cache_equals_the_reference(cpu_form, monkeypatch, window, sink_tokens, new):
     # More slots than a block, which the last block is no multiple of.
     monkeypatch.setattr(cached_attention, "BLOCK", 4)
     B, N, K, H, L, S = 3, 6, 2, 5, 2, 23

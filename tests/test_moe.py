@@ -231,7 +231,7 @@ def test_few_rows_take_a_way_of_their_own_to_the_same_result(either_config, monk
     x_BTD = jax.random.normal(jax.random.key(1), (2, 3, either_config.hidden_size))
     real_BT = jnp.array([[True, True, True], [True, False, False]])
     few, _ = moe(x_BTD, real_BT)
-    monkeypatch.setattr(expert_dispatch, "FEW_ROWS", 0)
+    monkeypatch.setattr(expert_dispatch, "FEW_PAIRS", 0)
     many, _ = moe(x_BTD, real_BT)
     np.testing.assert_allclose(few, many, atol=1e-5 * float(jnp.max(jnp.abs(many))))
     assert not np.any(few[1, 1:]) and np.all(np.any(few[0] != 0, axis=-1))

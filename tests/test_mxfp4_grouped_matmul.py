@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_lowering import kernels_for_cuda
 from grouped import sizes_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from jax._src.pallas.triton import lowering
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from tpu_compiler import TPUS, needs_libtpu
@@ -235,24 +235,11 @@ def test_compiles_for_tpus(rows, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_lowers_for_cuda(dtype, monkeypatch):
-    """The released sizes. Pallas hands its program over without looking whether it is well formed."""
-    whole, kernels = lowering.lower_jaxpr_to_triton_module, []
-
-    def verified(*args, **kwargs):
-        result = whole(*args, **kwargs)
-        kernels.append(result.module.operation.get_asm())
-        result.module.operation.verify()
-        return result
-
-    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", verified)
+    """The released sizes."""
     S, groups, width = jax.ShapeDtypeStruct, 32, 2880
     arguments = S((16, width), dtype), S((groups, 5760, 90, 16), jnp.uint8), S((groups, 5760, 90), jnp.uint8)
-    traced = jax.jit(triton_mxfp4_matmul).trace(*arguments, S((groups,), jnp.int32))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__gpu$xla.gpu.triton") == len(kernels) == 1
-    # Float32 may not be rounded to TF32 (0) on its way to the tensor cores; 2 is IEEE.
-    assert kernels[0].count("tt.dot") == 2
-    assert "inputPrecision = tf32" not in kernels[0] and "inputPrecision = 0" not in kernels[0]
+    kernels = kernels_for_cuda(monkeypatch, triton_mxfp4_matmul, *arguments, S((groups,), jnp.int32))
+    assert [kernel.count("tt.dot") for kernel in kernels] == [2]
 
 
 @pytest.mark.parametrize(

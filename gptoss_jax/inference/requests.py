@@ -1,20 +1,20 @@
 """What is asked of the engine: each prompt with its own settings, checked."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
 
+LARGEST = float(np.finfo(np.float32).max)
 WHOLE = int, np.integer
 NUMBER = float, np.floating, *WHOLE
 # The types of a setting, which values are allowed, and how that is said; some may be None.
 NUMBERS = {
     "max_new_tokens": (WHOLE, lambda value: value >= 1, "1 or more"),
-    "temperature": (NUMBER, lambda value: 0 <= value < math.inf, "0 (greedy) or more"),
+    "temperature": (NUMBER, lambda value: 0 <= value <= LARGEST, "0 (greedy) or more, and fit in float32"),
     "top_k": (WHOLE, lambda value: value >= 1, "1 or more, or None"),
     "top_p": (NUMBER, lambda value: 0 < value <= 1, "above 0 and at most 1, or None"),
     "min_p": (NUMBER, lambda value: 0 <= value < 1, "at least 0 and below 1, or None"),
@@ -50,6 +50,7 @@ def requests(
     seed: int | Sequence[int] = 0,
 ) -> list[Request]:
     """A request for each prompt. Raises ValueError as `generate.generate` does."""
+    prompts = list(prompts)
     require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
     tokens = [_tokens(config, i, prompt) for i, prompt in enumerate(prompts)]
     count = len(tokens)
@@ -62,8 +63,15 @@ def requests(
         "seed": seed,
     }
     columns = {name: _each(name, value, count) for name, value in numbers.items()}
-    columns["stop_tokens"] = _sets("stop_tokens", stop_tokens, count, WHOLE, "token ids")
-    columns["stop_strings"] = _sets("stop_strings", stop_strings, count, str, "strings that are not empty")
+    last = config.vocab_size - 1
+    columns["stop_tokens"] = _sets(
+        "stop_tokens", stop_tokens, count, lambda one: _is(WHOLE, one) and 0 <= one <= last,
+        f"token ids from 0 to {last}",
+    )  # fmt: skip
+    columns["stop_strings"] = _sets(
+        "stop_strings", stop_strings, count, lambda one: isinstance(one, str) and one != "",
+        "strings that are not empty",
+    )  # fmt: skip
     room = [config.max_position_embeddings - len(prompt) for prompt in tokens]
     for i, (left, wanted) in enumerate(zip(room, columns["max_new_tokens"], strict=True)):
         limit, length = config.max_position_embeddings, len(tokens[i])
@@ -77,39 +85,52 @@ def requests(
     ]
 
 
+def _is(kinds: tuple[type, ...], value: Any) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """A number that an array of no dimensions holds, as Python's."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def _tokens(config: ModelConfig, i: int, prompt: Sequence[int]) -> np.ndarray:
-    name, array = f"prompts[{i}]", np.asarray(prompt)
+    name = f"prompts[{i}]"
+    try:
+        array = np.asarray(prompt)
+    except ValueError:  # rows of several lengths
+        array = np.empty((0, 0))
     require(array.ndim == 1, name, prompt, "must be a sequence of token ids")
     require(array.size > 0, name, prompt, "must hold at least one token")
     known = array.dtype.kind in "iu" and (array >= 0) & (array < config.vocab_size)
     allowed = f"a token id must be an integer from 0 to {config.vocab_size - 1}"
-    require(np.all(known), f"{name}[{np.argmin(known)}]", array[np.argmin(known)].item(), allowed)
+    first = int(np.argmin(known))
+    require(np.all(known), f"{name}[{first}]", array.tolist()[first], allowed)
     return array.astype(np.int32)
 
 
 def _each(name: str, value: Any, count: int) -> list:
     """A setting for each prompt, from one for all of them or one for each."""
     kinds, is_allowed, allowed = NUMBERS[name]
-    several = isinstance(value, (list, tuple, range, np.ndarray))
+    several = isinstance(value, (list, tuple, range)) or getattr(value, "ndim", 0) == 1
+    values = [_plain(one) for one in value] if several else [_plain(value)]
     if several:
-        require(len(value) == count, name, value, f"must be one value, or {count}, one for each prompt")
-    for i, one in enumerate(value if several else [value]):
-        is_number = isinstance(one, kinds) and not isinstance(one, bool)
-        fits = is_allowed(one) if is_number else one is None and allowed.endswith("None")
+        require(len(values) == count, name, value, f"must be one value, or {count}, one for each prompt")
+    for i, one in enumerate(values):
+        fits = is_allowed(one) if _is(kinds, one) else one is None and allowed.endswith("None")
         require(fits, f"{name}[{i}]" if several else name, one, f"must be {allowed}")
-    return list(value) if several else [value] * count
+    return values if several else values * count
 
 
-def _sets(name: str, value: Any, count: int, kind: type | tuple[type, ...], allowed: str) -> list:
+def _sets(name: str, value: Any, count: int, is_allowed: Callable[[Any], bool], allowed: str) -> list:
     """The stop tokens or strings of each prompt, from a sequence for all of them or one for each."""
-    value = [value] if isinstance(value, str) else list(value)
-    sequences = [isinstance(one, Iterable) and not isinstance(one, str) for one in value]
-    several = bool(value) and all(sequences)
+    require(isinstance(value, Iterable), name, value, f"must be a sequence of {allowed}")
+    value = [value] if isinstance(value, str) else [_plain(one) for one in value]
+    several = bool(value) and all(isinstance(one, Iterable) and not isinstance(one, str) for one in value)
     if several:
         require(len(value) == count, name, value, f"must be one sequence, or {count}, one for each prompt")
-    sets = [tuple(one) for one in value] if several else [tuple(value)]
+    sets = [tuple(map(_plain, one)) for one in value] if several else [tuple(value)]
     for i, each in enumerate(sets):
-        for one in each:
-            place = f"{name}[{i}]" if several else name
-            require(isinstance(one, kind) and one != "", place, list(each), f"must hold {allowed}")
+        place = f"{name}[{i}]" if several else name
+        require(all(map(is_allowed, each)), place, list(each), f"must hold {allowed}")
     return sets if several else sets * count

@@ -24,7 +24,8 @@ NOTHING = np.zeros(0, np.float32)
 
 def suits(rows: int, dtype: jnp.dtype) -> bool:
     """Whether the kernels here are what multiplies so many rows."""
-    return rows <= FEW_ROWS and dtype == jnp.float32 and target.platform() == "cpu" and native.is_available()
+    here = target.platform() == "cpu" and not target.is_spread()
+    return here and rows <= FEW_ROWS and dtype == jnp.float32 and native.is_available()
 
 
 def _call(name: str, results):

@@ -70,11 +70,10 @@ def native_mxfp4_matmul(
     x_RD: jax.Array, blocks_EFGC: jax.Array, scales_EFG: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
     """The same by the kernels of `native/grouped_matmul.cc`, for CPU and float32: a block of a matrix becomes
-    numbers where it is packed for the product anyway. Without a bias and not differentiable by itself."""
+    numbers where it is packed for the product anyway. Not differentiable by itself."""
     result = jax.ShapeDtypeStruct((x_RD.shape[0], blocks_EFGC.shape[1]), jnp.float32)
-    nothing = jnp.zeros(0, jnp.float32)
     call = jax.ffi.ffi_call(native.target("GroupedPacked"), result)
-    return call(x_RD, blocks_EFGC, scales_EFG, nothing, group_sizes_E)
+    return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E)
 
 
 def looped_mxfp4_matmul(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """`stack[index]`, where `index` may be traced.
+    """`stack[index]`, where `index` may be traced and is from 0 to the stack's length - 1.
 
     A loop over layers that cuts every weight out of its stack copies all of them. To train, that is little;
     to decode, where a weight is used for a few rows and most experts for none, it is most of the work. What

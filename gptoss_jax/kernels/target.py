@@ -18,6 +18,12 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
+def is_spread() -> bool:
+    """Whether a program is for several devices, which the compiler shares its arrays among: it cannot cut a
+    call into a kernel of ours in parts, and would bring all of them to every device."""
+    return jax.sharding.get_abstract_mesh().size > 1
+
+
 def _device_of_mesh():
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh.abstract_device

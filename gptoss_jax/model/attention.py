@@ -88,6 +88,8 @@ class Attention(nnx.Module):
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache
 
     def _with_cache(self, q_BTNH, k_BTKH, v_BTKH, cached, sinks_N) -> tuple[jax.Array, LayerCache]:
+        """What the row's tokens see of themselves and the cache, and the cache with them. In a row of one
+        token, as in decoding, padding gives zeros."""
         sink_tokens = self.config.sink_tokens if self.window is not None else 0
         lengths_B, counts_B = cached.lengths, cached.counts
         keys, values = (Layer(cached.stacks[name], cached.layer) for name in ("keys", "values"))

@@ -170,9 +170,26 @@ class Transformer(nnx.Module):
             positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         elif positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
-        config, dtype = self.config, compute_dtype(self.config)
         rows, shards = tokens_BT.shape[0], batch_shards(current_axes())
         require(rows % shards == 0, "rows of tokens", rows, f"must be a multiple of {shards} devices")
+        # Every product inside is float32 where its operands are: TPU and GPU would round them without being
+        # told.
+        with jax.default_matmul_precision("highest"):
+            # In float32, the type in which the gradients of a token's occurrences are added up.
+            x_BTD = look_up(self.embedding.weight[...], tokens_BT).astype(compute_dtype(self.config))
+            x_BTD = constrain(x_BTD, HIDDEN_BTD)
+            x_BTD, layers, stats = self._through_blocks(
+                x_BTD, segment_ids_BT, positions_BT, cache, counts_B, dropout_key, capacity
+            )
+            after = None if cache is None else Cache(layers, cache.lengths + counts_B)
+            return self.final_norm(x_BTD), after, stats
+
+    def _through_blocks(
+        self, x_BTD, segment_ids_BT, positions_BT, cache, counts_B, dropout_key, capacity
+    ) -> tuple[jax.Array, list[LayerCache] | None, RouterStats]:
+        """The residual stream after the last block, the layers of the new cache, all routers' statistics."""
+        config = self.config
+        cos_sin = rope.rotation(config, positions_BT)
         parts = [nnx.split(block) for block in self.blocks]
         states = [state for _, state in parts]
         repetitions = config.num_hidden_layers // len(parts)
@@ -182,6 +199,10 @@ class Transformer(nnx.Module):
         def one_block(graphdef, state, x_BTD, cached, key):
             block = nnx.merge(graphdef, state)
             return block(x_BTD, segment_ids_BT, positions_BT, cos_sin, cached, key, capacity)
+
+        if config.remat != "none":
+            policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
+            one_block = jax.checkpoint(one_block, policy=policies[config.remat], static_argnums=0)
 
         def one_period(carry, scanned):
             (x_BTD, caches), (period, own, key) = carry, scanned
@@ -194,29 +215,17 @@ class Transformer(nnx.Module):
                 stats.append(layer_stats)
             return (x_BTD, caches), jax.tree.map(lambda *values: jnp.stack(values), *stats)
 
-        if config.remat != "none":
-            policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT)}
-            one_block = jax.checkpoint(one_block, policy=policies[config.remat], static_argnums=0)
-
-        # Every product inside is float32 where its operands are: TPU and GPU would round them without being
-        # told.
-        with jax.default_matmul_precision("highest"):
-            cos_sin = rope.rotation(config, positions_BT)
-            # In float32, the type in which the gradients of a token's occurrences are added up.
-            x_BTD = constrain(look_up(self.embedding.weight[...], tokens_BT).astype(dtype), HIDDEN_BTD)
-            keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
-            carry = x_BTD, [None] * len(parts) if cache is None else cache.layers
-            own = None if in_place else states
-            if repetitions > 1:
-                periods = jnp.arange(repetitions)
-                (x_BTD, caches), stats = jax.lax.scan(one_period, carry, (periods, own, keys))
-            else:
-                first = jax.tree.map(lambda leaf: leaf[0], (own, keys))
-                (x_BTD, caches), stats = one_period(carry, (0, *first))
-                stats = jax.tree.map(lambda leaf: leaf[None], stats)
-            stats = jax.tree.map(lambda s: s.reshape(config.num_hidden_layers, *s.shape[2:]), stats)
-            after = None if cache is None else Cache(caches, cache.lengths + counts_B)
-            return self.final_norm(x_BTD), after, stats
+        keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
+        carry = x_BTD, [None] * len(parts) if cache is None else cache.layers
+        own = None if in_place else states
+        if repetitions > 1:
+            scanned = jnp.arange(repetitions), own, keys
+            (x_BTD, caches), stats = jax.lax.scan(one_period, carry, scanned)
+        else:
+            first = jax.tree.map(lambda leaf: leaf[0], (own, keys))
+            (x_BTD, caches), stats = one_period(carry, (0, *first))
+            stats = jax.tree.map(lambda leaf: leaf[None], stats)
+        return x_BTD, caches, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
 
 
 @functools.cache

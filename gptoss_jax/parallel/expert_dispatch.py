@@ -22,8 +22,8 @@ from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.parallel import exchange, mesh
 from gptoss_jax.parallel.sharding import gathered, gathers, parameter_spec, sum_over_tensor, used_spec
 
-# Up to so many rows, reading whole layers of experts costs more than all arithmetic.
-FEW_ROWS = 16
+# Up to so many (token, expert) pairs, reading whole layers of experts costs more than all arithmetic.
+FEW_PAIRS = 16
 Activation = Callable[[jax.Array, jax.Array], jax.Array]
 Parameters = dict[str, jax.Array]
 
@@ -61,7 +61,7 @@ def apply_experts(
         32], `down_blocks` [E, D, F / 32, 16] and `down_scales` [E, D, F / 32]; with `gate_up_bias` [E, 2, F]
         and `down_bias` [E, D] where the model has them. On a mesh they lie where the path table stores them.
         Off one they may be layers of stacks, of which only the experts that are needed are read.
-      activation: (gate_RF, up_RF) -> [R, F].
+      activation: (gate_RF, up_RF) -> [R, F]; where parameters are layers of stacks, a `SwiGLU`.
       capacity: None drops nothing. A number lets an expert take at most so many times its even share of the
         rows of those devices that exchange tokens (all rows, without an expert axis); rows beyond, the last
         tokens' first, count zero.
@@ -163,7 +163,7 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, stack=None, *, activat
         if stack and few_rows.suits(M, x_MD.dtype):
             y_MD = few_rows.experts(x_MD, experts_MX, few_MX, parameters, stack.first, E, activation)
             return y_MD, dropped
-        if target.platform() == "cpu" and M * X <= FEW_ROWS and not _is_packed(parameters):
+        if target.platform() == "cpu" and M * X <= FEW_PAIRS and not _is_packed(parameters):
             first = stack.first if stack else 0
             return _few_rows(x_MD, experts_MX, few_MX, parameters, activation, first), dropped
     # Rows of no expert go last, past every group, where the product is zero.

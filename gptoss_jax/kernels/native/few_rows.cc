@@ -139,23 +139,15 @@ ffi::Error OneQuery(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, 
   return ffi::Error::Success();
 }
 
+auto BindProducts() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Ints>().RemainingArgs().RemainingRets();
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsProducts, Products,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsProducts, Products, BindProducts());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsTurnedProducts, TurnedProducts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsTurnedProducts, TurnedProducts, BindProducts());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsAttention, OneQuery,
                               ffi::Ffi::Bind()

@@ -147,10 +147,4 @@ struct Shares {
   }
 };
 
-// sum[0 : count] += each further part, which are `step` numbers apart.
-void AddParts(float* sum, int64_t step, int64_t parts, int64_t count) {
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < count; ++i) sum[i] += sum[part * step + i];
-}
-
 }  // namespace

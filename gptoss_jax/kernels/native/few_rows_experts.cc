@@ -30,6 +30,12 @@ void DotPacked(const Rows& r, const uint8_t* blocks, const uint8_t* scales, int6
   }
 }
 
+// sum[0 : count] += each further part, which are `step` numbers apart.
+void AddParts(float* sum, int64_t step, int64_t parts, int64_t count) {
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < count; ++i) sum[i] += sum[part * step + i];
+}
+
 // What both forms of the experts' matrices have in common.
 struct Experts {
   int64_t tokens, width, hidden, experts, chosen;  // M, D, F, E, X

@@ -275,17 +275,16 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Sizes 
   return ffi::Error::Success();
 }
 
-// y[R, N] = x[R, K] w[e]^T with packed w, [E, N, K / 32, 16] and [E, N, K / 32]; plus the group's bias.
-ffi::Error Packed(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scales, Floats bias, Sizes sizes,
+// y[R, N] = x[R, K] w[e]^T with packed w, [E, N, K / 32, 16] and [E, N, K / 32].
+ffi::Error Packed(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scales, Sizes sizes,
                   ffi::Result<Floats> y) {
   const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
   std::vector<Product> products;
   int64_t row = 0, e = 0;
   for (int64_t m : Clamped(sizes, rows)) {
-    const float* start = bias.element_count() ? bias.typed_data() + e * n : nullptr;
     const int64_t group = e * n * (k / kGroup);
     if (m)
-      products.push_back({x.typed_data() + row * k, nullptr, y->typed_data() + row * n, start, nullptr, m, n, k, k, 1, 1,
+      products.push_back({x.typed_data() + row * k, nullptr, y->typed_data() + row * n, nullptr, nullptr, m, n, k, k, 1, 1,
                           k, n, blocks.typed_data() + group * kGroupBytes, scales.typed_data() + group});
     row += m, ++e;
   }
@@ -327,7 +326,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedPacked, Packed,
                                   .Arg<Floats>()
                                   .Arg<Bytes>()
                                   .Arg<Bytes>()
-                                  .Arg<Floats>()
                                   .Arg<Sizes>()
                                   .Ret<Floats>());
 
