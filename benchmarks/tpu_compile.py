@@ -1,15 +1,17 @@
 """What the TPU compiler says of the kernels: python benchmarks/tpu_compile.py [--only TEXT].
 
 Needs libtpu and no TPU. Compiles the attention and the grouped product of gpt-oss-20b, and a sliding and a
-full layer on these kernels, for one device of each kind; prints the compiler's own figures and puts them into
-results/tpu_compile.json. A dash stands for what it could not work out. It does not look into the kernels:
-operations of attention are not in its count, and the reads of the grouped product's kernels are an upper
-bound, which the least time follows.
+full layer on these kernels, for one device of each kind; and what runs the whole of gpt-oss-20b, packed, in
+bfloat16, with a cache of 4,096 tokens, on one device and on four of the tensor axis: the decoder and the
+reader of prompts. Prints the compiler's own figures and puts them into results/tpu_compile.json. A dash
+stands for what it could not work out. It does not look into the kernels: operations of attention are not in
+its count, and the reads of the grouped products' kernels are an upper bound, which the least time follows.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -21,12 +23,17 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPL
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
+from gptoss_jax.inference import engine
 from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
 from gptoss_jax.kernels.splash_attention import splash_attention
+from gptoss_jax.model.kv_cache import Cache, make_cache
 from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.weights import pretrained
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "tpu_compile.json"
@@ -102,13 +109,32 @@ def pair_of_layers(place):
         return jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=place)
 
     tokens = jax.ShapeDtypeStruct((1, T), "int32", sharding=place)
-    return step, (jax.tree.map(shaped, params), tokens, shaped(jax.ShapeDtypeStruct((1, T, D), "bfloat16")))
+    d_out = shaped(jax.ShapeDtypeStruct((1, T, D), "bfloat16"))
+    return jax.jit(step), (jax.tree.map(shaped, params), tokens, d_out)
+
+
+def running(mesh, batch, tokens):
+    """gpt-oss-20b, placed as `from_pretrained` does: a call that reads tokens or, for one, makes some."""
+    published = read_preset(HERE.parent / "configs" / "gpt_oss_20b.py").model
+    config = dataclasses.replace(published, expert_format="mxfp4", compute_dtype="bfloat16")
+    params = pretrained.placed(pretrained.typed_tree(config, "bfloat16"), mesh)
+
+    def array(*shape, dtype="int32", spec=None):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))
+
+    cache = jax.eval_shape(lambda: make_cache(config, batch, 4096, "bfloat16"))
+    layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=engine.CACHE), cache.layers)
+    cache = Cache(layers, array(batch))
+    if tokens > 1:
+        return engine._prefill, (config, params, cache, array(batch, tokens), array(batch))
+    state = array(batch), array(batch, dtype=bool), array(), array(), array(batch), array(batch, 8)
+    return engine._decode, (config, params, cache, *state, array(batch, dtype="uint32"), {}, False)
 
 
 def measure(function, arguments) -> dict:
     began = time.monotonic()
     try:
-        program = jax.jit(function).lower(*arguments).compile()
+        program = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         return {"refusal": str(error).splitlines()[0]}
     cost, memory = program.cost_analysis(), program.memory_analysis()
@@ -122,6 +148,7 @@ def measure(function, arguments) -> dict:
         "flops": given("flops"),
         "bytes": given("bytes accessed"),
         "optimal_seconds": given("optimal_seconds"),
+        "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "code": memory.generated_code_size_in_bytes,
@@ -148,6 +175,7 @@ def show(row: dict) -> str:
         ("flops", 1e12),
         ("bytes", 1e9),
         ("optimal_seconds", 1e-3),
+        ("arguments", 1e9),
         ("temporaries", 1e9),
         ("peak", 1e9),
     )
@@ -161,28 +189,36 @@ def main() -> None:
     parser.add_argument("--only", default="", help="chips and programs whose line holds this")
     options = parser.parse_args()
     print(
-        "| chip | program | TFLOP | of useful | GB accessed | least ms | temporary GB | peak GB | code MB |"
+        "| chip | program | TFLOP | of useful | GB accessed | least ms "
+        "| arguments GB | temporary GB | peak GB | code MB |"
     )
-    print("| --- | --- |" + " ---: |" * 7)
+    print("| --- | --- |" + " ---: |" * 8)
     for name in TPUS:
-        device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-        place = jax.sharding.SingleDeviceSharding(device)
-        mesh = make_mesh(MeshConfig(data=1, fsdp=1, expert=1, tensor=1), [device])
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        place = jax.sharding.SingleDeviceSharding(devices[0])
+        one, four = (make_mesh(MeshConfig(data=1, tensor=n), devices[:n]) for n in (1, 4))
 
         def arrays(shapes, place=place):
             pairs = [shape if isinstance(shape[0], tuple) else (shape, "bfloat16") for shape in shapes]
             return [jax.ShapeDtypeStruct(*pair, sharding=place) for pair in pairs]
 
-        jobs = {key: (function, arrays(shapes), work) for key, (function, shapes, work) in programs().items()}
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        jobs["two layers, + gradients"] = (*pair_of_layers(whole), None)
-        for key, (function, arguments, work) in jobs.items():
+        jobs = {
+            key: (lambda job=job: (jax.jit(job[0]), arrays(job[1])), job[2], None)
+            for key, job in programs().items()
+        }
+        layers = functools.partial(pair_of_layers, NamedSharding(one, P()))
+        jobs["two layers, + gradients"] = layers, None, one
+        for what, batch, tokens in (("decoding", 1, 1), ("decoding", 8, 1), ("prefill of 512", 1, 512)):
+            for mesh in (one, four):
+                key = f"gpt-oss-20b, {what}, batch {batch}, {mesh.size} device{'s' * (mesh.size > 1)}"
+                jobs[key] = functools.partial(running, mesh, batch, tokens), None, mesh
+        for key, (job, work, mesh) in jobs.items():
             row = {"chip": name.split(":")[0], "program": key, "useful_flops": work}
             if options.only not in f"{row['chip']} {key}":
                 continue
             # The kernels do not need the mesh; the model asks it what it is compiled for.
-            with jax.set_mesh(mesh) if "layers" in key else contextlib.nullcontext():
-                row |= measure(function, arguments)
+            with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                row |= measure(*job())
             keep(row)
             print(show(row), flush=True)
 

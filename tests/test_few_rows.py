@@ -72,13 +72,13 @@ def matrices(E, D, F, packed, seed=0):
     if not packed:
         return {"gate_up": jnp.einsum("EFgD->EDgF", gate_up), "down": down.swapaxes(1, 2)}, gate_up, down
     parameters = {}
-    for name, values in (("gate_up", gate_up), ("down", down)):
+    for name, values in (("gate_up", gate_up.reshape(E, 2 * F, D)), ("down", down)):
         parameters[f"{name}_blocks"], parameters[f"{name}_scales"] = mxfp4.pack(values)
     numbers = [
         mxfp4.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)
         for name in ("gate_up", "down")
     ]
-    return parameters, *numbers
+    return parameters, numbers[0].reshape(E, F, 2, D), numbers[1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -114,18 +114,18 @@ def test_extreme_numbers_of_packed_experts():
     rng = np.random.default_rng(0)
     one_MD, only_M1, all_M1 = normal(1, 1, D), jnp.zeros((1, 1), int), jnp.ones((1, 1))
     parameters = {
-        "gate_up_blocks": jnp.asarray(rng.integers(0, 256, (1, F, 2, 1, 16), np.uint8)),
+        "gate_up_blocks": jnp.asarray(rng.integers(0, 256, (1, 2 * F, 1, 16), np.uint8)),
         "down_blocks": jnp.asarray(rng.integers(0, 256, (1, D, 2, 16), np.uint8)),
         "down_scales": jnp.asarray(rng.integers(120, 130, (1, D, 2), np.uint8)),
     }
     for scale in (20, 64, 127, 190):
-        parameters["gate_up_scales"] = jnp.full((1, F, 2, 1), scale, jnp.uint8)
+        parameters["gate_up_scales"] = jnp.full((1, 2 * F, 1), scale, jnp.uint8)
         numbers = {
             name: mxfp4.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)[0]
             for name in ("gate_up", "down")
         }
-        h_F2 = numbers["gate_up"] @ one_MD[0]
-        expected = numbers["down"] @ activation(h_F2[:, 0], h_F2[:, 1])
+        h = numbers["gate_up"] @ one_MD[0]
+        expected = numbers["down"] @ activation(h[0::2], h[1::2])
         found = few_rows.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
         assert_near(found[0], expected, 5e-6)
     # Scale 255 is not a number.
@@ -168,9 +168,12 @@ def packed_and_unpacked(block):
     moe = dict(block["moe"])
     packed, numbers = dict(moe), dict(moe)
     for name, held, turned in (("gate_up", "LEDgF", "LEFgD"), ("down", "LEFD", "LEDF")):
-        blocks, scales = mxfp4.pack(jnp.einsum(f"{held}->{turned}", packed.pop(name)))
+        rows = jnp.einsum(f"{held}->{turned}", packed.pop(name))
+        # The rows of gate and up take turns.
+        blocks, scales = mxfp4.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]))
         packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        numbers[name] = jnp.einsum(f"{turned}->{held}", mxfp4.unpack(blocks, scales, jnp.float32))
+        rows = mxfp4.unpack(blocks, scales, jnp.float32).reshape(rows.shape)
+        numbers[name] = jnp.einsum(f"{turned}->{held}", rows)
     return block | {"moe": packed}, block | {"moe": numbers}
 
 

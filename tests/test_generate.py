@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
 
-from gptoss_jax.config import MeshConfig
+from gptoss_jax.config import MeshConfig, ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import engine
 from gptoss_jax.inference.engine import most_programs
@@ -19,9 +20,12 @@ from gptoss_jax.inference.generate import (
     stream_with_params,
 )
 from gptoss_jax.inference.sampling import sample
+from gptoss_jax.kernels import target
+from gptoss_jax.model.kv_cache import make_cache
 from gptoss_jax.model.transformer import init_params, with_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import parameter_shardings
+from gptoss_jax.weights import pretrained
 
 PROMPTS = [[5], [11, 3, 96, 0, 7, 8, 9], list(range(40, 63)), [1, 2]]
 MOST = 40
@@ -253,8 +257,10 @@ def test_stream_is_generate_in_parts(gpt_oss):
 
 
 @pytest.mark.parametrize("form", ["plain", "mxfp4"])
-def test_on_a_mesh(tiny_config, random_params, form):
-    # Three prompts over four shards of the batch; experts and heads are split as well.
+@pytest.mark.parametrize("splits", ["data", "fsdp"])
+def test_on_a_mesh(tiny_config, random_params, form, splits):
+    # Three prompts over four shards of the batch; experts and heads are split as well. Only what is stored as
+    # it is used, without fsdp, is read in its stack.
     config = dataclasses.replace(tiny_config, num_local_experts=6, vocab_size=98)
     if form == "mxfp4":
         config = dataclasses.replace(config, hidden_size=32, intermediate_size=64, expert_format=form)
@@ -264,7 +270,7 @@ def test_on_a_mesh(tiny_config, random_params, form):
     settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_tokens": range(20)}
     expected = generate_with_params(config, params, PROMPTS[:3], **settings)
     assert len({len(answer) for answer in expected}) > 1
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    mesh = make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, splits: 2}, expert=2, tensor=2))
     placed = jax.device_put(params, parameter_shardings(params, mesh))
     with jax.set_mesh(mesh):
         assert generate_with_params(config, placed, PROMPTS[:3], **settings) == expected
@@ -288,6 +294,39 @@ def test_on_a_mesh_no_device_gets_the_whole_cache(tiny_config, random_params):
         text = lowered.compile().as_text()
     # A device has one of two heads of one of four sequences: [2 periods, 1, 1, 192 slots, 8].
     assert "f32[2,1,1,192,8]" in text and "f32[2,4,2,192,8]" not in text
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "tensor"), [("v5e:2x2", 1), ("v5p:2x2x1", 4)])
+def test_on_tpus_no_packed_bytes_are_copied(topology, tensor, monkeypatch):
+    """Layers of gpt-oss-20b, placed as `from_pretrained` does, and the whole decoding step."""
+    config = ModelConfig(
+        vocab_size=1024, num_hidden_layers=6, expert_format="mxfp4", compute_dtype="bfloat16"
+    )
+    with tpu_devices(topology) as devices, contextlib.ExitStack() as stack:
+        if tensor == 1:
+            # Without a mesh the default device would be asked.
+            monkeypatch.setattr(target, "platform", lambda: "tpu")
+            monkeypatch.setattr(target, "device_kind", lambda: devices[0].device_kind)
+            monkeypatch.setattr(jax, "local_devices", lambda: devices)
+            mesh, whole = None, jax.sharding.SingleDeviceSharding(devices[0])
+        else:
+            mesh = make_mesh(MeshConfig(data=1, tensor=tensor), devices)
+            stack.enter_context(jax.set_mesh(mesh))
+            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        params = pretrained.placed(pretrained.typed_tree(config, "bfloat16"), mesh)
+
+        def zeros(*shape, dtype=jnp.int32):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+        cache = jax.eval_shape(lambda: make_cache(config, 2, 256, jnp.bfloat16))
+        cache = jax.tree.map(lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype), cache)
+        step = zeros(2), zeros(2, dtype=bool), zeros(), zeros(), zeros(2), zeros(2, 8)
+        lowered = engine._decode.lower(config, params, cache, *step, zeros(2, dtype=jnp.uint32), {}, False)
+        compiled = lowered.compile()
+    text = compiled.as_text()
+    # Two products of the experts in each of the two layers of a period.
+    assert text.count('custom_call_target="tpu_custom_call"') == 4 and not BYTES_MADE.search(text)
 
 
 @contextlib.contextmanager

@@ -240,8 +240,7 @@ def test_layouts_by_hand(published):
         np.testing.assert_array_equal(found[:, :, 1], gate_up[..., 1::2])
     blocks = rng.integers(0, 256, (E, 2 * F, D // 32, 16), np.uint8)
     found = HUGGINGFACE["moe.gate_up_blocks"].to_ours(blocks, config)
-    np.testing.assert_array_equal(found[:, :, 0], blocks[:, 0::2])
-    np.testing.assert_array_equal(found[:, :, 1], blocks[:, 1::2])
+    np.testing.assert_array_equal(found, blocks)
     down = rng.standard_normal((E, D, F))
     found = ORIGINAL["moe.down"].to_ours(down, config)
     np.testing.assert_array_equal(found, np.einsum("edf->efd", down))
@@ -295,7 +294,7 @@ def test_packed_experts_keep_the_files_bytes(published):
         for part in ("blocks", "scales"):
             tensor = theirs[f"model.layers.{layer}.mlp.experts.gate_up_proj_{part}"]
             array = found[f"blocks.{place}.moe.gate_up_{part}"][row]
-            np.testing.assert_array_equal(array, np.stack([tensor[:, 0::2], tensor[:, 1::2]], axis=2))
+            np.testing.assert_array_equal(array, tensor)
             tensor = theirs[f"model.layers.{layer}.mlp.experts.down_proj_{part}"]
             np.testing.assert_array_equal(found[f"blocks.{place}.moe.down_{part}"][row], tensor)
 
@@ -314,7 +313,9 @@ def test_packing_while_loading(published, form):
     expected = {}
     for name, leaf in leaves(load_pretrained(published(form))[1]).items():
         if name.endswith(("gate_up", "down")):
-            parts = mxfp4.pack(np.asarray(leaf).swapaxes(2, -1).astype(np.float32), xp=np)
+            rows = np.asarray(leaf).swapaxes(2, -1).astype(np.float32)
+            # Of gate and up, [layers, E, F, 2, D], the rows take turns.
+            parts = mxfp4.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), xp=np)
             expected |= {f"{name}_blocks": parts[0], f"{name}_scales": parts[1]}
         else:
             expected[name] = leaf
@@ -384,9 +385,9 @@ def divisible(tmp_path_factory):
     ("form", "experts", "gate_up_shard"),
     [
         ("bfloat16", None, (2, 5, 80, 2, 32)),
-        ("mxfp4", None, (2, 5, 16, 2, 5, 16)),
+        ("mxfp4", None, (2, 5, 32, 5, 16)),
         ("mxfp4", "float32", (2, 5, 80, 2, 32)),
-        ("bfloat16", "mxfp4", (2, 5, 16, 2, 5, 16)),
+        ("bfloat16", "mxfp4", (2, 5, 32, 5, 16)),
     ],
 )
 def test_a_mesh_holds_the_same(divisible, form, experts, gate_up_shard):
@@ -409,6 +410,25 @@ def test_a_mesh_holds_the_same(divisible, form, experts, gate_up_shard):
             found = logits(shared)
         plain = logits(alone)
         np.testing.assert_allclose(found, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
+
+
+@pytest.mark.parametrize("mesh_config", [None, MeshConfig(fsdp=2, expert=2, tensor=2)])
+def test_on_tpus_arrays_lie_in_memory_as_programs_read_them(divisible, mesh_config, monkeypatch):
+    mesh = mesh_config and make_mesh(mesh_config)
+    plain = from_pretrained(divisible("mxfp4"), mesh=mesh)
+    monkeypatch.setattr(placing, "_platform", lambda sharding: "tpu")
+    model = from_pretrained(divisible("mxfp4"), mesh=mesh)
+    expected, orders = leaves(params_of(plain)), {}
+    for name, array in leaves(params_of(model)).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+        assert array.sharding == expected[name].sharding
+        orders[name.removeprefix("blocks.0.")] = array.format.layout.major_to_minor
+    # [layers, experts, outputs, groups, bytes] and [layers, experts, outputs, groups]: outputs innermost.
+    assert orders["moe.gate_up_blocks"] == orders["moe.down_blocks"] == (0, 1, 3, 4, 2)
+    assert orders["moe.gate_up_scales"] == orders["moe.down_scales"] == (0, 1, 3, 2)
+    assert orders["embedding.weight"] == (0, 1) and orders["attention.q"] == (0, 1, 2, 3)
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        np.testing.assert_array_equal(logits(model), logits(plain))
 
 
 def test_a_mesh_that_does_not_divide_is_refused(published):
@@ -633,11 +653,13 @@ def test_every_form_into_every_other(published, tmp_path, form, experts):
     assert_same_tensors(found, expected)
 
 
-def test_a_mesh_is_written_as_one_device_is(divisible, tmp_path):
+@pytest.mark.parametrize("form", ["bfloat16", "mxfp4"])
+@pytest.mark.parametrize("experts", ["bfloat16", "mxfp4"])
+def test_a_mesh_is_written_as_one_device_is(divisible, tmp_path, form, experts):
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
-    for form in ("bfloat16", "mxfp4"):
-        save_pretrained(from_pretrained(divisible(form), mesh=mesh), tmp_path / form)
-        assert_same_tensors(tensors_of(tmp_path / form), tensors_of(divisible(form)))
+    save_pretrained(from_pretrained(divisible(form), mesh=mesh), tmp_path / "mesh", experts)
+    write_folder(open_weights(divisible(form)), tmp_path / "one", experts)
+    assert_same_tensors(tensors_of(tmp_path / "mesh"), tensors_of(tmp_path / "one"))
 
 
 def test_shards(published, tmp_path):
@@ -855,7 +877,7 @@ def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
     index = (slice(1, 3), slice(0, None), slice(0, 2), slice(3, 9))
     index = tuple(slice(*part.indices(size)) for part, size in zip(index, layers[0].shape, strict=True))
     devices = jax.devices()[2:4]
-    made, unsound = placing._layer_by_layer(BFLOAT16, index, layers, devices)
+    made, unsound = placing._layer_by_layer(BFLOAT16, index, layers, devices, None)
     wanted, _ = placing._part(BFLOAT16, index, layers, stacked=True)
     assert [array.devices() for array in made] == [{device} for device in devices] and unsound == []
     for array in made:

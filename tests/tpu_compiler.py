@@ -1,6 +1,8 @@
 """Programs through the real TPU compiler, for devices that are not here."""
 
+import contextlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 
 import jax
@@ -13,14 +15,24 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def on_tpus(function: Callable, shapes: list[tuple]) -> Iterator[str]:
-    """The compiled program's text for one device of each kind; shapes and types are the arguments'."""
+@contextlib.contextmanager
+def tpu_devices(name: str) -> Iterator[list[jax.Device]]:
+    """The devices of a topology, to compile for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         # Programs that compile side by side would wait for each other's lock.
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        for name in TPUS:
-            device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-            place = jax.sharding.SingleDeviceSharding(device)
+        yield topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+def on_tpus(function: Callable, shapes: list[tuple]) -> Iterator[str]:
+    """The compiled program's text for one device of each kind; shapes and types are the arguments'."""
+    for name in TPUS:
+        with tpu_devices(name) as devices:
+            place = jax.sharding.SingleDeviceSharding(devices[0])
             arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
             yield jax.jit(function).lower(*arguments).compile().as_text()
+
+
+# An operation that makes packed bytes, where programs only need to read them.
+BYTES_MADE = re.compile(r"= u8\[\S+ (?!bitcast|parameter|get-tuple-element)")

@@ -9,8 +9,9 @@ scale is one number above the 16 bytes it belongs to, and nothing has to move be
 numbers, those of an even input and of the odd one after it, go into two matrices, and the rows' even and odd
 inputs stand apart too.
 
-Arrays that lie in memory so (BLOCKS, SCALES) are read where they are. Left to itself, XLA keeps scales in
-another order, and blocks too where E is a multiple of 128 and F is not: then every call copies all of them.
+Arrays that lie in memory so (BLOCKS, SCALES), as `weights.placing` puts them there, are read where they are.
+Left to itself, XLA keeps scales in another order, and blocks too where E is a multiple of 128 and F is not:
+then every call copies all of them.
 
 Letters as in mxfp4_grouped_matmul.py.
 """

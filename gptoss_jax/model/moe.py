@@ -46,12 +46,14 @@ class MoE(nnx.Module):
         normal = nnx.initializers.normal(config.initializer_range)
         self.router = nnx.Param(normal(rngs.params(), (D, E)))
         # Gate and up stand apart, each whole: the published layout's interleaving is undone when weights are
-        # read.
+        # read, but in packed ones.
         gate_up, down = normal(rngs.params(), (E, D, 2, F)), normal(rngs.params(), (E, F, D))
         if config.expert_format == "mxfp4":
-            # Groups run along the input axis, which stands last, as published: rows are [E, F, 2] and [E, D].
-            for name, weights in (("gate_up", gate_up), ("down", down)):
-                blocks, scales = mxfp4.pack(weights.swapaxes(1, -1))
+            # As published: groups run along the input axis, which stands last, and the rows of gate and up
+            # take turns.
+            rows = gate_up.swapaxes(1, -1).reshape(E, 2 * F, D), down.swapaxes(1, 2)
+            for name, weights in zip(("gate_up", "down"), rows, strict=True):
+                blocks, scales = mxfp4.pack(weights)
                 setattr(self, f"{name}_blocks", nnx.Param(blocks))
                 setattr(self, f"{name}_scales", nnx.Param(scales))
         else:

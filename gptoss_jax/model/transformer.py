@@ -193,8 +193,7 @@ class Transformer(nnx.Module):
         parts = [nnx.split(block) for block in self.blocks]
         states = [state for _, state in parts]
         repetitions = config.num_hidden_layers // len(parts)
-        # A mesh gathers what it needs of a layer: that is cut out of its stack first.
-        in_place = cache is not None and not current_axes()
+        in_place = cache is not None
 
         def one_block(graphdef, state, x_BTD, cached, key):
             block = nnx.merge(graphdef, state)

@@ -6,10 +6,10 @@ devices, each row travels to its expert's device and the result travels back (`e
 Letters: M tokens and R = M * X rows of one device, E experts of all devices, n devices of the expert axis.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,11 @@ def apply_experts(
         zero.
       weights_MX: float32, the share of each of them in the sum.
       parameters: `gate_up` [E, D, 2, F] and `down` [E, F, D], cast to the type of `x_MD`; or, packed in MXFP4
-        and never unpacked as a whole, `gate_up_blocks` [E, F, 2, D / 32, 16], `gate_up_scales` [E, F, 2, D /
-        32], `down_blocks` [E, D, F / 32, 16] and `down_scales` [E, D, F / 32]; with `gate_up_bias` [E, 2, F]
-        and `down_bias` [E, D] where the model has them. On a mesh they lie where the path table stores them.
-        Off one they may be layers of stacks, of which only the experts that are needed are read.
+        and never unpacked as a whole, `gate_up_blocks` [E, 2 F, D / 32, 16], where the rows of gate and up
+        take turns, `gate_up_scales` [E, 2 F, D / 32], `down_blocks` [E, D, F / 32, 16] and `down_scales` [E,
+        D, F / 32]; with `gate_up_bias` [E, 2, F] and `down_bias` [E, D] where the model has them. On a mesh
+        they lie where the path table stores them. Off one they may be layers of stacks, of which only the
+        experts that are needed are read.
       activation: (gate_RF, up_RF) -> [R, F]; where parameters are layers of stacks, a `SwiGLU`.
       capacity: None drops nothing. A number lets an expert take at most so many times its even share of the
         rows of those devices that exchange tokens (all rows, without an expert axis); rows beyond, the last
@@ -75,31 +76,36 @@ def apply_experts(
     )
     if not axes:
         return one_part(x_MD, experts_MX, weights_MX, *_flattened(parameters, x_MD.dtype))
-    parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
     stored = {name: parameter_spec(_path(name), value.shape, axes) for name, value in parameters.items()}
     used = {name: used_spec(_path(name), value.ndim) for name, value in parameters.items()}
+    is_gathered = any(gathers(stored[name], used[name]) for name in parameters)
+    if is_gathered:
+        # Of the layer alone.
+        parameters = {name: jnp.asarray(value) for name, value in parameters.items()}
     split = axes["tensor"] > 1
     # Of packed experts a device gives some of the outputs, whole: nothing is a part of a sum.
     summed = split and not _is_packed(parameters)
 
     def on_mesh(x_MD, experts_MX, weights_MX, parameters):
-        parameters = {
-            name: gathered(_typed(value, x_MD.dtype), stored[name], used[name])
-            for name, value in parameters.items()
-        }
+        parameters, stack = _flattened(parameters, x_MD.dtype)
+        parameters = {name: gathered(value, stored[name], used[name]) for name, value in parameters.items()}
         if summed and "down_bias" in parameters:
             # It belongs to the whole sum over the tensor axis, so only one device of the axis may add it.
             first = jax.lax.axis_index("tensor") == 0
             parameters = parameters | {"down_bias": jnp.where(first, parameters["down_bias"], 0)}
-        y_MD, dropped = one_part(x_MD, experts_MX, weights_MX, parameters)
+        y_MD, dropped = one_part(x_MD, experts_MX, weights_MX, parameters, stack)
         return sum_over_tensor(y_MD) if summed else y_MD, dropped[None]
 
-    if any(gathers(stored[name], used[name]) for name in parameters):
+    if is_gathered:
         on_mesh = jax.checkpoint(on_mesh, policy=_is_kept, prevent_cse=False)
 
+    places = {
+        name: Layer(P(None, *stored[name]), P()) if isinstance(value, Layer) else stored[name]
+        for name, value in parameters.items()
+    }
     y_MD, dropped = jax.shard_map(
         on_mesh,
-        in_specs=(P(mesh.BATCH), P(mesh.BATCH), P(mesh.BATCH), stored),
+        in_specs=(P(mesh.BATCH), P(mesh.BATCH), P(mesh.BATCH), places),
         out_specs=(P(mesh.BATCH), P(mesh.BATCH)),
         check_vma=False,
     )(x_MD, experts_MX, weights_MX, parameters)
@@ -115,12 +121,14 @@ def _typed(value, dtype):
     return value if value.dtype == jnp.uint8 else value.astype(dtype)
 
 
-class _Stack(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Stack:
     """Where matrices are those of several layers' experts, one after another: which are the layer's own."""
 
     first: jax.Array | int
-    count: int
-    all: int
+    count: int = dataclasses.field(metadata={"static": True})
+    all: int = dataclasses.field(metadata={"static": True})
 
     def sizes(self, counts_E):
         """The rows of each matrix, from those of each expert."""
@@ -184,7 +192,7 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, stack=None, *, activat
     else:
         transport = exchange.transport(M * X, devices, E // devices, most)
         counts_nE = jax.lax.all_gather(counts_E, "expert")
-        y_RD = _through_other_devices(x_RD, parameters, counts_nE, activation, transport)
+        y_RD = _through_other_devices(x_RD, parameters, counts_nE, stack, activation, transport)
     y_MXD = permute(y_RD, inverse_R, order_R).reshape(M, X, D)
     return jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1).astype(x_MD.dtype), dropped
 
@@ -219,12 +227,8 @@ def _through_experts(x_RD, parameters, counts_E, activation, stack=None):
 def _through_packed(x_RD, parameters, counts_E, activation, stack):
     """The same with packed experts, of which a device of the tensor axis has some of the outputs."""
     sizes = stack.sizes(counts_E) if stack else counts_E
+    blocks, scales, bias = (parameters.get(f"gate_up_{part}") for part in ("blocks", "scales", "bias"))
     # The gate and the linear half of a number of the activation stand beside each other.
-    blocks, scales = (
-        part.reshape(part.shape[0], -1, *part.shape[3:])
-        for part in (parameters["gate_up_blocks"], parameters["gate_up_scales"])
-    )
-    bias = parameters.get("gate_up_bias")
     bias = None if bias is None else bias.swapaxes(1, 2).reshape(bias.shape[0], -1)
     h_RF = _with_bias(mxfp4_grouped_matmul(x_RD, blocks, scales, sizes), bias, counts_E)
     gate_RF, up_RF = jnp.moveaxis(h_RF.reshape(x_RD.shape[0], -1, 2), -1, 0)
@@ -262,41 +266,41 @@ def _gated_bwd(activation, h_RF, g_RF):
 _gated.defvjp(lambda activation, h_RF: (_gated(activation, h_RF), h_RF), _gated_bwd)
 
 
-def _round(x_RD, parameters, counts_nE, turn, activation, transport):
+def _round(x_RD, parameters, counts_nE, stack, turn, activation, transport):
     there, back, group_sizes = transport.ways(counts_nE, x_RD.shape[0], turn)
-    return back(_through_experts(there(x_RD), parameters, group_sizes, activation))
+    return back(_through_experts(there(x_RD), parameters, group_sizes, activation, stack))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _through_other_devices(x_RD, parameters, counts_nE, activation, transport):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _through_other_devices(x_RD, parameters, counts_nE, stack, activation, transport):
     """Rows sorted by expert through their experts, wherever those are, in as many rounds as it takes.
 
     The gradient keeps what the first round computed, and computes the further ones anew.
     """
-    return _rounds_forward(x_RD, parameters, counts_nE, activation, transport)[0]
+    return _rounds_forward(x_RD, parameters, counts_nE, stack, activation, transport)[0]
 
 
-def _rounds_forward(x_RD, parameters, counts_nE, activation, transport):
+def _rounds_forward(x_RD, parameters, counts_nE, stack, activation, transport):
     def one_round(x_RD, parameters, turn=0):
-        return _round(x_RD, parameters, counts_nE, turn, activation, transport)
+        return _round(x_RD, parameters, counts_nE, stack, turn, activation, transport)
 
     y_RD, pull = jax.vjp(one_round, x_RD, parameters)
     y_RD = _further_rounds(
         counts_nE, transport, lambda turn, y_RD: y_RD + one_round(x_RD, parameters, turn), y_RD
     )
-    return y_RD, (x_RD, parameters, counts_nE, pull)
+    return y_RD, (x_RD, parameters, counts_nE, stack, pull)
 
 
 def _rounds_backward(activation, transport, kept, g_RD):
-    x_RD, parameters, counts_nE, pull = kept
+    x_RD, parameters, counts_nE, stack, pull = kept
 
     def further(turn, gradients):
-        one_round = functools.partial(
-            _round, counts_nE=counts_nE, turn=turn, activation=activation, transport=transport
-        )
+        def one_round(x_RD, parameters):
+            return _round(x_RD, parameters, counts_nE, stack, turn, activation, transport)
+
         return jax.tree.map(jnp.add, gradients, jax.vjp(one_round, x_RD, parameters)[1](g_RD))
 
-    return *_further_rounds(counts_nE, transport, further, pull(g_RD)), None
+    return *_further_rounds(counts_nE, transport, further, pull(g_RD)), None, None
 
 
 _through_other_devices.defvjp(_rounds_forward, _rounds_backward)

@@ -12,11 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels import few_rows
 from gptoss_jax.kernels.stack import layer_of
-from gptoss_jax.parallel.mesh import BATCH, current_axes, divisors
+from gptoss_jax.parallel.mesh import AXES, BATCH, current_axes, divisors
 
 # The expert axis, for a parameter that every expert's device needs: it takes part in storing it, as fsdp
 # does, where it divides the dimension, and is left out where it does not.
 SPARE = "expert where it divides"
+# Of a dimension in which two and two belong together: no pair is split.
+PAIRS = "pairs stay together"
 
 Path = tuple[str, str]
 
@@ -42,9 +44,10 @@ PARAMETERS = {
     ("moe", "gate_up_bias"): P("expert", None, "tensor"),
     ("moe", "down"): P("expert", "tensor", "fsdp"),
     ("moe", "down_bias"): P("expert", None),
-    # Packed experts are split along their rows alone: 32 weights of the input axis are one group.
-    ("moe", "gate_up_blocks"): P("expert", ("tensor", "fsdp"), None, None, None),
-    ("moe", "gate_up_scales"): P("expert", ("tensor", "fsdp"), None, None),
+    # Packed experts are split along their rows alone: 32 weights of the input axis are one group. The rows of
+    # gate and up take turns.
+    ("moe", "gate_up_blocks"): P("expert", ("tensor", "fsdp", PAIRS), None, None),
+    ("moe", "gate_up_scales"): P("expert", ("tensor", "fsdp", PAIRS), None),
     ("moe", "down_blocks"): P("expert", ("tensor", "fsdp"), None, None),
     ("moe", "down_scales"): P("expert", ("tensor", "fsdp"), None),
     ("attention_norm", "scale"): P(None),
@@ -89,14 +92,17 @@ def parameter_spec(path, shape: tuple[int, ...], axes: Mapping[str, int]) -> P:
         return P()
     entries = []
     for size, entry in zip(shape, _table_spec(path, len(shape)), strict=True):
-        fixed = tuple(name for name in _axes(entry) if name != SPARE)
+        fixed = tuple(name for name in _axes(entry) if name in AXES)
         parts = math.prod(axes[name] for name in fixed)
+        what = "a size"
+        if PAIRS in _axes(entry):
+            size, what = size // 2, "the pairs"
         if size % parts:
             asked = " times ".join(f"mesh.{name}" for name in fixed)
             named = ".".join(path_names(path)[-2:])
             would_do = ", ".join(map(str, divisors(size, math.prod(axes.values()))))
             raise ValueError(
-                f"{asked} is {parts}: must divide {size}, a size of {named}; {would_do} would do"
+                f"{asked} is {parts}: must divide {size}, {what} of {named}; {would_do} would do"
             )
         if SPARE in _axes(entry) and size % (parts * axes["expert"]) == 0:
             fixed += ("expert",)

@@ -2,9 +2,9 @@
 
 A layout reads `axes in the file -> our axes` in the letters of the code (V vocabulary, D hidden, N query
 heads, K key/value heads, H head size, E experts, F expert width). (N H) is one axis that runs over both; P is
-the pair of gate and up, which the published layouts interleave and ours keeps apart; G and J count the groups
-of 32 along D and F, and Y the 16 bytes of a group; Q counts all heads of q, k and v, which `original/` holds
-in one. MATH.md, "Released weights".
+the pair of gate and up, which the published layouts interleave and ours keeps apart, but for packed rows, U;
+G and J count the groups of 32 along D and F, and Y the 16 bytes of a group; Q counts all heads of q, k and v,
+which `original/` holds in one. MATH.md, "Released weights".
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         config.num_key_value_heads,
     )
     return {
-        "V": config.vocab_size, "D": D, "N": N, "K": K, "Q": N + 2 * K, "H": config.head_dim,
+        "V": config.vocab_size, "D": D, "N": N, "K": K, "Q": N + 2 * K, "H": config.head_dim, "U": 2 * F,
         "E": config.num_local_experts, "F": F, "P": 2, "G": D // GROUP, "J": F // GROUP, "Y": BYTES,
     }  # fmt: skip
 
@@ -110,8 +110,8 @@ HUGGINGFACE = _table(
         "moe.router": ("@mlp.router.weight", "E D -> D E"),
         "moe.router_bias": ("@mlp.router.bias", "E"),
         "moe.gate_up": ("@mlp.experts.gate_up_proj", "E D (F P) -> E D P F"),
-        "moe.gate_up_blocks": ("@mlp.experts.gate_up_proj_blocks", "E (F P) G Y -> E F P G Y"),
-        "moe.gate_up_scales": ("@mlp.experts.gate_up_proj_scales", "E (F P) G -> E F P G"),
+        "moe.gate_up_blocks": ("@mlp.experts.gate_up_proj_blocks", "E U G Y"),
+        "moe.gate_up_scales": ("@mlp.experts.gate_up_proj_scales", "E U G"),
         "moe.gate_up_bias": ("@mlp.experts.gate_up_proj_bias", "E (F P) -> E P F"),
         "moe.down": ("@mlp.experts.down_proj", "E F D"),
         "moe.down_blocks": ("@mlp.experts.down_proj_blocks", "E D J Y"),
@@ -142,8 +142,8 @@ ORIGINAL = _table(
         "moe.router": ("@mlp.gate.weight", "E D -> D E"),
         "moe.router_bias": ("@mlp.gate.bias", "E"),
         "moe.gate_up": ("@mlp.mlp1_weight", "E (F P) D -> E D P F"),
-        "moe.gate_up_blocks": ("@mlp.mlp1_weight.blocks", "E (F P) G Y -> E F P G Y"),
-        "moe.gate_up_scales": ("@mlp.mlp1_weight.scales", "E (F P) G -> E F P G"),
+        "moe.gate_up_blocks": ("@mlp.mlp1_weight.blocks", "E U G Y"),
+        "moe.gate_up_scales": ("@mlp.mlp1_weight.scales", "E U G"),
         "moe.gate_up_bias": ("@mlp.mlp1_bias", "E (F P) -> E P F"),
         "moe.down": ("@mlp.mlp2_weight", "E D F -> E F D"),
         "moe.down_blocks": ("@mlp.mlp2_weight.blocks", "E D J Y"),

@@ -6,6 +6,7 @@ of itself, so that a slice is all that is ever held besides the source and the r
 
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -85,18 +86,28 @@ class Unpacked:
     there."""
 
     name: str
-    blocks: np.ndarray  # uint8 [*rows, G, 16]
-    scales: np.ndarray  # uint8 [*rows, G]
+    blocks: np.ndarray  # uint8 [E, rows, G, 16]
+    scales: np.ndarray  # uint8 [E, rows, G]
+    # Whether rows take turns that have an axis of their own as numbers, the one before the last.
+    pairs: bool = False
     release: Callable[[np.ndarray], None] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return _turned((*self.scales.shape[:-1], mxfp4.GROUP * self.scales.shape[-1]))
+        experts, rows, groups = self.scales.shape
+        apart = (rows // 2, 2) if self.pairs else (rows,)
+        return _turned((experts, *apart, mxfp4.GROUP * groups))
 
     def fill(self, out: np.ndarray, index: Index) -> bool:
-        *rows, values = _turned(index)
+        experts, rows, *turns, values = _turned(index)
+        if turns:
+            rows = slice(2 * rows.start, 2 * rows.stop)
         first, last = values.start // mxfp4.GROUP, -(-values.stop // mxfp4.GROUP)
-        blocks, scales = (array[(*rows, slice(first, last))] for array in (self.blocks, self.scales))
+        held = blocks, scales = [array[experts, rows, first:last] for array in (self.blocks, self.scales)]
+        if turns:
+            blocks, scales = (
+                part.reshape(len(part), -1, 2, *part.shape[2:])[:, :, turns[0]] for part in held
+            )
         for e in range(len(blocks)):
             # The bytes are turned, not the numbers, which are four times as much.
             turned = _transposed(blocks[e].reshape(*blocks.shape[1:-2], -1))
@@ -111,8 +122,8 @@ class Unpacked:
                     out[e, low - values.start : high - values.start], numbers[low - start : high - start]
                 )
         if self.release is not None:
-            self.release(blocks)
-            self.release(scales)
+            for part in held:
+                self.release(part)
         # Two scales below that of NaN, the largest codes are infinite.
         return scales.size == 0 or int(scales.max()) < mxfp4.NAN_SCALE - 2 or is_finite(out)
 
@@ -130,14 +141,18 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *rows, values = _turned(self.source.shape)
-        groups = values // mxfp4.GROUP
-        return (*rows, groups, mxfp4.BYTES) if self.want == "blocks" else (*rows, groups)
+        experts, *rows, values = _turned(self.source.shape)
+        shape = (experts, math.prod(rows), values // mxfp4.GROUP)
+        return (*shape, mxfp4.BYTES) if self.want == "blocks" else shape
 
     def fill(self, out: np.ndarray, index: Index) -> bool:
-        rows, groups = index[: len(self.source.shape) - 1], index[len(self.source.shape) - 1]
+        experts, rows, groups = index[:3]
+        # Rows that take turns here have an axis of their own there: both of a pair are asked for.
+        turns = self.source.shape[2:-1]
+        each = math.prod(turns)
+        rows = slice(rows.start // each, rows.stop // each)
         values = slice(groups.start * mxfp4.GROUP, groups.stop * mxfp4.GROUP)
-        there = _turned((*rows, values))
+        there = _turned((experts, rows, *(slice(0, count) for count in turns), values))
         # Narrower than bfloat16 is not known; what is wider is packed from float32.
         kind = BFLOAT16 if self.source.dtype == BFLOAT16 else np.float32
         finite = True

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 
 from gptoss_jax.weights.pieces import Index, Piece, Plain, copy_cast
 
@@ -48,18 +49,45 @@ def _rows_first(array: np.ndarray) -> bool:
     return array.ndim < 2 or array.strides[0] == max(array.strides)
 
 
+def abstract(key: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """A leaf of the parameter tree with its place and, where a TPU's programs read it in another order than
+    XLA would keep it in, its order in memory. `key` is the last two names of its path."""
+    order = _order(key, leaf.ndim) if _platform(sharding) == "tpu" else None
+    place = sharding if order is None else Format(Layout(order), sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _platform(sharding: jax.sharding.Sharding) -> str:
+    return next(iter(sharding.device_set)).platform
+
+
+def _order(key: str, ndim: int) -> tuple[int, ...] | None:
+    """The axes of a parameter from the outermost to the innermost; None leaves them to XLA."""
+    # Imported where it is used: what it imports is of no use elsewhere, and takes its time.
+    from gptoss_jax.kernels.mosaic_mxfp4_matmul import BLOCKS, SCALES
+
+    last = {"blocks": BLOCKS, "scales": SCALES}.get(key.rpartition("_")[2])
+    if key == "embedding.weight":
+        # XLA keeps it by columns, and turns all of it before it looks up rows.
+        last = (0, 1)
+    if last is None:
+        return None
+    before = ndim - len(last)
+    return (*range(before), *(before + axis for axis in last))
+
+
 def load(leaf: jax.ShapeDtypeStruct, pieces: list[Piece]) -> tuple[jax.Array, list[str]]:
     """One array of the parameter tree, read straight to its place.
 
     Args:
-      leaf: shape, type and sharding; its first axis runs over the pieces unless there is one and it is as
-        large.
+      leaf: shape, type, sharding and, where it matters, order in memory; its first axis runs over the pieces
+        unless there is one and it is as large.
       pieces: one for each layer.
 
     Returns:
       the array, and the names of tensors that are not finite.
     """
-    stacked = len(leaf.shape) > len(pieces[0].shape)
+    stacked, layout = len(leaf.shape) > len(pieces[0].shape), leaf.format.layout
     places: dict[tuple, list[jax.Device]] = {}
     for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
@@ -69,18 +97,22 @@ def load(leaf: jax.ShapeDtypeStruct, pieces: list[Piece]) -> tuple[jax.Array, li
         index = tuple(slice(start, stop) for start, stop in bounds)
         if not stacked:
             part, unsound = _part(leaf.dtype, index, pieces[:1])
-            shards += [jax.device_put(part, device) for device in devices]
-        elif devices[0].platform == "cpu":
+            shards += [jax.device_put(part, _on(device, layout)) for device in devices]
+        elif devices[0].platform == "cpu" and layout is None:
             # jax takes the array over as it is; devices with the same part share it.
             part, unsound = _part(leaf.dtype, index[1:], pieces[index[0]], stacked=True)
             shards += [jax.device_put(part, device) for device in devices]
         else:
-            made, unsound = _layer_by_layer(leaf.dtype, index[1:], pieces[index[0]], devices)
+            made, unsound = _layer_by_layer(leaf.dtype, index[1:], pieces[index[0]], devices, layout)
             shards += made
         names.update(unsound)
     array = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     # What is not on a device yet would be held on the host together with the next array.
     return jax.block_until_ready(array), sorted(names)
+
+
+def _on(device: jax.Device, layout: Layout | None) -> Format:
+    return Format(layout, jax.sharding.SingleDeviceSharding(device))
 
 
 def _part(
@@ -94,25 +126,33 @@ def _part(
 
 
 def _layer_by_layer(
-    dtype: np.dtype, index: Index, pieces: list[Piece], devices: list[jax.Device]
+    dtype: np.dtype, index: Index, pieces: list[Piece], devices: list[jax.Device], layout: Layout | None
 ) -> tuple[list[jax.Array], list[str]]:
     """The same slice of every piece, stacked on each of the devices: the host holds one layer's at a time."""
     shape, names = (len(pieces), *(part.stop - part.start for part in index)), set()
-    made = [jnp.zeros(shape, dtype, device=device) for device in devices]
+    programs = [_programs(shape, np.dtype(dtype), device, layout) for device in devices]
+    made = [zeros() for zeros, _ in programs]
     for row, piece in enumerate(pieces):
         part, unsound = _part(dtype, index, [piece])
         names.update(unsound)
         made = [
-            _with_row(array, jax.device_put(part, device), row)
-            for array, device in zip(made, devices, strict=True)
+            with_row(array, jax.device_put(part, device), row)
+            for array, device, (_, with_row) in zip(made, devices, programs, strict=True)
         ]
         jax.block_until_ready(made)
     return made, sorted(names)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _with_row(array: jax.Array, row: jax.Array, index: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(array, row, index, 0)
+@functools.cache
+def _programs(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device, layout: Layout | None):
+    """() -> zeros, and (array, row, index) -> the array with a row in place; both in the order asked for."""
+    place = _on(device, layout)
+
+    def with_row(array: jax.Array, row: jax.Array, index: int) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(array, row, index, 0)
+
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)
+    return zeros, jax.jit(with_row, donate_argnums=0, out_shardings=place)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -142,7 +182,9 @@ class DeviceRows:
             self._shards.setdefault(bounds, shard.data)
 
     def __getitem__(self, index: Index) -> np.ndarray:
-        wanted = [(part.start, part.stop) for part in index]
+        # As of an array, the last axes need not be named.
+        whole = (slice(0, size) for size in self.shape[len(index) :])
+        wanted = [(part.start, part.stop) for part in (*index, *whole)]
         if self._layer is not None:
             wanted = [(self._layer, self._layer + 1), *wanted]
         out = np.empty([stop - start for start, stop in wanted], self.dtype)

@@ -43,7 +43,7 @@ def from_pretrained(
       dtype: the type of the parameters and of the computation; None keeps the files' and computes in float32
         on CPU and bfloat16 elsewhere.
       experts: how the experts' matrices are held: "mxfp4" keeps the released bytes packed, 4.25 bits each,
-        and unpacks a layer's when it is run; None leaves them packed if they are, else they are of `dtype`.
+        while they are used too; None leaves them packed if they are, else they are of `dtype`.
       mesh: where the parameters lie, as the path table says; None is the first device. Use the model under
         `jax.set_mesh(mesh)`.
 
@@ -67,25 +67,31 @@ def load_pretrained(
     check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
     local = local_folder(folder)
     if is_run(local) and experts != "mxfp4":
-        # Orbax puts each array straight to its place itself.
+        # Orbax puts each array straight to its place itself, in XLA's own order.
         config = load_config(local).model
-        tree = _typed_tree(config, dtype, experts, lambda key: np.dtype(np.float32))
-        _, params, _ = load_run(local, abstract=_placed(tree, mesh))
+        tree = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            placed(typed_tree(config, dtype, experts), mesh),
+        )
+        _, params, _ = load_run(local, abstract=tree)
         warn_of_params(config, params, local)
         return _computing_in(config, dtype), params, local
     source = open_weights(local)
     packed = experts == "mxfp4" or (experts is None and source.packed)
     config = _computing_in(with_experts(source.config, packed), dtype)
-    tree = _typed_tree(config, dtype, experts, source.dtype)
-    return config, read_params(source, config, _placed(tree, mesh)), source.origin
+    tree = typed_tree(config, dtype, experts, source.dtype)
+    return config, read_params(source, config, placed(tree, mesh)), source.origin
 
 
 def _computing_in(config: ModelConfig, dtype: str | None) -> ModelConfig:
     return config if dtype is None else dataclasses.replace(config, compute_dtype=dtype)
 
 
-def _typed_tree(
-    config: ModelConfig, dtype: str | None, experts: str | None, held: Callable[[str], np.dtype]
+def typed_tree(
+    config: ModelConfig,
+    dtype: str | None,
+    experts: str | None = None,
+    held: Callable[[str], np.dtype] = lambda key: np.dtype(np.float32),
 ) -> dict:
     """The abstract parameters in the types that were asked for, or else those they are held in."""
 
@@ -98,12 +104,14 @@ def _typed_tree(
     return jax.tree_util.tree_map_with_path(typed, abstract_params(config))
 
 
-def _placed(tree: dict, mesh: jax.sharding.Mesh | None) -> dict:
-    """The tree with a sharding for each array: as the path table says, or the first device."""
+def placed(tree: dict, mesh: jax.sharding.Mesh | None) -> dict:
+    """The tree with a place for each array: as the path table says, or the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda leaf: here, tree) if mesh is None else parameter_shardings(tree, mesh)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, place: placing.abstract(".".join(path_names(path)[-2:]), leaf, place),
+        tree,
+        shardings,
     )
 
 

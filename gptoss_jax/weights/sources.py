@@ -63,7 +63,7 @@ class Source(abc.ABC):
             (_, blocks), (name, scales) = (
                 self.array(f"{key}_{part}", layer) for part in ("blocks", "scales")
             )
-            return pieces.Unpacked(name, blocks, scales, self.release)
+            return pieces.Unpacked(name, blocks, scales, key == "moe.gate_up", self.release)
         if not self.packed and matrix in MATRICES and part in ("blocks", "scales"):
             return pieces.Packed(self.piece(matrix, layer), part)
         return pieces.Plain(*self.array(key, layer), self.release)

@@ -145,11 +145,13 @@ ffi::Error FewRowsOfExperts(ffi::ThreadPool pool, Floats x, Ints chosen, Floats 
 // Where number i of a line of x stands for DotPacked.
 int64_t Turned(int64_t i) { return i / kGroup * kGroup + i % 2 * kLanes + i % kGroup / 2; }
 
-// The same with packed matrices, [experts, F, 2, D / 32, 16] and [experts, D, F / 32, 16], with their scales.
+// The same with packed matrices, [experts, 2 F, D / 32, 16], where the rows of gate and up take
+// turns, and [experts, D, F / 32, 16], with their scales.
 ffi::Error FewRowsOfPacked(ffi::ThreadPool pool, Floats x, Ints chosen, Floats weights, Ints first, Bytes gate_up,
                            Bytes gate_up_scales, Floats gate_up_bias, Bytes down, Bytes down_scales, Floats down_bias,
                            ffi::Result<Floats> y, int64_t experts, float alpha, float limit, float offset) {
-  const Experts e(x, chosen, first, gate_up_bias, down_bias, experts, gate_up.dimensions()[1], alpha, limit, offset);
+  const Experts e(x, chosen, first, gate_up_bias, down_bias, experts, gate_up.dimensions()[1] / 2, alpha, limit,
+                  offset);
   const int64_t D = e.width, F = e.hidden, x_groups = D / kGroup, h_groups = F / kGroup;
   auto turned = std::make_unique<float[]>(e.tokens * D);
   for (int64_t m = 0; m < e.tokens; ++m)
