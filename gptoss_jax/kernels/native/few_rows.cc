@@ -29,7 +29,7 @@ ffi::Error Products(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingAr
     const Shares shares(1, inner, y.dimensions()[1]);
     const int64_t size = rows * shares.columns;
     all.push_back({shares, w.typed_data() + layer.typed_data()[0] * inner * shares.columns, y.typed_data(),
-                   std::make_unique<float[]>((shares.parts - 1) * size)});
+                   Unset((shares.parts - 1) * size)});
   }
   for (const Weight& weight : all)
     for (int64_t task = 0; task < weight.shares.tasks(); ++task) tasks.emplace_back(&weight, task);
@@ -104,7 +104,7 @@ ffi::Error OneQuery(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, 
     }
     const int64_t start = (layer.typed_data()[0] * B * K + task) * S * H;
     const float* query = q.typed_data() + task * G * H;
-    auto weights = std::make_unique<float[]>(G * count);
+    const auto weights = Unset(G * count);
     std::vector<const float*> x(G), p(G);
     std::vector<float*> scores(G), result(G);
     for (int64_t g = 0; g < G; ++g) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "parallel.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int kRows = 4;          // worked through together
 constexpr int64_t kInner = 64;    // lines of a matrix that stay in the cache while further rows use them
+constexpr int64_t kAhead = 768;   // numbers that are prefetched ahead of those in use, to the second cache
 constexpr int64_t kLines = 192;   // lines of a task at most, where a matrix is shared out by lines, as they lie in memory
 constexpr int64_t kWide = 2048;   // and columns
 constexpr int64_t kBlock = 512;   // columns of a task at most, where it is shared out by columns
@@ -23,6 +25,9 @@ constexpr int64_t kLeast = 64;    // and at least
 using Floats = ffi::Buffer<ffi::F32>;
 using Bytes = ffi::Buffer<ffi::U8>;
 using Ints = ffi::Buffer<ffi::S32>;
+
+// So many numbers that somebody is to write.
+std::unique_ptr<float[]> Unset(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
 
 // Columns of a task, where `columns` in all are to be shared among the threads.
 int64_t BlockOf(int64_t columns, int64_t width, ffi::ThreadPool& pool) {
@@ -38,28 +43,31 @@ struct Rows {
 // y[i][0 : columns] += x[i][0 : inner] w[0 : inner, 0 : columns] for each of the rows.
 template <int rows>
 void Add(const Rows& r, const float* w, int64_t w_line, int64_t inner, int64_t columns) {
+  // One row has little to add: a single stream from memory is the fastest. More rows would do nothing but load and store
+  // their sums, so they take four lines at a time.
+  constexpr int lines = rows == 1 ? 1 : 4;
+  const int64_t ahead = rows == 1 ? kAhead : lines * w_line;
   int64_t j = 0;
-  for (; j + 4 <= inner; j += 4, w += 4 * w_line) {
-    Vector x[rows][4];
+  for (; j + lines <= inner; j += lines, w += lines * w_line) {
+    Vector x[rows][lines];
     for (int i = 0; i < rows; ++i)
-      for (int l = 0; l < 4; ++l) x[i][l] = Vector{} + r.x[i][j + l];
+      for (int l = 0; l < lines; ++l) x[i][l] = Vector{} + r.x[i][j + l];
     int64_t c = 0;
     for (; c + kLanes <= columns; c += kLanes) {
-      const Vector w0 = Load(w + c), w1 = Load(w + w_line + c);
-      const Vector w2 = Load(w + 2 * w_line + c), w3 = Load(w + 3 * w_line + c);
-      for (int l = 0; l < 4; ++l) __builtin_prefetch(w + (4 + l) * w_line + c);
+      Vector one[lines];
+      for (int l = 0; l < lines; ++l) {
+        one[l] = Load(w + l * w_line + c);
+        __builtin_prefetch(w + l * w_line + c + ahead, 0, 2);
+      }
       for (int i = 0; i < rows; ++i) {
         Vector sum = Load(r.y[i] + c);
-        sum += x[i][0] * w0;
-        sum += x[i][1] * w1;
-        sum += x[i][2] * w2;
-        sum += x[i][3] * w3;
+        for (int l = 0; l < lines; ++l) sum += x[i][l] * one[l];
         Store(r.y[i] + c, sum);
       }
     }
     for (; c < columns; ++c)
       for (int i = 0; i < rows; ++i)
-        for (int l = 0; l < 4; ++l) r.y[i][c] += r.x[i][j + l] * w[l * w_line + c];
+        for (int l = 0; l < lines; ++l) r.y[i][c] += r.x[i][j + l] * w[l * w_line + c];
   }
   for (; j < inner; ++j, w += w_line)
     for (int i = 0; i < rows; ++i)

@@ -101,7 +101,7 @@ ffi::Error FewRowsOfExperts(ffi::ThreadPool pool, Floats x, Ints chosen, Floats 
   const int64_t D = e.width, F = e.hidden, rows = e.rows();
   const Shares up(e.groups.size(), D, 2 * F), down_again(e.groups.size(), F, D);
   // Each share of the lines has sums of its own, which are added up in their order.
-  auto h = std::make_unique<float[]>(up.parts * rows * 2 * F), z = std::make_unique<float[]>(down_again.parts * rows * D);
+  const auto h = Unset(up.parts * rows * 2 * F), z = Unset(down_again.parts * rows * D);
 
   auto multiply = [&](const Shares& shares, int64_t task, const float* w, const float* bias, auto input, float* sums) {
     const Shares::One one = shares.at(task);
@@ -153,10 +153,10 @@ ffi::Error FewRowsOfPacked(ffi::ThreadPool pool, Floats x, Ints chosen, Floats w
   const Experts e(x, chosen, first, gate_up_bias, down_bias, experts, gate_up.dimensions()[1] / 2, alpha, limit,
                   offset);
   const int64_t D = e.width, F = e.hidden, x_groups = D / kGroup, h_groups = F / kGroup;
-  auto turned = std::make_unique<float[]>(e.tokens * D);
+  const auto turned = Unset(e.tokens * D);
   for (int64_t m = 0; m < e.tokens; ++m)
     for (int64_t d = 0; d < D; ++d) turned[m * D + Turned(d)] = e.x[m * D + d];
-  auto a = std::make_unique<float[]>(e.rows() * F), z = std::make_unique<float[]>(e.rows() * D);
+  const auto a = Unset(e.rows() * F), z = Unset(e.rows() * D);
   const int64_t count = e.groups.size();
   const int64_t f_block = BlockOf(count * F, F, pool), d_block = BlockOf(count * D, D, pool);
   const int64_t f_blocks = (F + f_block - 1) / f_block, d_blocks = (D + d_block - 1) / d_block;
