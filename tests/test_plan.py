@@ -9,6 +9,7 @@ import math
 import jax
 import pytest
 from rich.console import Console
+from tpu_compiler import needs_libtpu
 
 from gptoss_jax import cli
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
@@ -418,11 +419,6 @@ def test_without_libtpu(capsys, monkeypatch, preset):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
     assert cli.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
     assert "pip install -e '.[tpu]'" in capsys.readouterr().err
-
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
 
 
 @needs_libtpu

@@ -60,8 +60,8 @@ def apply_experts(
         and never unpacked as a whole, `gate_up_blocks` [E, 2 F, D / 32, 16], where the rows of gate and up
         take turns, `gate_up_scales` [E, 2 F, D / 32], `down_blocks` [E, D, F / 32, 16] and `down_scales` [E,
         D, F / 32]; with `gate_up_bias` [E, 2, F] and `down_bias` [E, D] where the model has them. On a mesh
-        they lie where the path table stores them. Off one they may be layers of stacks, of which only the
-        experts that are needed are read.
+        they lie where the path table stores them. They may be layers of stacks, of which only the experts
+        that are needed are read, unless a mesh gathers them first.
       activation: (gate_RF, up_RF) -> [R, F]; where parameters are layers of stacks, a `SwiGLU`.
       capacity: None drops nothing. A number lets an expert take at most so many times its even share of the
         rows of those devices that exchange tokens (all rows, without an expert axis); rows beyond, the last
