@@ -229,6 +229,22 @@ def report(run: Run) -> None:
 
 
 @app.command
+def check(json: OptionalFile = None) -> None:
+    """Compare every kernel of this machine with plain XLA on small inputs: correctness and time.
+
+    Exits with 1 if one is wrong. GPTOSS_JAX_KERNELS=plain runs everything without kernels, plain:NAME,NAME
+    without the named ones.
+
+    Args:
+        json: Write the results to this file too.
+    """
+    from gptoss_jax import check_report
+
+    if not check_report.run(json):
+        raise SystemExit(1)
+
+
+@app.command
 def plan(
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
     topology: Annotated[str | None, tyro.conf.arg(metavar="SLICE")] = None,

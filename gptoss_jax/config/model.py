@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from gptoss_jax.config import published
 from gptoss_jax.config.checked import Checked
+from gptoss_jax.config.kernels import plain_kernels
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -112,6 +113,10 @@ class ModelConfig(Checked):
     # How the experts' matrices are held: plain arrays, or packed in MXFP4 as published (4.25 bits a weight;
     # for running a model, not for training it).
     expert_format: Literal["plain", "mxfp4"] = "plain"
+    # Hand-written kernels: auto uses them, checked once on each new GPU or TPU machine; unchecked skips that
+    # check; plain replaces all of them by plain XLA, and plain:attention,mxfp4_matmul the named ones. The
+    # environment variable GPTOSS_JAX_KERNELS takes the same values and turns off kernels besides.
+    kernels: str = "auto"
     # What the backward pass recomputes: nothing, all but the results of the products with attention's and the
     # router's weights ("dots"), or each whole block.
     remat: Literal["none", "dots", "block"] = "none"
@@ -126,6 +131,7 @@ class ModelConfig(Checked):
             "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window",
             "max_position_embeddings", "rope_theta", "swiglu_alpha", "rms_norm_eps", "initializer_range",
         )  # fmt: skip
+        plain_kernels(self.kernels, self._path("kernels"))
         self._require(
             self.expert_capacity is None or self.expert_capacity > 0,
             "expert_capacity",
@@ -213,8 +219,8 @@ class ModelConfig(Checked):
         4.55 and 5 read the result, but 4.55 has SwiGLU's 1.702 and 7 built in, and takes YaRN's factor to be
         `max_position_embeddings / original_max_position_embeddings`. Token ids are the tokenizer's to add.
 
-        Not carried: `compute_dtype`, `expert_format`, `remat`, `scan_layers`, `residual_dropout` and
-        `router_z_loss_coef`.
+        Not carried: `compute_dtype`, `expert_format`, `kernels`, `remat`, `scan_layers`, `residual_dropout`
+        and `router_z_loss_coef`.
         `router_aux_loss_coef` is written, but turned off; transformers' load-balance loss is about
         `num_experts_per_tok` times ours.
 

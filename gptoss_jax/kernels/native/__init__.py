@@ -17,8 +17,6 @@ import jaxlib
 HERE = pathlib.Path(__file__).parent
 SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "few_rows.cc", "few_rows_experts.cc"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
-# "0" leaves them out: everything then goes through XLA alone.
-SWITCH = "GPTOSS_JAX_NATIVE"
 HANDLERS = (
     "GroupedForward",
     "GroupedOuter",
@@ -37,8 +35,6 @@ def is_available() -> bool:
 
     Without a C++ compiler they cannot. One that fails is reported as a warning.
     """
-    if os.environ.get(SWITCH) == "0":
-        return False
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     library, refusal = None, None
     for compiler in dict.fromkeys(compilers):
