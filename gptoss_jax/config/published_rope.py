@@ -22,6 +22,7 @@ def read_rope(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         # transformers 4.55 and 5 have different defaults.
         if not given:
             raise missing("rope_parameters", (), "a config.json of gpt-oss has it, or rope_scaling")
+        # transformers 4.55 writes null for this; to transformers 5 it is the same as a missing field.
         notes.append(f"{next(iter(given))} is null or empty: plain rotary embedding is used, without YaRN")
         said = {next(iter(given)): {}}
     # Both versions of transformers take rope_scaling where both are there.
