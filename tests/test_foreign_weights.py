@@ -7,7 +7,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from checkpoints import SIZES, random_checkpoint
+from checkpoints import SIZES, original_layout, random_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax import startup
@@ -87,6 +87,12 @@ WRAPPED = {
 def test_known_prefixes_are_removed(published, written, form):
     tensors = load_file(published / "model.safetensors")
     folder = written({form.format(name): array for name, array in tensors.items()})
+    assert_same(leaves(folder), leaves(published))
+
+
+def test_prefixes_in_the_original_layout(published, written, tmp_path):
+    tensors = load_file(original_layout(published, tmp_path / "plain") / "model.safetensors")
+    folder = written({f"module.{name}": array for name, array in tensors.items()})
     assert_same(leaves(folder), leaves(published))
 
 
