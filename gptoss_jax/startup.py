@@ -35,8 +35,16 @@ def run(command: Callable[[], object], name: str) -> int:
 
     2: a ValueError, input that is not allowed. 1: what went wrong on the way. 130: Ctrl-C.
     """
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_) -> None:
+        # Several steps of a command may open the same folder.
+        if str(message) not in shown:
+            shown.add(str(message))
+            say(name, "warning", message)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(name, "warning", message)
+        warnings.showwarning = show
         try:
             command()
         except ValueError as error:

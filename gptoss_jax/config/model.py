@@ -4,9 +4,10 @@ file has one."""
 import dataclasses
 import os
 import typing
+import warnings
 from typing import Any, Literal, Self
 
-from gptoss_jax.config import published
+from gptoss_jax.config import published, published_write
 from gptoss_jax.config.checked import Checked
 from gptoss_jax.config.kernels import plain_kernels
 
@@ -203,14 +204,20 @@ class ModelConfig(Checked):
         the architecture. `router_aux_loss_coef` counts only where the file asks for the router's logits too.
         The alternation of layer types comes back as None.
 
-        Raises ValueError, with the file, the field, its value and what is allowed, for a file that cannot be
-        read or is of another kind of model, a field that is unknown, missing or bad, and two that disagree.
+        Warns, with the field and the value used, where a field is unknown, left over, or has its default
+        because it is missing. Raises ValueError, with the file, the field, its value and what is allowed, for
+        a file that cannot be read or is of another kind of model, a size that is missing, a value that is bad
+        or not supported, and two fields that contradict each other.
         """
         values, place = published.load(source)
         try:
-            return cls.from_dict(published.read(values))
+            fields, notes = published.read(values)
+            config = cls.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{place}{error}") from None
+        for note in notes:
+            warnings.warn(f"{place}{note}", stacklevel=2)
+        return config
 
     def to_hf(self, experts: str = "bfloat16") -> dict[str, Any]:
         """The content of a published config.json for this architecture, for weights of the form asked for.
@@ -230,4 +237,4 @@ class ModelConfig(Checked):
 
         Raises ValueError with all reasons for which the format cannot express this model.
         """
-        return published.write({**self.to_dict(), "layer_types": list(self.types_of_layers)}, experts)
+        return published_write.write({**self.to_dict(), "layer_types": list(self.types_of_layers)}, experts)
