@@ -219,11 +219,10 @@ def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Role
             "or both with file:PATH#bos=NAME,eos=NAME, or as bos_token and eos_token in "
             f"tokenizer_config.json beside it; {candidates}"
         )
-    for role, name in dataclasses.asdict(roles).items():
+    for name in (roles.bos, roles.eos):
         known = model.token_to_id(name) is not None
-        allowed = f"{role} must be a token of {origin}, which has no {name!r}; {candidates}"
-        require(known, "data.tokenizer", spec, allowed)
-        allowed = f"{role} must have more than one character, because text needs {name!r}; {candidates}"
+        require(known, "data.tokenizer", spec, f"{origin} has no token {name!r}; {candidates}")
+        allowed = f"text needs {name!r}, so it cannot begin or end a document; {candidates}"
         require(len(name) > 1, "data.tokenizer", spec, allowed)
 
 

@@ -302,7 +302,7 @@ def _from_json(
     if special.find_roles(model, NO_ROLES, NOTHING_NAMED) != roles:
         files[NAME_FILE] = special.saved_spec(roles)
     encoder = text_encoder(content, model, names)
-    turn_end = model.token_to_id(named.roles.eos or roles.eos)
+    turn_end = None if named.roles.eos is None else model.token_to_id(named.roles.eos)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoded.ids for encoded in encoder.encode_batch_fast(texts, add_special_tokens=False)]
