@@ -60,7 +60,7 @@ def generate(
     config, params, tokenizer = load_model(run)
     chunks = stream_with_params(
         config, jax.device_put(params), [[tokenizer.bos_id, *tokenizer.encode(prompt)]], max_new_tokens,
-        temperature, top_k, top_p, min_p, stop_tokens=(tokenizer.eos_id,), stop_strings=stop_strings,
+        temperature, top_k, top_p, min_p, stop_tokens=tokenizer.stop_ids, stop_strings=stop_strings,
         seed=seed, tokenizer=tokenizer,
     )  # fmt: skip
     write = _writer(sys.stdout)

@@ -19,7 +19,8 @@ class DataConfig(Checked):
 
     # stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[#field].
     source: str = "stdlib"
-    # bytes, bpe:SIZE (trained on the source), file:tokenizer.json, or o200k_harmony.
+    # bytes, bpe:SIZE (trained on the source), file:tokenizer.json (with #bos=NAME,eos=NAME if the file's are
+    # unknown), or o200k_harmony.
     tokenizer: str = "bpe:4096"
     # Tokens in a row; documents are packed into rows and never see each other.
     seq_len: int = 512

@@ -26,7 +26,7 @@ import numpy as np
 from gptoss_jax.config import DataConfig, require
 from gptoss_jax.data.corpus import Corpus, open_corpus, split
 from gptoss_jax.data.packing import pack
-from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
 
 FORMAT = 1
 BATCH_CHARS = 4 << 20
@@ -91,9 +91,7 @@ def _key(config: DataConfig, corpus: Corpus) -> str:
     """Folder name of a cache: some words to read, and a hash of all that its content depends on."""
     parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.held_out))]
     if config.tokenizer.startswith("file:"):
-        path = pathlib.Path(config.tokenizer.removeprefix("file:")).expanduser()
-        require(path.is_file(), "data.tokenizer", config.tokenizer, f"there is no file {path}")
-        parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        parts += fingerprint(config.tokenizer)
     words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
     digest = hashlib.sha256("\n\n".join(parts).encode()).hexdigest()
     return f"{words[-48:].strip('-')}-{digest[:16]}"

@@ -25,6 +25,7 @@ from gptoss_jax.training.metrics import (
     read_metrics,
 )
 from gptoss_jax.training.report import draw_report
+from gptoss_jax.training.start import stop_tokens
 
 SKIPS_BEFORE_STOP = 20  # non-finite steps in a row
 LOAD_ROWS = 200  # rows of metrics.jsonl that carry the experts' load: a picture needs no more
@@ -44,6 +45,7 @@ class RunLog:
         self.rows = read_metrics(self.run_dir / "metrics.jsonl") if self.is_main else []
         self.clock = Clock()
         self._new_tokens = 0
+        self._stop_tokens = stop_tokens(config, cache.tokenizer)
         documents = ~cache.held_out
         self._train_tokens = int(np.diff(cache.offsets)[documents].sum() - documents.sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
@@ -144,7 +146,7 @@ class RunLog:
             [prompt],
             max_new_tokens=min(config.sample_tokens, room),
             temperature=config.temperature,
-            stop_tokens=(tokenizer.eos_id,),
+            stop_tokens=self._stop_tokens,
             seed=step,
         )
         # The model's table may have more rows than the tokenizer has tokens.

@@ -4,6 +4,7 @@ state."""
 import contextlib
 import dataclasses
 import fcntl
+import json
 import pathlib
 import secrets
 import socket
@@ -15,6 +16,7 @@ import jax
 
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.data.pipeline import TokenCache, build_cache
+from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.mesh import batch_shards, check_model
@@ -198,6 +200,24 @@ def _foreign_weights(config: TrainConfig, params: dict) -> tuple[dict, Tokenizer
         warn_of_params(config.model, loaded, folder)
         return loaded, tokenizer
     return read_params(open_weights(folder), config.model, params), tokenizer
+
+
+def stop_tokens(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a sample: the tokenizer's, and those that the folder of `init_from` names."""
+    if config.init_from is None:
+        return tokenizer.stop_ids
+    named = read_stop_ids(local_folder(config.init_from), tokenizer.vocab_size)
+    return tuple(dict.fromkeys((*named, *tokenizer.stop_ids)))
+
+
+def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Writes the tokenizer to the run folder, and the stop tokens of `init_from` if it names others."""
+    folder = pathlib.Path(config.run_dir)
+    tokenizer.save(folder)
+    stops = stop_tokens(config, tokenizer)
+    if set(stops) != set(tokenizer.stop_ids):
+        values = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
+        (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
