@@ -198,7 +198,7 @@ class TrainConfig(Checked):
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the whole config as JSON."""
         temporary = pathlib.Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     @classmethod

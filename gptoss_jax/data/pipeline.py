@@ -95,7 +95,8 @@ def _key(config: DataConfig, corpus: Corpus) -> str:
         require(path.is_file(), "data.tokenizer", config.tokenizer, f"there is no file {path}")
         parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
     words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
-    digest = hashlib.sha256("\n\n".join(parts).encode()).hexdigest()
+    # File names may hold bytes that are not UTF-8.
+    digest = hashlib.sha256("\n\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{words[-48:].strip('-')}-{digest[:16]}"
 
 
@@ -191,11 +192,11 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
         "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _open(folder: pathlib.Path) -> TokenCache:
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)
     size = (folder / "tokens.bin").stat().st_size
     if size != meta["tokens"] * dtype.itemsize:

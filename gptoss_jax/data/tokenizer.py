@@ -131,7 +131,7 @@ class Tokenizer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = folder / NAME_FILE
-            taken = name.exists() and (NAME_FILE, name.read_text()) != self._file
+            taken = name.exists() and (NAME_FILE, name.read_text(encoding="utf-8")) != self._file
             require(not taken, "folder", str(folder), f"must not hold another tokenizer's {NAME_FILE}")
             for file, text in files.items():
                 (folder / file).write_bytes(text.encode())
@@ -170,7 +170,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     folder = pathlib.Path(folder)
     name, file = folder / NAME_FILE, folder / "tokenizer.json"
     if name.is_file():
-        return make_tokenizer(name.read_text().strip())
+        return make_tokenizer(name.read_text(encoding="utf-8").strip())
     require(file.exists(), "tokenizer folder", str(folder), f"must hold tokenizer.json or {NAME_FILE}")
     return _from_file(file, f"file:{file}")
 

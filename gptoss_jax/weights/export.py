@@ -129,7 +129,7 @@ def write_folder(
             shutil.copyfile(path, partial / name)
         if tokenizer is not None:
             tokenizer.export(partial)
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     warn_of(unsound, source.origin)
 
 
