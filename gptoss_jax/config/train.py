@@ -17,7 +17,7 @@ class DataConfig(Checked):
 
     _section: typing.ClassVar[str] = "data"
 
-    # stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[#field].
+    # stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[:CONFIG[:SPLIT]][#field].
     source: str = "stdlib"
     # bytes, bpe:SIZE (trained on the source), file:tokenizer.json, or o200k_harmony.
     tokenizer: str = "bpe:4096"
