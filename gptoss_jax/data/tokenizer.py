@@ -14,6 +14,7 @@ import tokenizers
 from gptoss_jax.config import require
 from gptoss_jax.data import special_tokens as special
 from gptoss_jax.data.bpe import train_bpe
+from gptoss_jax.data.files import readable
 from gptoss_jax.data.special_tokens import END_OF_TEXT, NO_ROLES, NOTHING_NAMED, NamedTokens, Roles
 from gptoss_jax.data.tokenizer_json import (
     byte_level_json,
@@ -190,7 +191,8 @@ def fingerprint(spec: str) -> list[str]:
     path, _ = special.parse_file_spec(spec)
     require(path.is_file(), "data.tokenizer", spec, f"there is no file {path}")
     named = special.read_named_tokens(path.parent)
-    parts = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    with readable(path):
+        parts = [hashlib.sha256(path.read_bytes()).hexdigest()]
     if named != NOTHING_NAMED:
         parts.append(repr((named.roles, named.without_bos, sorted(named.special), sorted(named.ids.items()))))
     return parts

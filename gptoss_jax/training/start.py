@@ -138,7 +138,7 @@ def check_text(config: TrainConfig, cache: TokenCache) -> None:
 def only_run_in(run_dir: pathlib.Path) -> Iterator[None]:
     """Holds the folder for this process. Raises ValueError when another one is training in it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as file:
+    with open(run_dir / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -274,5 +274,5 @@ def checkpoint_record(
         "tokens_seen": tokens_seen,
         "text": _text_of(cache),
         "config": config.to_dict(),
-        "tokenizer": {name: (folder / name).read_text() for name in names},
+        "tokenizer": {name: (folder / name).read_text(encoding="utf-8") for name in names},
     }

@@ -131,10 +131,12 @@ def write_folder(
             shutil.copyfile(path, partial / name)
         if tokenizer is not None:
             tokenizer.export(partial)
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        text = json.dumps(values, indent=2) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
         generation = _generation_ids(values, tokenizer)
         if generation and not (partial / GENERATION).exists():
-            (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+            text = json.dumps(generation, indent=2) + "\n"
+            (partial / GENERATION).write_text(text, encoding="utf-8")
     warn_of(unsound, source.origin)
 
 

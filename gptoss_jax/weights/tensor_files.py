@@ -186,7 +186,7 @@ def write_tensors(
         homes = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(tensor.nbytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[int], None]) -> None:
@@ -271,7 +271,7 @@ def _flush(path: pathlib.Path) -> None:
 def _locked(lock: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
     """Holds a lock file, which is there only as long as somebody holds it."""
     while True:
-        with open(lock, "w") as file:
+        with open(lock, "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -77,7 +77,9 @@ def _compiled(compiler: str) -> pathlib.Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = pathlib.Path(folder) / library.name
         command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run(
+            command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=300
+        )
         os.replace(made, library)
     return library
 
@@ -85,7 +87,7 @@ def _compiled(compiler: str) -> pathlib.Path:
 def _processor() -> str:
     """What -march=native stands for here."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine() + platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
