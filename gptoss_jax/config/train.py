@@ -176,6 +176,7 @@ class TrainConfig(Checked):
         self._require_positive("steps", "log_every")
         self._require(self.seed >= 0, "seed", "must be 0 or more")
         self._require(self.run_dir.strip() != "", "run_dir", "must be the name of a folder")
+        self._require("://" not in self.run_dir, "run_dir", "must be a folder of the file system, not a URL")
         require(
             self.model.expert_format == "plain",
             "model.expert_format",

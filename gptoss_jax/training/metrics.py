@@ -84,7 +84,8 @@ class MetricsLog:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         # The name of an event file tells seconds only: the suffix keeps a quick restart from overwriting it.
         options = dict(max_queue=1000, flush_secs=10, filename_suffix=f".{time.time_ns()}")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1, **options)
+        # Absolute, because tensorboardX takes a path that begins with `s3:` or `gs:` for a bucket.
+        self._board = SummaryWriter(str(folder.absolute() / "tensorboard"), purge_step=last_step + 1, **options)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row with an integer `step`, else ValueError. Numbers may be Python's, NumPy's or JAX's.
