@@ -50,7 +50,7 @@ def test_text_is_never_broken_inside_a_character():
         (["--help"], ["usage: gptoss", "chat", "convert", "report", "Continue a text", "Draw the curves"]),
         (
             ["generate", "--help"],
-            ["RUN", "--prompt", "--max-new-tokens", "(default: 200)", "--top-k", "--top-p",
+            ["RUN", "--prompt", "--max-new-tokens", "Default: 200,", "--top-k", "--top-p",
              "--min-p", "--seed", "likeliest"],
         ),
         (

@@ -59,8 +59,10 @@ def train(config: TrainConfig) -> TrainState:
         if record is not None:
             batches.set_state(record["data"])
         elif is_main:
-            config.save(run_dir / "config.json")
             cache.tokenizer.save(run_dir)
+        if is_main:
+            # A resumed run may have other settings: see `start.FREE_FIELDS`.
+            config.save(run_dir / "config.json")
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, record["tokens_seen"] if record else 0)
         stack.callback(log.close)

@@ -31,7 +31,6 @@ from gptoss_jax.weights.orbax_support import (
     first_line,
 )
 
-ITEMS = ("params", "training", "record")
 OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, half-filled blocks
 
 
