@@ -154,6 +154,16 @@ def test_generate_to_a_file(run, capsys):
     assert run.kwargs == {"stop_tokens": (256,), "stop_strings": (), "seed": 3}
 
 
+@pytest.mark.parametrize(("args", "most"), [([], 59), (["--max-new-tokens", "70"], 70)])
+def test_the_default_number_of_tokens_fits_the_context(run, monkeypatch, args, most):
+    config = ModelConfig(vocab_size=260, max_position_embeddings=64, rope_scaling=None)
+    tokenizer = make_tokenizer("bytes")
+    monkeypatch.setattr(pretrained, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
+    run.chunks = [b"a"]
+    assert cli.main(["generate", "folder", "--prompt", "abcd", *args]) == 0
+    assert run.args[0] == most
+
+
 def test_generate_until_a_string(run, capsys):
     run.chunks = [b"one, t", b"w", b"o. Three"]
     stops = ["--stop-strings", "two.", "--stop-strings", "Three"]

@@ -120,7 +120,9 @@ class Checkpoints:
                 reason = first_line(error)
         reason = processes.exchange(reason)[0]
         if reason is not None:
-            raise OSError(f"{self.folder}: the checkpoint of step {step} was written but not whole: {reason}")
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {step} was written but is not complete: {reason}"
+            )
 
     def _check_room(self, step: int, needed: int) -> None:
         """Raises OSError before anything is written when the disk cannot take the checkpoint."""
@@ -214,8 +216,8 @@ class Checkpoints:
             except Exception as error:  # Orbax, TensorStore and JSON each have their own for a broken file
                 raise ValueError(f"{name}: {first_line(error)}") from error
             found[name] = one.get(name)
-            if found[name] is None:
-                raise ValueError(f"{name} is missing")
+            if not isinstance(found[name], dict):
+                raise ValueError(f"{name}: must be a {'JSON object' if name == 'record' else 'tree'}")
         return found
 
     def close(self) -> None:

@@ -55,10 +55,13 @@ class Manager(ocp.CheckpointManager):
 
     def metrics(self, step: int) -> Any:
         try:
-            return super().metrics(step)
-        except ValueError as error:
+            found = super().metrics(step)
+            if found is not None:
+                float(found["val_loss"])
+            return found
+        except (ValueError, TypeError, KeyError) as error:
             path = self.directory / str(step) / "metrics"
-            warnings.warn(f"{path}: damaged ({error}); its validation loss is ignored", stacklevel=2)
+            warnings.warn(f"{path}: damaged ({error!r}); its validation loss is ignored", stacklevel=2)
             return None
 
 
