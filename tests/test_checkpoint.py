@@ -77,6 +77,7 @@ def test_the_first_checkpoint_is_checked(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(OSError, match="the checkpoint of step 1 was written but is not complete: "):
         checkpoints.save(1, PARAMS, TRAINING, {})
+    assert checkpoints.steps == [] and (tmp_path / "checkpoints/damaged-1").is_dir()
     checkpoints.close()
 
 

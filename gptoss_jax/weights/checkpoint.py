@@ -54,7 +54,7 @@ class Checkpoints:
             create=not read_only,
         )
         with contextlib.ExitStack() as scope:
-            # Until `close`: a save goes on in threads, with event loops of their own.
+            # Until `close`, because a save continues in threads that create event loops.
             scope.enter_context(draining_event_loops())
             self._manager = self._open()
             self._scope = scope.pop_all()
@@ -105,8 +105,8 @@ class Checkpoints:
             self._verified = True
 
     def _verify(self, step: int, trees: dict[str, Any]) -> None:
-        """Raises OSError when the checkpoint of a step is not complete. Reads no arrays, only what is known
-        of them."""
+        """Raises OSError when the checkpoint of a step is not complete, and sets it aside. Reads the metadata
+        of its arrays, not their values."""
         reason = None
         if jax.process_index() == 0:
             try:
@@ -120,6 +120,7 @@ class Checkpoints:
                 reason = first_line(error)
         reason = processes.exchange(reason)[0]
         if reason is not None:
+            self._set_aside([step])
             raise OSError(
                 f"{self.folder}: the checkpoint of step {step} was written but is not complete: {reason}"
             )
