@@ -30,7 +30,7 @@ app = tyro.extras.SubcommandApp()
 def generate(
     run: Run,
     prompt: str,
-    max_new_tokens: int = 200,
+    max_new_tokens: OptionalInt = None,
     temperature: float = 0.8,
     top_k: OptionalInt = None,
     top_p: OptionalFloat = None,
@@ -43,7 +43,8 @@ def generate(
     Args:
         run: Folder of a run of train.py, or of a Hugging Face model; hf:OWNER/NAME is one of its hub.
         prompt: The text to continue; "" lets the model begin by itself.
-        max_new_tokens: Stop after so many tokens, if the text has not ended before.
+        max_new_tokens: Stop after this many tokens, if the text has not ended before. Default: 200, or as
+            many as the model's context has room for.
         temperature: How freely to choose: 0 takes the likeliest token, 1 follows the model's probabilities.
         top_k: Choose among this many of the likeliest tokens only.
         top_p: Choose among the likeliest tokens whose probabilities add up to this.
@@ -61,8 +62,12 @@ def generate(
 
     config, params, tokenizer = load_model(run)
     prompt, stop_strings = user_text(prompt), tuple(map(user_text, stop_strings))
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if max_new_tokens is None:
+        # A prompt that leaves no room at all is an error of its own.
+        max_new_tokens = max(min(200, config.max_position_embeddings - len(tokens)), 1)
     chunks = stream_with_params(
-        config, jax.device_put(params), [[tokenizer.bos_id, *tokenizer.encode(prompt)]], max_new_tokens,
+        config, jax.device_put(params), [tokens], max_new_tokens,
         temperature, top_k, top_p, min_p, stop_tokens=tokenizer.stop_ids, stop_strings=stop_strings,
         seed=seed, tokenizer=tokenizer,
     )  # fmt: skip

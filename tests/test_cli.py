@@ -50,7 +50,7 @@ def test_text_is_never_broken_inside_a_character():
         (["--help"], ["usage: gptoss", "chat", "convert", "report", "Continue a text", "Draw the curves"]),
         (
             ["generate", "--help"],
-            ["RUN", "--prompt", "--max-new-tokens", "(default: 200)", "--top-k", "--top-p",
+            ["RUN", "--prompt", "--max-new-tokens", "Default: 200,", "--top-k", "--top-p",
              "--min-p", "--seed", "likeliest"],
         ),
         (
@@ -152,6 +152,16 @@ def test_generate_to_a_file(run, capsys):
     assert run.args == (200, 0.8, 7, None, None)
     assert run.kwargs.pop("tokenizer").vocab_size == 257
     assert run.kwargs == {"stop_tokens": (256,), "stop_strings": (), "seed": 3}
+
+
+@pytest.mark.parametrize(("args", "most"), [([], 59), (["--max-new-tokens", "70"], 70)])
+def test_the_default_number_of_tokens_fits_the_context(run, monkeypatch, args, most):
+    config = ModelConfig(vocab_size=260, max_position_embeddings=64, rope_scaling=None)
+    tokenizer = make_tokenizer("bytes")
+    monkeypatch.setattr(pretrained, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
+    run.chunks = [b"a"]
+    assert cli.main(["generate", "folder", "--prompt", "abcd", *args]) == 0
+    assert run.args[0] == most
 
 
 def test_generate_until_a_string(run, capsys):

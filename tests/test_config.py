@@ -118,7 +118,7 @@ BAD = [
     (OptimConfig, {"beta2": -0.1}, "optim.beta2 is -0.1: must be at least 0 and below 1"),
     (OptimConfig, {"decay_fraction": 0.0}, "optim.decay_fraction is 0.0: must be above 0 and at most 1"),
     (OptimConfig, {"final_fraction": 1.5}, "optim.final_fraction is 1.5: must be between 0 and 1"),
-    (OptimConfig, {"schedule": "linear"}, "optim.schedule is 'linear': must be 'cosine' or 'wsd'"),
+    (OptimConfig, {"schedule": "x"}, "optim.schedule is 'x': must be 'cosine' or 'wsd' or 'constant'"),
     (MeshConfig, {"tensor": 0}, "mesh.tensor is 0: must be above 0, or -1 for all devices that are left"),
     (MeshConfig, {"expert": -1}, "mesh.expert is -1: only one axis may be, and mesh.data is already"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every is 0: must be above 0"),

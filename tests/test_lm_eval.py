@@ -182,6 +182,13 @@ def test_answers_end_at_every_stop_token(config, params, folder, tmp_path):
     assert found == BYTES.decode([token for token in tokens[: end + 1] if token < 257])
 
 
+def test_the_default_number_of_tokens_leaves_room_for_the_question(config, folder):
+    assert config.max_position_embeddings == 64
+    model = GptOss(str(folder))
+    prompt, settings = model._generation("a question", {"until": ["."]})
+    assert settings["max_new_tokens"] == 32 and prompt == [BOS, *b"a question"]
+
+
 def test_drawn_answers(folder):
     settings = {"do_sample": True, "temperature": 2.0, "top_k": 40, "max_gen_toks": 9, "until": []}
     requests = [asked("generate_until", prompt, settings) for prompt in ("a", "a", "b c", "a")]

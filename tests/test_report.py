@@ -50,8 +50,8 @@ CASES = {
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("case", CASES)
 def test_draws(tmp_path, case):
-    # The name must not be read as a formula.
-    run_dir = tmp_path / "a_$\\frac$"
+    # The name must not be read as a formula, and may hold characters that the font does not have.
+    run_dir = tmp_path / "a_$\\frac$ 日本\n\x01"
     run_dir.mkdir()
     TrainConfig().save(run_dir / "config.json")
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CASES[case]))

@@ -301,6 +301,12 @@ def test_wsd_by_hand():
     np.testing.assert_allclose(found, [0.5, *[1.0] * 8, 0.7, 0.4, 0.1], rtol=1e-6)
 
 
+def test_constant_by_hand():
+    found = schedule_values(6, schedule="constant", warmup_steps=2, final_fraction=0.1)
+    np.testing.assert_allclose(found, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0], rtol=1e-6)
+    assert schedule_values(2, schedule="constant", warmup_steps=0) == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 def test_schedules_at_the_edges(kind):
     found = schedule_values(5, schedule=kind, warmup_steps=0, final_fraction=0.0, decay_fraction=1.0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -20,13 +21,16 @@ from gptoss_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
 )
-from gptoss_jax.training import start
+from gptoss_jax.data.pipeline import build_cache
+from gptoss_jax.training import loop, start
+from gptoss_jax.training.log import RunLog, generate_command
 from gptoss_jax.training.loop import train
-from gptoss_jax.training.metrics import read_metrics
+from gptoss_jax.training.metrics import Console, read_metrics
 from gptoss_jax.weights.checkpoint import Checkpoints, load_run
 from gptoss_jax.weights.export import save_pretrained
 from gptoss_jax.weights.pretrained import from_pretrained
@@ -35,6 +39,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
 # One device, and half the time to compile.
 LEVEL_0 = "--xla_backend_optimization_level=0"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": LEVEL_0, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def make_config(text, tmp_path_factory):
                 source=f"text:{text}", tokenizer="bytes", seq_len=32, batch_size=8, held_out=0.1,
                 cache_dir=cache_dir,
             ),
-            optim=OptimConfig(learning_rate=3e-3, warmup_steps=4),
+            optim=OptimConfig(learning_rate=3e-3, warmup_steps=4, schedule="constant"),
             checkpoint=CheckpointConfig(every=6),
             eval=EvalConfig(every=12, batches=2, prompt="ka", sample_tokens=6),
             steps=STEPS,
@@ -156,7 +161,7 @@ def test_the_run_can_be_loaded(finished):
 
 def test_another_config_in_the_same_folder_names_what_differs(finished, make_config):
     config, _ = finished
-    other = make_config(config.run_dir, optim=OptimConfig(learning_rate=1e-3, warmup_steps=4), seed=3)
+    other = make_config(config.run_dir, optim=dataclasses.replace(config.optim, learning_rate=1e-3), seed=3)
     with pytest.raises(
         ValueError, match=r"optim.learning_rate \(was 0.003, is 0.001\), seed \(was 0, is 3\)"
     ):
@@ -184,7 +189,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(finished, make
     assert results(config.run_dir) == results(finished[0].run_dir)
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(finished, make_config, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(finished, make_config, tmp_path, capfd):
     config = make_config(tmp_path / "damaged")
     source = pathlib.Path(finished[0].run_dir)
     subprocess.run(["cp", "-r", source, config.run_dir], check=True)
@@ -193,10 +198,123 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(finished, make_
     for path in files:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert int(train(config).step) == STEPS
-    out = capsys.readouterr().out
+    out, err = capfd.readouterr()
     assert "checkpoint of step 24 is damaged" in out and "Going on from step 18" in out
+    assert err == ""
     assert (folder / "damaged-24").is_dir() and (folder / "24").is_dir()
     assert results(config.run_dir) == results(source)
+
+
+@pytest.fixture
+def in_flight(monkeypatch):
+    """The most steps and evaluations that were dispatched and not waited for, in what is trained."""
+    now, most = {"steps": 0, "evaluations": 0}, {"steps": 0, "evaluations": 0}
+
+    def counted(make, kind):
+        def make_counted(*args):
+            program = make(*args)
+
+            def dispatch(*inputs):
+                now[kind] += 1
+                most[kind] = max(most[kind], now[kind])
+                return program(*inputs)
+
+            return dispatch
+
+        return make_counted
+
+    def waited(tree):
+        now["evaluations"] -= 1
+        return wait(tree)
+
+    def logged(self, *args):
+        log_step(self, *args)
+        now["steps"] -= 1
+
+    wait, log_step = jax.block_until_ready, RunLog.step
+    monkeypatch.setattr(loop, "make_train_step", counted(loop.make_train_step, "steps"))
+    monkeypatch.setattr(loop, "make_eval_step", counted(loop.make_eval_step, "evaluations"))
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    monkeypatch.setattr(RunLog, "step", logged)
+    return most
+
+
+def test_more_steps_and_free_settings_give_the_same_result(
+    finished, make_config, tmp_path, capsys, in_flight
+):
+    first = make_config(tmp_path / "run", steps=8)
+    train(first)
+    # Many held-out batches, of which few may be in flight, and steps that are seldom logged.
+    free = {"log_every": 5, "checkpoint": CheckpointConfig(7, 3)}
+    now = make_config(tmp_path / "run", eval=EvalConfig(every=10, batches=3, sample_tokens=0), **free)
+    capsys.readouterr()
+    state = train(now)
+    said = capsys.readouterr().out
+    assert "steps is 24 (was 8): the steps so far are also those of a run of 24 steps" in said
+    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(finished[1].params), strict=True):
+        assert np.array_equal(new, old)
+    assert TrainConfig.load(tmp_path / "run" / "config.json") == now
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    logged = [row["step"] for row in rows if "loss" in row]
+    assert logged == [1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 24]
+    assert in_flight == {"steps": 2, "evaluations": 1}
+    with pytest.raises(ValueError, match="^steps is 9: must be above 24, the last step of the run$"):
+        train(dataclasses.replace(now, steps=9))
+
+
+def test_what_a_resumed_run_may_change(finished, make_config):
+    config = finished[0]
+    changes = {
+        "mesh": MeshConfig(fsdp=8), "eval": EvalConfig(1, 1, "x"), "checkpoint": CheckpointConfig(1, 9),
+        "log_every": 7, "steps": 99, "model": dataclasses.replace(config.model, remat="block"),
+        "data": dataclasses.replace(config.data, cache_dir="/elsewhere"),
+    }  # fmt: skip
+    start.check_folder(dataclasses.replace(config, **changes))
+    for name, changed in [
+        ("seed", {"seed": 1}),
+        ("optim.accumulate", {"optim": dataclasses.replace(config.optim, accumulate=2)}),
+        ("model.compute_dtype", {"model": dataclasses.replace(config.model, compute_dtype="bfloat16")}),
+        ("data.held_out", {"data": dataclasses.replace(config.data, held_out=0.2)}),
+    ]:
+        with pytest.raises(ValueError, match=rf"made with another config; {name} \(was "):
+            start.check_folder(dataclasses.replace(config, **changes | changed))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "before", "now", "message"),
+    [
+        ("constant", 10, 30, "steps is 30 (was 10): the steps so far are also those of a run of 30 steps"),
+        ("wsd", 100, 30, "steps is 30 (was 100): the steps so far are also those of a run of 30 steps"),
+        ("wsd", 20, 40, "steps is 40 (was 20): the wsd schedule jumps from a learning rate of 5.0e-2 at step "
+         "20 to 1.0e-1 at step 21; the result differs from a run of 40 steps"),
+        ("cosine", 20, 21, "steps is 21 (was 20): the cosine schedule jumps from a learning rate of 5.0e-2 at"
+         " step 20 to 5.0e-2 at step 21; the result differs from a run of 21 steps"),
+        ("cosine", 20, 20, None),
+    ],
+)  # fmt: skip
+def test_what_another_number_of_steps_means(make_config, tmp_path, schedule, before, now, message):
+    optim = OptimConfig(learning_rate=0.1, warmup_steps=4, schedule=schedule, final_fraction=0.5)
+    said = []
+    config = make_config(tmp_path, optim=optim, steps=now)
+    start.check_steps(config, before, 20, 20, said.append)
+    assert said == ([] if message is None else [message])
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, capsys):
+    config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"))
+    subprocess.run(["cp", "-r", finished[0].run_dir, config.run_dir], check=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    rows = [row | ({"val_loss": None} if "val_loss" in row else {}) for row in read_metrics(metrics)]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # A finished run reads its rows again, and has no number for the last evaluation.
+    train(config)
+    assert "held-out loss   – nats per token" in capsys.readouterr().out
+    log = RunLog(config, build_cache(config.data), Console(), STEPS, 0)
+    for step, loss in ((1, math.nan), (2, 3.0), (3, math.inf), (4, 2.5), (5, 2.75)):
+        log.evaluation(step, loss, loss)
+    log.close()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.endswith("best so far") for line in said] == [False, True, False, True, False]
 
 
 def test_loss_that_stays_not_finite_stops_the_run(make_config, tmp_path, capsys):
@@ -294,10 +412,9 @@ def command(config, preset, **popen):
     preset.write_text(
         f"from gptoss_jax.config import TrainConfig\nconfig = TrainConfig.from_dict({values!r})\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": LEVEL_0, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), str(preset)],
-        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen,
+        env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen,
     )  # fmt: skip
 
 
@@ -318,6 +435,56 @@ def test_kill_9_then_the_same_line_gives_the_same_losses(make_config, tmp_path):
     assert process.returncode == 0, err
     assert results(killed.run_dir) == results(whole.run_dir)
     assert "gptoss generate" in out and "xz -9" in out
+
+
+COMMANDS = """
+import json, pathlib, sys
+from gptoss_jax import cli
+generate, run, source = json.loads(sys.argv[1])
+codes = [cli.main(generate)]
+for path in pathlib.Path(run, "checkpoints", "2", "params").rglob("*"):
+    if path.is_file():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+for command in (generate, ["convert", run, run + "-out"], ["eval", run, "--source", source]):
+    codes.append(cli.main(command))
+sys.exit(f"codes {codes}")
+"""
+
+
+def test_the_printed_command_works_and_damage_is_one_line_each(make_config, text, tmp_path):
+    # The context of the model, 128, is below the usual number of new tokens.
+    run_dir = tmp_path / "it's [x]*\n$(ü) \"&"
+    config = make_config(run_dir, steps=2, eval=EvalConfig(prompt="-k'a", sample_tokens=0))
+    process = command(config, tmp_path / "preset.py")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    printed = out.split("Next: gptoss ")[1].rstrip("\n")
+    words = subprocess.run(
+        ["sh", "-c", f"printf '%s\\0' {printed}"], capture_output=True, text=True, check=True
+    )
+    generate = words.stdout.split("\0")[:-1]
+    assert generate == ["generate", str(run_dir), "--prompt=-k'a"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps([generate, str(run_dir), f"text:{text}"])],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    speed, *errors, codes = done.stderr.splitlines()
+    assert codes == "codes [0, 2, 2, 2]" and done.stdout.startswith("-k'a")
+    assert " tokens · " in speed and len(errors) == 3
+    assert all(
+        line.startswith("gptoss: error: ") and "/2: cannot be read: params: " in line for line in errors
+    )
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "prompt", "words"),
+    [
+        ("runs/a", "The ", "gptoss generate runs/a --prompt 'The '"),
+        ("-x y", "-n", "gptoss generate './-x y' --prompt=-n"),
+    ],
+)
+def test_the_command_to_go_on_with(run_dir, prompt, words):
+    assert generate_command(pathlib.Path(run_dir), prompt) == words
 
 
 def test_a_full_disk_is_one_line_and_exit_code_1(make_config, tmp_path):

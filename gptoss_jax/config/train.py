@@ -49,8 +49,8 @@ class OptimConfig(Checked):
     # Peak learning rate.
     learning_rate: float = 3e-4
     # cosine falls from the peak to the end; wsd (warm-up, stable, decay) holds the peak and falls in a line
-    # at the end.
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    # at the end; constant holds it to the end.
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     # Steps over which the learning rate rises in a line from 0.
     warmup_steps: int = 100
     # Share of all steps in which wsd falls.
@@ -161,7 +161,7 @@ class TrainConfig(Checked):
     checkpoint: CheckpointConfig = CheckpointConfig()
     # When it is evaluated.
     eval: EvalConfig = EvalConfig()
-    # Optimiser steps in the whole run.
+    # Optimizer steps in the whole run. A run can be resumed with more.
     steps: int = 1000
     # Folder of the run; starting again with the same folder goes on from its last checkpoint.
     run_dir: str = "runs/default"
@@ -177,6 +177,7 @@ class TrainConfig(Checked):
         self._require_positive("steps", "log_every")
         self._require(self.seed >= 0, "seed", "must be 0 or more")
         self._require(self.run_dir.strip() != "", "run_dir", "must be the name of a folder")
+        self._require("://" not in self.run_dir, "run_dir", "must be a folder of the file system, not a URL")
         require(
             self.model.expert_format == "plain",
             "model.expert_format",

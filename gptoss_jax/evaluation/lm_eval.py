@@ -170,7 +170,8 @@ class GptOss(TemplateLM):
 
     def _generation(self, context: str, asked: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
         """A prompt's tokens and the settings of `generate` for it."""
-        known = normalize_gen_kwargs(asked, NEW_TOKENS)
+        # A default must leave a small context room for the question.
+        known = normalize_gen_kwargs(asked, min(NEW_TOKENS, self.max_length // 2))
         for name, value in known.items():
             allowed = f"is not supported; known: {', '.join(GENERATION)}"
             require(name in GENERATION, f"generation_kwargs.{name}", value, allowed)

@@ -128,6 +128,9 @@ def chunks(
             part = prompt[start : min(start + size, len(prompt) - 1)]
             row[: len(part)] = part
         counts_B = np.clip(fed_B - start, 0, size)
+        # One piece in flight (see `parallel/in_flight.py`): a long prompt has hundreds of them. The next one
+        # donates the cache, so nothing older could be waited for.
+        jax.block_until_ready(cache)
         cache = _prefill(config, params, cache, tokens_BT, counts_B)
 
     latest_B, done_B = np.zeros(batch, np.int32), np.ones(batch, bool)

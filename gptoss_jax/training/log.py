@@ -23,6 +23,7 @@ from gptoss_jax.training.metrics import (
     format_count,
     format_duration,
     format_flops,
+    format_number,
     read_metrics,
 )
 from gptoss_jax.training.report import draw_report
@@ -30,6 +31,14 @@ from gptoss_jax.training.start import stop_tokens
 
 SKIPS_BEFORE_STOP = 20  # non-finite steps in a row
 LOAD_ROWS = 200  # rows of metrics.jsonl that carry the experts' load: a picture needs no more
+
+
+def generate_command(run_dir: pathlib.Path, prompt: str) -> str:
+    """The command line that continues a text with a run, quoted for a POSIX shell."""
+    # A leading dash would make an option of either.
+    folder = f"./{run_dir}" if str(run_dir).startswith("-") else str(run_dir)
+    separator = "=" if prompt.startswith("-") else " "
+    return f"gptoss generate {shlex.quote(folder)} --prompt{separator}{shlex.quote(prompt)}"
 
 
 class RunLog:
@@ -125,7 +134,8 @@ class RunLog:
     def evaluation(self, step: int, val_loss: float, bits: float, final: bool = False) -> None:
         """Tells the result of an evaluation: of the usual part of the held-out text or, `final`, of all of
         it."""
-        usual = [row["val_loss"] for row in self.rows if not row.get("final") and row.get("val_loss")]
+        losses = [row.get("val_loss") for row in self.rows if not row.get("final")]
+        usual = [loss for loss in losses if loss is not None and math.isfinite(loss)]
         row = {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits}
         if final:
             sizes = ("gzip_bits_per_byte", "xz_bits_per_byte")
@@ -178,12 +188,12 @@ class RunLog:
         steps = [row for row in self.rows if "loss" in row]
         if not steps:
             return
-        seconds = sum(row["step_seconds"] for row in steps) * self.config.log_every
+        # A row stands for all steps since the row before, and a resumed run may have another log_every.
+        spans = np.diff([0] + [row["step"] for row in steps]) * [row["step_seconds"] for row in steps]
+        seconds = format_duration(spans.sum())
 
         def share(name):
-            return sum(row[name] * row["step_seconds"] for row in steps) / sum(
-                r["step_seconds"] for r in steps
-            )
+            return np.dot([row[name] for row in steps], spans) / spans.sum()
 
         rate = float(np.median([row["tokens_per_second"] for row in steps]))
         speed = format_flops(rate * self._flops_per_token)
@@ -191,8 +201,8 @@ class RunLog:
         prompt = user_text(self.config.eval.prompt) or "The "
         self.console.summary(
             [
-                ("held-out loss", f"{final.get('val_loss', math.nan):.4f} nats per token"),
-                ("tokens seen", f"{format_count(steps[-1]['tokens_seen'])} in {format_duration(seconds)}"),
+                ("held-out loss", f"{format_number(final.get('val_loss'), 4)} nats per token"),
+                ("tokens seen", f"{format_count(steps[-1]['tokens_seen'])} in {seconds}"),
                 ("speed", f"{rate:,.0f} tokens/s, {speed}" + (f", MFU {used:.1%}" if used else "")),
                 (
                     "waiting",
@@ -200,7 +210,7 @@ class RunLog:
                 ),
                 ("picture", str(picture)),
             ],
-            f"gptoss generate {self.run_dir} --prompt {shlex.quote(prompt)}",
+            generate_command(self.run_dir, prompt),
         )
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.pipeline import TokenCache, held_out_batches, local_rows, put_on_mesh, train_batches
 from gptoss_jax.parallel import processes
+from gptoss_jax.parallel.in_flight import bounded
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding
 from gptoss_jax.training import start
@@ -58,8 +59,10 @@ def train(config: TrainConfig) -> TrainState:
         if record is not None:
             batches.set_state(record["data"])
         elif is_main:
-            config.save(run_dir / "config.json")
             start.save_tokenizer(config, cache.tokenizer)
+        if is_main:
+            # A resumed run may have other settings: see `start.FREE_FIELDS`.
+            config.save(run_dir / "config.json")
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, record["tokens_seen"] if record else 0)
         stack.callback(log.close)
@@ -94,7 +97,8 @@ def train(config: TrainConfig) -> TrainState:
                 batch = put_on_mesh(next(batches), sharding, config.data.batch_size)
             state, metrics = train_step(state, batch)
             step += 1
-            # A step is logged while the one after it runs on the device.
+            # A step is logged while the next one runs on the device. This also bounds the steps in flight to
+            # two, because logging waits for the metrics of every step, whatever log_every is.
             if pending is not None:
                 log.step(*pending)
             pending = (step, metrics)
@@ -112,11 +116,11 @@ def _held_out_loss(
     """Mean -log p of held-out tokens in nats, and bits per byte of their text."""
     sharding = batch_sharding(jax.tree.leaves(state.params)[0].sharding.mesh)
     batch_size = config.data.batch_size
-    sums = [
+    sums = bounded(
         eval_step(state.params, put_on_mesh(batch, sharding, batch_size))
         for batch in held_out_batches(cache, config.data, limit, local_rows(sharding, batch_size))
-    ]
-    nats, tokens = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+    )
+    nats, tokens = np.sum([np.asarray(jax.device_get(pair), np.float64) for pair in sums], axis=0)
     loss = float(nats / tokens)
     # A part of the text stands for the whole by its loss per token: bytes are known of whole documents only.
     targets = cache.meta["held_out_tokens"] - cache.meta["held_out_documents"]

@@ -84,7 +84,9 @@ class MetricsLog:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         # The name of an event file tells seconds only: the suffix keeps a quick restart from overwriting it.
         options = dict(max_queue=1000, flush_secs=10, filename_suffix=f".{time.time_ns()}")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1, **options)
+        # Absolute, because tensorboardX takes a path that begins with `s3:` or `gs:` for a bucket.
+        board = folder.absolute() / "tensorboard"
+        self._board = SummaryWriter(str(board), purge_step=last_step + 1, **options)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row with an integer `step`, else ValueError. Numbers may be Python's, NumPy's or JAX's.
@@ -147,7 +149,8 @@ def format_rate(rate: float) -> str:
     return f"{mantissa}e{int(exponent)}" if rate and exponent else f"{rate:g}"
 
 
-def _format_number(value: float | None, digits: int) -> str:
+def format_number(value: float | None, digits: int) -> str:
+    """A number to so many digits after the point. None and what is not finite give a dash."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
@@ -224,7 +227,7 @@ class Console:
         rate = self._rate_seconds / self._rate_steps if self._rate_steps else None
         left = None if rate is None else rate * (self._total - step)
         self._stats = [
-            f"loss {_format_number(loss, 2)}",
+            f"loss {format_number(loss, 2)}",
             f"{tokens_per_second:,.0f} tok/s",
             f"lr {format_rate(learning_rate)}",
             f"left {format_duration(left)}",
@@ -257,8 +260,8 @@ class Console:
         """Prints what an evaluation on held-out text gave: loss in nats per token, bits per byte of text."""
         self._print(
             (f"step {step} · ", "bold"),
-            (f"held-out loss {_format_number(val_loss, 3)} · ", ""),
-            (f"{_format_number(bits_per_byte, 4)} bits per byte", "cyan"),
+            (f"held-out loss {format_number(val_loss, 3)} · ", ""),
+            (f"{format_number(bits_per_byte, 4)} bits per byte", "cyan"),
             (" · best so far" if is_best else "", "green"),
         )
 
@@ -296,7 +299,7 @@ class Console:
             best = value in known and value == min(known)
             length = round(28 * value / (max(known) or 1)) if value in known else 0
             self._print(
-                (f"    {name:<10}  {_format_number(value, 3):>6}  ", "bold green" if best else ""),
+                (f"    {name:<10}  {format_number(value, 3):>6}  ", "bold green" if best else ""),
                 (self._bar * length, "green" if best else "bright_black"),
                 (" best" if best else "", "bold green"),
             )

@@ -30,12 +30,14 @@ def decay_mask(params) -> dict:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step (from 0): a linear rise, then `cosine` or `wsd` down to `final_fraction` of the
-    peak."""
+    """Learning rate by step (from 0): a linear rise to the peak, then `cosine` or `wsd` down to
+    `final_fraction` of it, or `constant`."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = min(config.warmup_steps, steps - 1)
     # A rise over n steps takes its first step at 1/n of the peak, not at zero.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if config.schedule == "constant":
+        return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
     left = max(steps - 1 - warmup, 1)
     if config.schedule == "cosine":
         fall = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.training.flops import parameter_counts
-from gptoss_jax.training.metrics import format_count, format_rate, read_metrics
+from gptoss_jax.training.metrics import format_count, format_rate, printable, read_metrics
 
 # Inches and dots per inch: 1600 x 1000 pixels.
 _SIZE, _DPI = (16.0, 10.0), 100
@@ -247,7 +248,7 @@ def _title(run: pathlib.Path, config: TrainConfig, training: Rows, evaluations: 
     if best:
         word = "final" if finals else f"at step {best[-1]['step']:,}"
         facts.append(f"{best[-1]['val_bits_per_byte']:.3f} bits per byte held-out ({word})")
-    return user_text(run.resolve().name), "  ·  ".join(facts)
+    return printable(user_text(run.resolve().name)).replace("\n", " "), "  ·  ".join(facts)
 
 
 def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
@@ -294,6 +295,9 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     figure.text(0.045, 0.927, facts, fontsize=11.5, color=_MUTED)
 
     temporary, path = run / "report.png.tmp", run / "report.png"
-    figure.savefig(temporary, format="png", dpi=_DPI)
+    with warnings.catch_warnings():
+        # The name of a folder may be in a script that the font does not have.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(temporary, format="png", dpi=_DPI)
     os.replace(temporary, path)
     return path

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.data.pipeline import TokenCache, build_cache
@@ -20,18 +21,24 @@ from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.mesh import batch_shards, check_model
+from gptoss_jax.training.metrics import format_rate
+from gptoss_jax.training.optimizer import make_schedule
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
 from gptoss_jax.weights.checkpoint import Checkpoints, is_run, load_config, load_run
+from gptoss_jax.weights.orbax_support import check_folder_name
 from gptoss_jax.weights.pretrained import read_params, warn_of_params
 from gptoss_jax.weights.sources import find_tokenizer, local_folder, open_weights
 
-# Where a run is and how its devices are laid out may change between two starts; what it computes may not.
-FREE_FIELDS = ("run_dir", "data.cache_dir", "mesh")
+# Sections and fields that a resumed run may change, because they do not change what it computes; about the
+# number of steps see `check_steps`.
+FREE_FIELDS = (
+    "run_dir", "data.cache_dir", "mesh", "model.remat", "model.kernels", "checkpoint", "eval", "log_every", "steps",
+)  # fmt: skip
 # Fields of a model that say how it is trained or computed, not what it computes.
 MODEL_TRAINING_FIELDS = {
     "max_position_embeddings", "attention_dropout", "residual_dropout", "initializer_range",
     "router_aux_loss_coef", "router_z_loss_coef", "expert_capacity", "compute_dtype",
-    "expert_format", "remat",
+    "expert_format", "kernels", "remat",
 }  # fmt: skip
 # Those that the tree of parameters follows from.
 MODEL_SHAPE_FIELDS = {
@@ -100,23 +107,57 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Raises ValueError when the run folder was made with another config, naming the fields that differ."""
-    path = pathlib.Path(config.run_dir) / "config.json"
-    # A start that never came to a checkpoint has left nothing to protect.
-    checkpoints = pathlib.Path(config.run_dir).glob("checkpoints/*")
-    if not path.exists() or not any(checkpoint.name.isdigit() for checkpoint in checkpoints):
+    """Raises ValueError when no checkpoint could be written to the run folder, or when it was made with a
+    config that computes something else, naming the fields that differ."""
+    run_dir = pathlib.Path(config.run_dir)
+    check_folder_name(run_dir.absolute(), "run_dir", config.run_dir)
+    path = run_dir / "config.json"
+    if not path.exists() or not has_checkpoints(run_dir):
         return
     before, now = _flat(TrainConfig.load(path).to_dict()), _flat(config.to_dict())
     differing = [
         f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(FREE_FIELDS)
+        if before.get(name) != now.get(name) and not _is_free(name)
     ]
     if differing:
         raise ValueError(
             f"run_dir is {config.run_dir!r}: made with another config; {', '.join(differing)}. "
             "Name another --run-dir, or start it with the same settings"
         )
+
+
+def has_checkpoints(run_dir: pathlib.Path) -> bool:
+    """Whether a run has come to a checkpoint. One that has not has left nothing to protect."""
+    return any(path.name.isdigit() for path in run_dir.glob("checkpoints/*"))
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
+
+
+def check_steps(
+    config: TrainConfig, steps_before: int, step: int, updates: int, report: Callable[[str], None]
+) -> None:
+    """Reports what a new number of steps means for a run that is resumed at `step`.
+
+    The result is that of a run with the new number from the start if its schedule gives the `updates` that
+    have been made the learning rates they had. Raises ValueError when the run is already past the new number.
+    """
+    if config.steps == steps_before:
+        return
+    require(config.steps > step, "steps", config.steps, f"must be above {step}, the last step of the run")
+    before, now = (make_schedule(config.optim, steps) for steps in (steps_before, config.steps))
+    made = np.arange(updates)
+    changed = f"steps is {config.steps} (was {steps_before})"
+    if np.allclose(before(made), now(made), rtol=1e-6, atol=0):
+        report(f"{changed}: the steps so far are also those of a run of {config.steps} steps")
+        return
+    rates = [format_rate(float(rate)) for rate in (before(max(updates - 1, 0)), now(updates))]
+    report(
+        f"{changed}: the {config.optim.schedule} schedule jumps from a learning rate of {rates[0]} at step "
+        f"{step} to {rates[1]} at step {step + 1}; the result differs from a run of {config.steps} steps"
+    )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -176,6 +217,7 @@ def first_state(
                 f"{config.run_dir} began ({', '.join(changed)}); train on it in another --run-dir"
             )
         report(f"Going on from step {step}, the last checkpoint in {config.run_dir}")
+        check_steps(config, record["config"]["steps"], step, step - int(rest["skipped"]), report)
         return TrainState(params=params, **rest), record
     if config.init_from is None:
         return create_state(config, mesh), None
@@ -221,8 +263,11 @@ def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
-    """Raises ValueError when `init_from` is no folder of weights, or of another model. Reads no weights."""
-    if config.init_from is None:
+    """Raises ValueError when `init_from` is no folder of weights, or of another model. Reads no weights.
+
+    A run that has a checkpoint no longer needs them.
+    """
+    if config.init_from is None or has_checkpoints(pathlib.Path(config.run_dir)):
         return
     folder = local_folder(config.init_from)
     if is_run(folder):

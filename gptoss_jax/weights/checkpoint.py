@@ -5,8 +5,10 @@ A checkpoint holds the items `params` (the model's tree), `training` (everything
 only when it is whole.
 """
 
+import contextlib
 import json
 import logging
+import math
 import pathlib
 import shutil
 from collections.abc import Callable
@@ -17,13 +19,18 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gptoss_jax.config import TrainConfig
-from gptoss_jax.config.paths import require_utf8
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.sharding import dtype_bytes
+from gptoss_jax.weights.orbax_support import (
+    LocalPath,
+    Manager,
+    check_folder_name,
+    draining_event_loops,
+    first_line,
+)
 
-ITEMS = ("params", "training", "record")
 OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, half-filled blocks
 
 
@@ -31,9 +38,10 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(self, run_dir: str | pathlib.Path, keep: int = 2, read_only: bool = False):
-        """Keeps the `keep` latest checkpoints and the one with the lowest validation loss."""
+        """Keeps the `keep` latest checkpoints and the one with the lowest finite validation loss."""
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
-        require_utf8(self.folder.parent, "run_dir")
+        check_folder_name(self.folder, "run_dir", str(run_dir))
+        self._verified = False
         # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an
         # exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -45,10 +53,19 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        self._manager = self._open()
+        with contextlib.ExitStack() as scope:
+            # Until `close`, because a save continues in threads that create event loops.
+            scope.enter_context(draining_event_loops())
+            self._manager = self._open()
+            self._scope = scope.pop_all()
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self.folder, options=self._options, item_names=ITEMS)
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "training": ocp.StandardCheckpointHandler(),
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        return Manager(LocalPath(self.folder), options=self._options, item_handlers=handlers)
 
     @property
     def steps(self) -> list[int]:
@@ -57,13 +74,18 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss; None when no checkpoint carries one."""
-        return self._manager.best_step()
+        """The step with the lowest validation loss; None when no checkpoint has a finite one."""
+        step = self._manager.best_step()
+        return None if step is None or _goodness(self._manager.metrics(step)) == -math.inf else step
 
     def save(
         self, step: int, params: Any, training: Any, record: dict[str, Any], val_loss: float | None = None
     ) -> None:
         """Copies the trees out of the devices and returns; the rest happens in the background.
+
+        The first save of this object waits until the checkpoint is on disk and checks that it can be read:
+        a folder in which no checkpoint can be read must not cost more than the steps up to the first one.
+        `val_loss` counts only when it is finite.
 
         Raises OSError when this or an earlier checkpoint could not be written; those before it stay.
         """
@@ -72,10 +94,36 @@ class Checkpoints:
             training=ocp.args.StandardSave(training),
             record=ocp.args.JsonSave(record),
         )
-        metrics = None if val_loss is None else {"val_loss": val_loss}
+        has_loss = val_loss is not None and math.isfinite(val_loss)
+        metrics = {"val_loss": val_loss} if has_loss else None
         if jax.process_index() == 0:  # all write to the same disk
             self._check_room(step, dtype_bytes((params, training)) + OVERHEAD)
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
+        if not self._verified:
+            self.wait()
+            self._verify(step, {"params": params, "training": training})
+            self._verified = True
+
+    def _verify(self, step: int, trees: dict[str, Any]) -> None:
+        """Raises OSError when the checkpoint of a step is not complete, and sets it aside. Reads the metadata
+        of its arrays, not their values."""
+        reason = None
+        if jax.process_index() == 0:
+            try:
+                found = self._manager.item_metadata(step)
+                for name, tree in trees.items():
+                    have, expected = len(jax.tree.leaves(found[name].tree)), len(jax.tree.leaves(tree))
+                    if have != expected:
+                        reason = f"{name} has {have} arrays of {expected}"
+                json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
+            except Exception as error:  # Orbax, TensorStore and JSON each have their own
+                reason = first_line(error)
+        reason = processes.exchange(reason)[0]
+        if reason is not None:
+            self._set_aside([step])
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {step} was written but is not complete: {reason}"
+            )
 
     def _check_room(self, step: int, needed: int) -> None:
         """Raises OSError before anything is written when the disk cannot take the checkpoint."""
@@ -99,8 +147,9 @@ class Checkpoints:
             action()
         except Exception as error:
             which = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OSError(f"{self.folder}: {which} could not be written: {reason}; {self._last()}") from error
+            raise OSError(
+                f"{self.folder}: {which} could not be written: {first_line(error)}; {self._last()}"
+            ) from error
 
     def restore(
         self, params: Any, training: Any, report: Callable[[str], None] = print
@@ -112,17 +161,17 @@ class Checkpoints:
         checkpoint. Raises ValueError when there are checkpoints and none can be read.
         """
         steps, damaged = self.steps, []
+        items = {
+            "params": ocp.args.StandardRestore(params),
+            "training": ocp.args.StandardRestore(training),
+            "record": ocp.args.JsonRestore(),
+        }
         for step in reversed(steps):
-            items = ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                training=ocp.args.StandardRestore(training),
-                record=ocp.args.JsonRestore(),
-            )
             reason = cause = None
             try:
-                restored = self._manager.restore(step, args=items)
-            except Exception as error:  # Orbax, tensorstore and JSON each have their own for a broken file
-                reason, cause = str(error).strip().splitlines()[0][:160], error
+                restored = self._read(step, items)
+            except ValueError as error:
+                reason, cause = str(error), error
             # What one process cannot read is damaged for all.
             reason = next((said for said in processes.exchange(reason) if said is not None), None)
             if reason is not None:
@@ -155,19 +204,33 @@ class Checkpoints:
     def restore_params(self, step: int, params: Any) -> Any:
         """The model's tree of one checkpoint alone. Raises ValueError when it cannot be read."""
         try:
-            items = ocp.args.Composite(params=ocp.args.StandardRestore(params))
-            return self._manager.restore(step, args=items)["params"]
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0][:160]
-            raise ValueError(f"{self.folder}/{step}: cannot be read: {reason}") from error
+            return self._read(step, {"params": ocp.args.StandardRestore(params)})["params"]
+        except ValueError as error:
+            raise ValueError(f"{self.folder}/{step}: cannot be read: {error}") from error
+
+    def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        """Items of one checkpoint. Raises ValueError, naming the item, when one is missing or damaged."""
+        found = {}
+        for name, arguments in items.items():
+            try:
+                one = self._manager.restore(step, args=ocp.args.Composite(**{name: arguments}))
+            except Exception as error:  # Orbax, TensorStore and JSON each have their own for a broken file
+                raise ValueError(f"{name}: {first_line(error)}") from error
+            found[name] = one.get(name)
+            if not isinstance(found[name], dict):
+                raise ValueError(f"{name}: must be a {'JSON object' if name == 'record' else 'tree'}")
+        return found
 
     def close(self) -> None:
         """Waits for what is being written, then lets go of the folder."""
-        self._guarded(None, self._manager.close)
+        with self._scope:
+            self._guarded(None, self._manager.close)
 
 
 def _goodness(metrics: dict[str, float]) -> float:
-    return -metrics["val_loss"]
+    """Higher is better. A loss that is not finite, as older runs have stored, is worse than any other."""
+    loss = metrics["val_loss"]
+    return -loss if math.isfinite(loss) else -math.inf
 
 
 def is_run(folder: str | pathlib.Path) -> bool:
