@@ -28,9 +28,15 @@ def using(setting: str) -> Iterator[None]:
 
 def is_enabled(kernel: str) -> bool:
     """Whether to use this kernel, one of `config.kernels.KERNELS`, on the platform compiled for."""
-    settings = _setting.get(), os.environ.get(ENVIRONMENT, "auto")
-    if kernel in plain_kernels(settings[0], "model.kernels") | plain_kernels(settings[1], ENVIRONMENT):
+    setting, variable = _setting.get(), os.environ.get(ENVIRONMENT, "auto")
+    if kernel in plain_kernels(setting, "model.kernels") | plain_kernels(variable, ENVIRONMENT):
         return False
-    if target.platform() == "cpu" or "unchecked" in settings:
-        return True
-    return kernel not in first_use.failed_kernels(target.platform())
+    return kernel not in failed_kernels()
+
+
+def failed_kernels() -> frozenset[str]:
+    """The kernels that failed their check on this machine, which is run first if it has not been; empty on
+    CPU and where a setting skips the check."""
+    if target.platform() == "cpu" or "unchecked" in (_setting.get(), os.environ.get(ENVIRONMENT)):
+        return frozenset()
+    return first_use.failed_kernels(target.platform())
