@@ -45,7 +45,7 @@ def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
     path = folder.as_posix()
     require("\\" not in path, field, value, "no folder in its path may have a backslash in its name")
     require("gs:/" not in path, field, value, "no folder in its path may have a name that ends with 'gs:'")
-    require_utf8(folder, field)
+    require_utf8(value, field)
 
 
 class Manager(ocp.CheckpointManager):
