@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from gptoss_jax.kernels.grouped_matmul import is_in_group
+
 LANES = 128
 MIB = 1 << 20
 # Of the 16 MiB of VMEM that a kernel gets on v5e and v5p; the compiler needs some itself.
@@ -64,7 +66,7 @@ def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose, interpret):
             transpose_rhs=transpose, interpret=interpret,
         )[:rows]  # fmt: skip
     # What lies past the groups was never written.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+    return jnp.where(is_in_group(rows, group_sizes_E), y_RF, 0)
 
 
 def _rows_times_rows(x_RD, g_RF, group_sizes_E, dtype, interpret):

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gptoss_jax.kernels import mxfp4
-from gptoss_jax.kernels.grouped_matmul import PRECISION
+from gptoss_jax.kernels.grouped_matmul import PRECISION, is_in_group
 from gptoss_jax.kernels.mxfp4_grouped_matmul import visits
 
 # The order of axes in memory, for `jax.experimental.layout.Layout`; axes before E come first, as they are.
@@ -76,7 +76,7 @@ def mosaic_mxfp4_matmul(
         name="mxfp4_matmul",
     )(*tables, x_PRC, *(packed if interpret else map(_stays, packed)))
     # What lies past the groups was never written.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+    return jnp.where(is_in_group(rows, group_sizes_E), y_RF, 0)
 
 
 def _stays(packed):

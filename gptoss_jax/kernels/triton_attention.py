@@ -110,7 +110,7 @@ def triton_attention(
     # What is added is a segment of its own.
     segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, more_T)), constant_values=-1)
     if sinks_N is None:
-        sinks_N = jnp.full(N, MASKED)
+        sinks_N = jnp.full(N, MASKED, jnp.float32)
     out = _attention(
         rule,
         q.reshape(B, T + more_T, K, N // K, H + more_H),

@@ -94,7 +94,7 @@ def _blocks_for(dtype, rows: int, groups: int) -> Blocks:
 def _starts_and_ends(group_sizes_E, rows):
     """First row of each group, and the row after its last."""
     # Kernels write where they are told: sizes that promise too much must not lead them out of the array.
-    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E), rows)
+    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E[:-1]]), ends_E
 
 
@@ -108,7 +108,7 @@ def _tiles(group_sizes_E, rows, block):
     starts, ends = jnp.append(starts, ends[-1]), jnp.append(ends, rows)
     groups = ends.shape[0]
     counts = -(-(ends - starts) // block)
-    last_tiles = jnp.cumsum(counts)
+    last_tiles = jnp.cumsum(counts, dtype=jnp.int32)
     tile = jnp.arange(pl.cdiv(rows, block) + groups - 1, dtype=jnp.int32)
     group = jnp.searchsorted(last_tiles, tile, side="right", method="compare_all").astype(jnp.int32)
     exists, group = group < groups, jnp.minimum(group, groups - 1)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from gptoss_jax.kernels import mxfp4
-from gptoss_jax.kernels.grouped_matmul import PRECISION
+from gptoss_jax.kernels.grouped_matmul import PRECISION, is_in_group
 from gptoss_jax.kernels.mxfp4_grouped_matmul import visits
 
 # Beyond, each byte would become numbers so many times, once for each tile of rows, that unpacking whole
@@ -90,7 +90,7 @@ def triton_mxfp4_matmul(
         name="mxfp4_matmul",
     )(count[None], *tables, even_RD, odd_RD, blocks_EFGC, scales_EFG)
     # Rows of no group were never written.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+    return jnp.where(is_in_group(rows, group_sizes_E), y_RF, 0)
 
 
 def _numbers(byte, scale, dtype):
