@@ -200,3 +200,37 @@ def test_weights_are_read_the_same(mesh, tmp_path):
     for one, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def accelerator_kernels():
+    """The Pallas kernels with inputs of small shapes: (function of float arrays, their shapes)."""
+    from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
+    from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul
+    from gptoss_jax.kernels.splash_attention import splash_attention
+    from gptoss_jax.kernels.triton_attention import triton_attention
+    from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
+    from gptoss_jax.kernels.triton_mxfp4_matmul import triton_mxfp4_matmul
+
+    rows = np.tile(np.arange(64, dtype=np.int32), (2, 1))
+    sizes, segments = np.array([5, 0, 9], np.int32), np.ones_like(rows)
+    blocks, scales = np.zeros((3, 40, 2, 16), np.uint8), np.full((3, 40, 2), 127, np.uint8)
+    heads = (2, 64, 6, 16), (2, 64, 2, 16), (2, 64, 2, 16)
+    for attention in (triton_attention, splash_attention):
+        yield lambda q, k, v, call=attention: call(q, k, v, rows, segments, 7), heads
+    for matmul in (triton_grouped_matmul, megablox_grouped_matmul):
+        yield lambda x, w, call=matmul: call(x, w, sizes), ((16, 64), (3, 64, 40))
+    for matmul in (triton_mxfp4_matmul, mosaic_mxfp4_matmul):
+        call = without_gradient(matmul, blocks, scales, sizes)
+        yield call, ((16, 64),)
+
+
+def without_gradient(matmul, *packed):
+    return lambda x: matmul(jax.lax.stop_gradient(x), *packed)
+
+
+def test_accelerator_kernels_have_no_64_bit_arrays():
+    for function, shapes in accelerator_kernels():
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        with jax.enable_x64(True):
+            gradient = jax.grad(lambda *xs, f=function: f(*xs).sum(), tuple(range(len(shapes))))
+            assert wide_arrays(jax.make_jaxpr(gradient)(*arguments).jaxpr) == []

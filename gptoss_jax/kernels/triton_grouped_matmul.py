@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from gptoss_jax.kernels.x32 import without_x64
+
 # Of float32 operands; narrower ones go to the tensor cores as they are, and add up in float32.
 PRECISION = lax.Precision.HIGHEST
 
@@ -130,6 +132,7 @@ def _mask(rows, columns):
     return rows[1][:, None] & columns[1][None, :]
 
 
+@without_x64
 def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose, interpret, blocks):
     """[R, D] x [E, D, F] -> [R, F] or, transposed, [R, F] x [E, D, F] -> [R, D]."""
     rows, inner = x_RD.shape
@@ -170,6 +173,7 @@ def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose, interpret, block
     )(*tables, x_RD, w_EDF)
 
 
+@without_x64
 def _rows_times_rows(x_RD, g_RF, group_sizes_E, dtype, interpret, blocks):
     """Sum over each group's rows of x^T g: [E, D, F]; zeros for a group without rows."""
     rows, D = x_RD.shape
