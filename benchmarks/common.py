@@ -59,7 +59,7 @@ def hardware() -> dict:
 
 def _cpu() -> str:
     lines = pathlib.Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", lines.read_text()) if lines.exists() else None
+    found = re.search(r"model name\s*: (.*)", lines.read_text(encoding="utf-8")) if lines.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 
@@ -251,6 +251,6 @@ def write_json(name: str | pathlib.Path, record: dict) -> pathlib.Path:
         "versions": versions(),
     } | record
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path

@@ -197,7 +197,7 @@ def earlier() -> list[dict]:
     from common import RESULTS
 
     file = RESULTS / "decode_limit.json"
-    return json.loads(file.read_text())["results"] if file.exists() else []
+    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
 
 
 def make_parser():

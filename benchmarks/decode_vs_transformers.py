@@ -212,7 +212,7 @@ def earlier() -> list[dict]:
     from common import RESULTS
 
     file = RESULTS / "decode_vs_transformers.json"
-    return json.loads(file.read_text())["results"] if file.exists() else []
+    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
 
 
 def make_parser():

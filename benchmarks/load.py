@@ -31,7 +31,8 @@ import json, sys, time
 import jax, jax.numpy as jnp
 from gptoss_jax.weights.pretrained import load_pretrained
 def status(name):
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(name))
+    lines = open("/proc/self/status", encoding="utf-8")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 jnp.zeros(8).block_until_ready()
 import gptoss_jax.weights.pieces
 before = status("VmHWM")
@@ -74,12 +75,12 @@ def make_checkpoint(folder: pathlib.Path) -> int:
         tensors.append(NewTensor(name, kind, shape, chunks))
     with whole_folder(folder, sum(tensor.nbytes for tensor in tensors)) as partial:
         write_tensors(partial, tensors)
-        (partial / "config.json").write_text(json.dumps(config.to_hf("mxfp4")))
+        (partial / "config.json").write_text(json.dumps(config.to_hf("mxfp4")), encoding="utf-8")
     return max(tensor.nbytes for tensor in tensors)
 
 
 def run(code: str, *arguments: str) -> dict:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, encoding="utf-8")
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout)
@@ -141,7 +142,7 @@ def main() -> None:
               "largest_tensor": largest, "rows": rows}  # fmt: skip
     path = pathlib.Path(__file__).parent / "results" / "load.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"\n{path}")
 
 

@@ -15,7 +15,7 @@ CHUNKS, PLAIN = "in chunks", "all logits"
 
 def most_resident() -> int:
     """Bytes. `getrusage` knows them too, but begins with what the parent had."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
@@ -40,7 +40,7 @@ def worker(form: str, B: int, T: int, D: int, V: int) -> dict:
 
     def peak_memory():
         # From here on, the most is counted anew.
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         before = most_resident()
         value, _ = jax.block_until_ready(program(*arguments))
         return {"bytes": most_resident() - before, "loss": float(value) / (B * T)}

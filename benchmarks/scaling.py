@@ -49,7 +49,7 @@ def key(row: dict) -> tuple:
 
 
 def read() -> list[dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
 
 
 def keep(row: dict) -> None:
@@ -59,7 +59,7 @@ def keep(row: dict) -> None:
     rows.sort(key=lambda other: order.get(key(other), len(PLANS)))
     RESULTS.parent.mkdir(exist_ok=True)
     temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, RESULTS)
 
 

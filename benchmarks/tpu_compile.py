@@ -160,9 +160,9 @@ def keep(row: dict) -> None:
     """Puts a row into the file, in place of an older one of the same program."""
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
     row = row | {"date": time.strftime("%Y-%m-%d"), "versions": versions}
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     rows = [other for other in rows if any(other[key] != row[key] for key in ("chip", "program"))]
-    RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n")
+    RESULTS.write_text(json.dumps([*rows, row], indent=1) + "\n", encoding="utf-8")
 
 
 def show(row: dict) -> str:

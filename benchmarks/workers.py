@@ -26,7 +26,7 @@ class Worker:
         environment = os.environ | {"GLIBC_TUNABLES": MEMORY, "JAX_PLATFORMS": "cpu"} | environment
         command = [sys.executable, __file__, module, function, json.dumps(settings)]
         self._process = subprocess.Popen(
-            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command, env=environment, encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._answer()
 

@@ -1,5 +1,6 @@
 """The command `gptoss`, also `python -m gptoss_jax`."""
 
+import codecs
 import dataclasses
 import os
 import sys
@@ -52,15 +53,17 @@ def generate(
     """
     import jax
 
+    from gptoss_jax.config.paths import user_text
     from gptoss_jax.inference.chat import speed
     from gptoss_jax.inference.generate import stream_with_params
     from gptoss_jax.inference.text import TextStream
     from gptoss_jax.weights.pretrained import load_model
 
     config, params, tokenizer = load_model(run)
+    prompt, stop_strings = user_text(prompt), tuple(map(user_text, stop_strings))
     chunks = stream_with_params(
         config, jax.device_put(params), [[tokenizer.bos_id, *tokenizer.encode(prompt)]], max_new_tokens,
-        temperature, top_k, top_p, min_p, stop_tokens=(tokenizer.eos_id,), stop_strings=stop_strings,
+        temperature, top_k, top_p, min_p, stop_tokens=tokenizer.stop_ids, stop_strings=stop_strings,
         seed=seed, tokenizer=tokenizer,
     )  # fmt: skip
     write = _writer(sys.stdout)
@@ -116,6 +119,7 @@ def chat(
 
     import jax
 
+    from gptoss_jax.config.paths import user_text
     from gptoss_jax.data.harmony import is_harmony
     from gptoss_jax.inference.chat import HELP, Completion, HarmonyConversation, run, typed_lines
     from gptoss_jax.weights.pretrained import load_model
@@ -128,13 +132,15 @@ def chat(
 
     if is_harmony(tokenizer) and not plain:
         today = datetime.date.today().isoformat()
+        instructions = None if instructions is None else user_text(instructions)
         conversation = HarmonyConversation(tokenizer, reasoning, instructions, today)
     else:
         require(instructions is None, "instructions", instructions, "must be left out for plain completion")
         conversation = Completion(tokenizer)
         note("plain completion: every line is a text of its own, to continue from")
-    # Bytes that are no text must not end the chat.
-    sys.stdin.reconfigure(errors="replace")
+    # Bytes that are not text must not end the chat. The ASCII of LC_ALL=C is read as UTF-8.
+    is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+    sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
     if sys.stdin.isatty():
         note(HELP)
     lines = typed_lines(sys.stdin, "> " if sys.stdout.isatty() else "")
@@ -226,6 +232,22 @@ def report(run: Run) -> None:
     from gptoss_jax.training.report import draw_report
 
     print(draw_report(run))
+
+
+@app.command
+def check(json: OptionalFile = None) -> None:
+    """Compare every kernel of this machine with plain XLA on small inputs: correctness and time.
+
+    Exits with 1 if one is wrong. GPTOSS_JAX_KERNELS=plain runs everything without kernels, plain:NAME,NAME
+    without the named ones.
+
+    Args:
+        json: Write the results to this file too.
+    """
+    from gptoss_jax import check_report
+
+    if not check_report.run(json):
+        raise SystemExit(1)
 
 
 @app.command

@@ -1,5 +1,7 @@
 """What must happen before jax is loaded. Imports nothing but the standard library."""
 
+import codecs
+import contextlib
 import os
 import sys
 import warnings
@@ -35,8 +37,17 @@ def run(command: Callable[[], object], name: str) -> int:
 
     2: a ValueError, input that is not allowed. 1: what went wrong on the way. 130: Ctrl-C.
     """
+    print_any_text()
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_) -> None:
+        # Several steps of a command may open the same folder.
+        if str(message) not in shown:
+            shown.add(str(message))
+            say(name, "warning", message)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(name, "warning", message)
+        warnings.showwarning = show
         try:
             command()
         except ValueError as error:
@@ -52,6 +63,30 @@ def run(command: Callable[[], object], name: str) -> int:
         except KeyboardInterrupt:
             return 130
     return 0
+
+
+def print_any_text() -> None:
+    """Makes stdout and stderr accept every text, whatever the encoding of the locale.
+
+    The bytes of a file name that the locale cannot decode are written as they are. Any other character that
+    has no encoding becomes a question mark.
+    """
+    codecs.register_error("gptoss_jax.printed", _encode_unencodable)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # None, or replaced by something without an encoding
+            stream.reconfigure(errors="gptoss_jax.printed")
+
+
+def _encode_unencodable(error: UnicodeError) -> tuple[bytes, int]:
+    """Encodes, as an error handler of `codecs`, what the encoding of a stream cannot."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    # Python represents an undecodable byte of a file name as one of these surrogates.
+    encoded = (
+        bytes([ord(character) - 0xDC00]) if 0xDC80 <= ord(character) <= 0xDCFF else b"?"
+        for character in error.object[error.start : error.end]
+    )
+    return b"".join(encoded), error.end
 
 
 def say(name: str, what: str, message: BaseException | str) -> None:

@@ -1,5 +1,6 @@
 """Sources of text, and the share of it that is held out."""
 
+import collections
 import json
 import os
 
@@ -59,10 +60,11 @@ def test_jsonl(tmp_path):
     ("line", "reason"),
     [
         (b'{"text": ', "not JSON"),
-        (b'{"text": "\xff"}', "not JSON"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10 (invalid start byte)"),
+        (b"[" * 10_000, "not JSON (maximum recursion depth"),
         (b'["text"]', "must be a JSON object"),
         (b'{"body": "a", "id": 1}', "has no field 'text'; it has body, id"),
-        (b'{"text": 3}', "field 'text' is a int: must be text"),
+        (b'{"text": 3}', "field 'text' is a int: must be text or null"),
         (b'{"text": "\\ud800"}', "field 'text' is not Unicode"),
     ],
 )
@@ -77,7 +79,7 @@ def test_parquet(tmp_path):
     source = f"parquet:{tmp_path}/a.parquet"
     assert read(f"{source}#body") == ["a", "c\nd"]
     assert fails(source) == f"{tmp_path}/a.parquet: has no column 'text'; it has id, body"
-    assert "row 0: column 'id' is a int: must be text" in fails(f"{source}#id")
+    assert "row 0: column 'id' is a int: must be text or null" in fails(f"{source}#id")
     (tmp_path / "a.parquet").write_text("not parquet")
     assert f"{tmp_path}/a.parquet: not a parquet file" in fails(source)
 
@@ -95,6 +97,105 @@ def test_hugging_face_folder(tmp_path, monkeypatch):
     (folder / "train.jsonl").write_text('{"text": "c", "n": 1}\n')
     assert open_corpus(f"hf:{folder}").fingerprint != corpus.fingerprint
     assert fails(f"hf:{tmp_path}/none").startswith(f"data.source is 'hf:{tmp_path}/none': cannot be loaded")
+
+
+def write_split(folder, split, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+
+
+def test_configs_and_splits_of_a_dataset(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    several = tmp_path / "several"
+    lines = ["---", "configs:"]
+    for config in ("en", "de"):
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split_name in ("train", "validation"):
+            write_split(several / config, split_name, f"{config} {split_name}")
+            lines += [f"  - split: {split_name}", f"    path: {config}/{split_name}.jsonl"]
+    (several / "README.md").write_text("\n".join([*lines, "---", ""]))
+    assert read(f"hf:{several}:en") == ["en train"]
+    assert read(f"hf:{several}:de:validation#text") == ["de validation"]
+    fingerprints = {open_corpus(f"hf:{several}:{name}").fingerprint for name in ("en", "de", "de:validation")}
+    assert len(fingerprints) == 3
+    assert "needs a config; it has en, de: name one, as in hf:NAME:CONFIG:SPLIT" in fails(f"hf:{several}")
+    assert "has no config 'fr'; it has en, de: name one" in fails(f"hf:{several}:fr")
+    assert "has no split 'test'; it has train, validation: name one" in fails(f"hf:{several}:en:test")
+    assert "must be hf:NAME:CONFIG:SPLIT" in fails(f"hf:{several}:en:train:x")
+    # One config and one split leave no doubt; several splits without `train` do.
+    write_split(tmp_path / "one", "test", "t")
+    assert read(f"hf:{tmp_path}/one") == read(f"hf:{tmp_path}/one::test") == ["t"]
+    write_split(tmp_path / "one", "validation", "v")
+    assert "has no split 'train'; it has validation, test: name one" in fails(f"hf:{tmp_path}/one")
+
+
+def test_signs_in_the_name_of_a_dataset_folder(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_split(tmp_path / "a:b#c", "train", "x")
+    assert read(f"hf:{tmp_path}/a:b#c") == read(f"hf:{tmp_path}/a:b#c::train#text") == ["x"]
+    # The library would take these for a pattern, and may find another folder.
+    for name in ("a [b]", "a?", "a::b"):
+        write_split(tmp_path / name, "train", "x")
+        assert "the datasets library cannot read a path that holds" in fails(f"hf:{tmp_path}/{name}")
+
+
+def test_what_exists_is_not_a_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[x] #1").mkdir()
+    row = '{"text": "a", "body": "b"}\n'
+    for name in ("book [2024].jsonl", "odd#name.jsonl", "[x] #1/*.jsonl", "[x] #1/y.jsonl"):
+        (tmp_path / name).write_text(row)
+    assert read("text:book [2024].jsonl") == read("text:[x] #1/*.jsonl") == [row]
+    assert read("text:[x] #1/y*") == [row] and read("text:[x] #1/*") == [row, row]
+    for name in ("book [2024].jsonl", "odd#name.jsonl", "[x] #1/y.jsonl", "[x] #1/*.jsonl"):
+        assert read(f"jsonl:{name}") == ["a"] and read(f"jsonl:{name}#body") == ["b"]
+    # The same from inside such a folder.
+    monkeypatch.chdir(tmp_path / "[x] #1")
+    assert read("jsonl:?.jsonl") == ["a", "a"]
+
+
+def test_what_is_no_file_is_said(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.txt").symlink_to("gone")
+    os.mkfifo(tmp_path / "pipe")
+    hint = f"{tmp_path}/folder is a folder; name its files, such as text:{tmp_path}/folder/*"
+    assert hint in fails(f"text:{tmp_path}/folder") and hint in fails(f"text:{tmp_path}/fold*")
+    assert f"{tmp_path}/link.txt is a broken link" in fails(f"text:{tmp_path}/link.txt")
+    assert f"{tmp_path}/link.txt is a broken link" in fails(f"text:{tmp_path}/*.txt")
+    assert f"{tmp_path}/pipe is neither a file nor a folder" in fails(f"text:{tmp_path}/pipe")
+    assert "there is no user 'nobody-here'" in fails("text:~nobody-here/x.txt")
+
+
+def test_nulls_are_skipped_and_counted(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    texts = ["a", None, "", "b", None]
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    for source in (f"jsonl:{folder}/train.jsonl", f"parquet:{tmp_path}/a.parquet", f"hf:{folder}"):
+        skipped = collections.Counter()
+        assert list(open_corpus(source).documents(skipped)) == ["a", "b"]
+        assert skipped == {"null": 2}
+    (folder / "train.jsonl").write_text('{"text": null}\n')
+    assert "holds no text (records whose field is null: 1)" in fails(f"jsonl:{folder}/train.jsonl")
+
+
+def test_files_that_change_or_vanish_while_they_are_read(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    corpus = open_corpus(f"text:{path}")
+    corpus.check_unchanged()
+    path.write_text("other")
+    with pytest.raises(ValueError, match="data.source is .*: its files changed while they were read"):
+        corpus.check_unchanged()
+    path.unlink()
+    for action in (corpus.check_unchanged, lambda: list(corpus.documents())):
+        with pytest.raises(ValueError, match=r"a.txt: cannot be read \(No such file or directory\)"):
+            action()
 
 
 def test_stdlib():
@@ -124,7 +225,8 @@ def test_fingerprint_follows_the_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["", "nope", "csv:a", "text:", "jsonl:", "stdlib:x", "jsonl:a#", "hf:#text"]
+    "source",
+    ["", "nope", "csv:a", "text:", "jsonl:", "stdlib:x", "jsonl:a#", "hf:#text", "hf::x", "hf:a:b:c:d"],
 )
 def test_unknown_sources(source):
     message = fails(source)
@@ -160,8 +262,8 @@ def test_split_of_small_corpora():
     assert 0.05 < len(tail) / len(text) < 0.15
     assert list(split(["one two three four"], 0.3)) == [("one two three ", False), ("four", True)]
     assert list(split(["x" * 100], 0.25)) == [("x" * 75, False), ("x" * 25, True)]
-    with pytest.raises(ValueError, match="data.source is 'a': a single character"):
-        list(split(["a"], 0.05))
+    with pytest.raises(ValueError, match="data.source is 'text:x': holds a single character"):
+        list(split(["a"], 0.05, source="text:x"))
 
 
 def test_split_stops_at_max_bytes():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -167,6 +168,18 @@ def test_answers_end_before_the_strings(config, params, folder, batch_size):
     )
     assert found[0] == texts[0][: texts[0].index(until)]
     assert found == [text.split(until)[0] for text in texts]
+
+
+def test_answers_end_at_every_stop_token(config, params, folder, tmp_path):
+    (tokens,) = generate_with_params(config, params, [[BOS, *b"one"]], 12)
+    text = next(token for token in tokens if token < 128)
+    end = tokens.index(text)
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [text, BOS]}))
+    requests = [asked("generate_until", "one", {"until": [], "max_gen_toks": 12})]
+    (found,) = GptOss(str(tmp_path / "model")).generate_until(requests, True)
+    # The token is text, which lm_eval's own adapters count as such.
+    assert found == BYTES.decode([token for token in tokens[: end + 1] if token < 257])
 
 
 def test_drawn_answers(folder):

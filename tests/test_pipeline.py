@@ -77,12 +77,13 @@ def test_cache_holds_every_document(config, cache):
     assert cache.tokens.dtype == np.uint16
     held = b"".join(text.encode() for text, is_held_out in expected if is_held_out)
     assert cache.meta == {
-        "format": 1,
+        "format": 2,
         "source": config.source,
         "tokenizer": "bytes",
         "vocab_size": 257,
         "documents": 60,
         "tokens": int(cache.offsets[-1]),
+        "null_records": 0,
         "held_out_documents": 6,
         "held_out_tokens": len(held) + 12,
         "held_out_bytes": len(held),
@@ -116,6 +117,42 @@ def test_cache_is_built_once(config, tmp_path):
     assert build_cache(from_file).folder != before.folder
     with pytest.raises(ValueError, match="data.tokenizer is 'file:/none': there is no file /none"):
         build_cache(dataclasses.replace(config, tokenizer="file:/none"))
+
+
+def test_nulls_are_counted_once(config, tmp_path):
+    rows = [{"text": None if i % 3 == 0 else f"text {i} " * 5} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = dataclasses.replace(
+        config, source=f"jsonl:{tmp_path}/a.jsonl", tokenizer="bpe:260", cache_dir=str(tmp_path / "cache")
+    )
+    lines = []
+    cache = build_cache(config, lines.append)
+    assert cache.meta["null_records"] == 10 and cache.meta["documents"] == 20
+    assert [line for line in lines if "skip" in line] == ["  10 records were skipped: their field is null"]
+
+
+def test_a_source_that_changes_while_it_is_tokenized_leaves_no_cache(config, tmp_path):
+    source = write_stories(tmp_path / "text")
+    config = dataclasses.replace(config, source=source, cache_dir=str(tmp_path / "cache"))
+
+    def change(line):
+        write_stories(tmp_path / "text", count=61)
+
+    with pytest.raises(ValueError, match="data.source is .*: its files changed while they were read"):
+        build_cache(config, change)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_names_and_contents_do_not_break_messages(config, tmp_path):
+    # A file name that is not UTF-8, and a text that is too short to be split.
+    (tmp_path / "a\udcff.txt").write_text("x")
+    config = dataclasses.replace(
+        config, source=f"text:{tmp_path}/a\udcff.txt", cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(ValueError, match="data.source is 'text:.*a.udcff.txt': holds a single character"):
+        build_cache(config)
+    (tmp_path / "a\udcff.txt").write_text("x y z")
+    assert build_cache(config).meta["documents"] == 2
 
 
 def test_bpe_cache_and_its_tokenizer(config):

@@ -162,11 +162,155 @@ def test_a_large_tensor_comes_first(tmp_path):
     assert_same_tensors(load_file(tmp_path / names[0]), {"a": expected["a"]})
 
 
-def test_an_index_decides_which_files_are_read(tmp_path):
-    expected = random_tensors(5)
-    write(tmp_path, expected, shard_bytes=100)
-    save_file(random_tensors(6), tmp_path / "consolidated.safetensors")
-    assert_same_tensors(TensorFolder(tmp_path).tensors, expected)
+# Folders that hold more than one model's files.
+
+
+def write_as(folder, tensors, shards):
+    """Adds one file, or so many shards and their index, as transformers does: over what is there."""
+    folder.mkdir(exist_ok=True)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    homes = {}
+    for i, names in enumerate(np.array_split(sorted(tensors), shards)):
+        home = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / home)
+        homes |= dict.fromkeys(map(str, names), home)
+    index = {"metadata": {}, "weight_map": homes}
+    (folder / tensor_files.INDEX).write_text(json.dumps(index))
+
+
+SHARDS_OF_3 = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+# Saved in so many files, then in so many -> which of the two transformers loads, and what it leaves.
+SAVED_TWICE = {
+    "sharded, then whole": (3, 1, 1, f"{', '.join(SHARDS_OF_3)}, {tensor_files.INDEX}"),
+    "whole, then sharded": (1, 3, 0, f"{', '.join(SHARDS_OF_3)}, {tensor_files.INDEX}"),
+    "in 2, then in 3": (2, 3, 1, "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors"),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "loaded", "unread"), SAVED_TWICE.values(), ids=SAVED_TWICE)
+def test_a_folder_saved_twice(tmp_path, first, second, loaded, unread):
+    saved = random_tensors(5), random_tensors(6)
+    write_as(tmp_path, saved[0], first)
+    write_as(tmp_path, saved[1], second)
+    with pytest.warns(UserWarning) as caught:
+        assert_same_tensors(TensorFolder(tmp_path).tensors, saved[loaded])
+    read = tensor_files.INDEX if first > 1 and second > 1 else "model.safetensors"
+    message = f"{tmp_path}: the weights are read from {read}, as transformers does; not read: {unread}"
+    assert [str(one.message) for one in caught] == [message]
+
+
+def test_an_index_whose_shards_are_gone_is_a_leftover_too(tmp_path):
+    # transformers removes old shards when it saves one file, but not their index.
+    write_as(tmp_path, random_tensors(5), 3)
+    for name in SHARDS_OF_3:
+        (tmp_path / name).unlink()
+    write_as(tmp_path, random_tensors(6), 1)
+    with pytest.warns(UserWarning, match="not read: model.safetensors.index.json$"):
+        assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(6))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "other.safetensors"]
+)
+def test_other_copies_beside_the_weights_are_named(tmp_path, shards, name):
+    write_as(tmp_path, random_tensors(5), shards)
+    save_file(random_tensors(6), tmp_path / name)
+    with pytest.warns(UserWarning, match=f"not read: {name}$"):
+        assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+
+
+@pytest.mark.filterwarnings("error")
+def test_copies_in_subfolders_are_let_be(tmp_path):
+    write_as(tmp_path, random_tensors(5), 1)
+    for inner in ("original", "metal"):
+        write_as(tmp_path / inner, random_tensors(6), 2)
+    assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_variant_is_read_and_two_are_refused(tmp_path):
+    save_file(random_tensors(5), tmp_path / "model.fp16.safetensors")
+    assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+    save_file(random_tensors(5), tmp_path / "model.bf16.safetensors")
+    assert_refused(tmp_path, r"model\.fp16\.safetensors: holds \S+, which model\.bf16\.safetensors holds too")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["mine.safetensors", "mine.safetensors.index.json"])
+def test_config_json_may_name_the_file(tmp_path, name):
+    write_as(tmp_path, random_tensors(5), 1 if name == "mine.safetensors" else 2)
+    (tmp_path / (tensor_files.SINGLE if name == "mine.safetensors" else tensor_files.INDEX)).rename(
+        tmp_path / name
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "../mine.safetensors"}))
+    assert_refused(
+        tmp_path, "config.json: names '../mine.safetensors' as a file of weights, which must be in"
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_the_index_names_in_two_ways_is_opened_once(sharded):
+    index = json.loads((sharded / tensor_files.INDEX).read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = f"./{index['weight_map'][first]}"
+    (sharded / tensor_files.INDEX).write_text(json.dumps(index))
+    assert_same_tensors(TensorFolder(sharded).tensors, random_tensors())
+
+
+@pytest.mark.parametrize(
+    "home", ["../secret.safetensors", "/secret.safetensors", "a/../../b.safetensors", ""]
+)
+def test_an_index_that_leaves_its_folder(sharded, home):
+    (sharded / tensor_files.INDEX).write_text(json.dumps({"weight_map": {"t": home}}))
+    assert_refused(
+        sharded, re.escape(f"names {home!r} as a file of weights, which must be in the same folder")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "pytorch_model.bin",
+            r"weights in PyTorch's pickle format \(pytorch_model.bin\): must be .safetensors",
+        ),
+        ("pytorch_model-00001-of-00002.bin", "PyTorch's pickle format"),
+        ("gpt-oss-20b-Q4_K_M.gguf", "llama.cpp's GGUF format"),
+        ("notes.txt", "holds no .safetensors file$"),
+        ("original/model.safetensors", "holds no .safetensors file; there are some in original$"),
+    ],
+)
+def test_folders_of_other_formats(tmp_path, name, words):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"0" * 99)
+    assert_refused(tmp_path, words)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"peft_type": "LORA", "base_model_name_or_path": "openai/gpt-oss-20b"},
+            r"an adapter \(LORA\), not a whole model; its base model is openai/gpt-oss-20b: merge it into",
+        ),
+        ({"fine_tune_type": "lora", "model": "some/base"}, r"adapter \(lora\).* its base model is some/base"),
+        ({}, "an adapter, not a whole model; its base model is not named"),
+        (None, "an adapter, not a whole model; its base model is not named"),
+    ],
+)
+def test_a_folder_with_only_an_adapter(tmp_path, config, words):
+    save_file(random_tensors(5), tmp_path / "adapter_model.safetensors")
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert_refused(tmp_path, words)
+
+
+# Damaged files.
 
 
 def with_header(path, header, data=b"\0" * 64):

@@ -2,7 +2,8 @@
 
 Each class checks itself when it is made: a bad value is a `ValueError` that names the field, the value and
 what is allowed. `checked.py` does that, `model.py` is the architecture, `train.py` a training run, and
-`published.py` knows the config.json files that gpt-oss models are published with. No file here imports jax.
+`published.py` and `published_write.py` read and write the config.json files that gpt-oss models are published
+with. No file here imports jax.
 """
 
 from gptoss_jax.config.checked import require

@@ -25,6 +25,40 @@ def unknown_field(name: str, known: Collection[str], path: str = "") -> ValueErr
     return ValueError(f"{path}{name}: unknown field; {hint}")
 
 
+def missing(name: str, names: Collection[str], allowed: str) -> ValueError:
+    """Returns the error for a field that must be there; `names` may hold it misspelled."""
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; the file has {near[0]}" if near else ""
+    return ValueError(f"{name} is missing: {allowed}{hint}")
+
+
+def list_unknown(names: Collection[str], known: Collection[str], path: str = "") -> str:
+    """Returns the names that are not known as one text, each with the one it may stand for; "" for none."""
+    found = []
+    for name in sorted(set(names) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1)
+        found.append(f"{path}{name} (did you mean {near[0]}?)" if near else f"{path}{name}")
+    return ", ".join(found)
+
+
+def agreed(said: dict[str, Any]) -> Any:
+    """Returns the one value of several fields that mean the same."""
+    (first, value), *others = said.items()
+    for name, other in others:
+        if other != value:
+            raise ValueError(
+                f"{name} is {other!r}, but {first} is {value!r}: they mean the same and must agree"
+            )
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """Returns `value` if it is a finite number; raises ValueError otherwise."""
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    require(fine, name, value, "must be a finite number")
+    return value
+
+
 def read_json(path: str | pathlib.Path, hint: str = "") -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError for a file that is missing (`hint` says more about that),
     cannot be read, is not JSON, or holds something else."""

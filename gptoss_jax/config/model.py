@@ -4,10 +4,12 @@ file has one."""
 import dataclasses
 import os
 import typing
+import warnings
 from typing import Any, Literal, Self
 
-from gptoss_jax.config import published
+from gptoss_jax.config import published, published_write
 from gptoss_jax.config.checked import Checked
+from gptoss_jax.config.kernels import plain_kernels
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -112,6 +114,10 @@ class ModelConfig(Checked):
     # How the experts' matrices are held: plain arrays, or packed in MXFP4 as published (4.25 bits a weight;
     # for running a model, not for training it).
     expert_format: Literal["plain", "mxfp4"] = "plain"
+    # Hand-written kernels: auto uses them, checked once on each new GPU or TPU machine; unchecked skips that
+    # check; plain replaces all of them by plain XLA, and plain:attention,mxfp4_matmul the named ones. The
+    # environment variable GPTOSS_JAX_KERNELS takes the same values and turns off kernels besides.
+    kernels: str = "auto"
     # What the backward pass recomputes: nothing, all but the results of the products with attention's and the
     # router's weights ("dots"), or each whole block.
     remat: Literal["none", "dots", "block"] = "none"
@@ -126,6 +132,7 @@ class ModelConfig(Checked):
             "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window",
             "max_position_embeddings", "rope_theta", "swiglu_alpha", "rms_norm_eps", "initializer_range",
         )  # fmt: skip
+        plain_kernels(self.kernels, self._path("kernels"))
         self._require(
             self.expert_capacity is None or self.expert_capacity > 0,
             "expert_capacity",
@@ -197,14 +204,20 @@ class ModelConfig(Checked):
         the architecture. `router_aux_loss_coef` counts only where the file asks for the router's logits too.
         The alternation of layer types comes back as None.
 
-        Raises ValueError, with the file, the field, its value and what is allowed, for a file that cannot be
-        read or is of another kind of model, a field that is unknown, missing or bad, and two that disagree.
+        Warns, with the field and the value used, where a field is unknown, left over, or has its default
+        because it is missing. Raises ValueError, with the file, the field, its value and what is allowed, for
+        a file that cannot be read or is of another kind of model, a size that is missing, a value that is bad
+        or not supported, and two fields that contradict each other.
         """
         values, place = published.load(source)
         try:
-            return cls.from_dict(published.read(values))
+            fields, notes = published.read(values)
+            config = cls.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{place}{error}") from None
+        for note in notes:
+            warnings.warn(f"{place}{note}", stacklevel=2)
+        return config
 
     def to_hf(self, experts: str = "bfloat16") -> dict[str, Any]:
         """The content of a published config.json for this architecture, for weights of the form asked for.
@@ -213,8 +226,8 @@ class ModelConfig(Checked):
         4.55 and 5 read the result, but 4.55 has SwiGLU's 1.702 and 7 built in, and takes YaRN's factor to be
         `max_position_embeddings / original_max_position_embeddings`. Token ids are the tokenizer's to add.
 
-        Not carried: `compute_dtype`, `expert_format`, `remat`, `scan_layers`, `residual_dropout` and
-        `router_z_loss_coef`.
+        Not carried: `compute_dtype`, `expert_format`, `kernels`, `remat`, `scan_layers`, `residual_dropout`
+        and `router_z_loss_coef`.
         `router_aux_loss_coef` is written, but turned off; transformers' load-balance loss is about
         `num_experts_per_tok` times ours.
 
@@ -224,4 +237,4 @@ class ModelConfig(Checked):
 
         Raises ValueError with all reasons for which the format cannot express this model.
         """
-        return published.write({**self.to_dict(), "layer_types": list(self.types_of_layers)}, experts)
+        return published_write.write({**self.to_dict(), "layer_types": list(self.types_of_layers)}, experts)

@@ -17,9 +17,10 @@ class DataConfig(Checked):
 
     _section: typing.ClassVar[str] = "data"
 
-    # stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[#field].
+    # stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[:CONFIG[:SPLIT]][#field].
     source: str = "stdlib"
-    # bytes, bpe:SIZE (trained on the source), file:tokenizer.json, or o200k_harmony.
+    # bytes, bpe:SIZE (trained on the source), file:tokenizer.json (with #bos=NAME,eos=NAME if the file's are
+    # unknown), or o200k_harmony.
     tokenizer: str = "bpe:4096"
     # Tokens in a row; documents are packed into rows and never see each other.
     seq_len: int = 512
@@ -198,7 +199,7 @@ class TrainConfig(Checked):
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the whole config as JSON."""
         temporary = pathlib.Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     @classmethod

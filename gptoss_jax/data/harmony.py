@@ -16,7 +16,7 @@ from typing import Literal
 import openai_harmony as library
 from openai_harmony import Role
 
-from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.data.tokenizer import Tokenizer, valid_text
 
 RETURN, CHANNEL, START, END, MESSAGE, CALL = 200002, 200005, 200006, 200007, 200008, 200012
 SPECIAL = {"return": RETURN, "channel": CHANNEL, "start": START, "end": END, "message": MESSAGE, "call": CALL}
@@ -80,13 +80,13 @@ def system(
 
 def developer(instructions: str) -> library.Message:
     """The message that says what the user may not change: how to answer, in what language, as whom."""
-    content = library.DeveloperContent(instructions=_valid(instructions))
+    content = library.DeveloperContent(instructions=valid_text(instructions))
     return library.Message.from_role_and_content(Role.DEVELOPER, content)
 
 
 def user(text: str) -> library.Message:
     """What the user says. A special token that it spells is encoded as characters."""
-    return library.Message.from_role_and_content(Role.USER, _valid(text))
+    return library.Message.from_role_and_content(Role.USER, valid_text(text))
 
 
 def without_old_analysis(messages: Sequence[library.Message]) -> list[library.Message]:
@@ -250,8 +250,3 @@ def _load(tokenizer: Tokenizer) -> library.HarmonyEncoding:
                 del os.environ[FOLDER]
             else:
                 os.environ[FOLDER] = before
-
-
-def _valid(text: str) -> str:
-    """A text whose lone surrogates, bytes that Python could not decode, are U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

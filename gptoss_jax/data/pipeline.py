@@ -4,6 +4,7 @@ A row has T = `data.seq_len` positions, each with an input token and the token t
 n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents where they fit.
 """
 
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -24,11 +25,13 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import DataConfig, require
+from gptoss_jax.config.checked import read_json
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.corpus import Corpus, open_corpus, split
 from gptoss_jax.data.packing import pack
-from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 BATCH_CHARS = 4 << 20
 # A longer document is encoded in parts, so that all cores work on it and memory is bounded.
 PART_CHARS = 1 << 18
@@ -42,8 +45,8 @@ class TokenCache:
     """A tokenised corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos."""
 
     folder: pathlib.Path
-    # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, and what the
-    # held-out text takes when compressed, {gzip,xz}_bits_per_byte.
+    # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, null_records that
+    # were skipped, and what the held-out text takes when compressed, {gzip,xz}_bits_per_byte.
     meta: dict[str, Any]
     tokenizer: Tokenizer
     tokens: np.ndarray  # mapped from disk, uint16 or uint32
@@ -65,7 +68,7 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
     Raises ValueError for a source or tokenizer that cannot be read and a folder that cannot be written.
     """
     corpus = open_corpus(config.source)
-    root = pathlib.Path(config.cache_dir).expanduser()
+    root = user_path(config.cache_dir, "data.cache_dir")
     folder = root / _key(config, corpus)
     if not folder.exists():
         partial = root / f".partial-{os.getpid()}-{uuid.uuid4().hex}@{socket.gethostname()}"
@@ -91,11 +94,10 @@ def _key(config: DataConfig, corpus: Corpus) -> str:
     """Folder name of a cache: some words to read, and a hash of all that its content depends on."""
     parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.held_out))]
     if config.tokenizer.startswith("file:"):
-        path = pathlib.Path(config.tokenizer.removeprefix("file:")).expanduser()
-        require(path.is_file(), "data.tokenizer", config.tokenizer, f"there is no file {path}")
-        parts.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        parts += fingerprint(config.tokenizer)
     words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
-    digest = hashlib.sha256("\n\n".join(parts).encode()).hexdigest()
+    # File names may hold bytes that are not UTF-8.
+    digest = hashlib.sha256("\n\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{words[-48:].strip('-')}-{digest[:16]}"
 
 
@@ -151,8 +153,8 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.
 def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Callable[[str], None]) -> None:
     """Writes a complete cache to an empty folder."""
 
-    def documents() -> Iterator[tuple[str, bool]]:
-        return split(corpus.documents(), config.held_out)
+    def documents(skipped: collections.Counter[str] | None = None) -> Iterator[tuple[str, bool]]:
+        return split(corpus.documents(skipped), config.held_out, source=config.source)
 
     report(f"Tokenising {config.source} with {config.tokenizer}, once: it is kept in {config.cache_dir}")
     tokenizer = make_tokenizer(
@@ -161,8 +163,9 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     tokenizer.save(folder)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     lengths, sizes, flags, held_out_text, written = [], [], [], [], 0
+    skipped = collections.Counter()
     with open(folder / "tokens.bin", "wb") as file:
-        for batch in in_batches(documents()):
+        for batch in in_batches(documents(skipped)):
             stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
             for (text, is_held_out), stored in zip(batch, stored_tokens, strict=True):
                 file.write(stored.astype(dtype).tobytes())
@@ -174,6 +177,9 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
                     held_out_text.append(data)
             written += sum(lengths[-len(batch) :])
             report(f"  {written:,} tokens of {len(lengths):,} documents")
+    corpus.check_unchanged()
+    if skipped["null"]:
+        report(f"  {skipped['null']:,} records were skipped: their field is null")
     lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     np.savez(folder / "documents.npz", offsets=offsets, text_bytes=np.array(sizes, np.int64), held_out=flags)
@@ -185,17 +191,18 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         "vocab_size": tokenizer.vocab_size,
         "documents": len(flags),
         "tokens": int(offsets[-1]),
+        "null_records": skipped["null"],
         "held_out_documents": int(flags.sum()),
         "held_out_tokens": int(lengths[flags].sum()),
         "held_out_bytes": len(data),
         "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
         "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 def _open(folder: pathlib.Path) -> TokenCache:
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json", "; remove the folder")
     dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)
     size = (folder / "tokens.bin").stat().st_size
     if size != meta["tokens"] * dtype.itemsize:

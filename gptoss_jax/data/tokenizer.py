@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,37 +12,33 @@ import tiktoken
 import tokenizers
 
 from gptoss_jax.config import require
-from gptoss_jax.data.tokenizer_json import END_OF_TEXT, byte_level_json, bytes_of_tokens, settings_files
+from gptoss_jax.data import special_tokens as special
+from gptoss_jax.data.bpe import train_bpe
+from gptoss_jax.data.files import readable
+from gptoss_jax.data.special_tokens import END_OF_TEXT, NO_ROLES, NOTHING_NAMED, NamedTokens, Roles
+from gptoss_jax.data.tokenizer_json import (
+    byte_level_json,
+    bytes_of_tokens,
+    mark_special,
+    settings_files,
+    text_encoder,
+    token_roles,
+)
 
 KINDS = "bytes, bpe:SIZE, file:tokenizer.json or o200k_harmony"
-BOS_NAMES = ("<|startoftext|>", "<|begin_of_text|>", "<s>")
-EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 HARMONY = "o200k_harmony"
 NAME_FILE = "tokenizer_name.txt"
 # Every id that text or a named special token has. The released embedding has 201088 rows: the rest is unused.
 HARMONY_VOCAB_SIZE = 200019
-TRAINING_BYTES = 64 << 20
-
-# What the trained tokenizer never merges across. Suits code as well as prose: runs of spaces stay whole, a
-# name keeps the space, dot or underscore before it, numbers go three digits at a time.
-WORDS = "|".join(
-    (
-        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # letters, and one sign or space before them
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+",  # operators and punctuation
-        r"\s*[\r\n]+",  # blank lines and the end of a line
-        r"\s+(?!\S)",  # spaces, but for one that goes to the word after them
-        r"\s+",
-    )
-)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A vocabulary. Made by `make_tokenizer` or `load_tokenizer`.
 
-    `name` is the spec, ids run from 0 to `vocab_size` - 1, and a document is stored as bos, its ids, eos.
-    `special_tokens` are the ids of the tokens that are no text, bos and eos among them, by name.
+    `name` is the spec, ids run from 0 to `vocab_size` - 1, and a document is stored as bos, its ids, eos. The
+    two are the same token where the vocabulary has only one for both.
+    `special_tokens` are the ids of the tokens that are never text, bos and eos among them, by name.
     """
 
     name: str
@@ -54,7 +49,24 @@ class Tokenizer:
     _encode: Callable[[list[str]], Sequence[Sequence[int] | np.ndarray]] = dataclasses.field(repr=False)
     _make_token_bytes: Callable[[], list[bytes]] = dataclasses.field(repr=False)
     _make_json: Callable[[], str] = dataclasses.field(repr=False)
-    _file: tuple[str, str] = dataclasses.field(repr=False)  # name and content of what `save` writes
+    _files: dict[str, str] = dataclasses.field(repr=False)  # names and contents of what `save` writes
+    _named_stop_ids: tuple[int, ...] = ()  # what the files of its folder name
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: those that the model's folder names (`load_tokenizer`), eos, and in
+        gpt-oss's vocabulary what ends a turn and a call of a tool.
+        """
+        names = (special.RETURN, END_OF_TEXT, special.CALL)
+        harmony = [self.special_tokens[name] for name in names if name in self.special_tokens]
+        return tuple(
+            dict.fromkeys((*self._named_stop_ids, *(harmony if len(harmony) == 3 else ()), self.eos_id))
+        )
+
+    @property
+    def token_roles(self) -> dict[str, str]:
+        """The names of the tokens that `export` writes as bos_token, eos_token and pad_token."""
+        return token_roles(self.special_tokens, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without bos and eos. A special token that it spells is encoded as characters."""
@@ -62,7 +74,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text as int32, as from `encode`; works on all cores."""
-        return [np.asarray(ids, dtype=np.int32) for ids in self._encode(list(texts))]
+        return [np.asarray(ids, dtype=np.int32) for ids in self._encode([valid_text(text) for text in texts])]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -79,6 +91,10 @@ class Tokenizer:
             pieces.append(self._token_bytes[token])
         return b"".join(pieces)
 
+    @property
+    def _names(self) -> dict[int, str]:
+        return {token: name for name, token in self.special_tokens.items()}
+
     @functools.cached_property
     def _token_bytes(self) -> list[bytes]:
         return self._make_token_bytes()
@@ -86,7 +102,8 @@ class Tokenizer:
     @property
     def digest(self) -> str:
         """Tells tokenizers apart: those of one digest give the same ids. Two forms of one have two."""
-        return hashlib.sha256("\n".join(self._file).encode()).hexdigest()
+        parts = [part for file in self._files.items() for part in file]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def same_ids_as(self, other: "Tokenizer") -> bool:
         """Whether each id stands for the same bytes, or the same special token, in both.
@@ -102,11 +119,15 @@ class Tokenizer:
         return ours == theirs
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes `tokenizer.json`, or for a tokenizer that needs none its name to `tokenizer_name.txt`."""
+        """Writes what `load_tokenizer` needs for the same ids: tokenizer.json, tokenizer_name.txt, or both.
+
+        tokenizer_name.txt holds the name of a tokenizer that needs no file, or names the bos and the eos of a
+        tokenizer.json where they are not known from its content.
+        """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name, content = self._file
-        (folder / name).write_bytes(content.encode())
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content.encode())
 
     def export(self, folder: str | os.PathLike, model_max_length: int | None = None) -> None:
         """Writes the tokenizer as Hugging Face's programs read it, over what is there.
@@ -125,13 +146,15 @@ class Tokenizer:
         require(fits, "model_max_length", model_max_length, "must be 1 or more, or None for no limit")
         folder = pathlib.Path(folder)
         content = self._make_json()
-        files = {"tokenizer.json": content} | settings_files(
-            content, self.special_tokens, self.bos_id, self.eos_id, model_max_length
-        )
+        roles = self.token_roles
+        files = {"tokenizer.json": content} | settings_files(content, roles, model_max_length)
+        if special.document_end(roles["eos_token"], self.special_tokens) != self._names[self.eos_id]:
+            files[NAME_FILE] = special.saved_spec(Roles(self._names[self.bos_id], self._names[self.eos_id]))
         try:
             folder.mkdir(parents=True, exist_ok=True)
             name = folder / NAME_FILE
-            taken = name.exists() and (NAME_FILE, name.read_text()) != self._file
+            ours = (files.get(NAME_FILE), self._files.get(NAME_FILE))
+            taken = name.exists() and name.read_text(encoding="utf-8") not in ours
             require(not taken, "folder", str(folder), f"must not hold another tokenizer's {NAME_FILE}")
             for file, text in files.items():
                 (folder / file).write_bytes(text.encode())
@@ -157,37 +180,67 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
         fits = rest.isdecimal() and int(rest) >= 257
         require(fits, "data.tokenizer", spec, "must be bpe:SIZE with a SIZE of 257 or more")
         require(training_texts is not None, "data.tokenizer", spec, "needs text to be trained on")
-        return _from_json(spec, _train(int(rest), training_texts()), spec)
+        return _from_json(spec, train_bpe(int(rest), training_texts()), spec)
     require(kind == "file" and bool(rest), "data.tokenizer", spec, f"must be {KINDS}")
-    return _from_file(pathlib.Path(rest).expanduser(), spec)
+    path, chosen = special.parse_file_spec(spec)
+    return _from_file(path, spec, chosen)
+
+
+def fingerprint(spec: str) -> list[str]:
+    """What the tokenizer of a file: spec depends on: the file, and the tokens that files beside it name."""
+    path, _ = special.parse_file_spec(spec)
+    require(path.is_file(), "data.tokenizer", spec, f"there is no file {path}")
+    named = special.read_named_tokens(path.parent)
+    with readable(path):
+        parts = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    if named != NOTHING_NAMED:
+        parts.append(repr((named.roles, named.without_bos, sorted(named.special), sorted(named.ids.items()))))
+    return parts
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Reads what `save` or `export` wrote, or the tokenizer.json of a Hugging Face folder.
 
+    The eos_token_id of the folder's generation_config.json or config.json is then among its `stop_ids`.
+
     Raises ValueError if the folder holds no tokenizer, or a damaged one.
     """
     folder = pathlib.Path(folder)
     name, file = folder / NAME_FILE, folder / "tokenizer.json"
-    if name.is_file():
-        return make_tokenizer(name.read_text().strip())
-    require(file.exists(), "tokenizer folder", str(folder), f"must hold tokenizer.json or {NAME_FILE}")
-    return _from_file(file, f"file:{file}")
+    has_one = name.is_file() or file.exists()
+    require(has_one, "tokenizer folder", str(folder), f"must hold tokenizer.json or {NAME_FILE}")
+    spec = name.read_text(encoding="utf-8").removesuffix("\n") if name.is_file() else "file:tokenizer.json"
+    if spec.startswith("file:tokenizer.json"):
+        _, chosen = special.parse_file_spec(spec)
+        tokenizer = _from_file(file, spec.replace("tokenizer.json", str(file), 1), chosen)
+    else:
+        tokenizer = make_tokenizer(spec.strip())
+    named = special.read_stop_ids(folder, tokenizer.vocab_size)
+    return dataclasses.replace(tokenizer, _named_stop_ids=(*named, *tokenizer._named_stop_ids))
+
+
+def valid_text(text: str) -> str:
+    """A text whose lone surrogates, bytes that Python could not decode, are U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _bytes() -> Tokenizer:
     table = [bytes([byte]) for byte in range(256)]
-    special = {END_OF_TEXT: 256}
+    names = {END_OF_TEXT: 256}
     return Tokenizer(
         name="bytes",
         vocab_size=257,
         bos_id=256,
         eos_id=256,
-        special_tokens=special,
+        special_tokens=names,
         _encode=lambda texts: [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts],
         _make_token_bytes=lambda: [*table, b""],
-        _make_json=lambda: byte_level_json(table, special, words=None),
-        _file=(NAME_FILE, "bytes\n"),
+        _make_json=lambda: byte_level_json(table, names, words=None),
+        _files={NAME_FILE: "bytes\n"},
     )
 
 
@@ -199,101 +252,72 @@ def _harmony() -> Tokenizer:
         allowed = f"tiktoken cannot fetch its file; set TIKTOKEN_CACHE_DIR, see docs/tokenizers.md ({reason})"
         raise ValueError(f"data.tokenizer is {HARMONY!r}: {allowed}") from None
 
-    special: dict[str, int] = {}
+    names: dict[str, int] = {}
     for name in sorted(encoding.special_tokens_set, key=lambda name: ("reserved" in name, name)):
         token = encoding.encode_single_token(name)
         # tiktoken names one id twice, <|endofprompt|> and a reserved one, and goes on to reserve unused rows.
-        if token < HARMONY_VOCAB_SIZE and token not in special.values():
-            special[name] = token
+        if token < HARMONY_VOCAB_SIZE and token not in names.values():
+            names[name] = token
 
     def table() -> list[bytes]:
-        return [encoding.decode_single_token_bytes(token) for token in range(min(special.values()))]
+        return [encoding.decode_single_token_bytes(token) for token in range(min(names.values()))]
 
     return Tokenizer(
         name=HARMONY,
         vocab_size=HARMONY_VOCAB_SIZE,
         bos_id=encoding.encode_single_token("<|startoftext|>"),
         eos_id=encoding.encode_single_token(END_OF_TEXT),
-        special_tokens=special,
+        special_tokens=names,
         _encode=lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1),
-        _make_token_bytes=lambda: table() + [b""] * len(special),
+        _make_token_bytes=lambda: table() + [b""] * len(names),
         # The pattern has no public name, but tiktoken's own guide to new encodings takes it from there.
-        _make_json=lambda: byte_level_json(table(), special, words=encoding._pat_str),
-        _file=(NAME_FILE, HARMONY + "\n"),
+        _make_json=lambda: byte_level_json(table(), names, words=encoding._pat_str),
+        _files={NAME_FILE: HARMONY + "\n"},
     )
 
 
-def _train(size: int, texts: Iterator[str]) -> str:
-    """Trains a byte-level BPE vocabulary of at most `size` tokens; returns its tokenizer.json."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    byte_level = tokenizers.pre_tokenizers.ByteLevel
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
-            byte_level(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
-    return model.to_str()
-
-
-def _first_bytes(texts: Iterator[str], room: int) -> Iterator[str]:
-    """The first `room` UTF-8 bytes of a stream of texts."""
-    for text in texts:
-        data = text.encode()[:room]
-        yield data.decode(errors="ignore")
-        room -= len(data)
-        if room == 0:
-            return
-
-
-def _from_file(path: pathlib.Path, spec: str) -> Tokenizer:
+def _from_file(path: pathlib.Path, spec: str, chosen: Roles) -> Tokenizer:
     try:
         content = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise ValueError(f"data.tokenizer is {spec!r}: cannot read {path} ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ValueError(f"data.tokenizer is {spec!r}: {path} is not a tokenizer.json (not UTF-8)") from None
-    return _from_json(spec, content, str(path))
+    return _from_json(spec, content, str(path), chosen, special.read_named_tokens(path.parent))
 
 
-def _from_json(spec: str, content: str, origin: str) -> Tokenizer:
+def _from_json(
+    spec: str, content: str, origin: str, chosen: Roles = NO_ROLES, named: NamedTokens = NOTHING_NAMED
+) -> Tokenizer:
     try:
         model = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises Exception itself for every kind of damage
         reason = " ".join(str(error).split())
         raise ValueError(f"data.tokenizer is {spec!r}: {origin} is not a tokenizer.json ({reason})") from None
-    # Training text is plain text of any length, whatever the file was last used for.
-    model.encode_special_tokens = True
-    model.no_truncation()
-    model.no_padding()
-    bos = next((name for name in BOS_NAMES if model.token_to_id(name) is not None), None)
-    eos = next((name for name in EOS_NAMES if model.token_to_id(name) is not None), None)
-    allowed = f"{origin} has none of {', '.join(BOS_NAMES + EOS_NAMES)}"
-    require(bos is not None or eos is not None, "data.tokenizer", spec, allowed)
-    bos, eos = bos or eos, eos or bos
-    special = {token.content: i for i, token in model.get_added_tokens_decoder().items() if token.special}
-    special |= {name: model.token_to_id(name) for name in (bos, eos)}
+    roles = special.find_roles(model, chosen, named)
+    special.check_roles(spec, origin, model, roles)
+    names = special.special_names(model, roles, named)
+    marked = mark_special(content, model, names)
+    if marked != content:
+        content, model = marked, tokenizers.Tokenizer.from_str(marked)
+    files = {"tokenizer.json": content}
+    if special.find_roles(model, NO_ROLES, NOTHING_NAMED) != roles:
+        files[NAME_FILE] = special.saved_spec(roles)
+    encoder = text_encoder(content, model, names)
+    turn_end = None if named.roles.eos is None else model.token_to_id(named.roles.eos)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [encoded.ids for encoded in model.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoded.ids for encoded in encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     return Tokenizer(
         name=spec,
         vocab_size=1 + max(model.get_vocab(with_added_tokens=True).values()),
-        bos_id=special[bos],
-        eos_id=special[eos],
-        special_tokens=special,
+        bos_id=model.token_to_id(roles.bos),
+        eos_id=model.token_to_id(roles.eos),
+        special_tokens={name: model.token_to_id(name) for name in names},
         _encode=encode,
-        _make_token_bytes=lambda: bytes_of_tokens(model, json.loads(content).get("decoder")),
+        _make_token_bytes=lambda: bytes_of_tokens(content, model, names),
         _make_json=lambda: content,
-        _file=("tokenizer.json", content),
+        _files=files,
+        _named_stop_ids=() if turn_end is None else (turn_end,),
     )

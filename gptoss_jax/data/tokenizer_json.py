@@ -2,13 +2,15 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tokenizers
 
-END_OF_TEXT = "<|endoftext|>"
-# Ends an assistant's turn in gpt-oss's chat format, where END_OF_TEXT ends a document.
-RETURN = "<|return|>"
+from gptoss_jax.data.special_tokens import RETURN
+
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 NO_LIMIT = int(1e30)  # what transformers takes for a text of any length
 
@@ -70,43 +72,128 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def bytes_of_tokens(model: tokenizers.Tokenizer, decoder: dict | None) -> list[bytes]:
-    """The bytes that each id stands for: exact for byte-level vocabularies and those with byte fallback.
+def mark_special(content: str, model: tokenizers.Tokenizer, names: set[str]) -> str:
+    """A tokenizer.json that lists all of these tokens as special; unchanged where it does already."""
+    added = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
+    if names <= added:
+        return content
+    values = json.loads(content)
+    tokens = {token["content"]: token for token in values.get("added_tokens") or []}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    for name in names:
+        token = tokens.setdefault(name, {"id": model.token_to_id(name), "content": name} | plain)
+        token["special"] = True
+    values["added_tokens"] = sorted(tokens.values(), key=lambda token: token["id"])
+    return json.dumps(values, indent=2, ensure_ascii=False)
 
-    Special tokens and ids without a token stand for none. `decoder` is that of the tokenizer.json.
+
+def text_encoder(content: str, model: tokenizers.Tokenizer, names: set[str]) -> tokenizers.Tokenizer:
+    """A tokenizer.json's tokenizer for plain text, which never gives a token with one of these names.
+
+    With `encode_special_tokens` the library does not look for the names of special tokens. Where they are in
+    the model's vocabulary too, the model may still find them: T5's does. So there they get names that no text
+    spells.
     """
-    byte_level = "ByteLevel" in json.dumps(decoder)
-    to_byte = {letter: byte for byte, letter in enumerate(byte_letters())}
+    names = {name for name in names if model.model.token_to_id(name) is not None}
+    if names:
+        model = tokenizers.Tokenizer.from_str(json.dumps(_renamed(json.loads(content), names)))
+    model.encode_special_tokens = True
+    # Training text is plain text of any length, whatever the file was last used for.
+    model.no_truncation()
+    model.no_padding()
+    return model
+
+
+def _renamed(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """A tokenizer.json where these tokens of the model have other names, and are not added tokens."""
+    new = {name: f"\0{secrets.token_hex(32)}" for name in names}
+    model = values["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {new.get(piece, piece): token for piece, token in model["vocab"].items()}
+    else:  # Unigram's has pieces with their scores
+        model["vocab"] = [[new.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = new[model["unk_token"]]
+    if model.get("merges"):
+        pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+        model["merges"] = [pair for pair in pairs if names.isdisjoint((*pair, "".join(pair)))]
+    added = values.get("added_tokens") or []
+    values["added_tokens"] = [token for token in added if token["content"] not in names]
+    return values
+
+
+def bytes_of_tokens(content: str, model: tokenizers.Tokenizer, special: set[str]) -> list[bytes]:
+    """The bytes that each id stands for, special tokens and ids without a token for none.
+
+    They are exact for byte-level vocabularies and those with byte fallback. WordPiece does not encode spaces,
+    so each word comes with one before it.
+    """
     vocab = model.get_vocab(with_added_tokens=True)
-    added = model.get_added_tokens_decoder()
+    added = {token.content for token in model.get_added_tokens_decoder().values()}
+    decode = _piece_decoder(json.loads(content))
     table = [b""] * (1 + max(vocab.values()))
     for piece, token in vocab.items():
-        if token in added:
-            table[token] = b"" if added[token].special else piece.encode()
-        elif byte_level:
-            known = all(letter in to_byte for letter in piece)
-            table[token] = bytes(map(to_byte.get, piece)) if known else piece.encode()
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            table[token] = bytes.fromhex(piece[3:5])
-        else:
-            table[token] = piece.replace("\u2581", " ").encode()
+        if piece not in special:
+            table[token] = piece.encode() if piece in added else decode(piece)
     return table
 
 
-def settings_files(
-    content: str, special_tokens: dict[str, int], bos_id: int, eos_id: int, max_length: int | None
-) -> dict[str, str]:
-    """What goes with a tokenizer.json: {"tokenizer_config.json": its text, "special_tokens_map.json": …}.
+def _piece_decoder(values: dict[str, Any]) -> Callable[[str], bytes]:
+    """The bytes of one piece of a tokenizer.json's vocabulary, by what its decoder does to a whole text."""
+    decoders = {part["type"]: part for part in _flat(values.get("decoder"))}
+    before = [part for key in ("normalizer", "pre_tokenizer") for part in _flat(values.get(key))]
+    to_byte = {letter: byte for byte, letter in enumerate(byte_letters())}
+
+    def byte_level(piece: str) -> bytes:
+        known = all(letter in to_byte for letter in piece)
+        return bytes(map(to_byte.get, piece)) if known else piece.encode()
+
+    def words(piece: str) -> bytes:
+        inside = prefix is not None and piece.startswith(prefix)
+        return (piece.removeprefix(prefix) if inside else f" {piece}").encode()
+
+    def spaced(piece: str) -> bytes:
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", piece):
+            return bytes.fromhex(piece[3:5])
+        for mark in marks:
+            piece = piece.replace(mark, " ")
+        return (piece.removesuffix(suffix) + " " if suffix and piece.endswith(suffix) else piece).encode()
+
+    if "ByteLevel" in decoders or any(part["type"] == "ByteLevel" for part in before):
+        return byte_level
+    model = values["model"]
+    if "WordPiece" in decoders or (not decoders and model.get("type") in ("WordPiece", "WordLevel")):
+        prefix = decoders.get("WordPiece", model).get("prefix") or model.get("continuing_subword_prefix")
+        return words
+    suffix = decoders.get("BPEDecoder", {}).get("suffix")
+    marks = {"\u2581", decoders.get("Metaspace", {}).get("replacement", "\u2581")}
+    return spaced
+
+
+def _flat(part: dict | None) -> list[dict]:
+    """The parts of a normalizer, pre-tokenizer or decoder, those of a sequence one by one."""
+    if part is None:
+        return []
+    parts = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+    return [part] if parts is None else [inner for one in parts for inner in _flat(one)]
+
+
+def token_roles(special_tokens: dict[str, int], bos_id: int, eos_id: int) -> dict[str, str]:
+    """What Hugging Face's programs call the tokens: {"bos_token": name, "eos_token": …, "pad_token": …}.
 
     In gpt-oss's vocabulary the end of a turn is the eos and the end of a document the padding, as published.
     In others the end of a document is the eos, and the padding too if there is no token for it.
     """
     names = {token: name for name, token in special_tokens.items()}
-    roles = {
+    return {
         "bos_token": names[bos_id],
         "eos_token": RETURN if RETURN in special_tokens else names[eos_id],
         "pad_token": next((name for name in PAD_NAMES if name in special_tokens), names[eos_id]),
     }
+
+
+def settings_files(content: str, roles: dict[str, str], max_length: int | None) -> dict[str, str]:
+    """The files that go with a tokenizer.json, {name: content}; `roles` are those of `token_roles`."""
     added = {str(token.pop("id")): token for token in json.loads(content).get("added_tokens") or []}
     config = roles | {
         "added_tokens_decoder": added,

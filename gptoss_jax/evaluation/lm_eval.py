@@ -136,14 +136,18 @@ class GptOss(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The text that each (context, settings) is continued by, up to eos or one of the `until` strings.
+        """The text that each (context, settings) is continued by, up to a stop token of the model's folder or
+        one of the `until` strings. A stop token that is text belongs to the answer, as in lm_eval's adapters.
 
         Greedy unless the task asks for `do_sample`; then each request has a seed of its own, its number.
         """
         asked = [self._generation(*request.args) for request in requests]
         order = sorted(range(len(asked)), key=lambda i: -len(asked[i][0]))
         answers = [""] * len(asked)
-        stop_tokens = (self._tokenizer.eos_id,)
+        stops = self._tokenizer.stop_ids
+        special = set(self._tokenizer.special_tokens.values())
+        stop_tokens = [token for token in stops if token in special or token >= self._tokenizer.vocab_size]
+        text_stops = set(stops) - set(stop_tokens)
         with tqdm(total=len(order), desc="Generating", disable=disable_tqdm or None) as progress:
             while order:
                 prompt, settings = asked[order[0]]
@@ -156,8 +160,9 @@ class GptOss(TemplateLM):
                 )  # fmt: skip
                 for i, tokens in zip(chosen, found, strict=True):
                     text = TextStream(self._tokenizer.decode_bytes, asked[i][1]["stop_strings"])
+                    end = next((k for k, token in enumerate(tokens, 1) if token in text_stops), None)
                     # The model's table may have more rows than the tokenizer has tokens.
-                    known = [token for token in tokens if token < self._tokenizer.vocab_size]
+                    known = [token for token in tokens[:end] if token < self._tokenizer.vocab_size]
                     answers[i] = text.feed(known) + text.close()
                     self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
                 progress.update(len(chosen))

@@ -58,8 +58,6 @@ class Conversation(Protocol):
 class HarmonyConversation:
     """A conversation with a chat model."""
 
-    # The last one ends a document, and so whatever a model may have been saying.
-    stop_tokens = (harmony.RETURN, harmony.CALL, 199999)
     max_new_tokens = 4096
     temperature = 1.0
 
@@ -72,6 +70,7 @@ class HarmonyConversation:
     ) -> None:
         """`instructions` are the developer's, `date` is today as YYYY-MM-DD; see `harmony.system`."""
         self._format = Harmony(tokenizer)
+        self.stop_tokens = tuple(dict.fromkeys((*tokenizer.stop_ids, harmony.RETURN, harmony.CALL)))
         self._first = [harmony.system(reasoning, date)]
         if instructions:
             self._first.append(harmony.developer(instructions))
@@ -98,7 +97,7 @@ class Completion:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.stop_tokens = (tokenizer.eos_id,)
+        self.stop_tokens = tokenizer.stop_ids
 
     def prompt(self, line: str) -> list[int]:
         return [self._tokenizer.bos_id, *self._tokenizer.encode(line)]

@@ -38,7 +38,8 @@ def generate(
       prompts: token ids, of any lengths. Text that was trained on starts with the tokenizer's bos.
       max_new_tokens: most tokens that a prompt is continued by.
       temperature, top_k, top_p, min_p: see `sampling.sample`. The default is greedy.
-      stop_tokens: any of these ends its sequence and is not part of the answer.
+      stop_tokens: any of these ends its sequence and is not part of the answer. None by default; those of a
+        model's folder are `load_tokenizer(folder).stop_ids`.
       stop_strings: an answer ends with the token in which one of these is complete, the last of the answer:
         cut the text where the string begins (`TextStream` does). Looked for between the calls of the decoder,
         so a few tokens more may be computed than are returned.

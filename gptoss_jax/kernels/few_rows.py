@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.kernels import native, target
+from gptoss_jax.kernels import native, selection, target
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.kernels.swiglu import SwiGLU
 
@@ -22,10 +22,12 @@ FEW_ROWS = 16
 NOTHING = np.zeros(0, np.float32)
 
 
-def suits(rows: int, dtype: jnp.dtype) -> bool:
-    """Whether the kernels here are what multiplies so many rows."""
+def suits(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
+    """Whether a kernel of this file applies: float32 on one CPU device, at most FEW_ROWS rows, not turned off
+    (`selection.is_enabled`), and compiled."""
     here = target.platform() == "cpu" and not target.is_spread()
-    return here and rows <= FEW_ROWS and dtype == jnp.float32 and native.is_available()
+    fits = here and rows <= FEW_ROWS and dtype == jnp.float32
+    return fits and selection.is_enabled(kernel) and native.is_available()
 
 
 def _call(name: str, results):

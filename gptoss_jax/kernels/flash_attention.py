@@ -7,7 +7,7 @@ Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels import target
+from gptoss_jax.kernels import selection, target
 from gptoss_jax.kernels.blockwise_attention import blockwise_attention
 from gptoss_jax.kernels.mask import MASKED, visible
 
@@ -50,12 +50,13 @@ def flash_attention(
     inputs = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, window, sink_tokens, sinks_N)
     platform = target.platform()
     drops = dropout_key is not None and dropout > 0
-    # Imported where they are used: what they import is of no use elsewhere, and takes its time.
-    if platform == "gpu" and not drops and _fits_triton(q_BTNH.shape[3]):
+    has_kernel = platform != "cpu" and not drops and selection.is_enabled("attention")
+    # Imported lazily: Pallas backends are slow to import.
+    if platform == "gpu" and has_kernel and fits_triton(q_BTNH.shape[3]):
         from gptoss_jax.kernels.triton_attention import triton_attention
 
         return triton_attention(*inputs)
-    if platform == "tpu" and not drops and (window is None or sink_tokens == 0):
+    if platform == "tpu" and has_kernel and (window is None or sink_tokens == 0):
         from gptoss_jax.kernels.splash_attention import splash_attention
 
         return splash_attention(*inputs)
@@ -64,7 +65,7 @@ def flash_attention(
     return blockwise_attention(*inputs, dropout, dropout_key)
 
 
-def _fits_triton(head_size: int) -> bool:
+def fits_triton(head_size: int) -> bool:
     """Whether the blocks of our Triton kernel fit the GPU's shared memory, 129 KiB for heads of 128."""
     memory = getattr(jax.devices()[0], "shared_memory_per_block_optin", None)
     return head_size <= 128 and (memory is None or memory >= 132 << 10)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptoss_jax.kernels import native, target
+from gptoss_jax.kernels import native, selection, target
 
 PRECISION = lax.Precision.HIGHEST  # float32 stays float32 on TPU and GPU; narrower types are not affected
 
@@ -31,7 +31,7 @@ def grouped_matmul(
     Returns:
       [R, F] in the type of `x_RD`; rows of no group are zero.
     """
-    if is_native(x_RD.dtype):
+    if is_native("grouped_matmul", x_RD.dtype):
         return native_grouped_matmul(x_RD, w_EDF, group_sizes_E, bias_EF)
     y_RF = _form()(x_RD, w_EDF, group_sizes_E)
     return y_RF if bias_EF is None else add_group_bias(y_RF, bias_EF, group_sizes_E)
@@ -40,21 +40,23 @@ def grouped_matmul(
 def _form() -> Callable:
     """The form for the platform that is compiled for. `lax.ragged_dot` is none of them: on CPU and GPU it
     multiplies every row by every group's matrix, and on TPU it does so for the gradient of the matrices."""
-    # Imported where they are used: what they import is of no use elsewhere, and takes its time.
-    if target.platform() == "tpu":
+    platform = target.platform()
+    if platform == "cpu" or not selection.is_enabled("grouped_matmul"):
+        return blocked_grouped_matmul
+    # Imported lazily: Pallas backends are slow to import.
+    if platform == "tpu":
         from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
 
         return megablox_grouped_matmul
-    if target.platform() == "gpu":
-        from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
+    from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
 
-        return triton_grouped_matmul
-    return blocked_grouped_matmul
+    return triton_grouped_matmul
 
 
-def is_native(dtype: jnp.dtype) -> bool:
-    """Whether the kernels in C++ are what multiplies: on CPU, in float32, where they can be compiled."""
-    return target.platform() == "cpu" and dtype == jnp.float32 and native.is_available()
+def is_native(kernel: str, dtype: jnp.dtype) -> bool:
+    """Whether a C++ kernel applies: float32 on CPU, not turned off (`selection.is_enabled`), and compiled."""
+    fits = target.platform() == "cpu" and dtype == jnp.float32
+    return fits and selection.is_enabled(kernel) and native.is_available()
 
 
 def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
@@ -239,8 +241,10 @@ take.defvjp(
 def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Adds to each row its group's bias; rows of no group stay as they are."""
     groups_R = _group_of_row(group_sizes_E, x_RF.shape[0])
-    # Padded with a row for those, it would be copied whole: it may be that of all layers.
-    return x_RF + bias_EF.at[groups_R].get(mode="fill", fill_value=0)
+    # Gathered in float32, because the gradient of the gather is a sum over rows: in bfloat16 it would lose
+    # digits. Rows of no group read past the end; padding the biases with zeros would copy them, all layers'.
+    wide_EF = bias_EF.astype(jnp.promote_types(bias_EF.dtype, jnp.float32))
+    return x_RF + wide_EF.at[groups_R].get(mode="fill", fill_value=0).astype(x_RF.dtype)
 
 
 def _group_of_row(group_sizes_E, rows):

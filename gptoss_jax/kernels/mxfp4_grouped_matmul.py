@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptoss_jax.kernels import mxfp4, native, target
+from gptoss_jax.kernels import mxfp4, native, selection, target
 from gptoss_jax.kernels.grouped_matmul import PRECISION, Tile, add_group_bias, is_native
 
 # Rows that a group's matrix is multiplied with in one turn of the loop in plain XLA.
@@ -51,19 +51,19 @@ def mxfp4_grouped_matmul(
 
 def _form(x_RD: jax.Array) -> Callable:
     """The form for the platform that is compiled for."""
-    if is_native(x_RD.dtype):
+    if is_native("mxfp4_matmul", x_RD.dtype):
         return native_mxfp4_matmul
-    # Imported where they are used: what they import is of no use elsewhere, and takes its time.
-    if target.platform() == "tpu":
+    platform = target.platform()
+    if platform == "cpu" or not selection.is_enabled("mxfp4_matmul"):
+        return _looped
+    # Imported lazily: Pallas backends are slow to import.
+    if platform == "tpu":
         from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul
 
         return mosaic_mxfp4_matmul
-    if target.platform() == "gpu":
-        from gptoss_jax.kernels.triton_mxfp4_matmul import MOST_ROWS, triton_mxfp4_matmul
+    from gptoss_jax.kernels.triton_mxfp4_matmul import MOST_ROWS, triton_mxfp4_matmul
 
-        if x_RD.shape[0] <= MOST_ROWS:
-            return triton_mxfp4_matmul
-    return _looped
+    return triton_mxfp4_matmul if x_RD.shape[0] <= MOST_ROWS else _looped
 
 
 def native_mxfp4_matmul(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig, require
-from gptoss_jax.kernels import target
+from gptoss_jax.kernels import selection, target
 from gptoss_jax.kernels.mask import segment_starts
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.model import rope
@@ -133,7 +133,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Hidden states to float32 logits, [B, T, V]."""
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), selection.using(self.config.kernels):
             return product(
                 ("head", "weight"), "BTD,VD->BTV", hidden_BTD, self.head_weight_VD, result_type=jnp.float32
             )
@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
         require(rows % shards == 0, "rows of tokens", rows, f"must be a multiple of {shards} devices")
         # Every product inside is float32 where its operands are: TPU and GPU would round them without being
         # told.
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), selection.using(self.config.kernels):
             # In float32, the type in which the gradients of a token's occurrences are added up.
             x_BTD = look_up(self.embedding.weight[...], tokens_BT).astype(compute_dtype(self.config))
             x_BTD = constrain(x_BTD, HIDDEN_BTD)

@@ -168,7 +168,8 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, stack=None, *, activat
     dropped = jnp.float32(0)
     if capacity is None and devices == 1:
         few_MX = jnp.where(known_MX, weights_MX, 0)
-        if stack and few_rows.suits(M, x_MD.dtype):
+        kernel = "decode_mxfp4_experts" if _is_packed(parameters) else "decode_experts"
+        if stack and few_rows.suits(kernel, M, x_MD.dtype):
             y_MD = few_rows.experts(x_MD, experts_MX, few_MX, parameters, stack.first, E, activation)
             return y_MD, dropped
         if target.platform() == "cpu" and M * X <= FEW_PAIRS and not _is_packed(parameters):

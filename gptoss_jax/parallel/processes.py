@@ -161,7 +161,7 @@ def _join(name: str) -> None:
         index, count = jax.process_index(), jax.process_count()
         if index:
             # Closed by nobody: it is standard output until the process ends.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         _lifelines = Lifelines(name, index, count, connect(index, count))
     except RuntimeError as error:
         raise OSError(f"the processes do not come together: {error}") from error
@@ -209,7 +209,7 @@ def _end(name: str, error: BaseException) -> None:
     if first[1] != text:
         _lifelines.say(first)
         _lifelines.leave(1)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         code = _report(name, error)
     _lifelines.leave(code)
 

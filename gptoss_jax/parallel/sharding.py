@@ -227,7 +227,7 @@ def products(
 
 def _products(equation, x, weights, result_type):
     axes = current_axes()
-    if result_type in (None, x.dtype) and few_rows.suits(_rows(equation, x), x.dtype):
+    if result_type in (None, x.dtype) and few_rows.suits("decode_matmul", _rows(equation, x), x.dtype):
         return few_rows.products(
             equation, x, [layer_of(weight.astype(x.dtype)) for weight in weights.values()]
         )

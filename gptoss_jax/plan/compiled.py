@@ -76,7 +76,7 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
         child = subprocess.run(
             [sys.executable, "-m", "gptoss_jax.plan.compiled", topology, result],
             input=json.dumps(config.to_dict()),
-            text=True,
+            encoding="utf-8",
             errors="replace",
             capture_output=True,
             env=environment,

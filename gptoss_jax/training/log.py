@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import TrainConfig
+from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.pipeline import TokenCache
 from gptoss_jax.inference.generate import generate_with_params
 from gptoss_jax.training.flops import flops_per_token, mfu, parameter_counts
@@ -25,6 +26,7 @@ from gptoss_jax.training.metrics import (
     read_metrics,
 )
 from gptoss_jax.training.report import draw_report
+from gptoss_jax.training.start import stop_tokens
 
 SKIPS_BEFORE_STOP = 20  # non-finite steps in a row
 LOAD_ROWS = 200  # rows of metrics.jsonl that carry the experts' load: a picture needs no more
@@ -44,6 +46,7 @@ class RunLog:
         self.rows = read_metrics(self.run_dir / "metrics.jsonl") if self.is_main else []
         self.clock = Clock()
         self._new_tokens = 0
+        self._stop_tokens = stop_tokens(config, cache.tokenizer)
         documents = ~cache.held_out
         self._train_tokens = int(np.diff(cache.offsets)[documents].sum() - documents.sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
@@ -134,7 +137,8 @@ class RunLog:
     def sample(self, step: int, params: dict) -> None:
         """Writes on from `eval.prompt` and shows it."""
         config, tokenizer = self.config.eval, self.cache.tokenizer
-        prompt = [tokenizer.bos_id, *tokenizer.encode(config.prompt)]
+        text = user_text(config.prompt)
+        prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
         room = self.config.model.max_position_embeddings - len(prompt)
         if min(config.sample_tokens, room) < 1:
             return
@@ -144,12 +148,12 @@ class RunLog:
             [prompt],
             max_new_tokens=min(config.sample_tokens, room),
             temperature=config.temperature,
-            stop_tokens=(tokenizer.eos_id,),
+            stop_tokens=self._stop_tokens,
             seed=step,
         )
         # The model's table may have more rows than the tokenizer has tokens.
         known = [token for token in tokens if token < tokenizer.vocab_size]
-        self.console.sample(config.prompt + tokenizer.decode(known))
+        self.console.sample(text + tokenizer.decode(known))
 
     def finish(self, step: int, first_step: int) -> None:
         """The picture and the closing words."""
@@ -184,6 +188,7 @@ class RunLog:
         rate = float(np.median([row["tokens_per_second"] for row in steps]))
         speed = format_flops(rate * self._flops_per_token)
         used = steps[-1]["mfu"]
+        prompt = user_text(self.config.eval.prompt) or "The "
         self.console.summary(
             [
                 ("held-out loss", f"{final.get('val_loss', math.nan):.4f} nats per token"),
@@ -195,7 +200,7 @@ class RunLog:
                 ),
                 ("picture", str(picture)),
             ],
-            f"gptoss generate {self.run_dir} --prompt {shlex.quote(self.config.eval.prompt or 'The ')}",
+            f"gptoss generate {self.run_dir} --prompt {shlex.quote(prompt)}",
         )
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> TrainState:
             batches.set_state(record["data"])
         elif is_main:
             config.save(run_dir / "config.json")
-            cache.tokenizer.save(run_dir)
+            start.save_tokenizer(config, cache.tokenizer)
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, record["tokens_seen"] if record else 0)
         stack.callback(log.close)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from gptoss_jax.config import TrainConfig
+from gptoss_jax.config.paths import user_text
 from gptoss_jax.training.flops import parameter_counts
 from gptoss_jax.training.metrics import format_count, format_rate, read_metrics
 
@@ -246,7 +247,7 @@ def _title(run: pathlib.Path, config: TrainConfig, training: Rows, evaluations: 
     if best:
         word = "final" if finals else f"at step {best[-1]['step']:,}"
         facts.append(f"{best[-1]['val_bits_per_byte']:.3f} bits per byte held-out ({word})")
-    return run.resolve().name, "  ·  ".join(facts)
+    return user_text(run.resolve().name), "  ·  ".join(facts)
 
 
 def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:

@@ -4,6 +4,7 @@ state."""
 import contextlib
 import dataclasses
 import fcntl
+import json
 import pathlib
 import secrets
 import socket
@@ -15,6 +16,7 @@ import jax
 
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.data.pipeline import TokenCache, build_cache
+from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.mesh import batch_shards, check_model
@@ -136,7 +138,7 @@ def check_text(config: TrainConfig, cache: TokenCache) -> None:
 def only_run_in(run_dir: pathlib.Path) -> Iterator[None]:
     """Holds the folder for this process. Raises ValueError when another one is training in it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as file:
+    with open(run_dir / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -200,6 +202,24 @@ def _foreign_weights(config: TrainConfig, params: dict) -> tuple[dict, Tokenizer
     return read_params(open_weights(folder), config.model, params), tokenizer
 
 
+def stop_tokens(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a sample: the tokenizer's, and those that the folder of `init_from` names."""
+    if config.init_from is None:
+        return tokenizer.stop_ids
+    named = read_stop_ids(local_folder(config.init_from), tokenizer.vocab_size)
+    return tuple(dict.fromkeys((*named, *tokenizer.stop_ids)))
+
+
+def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Writes the tokenizer to the run folder, and the stop tokens of `init_from` if it names others."""
+    folder = pathlib.Path(config.run_dir)
+    tokenizer.save(folder)
+    stops = stop_tokens(config, tokenizer)
+    if set(stops) != set(tokenizer.stop_ids):
+        values = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
+        (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
     """Raises ValueError when `init_from` is no folder of weights, or of another model. Reads no weights."""
     if config.init_from is None:
@@ -254,5 +274,5 @@ def checkpoint_record(
         "tokens_seen": tokens_seen,
         "text": _text_of(cache),
         "config": config.to_dict(),
-        "tokenizer": {name: (folder / name).read_text() for name in names},
+        "tokenizer": {name: (folder / name).read_text(encoding="utf-8") for name in names},
     }

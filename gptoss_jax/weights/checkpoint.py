@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gptoss_jax.config import TrainConfig
+from gptoss_jax.config.paths import require_utf8
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel import processes
@@ -32,6 +33,7 @@ class Checkpoints:
     def __init__(self, run_dir: str | pathlib.Path, keep: int = 2, read_only: bool = False):
         """Keeps the `keep` latest checkpoints and the one with the lowest validation loss."""
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
+        require_utf8(self.folder.parent, "run_dir")
         # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an
         # exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)

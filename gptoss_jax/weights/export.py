@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from gptoss_jax.weights.sources import (
     with_experts,
 )
 
+GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # exp(this - anything) is 0: how a model without learned sinks is written in a format that has them.
 NO_SINK = float(jnp.finfo(jnp.bfloat16).min)
@@ -129,7 +131,12 @@ def write_folder(
             shutil.copyfile(path, partial / name)
         if tokenizer is not None:
             tokenizer.export(partial)
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        text = json.dumps(values, indent=2) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        generation = _generation_ids(values, tokenizer)
+        if generation and not (partial / GENERATION).exists():
+            text = json.dumps(generation, indent=2) + "\n"
+            (partial / GENERATION).write_text(text, encoding="utf-8")
     warn_of(unsound, source.origin)
 
 
@@ -183,15 +190,25 @@ def _own_tokenizer(origin: pathlib.Path | None) -> Tokenizer | None:
     return load_tokenizer(origin)
 
 
-def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict[str, int]:
+def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
+    """The ids of bos, eos and padding that config.json names."""
     if tokenizer is not None:
-        return dict(zip(TOKEN_IDS, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_id), strict=True))
+        return {f"{role}_id": tokenizer.special_tokens[name] for role, name in tokenizer.token_roles.items()}
     if origin is None:
         return {}
     # The released config.json names the turn's end alone; only where it says nothing is the other file asked.
-    for path in (origin / "config.json", companions(origin).get("generation_config.json")):
+    for path in (origin / "config.json", companions(origin).get(GENERATION)):
         values = read_json(path) if path is not None and path.is_file() else {}
         found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
         if found:
             return found
     return {}
+
+
+def _generation_ids(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
+    """The ids that generation_config.json names: those of config.json, and all that end an answer as eos."""
+    ids = {name: config[name] for name in TOKEN_IDS if name in config}
+    if tokenizer is not None:
+        stops = list(tokenizer.stop_ids)
+        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    return ids

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.mxfp4 import BYTES, GROUP
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel.sharding import path_names
+from gptoss_jax.weights.tensor_names import described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +68,33 @@ class Layout:
             axis += len(letters)
         return apart.reshape(shape)
 
+    def files(self, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Returns name and shape of each tensor in the file that one layer's parameter is read from."""
+        return {self.name.format(layer): self.file_shape(config)}
+
     @property
     def keeps_first_axis(self) -> bool:
         """Whether the first axis is the same in both, so that slices of it can be worked through one by
         one."""
         return len(self._file_axes[0]) == 1 and self._order[0] == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertLayout:
+    """The names of the tensors that hold one expert's part of a parameter ({} stands for layer and expert),
+    and what their axes are. Two names are those of gate and up, whose axis P the file then lacks."""
+
+    names: tuple[str, ...]
+    axes: str
+
+    def parts(self, layer: int, expert: int) -> list[Layout]:
+        """Returns the layout of each tensor of one expert."""
+        return [Layout(name.format(layer, expert), self.axes) for name in self.names]
+
+    def files(self, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Returns name and shape of each tensor in the file that one layer's parameter is read from."""
+        experts = range(config.num_local_experts)
+        return {p.name: p.file_shape(config) for e in experts for p in self.parts(layer, e)}
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -156,6 +180,38 @@ ORIGINAL = _table(
 )
 
 
+# Experts one by one, by a name that only this layout has: with gate and up apart (llm-compressor), and with
+# both in one matrix whose rows alternate, as they do in the published one (Unsloth).
+_EXPERTS = "model.layers.{}.mlp.experts."
+BY_EXPERT = {
+    r"\.mlp\.experts\.\d+\.gate_proj\.weight$": {
+        "moe.gate_up": ExpertLayout(
+            (f"{_EXPERTS}{{}}.gate_proj.weight", f"{_EXPERTS}{{}}.up_proj.weight"), "F D -> D F"
+        ),
+        "moe.gate_up_bias": ExpertLayout(
+            (f"{_EXPERTS}{{}}.gate_proj.bias", f"{_EXPERTS}{{}}.up_proj.bias"), "F"
+        ),
+        "moe.down": ExpertLayout((f"{_EXPERTS}{{}}.down_proj.weight",), "D F -> F D"),
+        "moe.down_bias": ExpertLayout((f"{_EXPERTS}{{}}.down_proj.bias",), "D"),
+    },
+    r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$": {
+        "moe.gate_up": ExpertLayout((f"{_EXPERTS}gate_up_projs.{{}}.weight",), "(F P) D -> D P F"),
+        "moe.gate_up_bias": ExpertLayout((f"{_EXPERTS}gate_up_projs.{{}}.bias",), "(F P) -> P F"),
+        "moe.down": ExpertLayout((f"{_EXPERTS}down_projs.{{}}.weight",), "D F -> F D"),
+        "moe.down_bias": ExpertLayout((f"{_EXPERTS}down_projs.{{}}.bias",), "D"),
+    },
+}
+Table = dict[str, Layout | ExpertLayout]
+
+
+def table_of(names: Collection[str]) -> Table:
+    """Returns the table of the layout that tensors with these names are in."""
+    if "embedding.weight" in names:
+        return ORIGINAL
+    by_expert = next((t for key, t in BY_EXPERT.items() if any(re.search(key, n) for n in names)), {})
+    return HUGGINGFACE | by_expert
+
+
 def parameters_by_layer(config: ModelConfig) -> list[tuple[tuple[str, ...], list[int]]]:
     """Path and layers of every array of the parameter tree, in the order a model is read.
 
@@ -171,20 +227,19 @@ def parameters_by_layer(config: ModelConfig) -> list[tuple[tuple[str, ...], list
     return made
 
 
-def expected_shapes(config: ModelConfig, table: dict[str, Layout]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig, table: Table) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a file of this config holds, layer by layer."""
     found = []
     for names, layers in parameters_by_layer(config):
         layout = table[".".join(names[-2:])]
         place = {"embedding": -1, "blocks": 0}.get(names[0], config.num_hidden_layers)
-        found += [(place + max(i, 0), layout.name.format(i), layout.file_shape(config)) for i in layers]
+        found += [(place + max(i, 0), *file) for i in layers for file in layout.files(config, i).items()]
     return {name: shape for _, name, shape in sorted(found, key=lambda entry: entry[0])}
 
 
-def check_tensors(
-    where: str, config: ModelConfig, table: dict[str, Layout], tensors: dict[str, np.ndarray]
-) -> None:
-    """Raises one ValueError for all tensors that are missing, surplus, or of another shape or type."""
+def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[str, np.ndarray]) -> None:
+    """Raises one ValueError for all tensors that are missing, surplus, or of another shape or type, which
+    says what they seem to be of where that is known."""
     expected = expected_shapes(config, table)
     wrong = []
     for name, shape in expected.items():
@@ -199,7 +254,9 @@ def check_tensors(
             wrong.append(f"{name} is of type {tensors[name].dtype.name}, must be {' or '.join(kinds)}")
     wrong += [f"{name} is not of this model" for name in sorted(tensors.keys() - expected.keys())]
     if wrong:
-        more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        what = described(tensors.keys() - expected.keys())
+        foreign, shown = (f"these are the tensors of {what}: ", 4) if what else ("", 20)
+        more = f"; and {len(wrong) - shown} more" if len(wrong) > shown else ""
         raise ValueError(
-            f"{where}: {len(wrong)} tensors do not fit its config: {'; '.join(wrong[:20])}{more}"
+            f"{where}: {foreign}{len(wrong)} tensors do not fit its config: {'; '.join(wrong[:shown])}{more}"
         )

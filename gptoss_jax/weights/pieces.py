@@ -129,10 +129,40 @@ class Unpacked:
 
 
 @dataclasses.dataclass
+class Experts:
+    """Experts that the source holds one by one: one array each, or two, gate and up, along our axis P."""
+
+    name: str
+    parts: list[list[Plain]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        each = self.parts[0][0].shape
+        pair = (2,) if len(self.parts[0]) == 2 else ()
+        return (len(self.parts), *each[:-1], *pair, each[-1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        kinds = {part.dtype for parts in self.parts for part in parts}
+        return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+
+    def fill(self, out: np.ndarray, index: Index) -> bool:
+        finite = True
+        for row, parts in zip(out, self.parts[index[0]], strict=True):
+            if len(parts) == 1:
+                finite &= parts[0].fill(row, index[1:])
+                continue
+            # Gate and up have no axis P of their own.
+            for place, part in enumerate(parts[index[-2]]):
+                finite &= part.fill(row[..., place, :], (*index[1:-2], index[-1]))
+        return finite
+
+
+@dataclasses.dataclass
 class Packed:
     """Experts that the source holds as numbers, in MXFP4: the blocks, or the scales."""
 
-    source: Plain
+    source: Plain | Experts
     want: str  # "blocks" or "scales"
 
     @property

@@ -17,6 +17,7 @@ from gptoss_jax.parallel.sharding import parameter_shardings, path_names
 from gptoss_jax.weights import placing
 from gptoss_jax.weights.checkpoint import is_run, load_config, load_run
 from gptoss_jax.weights.huggingface import HUGGINGFACE, parameters_by_layer
+from gptoss_jax.weights.model_files import refuse_other_contents
 from gptoss_jax.weights.sources import (
     MATRICES,
     Format,
@@ -122,6 +123,9 @@ def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict, Tokenizer]
     Raises ValueError as that does, and when the folder holds no tokenizer.
     """
     local = local_folder(folder)
+    if not is_run(local) and not (local / "original").is_dir():
+        # Before the tokenizer, so that an adapter is not refused because it has none.
+        refuse_other_contents(local)
     tokenizer = find_tokenizer(local)
     if tokenizer is None:
         raise ValueError(f"{folder}: must hold tokenizer.json or tokenizer_name.txt")

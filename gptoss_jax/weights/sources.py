@@ -19,7 +19,16 @@ from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.weights import pieces, placing, tensor_files
 from gptoss_jax.weights.checkpoint import is_run, load_run
-from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, check_tensors, parameters_by_layer
+from gptoss_jax.weights.huggingface import (
+    HUGGINGFACE,
+    ExpertLayout,
+    Layout,
+    check_tensors,
+    parameters_by_layer,
+    table_of,
+)
+from gptoss_jax.weights.model_files import refuse_other_contents
+from gptoss_jax.weights.tensor_names import unwrapped
 
 Format = Literal["bfloat16", "float32", "mxfp4"]
 HUB = "hf:"
@@ -53,7 +62,7 @@ class Source(abc.ABC):
             return pieces.BFLOAT16
         outside = key.split(".")[0] in ("embedding", "head", "final_norm")
         layers = [-1] if outside else range(self.config.num_hidden_layers)
-        kinds = {self.array(key, layer)[1].dtype for layer in layers}
+        kinds = {self.piece(key, layer).dtype for layer in layers}
         return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
     def piece(self, key: str, layer: int) -> pieces.Piece:
@@ -70,37 +79,50 @@ class Source(abc.ABC):
 
 
 class PublishedFolder(Source):
-    """A folder of safetensors files in one of the two published layouts."""
+    """A folder of safetensors files in one of the published layouts, or with its experts one by one."""
 
     def __init__(self, folder: pathlib.Path):
-        if not (folder / "config.json").is_file() and (folder / "original" / "config.json").is_file():
-            folder = folder / "original"
+        if not (folder / "config.json").is_file():
+            inner = folder / "original"
+            folder = inner if (inner / "config.json").is_file() else folder
+            refuse_other_contents(folder)
         self.config = ModelConfig.from_hf(folder)
         self._files = tensor_files.TensorFolder(folder)
-        names = self._files.tensors.keys()
-        self._table = ORIGINAL if "embedding.weight" in names else HUGGINGFACE
-        self.packed = any(name.endswith(("_blocks", ".blocks")) for name in names)
+        names = unwrapped(str(folder), self._files.tensors)
+        self._tensors = {names[name]: tensor for name, tensor in self._files.tensors.items()}
+        self._table = table_of(self._tensors)
+        self.packed = any(name.endswith(("_blocks", ".blocks")) for name in self._tensors)
         self._held = with_experts(self.config, self.packed)
         self.origin, self.release = folder, self._files.release
         if self.config.tie_word_embeddings:
             self._drop_tied_head()
-        check_tensors(str(folder), self._held, self._table, self._files.tensors)
+        check_tensors(str(folder), self._held, self._table, self._tensors)
 
     def _drop_tied_head(self) -> None:
         """Some programs write the head although it is the embedding."""
         names = (self._table[key].name for key in ("head.weight", "embedding.weight"))
-        head, embedding = (self._files.tensors.get(name) for name in names)
+        head, embedding = (self._tensors.get(name) for name in names)
         if head is not None and embedding is not None:
             if head.tobytes() != embedding.tobytes():
                 raise ValueError(
                     f"{self.origin}: tie_word_embeddings is true, but the head is not the embedding"
                 )
-            del self._files.tensors[self._table["head.weight"].name]
+            del self._tensors[self._table["head.weight"].name]
 
     def array(self, key: str, layer: int) -> tuple[str, np.ndarray]:
-        layout = self._table[key]
+        return self._array(self._table[key], layer)
+
+    def _array(self, layout: Layout, layer: int) -> tuple[str, np.ndarray]:
         name = layout.name.format(layer)
-        return name, layout.to_ours(self._files.tensors[name], self._held)
+        return name, layout.to_ours(self._tensors[name], self._held)
+
+    def piece(self, key: str, layer: int) -> pieces.Piece:
+        layout = self._table.get(key)
+        if not isinstance(layout, ExpertLayout):
+            return super().piece(key, layer)
+        experts = [layout.parts(layer, expert) for expert in range(self.config.num_local_experts)]
+        parts = [[pieces.Plain(*self._array(p, layer), self.release) for p in each] for each in experts]
+        return pieces.Experts(HUGGINGFACE[key].name.format(layer), parts)
 
 
 class ParameterTree(Source):

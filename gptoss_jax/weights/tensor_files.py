@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.weights.model_files import INDEX, SINGLE, find_files
+
 DTYPES = {
     "U8": np.dtype(np.uint8),
     "F16": np.dtype(np.float16),
@@ -27,8 +29,6 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 LARGEST_HEADER = 100 << 20
 
@@ -37,7 +37,7 @@ class TensorFolder:
     """The tensors of a folder by name, each a read-only view of its memory-mapped file."""
 
     def __init__(self, folder: str | os.PathLike):
-        """Opens the files that the index names, or else model.safetensors, or else every .safetensors file.
+        """Opens the files that hold the weights; see `find_files` for which these are.
 
         Raises ValueError, naming the file, for one that is missing, truncated or no safetensors file, and for
         an index that does not agree with its files.
@@ -46,26 +46,14 @@ class TensorFolder:
         self.tensors: dict[str, np.ndarray] = {}
         self.files: dict[str, pathlib.Path] = {}
         self._maps: list[tuple[int, mmap.mmap]] = []
-        index = self.folder / INDEX
-        homes = _read_index(index) if index.is_file() else None
-        paths = sorted({self.folder / home for home in homes.values()} if homes else self._all_files())
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing and homes is None:
-            raise ValueError(f"{self.folder}: {_listed(missing)} links to a file that is not there")
-        if missing:
-            raise ValueError(f"{index}: names {_listed(missing)}, which {self.folder} does not hold")
+        paths, homes = find_files(self.folder)
         for path in paths:
             self._open(path)
         for name, home in (homes or {}).items():
             if name not in self.files:
-                raise ValueError(f"{index}: places {name} in {home}, which does not hold it")
-
-    def _all_files(self) -> list[pathlib.Path]:
-        # Beside it there may be an adapter's file, or somebody's copy.
-        paths = list(self.folder.glob(SINGLE)) or list(self.folder.glob("*.safetensors"))
-        if not paths:
-            raise ValueError(f"{self.folder}: holds no .safetensors file")
-        return paths
+                raise ValueError(
+                    f"{self.folder}: its index.json places {name} in {home}, which does not hold it"
+                )
 
     def _open(self, path: pathlib.Path) -> None:
         header, start = _read_header(path)
@@ -97,17 +85,6 @@ class TensorFolder:
                 if last > first:
                     mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
                 return
-
-
-def _read_index(path: pathlib.Path) -> dict[str, str]:
-    try:
-        homes = json.loads(path.read_bytes())["weight_map"]
-        if homes and all(isinstance(k, str) and isinstance(v, str) for k, v in homes.items()):
-            return homes
-        problem = "weight_map must give a file for each tensor"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    raise ValueError(f"{path}: not an index of safetensors files ({problem})")
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int, int]], int]:
@@ -170,10 +147,6 @@ def _entries(path: pathlib.Path, raw: bytes) -> dict[str, tuple[str, tuple[int, 
     return entries
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 @dataclasses.dataclass(frozen=True)
 class NewTensor:
     """A tensor to be written; `chunks` gives its bytes in order, in arrays of any number."""
@@ -213,7 +186,7 @@ def write_tensors(
         homes = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(tensor.nbytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[int], None]) -> None:
@@ -298,7 +271,7 @@ def _flush(path: pathlib.Path) -> None:
 def _locked(lock: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
     """Holds a lock file, which is there only as long as somebody holds it."""
     while True:
-        with open(lock, "w") as file:
+        with open(lock, "w", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -17,8 +17,6 @@ import jaxlib
 HERE = pathlib.Path(__file__).parent
 SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "few_rows.cc", "few_rows_experts.cc"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
-# "0" leaves them out: everything then goes through XLA alone.
-SWITCH = "GPTOSS_JAX_NATIVE"
 HANDLERS = (
     "GroupedForward",
     "GroupedOuter",
@@ -37,8 +35,6 @@ def is_available() -> bool:
 
     Without a C++ compiler they cannot. One that fails is reported as a warning.
     """
-    if os.environ.get(SWITCH) == "0":
-        return False
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     library, refusal = None, None
     for compiler in dict.fromkeys(compilers):
@@ -81,7 +77,9 @@ def _compiled(compiler: str) -> pathlib.Path:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = pathlib.Path(folder) / library.name
         command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run(
+            command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=300
+        )
         os.replace(made, library)
     return library
 
@@ -89,7 +87,7 @@ def _compiled(compiler: str) -> pathlib.Path:
 def _processor() -> str:
     """What -march=native stands for here."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.machine() + platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -1,0 +1,232 @@
+"""Special tokens of Hugging Face tokenizers: which begin and end a document, which are never text, and which
+ids end an answer.
+
+A tokenizer.json does not say which token is bos and which is eos. The files beside it do, or the user does,
+or their names are well known.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from gptoss_jax.config import require
+from gptoss_jax.config.checked import read_json
+from gptoss_jax.config.paths import user_path
+
+END_OF_TEXT = "<|endoftext|>"
+# End a turn and a tool call in gpt-oss's chat format, where END_OF_TEXT ends a document.
+RETURN, CALL = "<|return|>", "<|call|>"
+BOS_NAMES = (
+    "<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "[BOS]",
+    "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
+EOS_NAMES = (
+    END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "[EOS]",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|im_end|>",
+)  # fmt: skip
+# A chat model's files may name as eos what ends a turn. One of DOCUMENT_ENDS, if there, ends a document.
+TURN_ENDS = (RETURN, "<|im_end|>", "<|eot_id|>", "<|eot|>")
+DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>")
+# Added tokens with such names are markers, even if the file does not call them special.
+MARKER = re.compile(r"<[|\uff5c].+[|\uff5c]>")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+ID_KEYS = ("bos_token_id", "eos_token_id")
+MODEL_SETTINGS = ("generation_config.json", "config.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """The names of the tokens that begin and end a document; None where nothing names one."""
+
+    bos: str | None = None
+    eos: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedTokens:
+    """What the files beside a tokenizer.json say about its special tokens."""
+
+    roles: Roles = Roles()
+    without_bos: bool = False  # they say that there is no bos
+    special: frozenset[str] = frozenset()
+    # bos_token_id and eos_token_id, of the model
+    ids: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+NO_ROLES, NOTHING_NAMED = Roles(), NamedTokens()
+
+
+def parse_file_spec(spec: str) -> tuple[pathlib.Path, Roles]:
+    """Splits file:PATH#bos=NAME,eos=NAME, where either name may be missing. A file with the whole name wins.
+
+    Raises ValueError for anything else after the # of a path.
+    """
+    rest = spec.removeprefix("file:")
+    whole = user_path(rest, "data.tokenizer")
+    match = re.fullmatch(r"(.+)#((?:bos|eos)=.*)", rest, re.DOTALL)
+    path, named = match.groups() if match else rest.partition("#")[::2]
+    path = user_path(path, "data.tokenizer")
+    if os.path.exists(whole) or (match is None and not os.path.exists(path)):
+        return whole, NO_ROLES
+    pairs = [pair.partition("=") for pair in re.split(r",(?=(?:bos|eos)=)", named)]
+    roles = {role: name for role, _, name in pairs}
+    fits = len(roles) == len(pairs) and roles.keys() <= {"bos", "eos"} and all(roles.values())
+    allowed = "must be file:PATH, or file:PATH#bos=NAME,eos=NAME with one of the two or both"
+    require(fits, "data.tokenizer", spec, allowed)
+    return path, Roles(**roles)
+
+
+def saved_spec(roles: Roles) -> str:
+    """The spec of a tokenizer.json with these roles, as its own folder keeps it."""
+    return f"file:tokenizer.json#bos={roles.bos},eos={roles.eos}\n"
+
+
+def read_named_tokens(folder: pathlib.Path) -> NamedTokens:
+    """Reads tokenizer_config.json, special_tokens_map.json and the ids of the model's files in a folder.
+
+    The earlier file wins. Raises ValueError for a file that is damaged, and for a token that is named by
+    anything but its text.
+    """
+    found: dict[str, str | None] = {}
+    special: set[str | None] = set()
+    for path in (folder / name for name in SETTINGS):
+        values = read_json(path) if path.is_file() else {}
+        for key in values:
+            if key.endswith("_token") and not key.startswith("add_"):
+                name = _name(path, key, values[key])
+                found[key] = found.get(key) or name
+                special.add(name)
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            special |= {_name(path, key, value) for value in _items(values.get(key))}
+        tokens = _items(values.get("added_tokens_decoder"))
+        marked = [token for token in tokens if isinstance(token, dict) and token.get("special")]
+        special |= {_name(path, "added_tokens_decoder", token) for token in marked}
+    ids = {key: _token_ids(folder, key) for key in ID_KEYS}
+    roles = Roles(found.get("bos_token"), found.get("eos_token"))
+    without_bos = "bos_token" in found and roles.bos is None
+    ids = {key: tokens for key, tokens in ids.items() if tokens}
+    return NamedTokens(roles, without_bos, frozenset(special - {None}), ids)
+
+
+def _items(values: Any) -> list:
+    """The values of a list or an object, else none."""
+    return list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else []
+
+
+def _name(path: pathlib.Path, key: str, value: Any) -> str | None:
+    name = value.get("content") if isinstance(value, dict) else value
+    if not (name is None or isinstance(name, str)):
+        raise ValueError(f"{path}: {key} is {value!r}: must be the text of a token, or null")
+    return name or None
+
+
+def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
+    """The ids under a key of generation_config.json or, if that says nothing, of config.json."""
+    # The files of `original/` are one folder up.
+    folders = [folder, folder.parent] if folder.name == "original" else [folder]
+    for path in (place / name for name in MODEL_SETTINGS for place in folders):
+        value = read_json(path).get(key) if path.is_file() else None
+        if value is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+                raise ValueError(f"{path}: {key} is {value!r}: must be a token id, or a list of them")
+            return tuple(ids)
+    return ()
+
+
+def read_stop_ids(folder: pathlib.Path, vocab_size: int = 0) -> tuple[int, ...]:
+    """The ids that end an answer, as transformers reads them: eos_token_id of generation_config.json or, if
+    that does not say, of config.json.
+
+    Args:
+      folder: the model's.
+      vocab_size: the number of the tokenizer's ids. The model may have more, as its config.json says. Ids
+        that neither has are left out, because they are never generated.
+
+    Raises ValueError for a damaged file and for what is not a token id.
+    """
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    model = config.get("model")
+    sizes = (config.get("vocab_size"), model.get("vocab_size") if isinstance(model, dict) else None)
+    limit = max(vocab_size, *(size for size in sizes if isinstance(size, int)), 0)
+    return tuple(token for token in _token_ids(folder, "eos_token_id") if 0 <= token < limit)
+
+
+def find_roles(model: tokenizers.Tokenizer, chosen: Roles, named: NamedTokens) -> Roles:
+    """The bos and the eos of a tokenizer.json.
+
+    The first of these that names one: the user, the files beside it, the well-known names, the ids in the
+    model's files. If only one is found it plays both roles: a vocabulary without a bos begins a document with
+    eos. Both are None where nothing is found.
+    """
+    added = model.get_added_tokens_decoder()
+    names = {token.content for token in added.values()}
+    marked = {token.content for token in added.values() if token.special}
+
+    def known(name: str | None) -> str | None:
+        return name if name is not None and model.token_to_id(name) is not None else None
+
+    def well_known(candidates: Sequence[str]) -> str | None:
+        for is_one in (marked.__contains__, names.__contains__, known):
+            if found := next((name for name in candidates if is_one(name)), None):
+                return found
+        return None
+
+    def by_id(key: str) -> str | None:
+        return next((added[token].content for token in named.ids.get(key, ()) if token in added), None)
+
+    named_eos = known(named.roles.eos)
+    eos = chosen.eos or (named_eos and document_end(named_eos, names)) or well_known(EOS_NAMES)
+    bos = chosen.bos or known(named.roles.bos)
+    if bos is None and not named.without_bos:
+        bos = well_known(BOS_NAMES)
+    if bos is None and eos is None:
+        bos, eos = by_id("bos_token_id"), by_id("eos_token_id")
+    return Roles(bos or eos, eos or bos)
+
+
+def document_end(eos: str, names: Collection[str]) -> str:
+    """The token that ends a document in a vocabulary with these special tokens whose files name this eos."""
+    if eos not in TURN_ENDS:
+        return eos
+    return next((name for name in DOCUMENT_ENDS if name in names), eos)
+
+
+def special_names(model: tokenizers.Tokenizer, roles: Roles, named: NamedTokens) -> set[str]:
+    """The tokens that are never text: those that the file or the files beside it call special, bos and eos,
+    and added tokens that look like markers.
+
+    Other added tokens are text, such as a run of spaces. So is a token of one character, which text needs.
+    """
+    added = model.get_added_tokens_decoder().values()
+    found = {token.content for token in added if token.special or MARKER.fullmatch(token.content)}
+    found |= {name for name in named.special if model.token_to_id(name) is not None}
+    return {name for name in found | {roles.bos, roles.eos} if len(name) > 1}
+
+
+def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Roles) -> None:
+    """Raises ValueError where a bos or an eos is missing, is not a token, or is one that text needs."""
+    candidates = f"its special tokens: {_candidates(model)}"
+    if roles.bos is None:
+        raise ValueError(
+            f"data.tokenizer is {spec!r}: no token of {origin} is known to begin or end a document. Name one "
+            "or both with file:PATH#bos=NAME,eos=NAME, or as bos_token and eos_token in "
+            f"tokenizer_config.json beside it; {candidates}"
+        )
+    for name in (roles.bos, roles.eos):
+        known = model.token_to_id(name) is not None
+        require(known, "data.tokenizer", spec, f"{origin} has no token {name!r}; {candidates}")
+        allowed = f"text needs {name!r}, so it cannot begin or end a document; {candidates}"
+        require(len(name) > 1, "data.tokenizer", spec, allowed)
+
+
+def _candidates(model: tokenizers.Tokenizer) -> str:
+    added = model.get_added_tokens_decoder().values()
+    names = [token.content for token in sorted(added, key=lambda token: not token.special)]
+    return ", ".join(names[:12]) + (", \u2026" if len(names) > 12 else "") if names else "none"

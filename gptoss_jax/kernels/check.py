@@ -1,0 +1,311 @@
+"""Every kernel of a backend against the plain XLA code that replaces it, on small inputs: `gptoss check`.
+
+Sizes differ from each other and fill no block evenly; one group of rows is empty and some rows have no group.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from gptoss_jax.config.kernels import KERNELS
+from gptoss_jax.kernels import few_rows, mxfp4, native
+from gptoss_jax.kernels.blockwise_attention import blockwise_attention
+from gptoss_jax.kernels.flash_attention import fits_triton, reference_attention
+from gptoss_jax.kernels.grouped_matmul import add_group_bias, blocked_grouped_matmul, native_grouped_matmul
+from gptoss_jax.kernels.mxfp4_grouped_matmul import looped_mxfp4_matmul, native_mxfp4_matmul
+from gptoss_jax.kernels.stack import Layer
+from gptoss_jax.kernels.swiglu import SwiGLU
+
+# Largest allowed difference from the plain result in float32, as a share of its largest value. Right kernels
+# are off by up to 5e-6 and 5e-3 (bfloat16 rounds at 4e-3); a float32 product rounded to TF32 by 3e-4 or more.
+TOLERANCE = {"float32": 5e-5, "bfloat16": 1.5e-2}
+REPEATS = 5
+HEAD_SIZE = 64
+
+Arrays = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel and its plain form, functions of the same arrays.
+
+    The gradients in the first `num_differentiable` arrays are compared too.
+    """
+
+    kernel: str
+    variant: str
+    dtype: str
+    arrays: Callable[[], Arrays]
+    run: Callable[..., jax.Array]
+    plain: Callable[..., jax.Array]
+    num_differentiable: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the check of one case found. `detail` says more about any status but "ok"."""
+
+    kernel: str
+    variant: str
+    dtype: str
+    status: Literal["ok", "wrong", "failed", "unavailable"]
+    detail: str = ""
+    error: float | None = None
+    tolerance: float | None = None
+    milliseconds: float | None = None
+    plain_milliseconds: float | None = None
+
+
+def check_kernels(
+    backend: str, kernels: frozenset[str] = frozenset(KERNELS), interpret: bool = False
+) -> Iterator[Result]:
+    """Checks a backend's kernels on the default device, one result per case.
+
+    Args:
+      backend: "cpu", "gpu" or "tpu".
+      kernels: the ones to check.
+      interpret: runs Pallas kernels as plain JAX, on any device; for tests.
+    """
+    for case in _cases(backend, interpret):
+        if case.kernel not in kernels:
+            continue
+        reason = _unavailable(case, backend, interpret)
+        if reason:
+            yield Result(case.kernel, case.variant, case.dtype, "unavailable", reason)
+        else:
+            yield _check(case)
+
+
+def _unavailable(case: Case, backend: str, interpret: bool) -> str:
+    """Why this machine cannot run a kernel; empty where it can."""
+    if backend == "cpu" and not native.is_available():
+        return "no working C++ compiler"
+    if case.kernel == "attention" and backend == "gpu" and not (interpret or fits_triton(HEAD_SIZE)):
+        return "too little shared memory"
+    return ""
+
+
+def _check(case: Case) -> Result:
+    arrays = case.arrays()
+    wide = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays)
+    tolerance = TOLERANCE[case.dtype]
+    expected, plain_ms = _timed(case.plain, wide, case.num_differentiable)
+    result = functools.partial(
+        Result, case.kernel, case.variant, case.dtype, tolerance=tolerance, plain_milliseconds=plain_ms
+    )
+    try:
+        found, ms = _timed(case.run, arrays, case.num_differentiable)
+    except Exception as error:  # of any class: compilers and drivers have their own
+        return result("failed", " ".join(str(error).split())[:200] or type(error).__name__)
+    error = max(map(_difference, found, expected))
+    if error <= tolerance:
+        return result("ok", error=error, milliseconds=ms)
+    detail = f"error {error:.1e}, at most {tolerance:.1e} is allowed"
+    return result("wrong", detail, error=error, milliseconds=ms)
+
+
+def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple[list[jax.Array], float]:
+    """The result and its gradients, and the median time of a call in milliseconds."""
+
+    def with_gradients(arrays):
+        first, rest = arrays[:num_differentiable], arrays[num_differentiable:]
+        y, vjp = jax.vjp(lambda *first: function(*first, *rest), *first)
+        # The same in every type.
+        cotangent = jnp.cos(jnp.arange(y.size)).astype(jnp.bfloat16).astype(y.dtype)
+        return [y, *vjp(cotangent.reshape(y.shape))]
+
+    with jax.default_matmul_precision("highest"):
+        compiled = jax.jit(with_gradients)
+        results = jax.block_until_ready(compiled(arrays))
+        times = []
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(arrays))
+            times.append(time.perf_counter() - began)
+    return results, 1000 * sorted(times)[REPEATS // 2]
+
+
+def _difference(found: jax.Array, expected: jax.Array) -> float:
+    """The largest difference as a share of the largest expected value; infinite where one is not finite."""
+    found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
+    if found.shape != expected.shape:
+        return math.inf
+    difference = float(jnp.max(jnp.abs(found - expected)) / jnp.max(jnp.abs(expected)))
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _normal(seed: int, dtype: str, *shapes: tuple[int, ...]) -> Arrays:
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
+
+
+def _cases(backend: str, interpret: bool) -> Iterator[Case]:
+    if backend == "cpu":
+        yield from _cpu_decode_cases()
+    for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
+        if backend != "cpu":
+            yield from _attention_cases(backend, dtype, interpret)
+        yield _grouped_matmul_case(backend, dtype, interpret)
+        yield _mxfp4_matmul_case(backend, dtype, interpret)
+
+
+def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case]:
+    B, T, N, K, H = 2, 200, 8, 2, HEAD_SIZE
+    if backend == "gpu":
+        from gptoss_jax.kernels.triton_attention import triton_attention as attention
+    else:
+        from gptoss_jax.kernels.splash_attention import splash_attention as attention
+
+    def arrays() -> Arrays:
+        lengths = jnp.array([[130, 70], [61, 139]])  # of two segments in each row
+        segment_ids_BT = 1 + (jnp.arange(T) >= lengths[:, :1]).astype(jnp.int32)
+        starts_BT = jnp.where(segment_ids_BT == 1, 0, lengths[:, :1])
+        positions_BT = (jnp.arange(T) - starts_BT).astype(jnp.int32)
+        qkv = _normal(0, dtype, (B, T, N, H), (B, T, K, H), (B, T, K, H))
+        return *qkv, *_normal(1, "float32", (N,)), positions_BT, segment_ids_BT
+
+    for variant, window in (("full", None), ("sliding", 77)):
+
+        def run(q, k, v, sinks, positions, segments, window=window):
+            return attention(q, k, v, positions, segments, window, 0, sinks, interpret=interpret)
+
+        def plain(q, k, v, sinks, positions, segments, window=window):
+            return blockwise_attention(q, k, v, positions, segments, window, 0, sinks)
+
+        yield Case("attention", variant, dtype, arrays, run, plain, num_differentiable=4)
+
+
+def _group_sizes() -> jax.Array:
+    return jnp.array([90, 0, 37, 130, 11], jnp.int32)
+
+
+def _grouped_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
+    R, E, D, F = 300, 5, 192, 320
+
+    def arrays() -> Arrays:
+        return *_normal(2, dtype, (R, D), (E, D, F), (E, F)), _group_sizes()
+
+    def plain(x, w, bias, sizes):
+        return add_group_bias(blocked_grouped_matmul(x, w, sizes), bias, sizes)
+
+    def run(x, w, bias, sizes):
+        if backend == "cpu":
+            return native_grouped_matmul(x, w, sizes, bias)
+        if backend == "tpu":
+            from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
+
+            y = megablox_grouped_matmul(x, w, sizes, interpret)
+        else:
+            from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
+
+            y = triton_grouped_matmul(x, w, sizes, interpret=interpret)
+        return add_group_bias(y, bias, sizes)
+
+    return Case("grouped_matmul", "", dtype, arrays, run, plain, num_differentiable=3)
+
+
+def _mxfp4_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
+    R, E, D, F = 300, 5, 192, 320
+
+    def arrays() -> Arrays:
+        (x_RD,) = _normal(3, dtype, (R, D))
+        return x_RD, *mxfp4.pack(*_normal(4, "float32", (E, F, D))), _group_sizes()
+
+    def run(x, blocks, scales, sizes):
+        if backend == "cpu":
+            return native_mxfp4_matmul(x, blocks, scales, sizes)
+        if backend == "tpu":
+            from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul as matmul
+        else:
+            from gptoss_jax.kernels.triton_mxfp4_matmul import triton_mxfp4_matmul as matmul
+        return matmul(x, blocks, scales, sizes, interpret=interpret)
+
+    return Case("mxfp4_matmul", "", dtype, arrays, run, looped_mxfp4_matmul)
+
+
+def _cpu_decode_cases() -> Iterator[Case]:
+    rows, D, N, H = 3, 200, 7, 24
+
+    def vectors() -> Arrays:
+        return _normal(5, "float32", (rows, D), (2, D, N, H), (2, N, H, D))
+
+    def matmul(x, w, transposed):
+        (y_MNH,) = few_rows.products("MD,DNH->MNH", x, [Layer(w, 1)])
+        (z_MNH,) = few_rows.products("MD,NHD->MNH", x, [Layer(transposed, 1)])
+        return jnp.stack([y_MNH, z_MNH])
+
+    def plain_matmul(x, w, transposed):
+        return jnp.stack([jnp.einsum("MD,DNH->MNH", x, w[1]), jnp.einsum("MD,NHD->MNH", x, transposed[1])])
+
+    yield Case("decode_matmul", "", "float32", vectors, matmul, plain_matmul)
+    for kernel, is_packed in (("decode_experts", False), ("decode_mxfp4_experts", True)):
+        yield _decode_experts_case(kernel, is_packed)
+
+    B, S, heads, K = 3, 150, 6, 2
+
+    def cache() -> Arrays:
+        arrays = _normal(6, "float32", (B, heads, H), (2, B, K, S, H), (2, B, K, S, H), (heads,))
+        return *arrays, jnp.array([150, 1, 97], jnp.int32)
+
+    def attention(q, keys, values, sinks, counts):
+        return few_rows.attention(q, Layer(keys, 1), Layer(values, 1), counts, sinks)
+
+    def plain_attention(q, keys, values, sinks, counts):
+        k_BSKH, v_BSKH = (stack[1].transpose(0, 2, 1, 3) for stack in (keys, values))
+        mask_BTS = (jnp.arange(S) < counts[:, None])[:, None]
+        return reference_attention(q[:, None], k_BSKH, v_BSKH, mask_BTS, sinks)[:, 0]
+
+    yield Case("decode_attention", "", "float32", cache, attention, plain_attention)
+
+
+def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
+    M, X, E, D, F = 3, 2, 5, 96, 160
+    activation = SwiGLU(1.702, 7.0, 1.0)
+
+    def arrays() -> Arrays:
+        x_MD, *biases = _normal(7, "float32", (M, D), (E, 2, F), (E, D))
+        experts_MX, weights_MX = jnp.array([[4, 0], [2, 4], [1, -1]], jnp.int32), jnp.full((M, X), 0.5)
+        gate_up, down = _normal(8, "float32", (2 * E, 2 * F, D), (2 * E, D, F))
+        if is_packed:
+            matrices = *mxfp4.pack(gate_up), *mxfp4.pack(down)
+        else:
+            # Packed rows take turns between gate and up; plain matrices hold them apart.
+            gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
+            matrices = gate_up, down.swapaxes(1, 2)
+        return x_MD, experts_MX, weights_MX, *biases, *matrices
+
+    def run(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
+        parts = ("_blocks", "_scales") if is_packed else ("",)
+        names = [name + part for name in ("gate_up", "down") for part in parts]
+        parameters = dict(zip(names, matrices, strict=True))
+        parameters |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+        return few_rows.experts(x_MD, experts_MX, weights_MX, parameters, E, E, activation)
+
+    def plain(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
+        if is_packed:
+            gate_up, down = (mxfp4.unpack(*matrices[i : i + 2], jnp.float32) for i in (0, 2))
+            gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
+            matrices = gate_up, down.swapaxes(1, 2)
+        gate_up, down = (matrix[E:][experts_MX] for matrix in matrices)
+        h = jnp.einsum("MD,MXDPF->PMXF", x_MD, gate_up) + gate_up_bias[experts_MX].transpose(2, 0, 1, 3)
+        y_MXD = jnp.einsum("MXF,MXFD->MXD", activation(*h), down) + down_bias[experts_MX]
+        weights_MX = jnp.where(experts_MX >= 0, weights_MX, 0)
+        return jnp.einsum("MXD,MX->MD", y_MXD, weights_MX)
+
+    return Case(kernel, "", "float32", arrays, run, plain)
+
+
+@functools.cache
+def device_name() -> str:
+    """The default device, and the versions of what compiles for it, in one line."""
+    device = jax.local_devices()[0]
+    versions = f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version
+    names = dict.fromkeys((device.platform, device.device_kind, *versions))  # "cpu" is all three on a CPU
+    return " ".join(", ".join(names).split())

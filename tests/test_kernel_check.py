@@ -1,0 +1,262 @@
+"""`gptoss check`, the check at first use, and the settings that turn kernels off."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax import check_report
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.config.kernels import KERNELS, plain_kernels
+from gptoss_jax.kernels import check, few_rows, first_use, grouped_matmul, native, selection, target
+from gptoss_jax.kernels import triton_mxfp4_matmul as triton_mxfp4
+from gptoss_jax.kernels.check import Result, check_kernels
+from gptoss_jax.model.transformer import with_params
+
+needs_compiler = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+
+
+@pytest.mark.parametrize(
+    ("setting", "off"),
+    [
+        ("auto", set()),
+        ("unchecked", set()),
+        ("plain", set(KERNELS)),
+        ("plain:attention", {"attention"}),
+        ("plain:attention,mxfp4_matmul", {"attention", "mxfp4_matmul"}),
+    ],
+)
+def test_settings(setting, off):
+    assert plain_kernels(setting, "model.kernels") == off
+    assert ModelConfig(kernels=setting).kernels == setting
+
+
+@pytest.mark.parametrize("setting", ["", "plane", "plain:", "plain:attn", "auto:attention", "attention"])
+def test_a_setting_that_means_nothing_is_refused(setting):
+    with pytest.raises(ValueError, match=f"model.kernels is '{setting}': must be auto, unchecked, plain, or"):
+        ModelConfig(kernels=setting)
+
+
+@needs_compiler
+def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, tmp_path, capsys):
+    experts, attention = few_rows.experts, few_rows.attention
+
+    def off_by_a_thousandth(x_MD, experts_MX, weights_MX, parameters, *rest):
+        y_MD = experts(x_MD, experts_MX, weights_MX, parameters, *rest)
+        return y_MD * 1.001 if "down_blocks" in parameters else y_MD
+
+    def does_not_compile(*arguments):
+        raise RuntimeError("an error\nof the compiler")
+
+    def not_a_number(*arguments):
+        return attention(*arguments).at[0, 0, 0].set(jnp.nan)
+
+    monkeypatch.setattr(few_rows, "experts", off_by_a_thousandth)
+    monkeypatch.setattr(few_rows, "products", does_not_compile)
+    monkeypatch.setattr(few_rows, "attention", not_a_number)
+    assert not check_report.run(str(tmp_path / "found.json"))
+    found = {r["kernel"]: r for r in json.loads((tmp_path / "found.json").read_text("utf-8"))["results"]}
+    assert {name: r["status"] for name, r in found.items()} == {
+        "decode_matmul": "failed",
+        "decode_experts": "ok",
+        "decode_mxfp4_experts": "wrong",
+        "decode_attention": "wrong",
+        "grouped_matmul": "ok",
+        "mxfp4_matmul": "ok",
+    }
+    assert found["decode_experts"]["error"] < 5e-6 and found["decode_experts"]["plain_milliseconds"] > 0
+    assert 0.0009 < found["decode_mxfp4_experts"]["error"] < 0.0011
+    printed = capsys.readouterr().out
+    assert "decode_matmul (float32): failed, an error of the compiler" in printed
+    assert "decode_mxfp4_experts (float32): wrong, error 1.0e-03, at most 5.0e-05 is allowed" in printed
+    assert "GPTOSS_JAX_KERNELS=plain:decode_attention,decode_matmul,decode_mxfp4_experts" in printed
+    assert "3 of 6 checks passed" in printed
+
+
+def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, capsys):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    assert check_report.run()
+    printed = capsys.readouterr().out
+    assert "grouped_matmul (float32): unavailable, no working C++ compiler" in printed
+    assert "0 of 0 checks passed" in printed
+
+
+@pytest.mark.parametrize("backend", ["gpu", "tpu"])
+def test_the_kernels_of_accelerators(backend):
+    """All are listed; one of each is run here, since every kernel has tests of its own."""
+    cases = {(c.kernel, c.variant, c.dtype): c for c in check._cases(backend, interpret=True)}
+    one_type = [("attention", "full"), ("attention", "sliding"), ("grouped_matmul", ""), ("mxfp4_matmul", "")]
+    assert list(cases) == [(*case, dtype) for dtype in ("bfloat16", "float32") for case in one_type]
+    run = [("attention", "sliding", "bfloat16"), ("grouped_matmul", "", "bfloat16")]
+    found = [check._check(cases[case]) for case in [*run, ("mxfp4_matmul", "", "float32")]]
+    assert [r for r in found if r.status != "ok"] == []
+
+
+def test_a_broken_kernel_of_an_accelerator(monkeypatch):
+    numbers = triton_mxfp4._numbers
+
+    def nibbles_exchanged(*arguments):
+        low, high = numbers(*arguments)
+        yield from (high, low)
+
+    monkeypatch.setattr(triton_mxfp4, "_numbers", nibbles_exchanged)
+    found = list(check_kernels("gpu", frozenset(["mxfp4_matmul"]), interpret=True))
+    assert [(r.kernel, r.status) for r in found] == [("mxfp4_matmul", "wrong")] * 2
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a GPU that no check has seen. Its checks give what `machine` says, or "ok"."""
+    statuses, checked = {}, []
+
+    def fake_check(backend, kernels):
+        (kernel,) = kernels
+        checked.append(kernel)
+        # A program of its own, although another one may be traced.
+        assert float(jax.jit(jnp.sum)(jnp.ones(3))) == 3
+        yield Result(kernel, "", "bfloat16", statuses.get(kernel, "ok"), "error 0.5")
+
+    monkeypatch.setattr(check, "check_kernels", fake_check)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(first_use, "_record_path", lambda backend: tmp_path / "record.json")
+    monkeypatch.setattr(first_use, "_failed_elsewhere", set())
+    monkeypatch.delenv(selection.ENVIRONMENT, raising=False)
+    first_use._failed_kernels.cache_clear()
+    yield statuses, checked, tmp_path / "record.json"
+    first_use._failed_kernels.cache_clear()
+
+
+GPU_KERNELS = ["attention", "grouped_matmul", "mxfp4_matmul"]
+
+
+def test_the_first_use_on_a_gpu_checks_and_remembers(machine, capsys):
+    statuses, checked, record = machine
+    statuses["grouped_matmul"] = "wrong"
+    with pytest.warns(UserWarning, match="kernel grouped_matmul is off on this gpu.*wrong \\(error 0.5\\)"):
+        # The first question comes while a program is traced.
+        assert jax.jit(lambda x: x + selection.is_enabled("attention"))(0) == 1
+    assert not selection.is_enabled("grouped_matmul")
+    assert checked == GPU_KERNELS
+    assert "2 kernels ok" in capsys.readouterr().err
+    # The next process reads the record, and warns again.
+    first_use._failed_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="kernel grouped_matmul is off"):
+        assert not selection.is_enabled("grouped_matmul")
+    assert checked == GPU_KERNELS and capsys.readouterr().err == ""
+    # `gptoss check` looks again.
+    statuses.clear()
+    first_use.check_and_record("gpu")
+    first_use._failed_kernels.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert selection.is_enabled("grouped_matmul")
+
+
+def test_what_turns_the_check_off(machine, monkeypatch):
+    statuses, checked, _ = machine
+    statuses.update(dict.fromkeys(GPU_KERNELS, "wrong"))
+    for setting, enabled in (("unchecked", True), ("plain", False)):
+        with selection.using(setting):
+            assert selection.is_enabled("attention") is enabled
+        monkeypatch.setenv(selection.ENVIRONMENT, setting)
+        assert selection.is_enabled("attention") is enabled
+        monkeypatch.delenv(selection.ENVIRONMENT)
+    monkeypatch.setattr(target, "platform", lambda: "tpu")  # compiled for other devices than those here
+    assert selection.is_enabled("attention")
+    assert checked == []
+
+
+@pytest.mark.parametrize(("pid", "off"), [(2**22 + 1, True), (os.getpid(), False)])
+def test_a_kernel_that_ended_the_process_is_off(machine, pid, off):
+    _, checked, record = machine
+    found = {"done": False, "kernels": {"attention": ""}, "running": "grouped_matmul", "pid": pid}
+    record.write_text(json.dumps(found), "utf-8")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert selection.is_enabled("grouped_matmul") is not off
+    assert any("its check ended the process" in str(w.message) for w in warned) is off
+    assert checked == (["mxfp4_matmul"] if off else ["grouped_matmul", "mxfp4_matmul"])
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"done": true}', '{"kernels": {"attention": "wrong"}}'])
+def test_a_damaged_record_is_made_again(machine, content):
+    _, checked, record = machine
+    record.write_text(content, "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        selection.is_enabled("attention")
+    assert checked and json.loads(record.read_text("utf-8"))["done"]
+
+
+def test_a_kernel_that_breaks_the_device_ends_the_process_in_one_line(machine, monkeypatch):
+    statuses, checked, record = machine
+    statuses["attention"] = "failed"
+    monkeypatch.setattr(first_use, "_device_works", lambda: False)
+    with pytest.raises(OSError, match="kernel attention broke the device .* It is now off .*: start again"):
+        selection.is_enabled("mxfp4_matmul")
+    # The next process goes on where this one ended.
+    monkeypatch.setattr(first_use, "_device_works", lambda: True)
+    with pytest.warns(UserWarning, match="kernel attention is off"):
+        assert selection.is_enabled("mxfp4_matmul")
+    assert checked == GPU_KERNELS and not selection.is_enabled("attention")
+
+
+def test_a_kernel_that_failed_in_another_process_is_off_here(machine):
+    assert selection.is_enabled("mxfp4_matmul")
+    first_use.turn_off(["mxfp4_matmul"])
+    assert not selection.is_enabled("mxfp4_matmul") and selection.is_enabled("attention")
+
+
+@needs_compiler
+def test_plain_compiles_no_kernel_into_a_model(tiny_config, random_params):
+    def text(setting):
+        config = dataclasses.replace(tiny_config, kernels=setting)
+        forward = jax.jit(lambda params, tokens: with_params(config, params)(tokens))
+        return forward.lower(random_params(tiny_config), jnp.ones((1, 9), jnp.int32)).as_text()
+
+    assert "gptoss_jax." in text("auto")
+    assert "gptoss_jax." not in text("plain")
+    some = text("plain:decode_matmul")
+    assert "gptoss_jax.FewRowsProducts" not in some and "gptoss_jax.Grouped" in some
+
+
+def test_plain_attention_on_a_gpu_is_the_blockwise_one(monkeypatch):
+    from gptoss_jax.kernels import flash_attention
+
+    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    x = jnp.ones((1, 4, 2, 16))
+    places = jnp.zeros((1, 4), jnp.int32)
+    with selection.using("plain:attention"):
+        text = jax.make_jaxpr(lambda x: flash_attention.flash_attention(x, x, x, places, places, None))(x)
+    assert "pallas_call" not in str(text)
+    with selection.using("plain:grouped_matmul"):
+        assert grouped_matmul._form() is grouped_matmul.blocked_grouped_matmul
+
+
+def test_the_gradient_of_a_group_bias_adds_up_in_float32():
+    """257 rows of ones: in bfloat16, 256 + 1 is 256."""
+    x_RF, bias_EF = jnp.zeros((257, 2), jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16)
+
+    def total(bias_EF):
+        y_RF = grouped_matmul.add_group_bias(x_RF, bias_EF, jnp.array([257]))
+        return jnp.sum(y_RF.astype(jnp.float32))
+
+    scale = 1.015625  # 260 / 256, so that the right sum is a bfloat16
+    np.testing.assert_array_equal(jax.grad(lambda b: scale * total(b))(bias_EF), [[262, 262]])
+
+
+def test_the_command_refuses_a_bad_variable_at_once():
+    environment = os.environ | {"GPTOSS_JAX_KERNELS": "plane"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gptoss_jax", "check"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert "GPTOSS_JAX_KERNELS is 'plane': must be auto, unchecked, plain, or plain:" in done.stderr

@@ -1,0 +1,125 @@
+"""Answers end at every id that the files of a model's folder name, wherever they are generated."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import pytest
+
+from gptoss_jax import cli
+from gptoss_jax.config import DataConfig, TrainConfig
+from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
+from gptoss_jax.inference.chat import HarmonyConversation
+from gptoss_jax.inference.generate import generate, generate_with_params
+from gptoss_jax.model.transformer import with_params
+from gptoss_jax.training import start
+from gptoss_jax.weights import export
+from gptoss_jax.weights.pretrained import from_pretrained
+
+BYTES = make_tokenizer("bytes")
+PROMPT = "the cat"
+HARMONY_STOPS = [200002, 199999, 200012]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    return dataclasses.replace(tiny_config, vocab_size=259)
+
+
+@pytest.fixture(scope="module")
+def model(config, random_params):
+    return with_params(config, random_params(config))
+
+
+@pytest.fixture(scope="module")
+def answer(config, random_params):
+    """The tokens that follow the prompt, if nothing ends them."""
+    prompt = [BYTES.bos_id, *PROMPT.encode()]
+    (tokens,) = generate_with_params(config, random_params(config), [prompt], 16)
+    return tokens
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """(file, its ids of eos) -> a folder of the model whose file names them."""
+
+    def make(name, ids):
+        folder = tmp_path / "model"
+        export.save_pretrained(model, folder)
+        BYTES.export(folder)
+        path = folder / name
+        values = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(values | {"eos_token_id": ids}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_every_id_ends_an_answer(folder, answer, file, monkeypatch, capsys):
+    # The last of the list comes first in the answer.
+    ids = [answer[9], answer[4]]
+    end = min(map(answer.index, ids))
+    text = BYTES.decode([token for token in answer[:end] if token < 257])
+    place = folder(file, ids)
+    assert end > 0 and load_tokenizer(place).stop_ids == (*ids, 256)
+    greedy = ["--temperature", "0", "--max-new-tokens", "16"]
+    assert cli.main(["generate", str(place), "--prompt", PROMPT, *greedy]) == 0
+    assert capsys.readouterr().out == f"{PROMPT}{text}\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
+    assert cli.main(["chat", str(place), *greedy]) == 0
+    assert capsys.readouterr().out == text.removesuffix("\n") + "\n"
+    # In Python they are passed on.
+    prompts, stops = [[256, *PROMPT.encode()]], load_tokenizer(place).stop_ids
+    assert generate(from_pretrained(place), prompts, stop_tokens=stops) == [answer[:end]]
+
+
+def test_bad_ids_are_one_line(folder, capsys):
+    place = folder("generation_config.json", [97, "b"])
+    assert cli.main(["generate", str(place), "--prompt", PROMPT]) == 2
+    path = place / "generation_config.json"
+    expected = f"{path}: eos_token_id is [97, 'b']: must be a token id, or a list of them"
+    assert capsys.readouterr().err == f"gptoss: error: {expected}\n"
+
+
+def test_a_harmony_chat_ends_at_them_too(harmony):
+    assert list(harmony.stop_ids) == HARMONY_STOPS
+    named = dataclasses.replace(harmony, _named_stop_ids=(97, 200002))
+    assert HarmonyConversation(named).stop_tokens == (97, 200002, 199999, 200012)
+
+
+def test_a_folder_names_what_ends_an_answer(model, tmp_path, harmony):
+    BYTES.save(tmp_path / "bytes")
+    export.save_pretrained(model, tmp_path / "a", tokenizer=tmp_path / "bytes")
+    written = json.loads((tmp_path / "a" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+    # A file that is there is passed on, and one that config.json stands in for is written.
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    export.convert(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "generation_config.json").read_text() == '{"eos_token_id": [3, 4]}'
+    (tmp_path / "b" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"eos_token_id": [5, 6]}))
+    export.convert(tmp_path / "b", tmp_path / "c")
+    written = json.loads((tmp_path / "c" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 256, "eos_token_id": [5, 6], "pad_token_id": 256}
+    # Nothing is known: nothing is said.
+    export.save_pretrained(model, tmp_path / "d")
+    assert not (tmp_path / "d" / "generation_config.json").exists()
+    # gpt-oss's vocabulary: the published values.
+    ids = export._token_ids(None, harmony)
+    assert ids == {"bos_token_id": 199998, "eos_token_id": 200002, "pad_token_id": 199999}
+    assert export._generation_ids(ids, harmony) == ids | {"eos_token_id": HARMONY_STOPS}
+
+
+def test_a_run_keeps_those_of_the_weights_it_starts_from(folder, tmp_path):
+    place = folder("generation_config.json", [97, 98])
+    config = TrainConfig(data=DataConfig(tokenizer="bytes"), run_dir=str(tmp_path / "run"))
+    assert start.stop_tokens(config, BYTES) == (256,)
+    start.save_tokenizer(config, BYTES)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer_name.txt"]
+    config = dataclasses.replace(config, init_from=str(place))
+    assert start.stop_tokens(config, BYTES) == (97, 98, 256)
+    start.save_tokenizer(config, BYTES)
+    assert load_tokenizer(tmp_path / "run").stop_ids == (97, 98, 256)
