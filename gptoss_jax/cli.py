@@ -12,6 +12,7 @@ import tyro
 
 from gptoss_jax import startup
 from gptoss_jax.config import require
+from gptoss_jax.config.paths import set_matplotlib_folder
 
 # Nothing above a command's body may import jax, which takes longer than `--help` should.
 
@@ -325,6 +326,8 @@ def main(args: Sequence[str] | None = None) -> int:
     description = "Models of the gpt-oss family in JAX."
     if args is None and sys.argv[1:2] in ([name] for name in RUNS_MODELS) and "--help" not in sys.argv:
         startup.keep_memory()
+    startup.hide_tpu_compiler()
+    set_matplotlib_folder()
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["plan"]:
         args = _with_settings(args)

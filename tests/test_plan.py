@@ -2,7 +2,6 @@
 line, and a small step through the real TPU compiler."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 
@@ -14,6 +13,7 @@ from tpu_compiler import needs_libtpu
 from gptoss_jax import cli
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.parallel.mesh import AXES, make_mesh
+from gptoss_jax.plan import compiled
 from gptoss_jax.plan.chips import CHIPS, GIB, find_chip, parse_topology
 from gptoss_jax.plan.compiled import Compiled, compile_step, read_refusal
 from gptoss_jax.plan.estimate import estimate, transfer_seconds
@@ -415,10 +415,9 @@ def test_errors_are_one_line(capsys, preset, args, words):
 
 
 def test_without_libtpu(capsys, monkeypatch, preset):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    monkeypatch.setattr(compiled, "has_tpu_compiler", lambda: False)
     assert cli.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
-    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
+    assert "pip install -e '.[tpu-compile]'" in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -1,8 +1,14 @@
-"""Paths and texts as users write them."""
+"""Paths and texts as users write them, and folders for caches."""
 
+import atexit
+import functools
 import os
 import pathlib
+import shutil
+import stat
 import sys
+import tempfile
+from collections.abc import Iterator
 
 from gptoss_jax.config.checked import require
 
@@ -56,3 +62,79 @@ def user_text(text: str) -> str:
     that are not UTF-8 become U+FFFD.
     """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def cache_folders(name: str) -> Iterator[pathlib.Path]:
+    """Folders for files that can be made again, the preferred one first; they need not exist.
+
+    These are `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), and the same in `private_folder()`
+    for a process that has no home folder, or one that it cannot write to.
+    """
+    try:
+        home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+    except ValueError:
+        pass
+    else:
+        yield home / "gptoss_jax" / name
+    yield private_folder() / name
+
+
+def cache_folder(name: str) -> pathlib.Path:
+    """The first of `cache_folders` that can be written to; it is created."""
+    folders = list(cache_folders(name))
+    return next((folder for folder in folders if is_writable(folder)), folders[-1])
+
+
+def is_writable(folder: pathlib.Path) -> bool:
+    """Creates a folder. Returns whether files can be created in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def private_folder() -> pathlib.Path:
+    """A folder among the temporary files that no other user can write to: they could plant a library there.
+
+    It is `gptoss_jax-UID`, which later processes find again. If another user has taken that name, it is a
+    folder of this process, removed when it ends.
+    """
+    folder = pathlib.Path(tempfile.gettempdir(), f"gptoss_jax-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+            return folder
+    except OSError:
+        pass
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="gptoss_jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def set_matplotlib_folder() -> None:
+    """Gives matplotlib a folder in place of the default one if that cannot be written to.
+
+    Without it, matplotlib prints warnings, and searches all fonts in every process. Must run before
+    matplotlib is imported.
+    """
+    if "MPLCONFIGDIR" in os.environ:
+        return
+    bases = [("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache")]
+    if sys.platform == "darwin":
+        bases = [("", "~")]
+    try:
+        folders = [user_path(os.environ.get(name) or default, name) for name, default in bases]
+    except ValueError:
+        folders = []
+    if not folders or not all(map(_could_write, folders)):
+        os.environ["MPLCONFIGDIR"] = str(cache_folder("matplotlib"))
+
+
+def _could_write(folder: pathlib.Path) -> bool:
+    """Whether a folder can be written to, or created. Creates nothing."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
