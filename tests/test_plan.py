@@ -13,7 +13,6 @@ from tpu_compiler import needs_libtpu
 from gptoss_jax import cli
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.parallel.mesh import AXES, make_mesh
-from gptoss_jax.plan import compiled
 from gptoss_jax.plan.chips import CHIPS, GIB, find_chip, parse_topology
 from gptoss_jax.plan.compiled import Compiled, compile_step, read_refusal
 from gptoss_jax.plan.estimate import estimate, transfer_seconds
@@ -415,7 +414,7 @@ def test_errors_are_one_line(capsys, preset, args, words):
 
 
 def test_without_libtpu(capsys, monkeypatch, preset):
-    monkeypatch.setattr(compiled, "has_tpu_compiler", lambda: False)
+    monkeypatch.setattr("gptoss_jax.plan.compiled.has_tpu_compiler", lambda: False)
     assert cli.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
     assert "pip install -e '.[tpu-compile]'" in capsys.readouterr().err
 

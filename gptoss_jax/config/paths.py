@@ -16,6 +16,8 @@ from gptoss_jax.config.checked import require
 def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
     """Expands `~` and `~user` at the start of a path. Every path that a user gives goes through here.
 
+    The result may go through here again: it does not begin with `~`.
+
     Args:
       path: the path. `./~name` names a file or folder that really begins with `~`.
       field: the setting or argument it was given for, for the error message.
@@ -37,7 +39,20 @@ def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
         name = text.partition("/")[0][1:]
         unknown = f"there is no user {name!r}" if name else "the home folder is not known, set HOME"
         require(not expanded.startswith("~"), field, text, f"{unknown}; give another path, or ./{text}")
-    return pathlib.Path(expanded)
+    found = pathlib.Path(expanded)
+    # pathlib drops the leading `./`.
+    return pathlib.Path.cwd() / found if str(found).startswith("~") else found
+
+
+def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
+    """The file that a command will write its result to.
+
+    Raises ValueError for a path that cannot be one, so that it is known before the work is done.
+    """
+    file = user_path(path, field)
+    require(file.parent.is_dir(), field, os.fspath(path), "its folder does not exist")
+    require(not file.is_dir(), field, os.fspath(path), "is a folder; name a file")
+    return file
 
 
 def require_utf8(path: str | os.PathLike, field: str) -> None:

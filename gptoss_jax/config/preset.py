@@ -4,6 +4,7 @@ import pathlib
 import runpy
 from collections.abc import Sequence
 
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.train import TrainConfig
 
 
@@ -21,7 +22,7 @@ def read_preset(
     """
     import tyro
 
-    path = pathlib.Path(path)
+    path = user_path(path, "config")
     if not path.is_file():
         folder = pathlib.Path(__file__).parents[2]
         known = ", ".join(sorted(f"configs/{preset.name}" for preset in (folder / "configs").glob("*.py")))
