@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -274,9 +275,12 @@ def plan(
         set: A field of the config; --model.remat block, as for train.py, is the same as --set
             model.remat=block.
     """
-    from gptoss_jax.config.preset import read_preset
+    from gptoss_jax.config.preset import read_preset, takes_several
 
-    flags = [word for one in set for name, _, value in [one.partition("=")] for word in (f"--{name}", value)]
+    flags = []
+    for one in set:
+        name, _, value = one.partition("=")
+        flags += [f"--{name}", *(value.split() if takes_several(name) else [value])]
     settings = read_preset(config, flags, prog="gptoss plan CONFIG")
     if not mesh and any(one.startswith("mesh.") for one in set):
         mesh = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(settings.mesh).items()),)
@@ -287,6 +291,8 @@ def plan(
 
 def _with_settings(args: Sequence[str]) -> list[str]:
     """A command line where `--model.remat block`, any flag with a dot, reads `--set model.remat=block`."""
+    from gptoss_jax.config.preset import takes_several
+
     words, rest = [], list(args)
     while rest:
         word = rest.pop(0)
@@ -294,8 +300,10 @@ def _with_settings(args: Sequence[str]) -> list[str]:
         if not name.startswith("--") or "." not in name:
             words.append(word)
             continue
-        if not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
+        count = len(rest) if takes_several(name[2:]) else 1
+        values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:count]))
+        if not equals and values:
+            value, rest = " ".join(values), rest[len(values) :]
         words += ["--set", f"{name[2:]}={value}"]
     return words
 
