@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import glob
+import importlib.machinery
 import os
 import sys
 import warnings
@@ -32,8 +33,10 @@ def keep_memory() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-# Variables of the environment that a TPU machine or its user sets. JAX itself sets TPU_SKIP_MDS_QUERY.
+# Variables of the environment that a TPU machine or its user sets.
 TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "COLAB_TPU_", "JAX_FORCE_TPU_INIT", "LIBTPU_INIT_ARGS")
+# Those that JAX and libtpu set on any machine, and hand on to the processes that a program starts.
+SET_ON_IMPORT = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
 
 
 def hide_tpu_compiler() -> None:
@@ -47,17 +50,27 @@ def hide_tpu_compiler() -> None:
     if not named and "jax" not in sys.modules and not may_have_tpu():
         # An import of it raises ModuleNotFoundError.
         sys.modules["libtpu"] = None
+        os.environ.pop("TPU_LIBRARY_PATH", None)
 
 
 def may_have_tpu() -> bool:
     """Whether anything points to a TPU: a device, a chip on the PCI bus, or a variable of the environment."""
-    if any(name.startswith(TPU_VARIABLES) and name != "TPU_SKIP_MDS_QUERY" for name in os.environ):
+    if any(name.startswith(TPU_VARIABLES) and name not in SET_ON_IMPORT for name in os.environ):
+        return True
+    library = os.environ.get("TPU_LIBRARY_PATH")
+    if library is not None and not _is_of_package(library):
         return True
     # Chips are passed to the process as /dev/accel0 or, newer ones, as /dev/vfio/0; /dev/vfio/vfio is the
     # driver's own and also exists on other machines.
     if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
         return True
     return any(map(_is_tpu, glob.glob("/sys/bus/pci/devices/*")))
+
+
+def _is_of_package(library: str) -> bool:
+    """Whether a library is that of the Python package libtpu, which sets TPU_LIBRARY_PATH to it."""
+    package = importlib.machinery.PathFinder.find_spec("libtpu")
+    return package is not None and os.path.dirname(library) == os.path.dirname(package.origin or "")
 
 
 def _is_tpu(device: str) -> bool:

@@ -96,8 +96,10 @@ def cache_folders(name: str) -> Iterator[pathlib.Path]:
 
 def cache_folder(name: str) -> pathlib.Path:
     """The first of `cache_folders` that can be written to; it is created."""
-    folders = list(cache_folders(name))
-    return next((folder for folder in folders if is_writable(folder)), folders[-1])
+    for folder in cache_folders(name):
+        if is_writable(folder):
+            break
+    return folder
 
 
 def is_writable(folder: pathlib.Path) -> bool:
