@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 from gptoss_jax import startup
+from gptoss_jax.config.paths import set_matplotlib_folder
 
 
 def read_arguments(arguments: list[str]):
@@ -22,7 +23,9 @@ def read_arguments(arguments: list[str]):
 
 
 def main() -> None:
+    startup.hide_tpu_compiler()
     config = read_arguments(sys.argv[1:])
+    set_matplotlib_folder()
     from gptoss_jax import train
     from gptoss_jax.parallel import processes
 

@@ -21,6 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gptoss_jax.config.paths import user_path
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PEAK = "matmul peak"
@@ -243,7 +245,7 @@ def write_json(name: str | pathlib.Path, record: dict) -> pathlib.Path:
 
     A name that ends in .json is the path itself.
     """
-    path = pathlib.Path(name) if str(name).endswith(".json") else RESULTS / f"{name}.json"
+    path = user_path(name, "out") if str(name).endswith(".json") else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "date": time.strftime("%Y-%m-%d"),

@@ -10,7 +10,6 @@ mean nothing and are written only where --out says.
 import argparse
 import math
 import os
-import pathlib
 import re
 import sys
 import time
@@ -21,6 +20,8 @@ from gpu_generation import generation, released
 from gpu_kernels import attention, grouped
 from gpu_model import training
 from gpu_run import REPETITIONS, Run
+
+from gptoss_jax.config.paths import user_path
 
 
 def peaks(run: Run) -> dict:
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"needs a GPU and there is {jax.default_backend()!r}; --smoke tries it on CPU")
     run, names = Run(options.smoke), options.only or list(SECTIONS)
     slug = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
-    out = options.out and str(pathlib.Path(options.out).with_suffix(".json"))
+    out = options.out and str(user_path(options.out, "out").with_suffix(".json"))
     if not out and not options.smoke:
         out = "-".join(["gpu", slug, *(options.only or ())])
     record = {

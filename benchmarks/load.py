@@ -22,6 +22,8 @@ import time
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.config.paths import user_path
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 LAYERS, VOCABULARY = 6, 32768
 REPEATS = 5
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(options.folder or f"{temporary}/checkpoint")
+        folder = user_path(options.folder or f"{temporary}/checkpoint", "folder")
         if not folder.exists():
             print(f"Writing {folder}")
             make_checkpoint(folder)

@@ -9,9 +9,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from gptoss_jax.config import require
 from gptoss_jax.config.kernels import plain_kernels
-from gptoss_jax.config.paths import user_path
+from gptoss_jax.config.paths import output_file
 from gptoss_jax.kernels.check import Result, check_kernels, device_name
 from gptoss_jax.kernels.first_use import check_and_record
 from gptoss_jax.kernels.selection import ENVIRONMENT
@@ -25,8 +24,7 @@ def run(json_file: str | None = None) -> bool:
     On GPU and TPU the record of the first use is written again. Raises ValueError for a file whose folder
     does not exist, and OSError when a kernel breaks the device.
     """
-    path = None if json_file is None else user_path(json_file, "json")
-    require(path is None or path.parent.is_dir(), "json", json_file, "its folder does not exist")
+    path = None if json_file is None else output_file(json_file, "json")
     off = plain_kernels(os.environ.get(ENVIRONMENT, "auto"), ENVIRONMENT)
     began, backend, results = time.monotonic(), jax.default_backend(), []
     console = Console()

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ import tyro
 
 from gptoss_jax import startup
 from gptoss_jax.config import require
+from gptoss_jax.config.paths import set_matplotlib_folder
 
 # Nothing above a command's body may import jax, which takes longer than `--help` should.
 
@@ -278,9 +280,12 @@ def plan(
         set: A field of the config; --model.remat block, as for train.py, is the same as --set
             model.remat=block.
     """
-    from gptoss_jax.config.preset import read_preset
+    from gptoss_jax.config.preset import read_preset, takes_several
 
-    flags = [word for one in set for name, _, value in [one.partition("=")] for word in (f"--{name}", value)]
+    flags = []
+    for one in set:
+        name, _, value = one.partition("=")
+        flags += [f"--{name}", *(value.split() if takes_several(name) else [value])]
     settings = read_preset(config, flags, prog="gptoss plan CONFIG")
     if not mesh and any(one.startswith("mesh.") for one in set):
         mesh = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(settings.mesh).items()),)
@@ -291,6 +296,8 @@ def plan(
 
 def _with_settings(args: Sequence[str]) -> list[str]:
     """A command line where `--model.remat block`, any flag with a dot, reads `--set model.remat=block`."""
+    from gptoss_jax.config.preset import takes_several
+
     words, rest = [], list(args)
     while rest:
         word = rest.pop(0)
@@ -298,8 +305,10 @@ def _with_settings(args: Sequence[str]) -> list[str]:
         if not name.startswith("--") or "." not in name:
             words.append(word)
             continue
-        if not equals and rest and not rest[0].startswith("--"):
-            value = rest.pop(0)
+        count = len(rest) if takes_several(name[2:]) else 1
+        values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:count]))
+        if not equals and values:
+            value, rest = " ".join(values), rest[len(values) :]
         words += ["--set", f"{name[2:]}={value}"]
     return words
 
@@ -330,6 +339,8 @@ def main(args: Sequence[str] | None = None) -> int:
     description = "Models of the gpt-oss family in JAX."
     if args is None and sys.argv[1:2] in ([name] for name in RUNS_MODELS) and "--help" not in sys.argv:
         startup.keep_memory()
+    startup.hide_tpu_compiler()
+    set_matplotlib_folder()
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["plan"]:
         args = _with_settings(args)

@@ -2,6 +2,8 @@
 
 import codecs
 import contextlib
+import glob
+import importlib.machinery
 import os
 import sys
 import warnings
@@ -29,6 +31,57 @@ def keep_memory() -> None:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join((*filter(None, [tunables]), *TUNABLES))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+# Variables of the environment that a TPU machine or its user sets.
+TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "COLAB_TPU_", "JAX_FORCE_TPU_INIT", "LIBTPU_INIT_ARGS")
+# Those that JAX and libtpu set on any machine, and hand on to the processes that a program starts.
+SET_ON_IMPORT = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
+
+
+def hide_tpu_compiler() -> None:
+    """Hides an installed libtpu from JAX on a machine without a TPU; must run before jax is imported.
+
+    JAX loads libtpu in every process that names no platform, to look for a TPU. Where there is none, libtpu
+    prints several lines of errors first. JAX then acts as if libtpu were not installed: GPUs and the CPU are
+    found as ever. JAX_PLATFORMS, if set, decides alone.
+    """
+    named = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+    if not named and "jax" not in sys.modules and not may_have_tpu():
+        # An import of it raises ModuleNotFoundError.
+        sys.modules["libtpu"] = None
+        os.environ.pop("TPU_LIBRARY_PATH", None)
+
+
+def may_have_tpu() -> bool:
+    """Whether anything points to a TPU: a device, a chip on the PCI bus, or a variable of the environment."""
+    if any(name.startswith(TPU_VARIABLES) and name not in SET_ON_IMPORT for name in os.environ):
+        return True
+    library = os.environ.get("TPU_LIBRARY_PATH")
+    if library is not None and not _is_of_package(library):
+        return True
+    # Chips are passed to the process as /dev/accel0 or, newer ones, as /dev/vfio/0; /dev/vfio/vfio is the
+    # driver's own and also exists on other machines.
+    if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
+        return True
+    return any(map(_is_tpu, glob.glob("/sys/bus/pci/devices/*")))
+
+
+def _is_of_package(library: str) -> bool:
+    """Whether a library is that of the Python package libtpu, which sets TPU_LIBRARY_PATH to it."""
+    package = importlib.machinery.PathFinder.find_spec("libtpu")
+    return package is not None and os.path.dirname(library) == os.path.dirname(package.origin or "")
+
+
+def _is_tpu(device: str) -> bool:
+    """Whether a PCI device is Google's and neither storage nor network, which its virtual machines have."""
+    try:
+        with open(f"{device}/vendor", encoding="ascii") as file:
+            vendor = file.read().strip()
+        with open(f"{device}/class", encoding="ascii") as file:
+            return vendor == "0x1ae0" and not file.read().startswith(("0x01", "0x02"))
+    except OSError:
+        return False
 
 
 def run(command: Callable[[], object], name: str) -> int:

@@ -13,7 +13,7 @@ from checkpoints import random_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax import cli
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import ModelConfig, preset
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as generation
 from gptoss_jax.inference.text import TextStream
@@ -241,3 +241,22 @@ def test_a_warning_is_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("gptoss: warning: ") and said.count("\n") == 1
     assert "not finite in model.layers.1.mlp.router.bias" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["--model.rope-scaling", "None"], ["model.rope-scaling=None"]),
+        (["--model.remat=block", "--devices", "2"], ["model.remat=block"]),
+        (["--model.layer-types", "full_attention", "sliding_attention"],
+         ["model.layer-types=full_attention sliding_attention"]),
+        (["--optim.beta1", "0.5", "--set", "steps=3"], ["optim.beta1=0.5", "steps=3"]),
+    ],
+)  # fmt: skip
+def test_plan_takes_the_flags_of_train(words, settings, monkeypatch):
+    read = []
+    monkeypatch.setattr(preset, "read_preset", lambda path, flags, prog: read.append(flags) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan", "configs/quickstart.py", *words])
+    expected = [setting.partition("=") for setting in settings]
+    assert read == [[word for name, _, value in expected for word in (f"--{name}", *value.split())]]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import typing
 
 import pytest
 
@@ -18,6 +19,7 @@ from gptoss_jax.config import (
     RopeScaling,
     TrainConfig,
 )
+from gptoss_jax.config.preset import optional_sections, read_preset
 
 BAD = [
     *[
@@ -266,3 +268,92 @@ def test_configs_are_frozen_and_hashable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.head_dim = 3
     assert hash(config) == hash(ModelConfig()) and config in {ModelConfig()}
+
+
+@pytest.fixture
+def preset(tmp_path):
+    """Writes a preset whose model has the given settings; returns its path."""
+
+    def write(**model) -> str:
+        model = {"num_hidden_layers": 1} | model
+        path = tmp_path / "preset.py"
+        path.write_text(
+            f"from gptoss_jax.config import *\nconfig = TrainConfig(model=ModelConfig(**{model!r}))"
+        )
+        return str(path)
+
+    return write
+
+
+def optional_values(cls=TrainConfig, path=()):
+    """The paths and types of the fields that are not sections and may be None."""
+    for name, kind in typing.get_type_hints(cls).items():
+        kinds = typing.get_args(kind) or (kind,)
+        if type(None) in kinds and not any(map(dataclasses.is_dataclass, kinds)):
+            yield (*path, name), kinds[0]
+        for section in filter(dataclasses.is_dataclass, kinds):
+            yield from optional_values(section, (*path, name))
+
+
+def value_at(config, path):
+    for name in path:
+        config = getattr(config, name)
+    return config
+
+
+def test_every_optional_value_can_be_set_and_be_none_on_the_command_line(preset):
+    found = dict(optional_values())
+    assert {("init_from",), ("model", "layer_types"), ("model", "swiglu_limit")} <= found.keys()
+    values = {float: ("2.5", 2.5), str: ("x", "x"), tuple[str, ...]: (FULL, (FULL,))}
+    for path, kind in found.items():
+        flag, (word, value) = "--" + ".".join(path).replace("_", "-"), values[kind]
+        assert value_at(read_preset(preset(), [flag, "None"]), path) is None
+        assert value_at(read_preset(preset(), [flag, word]), path) == value
+    assert read_preset(preset(layer_types=(FULL,)), ["--model.layer-types", "None"]).model.layer_types is None
+
+
+def test_every_optional_section_can_be_switched_off_and_on_on_the_command_line(preset):
+    sections = optional_sections(TrainConfig)
+    assert sections == {("model", "rope_scaling"): RopeScaling}
+    for path, section in sections.items():
+        flag = "--" + ".".join(path).replace("_", "-")
+        assert value_at(read_preset(preset(), [flag, "None"]), path) is None
+        off = preset(**{path[-1]: None})
+        assert value_at(read_preset(off), path) is None
+        assert value_at(read_preset(off, [f"{flag}=None", "--steps", "3"]), path) is None
+        for field in dataclasses.fields(section):
+            config = read_preset(off, [f"{flag}.{field.name}={field.default}", "--steps", "3"])
+            assert value_at(config, path) == section() and config.steps == 3
+    for given in ({"rope_scaling": None}, {}):
+        config = read_preset(preset(**given), ["--model.rope_scaling.factor", "4"])
+        assert config.model.rope_scaling == RopeScaling(factor=4.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--model.rope-scaling", "yarn"],
+            "model.rope_scaling is 'yarn': "
+            "must be None; a flag such as --model.rope-scaling.factor switches it on",
+        ),
+        (["--model.rope-scaling"], "model.rope_scaling is '': must be None, or left out"),
+        (
+            ["--model.rope-scaling", "None", "--model.rope-scaling.factor=4"],
+            "model.rope_scaling is None: leave out --model.rope-scaling.factor, which switches it on",
+        ),
+    ],
+)
+def test_contradictory_flags_are_refused(preset, flags, message):
+    with pytest.raises(ValueError) as caught:
+        read_preset(preset(), flags)
+    assert str(caught.value) == message
+
+
+def test_help_shows_the_fields_of_sections_that_are_off(preset, capsys):
+    with pytest.raises(SystemExit):
+        read_preset(preset(rope_scaling=None), ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--model.rope-scaling.beta-fast" in shown
+    assert "--model.rope-scaling None switches that section off" in shown
+    assert "Off in this preset: model.rope_scaling." in shown

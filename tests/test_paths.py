@@ -1,10 +1,12 @@
 """Paths as users write them."""
 
+import os
 import pathlib
+import re
 
 import pytest
 
-from gptoss_jax.config.paths import user_path
+from gptoss_jax.config.paths import output_file, user_path
 
 
 @pytest.mark.parametrize(
@@ -13,14 +15,16 @@ from gptoss_jax.config.paths import user_path
         ("~/runs/x", "/home/ada/runs/x"),
         ("~", "/home/ada"),
         ("runs/~x", "runs/~x"),
-        ("./~x", "~x"),
+        ("./~x", f"{os.getcwd()}/~x"),
         ("/a b/[c]", "/a b/[c]"),
         (pathlib.Path("~/é\n"), "/home/ada/é\n"),
     ],
 )
 def test_the_home_folder_is_expanded_at_the_start_only(given, expanded, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
-    assert user_path(given, "run_dir") == pathlib.Path(expanded)
+    found = user_path(given, "run_dir")
+    assert found == pathlib.Path(expanded)
+    assert user_path(found, "run_dir") == found
 
 
 @pytest.mark.parametrize(
@@ -43,3 +47,25 @@ def test_a_process_without_a_home_folder(monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda text: text)
     with pytest.raises(ValueError, match="data.cache_dir is '~/.cache': the home folder is not known"):
         user_path("~/.cache", "data.cache_dir")
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_no_other_module_expands_the_home_folder():
+    expanding = [
+        str(path.relative_to(ROOT))
+        for folder in ("gptoss_jax", "benchmarks", "configs")
+        for path in (*(ROOT / folder).rglob("*.py"), ROOT / "train.py")
+        if re.search(r"expanduser|Path\.home|environ.*HOME\b", path.read_text("utf-8"))
+    ]
+    assert set(expanding) == {"gptoss_jax/config/paths.py"}
+
+
+def test_the_file_of_a_result_is_checked_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert output_file("~/x.json", "json") == tmp_path / "x.json"
+    with pytest.raises(ValueError, match="json is '~/none/x.json': its folder does not exist"):
+        output_file("~/none/x.json", "json")
+    with pytest.raises(ValueError, match="json is '~': is a folder; name a file"):
+        output_file("~", "json")

@@ -2,7 +2,6 @@
 line, and a small step through the real TPU compiler."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 
@@ -415,10 +414,9 @@ def test_errors_are_one_line(capsys, preset, args, words):
 
 
 def test_without_libtpu(capsys, monkeypatch, preset):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    monkeypatch.setattr("gptoss_jax.plan.compiled.has_tpu_compiler", lambda: False)
     assert cli.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
-    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
+    assert "pip install -e '.[tpu-compile]'" in capsys.readouterr().err
 
 
 @needs_libtpu

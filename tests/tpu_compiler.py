@@ -1,7 +1,6 @@
 """Programs through the real TPU compiler, for devices that are not here."""
 
 import contextlib
-import importlib.util
 import re
 from collections.abc import Callable, Iterator
 
@@ -9,10 +8,10 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from gptoss_jax.plan.compiled import INSTALL, has_tpu_compiler
+
 TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+needs_libtpu = pytest.mark.skipif(not has_tpu_compiler(), reason=f"libtpu is not installed: {INSTALL}")
 
 
 @contextlib.contextmanager

@@ -1,14 +1,22 @@
-"""Paths and texts as users write them."""
+"""Paths and texts as users write them, and folders for caches."""
 
+import atexit
+import functools
 import os
 import pathlib
+import shutil
+import stat
 import sys
+import tempfile
+from collections.abc import Iterator
 
 from gptoss_jax.config.checked import require
 
 
 def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
     """Expands `~` and `~user` at the start of a path. Every path that a user gives goes through here.
+
+    The result may go through here again: it does not begin with `~`.
 
     Args:
       path: the path. `./~name` names a file or folder that really begins with `~`.
@@ -31,7 +39,20 @@ def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
         name = text.partition("/")[0][1:]
         unknown = f"there is no user {name!r}" if name else "the home folder is not known, set HOME"
         require(not expanded.startswith("~"), field, text, f"{unknown}; give another path, or ./{text}")
-    return pathlib.Path(expanded)
+    found = pathlib.Path(expanded)
+    # pathlib drops the leading `./`.
+    return pathlib.Path.cwd() / found if str(found).startswith("~") else found
+
+
+def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
+    """The file that a command will write its result to.
+
+    Raises ValueError for a path that cannot be one, so that it is known before the work is done.
+    """
+    file = user_path(path, field)
+    require(file.parent.is_dir(), field, os.fspath(path), "its folder does not exist")
+    require(not file.is_dir(), field, os.fspath(path), "is a folder; name a file")
+    return file
 
 
 def require_utf8(path: str | os.PathLike, field: str) -> None:
@@ -56,3 +77,81 @@ def user_text(text: str) -> str:
     that are not UTF-8 become U+FFFD.
     """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def cache_folders(name: str) -> Iterator[pathlib.Path]:
+    """Folders for files that can be made again, the preferred one first; they need not exist.
+
+    These are `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), and the same in `private_folder()`
+    for a process that has no home folder, or one that it cannot write to.
+    """
+    try:
+        home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+    except ValueError:
+        pass
+    else:
+        yield home / "gptoss_jax" / name
+    yield private_folder() / name
+
+
+def cache_folder(name: str) -> pathlib.Path:
+    """The first of `cache_folders` that can be written to; it is created."""
+    for folder in cache_folders(name):
+        if is_writable(folder):
+            break
+    return folder
+
+
+def is_writable(folder: pathlib.Path) -> bool:
+    """Creates a folder. Returns whether files can be created in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def private_folder() -> pathlib.Path:
+    """A folder among the temporary files that no other user can write to: they could plant a library there.
+
+    It is `gptoss_jax-UID`, which later processes find again. If another user has taken that name, it is a
+    folder of this process, removed when it ends.
+    """
+    folder = pathlib.Path(tempfile.gettempdir(), f"gptoss_jax-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
+            return folder
+    except OSError:
+        pass
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="gptoss_jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def set_matplotlib_folder() -> None:
+    """Gives matplotlib a folder in place of the default one if that cannot be written to.
+
+    Without it, matplotlib prints warnings, and searches all fonts in every process. Must run before
+    matplotlib is imported.
+    """
+    if "MPLCONFIGDIR" in os.environ:
+        return
+    bases = [("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache")]
+    if sys.platform == "darwin":
+        bases = [("", "~")]
+    try:
+        folders = [user_path(os.environ.get(name) or default, name) for name, default in bases]
+    except ValueError:
+        folders = []
+    if not folders or not all(map(_could_write, folders)):
+        os.environ["MPLCONFIGDIR"] = str(cache_folder("matplotlib"))
+
+
+def _could_write(folder: pathlib.Path) -> bool:
+    """Whether a folder can be written to, or created. Creates nothing."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

@@ -11,11 +11,11 @@ missing.
 """
 
 import os
-import pathlib
 from collections.abc import Collection
 from typing import Any
 
 from gptoss_jax.config.checked import agreed, list_unknown, missing, number, read_json, require
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.published_rope import read_rope
 
 # Weights that MXFP4 packs under one scale, along the input axis of a matrix.
@@ -87,7 +87,7 @@ def load(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, Any], st
     """Returns the content of a published config.json, and what an error about it begins with."""
     if isinstance(source, dict):
         return source, ""
-    path = pathlib.Path(source)
+    path = user_path(source, "config")
     if path.is_dir():
         places = (path / "config.json", path / "original" / "config.json")
         found = [place for place in places if place.is_file()]

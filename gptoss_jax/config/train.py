@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from gptoss_jax.config.checked import Checked, read_json, require
 from gptoss_jax.config.model import ModelConfig
+from gptoss_jax.config.paths import user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +200,7 @@ class TrainConfig(Checked):
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the whole config as JSON."""
+        path = user_path(path, "config")
         temporary = pathlib.Path(f"{path}.tmp")
         temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
@@ -206,4 +208,4 @@ class TrainConfig(Checked):
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Self:
         """Reads what `save` wrote. Raises ValueError for a file that is missing or is not such a config."""
-        return cls.from_dict(read_json(path, "; a run folder holds config.json"))
+        return cls.from_dict(read_json(user_path(path, "config"), "; a run folder holds config.json"))

@@ -12,6 +12,7 @@ import tiktoken
 import tokenizers
 
 from gptoss_jax.config import require
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.data import special_tokens as special
 from gptoss_jax.data.bpe import train_bpe
 from gptoss_jax.data.files import readable
@@ -124,7 +125,7 @@ class Tokenizer:
         tokenizer_name.txt holds the name of a tokenizer that needs no file, or names the bos and the eos of a
         tokenizer.json where they are not known from its content.
         """
-        folder = pathlib.Path(folder)
+        folder = user_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content.encode())
@@ -144,7 +145,7 @@ class Tokenizer:
         """
         fits = model_max_length is None or model_max_length >= 1
         require(fits, "model_max_length", model_max_length, "must be 1 or more, or None for no limit")
-        folder = pathlib.Path(folder)
+        folder = user_path(folder, "folder")
         content = self._make_json()
         roles = self.token_roles
         files = {"tokenizer.json": content} | settings_files(content, roles, model_max_length)
@@ -205,7 +206,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
     Raises ValueError if the folder holds no tokenizer, or a damaged one.
     """
-    folder = pathlib.Path(folder)
+    folder = user_path(folder, "tokenizer folder")
     name, file = folder / NAME_FILE, folder / "tokenizer.json"
     has_one = name.is_file() or file.exists()
     require(has_one, "tokenizer folder", str(folder), f"must hold tokenizer.json or {NAME_FILE}")

@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from gptoss_jax.config import require
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.evaluation.scores import batch_rows, target_scores
 from gptoss_jax.inference.generate import generate_with_params
 from gptoss_jax.inference.text import TextStream
@@ -216,7 +217,9 @@ def evaluate_tasks(
 
 
 def _load_tasks(tasks: Sequence[str]) -> dict[str, Any]:
-    files = {name for name in tasks if name.endswith((".yaml", ".yml"))}
+    is_file = [name.endswith((".yaml", ".yml")) for name in tasks]
+    tasks = [str(user_path(t, "task")) if file else t for t, file in zip(tasks, is_file, strict=True)]
+    files = {name for name, file in zip(tasks, is_file, strict=True) if file}
     # Thousands of files are read to know the names that come with lm_eval.
     manager = TaskManager(include_defaults=bool(set(tasks) - files))
     for name in tasks:

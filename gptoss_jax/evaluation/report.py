@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptoss_jax.config import require
+from gptoss_jax.config.paths import output_file
 from gptoss_jax.data.corpus import open_corpus
 from gptoss_jax.evaluation.text import TextScore, TextSettings, evaluate_text
 from gptoss_jax.weights.checkpoint import is_run, load_config
@@ -43,14 +43,13 @@ def run(
         require(value is None, name, value, f"belongs to a {'source' if tasks else 'task'}")
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         require(value is None or value >= least, name, value, f"must be {least} or more")
-    if json_file is not None and not os.path.isdir(os.path.dirname(json_file) or "."):
-        raise ValueError(f"json is {json_file!r}: its folder does not exist")
+    path = None if json_file is None else output_file(json_file, "json")
     if tasks:
         found = _tasks(folder, tasks, context, batch_size, limit, num_fewshot)
     else:
         found = _text(folder, source, TextSettings(context, stride, batch_size, max_tokens))
-    if json_file is not None:
-        with open(json_file, "w", encoding="utf-8") as file:
+    if path is not None:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(_plain(found), file, indent=2, allow_nan=False, default=str)
             file.write("\n")
 

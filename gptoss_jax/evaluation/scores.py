@@ -41,7 +41,7 @@ def target_scores(config: ModelConfig, params: dict, batch: Batch) -> tuple[jax.
         logits_BCV = model.logits(x_BCD)
         chosen_BC = jnp.take_along_axis(logits_BCV, target_BC[..., None], axis=-1)[..., 0]
         log_probs_BC = chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
-        return log_probs_BC, jnp.argmax(logits_BCV, axis=-1) == target_BC
+        return log_probs_BC, jax.lax.argmax(logits_BCV, 2, jnp.int32) == target_BC
 
     found = jax.lax.map(one_chunk, (split(hidden_BTD), split(batch["targets"])))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T), found)

@@ -206,7 +206,7 @@ def _grown(config: ModelConfig, cache: Cache, length: int) -> Cache:
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _prefill(config, params, cache, tokens_BT, counts_B) -> Cache:
     """Reads the first `counts_B` of the tokens of each sequence into the cache."""
-    segment_ids_BT = (jnp.arange(tokens_BT.shape[1]) < counts_B[:, None]).astype(jnp.int32)
+    segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < counts_B[:, None]).astype(jnp.int32)
     model = with_params(config, params)
     return _placed(model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)[1])
 

@@ -43,7 +43,7 @@ def sample(
         (Holtzman et al. 2020).
       min_p: keeps the tokens at least this many times as likely as the likeliest (Nguyen et al. 2024).
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = jax.lax.argmax(logits_BV, 1, jnp.int32)
     if _is_zero(temperature):
         return greedy_B
     filtered_BV = _filter(logits_BV, temperature, top_k, top_p, min_p)
@@ -71,9 +71,9 @@ def _is_zero(temperature: Setting) -> bool:
     return isinstance(temperature, (int, float)) and temperature == 0
 
 
-def _column(setting: Setting) -> jax.Array:
-    """[1] or [B, 1], to stand against [B, V]."""
-    return jnp.asarray(setting)[..., None]
+def _column(setting: Setting, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """The setting as [1] or [B, 1], which broadcasts against [B, V]."""
+    return jnp.asarray(setting, dtype)[..., None]
 
 
 def _filter(logits_BV, temperature, top_k, top_p, min_p) -> jax.Array:
@@ -89,7 +89,7 @@ def _filter(logits_BV, temperature, top_k, top_p, min_p) -> jax.Array:
         falling_BV = -falling_BV
         first_BV = jnp.ones_like(keep_BV)
         if top_k is not None:
-            first_BV &= token_BV < _column(top_k)
+            first_BV &= token_BV < _column(top_k, jnp.int32)
         if top_p is not None:
             share_BV = jax.nn.softmax(jnp.where(first_BV, falling_BV / temperature, -jnp.inf), axis=-1)
             before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
@@ -97,10 +97,10 @@ def _filter(logits_BV, temperature, top_k, top_p, min_p) -> jax.Array:
             first_BV &= (before_BV < _column(top_p)) | (_column(top_p) >= 1)
         # What is kept is a beginning of the sorted row, so its last element tells for every token whether it
         # is kept: no scatter over the vocabulary.
-        last_B1 = jnp.maximum(jnp.sum(first_BV, axis=-1, keepdims=True) - 1, 0)
+        last_B1 = jnp.maximum(jnp.sum(first_BV, axis=-1, keepdims=True, dtype=jnp.int32) - 1, 0)
         least_B1 = jnp.take_along_axis(falling_BV, last_B1, axis=-1)
         tie_B1 = jnp.take_along_axis(order_BV, last_B1, axis=-1)
         keep_BV &= (logits_BV > least_B1) | ((logits_BV == least_B1) & (token_BV <= tie_B1))
     if min_p is not None:
-        keep_BV &= scaled_BV >= jnp.log(_column(min_p).astype(jnp.float32))
+        keep_BV &= scaled_BV >= jnp.log(_column(min_p))
     return jnp.where(keep_BV, scaled_BV, -jnp.inf)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gptoss_jax.kernels import target
@@ -119,7 +120,7 @@ def _forward(static, q, k, v, sinks_N, row, dropout_key):
         )
 
     empty = (jnp.zeros(q.shape, q.dtype), jnp.zeros(q.shape[:-1], sum_type))
-    out, log_total = lax.fori_loop(0, count, one_block, empty)
+    out, log_total = lax.fori_loop(np.int32(0), np.int32(count), one_block, empty)
     return out, (q, k, v, sinks_N, row, dropout_key, out, log_total)
 
 
@@ -152,7 +153,7 @@ def _backward(static, kept, g):
         return lax.dynamic_update_index_in_dim(dq, dq_i.astype(q.dtype), i, axis=2), dk, dv
 
     zeros = (jnp.zeros(q.shape, q.dtype), jnp.zeros(k.shape, sum_type), jnp.zeros(v.shape, sum_type))
-    dq, dk, dv = lax.fori_loop(0, count, one_block, zeros)
+    dq, dk, dv = lax.fori_loop(np.int32(0), np.int32(count), one_block, zeros)
     d_sinks_N = None
     if sinks_N is not None:
         share = jnp.exp(_sinks_of_rows(sinks_N, K, R).astype(sum_type)[:, None] - log_total)
@@ -198,12 +199,12 @@ def _over_keys(static, row, k, v, i, step, state):
 
     if sink_tokens:
         T = row.segments.shape[1]
-        place_BS = segment_start_B[:, None] + jnp.arange(min(sink_tokens, T))
+        place_BS = segment_start_B[:, None] + jnp.arange(min(sink_tokens, T), dtype=jnp.int32)
         is_before_BS = place_BS < first * C
         place_BS = jnp.minimum(place_BS, T - 1)
         positions_BS, segments_BS = (jnp.take_along_axis(x, place_BS, axis=1) for x in row[:2])
         mask = visible(queries.positions, queries.segments, positions_BS, segments_BS, window, sink_tokens)
-        batch = jnp.arange(len(place_BS))[:, None]
+        batch = jnp.arange(len(place_BS), dtype=jnp.int32)[:, None]
 
         def add(total, x):
             return total.at[batch, :, place_BS].add(
@@ -255,6 +256,6 @@ def _dropped(static, weights, keys, dropout_key):
     if not static.dropout:
         return weights
     kept = jax.random.bernoulli(
-        jax.random.fold_in(dropout_key, keys.index), 1 - static.dropout, weights.shape
+        jax.random.fold_in(dropout_key, keys.index), np.float32(1 - static.dropout), weights.shape
     )
     return jnp.where(kept, weights / (1 - static.dropout), 0)

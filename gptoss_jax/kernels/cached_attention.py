@@ -43,14 +43,14 @@ def write(
     """The stacks of keys and values with the first `counts_B` of T new tokens in their slots of one layer."""
     B, T = k_BTKH.shape[:2]
     slots = keys.shape[2]
-    positions_BT = lengths_B[:, None] + jnp.arange(T)
+    positions_BT = lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     # Of those that share a slot the last one counts.
     stays_BT = (positions_BT < sink_tokens) | (
         positions_BT >= (lengths_B + counts_B)[:, None] - (slots - sink_tokens)
     )
-    is_new_BT = jnp.arange(T) < counts_B[:, None]
+    is_new_BT = jnp.arange(T, dtype=jnp.int32) < counts_B[:, None]
     slots_BT = jnp.where(stays_BT & is_new_BT, slots_of(positions_BT, slots, sink_tokens), slots)
-    rows_B1 = jnp.arange(B)[:, None]
+    rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
 
     def put(layer, new_BTKH):
         return layer.stack.at[layer.index, rows_B1, :, slots_BT].set(
@@ -80,7 +80,7 @@ def attend(
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BTKH.shape[2], keys.shape[2]
-    queries_BT = lengths_B[:, None] + jnp.arange(T)
+    queries_BT = lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)
     sum_type = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
     q_BKRH = q.transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
@@ -114,17 +114,18 @@ def attend(
 
     def cached(i, carry):
         # The last block may begin earlier, so that it ends with the slots; what was seen is left out.
-        start = jnp.minimum(i * size, S - size)
-        slots = start + jnp.arange(size)
+        start, zero = jnp.minimum(i * size, S - size), jnp.int32(0)
+        slots = start + jnp.arange(size, dtype=jnp.int32)
         positions_BS = positions_of(lengths_B, slots, S, sink_tokens)
         positions_BS = jnp.where(slots >= i * size, positions_BS, -1)
         parts = (
-            lax.dynamic_slice(p.stack, (p.index, 0, 0, start, 0), (1, B, K, size, H)) for p in (keys, values)
+            lax.dynamic_slice(p.stack, (p.index, zero, zero, start, zero), (1, B, K, size, H))
+            for p in (keys, values)
         )
         return block(carry, *(part[0] for part in parts), positions_BS)
 
     carry = lax.fori_loop(0, blocks, cached, carry)
-    new_BT = jnp.where(jnp.arange(T) < counts_B[:, None], queries_BT, -1)
+    new_BT = jnp.where(jnp.arange(T, dtype=jnp.int32) < counts_B[:, None], queries_BT, -1)
     _, total, out = block(carry, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), new_BT)
     # A query that sees nothing is padding: zeros.
     out = out / jnp.where(total > 0, total, 1)[..., None]
@@ -144,7 +145,7 @@ def attend_one(
     q_BKGH = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, K, N // K, H)
     k_BKSH, v_BKSH = (jnp.asarray(part).astype(q_BTNH.dtype) for part in (keys, values))
     scores = _product("bkgh,bksh->bkgs", q_BKGH, k_BKSH, sum_type)
-    mask_BS = jnp.arange(S) < counts_B[:, None]
+    mask_BS = jnp.arange(S, dtype=jnp.int32) < counts_B[:, None]
     scores = jnp.where(mask_BS[:, None, None], scores, MASKED)
     largest = jnp.max(scores, axis=-1, keepdims=True)
     sinks = None if sinks_N is None else sinks_N.astype(sum_type).reshape(1, K, N // K, 1)

@@ -118,7 +118,7 @@ def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple
         first, rest = arrays[:num_differentiable], arrays[num_differentiable:]
         y, vjp = jax.vjp(lambda *first: function(*first, *rest), *first)
         # The same in every type.
-        cotangent = jnp.cos(jnp.arange(y.size)).astype(jnp.bfloat16).astype(y.dtype)
+        cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).astype(jnp.bfloat16).astype(y.dtype)
         return [y, *vjp(cotangent.reshape(y.shape))]
 
     with jax.default_matmul_precision("highest"):
@@ -271,7 +271,8 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
 
     def arrays() -> Arrays:
         x_MD, *biases = _normal(7, "float32", (M, D), (E, 2, F), (E, D))
-        experts_MX, weights_MX = jnp.array([[4, 0], [2, 4], [1, -1]], jnp.int32), jnp.full((M, X), 0.5)
+        experts_MX = jnp.array([[4, 0], [2, 4], [1, -1]], jnp.int32)
+        weights_MX = jnp.full((M, X), 0.5, jnp.float32)
         gate_up, down = _normal(8, "float32", (2 * E, 2 * F, D), (2 * E, D, F))
         if is_packed:
             matrices = *mxfp4.pack(gate_up), *mxfp4.pack(down)

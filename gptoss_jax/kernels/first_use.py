@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config.kernels import KERNELS
+from gptoss_jax.config.paths import cache_folder
 
 _lock = threading.RLock()
 # Kernels that failed in other processes of this run.
@@ -135,12 +136,10 @@ def _device() -> str:
 
 
 def _record_path(backend: str) -> pathlib.Path:
-    from gptoss_jax.kernels import native
-
     sources = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     parts = [platform.node().encode(), _device().encode(), *(source.read_bytes() for source in sources)]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    return native.cache_folder() / f"kernels-{backend}-{digest}.json"
+    return cache_folder("native") / f"kernels-{backend}-{digest}.json"
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -105,9 +105,8 @@ def reference_attention(
     if sinks_N is not None:
         total = total + jnp.exp(sinks - largest)
     if dropout_key is not None and dropout > 0:
-        weights = jnp.where(
-            jax.random.bernoulli(dropout_key, 1 - dropout, weights.shape), weights / (1 - dropout), 0
-        )
+        kept = jax.random.bernoulli(dropout_key, jnp.float32(1 - dropout), weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout), 0)
     out = jnp.matmul(
         weights.astype(v_BSKH.dtype).reshape(B, K, G * T, S),
         v_BKSH,

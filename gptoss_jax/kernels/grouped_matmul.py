@@ -63,7 +63,7 @@ def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: j
     """The plain reference, by `jax.lax.ragged_dot`."""
     # What it makes of rows of no group is left open: the mask before keeps that out of the gradient, the one
     # after out of the result.
-    in_group = jnp.arange(x_RD.shape[0])[:, None] < jnp.sum(group_sizes_E)
+    in_group = is_in_group(x_RD.shape[0], group_sizes_E)
     # The TPU kernel refuses to be told of float32 where the operands are narrower.
     precision = PRECISION if x_RD.dtype == jnp.float32 else lax.Precision.DEFAULT
     y_RF = lax.ragged_dot(jnp.where(in_group, x_RD, 0), w_EDF, group_sizes_E, precision=precision)
@@ -131,12 +131,12 @@ def _sizes(rows: int, groups: int) -> tuple[int, int]:
 def _together(x_RD, w_EDF, group_sizes_E, together):
     """The first rows of each group, [R, F]; zero for the others."""
     rows, groups = x_RD.shape[0], w_EDF.shape[0]
-    ends_E = jnp.cumsum(group_sizes_E)
+    ends_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     starts_E = ends_E - group_sizes_E
-    slot_EC = starts_E[:, None] + jnp.arange(together)
+    slot_EC = starts_E[:, None] + jnp.arange(together, dtype=jnp.int32)
     row_of_slot = jnp.where(slot_EC < ends_E[:, None], slot_EC, -1).reshape(-1)
     group_R = _group_of_row(group_sizes_E, rows)
-    place_R = jnp.arange(rows) - jnp.append(starts_E, rows)[group_R]
+    place_R = jnp.arange(rows, dtype=jnp.int32) - jnp.append(starts_E, jnp.int32(rows))[group_R]
     inside_R = (group_R < groups) & (place_R < together)
     slot_of_row = jnp.where(inside_R, group_R * together + place_R, -1)
     x_ECD = take(x_RD, row_of_slot, slot_of_row).reshape(groups, together, -1)
@@ -189,7 +189,7 @@ class Tile(NamedTuple):
         """That of the rows from `first` on, those before `end`; `rows`, of at least `block`, is all there
         are."""
         start = jnp.minimum(first, rows - block)
-        row = start + jnp.arange(block)[:, None]
+        row = start + jnp.arange(block, dtype=jnp.int32)[:, None]
         return cls(group, start, (row >= first) & (row < end))
 
     def read(self, x_RD):
@@ -209,13 +209,13 @@ def _over_rest(group_sizes_E, rows, together, block, step, carry):
     """Folds `step(tile, carry)` over the blocks of rows beyond the first `together` of each group."""
     if together == rows:
         return carry
-    ends_E = jnp.cumsum(group_sizes_E)
+    ends_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     rest_E = jnp.maximum(group_sizes_E - together, 0)
     tiles_E = -(-rest_E // block)
-    last_E = jnp.cumsum(tiles_E)
+    last_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
 
     def one(t, carry):
-        group = jnp.sum(t >= last_E)
+        group = jnp.sum(t >= last_E, dtype=jnp.int32)
         first = ends_E[group] - rest_E[group] + (t - last_E[group] + tiles_E[group]) * block
         return step(Tile.at(group, first, ends_E[group], block, rows), carry)
 
@@ -249,5 +249,10 @@ def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array
 
 def _group_of_row(group_sizes_E, rows):
     """The group of each row; E for rows of none."""
-    ends_E = jnp.cumsum(group_sizes_E)
-    return jnp.searchsorted(ends_E, jnp.arange(rows, dtype=ends_E.dtype), side="right", method="compare_all")
+    ends_E, row_R = jnp.cumsum(group_sizes_E, dtype=jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+    return jnp.searchsorted(ends_E, row_R, side="right", method="compare_all")
+
+
+def is_in_group(rows: int, group_sizes_E: jax.Array) -> jax.Array:
+    """True for the rows that belong to a group, bool [R, 1]."""
+    return jnp.arange(rows, dtype=jnp.int32)[:, None] < jnp.sum(group_sizes_E, dtype=jnp.int32)

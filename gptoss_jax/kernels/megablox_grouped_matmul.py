@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from gptoss_jax.kernels.grouped_matmul import is_in_group
+from gptoss_jax.kernels.x32 import without_x64
+
 LANES = 128
 MIB = 1 << 20
 # Of the 16 MiB of VMEM that a kernel gets on v5e and v5p; the compiler needs some itself.
@@ -54,6 +57,7 @@ def _backward(interpret, residuals, g_RF):
 megablox_grouped_matmul.defvjp(_forward, _backward)
 
 
+@without_x64
 def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose, interpret):
     rows, groups = x_RD.shape[0], w_EDF.shape[0]
     tiles = _tiles(rows // groups, x_RD.shape[1], w_EDF.shape[1 if transpose else 2], x_RD.dtype.itemsize)
@@ -64,9 +68,10 @@ def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose, interpret):
             transpose_rhs=transpose, interpret=interpret,
         )[:rows]  # fmt: skip
     # What lies past the groups was never written.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+    return jnp.where(is_in_group(rows, group_sizes_E), y_RF, 0)
 
 
+@without_x64
 def _rows_times_rows(x_RD, g_RF, group_sizes_E, dtype, interpret):
     """Sum over each group's rows of x^T g, in float32, then cast: [E, D, F]."""
     row_tile = min(ROWS_OF_GRADIENT * 2 // x_RD.dtype.itemsize, _up(x_RD.shape[0], 16))

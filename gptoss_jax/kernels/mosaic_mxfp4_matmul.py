@@ -23,8 +23,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from gptoss_jax.kernels import mxfp4
-from gptoss_jax.kernels.grouped_matmul import PRECISION
+from gptoss_jax.kernels.grouped_matmul import PRECISION, is_in_group
 from gptoss_jax.kernels.mxfp4_grouped_matmul import visits
+from gptoss_jax.kernels.x32 import without_x64
 
 # The order of axes in memory, for `jax.experimental.layout.Layout`; axes before E come first, as they are.
 BLOCKS, SCALES = (0, 2, 3, 1), (0, 2, 1)
@@ -34,6 +35,7 @@ ROWS = 128
 WIDTH = {2: 640, 4: 384}
 
 
+@without_x64
 def mosaic_mxfp4_matmul(
     x_RD: jax.Array,
     blocks_EFGC: jax.Array,
@@ -76,7 +78,7 @@ def mosaic_mxfp4_matmul(
         name="mxfp4_matmul",
     )(*tables, x_PRC, *(packed if interpret else map(_stays, packed)))
     # What lies past the groups was never written.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+    return jnp.where(is_in_group(rows, group_sizes_E), y_RF, 0)
 
 
 def _stays(packed):

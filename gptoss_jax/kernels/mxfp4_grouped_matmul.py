@@ -105,13 +105,13 @@ def _looped(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, turned=False):
     rows, (_, outputs, G, _) = x_RD.shape[0], blocks_EFGC.shape
     width, equation = (mxfp4.GROUP * G, "RF,FD->RD") if turned else (outputs, "RD,FD->RF")
     block = min(rows, BLOCK)
-    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E), rows)
+    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows)
     starts_E = ends_E - group_sizes_E
     # Groups that have rows, one for each such count of them.
-    nth_E = jnp.cumsum(group_sizes_E > 0)
+    nth_E = jnp.cumsum(group_sizes_E > 0, dtype=jnp.int32)
 
     def one_group(n, y_R):
-        group = jnp.sum(nth_E <= n)
+        group = jnp.sum(nth_E <= n, dtype=jnp.int32)
         w_FD = mxfp4.unpack(blocks_EFGC[group], scales_EFG[group], x_RD.dtype)
 
         def one_tile(t, y_R):
@@ -139,10 +139,10 @@ def visits(group_sizes_E: jax.Array, rows: int, block: int) -> Visits:
     """How tiles of `block` rows, from the first row on, meet groups. Rows of no group are not visited."""
     groups = group_sizes_E.shape[0]
     # Kernels write where they are told: sizes that promise too much must not lead them out of the array.
-    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E), rows).astype(jnp.int32)
+    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows)
     starts_E = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E[:-1]])
     tiles_E = jnp.where(ends_E > starts_E, (ends_E - 1) // block - starts_E // block + 1, 0)
-    last_E = jnp.cumsum(tiles_E)
+    last_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
     # Each group that has rows, and there are no more of them than rows, adds at most one visit to the tiles.
     visit = jnp.arange(-(-rows // block) + min(groups, rows), dtype=jnp.int32)
     group_V = jnp.searchsorted(last_E, visit, side="right", method="compare_all").astype(jnp.int32)

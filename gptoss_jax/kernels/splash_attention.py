@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
+from gptoss_jax.kernels.x32 import without_x64
+
 LANES = 128  # sequences and blocks are multiples of it
 # The most rows and columns in a block of scores. For 4,096 tokens of the released models (64 heads on 8, of
 # size 64) libtpu 0.0.42 schedules, forward and backward, in millions of cycles (its listings of instructions,
@@ -93,6 +95,7 @@ def _precision(dtype):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@without_x64
 def _attend(window, block, interpret, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
     """The query heads of one key/value head.
 
@@ -104,6 +107,7 @@ def _attend(window, block, interpret, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G)
         return kernel(q_GTH, k_TH, v_TH, splash.SegmentIds(segment_ids_T, segment_ids_T), sinks_G)
 
 
+@without_x64
 def _forward(window, block, interpret, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
     kernel = _kernel(*q_GTH.shape[:2], window, block, interpret, save_residuals=True)
     segment_ids = splash.SegmentIds(segment_ids_T, segment_ids_T)
@@ -112,6 +116,7 @@ def _forward(window, block, interpret, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G
     return out_GTH, (q_GTH, k_TH, v_TH, segment_ids, sinks_G, out_GTH, lse_GT)
 
 
+@without_x64
 def _backward(window, block, interpret, residuals, d_out_GTH):
     """Flash attention's backward with the lse that has the sinks in it (MATH.md, "Forward")."""
     q_GTH, _, _, _, sinks_G, out_GTH, lse_GT = residuals

@@ -32,7 +32,7 @@ class Layer:
         return self.stack.ndim - 1
 
     def __jax_array__(self) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+        return jax.lax.dynamic_index_in_dim(self.stack, jnp.int32(self.index), keepdims=False)
 
     def __getitem__(self, key) -> "Layer":
         """As a Variable's `[...]`: the whole of it."""

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from gptoss_jax.kernels.mask import MASKED, segment_starts
+from gptoss_jax.kernels.x32 import without_x64
 
 LOG2_E = math.log2(math.e)
 
@@ -110,7 +111,7 @@ def triton_attention(
     # What is added is a segment of its own.
     segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, more_T)), constant_values=-1)
     if sinks_N is None:
-        sinks_N = jnp.full(N, MASKED)
+        sinks_N = jnp.full(N, MASKED, jnp.float32)
     out = _attention(
         rule,
         q.reshape(B, T + more_T, K, N // K, H + more_H),
@@ -309,10 +310,12 @@ def _like(axes, array):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@without_x64
 def _attention(rule, q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places):
     return _attention_fwd(rule, q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places)[0]
 
 
+@without_x64
 def _attention_fwd(rule, q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places):
     B, T, K, G, _ = q_BTKGH.shape
     positions_BT, begins_BT, _ = places
@@ -331,6 +334,7 @@ def _attention_fwd(rule, q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places):
     return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places, out_BTKGH, lse_BKR)
 
 
+@without_x64
 def _attention_bwd(rule, residuals, d_out_BTKGH):
     q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places, out_BTKGH, lse_BKR = residuals
     B, T, K, G, _ = q_BTKGH.shape

@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from gptoss_jax.kernels.x32 import without_x64
+
 # Of float32 operands; narrower ones go to the tensor cores as they are, and add up in float32.
 PRECISION = lax.Precision.HIGHEST
 
@@ -94,7 +96,7 @@ def _blocks_for(dtype, rows: int, groups: int) -> Blocks:
 def _starts_and_ends(group_sizes_E, rows):
     """First row of each group, and the row after its last."""
     # Kernels write where they are told: sizes that promise too much must not lead them out of the array.
-    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E), rows)
+    ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E[:-1]]), ends_E
 
 
@@ -108,7 +110,7 @@ def _tiles(group_sizes_E, rows, block):
     starts, ends = jnp.append(starts, ends[-1]), jnp.append(ends, rows)
     groups = ends.shape[0]
     counts = -(-(ends - starts) // block)
-    last_tiles = jnp.cumsum(counts)
+    last_tiles = jnp.cumsum(counts, dtype=jnp.int32)
     tile = jnp.arange(pl.cdiv(rows, block) + groups - 1, dtype=jnp.int32)
     group = jnp.searchsorted(last_tiles, tile, side="right", method="compare_all").astype(jnp.int32)
     exists, group = group < groups, jnp.minimum(group, groups - 1)
@@ -130,6 +132,7 @@ def _mask(rows, columns):
     return rows[1][:, None] & columns[1][None, :]
 
 
+@without_x64
 def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose, interpret, blocks):
     """[R, D] x [E, D, F] -> [R, F] or, transposed, [R, F] x [E, D, F] -> [R, D]."""
     rows, inner = x_RD.shape
@@ -170,6 +173,7 @@ def _rows_times_matrices(x_RD, w_EDF, group_sizes_E, transpose, interpret, block
     )(*tables, x_RD, w_EDF)
 
 
+@without_x64
 def _rows_times_rows(x_RD, g_RF, group_sizes_E, dtype, interpret, blocks):
     """Sum over each group's rows of x^T g: [E, D, F]; zeros for a group without rows."""
     rows, D = x_RD.shape

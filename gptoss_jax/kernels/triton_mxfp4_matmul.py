@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from gptoss_jax.kernels import mxfp4
-from gptoss_jax.kernels.grouped_matmul import PRECISION
+from gptoss_jax.kernels.grouped_matmul import PRECISION, is_in_group
 from gptoss_jax.kernels.mxfp4_grouped_matmul import visits
+from gptoss_jax.kernels.x32 import without_x64
 
 # Beyond, each byte would become numbers so many times, once for each tile of rows, that unpacking whole
 # matrices is quicker. By reasoning, as all sizes here: none was tuned by timing.
@@ -25,6 +26,7 @@ COLUMNS = 32  # outputs of one program, so that even one group's matrix keeps a 
 GROUPS = 8  # in one turn of the loop: 128 bytes of each output, 256 inputs
 
 
+@without_x64
 def triton_mxfp4_matmul(
     x_RD: jax.Array,
     blocks_EFGC: jax.Array,
@@ -90,7 +92,7 @@ def triton_mxfp4_matmul(
         name="mxfp4_matmul",
     )(count[None], *tables, even_RD, odd_RD, blocks_EFGC, scales_EFG)
     # Rows of no group were never written.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes_E), y_RF, 0)
+    return jnp.where(is_in_group(rows, group_sizes_E), y_RF, 0)
 
 
 def _numbers(byte, scale, dtype):

@@ -34,18 +34,18 @@ class Attention(nnx.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        normal = nnx.initializers.normal(config.initializer_range)
+        normal = nnx.initializers.normal(config.initializer_range, jnp.float32)
         self.q = nnx.Param(normal(rngs.params(), (D, N, H)))
         self.k = nnx.Param(normal(rngs.params(), (D, K, H)))
         self.v = nnx.Param(normal(rngs.params(), (D, K, H)))
         self.out = nnx.Param(normal(rngs.params(), (N, H, D)))
         if config.attention_bias:
-            self.q_bias = nnx.Param(jnp.zeros((N, H)))
-            self.k_bias = nnx.Param(jnp.zeros((K, H)))
-            self.v_bias = nnx.Param(jnp.zeros((K, H)))
-            self.out_bias = nnx.Param(jnp.zeros(D))
+            self.q_bias = nnx.Param(jnp.zeros((N, H), jnp.float32))
+            self.k_bias = nnx.Param(jnp.zeros((K, H), jnp.float32))
+            self.v_bias = nnx.Param(jnp.zeros((K, H), jnp.float32))
+            self.out_bias = nnx.Param(jnp.zeros(D, jnp.float32))
         if config.learned_sinks:
-            self.sinks = nnx.Param(jnp.zeros(N))
+            self.sinks = nnx.Param(jnp.zeros(N, jnp.float32))
         self.config = config
         self.window = config.sliding_window if layer_type == SLIDING else None
 

@@ -43,7 +43,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         D, E, F = config.hidden_size, config.num_local_experts, config.intermediate_size
-        normal = nnx.initializers.normal(config.initializer_range)
+        normal = nnx.initializers.normal(config.initializer_range, jnp.float32)
         self.router = nnx.Param(normal(rngs.params(), (D, E)))
         # Gate and up stand apart, each whole: the published layout's interleaving is undone when weights are
         # read, but in packed ones.
@@ -59,10 +59,10 @@ class MoE(nnx.Module):
         else:
             self.gate_up, self.down = nnx.Param(gate_up), nnx.Param(down)
         if config.router_bias:
-            self.router_bias = nnx.Param(jnp.zeros(E))
+            self.router_bias = nnx.Param(jnp.zeros(E, jnp.float32))
         if config.expert_bias:
-            self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F)))
-            self.down_bias = nnx.Param(jnp.zeros((E, D)))
+            self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), jnp.float32))
+            self.down_bias = nnx.Param(jnp.zeros((E, D), jnp.float32))
         self.config = config
 
     def __call__(
@@ -91,7 +91,7 @@ class MoE(nnx.Module):
             capacity,
         )
         stats = router_stats(logits_ME, experts_MX, real_M)
-        asked = jnp.maximum(jnp.sum(real_M) * config.num_experts_per_tok, 1)
+        asked = jnp.maximum(jnp.sum(real_M, dtype=jnp.int32) * config.num_experts_per_tok, 1)
         return y_MD.reshape(B, T, D), stats | {"dropped": dropped / asked}
 
     def expert_parameters(self) -> dict[str, jax.Array]:

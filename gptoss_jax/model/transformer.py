@@ -36,14 +36,16 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Dropout; without a key, nothing is dropped."""
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape), x / (1 - rate), 0).astype(
+        x.dtype
+    )
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019): float32 inside, the scale included."""
 
     def __init__(self, config: ModelConfig):
-        self.scale = nnx.Param(jnp.ones(config.hidden_size))
+        self.scale = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
         self.epsilon = config.rms_norm_eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -80,7 +82,7 @@ class Vocabulary(nnx.Module):
     """One vector per token, [V, D]: the embedding, and the head where it has its own."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal(config.initializer_range)
+        normal = nnx.initializers.normal(config.initializer_range, jnp.float32)
         self.weight = nnx.Param(normal(rngs.params(), (config.vocab_size, config.hidden_size)))
 
 
@@ -218,11 +220,11 @@ class Transformer(nnx.Module):
         carry = x_BTD, [None] * len(parts) if cache is None else cache.layers
         own = None if in_place else states
         if repetitions > 1:
-            scanned = jnp.arange(repetitions), own, keys
+            scanned = jnp.arange(repetitions, dtype=jnp.int32), own, keys
             (x_BTD, caches), stats = jax.lax.scan(one_period, carry, scanned)
         else:
             first = jax.tree.map(lambda leaf: leaf[0], (own, keys))
-            (x_BTD, caches), stats = one_period(carry, (0, *first))
+            (x_BTD, caches), stats = one_period(carry, (jnp.int32(0), *first))
             stats = jax.tree.map(lambda leaf: leaf[None], stats)
         return x_BTD, caches, jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), stats)
 

@@ -20,6 +20,9 @@ from gptoss_jax.kernels import target
 from gptoss_jax.kernels.grouped_matmul import take
 
 Way = Callable[[jax.Array], jax.Array]
+# Row counts and offsets are int32 also where jax_enable_x64 would make sums int64.
+_sum = functools.partial(jnp.sum, dtype=jnp.int32)
+_cumsum = functools.partial(jnp.cumsum, dtype=jnp.int32)
 
 # Room for the rows that come in one round, in percent of what an even router sends: to a device for the
 # ragged transport, from one device to another for the dense one, where fewer rows vary more.
@@ -64,7 +67,7 @@ class Ragged:
     def rounds(self, counts_nE: jax.Array) -> jax.Array:
         """Rounds that the fullest device needs, of `counts_nE` rows of each device for each expert."""
         n, E = counts_nE.shape
-        return -(-jnp.max(jnp.sum(counts_nE.reshape(n, n, E // n), axis=(0, 2))) // self.room)
+        return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), (0, 2))) // self.room)
 
     def ways(self, counts_nE: jax.Array, rows: int, turn: jax.Array | int) -> tuple[Way, Way, jax.Array]:
         """The ways [R, D] -> [C, D] there and [C, D] -> [R, D] back, and the rows each expert here gets.
@@ -74,11 +77,11 @@ class Ragged:
         """
         n, E = counts_nE.shape
         here = jax.lax.axis_index("expert")
-        at_sender_nE = jnp.cumsum(counts_nE, axis=1) - counts_nE
+        at_sender_nE = _cumsum(counts_nE, 1) - counts_nE
         by_owner = (
             counts_nE.reshape(n, n, E // n).transpose(1, 2, 0).reshape(n, E)
         )  # [owner, (expert, sender)]
-        begins = (jnp.cumsum(by_owner, axis=1) - by_owner).reshape(n, E // n, n)
+        begins = (_cumsum(by_owner, 1) - by_owner).reshape(n, E // n, n)
         begins = begins.transpose(2, 0, 1).reshape(n, E)
         low, high = turn * self.room, (turn + 1) * self.room
         first_nE, end_nE = (jnp.clip(place, low, high) for place in (begins, begins + counts_nE))
@@ -97,7 +100,7 @@ class Ragged:
         return (
             lambda x_RD: send_slices(x_RD, there, back, self.room),
             lambda y_CD: send_slices(y_CD, back, there, rows),
-            jnp.sum(owned(sizes_nE).reshape(n, E // n), axis=0),
+            _sum(owned(sizes_nE).reshape(n, E // n), 0),
         )
 
 
@@ -156,7 +159,7 @@ class Dense:
     def rounds(self, counts_nE: jax.Array) -> jax.Array:
         """Rounds that the pair of devices with the most rows needs."""
         n, E = counts_nE.shape
-        return -(-jnp.max(jnp.sum(counts_nE.reshape(n, n, E // n), axis=2)) // self.pair)
+        return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), 2)) // self.pair)
 
     def ways(self, counts_nE: jax.Array, rows: int, turn: jax.Array | int) -> tuple[Way, Way, jax.Array]:
         """As those of `Ragged`. Round `turn` brings rows `turn * pair` … of each device for each other."""
@@ -164,19 +167,19 @@ class Dense:
         here = jax.lax.axis_index("expert")
         pairs_nnL = counts_nE.reshape(n, n, E // n)
         low, high = turn * self.pair, (turn + 1) * self.pair
-        slots_n = jnp.arange(n) * self.pair
+        slots_n = jnp.arange(n, dtype=jnp.int32) * self.pair
 
         # This device's rows: those for one device lie together.
-        counts_n = jnp.sum(pairs_nnL[here], axis=1)
-        starts_n = jnp.cumsum(counts_n) - counts_n
+        counts_n = _sum(pairs_nnL[here], 1)
+        starts_n = _cumsum(counts_n, 0) - counts_n
         sent_n = jnp.clip(counts_n - low, 0, self.pair)
         departing = (slots_n, sent_n, starts_n + low)
         # What arrives: from each device in turn the rows of one expert after another; and its sorted order.
         arriving_nL = jax.lax.dynamic_index_in_dim(pairs_nnL, here, axis=1, keepdims=False)
-        begins_nL = jnp.cumsum(arriving_nL, axis=1) - arriving_nL
+        begins_nL = _cumsum(arriving_nL, 1) - arriving_nL
         first_nL, end_nL = (jnp.clip(place, low, high) for place in (begins_nL, begins_nL + arriving_nL))
         sizes_nL = end_nL - first_nL
-        sorted_nL = (jnp.cumsum(sizes_nL.T.reshape(-1)).reshape(E // n, n) - sizes_nL.T).T
+        sorted_nL = (_cumsum(sizes_nL.T.reshape(-1), 0).reshape(E // n, n) - sizes_nL.T).T
         arrived = (
             (slots_n[:, None] + first_nL - low).reshape(-1),
             sizes_nL.reshape(-1),
@@ -197,11 +200,11 @@ class Dense:
             y_CD = jax.lax.all_to_all(y_CD, "expert", 0, 0, tiled=True)
             return take(y_CD, slot_of_row, row_of_slot)
 
-        return there, back, jnp.sum(sizes_nL, axis=0)
+        return there, back, _sum(sizes_nL, 0)
 
 
 def _in_slices(count: int, begins: jax.Array, sizes: jax.Array, others: jax.Array) -> jax.Array:
     """For places 0 … count - 1 on one side of some slices, where they are on the other; -1 in no slice."""
-    into = jnp.arange(count)[:, None] - begins
+    into = jnp.arange(count, dtype=jnp.int32)[:, None] - begins
     hit = (into >= 0) & (into < sizes)
-    return jnp.sum(jnp.where(hit, others + into + 1, 0), axis=1) - 1
+    return _sum(jnp.where(hit, others + into + 1, 0), 1) - 1

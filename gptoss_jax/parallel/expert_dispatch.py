@@ -181,11 +181,12 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, stack=None, *, activat
     if capacity is not None:
         most = math.ceil(capacity * devices * M * X / E)
         kept_R = _rank_in_expert(experts_R, E, devices) < most
-        dropped = jnp.sum(~kept_R & (experts_R < E)).astype(jnp.float32)
+        dropped = jnp.sum(~kept_R & (experts_R < E), dtype=jnp.float32)
         experts_R = jnp.where(kept_R, experts_R, E)
-    order_R = jnp.argsort(experts_R, stable=True)
-    inverse_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(M * X, dtype=order_R.dtype))
-    counts_E = jnp.bincount(experts_R, length=E + 1)[:E].astype(jnp.int32)
+    row_R = jnp.arange(M * X, dtype=jnp.int32)
+    _, order_R = jax.lax.sort_key_val(experts_R, row_R, is_stable=True)
+    inverse_R = jnp.zeros_like(order_R).at[order_R].set(row_R)
+    counts_E = jnp.zeros(E + 1, jnp.int32).at[experts_R].add(1)[:E]
 
     x_RD = permute(jnp.broadcast_to(x_MD[:, None], (M, X, D)).reshape(M * X, D), order_R, inverse_R)
     if devices == 1:
@@ -200,13 +201,13 @@ def _one_device(x_MD, experts_MX, weights_MX, parameters, stack=None, *, activat
 
 def _rank_in_expert(experts_R, E, devices):
     """How many rows of the same expert come before each: earlier ones, and those of earlier devices."""
-    chosen_RE = (experts_R[:, None] == jnp.arange(E)).astype(jnp.int32)
-    before_RE = jnp.cumsum(chosen_RE, axis=0) - chosen_RE
+    chosen_RE = (experts_R[:, None] == jnp.arange(E, dtype=jnp.int32)).astype(jnp.int32)
+    before_RE = jnp.cumsum(chosen_RE, axis=0, dtype=jnp.int32) - chosen_RE
     if devices > 1:
-        counts_nE = jax.lax.all_gather(jnp.sum(chosen_RE, axis=0), "expert")
-        earlier = jnp.arange(devices)[:, None] < jax.lax.axis_index("expert")
-        before_RE += jnp.sum(jnp.where(earlier, counts_nE, 0), axis=0)
-    return jnp.sum(before_RE * chosen_RE, axis=1)
+        counts_nE = jax.lax.all_gather(jnp.sum(chosen_RE, axis=0, dtype=jnp.int32), "expert")
+        earlier = jnp.arange(devices, dtype=jnp.int32)[:, None] < jax.lax.axis_index("expert")
+        before_RE += jnp.sum(jnp.where(earlier, counts_nE, 0), axis=0, dtype=jnp.int32)
+    return jnp.sum(before_RE * chosen_RE, axis=1, dtype=jnp.int32)
 
 
 def _through_experts(x_RD, parameters, counts_E, activation, stack=None):

@@ -5,7 +5,7 @@ a child, `python -m gptoss_jax.plan.compiled`, which is this file.
 """
 
 import dataclasses
-import importlib.util
+import importlib.machinery
 import json
 import os
 import re
@@ -17,6 +17,8 @@ from collections.abc import Mapping
 
 from gptoss_jax.config import MeshConfig, TrainConfig
 from gptoss_jax.plan.chips import GIB, parse_topology
+
+INSTALL = "pip install -e '.[tpu-compile]'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +51,21 @@ class Compiled:
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
+def has_tpu_compiler() -> bool:
+    """Whether libtpu is installed, also where `startup.hide_tpu_compiler` has hidden it from this process."""
+    return importlib.machinery.PathFinder.find_spec("libtpu") is not None
+
+
 def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) -> Compiled:
     """Compiles a step of `config` for a slice such as "v5p:4x4x4", in a process of its own.
 
     A step that is too large for the memory is a result; that takes the compiler as long as any other. Raises
     ValueError where libtpu is not installed or does not know the topology, and OSError where it fails.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    if not has_tpu_compiler():
         raise ValueError(
-            f"topology is {topology!r}: compiling for a TPU needs libtpu; run pip install -e '.[tpu]', or "
-            "give --chip and --devices for an estimate alone"
+            f"topology is {topology!r}: compiling for a TPU needs libtpu; run {INSTALL}, or give --chip and "
+            "--devices for an estimate without compiling"
         )
     parse_topology(topology)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh))

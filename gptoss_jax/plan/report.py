@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptoss_jax.config import TrainConfig, require
+from gptoss_jax.config.paths import output_file
 from gptoss_jax.plan.chips import Chip, find_chip, parse_topology
 from gptoss_jax.plan.compiled import Compiled, compile_step
 from gptoss_jax.plan.estimate import Estimate
@@ -93,8 +93,7 @@ def run(
 
     from gptoss_jax.plan import table
 
-    if json_file is not None and not os.path.isdir(os.path.dirname(json_file) or "."):
-        raise ValueError(f"json is {json_file!r}: its folder does not exist")
+    path = None if json_file is None else output_file(json_file, "json")
     errors = Console(stderr=True)
     with errors.status("Estimating") as status:
         plan = make_plan(
@@ -102,7 +101,7 @@ def run(
             lambda mesh: status.update(f"Compiling {table.mesh_name(mesh)} for {topology}: minutes"),
         )  # fmt: skip
     table.show(plan, Console())
-    if json_file is not None:
-        with open(json_file, "w", encoding="utf-8") as file:
+    if path is not None:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump(plan.to_dict(), file, indent=2)
             file.write("\n")

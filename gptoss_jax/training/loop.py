@@ -1,6 +1,7 @@
 """The run: batch, step, log, evaluate, save."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import signal
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import TrainConfig
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.pipeline import TokenCache, held_out_batches, local_rows, put_on_mesh, train_batches
 from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.in_flight import bounded
@@ -36,6 +38,7 @@ def train(config: TrainConfig) -> TrainState:
       OSError: something could not be written; checkpoints written before stay.
     """
     processes.check_joined()
+    config = dataclasses.replace(config, run_dir=str(user_path(config.run_dir, "run_dir")))
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)

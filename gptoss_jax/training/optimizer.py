@@ -86,6 +86,13 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     # Of AdamW only the counts are left to keep: asking the moments once more would copy them.
     is_kept_already = config.name == "adamw"
 
+    def init(params):
+        # optax creates Muon's coefficients in JAX's default float type, float64 under jax_enable_x64.
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf,
+            optimizer.init(params),
+        )
+
     def update(gradients, state, params, *, finite):
         updates, new_state = optax.with_extra_args_support(optimizer).update(
             gradients, state, params, finite=finite
@@ -96,7 +103,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             state,
         )
 
-    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:

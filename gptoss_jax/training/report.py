@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from gptoss_jax.config import TrainConfig
-from gptoss_jax.config.paths import user_text
+from gptoss_jax.config.paths import user_path, user_text
 from gptoss_jax.training.flops import parameter_counts
 from gptoss_jax.training.metrics import format_count, format_rate, printable, read_metrics
 
@@ -259,7 +259,7 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     An older picture is replaced at once, so a reader never sees half of one. Raises ValueError for a bad
     config or metrics file and FileNotFoundError if there are no metrics.
     """
-    run = pathlib.Path(run_dir)
+    run = user_path(run_dir, "run")
     config = TrainConfig.load(run / "config.json")
     rows = read_metrics(run / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -60,7 +61,7 @@ def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) ->
 
 
 def _fresh_state(config: TrainConfig) -> TrainState:
-    weights_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+    weights_key, dropout_key = jax.random.split(jax.random.key(np.uint32(config.seed % (1 << 32))))
     params = init_params(config.model, weights_key)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(

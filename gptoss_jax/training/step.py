@@ -81,10 +81,10 @@ def make_train_step(
 
         shapes = jax.eval_shape(take, params, jax.tree.map(lambda x: x[0], split), tokens, key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[1], shapes[0][1]))
-        return jax.lax.scan(one_part, zeros, (jnp.arange(parts), split))[0]
+        return jax.lax.scan(one_part, zeros, (jnp.arange(parts, dtype=jnp.int32), split))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        tokens = jnp.sum(batch["segment_ids"] > 0)
+        tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.int32)
         key = None
         if with_dropout:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -120,6 +120,6 @@ def make_eval_step(
     """The jitted evaluation: (params, batch) -> (sum of -log p in nats, number of real targets)."""
 
     def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return summed_loss(config, params, batch)[0], jnp.sum(batch["segment_ids"] > 0)
+        return summed_loss(config, params, batch)[0], jnp.sum(batch["segment_ids"] > 0, dtype=jnp.int32)
 
     return jax.jit(eval_step)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.weights import pieces, placing, tensor_files
 from gptoss_jax.weights.checkpoint import is_run, load_run
@@ -177,9 +178,10 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
         except Exception as error:  # what breaks on the way has the classes of whichever client is in use
             raise ValueError(f"{name}: cannot be fetched from the Hugging Face hub ({error})") from error
         return pathlib.Path(found)
-    path = pathlib.Path(folder).expanduser()
+    path = user_path(folder, "folder")
     if not path.is_dir():
-        hint = f"; {HUB}{name} would be that of the Hugging Face hub" if name.count("/") == 1 else ""
+        is_repository = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+        hint = f"; {HUB}{name} would be that of the Hugging Face hub" if is_repository else ""
         raise ValueError(f"{folder}: no such folder{hint}")
     return path
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.weights.model_files import INDEX, SINGLE, find_files
 
 DTYPES = {
@@ -226,7 +227,7 @@ def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathl
     the disk has less room than `needed_bytes`.
     """
     # A link stays, and what it points to becomes the folder.
-    target = pathlib.Path(target).expanduser().resolve()
+    target = user_path(target, "folder").resolve()
     check_target(target)
     if target.is_mount():
         raise ValueError(f"{target}: is a mount point; name a folder in it")
@@ -254,7 +255,7 @@ def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathl
 
 def check_target(target: str | os.PathLike) -> None:
     """Raises ValueError when there is something already where a folder is to be written."""
-    target = pathlib.Path(target).expanduser()
+    target = user_path(target, "folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists already; name a folder that does not")
 

@@ -14,6 +14,8 @@ import warnings
 import jax
 import jaxlib
 
+from gptoss_jax.config.paths import cache_folders, is_writable
+
 HERE = pathlib.Path(__file__).parent
 SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "few_rows.cc", "few_rows_experts.cc"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
@@ -65,15 +67,16 @@ def target(name: str) -> str:
 
 def _compiled(compiler: str) -> pathlib.Path:
     """The library for these sources, compiler, jaxlib and processor."""
-    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     files = sorted(path for path in HERE.iterdir() if path.suffix in (".cc", ".h"))
     settings = " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode()
     key = hashlib.sha256(b"".join((*(path.read_bytes() for path in files), settings))).hexdigest()[:16]
-    library = pathlib.Path(cache) / "gptoss_jax" / "native" / f"kernels-{key}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may be at it: each has a file of its own, and any of them will do.
+    for folder in cache_folders("native"):
+        library = folder / f"kernels-{key}.so"
+        if library.exists():
+            return library
+        if is_writable(folder):
+            break
+    # Several processes may compile at once: each writes its own file, and the last one to finish wins.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = pathlib.Path(folder) / library.name
         command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(made)]

@@ -1,0 +1,197 @@
+"""Before jax is loaded: an installed libtpu on a machine without a TPU, and caches without a home folder."""
+
+import importlib.machinery
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from gptoss_jax import startup
+from gptoss_jax.config import paths
+from gptoss_jax.kernels import native
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRIVATE = f"gptoss_jax-{os.getuid()}"
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """An empty folder for temporary files, of a process that cannot write to its home folder."""
+    monkeypatch.setattr(paths.tempfile, "tempdir", str(tmp_path))
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    paths.private_folder.cache_clear()
+    yield tmp_path
+    paths.private_folder.cache_clear()
+
+
+def test_caches_fall_back_to_a_folder_that_others_cannot_write_to(temporary):
+    folder = paths.cache_folder("native")
+    assert folder == temporary / PRIVATE / "native" and folder.is_dir()
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    paths.private_folder.cache_clear()
+    assert paths.cache_folder("native") == folder
+
+
+def test_a_home_folder_that_can_be_written_to_comes_first(temporary, monkeypatch):
+    monkeypatch.setenv("HOME", str(temporary / "home"))
+    assert next(paths.cache_folders("native")) == paths.cache_folder("native")
+    assert paths.cache_folder("native") == temporary / "home" / ".cache" / "gptoss_jax" / "native"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/other")
+    assert paths.cache_folder("native") == temporary / "home" / "other" / "gptoss_jax" / "native"
+    assert not (temporary / PRIVATE).exists()
+
+
+def test_a_process_without_a_known_home_folder(temporary, monkeypatch):
+    monkeypatch.delenv("HOME")
+    # What it does for a user id that has no account.
+    monkeypatch.setattr("os.path.expanduser", lambda text: text)
+    assert paths.cache_folder("native") == temporary / PRIVATE / "native"
+
+
+@pytest.mark.parametrize("plant", ["writable", "link", "file"])
+def test_a_folder_that_another_user_may_have_planted_is_not_used(temporary, plant):
+    planted = temporary / PRIVATE
+    if plant == "link":
+        (temporary / "other").mkdir(mode=0o700)
+        planted.symlink_to(temporary / "other")
+    elif plant == "file":
+        planted.touch()
+    else:
+        planted.mkdir()
+        planted.chmod(0o777)
+    folder = paths.private_folder()
+    assert folder != planted and folder.parent == temporary
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_of_another_user_is_not_used(temporary, monkeypatch):
+    uid = os.getuid() + 1
+    (temporary / f"gptoss_jax-{uid}").mkdir(mode=0o700)
+    monkeypatch.setattr("os.getuid", lambda: uid)
+    assert paths.private_folder().name.startswith("gptoss_jax-")
+    assert paths.private_folder().name != f"gptoss_jax-{uid}"
+
+
+def test_matplotlib_keeps_its_own_folder_where_that_works(temporary, monkeypatch):
+    monkeypatch.setenv("HOME", str(temporary / "home"))
+    paths.set_matplotlib_folder()
+    assert "MPLCONFIGDIR" not in os.environ
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    paths.set_matplotlib_folder()
+    assert os.environ["MPLCONFIGDIR"] == str(temporary / PRIVATE / "matplotlib")
+    monkeypatch.setenv("MPLCONFIGDIR", "/mine")
+    paths.set_matplotlib_folder()
+    assert os.environ["MPLCONFIGDIR"] == "/mine"
+
+
+@pytest.fixture
+def no_tpu(monkeypatch):
+    """A machine where nothing points to a TPU, before jax is loaded; returns the device files it has."""
+    files: list[str] = []
+    matching = startup.glob.fnmatch.filter
+    monkeypatch.setattr(startup.glob, "glob", lambda pattern: matching(files, pattern))
+    for name in [*os.environ]:
+        if name.startswith(startup.TPU_VARIABLES) or name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
+            monkeypatch.delenv(name)
+    for name in ("jax", "libtpu"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return files
+
+
+def is_hidden() -> bool:
+    startup.hide_tpu_compiler()
+    return "libtpu" in sys.modules and sys.modules["libtpu"] is None
+
+
+@pytest.mark.parametrize("files", [[], ["/dev/nvidia0", "/dev/vfio/vfio"]])
+def test_libtpu_is_hidden_where_there_is_no_tpu(no_tpu, files, monkeypatch):
+    no_tpu += files
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    package = importlib.machinery.PathFinder.find_spec("libtpu")
+    if package is not None:
+        monkeypatch.setenv("TPU_LIBRARY_PATH", str(pathlib.Path(package.origin).with_name("libtpu.so")))
+    assert is_hidden()
+    assert "TPU_LIBRARY_PATH" not in os.environ
+    with pytest.raises(ModuleNotFoundError):
+        import libtpu  # noqa: F401
+
+
+@pytest.mark.parametrize("file", ["/dev/accel0", "/dev/vfio/0", "/dev/vfio/12"])
+def test_libtpu_is_used_where_a_tpu_is(no_tpu, file):
+    no_tpu.append(file)
+    assert not is_hidden()
+
+
+@pytest.mark.parametrize("name", ["TPU_WORKER_HOSTNAMES", "TPU_LIBRARY_PATH", "JAX_PLATFORMS"])
+def test_libtpu_is_used_where_the_environment_says_so(no_tpu, name, monkeypatch):
+    monkeypatch.setenv(name, "tpu")
+    assert not is_hidden()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "kind", "found"),
+    [
+        ("0x1ae0", "0x120000", True),
+        ("0x1ae0", "0x020000", False),  # the network card of Google's virtual machines
+        ("0x1ae0", "0x010802", False),  # their disks
+        ("0x10de", "0x030200", False),
+    ],
+)
+def test_a_chip_on_the_pci_bus(tmp_path, vendor, kind, found):
+    (tmp_path / "vendor").write_text(vendor + "\n")
+    (tmp_path / "class").write_text(kind + "\n")
+    assert startup._is_tpu(str(tmp_path)) == found
+    assert not startup._is_tpu(str(tmp_path / "none"))
+
+
+def test_a_command_prints_nothing_to_stderr(tmp_path):
+    """Training without a usable home folder and without JAX_PLATFORMS, libtpu installed or not."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("JAX_PLATFORMS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
+    }
+    environment |= {
+        "HOME": "/dev/null/home", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+    }  # fmt: skip
+    if native.is_available():
+        # Found rather than compiled, which would take seconds.
+        compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
+        (tmp_path / PRIVATE).mkdir(mode=0o700)
+        shutil.copytree(native._compiled(compiler).parent, tmp_path / PRIVATE / "native")
+    (tmp_path / "preset.py").write_text(PRESET.format(folder=str(tmp_path)))
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"story {number} of a fox " * 60)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", tmp_path / "preset.py"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "report.png").is_file()
+    assert (tmp_path / PRIVATE / "matplotlib").is_dir()
+
+
+PRESET = """
+from gptoss_jax.config import *
+config = TrainConfig(
+    model=ModelConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rope_scaling=None,
+    ),
+    data=DataConfig(
+        source="text:{folder}/*.txt", tokenizer="bytes", seq_len=32, batch_size=2, held_out=0.3,
+        cache_dir="{folder}/cache",
+    ),
+    eval=EvalConfig(batches=1, sample_tokens=0),
+    optim=OptimConfig(warmup_steps=0),
+    steps=1,
+    run_dir="{folder}/run",
+)
+"""

@@ -1,0 +1,236 @@
+"""Under `jax_enable_x64` everything computes in the same types, and gives the same results, as without it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import random_checkpoint
+
+from gptoss_jax import kernels
+from gptoss_jax.config import SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptoss_jax.evaluation.scores import target_scores
+from gptoss_jax.inference import engine
+from gptoss_jax.inference.generate import generate_with_params
+from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
+from gptoss_jax.parallel import exchange
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.parallel.sharding import batch_sharding
+from gptoss_jax.training.state import abstract_state, create_state
+from gptoss_jax.training.step import make_eval_step, make_train_step
+from gptoss_jax.weights.pretrained import load_pretrained
+
+B, T = 8, 13
+CONFIG = TrainConfig(
+    model=ModelConfig(
+        vocab_size=98, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=10, num_local_experts=8, num_experts_per_tok=3, sliding_window=4,
+        layer_types=(SLIDING,) * 2, sink_tokens=2, initializer_range=0.3, compute_dtype="float32",
+    ),
+    data=DataConfig(seq_len=T, batch_size=B),
+    optim=OptimConfig(warmup_steps=0),
+    steps=20,
+)  # fmt: skip
+SMALL = dataclasses.replace(CONFIG.model, num_hidden_layers=1, layer_types=None)
+PACKED = dataclasses.replace(SMALL, expert_format="mxfp4")
+ONE, SPREAD = MeshConfig(data=1), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+PROMPTS = [[5], [11, 3, 96, 0, 7, 8, 9], list(range(40, 63))]
+SAMPLERS = {
+    "temperature": [0.0, 0.9, 1.1],
+    "top_k": [None, 20, None],
+    "top_p": 0.9,
+    "min_p": [None, 0.01, 0.02],
+}
+
+
+def changed(model: dict, optim: dict) -> TrainConfig:
+    return dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, **model),
+        optim=dataclasses.replace(CONFIG.optim, **optim),
+    )
+
+
+def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
+    return make_mesh(config, jax.devices()[:1] if config == ONE else None)
+
+
+def in_both_modes(function):
+    """What a function returns without and with jax_enable_x64."""
+    with jax.enable_x64(False):
+        narrow = function()
+    with jax.enable_x64(True):
+        return narrow, function()
+
+
+def wide_arrays(jaxpr) -> list[str]:
+    """The operations of a program, and of programs inside it, whose result is an array of 64-bit values.
+
+    Not counted: scalars, and the argmax inside `jax.random.categorical`, which takes no type.
+    """
+    found = []
+    for equation in jaxpr.eqns:
+        wide = [
+            str(variable.aval)
+            for variable in equation.outvars
+            if variable.aval.ndim and str(variable.aval.dtype) in ("int64", "uint64", "float64")
+        ]
+        if wide and equation.primitive.name != "argmax":
+            found.append(f"{equation.primitive.name}: {wide}")
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            found += wide_arrays(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mesh", "ragged", "native", "model", "optim"),
+    [
+        (ONE, False, True, {"attention_dropout": 0.1, "residual_dropout": 0.1, "layer_types": None}, {}),
+        (SPREAD, False, False, {"expert_capacity": 1.2, "remat": "dots"}, {"accumulate": 2}),
+        (SPREAD, True, True, {"scan_layers": False, "compute_dtype": "bfloat16"}, {"name": "muon"}),
+    ],
+    ids=["dropout", "capacity", "muon"],
+)
+def test_training_has_no_64_bit_arrays(mesh, ragged, native, model, optim, monkeypatch):
+    monkeypatch.setattr(kernels.native, "is_available", lambda: native)
+    monkeypatch.setattr(exchange, "has_ragged", lambda: ragged)
+    config, mesh = changed(model, optim), mesh_of(mesh)
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        state = abstract_state(config, mesh)
+        types = {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
+        assert types <= {"float32", "int32", "uint32"}
+        shape = jax.ShapeDtypeStruct((B * 2, T), jnp.int32)
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)
+        assert wide_arrays(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) == []
+        assert wide_arrays(jax.make_jaxpr(make_eval_step(config.model))(state.params, batch).jaxpr) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh", "native", "rows"),
+    [
+        (CONFIG.model, ONE, True, 4),
+        (CONFIG.model, ONE, False, 32),
+        (CONFIG.model, SPREAD, True, 32),
+        (PACKED, ONE, True, 32),
+        (PACKED, SPREAD, False, 4),
+    ],
+)
+def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch):
+    monkeypatch.setattr(kernels.native, "is_available", lambda: native)
+
+    def shape(*sizes, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    floats, ints = shape(rows, dtype=jnp.float32), shape(rows)
+    settings = {"temperature": floats, "top_k": ints, "top_p": floats, "min_p": floats}
+    scored = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape(rows, 16))
+    with jax.enable_x64(True), jax.set_mesh(mesh_of(mesh)):
+        params = abstract_params(config)
+        cache = jax.eval_shape(lambda: engine._empty_cache(config, rows, 256))
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(cache)} == {"float32", "int32"}
+        programs = [
+            (engine._prefill, (params, cache, shape(rows, 32), ints)),
+            (target_scores, (params, scored)),
+        ]
+        step = (ints, shape(rows, dtype=bool), shape(), shape(), ints, shape(rows, 8))
+        step += (shape(rows, dtype=jnp.uint32), settings)
+        for function, arguments in programs:
+            traced = jax.make_jaxpr(function, static_argnums=0)(config, *arguments)
+            assert wide_arrays(traced.jaxpr) == []
+        decode = jax.make_jaxpr(engine._decode, static_argnums=(0, 11))(config, params, cache, *step, True)
+        assert wide_arrays(decode.jaxpr) == []
+
+
+@pytest.mark.parametrize(("config", "native"), [(SMALL, False), (PACKED, True)])
+def test_answers_are_the_same(config, native, monkeypatch):
+    if not native:
+        monkeypatch.setattr(kernels.native, "is_available", lambda: False)
+
+    def answers():
+        params = init_params(config, jax.random.key(3))
+        tokens, scores = generate_with_params(
+            config, params, PROMPTS, 12, **SAMPLERS, seed=[7, 4294967295, 0], log_probs=True
+        )
+        rows = np.arange(2 * T, dtype=np.int32).reshape(2, T)
+        batch = {"tokens": rows, "targets": rows + 1, "segment_ids": np.ones_like(rows)}
+        return tokens, scores, *map(np.asarray, target_scores(config, params, batch))
+
+    narrow, wide = in_both_modes(answers)
+    assert narrow[0] == wide[0]
+    for one, other in zip(narrow[1], wide[1], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    np.testing.assert_allclose(narrow[2], wide[2], atol=1e-6)
+    assert (narrow[3] == wide[3]).all() and wide[2].dtype == np.float32
+
+
+def test_losses_are_the_same():
+    config = dataclasses.replace(
+        changed({"residual_dropout": 0.1, "num_hidden_layers": 1, "layer_types": None}, {}),
+        seed=5_000_000_000,
+    )
+    mesh = mesh_of(SPREAD)
+
+    def losses():
+        rows = np.random.default_rng(0).integers(0, 98, (B, T + 1), np.int32)
+        segments = np.ones((B, T), np.int32)
+        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "segment_ids": segments}
+        batch["positions"] = np.asarray(segment_positions(jnp.asarray(segments)))
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        with jax.set_mesh(mesh):
+            state, step = create_state(config, mesh), make_train_step(config)
+            found = []
+            for _ in range(2):
+                state, metrics = step(state, batch)
+                found.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+        return found
+
+    narrow, wide = in_both_modes(losses)
+    np.testing.assert_allclose(narrow, wide, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=1, fsdp=8)])
+def test_weights_are_read_the_same(mesh, tmp_path):
+    folder = random_checkpoint(tmp_path / "model", experts_per_token=2, form="mxfp4")
+    mesh = mesh and make_mesh(mesh)
+    narrow, wide = in_both_modes(lambda: load_pretrained(folder, mesh=mesh)[1])
+    for one, other in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def accelerator_kernels():
+    """The Pallas kernels with inputs of small shapes: (function of float arrays, their shapes)."""
+    from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
+    from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul
+    from gptoss_jax.kernels.splash_attention import splash_attention
+    from gptoss_jax.kernels.triton_attention import triton_attention
+    from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
+    from gptoss_jax.kernels.triton_mxfp4_matmul import triton_mxfp4_matmul
+
+    rows = np.tile(np.arange(64, dtype=np.int32), (2, 1))
+    sizes, segments = np.array([5, 0, 9], np.int32), np.ones_like(rows)
+    blocks, scales = np.zeros((3, 40, 2, 16), np.uint8), np.full((3, 40, 2), 127, np.uint8)
+    heads = (2, 64, 6, 16), (2, 64, 2, 16), (2, 64, 2, 16)
+    for attention in (triton_attention, splash_attention):
+        yield lambda q, k, v, call=attention: call(q, k, v, rows, segments, 7), heads
+    for matmul in (triton_grouped_matmul, megablox_grouped_matmul):
+        yield lambda x, w, call=matmul: call(x, w, sizes), ((16, 64), (3, 64, 40))
+    for matmul in (triton_mxfp4_matmul, mosaic_mxfp4_matmul):
+        call = without_gradient(matmul, blocks, scales, sizes)
+        yield call, ((16, 64),)
+
+
+def without_gradient(matmul, *packed):
+    return lambda x: matmul(jax.lax.stop_gradient(x), *packed)
+
+
+def test_accelerator_kernels_have_no_64_bit_arrays():
+    for function, shapes in accelerator_kernels():
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        with jax.enable_x64(True):
+            gradient = jax.grad(lambda *xs, f=function: f(*xs).sum(), tuple(range(len(shapes))))
+            assert wide_arrays(jax.make_jaxpr(gradient)(*arguments).jaxpr) == []
