@@ -126,11 +126,13 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "check_kernels", fake_check)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(target, "platform", lambda: "gpu")
-    monkeypatch.setattr(first_use, "_record_path", lambda backend: tmp_path / "record.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(first_use, "_failed_elsewhere", set())
     monkeypatch.delenv(selection.ENVIRONMENT, raising=False)
     first_use._failed_kernels.cache_clear()
-    yield statuses, checked, tmp_path / "record.json"
+    record = first_use._record_path("gpu")
+    assert tmp_path in record.parents
+    yield statuses, checked, record
     first_use._failed_kernels.cache_clear()
 
 
