@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import jax
@@ -17,7 +18,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.config.kernels import KERNELS, plain_kernels
 from gptoss_jax.kernels import check, few_rows, first_use, grouped_matmul, native, selection, target
 from gptoss_jax.kernels import triton_mxfp4_matmul as triton_mxfp4
-from gptoss_jax.kernels.check import Result, check_kernels
+from gptoss_jax.kernels.check import Case, Result, check_case
 from gptoss_jax.model.transformer import with_params
 
 needs_compiler = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
@@ -46,6 +47,7 @@ def test_a_setting_that_means_nothing_is_refused(setting):
 
 @needs_compiler
 def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     experts, attention = few_rows.experts, few_rows.attention
 
     def off_by_a_thousandth(x_MD, experts_MX, weights_MX, parameters, *rest):
@@ -80,7 +82,8 @@ def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, t
     assert "3 of 6 checks passed" in printed
 
 
-def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, capsys):
+def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native, "is_available", lambda: False)
     assert check_report.run()
     printed = capsys.readouterr().out
@@ -91,11 +94,11 @@ def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, capsys):
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_the_kernels_of_accelerators(backend):
     """All are listed; one of each is run here, since every kernel has tests of its own."""
-    cases = {(c.kernel, c.variant, c.dtype): c for c in check._cases(backend, interpret=True)}
+    cases = {(c.kernel, c.variant, c.dtype): c for c in check.cases(backend, interpret=True)}
     one_type = [("attention", "full"), ("attention", "sliding"), ("grouped_matmul", ""), ("mxfp4_matmul", "")]
     assert list(cases) == [(*case, dtype) for dtype in ("bfloat16", "float32") for case in one_type]
     run = [("attention", "sliding", "bfloat16"), ("grouped_matmul", "", "bfloat16")]
-    found = [check._check(cases[case]) for case in [*run, ("mxfp4_matmul", "", "float32")]]
+    found = [check_case(cases[c], backend, True) for c in [*run, ("mxfp4_matmul", "", "float32")]]
     assert [r for r in found if r.status != "ok"] == []
 
 
@@ -107,36 +110,53 @@ def test_a_broken_kernel_of_an_accelerator(monkeypatch):
         yield from (high, low)
 
     monkeypatch.setattr(triton_mxfp4, "_numbers", nibbles_exchanged)
-    found = list(check_kernels("gpu", frozenset(["mxfp4_matmul"]), interpret=True))
-    assert [(r.kernel, r.status) for r in found] == [("mxfp4_matmul", "wrong")] * 2
+    found = [check_case(c, "gpu", True) for c in check.cases("gpu", True) if c.kernel == "mxfp4_matmul"]
+    assert [r.status for r in found] == ["wrong", "wrong"]
+
+
+def case_of(kernel, run=jnp.sin, plain=jnp.sin):
+    return Case(kernel, "", "float32", lambda: (jnp.ones(3),), run, plain)
+
+
+def out_of_memory(x):
+    raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+
+@pytest.mark.parametrize("which", ["run", "plain"])
+def test_a_full_memory_says_nothing_about_a_kernel(which):
+    assert check_case(case_of("attention", **{which: out_of_memory}), "tpu").status == "unchecked"
+    assert check_case(case_of("attention"), "tpu").status == "ok"
+
+
+GPU_KERNELS = ["attention", "grouped_matmul", "mxfp4_matmul"]
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with a GPU that no check has seen. Its checks give what `machine` says, or "ok"."""
+    """A machine with a GPU that no check has seen. Its checks give what `statuses` says, or "ok"."""
     statuses, checked = {}, []
 
-    def fake_check(backend, kernels):
-        (kernel,) = kernels
-        checked.append(kernel)
+    def fake_check(case, backend):
+        checked.append(case.kernel)
         # A program of its own, although another one may be traced.
         assert float(jax.jit(jnp.sum)(jnp.ones(3))) == 3
-        yield Result(kernel, "", "bfloat16", statuses.get(kernel, "ok"), "error 0.5")
+        status = statuses.get(case.kernel, "ok")
+        if status is KeyboardInterrupt:
+            raise status
+        return Result(case.kernel, "", "bfloat16", status, "" if status == "ok" else "error 0.5")
 
-    monkeypatch.setattr(check, "check_kernels", fake_check)
+    monkeypatch.setattr(check, "check_case", fake_check)
+    monkeypatch.setattr(check, "cases", lambda backend: map(case_of, GPU_KERNELS))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(target, "platform", lambda: "gpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(first_use, "_failed_elsewhere", set())
     monkeypatch.delenv(selection.ENVIRONMENT, raising=False)
     first_use._failed_kernels.cache_clear()
-    record = first_use._record_path("gpu")
+    record = first_use.record_path("gpu")
     assert tmp_path in record.parents
     yield statuses, checked, record
     first_use._failed_kernels.cache_clear()
-
-
-GPU_KERNELS = ["attention", "grouped_matmul", "mxfp4_matmul"]
 
 
 def test_the_first_use_on_a_gpu_checks_and_remembers(machine, capsys):
@@ -147,7 +167,7 @@ def test_the_first_use_on_a_gpu_checks_and_remembers(machine, capsys):
         assert jax.jit(lambda x: x + selection.is_enabled("attention"))(0) == 1
     assert not selection.is_enabled("grouped_matmul")
     assert checked == GPU_KERNELS
-    assert "2 kernels ok" in capsys.readouterr().err
+    assert "2 of 3 checks passed" in capsys.readouterr().err
     # The next process reads the record, and warns again.
     first_use._failed_kernels.cache_clear()
     with pytest.warns(UserWarning, match="kernel grouped_matmul is off"):
@@ -155,7 +175,7 @@ def test_the_first_use_on_a_gpu_checks_and_remembers(machine, capsys):
     assert checked == GPU_KERNELS and capsys.readouterr().err == ""
     # `gptoss check` looks again.
     statuses.clear()
-    first_use.check_and_record("gpu")
+    assert check_report.run()
     first_use._failed_kernels.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,39 +193,75 @@ def test_what_turns_the_check_off(machine, monkeypatch):
         monkeypatch.delenv(selection.ENVIRONMENT)
     monkeypatch.setattr(target, "platform", lambda: "tpu")  # compiled for other devices than those here
     assert selection.is_enabled("attention")
+    monkeypatch.setattr(target, "platform", lambda: "another")  # a plugin, for which there are no kernels
+    assert not selection.is_enabled("attention")
     assert checked == []
 
 
-@pytest.mark.parametrize("off", [True, False])
-def test_a_kernel_that_ended_the_process_is_off(machine, off):
+def test_a_kernel_that_ended_the_process_is_off(machine, capsys):
     _, checked, record = machine
-    pid = 2**22 + 1 if off else os.getpid()  # above the largest id of Linux, and one that is alive
-    found = {"done": False, "kernels": {"attention": ""}, "running": "grouped_matmul", "pid": pid}
-    record.write_text(json.dumps(found), "utf-8")
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        assert selection.is_enabled("grouped_matmul") is not off
-    assert any("its check ended the process" in str(w.message) for w in warned) is off
-    assert checked == (["mxfp4_matmul"] if off else ["grouped_matmul", "mxfp4_matmul"])
+    record.write_text(json.dumps({"kernels": {"attention": ""}, "running": "grouped_matmul"}), "utf-8")
+    with pytest.warns(UserWarning, match="kernel grouped_matmul is off .*its check ended the process"):
+        assert not selection.is_enabled("grouped_matmul")
+    assert checked == ["mxfp4_matmul"]
+    # `gptoss check` names it, and gets past it.
+    assert not check_report.run()
+    assert checked == ["mxfp4_matmul", "attention", "mxfp4_matmul"]
+    printed = capsys.readouterr().out
+    assert f"its check ended an earlier process; remove {record} to run it again" in printed
+    assert "2 of 3 checks passed" in printed
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"done": true}', '{"kernels": {"attention": "wrong"}}'])
+def test_other_processes_wait_for_the_check(machine):
+    """The lock tells a check that is running from one that has ended its process."""
+    _, checked, record = machine
+    record.write_text(json.dumps({"kernels": {"attention": ""}, "running": "grouped_matmul"}), "utf-8")
+    found = []
+    with first_use._exclusive(record):
+        waiting = threading.Thread(target=lambda: found.append(selection.is_enabled("grouped_matmul")))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive() and checked == []
+        done = {"kernels": dict.fromkeys(GPU_KERNELS, ""), "running": None}
+        record.write_text(json.dumps(done), "utf-8")
+    waiting.join(10)
+    assert found == [True] and checked == []
+
+
+def test_a_check_that_is_interrupted_blames_no_kernel(machine):
+    statuses, checked, record = machine
+    statuses["grouped_matmul"] = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        selection.is_enabled("attention")
+    statuses["grouped_matmul"] = "unchecked"
+    with pytest.warns(UserWarning, match="kernel grouped_matmul could not be checked: error 0.5"):
+        assert selection.is_enabled("grouped_matmul")
+    # It is in use, and the next process checks it, and only it.
+    statuses.clear()
+    first_use._failed_kernels.cache_clear()
+    assert selection.is_enabled("grouped_matmul")
+    assert checked == ["attention", "grouped_matmul", "grouped_matmul", "mxfp4_matmul", "grouped_matmul"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"kernels": {}}', '{"kernels": 3, "running": null}'])
 def test_a_damaged_record_is_made_again(machine, content):
     _, checked, record = machine
     record.write_text(content, "utf-8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        selection.is_enabled("attention")
-    assert checked and json.loads(record.read_text("utf-8"))["done"]
+    assert selection.is_enabled("attention")
+    assert checked == GPU_KERNELS
+    assert json.loads(record.read_text("utf-8"))["kernels"] == dict.fromkeys(GPU_KERNELS, "")
 
 
-def test_a_kernel_that_breaks_the_device_ends_the_process_in_one_line(machine, monkeypatch):
+def test_a_kernel_that_breaks_the_device_ends_the_process_in_one_line(machine, monkeypatch, tmp_path):
     statuses, checked, record = machine
     statuses["attention"] = "failed"
     monkeypatch.setattr(first_use, "_device_works", lambda: False)
-    with pytest.raises(OSError, match="kernel attention broke the device .* It is now off .*: start again"):
-        selection.is_enabled("mxfp4_matmul")
-    # The next process goes on where this one ended.
+    message = "kernel attention left the device unusable: .* Run the command again"
+    with pytest.raises(OSError, match=message):
+        check_report.run(str(tmp_path / "found.json"))
+    (found,) = json.loads((tmp_path / "found.json").read_text("utf-8"))["results"]
+    assert found["kernel"] == "attention" and found["status"] == "failed"
+    # The next process starts where this one ended.
     monkeypatch.setattr(first_use, "_device_works", lambda: True)
     with pytest.warns(UserWarning, match="kernel attention is off"):
         assert selection.is_enabled("mxfp4_matmul")
@@ -254,6 +310,12 @@ def test_the_gradient_of_a_group_bias_adds_up_in_float32():
 
     scale = 1.015625  # 260 / 256, so that the right sum is a bfloat16
     np.testing.assert_array_equal(jax.grad(lambda b: scale * total(b))(bias_EF), [[262, 262]])
+
+
+def test_the_former_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("GPTOSS_JAX_NATIVE", "0")
+    with pytest.raises(ValueError, match="GPTOSS_JAX_NATIVE is '0': was replaced: set GPTOSS_JAX_KERNELS"):
+        selection.is_enabled("grouped_matmul")
 
 
 def test_the_command_refuses_a_bad_variable_at_once():

@@ -116,7 +116,7 @@ class ModelConfig(Checked):
     expert_format: Literal["plain", "mxfp4"] = "plain"
     # Hand-written kernels: auto uses them, checked once on each new GPU or TPU machine; unchecked skips that
     # check; plain replaces all of them by plain XLA, and plain:attention,mxfp4_matmul the named ones. The
-    # environment variable GPTOSS_JAX_KERNELS takes the same values and turns off kernels besides.
+    # environment variable GPTOSS_JAX_KERNELS takes the same values, and also turns off kernels.
     kernels: str = "auto"
     # What the backward pass recomputes: nothing, all but the results of the products with attention's and the
     # router's weights ("dots"), or each whole block.

@@ -3,9 +3,12 @@
 Sizes differ from each other and fill no block evenly; one group of rows is empty and some rows have no group.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Literal
@@ -14,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-from gptoss_jax.config.kernels import KERNELS
 from gptoss_jax.kernels import few_rows, mxfp4, native
 from gptoss_jax.kernels.blockwise_attention import blockwise_attention
 from gptoss_jax.kernels.flash_attention import fits_triton, reference_attention
@@ -50,37 +52,18 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the check of one case found. `detail` says more about any status but "ok"."""
+    """The outcome of one case. `detail` says more about any status but "ok"; "unchecked" is one that tells
+    nothing about the kernel, such as a full memory."""
 
     kernel: str
     variant: str
     dtype: str
-    status: Literal["ok", "wrong", "failed", "unavailable"]
+    status: Literal["ok", "wrong", "failed", "unavailable", "unchecked"]
     detail: str = ""
     error: float | None = None
     tolerance: float | None = None
     milliseconds: float | None = None
     plain_milliseconds: float | None = None
-
-
-def check_kernels(
-    backend: str, kernels: frozenset[str] = frozenset(KERNELS), interpret: bool = False
-) -> Iterator[Result]:
-    """Checks a backend's kernels on the default device, one result per case.
-
-    Args:
-      backend: "cpu", "gpu" or "tpu".
-      kernels: the ones to check.
-      interpret: runs Pallas kernels as plain JAX, on any device; for tests.
-    """
-    for case in _cases(backend, interpret):
-        if case.kernel not in kernels:
-            continue
-        reason = _unavailable(case, backend, interpret)
-        if reason:
-            yield Result(case.kernel, case.variant, case.dtype, "unavailable", reason)
-        else:
-            yield _check(case)
 
 
 def _unavailable(case: Case, backend: str, interpret: bool) -> str:
@@ -92,23 +75,34 @@ def _unavailable(case: Case, backend: str, interpret: bool) -> str:
     return ""
 
 
-def _check(case: Case) -> Result:
-    arrays = case.arrays()
-    wide = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays)
-    tolerance = TOLERANCE[case.dtype]
-    expected, plain_ms = _timed(case.plain, wide, case.num_differentiable)
-    result = functools.partial(
-        Result, case.kernel, case.variant, case.dtype, tolerance=tolerance, plain_milliseconds=plain_ms
-    )
+def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
+    """Runs a kernel and its plain form on the default device and compares them."""
+    result = functools.partial(Result, case.kernel, case.variant, case.dtype)
+    reason = _unavailable(case, backend, interpret)
+    if reason:
+        return result("unavailable", reason)
+    try:
+        arrays = case.arrays()
+        wide = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays)
+        expected, _ = _timed(case.plain, wide, case.num_differentiable)
+        _, plain_ms = _timed(case.plain, arrays, case.num_differentiable)
+    except Exception as error:  # of any class: compilers and drivers have their own
+        return result("unchecked", f"the plain form failed: {_one_line(error)}")
+    result = functools.partial(result, tolerance=TOLERANCE[case.dtype], plain_milliseconds=plain_ms)
     try:
         found, ms = _timed(case.run, arrays, case.num_differentiable)
-    except Exception as error:  # of any class: compilers and drivers have their own
-        return result("failed", " ".join(str(error).split())[:200] or type(error).__name__)
+    except Exception as error:
+        # A full memory says nothing about the kernel.
+        return result("unchecked" if "RESOURCE_EXHAUSTED" in str(error) else "failed", _one_line(error))
     error = max(map(_difference, found, expected))
-    if error <= tolerance:
+    if error <= TOLERANCE[case.dtype]:
         return result("ok", error=error, milliseconds=ms)
-    detail = f"error {error:.1e}, at most {tolerance:.1e} is allowed"
+    detail = f"error {error:.1e}, at most {TOLERANCE[case.dtype]:.1e} is allowed"
     return result("wrong", detail, error=error, milliseconds=ms)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple[list[jax.Array], float]:
@@ -146,7 +140,9 @@ def _normal(seed: int, dtype: str, *shapes: tuple[int, ...]) -> Arrays:
     return tuple(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True))
 
 
-def _cases(backend: str, interpret: bool) -> Iterator[Case]:
+def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
+    """The cases of a backend, "cpu", "gpu" or "tpu". `interpret` runs Pallas kernels as plain JAX, on any
+    device; for tests."""
     if backend == "cpu":
         yield from _cpu_decode_cases()
     for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
@@ -308,5 +304,9 @@ def device_name() -> str:
     """The default device, and the versions of what compiles for it, in one line."""
     device = jax.local_devices()[0]
     versions = f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version
+    with contextlib.suppress(OSError):
+        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  …"; CUDA's own version is jaxlib's.
+        text = pathlib.Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        versions += (f"driver {re.search(r'[0-9]+[.][0-9.]+', text)[0]}",) if device.platform == "gpu" else ()
     names = dict.fromkeys((device.platform, device.device_kind, *versions))  # "cpu" is all three on a CPU
     return " ".join(", ".join(names).split())

@@ -1,11 +1,12 @@
 """The check of all kernels at their first use on a GPU or TPU, and the record of what it found.
 
 The record is a file for each machine, device kind, version of JAX and of the driver, and source of the
-kernels, so that each combination is checked once. It names the kernel whose check is under way: a kernel that
-ends the process is found failed by the next one.
+kernels, so that each combination is checked once. It names the kernel whose check is running, and a lock is
+held meanwhile: a name that is found while the lock is free is that of a kernel that ended its process.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -16,8 +17,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,23 @@ import jax.numpy as jnp
 from gptoss_jax.config.kernels import KERNELS
 from gptoss_jax.config.paths import cache_folder
 
+if TYPE_CHECKING:
+    from gptoss_jax.kernels.check import Case, Result
+
+ENDED_THE_PROCESS = "failed (its check ended the process)"
 _lock = threading.RLock()
 # Kernels that failed in other processes of this run.
 _failed_elsewhere: set[str] = set()
+
+# The checked kernels, each with what is wrong with it, empty if nothing is.
+Problems = dict[str, str]
 
 
 def failed_kernels(backend: str) -> frozenset[str]:
     """The kernels that failed their check on this machine; checks them first if no record says so.
 
-    Empty for a backend that is not this process's own, as when a program is compiled for other devices. What
-    failed is said as a warning, once in a process. May be called while JAX traces.
+    Empty for a backend that is not this process's own, as when a program is compiled for other devices. Warns
+    of each failed kernel, once in a process. May be called while JAX traces.
     """
     if backend == "cpu" or backend != jax.default_backend():
         return frozenset()
@@ -49,62 +57,92 @@ def turn_off(kernels: Iterable[str]) -> None:
 
 @functools.cache
 def _failed_kernels(backend: str) -> frozenset[str]:
-    record = _read(_record_path(backend))
-    if not record["done"]:
-        began = time.monotonic()
-        print(f"gptoss_jax: checking kernels on {_device()}, once", file=sys.stderr, flush=True)
-        # In a thread: JAX's tracing state, which may be that of the caller's program, belongs to a thread.
-        _in_thread(lambda: check_and_record(backend, record))
-        seconds = time.monotonic() - began
-        count = sum(not problem for problem in record["kernels"].values())
-        print(f"gptoss_jax: {count} kernels ok, {seconds:.0f} s", file=sys.stderr, flush=True)
-    failed = {kernel: problem for kernel, problem in record["kernels"].items() if problem}
+    path = record_path(backend)
+    with _exclusive(path):
+        problems = _read(path)
+        if any(backend in backends and kernel not in problems for kernel, backends in KERNELS.items()):
+            began, results = time.monotonic(), []
+            _say(f"checking the kernels on {_device()}, once")
+            # In another thread: the caller's may be tracing a program.
+            _in_thread(lambda: _check(backend, path, problems, lambda case: None, results.append))
+            right = sum(r.status == "ok" for r in results)
+            _say(f"{right} of {len(results)} checks passed in {time.monotonic() - began:.0f} s")
+            for r in results:
+                if r.status == "unchecked":
+                    warnings.warn(f"kernel {r.kernel} could not be checked: {r.detail}", stacklevel=2)
+    failed = {kernel: problem for kernel, problem in problems.items() if problem}
     for kernel, problem in failed.items():
         warnings.warn(
-            f"kernel {kernel} is off on this {backend}, plain XLA does its work: {problem}; `gptoss check` "
-            "checks again",
+            f"kernel {kernel} is off on this {backend}, plain XLA replaces it: {problem}; `gptoss check` "
+            "checks it again",
             stacklevel=2,
         )
     return frozenset(failed)
 
 
-def check_and_record(
-    backend: str, record: dict[str, Any] | None = None, report: Callable[[Any], None] = lambda result: None
-) -> dict[str, Any]:
-    """Checks the backend's kernels and writes the record.
+def check_again(backend: str, announce: Callable[["Case"], None], report: Callable[["Result"], None]) -> None:
+    """Checks all kernels of a backend whatever the record says, and writes the record.
+
+    A kernel whose check has ended an earlier process is reported as failed and not run again.
 
     Args:
-      record: an unfinished record, whose kernels are not checked again; None checks all.
-      report: gets each `check.Result` as it comes.
+      announce: gets each case before it runs.
+      report: gets each result as it comes.
 
-    Raises OSError when a kernel has broken the device for this process.
+    Raises OSError when a kernel leaves the device unusable for this process.
     """
+    from gptoss_jax.kernels.check import Result
+
+    path = record_path(backend)
+    with _exclusive(path):
+        problems = {kernel: text for kernel, text in _read(path).items() if text == ENDED_THE_PROCESS}
+        for kernel in problems:
+            detail = f"its check ended an earlier process; remove {path} to run it again"
+            report(Result(kernel, "", "", "failed", detail))
+        _check(backend, path, problems, announce, report)
+
+
+def _check(
+    backend: str,
+    path: pathlib.Path,
+    problems: Problems,
+    announce: Callable[["Case"], None],
+    report: Callable[["Result"], None],
+) -> None:
+    """Checks the kernels that `problems` does not have, adds them to it, and writes the record."""
     from gptoss_jax.kernels import check  # imports every kernel
 
-    record = {"done": False, "kernels": {}} if record is None else record
-    path = _record_path(backend)
     for kernel, backends in KERNELS.items():
-        if backend not in backends or kernel in record["kernels"]:
+        if backend not in backends or kernel in problems:
             continue
-        _write(path, record | {"running": kernel, "pid": os.getpid()})
         results = []
-        for result in check.check_kernels(backend, frozenset([kernel])):
-            report(result)
-            results.append(result)
-        problems = [f"{r.status} ({r.detail})" for r in results if r.status in ("wrong", "failed")]
-        record["kernels"][kernel] = problems[0] if problems else ""
-        if problems and not _device_works():
-            _write(path, record)
+        _write(path, problems, running=kernel)
+        try:
+            for case in check.cases(backend):
+                if case.kernel == kernel:
+                    announce(case)
+                    results.append(check.check_case(case, backend))
+                    report(results[-1])
+        finally:
+            # An exception, such as Ctrl-C, says nothing about the kernel.
+            _write(path, problems)
+        if any(r.status == "unchecked" for r in results):
+            continue
+        found = [f"{r.status} ({r.detail})" for r in results if r.status in ("wrong", "failed")]
+        problems[kernel] = found[0] if found else ""
+        _write(path, problems)
+        if found and not _device_works():
             raise OSError(
-                f"kernel {kernel} broke the device for this process ({problems[0]}). It is now off on this "
-                "machine: start again"
+                f"kernel {kernel} left the device unusable: {found[0]}. It is now off on this machine. Run "
+                "the command again"
             )
-    record["done"] = True
-    _write(path, record)
-    return record
 
 
-def _in_thread(function: Callable[[], Any]) -> None:
+def _say(line: str) -> None:
+    print(f"gptoss_jax: {line}", file=sys.stderr, flush=True)
+
+
+def _in_thread(function: Callable[[], None]) -> None:
     raised = []
 
     def target() -> None:
@@ -113,7 +151,8 @@ def _in_thread(function: Callable[[], Any]) -> None:
         except BaseException as error:  # raised again below, in the caller's thread
             raised.append(error)
 
-    thread = threading.Thread(target=target, name="kernel-check")
+    # A daemon, so that Ctrl-C ends the process while a kernel hangs.
+    thread = threading.Thread(target=target, name="kernel-check", daemon=True)
     thread.start()
     thread.join()
     if raised:
@@ -121,7 +160,7 @@ def _in_thread(function: Callable[[], Any]) -> None:
 
 
 def _device_works() -> bool:
-    """Whether the device still computes: after an illegal memory access a GPU refuses all work."""
+    """Returns True if the device still computes: after an illegal memory access a GPU refuses all work."""
     try:
         return float(jnp.sum(jnp.ones(8))) == 8
     except Exception:
@@ -135,39 +174,39 @@ def _device() -> str:
     return check.device_name()
 
 
-def _record_path(backend: str) -> pathlib.Path:
+def record_path(backend: str) -> pathlib.Path:
+    """The file that keeps what the check of a backend's kernels found."""
     sources = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     parts = [platform.node().encode(), _device().encode(), *(source.read_bytes() for source in sources)]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    return cache_folder("native") / f"kernels-{backend}-{digest}.json"
+    return cache_folder("kernel-check") / f"{backend}-{digest}.json"
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    """A record; an empty one where there is none that can be read."""
+@contextlib.contextmanager
+def _exclusive(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a record. Other processes of the machine wait, and then read what was found."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks
+            file = stack.enter_context(open(path.with_suffix(".lock"), "w", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: pathlib.Path) -> Problems:
+    """What a record says; nothing where there is none that can be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record = {name: record.get(name) for name in ("done", "kernels", "running", "pid")}
-        kernels = {kernel: str(problem) for kernel, problem in record["kernels"].items() if kernel in KERNELS}
-    except (OSError, ValueError, AttributeError):
-        return {"done": False, "kernels": {}}
-    if record["running"] in KERNELS and not _is_alive(record["pid"]):
-        kernels[record["running"]] = "failed (its check ended the process)"
-    return {"done": bool(record["done"]), "kernels": kernels}
+        kernels, running = record["kernels"].items(), record["running"]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {}
+    problems = {kernel: str(problem) for kernel, problem in kernels if kernel in KERNELS}
+    return problems | ({running: ENDED_THE_PROCESS} if running in KERNELS else {})
 
 
-def _is_alive(pid: Any) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, TypeError, OverflowError):
-        return False
-    return True
-
-
-def _write(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Writes a record whole. Without a place for it, the next process checks again."""
+def _write(path: pathlib.Path, problems: Problems, running: str | None = None) -> None:
+    """Writes a record whole. If it cannot be written, the next process checks again."""
     temporary = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
+        record = {"kernels": problems, "running": running}
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)

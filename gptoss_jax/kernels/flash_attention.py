@@ -50,7 +50,7 @@ def flash_attention(
     inputs = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, window, sink_tokens, sinks_N)
     platform = target.platform()
     drops = dropout_key is not None and dropout > 0
-    has_kernel = platform != "cpu" and not drops and selection.is_enabled("attention")
+    has_kernel = not drops and selection.is_enabled("attention")
     # Imported lazily: Pallas backends are slow to import.
     if platform == "gpu" and has_kernel and fits_triton(q_BTNH.shape[3]):
         from gptoss_jax.kernels.triton_attention import triton_attention

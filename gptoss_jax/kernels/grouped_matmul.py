@@ -40,11 +40,10 @@ def grouped_matmul(
 def _form() -> Callable:
     """The form for the platform that is compiled for. `lax.ragged_dot` is none of them: on CPU and GPU it
     multiplies every row by every group's matrix, and on TPU it does so for the gradient of the matrices."""
-    platform = target.platform()
-    if platform == "cpu" or not selection.is_enabled("grouped_matmul"):
+    if target.platform() == "cpu" or not selection.is_enabled("grouped_matmul"):
         return blocked_grouped_matmul
     # Imported lazily: Pallas backends are slow to import.
-    if platform == "tpu":
+    if target.platform() == "tpu":
         from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
 
         return megablox_grouped_matmul

@@ -53,11 +53,10 @@ def _form(x_RD: jax.Array) -> Callable:
     """The form for the platform that is compiled for."""
     if is_native("mxfp4_matmul", x_RD.dtype):
         return native_mxfp4_matmul
-    platform = target.platform()
-    if platform == "cpu" or not selection.is_enabled("mxfp4_matmul"):
+    if target.platform() == "cpu" or not selection.is_enabled("mxfp4_matmul"):
         return _looped
     # Imported lazily: Pallas backends are slow to import.
-    if platform == "tpu":
+    if target.platform() == "tpu":
         from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul
 
         return mosaic_mxfp4_matmul

@@ -1,7 +1,7 @@
-"""Whether a hand-written kernel runs or the plain XLA code that it replaces.
+"""Selection between a hand-written kernel and the plain XLA code that replaces it.
 
-Three things turn a kernel off: the setting `model.kernels`, the environment variable GPTOSS_JAX_KERNELS, and,
-on GPU and TPU, a failed check (`first_use.py`). All are looked at when a program is traced.
+A kernel is off if the setting `model.kernels`, the environment variable GPTOSS_JAX_KERNELS or, on GPU and
+TPU, a failed check (`first_use.py`) says so. All three are looked at when a program is traced.
 """
 
 import contextlib
@@ -9,10 +9,12 @@ import contextvars
 import os
 from collections.abc import Iterator
 
-from gptoss_jax.config.kernels import plain_kernels
+from gptoss_jax.config import require
+from gptoss_jax.config.kernels import KERNELS, plain_kernels
 from gptoss_jax.kernels import first_use, target
 
 ENVIRONMENT = "GPTOSS_JAX_KERNELS"
+FORMER_ENVIRONMENT = "GPTOSS_JAX_NATIVE"
 _setting = contextvars.ContextVar("kernels", default="auto")
 
 
@@ -27,16 +29,24 @@ def using(setting: str) -> Iterator[None]:
 
 
 def is_enabled(kernel: str) -> bool:
-    """Whether to use this kernel, one of `config.kernels.KERNELS`, on the platform compiled for."""
-    setting, variable = _setting.get(), os.environ.get(ENVIRONMENT, "auto")
-    if kernel in plain_kernels(setting, "model.kernels") | plain_kernels(variable, ENVIRONMENT):
+    """Returns True if a kernel, one of `config.kernels.KERNELS`, exists for the platform compiled for and is
+    not off."""
+    if target.platform() not in KERNELS[kernel]:
         return False
-    return kernel not in failed_kernels()
+    off = plain_kernels(_setting.get(), "model.kernels") | plain_kernels(variable(), ENVIRONMENT)
+    return kernel not in off and kernel not in failed_kernels()
+
+
+def variable() -> str:
+    """The value of GPTOSS_JAX_KERNELS. Raises ValueError for the variable that it has replaced."""
+    former = os.environ.get(FORMER_ENVIRONMENT)
+    require(former is None, FORMER_ENVIRONMENT, former, f"was replaced: set {ENVIRONMENT}=plain, or nothing")
+    return os.environ.get(ENVIRONMENT, "auto")
 
 
 def failed_kernels() -> frozenset[str]:
     """The kernels that failed their check on this machine, which is run first if it has not been; empty on
     CPU and where a setting skips the check."""
-    if target.platform() == "cpu" or "unchecked" in (_setting.get(), os.environ.get(ENVIRONMENT)):
+    if target.platform() == "cpu" or "unchecked" in (_setting.get(), variable()):
         return frozenset()
     return first_use.failed_kernels(target.platform())
