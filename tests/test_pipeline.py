@@ -77,7 +77,7 @@ def test_cache_holds_every_document(config, cache):
     assert cache.tokens.dtype == np.uint16
     held = b"".join(text.encode() for text, is_held_out in expected if is_held_out)
     assert cache.meta == {
-        "format": 2,
+        "format": 3,
         "source": config.source,
         "tokenizer": "bytes",
         "vocab_size": 257,
