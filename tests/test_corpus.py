@@ -65,12 +65,20 @@ def test_jsonl(tmp_path):
         (b'["text"]', "must be a JSON object"),
         (b'{"body": "a", "id": 1}', "has no field 'text'; it has body, id"),
         (b'{"text": 3}', "field 'text' is a int: must be text or null"),
-        (b'{"text": "\\ud800"}', "field 'text' is not Unicode"),
+        (b'{"text": "\\ud800"}', "field 'text' holds '\\ud800', half of a surrogate pair"),
     ],
 )
 def test_bad_jsonl_names_the_line(tmp_path, line, reason):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     assert fails(f"jsonl:{tmp_path}/a.jsonl").startswith(f"{tmp_path}/a.jsonl:2: {reason}")
+
+
+def test_a_field_that_the_locale_cannot_spell(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"gr\u00f6\u00dfe": "x"}\n', "utf-8")
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii", "surrogateescape"))
+    # From a file of settings, and as Python reads it from the command line.
+    for field in ("gr\u00f6\u00dfe", "gr\udcc3\udcb6\udcc3\udc9fe"):
+        assert read(f"jsonl:{tmp_path}/a.jsonl#{field}") == ["x"]
 
 
 def test_parquet(tmp_path):

@@ -9,9 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 
 from gptoss_jax import startup
-from gptoss_jax.config.paths import require_utf8, user_path, user_text
+from gptoss_jax.config.paths import path_exists, require_utf8, user_path, user_text
+from gptoss_jax.data.bpe import train_bpe
+from gptoss_jax.data.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = [ROOT / "train.py"]
@@ -125,21 +128,34 @@ def test_paths_that_the_locale_or_a_library_cannot_spell(monkeypatch):
         user_path("/runs/\u65e5", "run_dir")
 
 
+def test_invalid_paths_do_not_exist(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    assert path_exists(f"{tmp_path}/a", "x") and path_exists(f"{tmp_path}/link", "x")
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii", "surrogateescape"))
+    for text in (f"{tmp_path}/b", "", "a\0b", "~nobody-here/a", f"{tmp_path}/\u65e5"):
+        assert not path_exists(text, "x")
+
+
 def latin_locale(folder):
-    """The environment of a locale in ISO-8859-1, made here; of the C locale where that is not possible."""
+    """The environment of a locale in ISO-8859-1, made here. Skips the test where that is not possible."""
     name = "en_US.ISO-8859-1"
     command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / name)]
-    if not shutil.which("localedef") or subprocess.run(command, capture_output=True).returncode:
-        return C_LOCALE
+    if not shutil.which("localedef"):
+        pytest.skip("needs localedef to make a locale in ISO-8859-1")
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        pytest.skip(f"localedef makes no {name}: {done.stderr.decode(errors='replace').strip()}")
     return {"LOCPATH": str(folder), "LC_ALL": name, "PYTHONUTF8": "0"}
 
 
-def test_a_run_in_other_locales(tmp_path):
+@pytest.fixture
+def run(tmp_path):
+    """(locale, prompt, options) -> what train.py prints there and, given a prompt, gptoss."""
     text = "\n<|endoftext|>\n".join(" ".join(WORDS[i % 7 :] + WORDS) + "." for i in range(80))
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    latin = latin_locale(tmp_path)
 
-    def run(locale, prompt):
+    def start(locale, prompt, *options):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
         kept |= {
             "PYTHONPATH": str(ROOT),
@@ -147,16 +163,34 @@ def test_a_run_in_other_locales(tmp_path):
             "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
             "COLUMNS": "100",
         }
-        options = ["-X", "warn_default_encoding", "-W", "ignore::EncodingWarning", "-c", STRICT]
-        command = [sys.executable, *options, prompt, str(ROOT / "train.py"), *TINY.split()]
+        python = [sys.executable, "-X", "warn_default_encoding", "-W", "ignore::EncodingWarning"]
+        command = [*python, "-c", STRICT, prompt, str(ROOT / "train.py"), *TINY.split(), *options]
         done = subprocess.run(command, cwd=tmp_path, env=kept | locale, capture_output=True)
         assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
         return done.stdout
 
-    assert b"xz -9" in run(latin, "")
+    return start
+
+
+def test_a_run_in_the_c_locale(tmp_path, run):
+    # The locale's encoding cannot spell the name of the eos token.
+    model = tokenizers.Tokenizer.from_str(train_bpe(400, [" ".join(WORDS)]))
+    model.add_special_tokens(["<\uff5cfin\uff5c>"])
+    (tmp_path / "words.json").write_text(model.to_str(), encoding="utf-8")
+    spec = "file:words.json#eos=<\uff5cfin\uff5c>"
+    printed = run(C_LOCALE, "Stra\u00dfe \u65e5\u672c", "--data.tokenizer", spec)
+    assert b"xz -9" in printed and b"\nStra?e ??" in printed
+    assert b"\nrun/report.png\n" in printed and b"Models of the gpt-oss family" in printed
+    # The spec is printed with the bytes that the command line gave.
+    assert printed.replace(spec.encode(), b"").isascii()
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert tokenizer.eos_id == tokenizer.special_tokens["<\uff5cfin\uff5c>"]
+
+
+def test_a_run_resumes_in_another_locale(tmp_path, run):
+    assert b"xz -9" in run(latin_locale(tmp_path), "")
     (made,) = tmp_path.glob("cache/*/tokenizer.json")
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == made.read_bytes()
     # The record of the checkpoint and the run folder hold the same tokenizer, or this would be refused.
     printed = run(C_LOCALE, "Stra\u00dfe \u65e5\u672c")
     assert b"This run is finished" in printed and b"\nStra?e ??" in printed and printed.isascii()
-    assert b"\nrun/report.png\n" in printed and b"Models of the gpt-oss family" in printed

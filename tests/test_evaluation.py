@@ -278,6 +278,18 @@ def test_command_reads_a_run_in_rows_of_its_training(run_folder, text, capsys):
     assert "windows        24 tokens, 24 apart\n" in shown and "9 tokens, 9 bytes, 1 document\n" in shown
 
 
+def test_command_reports_skipped_records(run_folder, corpus, tmp_path, capsys):
+    written = tmp_path / "result.json"
+    source = corpus(["a", None, "b", None]).source
+    assert cli.main(["eval", str(run_folder), "--source", source, "--json", str(written)]) == 0
+    assert "\nskipped        2 records whose field is null\n" in capsys.readouterr().out
+    assert json.loads(written.read_text())["null_records"] == 2
+    source = corpus(["a", "\ud800"]).source
+    assert cli.main(["eval", str(run_folder), "--source", source]) == 2
+    message = f"{tmp_path}/some.jsonl:2: field 'text' holds '\\ud800', half of a surrogate pair"
+    assert capsys.readouterr().err == f"gptoss: error: {message}\n"
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

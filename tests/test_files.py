@@ -8,6 +8,7 @@ import os
 import tarfile
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from gptoss_jax.data import files
@@ -80,9 +81,21 @@ def test_zstd_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 def test_a_byte_order_mark_at_the_start_is_left_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(BOM + b"a" + BOM)
     assert read(f"text:{tmp_path}/a.txt") == ["a\ufeff"]
+    # Files that were joined, with a separator between them.
+    (tmp_path / "a.txt").write_bytes(BOM + b"one\n<|endoftext|>\n" + BOM + b"two<|endoftext|>" + BOM)
+    assert read(f"text:{tmp_path}/a.txt") == ["one", "two"]
     (tmp_path / "b.txt").write_bytes(BOM + b"ab\xff")
     with pytest.raises(ValueError, match=r"b.txt: not UTF-8 at byte 5 \(invalid start byte\)"):
         read(f"text:{tmp_path}/b.txt")
+
+
+def test_a_byte_order_mark_in_a_record_is_left_out(tmp_path):
+    rows = [BOM, b'{"text": "\\ufeffone"}', BOM + b'{"text": "two\\ufeff"}', b'{"text": "\xef\xbb\xbf"}', BOM]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    assert read(f"jsonl:{tmp_path}/a.jsonl") == ["one", "two\ufeff"]
+    table = pyarrow.table({"text": ["\ufeffone", "two\ufeff", None, "\ufeff"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(f"parquet:{tmp_path}/a.parquet") == ["one", "two\ufeff"]
 
 
 def tar(data):

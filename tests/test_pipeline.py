@@ -77,7 +77,7 @@ def test_cache_holds_every_document(config, cache):
     assert cache.tokens.dtype == np.uint16
     held = b"".join(text.encode() for text, is_held_out in expected if is_held_out)
     assert cache.meta == {
-        "format": 2,
+        "format": 3,
         "source": config.source,
         "tokenizer": "bytes",
         "vocab_size": 257,
@@ -129,6 +129,18 @@ def test_nulls_are_counted_once(config, tmp_path):
     cache = build_cache(config, lines.append)
     assert cache.meta["null_records"] == 10 and cache.meta["documents"] == 20
     assert [line for line in lines if "skip" in line] == ["  10 records were skipped: their field is null"]
+
+
+def test_half_a_surrogate_pair_is_one_line_and_leaves_no_cache(config, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "a\\ud800b"}\n')
+    config = dataclasses.replace(
+        config, source=f"jsonl:{tmp_path}/a.jsonl", cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(ValueError) as caught:
+        build_cache(config)
+    message = f"{tmp_path}/a.jsonl:2: field 'text' holds '\\ud800', half of a surrogate pair"
+    assert str(caught.value) == message
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_source_that_changes_while_it_is_tokenized_leaves_no_cache(config, tmp_path):

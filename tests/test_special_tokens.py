@@ -255,6 +255,32 @@ def test_roles_that_the_user_names(tmp_path):
     assert parse_file_spec(f"file:{named}") == (named, Roles())
 
 
+@pytest.mark.parametrize("writer", ["save", "export"])
+def test_saved_roles_are_never_paths(tmp_path, monkeypatch, writer):
+    path = write(tmp_path / "in", byte_level(["<b>", "<\uff5cfin\uff5c>"])) / "tokenizer.json"
+    monkeypatch.setattr("os.fsencode", lambda path: path.encode("ascii", "surrogateescape"))
+    roles = "bos=<b>,eos=<\uff5cfin\uff5c>"
+    tokenizer = make_tokenizer(f"file:{path}#{roles}")
+    # As Python reads it from the command line of the C locale.
+    undecoded = roles.encode().decode("ascii", "surrogateescape")
+    assert make_tokenizer(f"file:{path}#{undecoded}").same_ids_as(tokenizer)
+    place = tmp_path / "out"
+    getattr(tokenizer, writer)(place)
+    # A file in the working directory with the name of the saved spec must not be used.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"tokenizer.json#{roles}").write_text("another file")
+    again = load_tokenizer(place)
+    assert names_of(again) == ("<b>", "<\uff5cfin\uff5c>") and again.same_ids_as(tokenizer)
+
+
+def test_damaged_saved_specs(tmp_path):
+    write(tmp_path, byte_level(["<b>"]))
+    for content in ("file:tokenizer.json#fin=<b>", "file:tokenizer.jsonx", "file:tokenizer.json#bos="):
+        (tmp_path / "tokenizer_name.txt").write_text(content)
+        with pytest.raises(ValueError, match=f"^data.tokenizer is '{content}': must be file:PATH"):
+            load_tokenizer(tmp_path)
+
+
 def test_what_is_missing_is_said(tmp_path):
     path = write(tmp_path, byte_level(["<start>", "<stop>"])) / "tokenizer.json"
     for rest, words in [
@@ -274,9 +300,27 @@ def test_what_is_missing_is_said(tmp_path):
         assert [word for word in words if word not in message] == []
 
 
+def test_keys_that_only_look_like_tokens_are_skipped(tmp_path):
+    config = {
+        "eos_token": {"content": "<e>"},
+        "num_image_token": 256,
+        "use_end_token": True,
+        "image_token": {"content": 5},
+        "additional_special_tokens": ["<x>", 7, {"content": None}],
+        "extra_special_tokens": {"y": "<y>", "size": [1, 2]},
+        "added_tokens_decoder": {"1": {"content": 3, "special": True}, "2": None},
+    }
+    model = unmarked(byte_level(["<e>", "<x>", "<y>"]))
+    tokenizer = load_tokenizer(write(tmp_path, model, tokenizer_config=config))
+    assert names_of(tokenizer) == ("<e>", "<e>")
+    assert tokenizer.special_tokens.keys() == {"<e>", "<x>", "<y>"}
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
+        ("tokenizer_config", '{"bos_token": {"content": true}}', "bos_token is {'content': True}: must be"),
+        ("special_tokens_map", '{"bos_token": ["<s>"]}', "bos_token is ['<s>']: must be the text of a token"),
         ("tokenizer_config", '{"eos_token": 5}', "eos_token is 5: must be the text of a token, or null"),
         ("special_tokens_map", "{", "not JSON"),
         (
@@ -328,7 +372,16 @@ def test_stop_ids_of_vocabularies(tmp_path):
     assert make_tokenizer("bytes").stop_ids == (256,)
     model = byte_level([*CHATML, "<|endoftext|>"])
     tokenizer = load_tokenizer(write(tmp_path / "chat", model, tokenizer_config={"eos_token": "<|im_end|>"}))
-    assert tokenizer.stop_ids == (model.token_to_id("<|im_end|>"), model.token_to_id("<|endoftext|>"))
+    ids = (model.token_to_id("<|im_end|>"), model.token_to_id("<|endoftext|>"))
+    assert tokenizer.stop_ids == ids
+    # A run keeps them, and so does an export of it, which names only the end of a document.
+    tokenizer.save(tmp_path / "run")
+    again = load_tokenizer(tmp_path / "run")
+    again.export(tmp_path / "out")
+    assert again.stop_ids == load_tokenizer(tmp_path / "out").stop_ids == ids
+    model = byte_level(["<|begin_of_text|>", "<|eot_id|>", "<|eot|>", "<|end_of_text|>"])
+    ids = [model.token_to_id(name) for name in ("<|eot_id|>", "<|eot|>", "<|end_of_text|>")]
+    assert load_tokenizer(write(tmp_path / "llama", model)).stop_ids == tuple(ids)
     model = byte_level(["<|endoftext|>", "<|return|>", "<|call|>"])
     ids = [model.token_to_id(name) for name in ("<|return|>", "<|endoftext|>", "<|call|>")]
     assert load_tokenizer(write(tmp_path / "harmony", model)).stop_ids == tuple(ids)

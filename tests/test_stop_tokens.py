@@ -9,6 +9,7 @@ import pytest
 
 from gptoss_jax import cli
 from gptoss_jax.config import DataConfig, TrainConfig
+from gptoss_jax.data import pipeline
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptoss_jax.inference.chat import HarmonyConversation
 from gptoss_jax.inference.generate import generate, generate_with_params
@@ -123,3 +124,36 @@ def test_a_run_keeps_those_of_the_weights_it_starts_from(folder, tmp_path):
     assert start.stop_tokens(config, BYTES) == (97, 98, 256)
     start.save_tokenizer(config, BYTES)
     assert load_tokenizer(tmp_path / "run").stop_ids == (97, 98, 256)
+
+
+@pytest.mark.parametrize("named", [None, 97])
+def test_the_end_of_a_turn_is_kept_from_the_file_to_the_export_of_a_run(folder, model, tmp_path, named):
+    # A chat model: its files name as eos what ends a turn, <|im_end|>; <|endoftext|> ends a document.
+    place = folder("generation_config.json", named)
+    values = json.loads((place / "tokenizer.json").read_text())
+    (end,) = values["added_tokens"]
+    values["added_tokens"].append(end | {"id": 257, "content": "<|im_end|>"})
+    (place / "tokenizer.json").write_text(json.dumps(values))
+    (place / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    expected = (257, 256) if named is None else (97, 257, 256)
+    assert load_tokenizer(place).stop_ids == expected
+
+    (tmp_path / "book.txt").write_text("the cat sat on the mat. " * 40)
+    data = DataConfig(
+        source=f"text:{tmp_path}/book.txt",
+        tokenizer=f"file:{place}/tokenizer.json",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    run = tmp_path / "run"
+    config = TrainConfig(data=data, run_dir=str(run), init_from=str(place))
+    for _ in "built", "opened again":
+        tokenizer = pipeline.build_cache(data).tokenizer
+        assert tokenizer.stop_ids == (257, 256)
+        assert start.stop_tokens(config, tokenizer) == expected
+    start.save_tokenizer(config, tokenizer)
+    config.save(run / "config.json")
+    assert load_tokenizer(run).stop_ids == expected
+    export.save_pretrained(model, tmp_path / "out", tokenizer=run)
+    assert load_tokenizer(tmp_path / "out").stop_ids == expected
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == list(expected)

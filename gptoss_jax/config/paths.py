@@ -44,6 +44,14 @@ def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
     return pathlib.Path.cwd() / found if str(found).startswith("~") else found
 
 
+def path_exists(text: str, field: str) -> bool:
+    """Returns True if a text is the path of a file or folder. It need not be a valid path."""
+    try:
+        return os.path.lexists(user_path(text, field))
+    except ValueError:
+        return False
+
+
 def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
     """The file that a command will write its result to.
 

@@ -16,8 +16,8 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 
 from gptoss_jax.config import require
-from gptoss_jax.config.paths import user_path
-from gptoss_jax.data.files import BOM, decode, find_files, readable, stamps
+from gptoss_jax.config.paths import path_exists, user_text
+from gptoss_jax.data.files import decode, find_files, readable, stamps
 from gptoss_jax.data.hub import open_dataset
 from gptoss_jax.data.records import read_jsonl, read_parquet, read_text
 
@@ -44,6 +44,8 @@ class Corpus:
     def documents(self, skipped: collections.Counter[str] | None = None) -> Iterator[str]:
         """A fresh pass over the documents, in one order. Those of only whitespace are left out.
 
+        The byte order mark at the start of a document is dropped, whatever kind of source it comes from.
+
         Args:
           skipped: counts, as "null", the records whose field is null. They are left out too.
 
@@ -55,7 +57,9 @@ class Corpus:
                 nulls += 1
                 if skipped is not None:
                     skipped["null"] += 1
-            elif text and not text.isspace():
+                continue
+            text = text.removeprefix("\ufeff")
+            if text and not text.isspace():
                 empty = False
                 yield text
         allowed = "holds no text" + (f" (records whose field is null: {nulls:,})" if nulls else "")
@@ -88,15 +92,18 @@ def open_corpus(source: str) -> Corpus:
 
 
 def _split_field(source: str, rest: str) -> tuple[str, str]:
-    """Name and field of `NAME#field`. The # of an existing file or folder belongs to its name."""
-    if "#" not in rest or os.path.lexists(user_path(rest, "data.source")):
+    """Returns the name and the field of `NAME#field`. The # of an existing path belongs to its name.
+
+    The field need not be a valid path, nor text that the locale's encoding has.
+    """
+    if "#" not in rest or path_exists(rest, "data.source"):
         return rest, "text"
     folder, base = os.path.split(rest)
-    if "#" not in base and os.path.isdir(user_path(folder, "data.source")):
+    if "#" not in base and path_exists(folder, "data.source"):
         return rest, "text"
     name, _, field = rest.rpartition("#")
     require(bool(name and field), "data.source", source, f"must be {source.partition(':')[0]}:NAME#field")
-    return name, field
+    return name, user_text(field)
 
 
 def split(
@@ -176,4 +183,4 @@ def _stdlib() -> Corpus:
 def _read_whole(path: pathlib.Path) -> str:
     with readable(path):
         data = path.read_bytes()
-    return decode(data.removeprefix(BOM), str(path))
+    return decode(data, str(path))

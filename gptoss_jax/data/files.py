@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from typing import IO
 
 from gptoss_jax.config import require
+from gptoss_jax.config.checked import one_line
 from gptoss_jax.config.paths import user_path
 
 INSTALL_HF = "pip install 'gptoss-jax[hf]'"
-BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 20
 HEAD = 512  # bytes that show what a file is
 
@@ -24,7 +24,7 @@ def find_files(name: str, source: str) -> list[str]:
 
     What exists is never read as a pattern: neither the whole path nor the folders that it begins with.
 
-    Raises ValueError where there are none, or where one is not a file that can be read twice.
+    Raises ValueError if there are none, or if one is not a regular file.
     """
     path = user_path(name, "data.source")
     if os.path.lexists(path):
@@ -63,15 +63,15 @@ def readable(path: str | os.PathLike) -> Iterator[None]:
     except EOFError:
         raise ValueError(f"{path}: cannot be read (the compressed file ends too early)") from None
     except (OSError, zlib.error, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
 def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
     """The parts of a file between separators, each with its place in bytes.
 
-    A gzip, bzip2, xz or zstd file is decompressed, and places count from the start of what it contains. A
-    byte order mark at the start is left out. In memory is one part at a time.
+    A gzip, bzip2, xz or zstd file is decompressed, and places are offsets in the decompressed data. Only one
+    part at a time is in memory.
 
     Raises ValueError, naming the file, for one that cannot be read, is damaged, or is not UTF-8 text at all.
     """
@@ -81,9 +81,7 @@ def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
         with _decompressed(raw, kind, path) as file:
             pending = bytearray(file.read(HEAD))
             _check_is_text(pending, path)
-            begin = len(BOM) if pending.startswith(BOM) else 0
-            place, searched = begin, 0
-            del pending[:begin]
+            place = searched = 0
             while True:
                 start = 0
                 while (end := pending.find(separator, max(start, searched))) >= 0:
@@ -109,7 +107,7 @@ def decode(data: bytes | bytearray, path: str, place: int = 0) -> str:
 
 
 def _compression(head: bytes) -> str | None:
-    """How a file is compressed, by its first bytes: its name may say something else."""
+    """Returns the compression of a file, from its first bytes, since its name may be wrong; None if none."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
     if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):  # the second if it is empty
@@ -136,7 +134,7 @@ def _decompressed(
 
 
 def _check_is_text(head: bytearray, path: str) -> None:
-    """Raises ValueError for what is often mistaken for text. Some of it would pass for UTF-8."""
+    """Raises ValueError for formats that are often mistaken for text. Some of them are valid UTF-8."""
     # Latin letters in UTF-16 are a zero byte and another one each.
     even, odd = (head[start::2].count(0) * 2 / max(len(head), 4) for start in (0, 1))
     found = None

@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gptoss_jax.config import require
+from gptoss_jax.config.checked import listed, one_line
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.files import INSTALL_HF, stamps
-from gptoss_jax.data.records import checked_texts, guarded, listed, one_line
+from gptoss_jax.data.records import SHOWN_NAMES, checked_texts, guarded
 
 SPEC = "hf:NAME:CONFIG:SPLIT"
 # The library takes these, in the path of a local folder, for a pattern or a chain of archives.
@@ -41,7 +42,7 @@ def open_dataset(source: str, name: str, field: str) -> tuple[str, Read, Callabl
         raise ValueError(f"data.source is {source!r}: cannot be loaded ({one_line(error)})") from error
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "train"
-    allowed = f"has no split {split!r}; it has {listed(splits)}: name one, as in {SPEC}"
+    allowed = f"has no split {split!r}; it has {listed(splits, SHOWN_NAMES)}: name one, as in {SPEC}"
     require(split in splits, "data.source", source, allowed)
     stream, files = splits[split], None
     if os.path.isdir(name):
@@ -88,10 +89,12 @@ def _check_config(source: str, name: str, config: str | None) -> None:
     if config in known or (config is None and len(known) == 1):
         return
     missing = "needs a config" if config is None else f"has no config {config!r}"
-    raise ValueError(f"data.source is {source!r}: {missing}; it has {listed(known)}: name one, as in {SPEC}")
+    names = listed(known, SHOWN_NAMES)
+    raise ValueError(f"data.source is {source!r}: {missing}; it has {names}: name one, as in {SPEC}")
 
 
 def _column(rows: Iterable[Mapping[str, object]], source: str, field: str) -> Iterator[object]:
     for row in rows:
-        require(field in row, "data.source", source, f"has no column {field!r}; it has {listed(row)}")
+        allowed = f"has no column {field!r}; it has {listed(row, SHOWN_NAMES)}"
+        require(field in row, "data.source", source, allowed)
         yield row[field]

@@ -31,7 +31,7 @@ from gptoss_jax.data.corpus import Corpus, open_corpus, split
 from gptoss_jax.data.packing import pack
 from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
 
-FORMAT = 2
+FORMAT = 3
 BATCH_CHARS = 4 << 20
 # A longer document is encoded in parts, so that all cores work on it and memory is bounded.
 PART_CHARS = 1 << 18

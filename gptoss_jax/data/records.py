@@ -5,8 +5,10 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gptoss_jax.data.files import BOM, INSTALL_HF, decode, readable, split_file
+from gptoss_jax.config.checked import listed, one_line
+from gptoss_jax.data.files import INSTALL_HF, decode, readable, split_file
 
+BOM = b"\xef\xbb\xbf"
 SEPARATOR = b"<|endoftext|>"
 # Names in an error message: a record may have thousands.
 SHOWN_NAMES = 20
@@ -25,15 +27,16 @@ def read_text(path: str) -> Iterator[str]:
 
 
 def read_jsonl(path: str, field: str) -> Iterator[str | None]:
-    """A field of each line. Raises ValueError, naming the line, for one that has no such text or null."""
+    """A field of each line. Raises ValueError, naming the line, unless the field is text or null."""
     for number, (_, line) in enumerate(split_file(path, b"\n"), 1):
+        # A line may begin with a byte order mark: that of the file, or of one that was joined to it.
+        line = line.removeprefix(BOM)
         if line.strip():
             yield _read_line(line, f"{path}:{number}", field)
 
 
 def _read_line(line: bytearray, where: str, field: str) -> str | None:
-    # A byte order mark comes first in a line where files have been joined.
-    text = decode(line.removeprefix(BOM), where)
+    text = decode(line, where)
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -41,19 +44,20 @@ def _read_line(line: bytearray, where: str, field: str) -> str | None:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object")
     if field not in record:
-        raise ValueError(f"{where}: has no field {field!r}; it has {listed(record)}")
+        raise ValueError(f"{where}: has no field {field!r}; it has {listed(record, SHOWN_NAMES)}")
     value = record[field]
     if not isinstance(value, str | None):
         raise ValueError(f"{where}: field {field!r} is a {type(value).__name__}: must be text or null")
     try:
         (value or "").encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: field {field!r} is not Unicode ({error.reason})") from None
+        half = value[error.start]
+        raise ValueError(f"{where}: field {field!r} holds {half!r}, half of a surrogate pair") from None
     return value
 
 
 def read_parquet(path: str, field: str) -> Iterator[str | None]:
-    """A column of a parquet file. Raises ValueError where there is none of text with that name."""
+    """A column of a parquet file. Raises ValueError if no column of text has that name."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -66,7 +70,7 @@ def read_parquet(path: str, field: str) -> Iterator[str | None]:
             raise ValueError(f"{path}: not a parquet file ({one_line(error)})") from None
         columns = file.schema_arrow.names
         if field not in columns:
-            raise ValueError(f"{path}: has no column {field!r}; it has {listed(columns)}")
+            raise ValueError(f"{path}: has no column {field!r}; it has {listed(columns, SHOWN_NAMES)}")
         batches = file.iter_batches(batch_size=1024, columns=[field])
         values = guarded((batch.column(0).to_pylist() for batch in batches), path)
         yield from checked_texts(itertools.chain.from_iterable(values), path, field)
@@ -92,15 +96,3 @@ def guarded(values: Iterable[Any], name: str) -> Iterator[Any]:
         except Exception as error:  # of the file, its format, the network: each library has its own
             raise ValueError(f"{name}: cannot be read ({one_line(error)})") from error
         yield value
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for an error message."""
-    names = list(names)
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, or else its type, without line ends."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -6,7 +6,6 @@ or their names are well known.
 """
 
 import dataclasses
-import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,8 +14,8 @@ from typing import Any
 import tokenizers
 
 from gptoss_jax.config import require
-from gptoss_jax.config.checked import read_json
-from gptoss_jax.config.paths import user_path
+from gptoss_jax.config.checked import listed, read_json
+from gptoss_jax.config.paths import path_exists, user_path, user_text
 
 END_OF_TEXT = "<|endoftext|>"
 # End a turn and a tool call in gpt-oss's chat format, where END_OF_TEXT ends a document.
@@ -35,6 +34,7 @@ DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>")
 # Added tokens with such names are markers, even if the file does not call them special.
 MARKER = re.compile(r"<[|\uff5c].+[|\uff5c]>")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+ROLE_KEYS = ("bos_token", "eos_token")
 ID_KEYS = ("bos_token_id", "eos_token_id")
 MODEL_SETTINGS = ("generation_config.json", "config.json")
 
@@ -49,7 +49,7 @@ class Roles:
 
 @dataclasses.dataclass(frozen=True)
 class NamedTokens:
-    """What the files beside a tokenizer.json say about its special tokens."""
+    """The special tokens that the files beside a tokenizer.json name."""
 
     roles: Roles = Roles()
     without_bos: bool = False  # they say that there is no bos
@@ -59,6 +59,7 @@ class NamedTokens:
 
 
 NO_ROLES, NOTHING_NAMED = Roles(), NamedTokens()
+SAVED_SPEC = "file:tokenizer.json"
 
 
 def parse_file_spec(spec: str) -> tuple[pathlib.Path, Roles]:
@@ -67,30 +68,42 @@ def parse_file_spec(spec: str) -> tuple[pathlib.Path, Roles]:
     Raises ValueError for anything else after the # of a path.
     """
     rest = spec.removeprefix("file:")
-    whole = user_path(rest, "data.tokenizer")
     match = re.fullmatch(r"(.+)#((?:bos|eos)=.*)", rest, re.DOTALL)
     path, named = match.groups() if match else rest.partition("#")[::2]
-    path = user_path(path, "data.tokenizer")
-    if os.path.exists(whole) or (match is None and not os.path.exists(path)):
-        return whole, NO_ROLES
-    pairs = [pair.partition("=") for pair in re.split(r",(?=(?:bos|eos)=)", named)]
-    roles = {role: name for role, _, name in pairs}
+    if path_exists(rest, "data.tokenizer") or not (match or path_exists(path, "data.tokenizer")):
+        return user_path(rest, "data.tokenizer"), NO_ROLES
+    return user_path(path, "data.tokenizer"), _parse_roles(named, spec)
+
+
+def _parse_roles(text: str, spec: str) -> Roles:
+    """Parses bos=NAME,eos=NAME of a spec. The names need not be valid paths."""
+    pairs = [pair.partition("=") for pair in re.split(r",(?=(?:bos|eos)=)", text)]
+    roles = {role: user_text(name) for role, _, name in pairs}
     fits = len(roles) == len(pairs) and roles.keys() <= {"bos", "eos"} and all(roles.values())
     allowed = "must be file:PATH, or file:PATH#bos=NAME,eos=NAME with one of the two or both"
     require(fits, "data.tokenizer", spec, allowed)
-    return path, Roles(**roles)
+    return Roles(**roles)
 
 
 def saved_spec(roles: Roles) -> str:
-    """The spec of a tokenizer.json with these roles, as its own folder keeps it."""
-    return f"file:tokenizer.json#bos={roles.bos},eos={roles.eos}\n"
+    """Returns the spec that a folder stores for its own tokenizer.json with these roles."""
+    return f"{SAVED_SPEC}#bos={roles.bos},eos={roles.eos}\n"
+
+
+def parse_saved_spec(spec: str) -> Roles:
+    """Returns the roles in a spec that `saved_spec` wrote. The file is that folder's: no path is looked up.
+
+    Raises ValueError for anything else.
+    """
+    named = spec.removeprefix(SAVED_SPEC).removesuffix("\n")
+    return _parse_roles(named.removeprefix("#"), spec) if named else NO_ROLES
 
 
 def read_named_tokens(folder: pathlib.Path) -> NamedTokens:
     """Reads tokenizer_config.json, special_tokens_map.json and the ids of the model's files in a folder.
 
-    The earlier file wins. Raises ValueError for a file that is damaged, and for a token that is named by
-    anything but its text.
+    The earlier file wins. Raises ValueError for a damaged file, and for a bos_token or eos_token that is
+    neither text nor null. Other keys are often used for other values, such as num_image_token.
     """
     found: dict[str, str | None] = {}
     special: set[str | None] = set()
@@ -98,14 +111,16 @@ def read_named_tokens(folder: pathlib.Path) -> NamedTokens:
         values = read_json(path) if path.is_file() else {}
         for key in values:
             if key.endswith("_token") and not key.startswith("add_"):
-                name = _name(path, key, values[key])
+                name = _name(values[key])
+                if key in ROLE_KEYS and not isinstance(_content(values[key]), str | None):
+                    allowed = "must be the text of a token, or null"
+                    raise ValueError(f"{path}: {key} is {values[key]!r}: {allowed}")
                 found[key] = found.get(key) or name
                 special.add(name)
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            special |= {_name(path, key, value) for value in _items(values.get(key))}
+            special |= set(map(_name, _items(values.get(key))))
         tokens = _items(values.get("added_tokens_decoder"))
-        marked = [token for token in tokens if isinstance(token, dict) and token.get("special")]
-        special |= {_name(path, "added_tokens_decoder", token) for token in marked}
+        special |= {_name(token) for token in tokens if isinstance(token, dict) and token.get("special")}
     ids = {key: _token_ids(folder, key) for key in ID_KEYS}
     roles = Roles(found.get("bos_token"), found.get("eos_token"))
     without_bos = "bos_token" in found and roles.bos is None
@@ -114,15 +129,18 @@ def read_named_tokens(folder: pathlib.Path) -> NamedTokens:
 
 
 def _items(values: Any) -> list:
-    """The values of a list or an object, else none."""
+    """Returns the values of a list or an object, and an empty list for anything else."""
     return list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else []
 
 
-def _name(path: pathlib.Path, key: str, value: Any) -> str | None:
-    name = value.get("content") if isinstance(value, dict) else value
-    if not (name is None or isinstance(name, str)):
-        raise ValueError(f"{path}: {key} is {value!r}: must be the text of a token, or null")
-    return name or None
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _name(token: Any) -> str | None:
+    """Returns the text of a token, given as such or as an object; None if it has none."""
+    content = _content(token)
+    return content if isinstance(content, str) and content else None
 
 
 def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
@@ -229,4 +247,4 @@ def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Role
 def _candidates(model: tokenizers.Tokenizer) -> str:
     added = model.get_added_tokens_decoder().values()
     names = [token.content for token in sorted(added, key=lambda token: not token.special)]
-    return ", ".join(names[:12]) + (", \u2026" if len(names) > 12 else "") if names else "none"
+    return listed(names, 12) or "none"

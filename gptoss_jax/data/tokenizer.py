@@ -12,6 +12,7 @@ import tiktoken
 import tokenizers
 
 from gptoss_jax.config import require
+from gptoss_jax.config.checked import one_line
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data import special_tokens as special
 from gptoss_jax.data.bpe import train_bpe
@@ -55,14 +56,13 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: those that the model's folder names (`load_tokenizer`), eos, and in
-        gpt-oss's vocabulary what ends a turn and a call of a tool.
+        """The ids that end an answer: those that the model's folder names (`load_tokenizer`), the tokens that
+        end a turn, in gpt-oss's vocabulary also the end of a tool call, and eos.
         """
-        names = (special.RETURN, END_OF_TEXT, special.CALL)
-        harmony = [self.special_tokens[name] for name in names if name in self.special_tokens]
-        return tuple(
-            dict.fromkeys((*self._named_stop_ids, *(harmony if len(harmony) == 3 else ()), self.eos_id))
-        )
+        harmony = (special.RETURN, END_OF_TEXT, special.CALL)
+        ends = harmony if self.special_tokens.keys() >= set(harmony) else special.TURN_ENDS
+        ids = [self.special_tokens[name] for name in ends if name in self.special_tokens]
+        return tuple(dict.fromkeys((*self._named_stop_ids, *ids, self.eos_id)))
 
     @property
     def token_roles(self) -> dict[str, str]:
@@ -107,10 +107,10 @@ class Tokenizer:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def same_ids_as(self, other: "Tokenizer") -> bool:
-        """Whether each id stands for the same bytes, or the same special token, in both.
+        """Returns True if each id stands for the same bytes, or the same special token, in both.
 
-        Then what one has encoded the other decodes, and a model can go from one to the other. How a text is
-        cut into tokens plays no part.
+        Then one decodes what the other has encoded, and a model can be used with either. How a text is split
+        into tokens is not compared.
         """
         if self.digest == other.digest:
             return True
@@ -188,7 +188,7 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
 
 
 def fingerprint(spec: str) -> list[str]:
-    """What the tokenizer of a file: spec depends on: the file, and the tokens that files beside it name."""
+    """Returns the content that a file: tokenizer depends on: the file, and the tokens named beside it."""
     path, _ = special.parse_file_spec(spec)
     require(path.is_file(), "data.tokenizer", spec, f"there is no file {path}")
     named = special.read_named_tokens(path.parent)
@@ -210,18 +210,18 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     name, file = folder / NAME_FILE, folder / "tokenizer.json"
     has_one = name.is_file() or file.exists()
     require(has_one, "tokenizer folder", str(folder), f"must hold tokenizer.json or {NAME_FILE}")
-    spec = name.read_text(encoding="utf-8").removesuffix("\n") if name.is_file() else "file:tokenizer.json"
-    if spec.startswith("file:tokenizer.json"):
-        _, chosen = special.parse_file_spec(spec)
+    spec = name.read_text(encoding="utf-8").removesuffix("\n") if name.is_file() else special.SAVED_SPEC
+    if spec.startswith(special.SAVED_SPEC):
+        chosen = special.parse_saved_spec(spec)
         tokenizer = _from_file(file, spec.replace("tokenizer.json", str(file), 1), chosen)
     else:
         tokenizer = make_tokenizer(spec.strip())
     named = special.read_stop_ids(folder, tokenizer.vocab_size)
-    return dataclasses.replace(tokenizer, _named_stop_ids=(*named, *tokenizer._named_stop_ids))
+    return dataclasses.replace(tokenizer, _named_stop_ids=named)
 
 
 def valid_text(text: str) -> str:
-    """A text whose lone surrogates, bytes that Python could not decode, are U+FFFD."""
+    """Returns a text with its lone surrogates, bytes that Python could not decode, replaced by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -249,8 +249,8 @@ def _harmony() -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(HARMONY)
     except (OSError, ValueError) as error:  # the second for a file with the wrong hash
-        reason = " ".join(str(error).split())
-        allowed = f"tiktoken cannot fetch its file; set TIKTOKEN_CACHE_DIR, see docs/tokenizers.md ({reason})"
+        hint = "tiktoken cannot fetch its file; set TIKTOKEN_CACHE_DIR, see docs/tokenizers.md"
+        allowed = f"{hint} ({one_line(error)})"
         raise ValueError(f"data.tokenizer is {HARMONY!r}: {allowed}") from None
 
     names: dict[str, int] = {}
@@ -293,8 +293,8 @@ def _from_json(
     try:
         model = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises Exception itself for every kind of damage
-        reason = " ".join(str(error).split())
-        raise ValueError(f"data.tokenizer is {spec!r}: {origin} is not a tokenizer.json ({reason})") from None
+        allowed = f"{origin} is not a tokenizer.json ({one_line(error)})"
+        raise ValueError(f"data.tokenizer is {spec!r}: {allowed}") from None
     roles = special.find_roles(model, chosen, named)
     special.check_roles(spec, origin, model, roles)
     names = special.special_names(model, roles, named)
@@ -305,7 +305,6 @@ def _from_json(
     if special.find_roles(model, NO_ROLES, NOTHING_NAMED) != roles:
         files[NAME_FILE] = special.saved_spec(roles)
     encoder = text_encoder(content, model, names)
-    turn_end = None if named.roles.eos is None else model.token_to_id(named.roles.eos)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoded.ids for encoded in encoder.encode_batch_fast(texts, add_special_tokens=False)]
@@ -320,5 +319,4 @@ def _from_json(
         _make_token_bytes=lambda: bytes_of_tokens(content, model, names),
         _make_json=lambda: content,
         _files=files,
-        _named_stop_ids=() if turn_end is None else (turn_end,),
     )

@@ -179,7 +179,7 @@ def _flat(part: dict | None) -> list[dict]:
 
 
 def token_roles(special_tokens: dict[str, int], bos_id: int, eos_id: int) -> dict[str, str]:
-    """What Hugging Face's programs call the tokens: {"bos_token": name, "eos_token": …, "pad_token": …}.
+    """Returns the tokens by their roles in Hugging Face's files: {"bos_token": name, "eos_token": …, …}.
 
     In gpt-oss's vocabulary the end of a turn is the eos and the end of a document the padding, as published.
     In others the end of a document is the eos, and the padding too if there is no token for it.

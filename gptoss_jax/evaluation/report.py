@@ -80,16 +80,18 @@ def _text(folder: str, source: str, settings: TextSettings) -> dict[str, Any]:
 def table(score: TextScore) -> list[str]:
     """The lines of what a person reads."""
     documents = f"{score.documents:,} document{'s' * (score.documents != 1)}"
+    records = f"{score.null_records:,} record{'s' * (score.null_records != 1)}"
     seconds = f"{score.seconds:,.1f} s, after {score.compile_seconds:,.1f} s of compiling"
     rows = {
         "loss": f"{score.loss:.4f} nats per token",
         "perplexity": f"{score.perplexity:,.3f}",
         "bits per byte": f"{score.bits_per_byte:.4f}",
         "text": f"{score.tokens:,} tokens, {score.bytes:,} bytes, {documents}",
+        "skipped": f"{records} whose field is null" if score.null_records else "",
         "windows": f"{score.context:,} tokens, {score.stride:,} apart",
         "speed": f"{score.tokens_per_second:,.0f} tokens/s: {seconds}",
     }
-    return [f"{name:<15}{value}" for name, value in rows.items()]
+    return [f"{name:<15}{value}" for name, value in rows.items() if value]
 
 
 def _tasks(

@@ -6,11 +6,12 @@ is their sum over the UTF-8 bytes of the text. So with windows of `data.seq_len`
 numbers are those of training's evaluations of the same text.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -28,12 +29,13 @@ CONTEXT = 2048
 
 @dataclasses.dataclass(frozen=True)
 class TextScore:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     loss: float  # nats per token
     perplexity: float
     bits_per_byte: float
     documents: int
+    null_records: int  # skipped, because their field is null
     # Tokens that were predicted, and UTF-8 bytes of their text.
     tokens: int
     bytes: int
@@ -123,7 +125,8 @@ def evaluate_text(
     chosen = settings.chosen_for(config)
     began, compile_seconds, score = time.monotonic(), 0.0, None
     nats, done, documents, total, size = 0.0, 0, 0, 0, 0
-    groups = itertools.chain(_groups(tokenizer, corpus, chosen.max_tokens), (None,))
+    skipped = collections.Counter()
+    groups = itertools.chain(_groups(tokenizer, corpus.documents(skipped), chosen.max_tokens), (None,))
     # One group ahead, to know the number of tokens before the last of them.
     for group, following in itertools.pairwise(groups):
         documents += len(group)
@@ -153,6 +156,7 @@ def evaluate_text(
         # The first tokens of a document that was cut may stand for no bytes.
         bits_per_byte=bits_per_byte(float(nats), size) if size else math.nan,
         documents=documents,
+        null_records=skipped["null"],
         tokens=done,
         bytes=size,
         context=chosen.context,
@@ -164,11 +168,11 @@ def evaluate_text(
 
 
 def _groups(
-    tokenizer: Tokenizer, corpus: Corpus, max_tokens: int | None
+    tokenizer: Tokenizer, documents: Iterable[str], max_tokens: int | None
 ) -> Iterator[list[tuple[np.ndarray, int]]]:
-    """Documents, as they are stored, with the bytes of their texts, some megabytes at a time."""
+    """The stored tokens of documents, with the bytes of their texts, some megabytes at a time."""
     left = math.inf if max_tokens is None else max_tokens
-    for batch in in_batches((text, False) for text in corpus.documents()):
+    for batch in in_batches((text, False) for text in documents):
         texts, group = [text for text, _ in batch], []
         for text, tokens in zip(texts, encode_documents(tokenizer, texts), strict=True):
             size = len(text.encode())
