@@ -20,6 +20,7 @@ from gptoss_jax.kernels import check, few_rows, first_use, grouped_matmul, nativ
 from gptoss_jax.kernels import triton_mxfp4_matmul as triton_mxfp4
 from gptoss_jax.kernels.check import Case, Result, check_case
 from gptoss_jax.model.transformer import with_params
+from gptoss_jax.parallel import processes
 
 needs_compiler = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
 
@@ -272,6 +273,21 @@ def test_a_kernel_that_failed_in_another_process_is_off_here(machine):
     assert selection.is_enabled("mxfp4_matmul")
     first_use.turn_off(["mxfp4_matmul"])
     assert not selection.is_enabled("mxfp4_matmul") and selection.is_enabled("attention")
+
+
+def test_processes_agree_on_kernels(machine, monkeypatch):
+    others = [["auto", []], ["auto", ["mxfp4_matmul"]]]
+    monkeypatch.setattr(processes, "exchange", lambda mine: [list(mine), *others])
+    processes.agree_on_kernels.cache_clear()
+    with pytest.warns(UserWarning, match="kernel mxfp4_matmul is off: it failed its check in process 2"):
+        processes.agree_on_kernels("auto")
+    assert not selection.is_enabled("mxfp4_matmul") and selection.is_enabled("attention")
+    others[0][0] = "plain"
+    processes.agree_on_kernels.cache_clear()
+    message = "GPTOSS_JAX_KERNELS is 'plain': of process 1; process 0 has 'auto', and all processes must have"
+    with pytest.raises(ValueError, match=message):
+        processes.agree_on_kernels("auto")
+    processes.agree_on_kernels.cache_clear()
 
 
 @needs_compiler

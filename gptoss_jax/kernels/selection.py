@@ -46,7 +46,7 @@ def variable() -> str:
 
 def failed_kernels() -> frozenset[str]:
     """The kernels that failed their check on this machine, which is run first if it has not been; empty on
-    CPU and where a setting skips the check."""
-    if target.platform() == "cpu" or "unchecked" in (_setting.get(), variable()):
+    CPU and where a setting skips the check or uses no kernel."""
+    if target.platform() == "cpu" or {"unchecked", "plain"} & {_setting.get(), variable()}:
         return frozenset()
     return first_use.failed_kernels(target.platform())

@@ -1,6 +1,8 @@
 """Many processes: how they find each other, join, and end together. `lifelines.py` is what connects them."""
 
 import contextlib
+import functools
+import itertools
 import os
 import sys
 import threading
@@ -14,6 +16,7 @@ from jax._src import clusters, distributed
 
 from gptoss_jax import startup
 from gptoss_jax.config import require
+from gptoss_jax.kernels import first_use, selection
 from gptoss_jax.parallel.lifelines import COMING, LEAVING, SILENCE, Lifelines, connect, leave_at_once
 
 # What a plain machine is told by; clusters are recognised without.
@@ -63,6 +66,25 @@ def exchange(value: Any) -> list[Any]:
     Every process has to call it, in the same order. Waits as long as it takes: no device and no time limit.
     """
     return [value] if _lifelines is None else _lifelines.exchange(value)
+
+
+@functools.cache
+def agree_on_kernels(setting: str) -> None:
+    """Turns off, in all processes, the kernels that failed their check in one of them: all must compile the
+    same programs. A process that is alone only runs the check. All processes must call it, with the same
+    `model.kernels` setting.
+
+    Raises ValueError if the processes have different values of GPTOSS_JAX_KERNELS.
+    """
+    with selection.using(setting):
+        mine = selection.variable(), sorted(selection.failed_kernels())
+    variables, failed = zip(*exchange(mine), strict=True)
+    for index, other in enumerate(variables):
+        allowed = f"process 0 has {variables[0]!r}, and all processes must have the same value"
+        require(other == variables[0], selection.ENVIRONMENT, other, f"of process {index}; {allowed}")
+        for kernel in sorted(set(failed[index]) - set(failed[0])):
+            warnings.warn(f"kernel {kernel} is off: it failed its check in process {index}", stacklevel=2)
+    first_use.turn_off(itertools.chain(*failed))
 
 
 def check_joined() -> None:

@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> TrainState:
     mesh = make_mesh(config.mesh)
     start.check_same_config(config)
     start.check_devices(config, mesh)
-    start.agree_on_kernels(config)
+    processes.agree_on_kernels(config.model.kernels)
     start.check_folder(config)
     start.check_init_from(config, console.message)
     cache = start.open_cache(config.data, console.message)

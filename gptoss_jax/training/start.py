@@ -19,7 +19,6 @@ from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.data.pipeline import TokenCache, build_cache
 from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.kernels import first_use, selection
 from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.mesh import batch_shards, check_model
 from gptoss_jax.training.metrics import format_rate
@@ -106,16 +105,6 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     what = f"{shards} devices" if parts == 1 else f"{shards} devices times optim.accumulate ({parts})"
     size = config.data.batch_size
     require(size % (shards * parts) == 0, "data.batch_size", size, f"must be a multiple of {what}")
-
-
-def agree_on_kernels(config: TrainConfig) -> None:
-    """Turns off, in all processes, the kernels that failed their check in one of them: see
-    `kernels.first_use`. All must compile the same programs."""
-    if jax.process_count() > 1:
-        with selection.using(config.model.kernels):
-            failed = sorted(selection.failed_kernels())
-        for others in processes.exchange(failed):
-            first_use.turn_off(others)
 
 
 def check_folder(config: TrainConfig) -> None:
