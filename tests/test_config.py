@@ -19,6 +19,7 @@ from gptoss_jax.config import (
     RopeScaling,
     TrainConfig,
 )
+from gptoss_jax.config.checked import listed, one_line
 from gptoss_jax.config.preset import optional_sections, read_preset
 
 BAD = [
@@ -357,3 +358,12 @@ def test_help_shows_the_fields_of_sections_that_are_off(preset, capsys):
     assert "--model.rope-scaling.beta-fast" in shown
     assert "--model.rope-scaling None switches that section off" in shown
     assert "Off in this preset: model.rope_scaling." in shown
+
+
+def test_error_messages_list_a_limited_number_of_names_and_have_no_line_ends():
+    assert listed([]) == ""
+    assert listed("abcd") == "a, b, c, d"
+    assert listed({"a": 1, "b": 2, "c": 3}, limit=2) == "a, b and 1 more"
+    assert listed(map(str, range(2001)), limit=1) == "0 and 2,000 more"
+    assert one_line(ValueError("two\n  lines\t")) == "two lines"
+    assert one_line(KeyError()) == "KeyError"

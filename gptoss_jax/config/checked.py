@@ -8,7 +8,7 @@ import math
 import pathlib
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, Self
 
 
@@ -39,6 +39,18 @@ def list_unknown(names: Collection[str], known: Collection[str], path: str = "")
         near = difflib.get_close_matches(name, known, n=1)
         found.append(f"{path}{name} (did you mean {near[0]}?)" if near else f"{path}{name}")
     return ", ".join(found)
+
+
+def listed(names: Iterable[str], limit: int = 4) -> str:
+    """Returns names separated by commas for an error message: the first `limit`, then how many more."""
+    names = list(names)
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the message of an error on one line, or the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def agreed(said: dict[str, Any]) -> Any:

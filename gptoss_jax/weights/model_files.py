@@ -5,9 +5,8 @@ import os
 import pathlib
 import posixpath
 import warnings
-from collections.abc import Iterable
 
-from gptoss_jax.config.checked import read_json
+from gptoss_jax.config.checked import listed, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -138,9 +137,3 @@ def _adapter(folder: pathlib.Path) -> str:
 def _hint(folder: pathlib.Path) -> str:
     inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
     return f"; there are some in {listed(inner)}" if inner else ""
-
-
-def listed(names: Iterable[str]) -> str:
-    """Returns the names as a text, at most four of them."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
