@@ -5,7 +5,6 @@ A checkpoint holds the items `params` (the model's tree), `training` (everything
 only when it is whole.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -27,7 +26,6 @@ from gptoss_jax.weights.orbax_support import (
     LocalPath,
     Manager,
     check_folder_name,
-    draining_event_loops,
     first_line,
 )
 
@@ -53,11 +51,7 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        with contextlib.ExitStack() as scope:
-            # Until `close`, because a save continues in threads that create event loops.
-            scope.enter_context(draining_event_loops())
-            self._manager = self._open()
-            self._scope = scope.pop_all()
+        self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = {
@@ -223,8 +217,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written, then lets go of the folder."""
-        with self._scope:
-            self._guarded(None, self._manager.close)
+        self._guarded(None, self._manager.close)
 
 
 def _goodness(metrics: dict[str, float]) -> float:

@@ -1,14 +1,14 @@
-"""What Orbax needs in order to take a folder of any name, and to fail with one error and nothing else."""
+"""Adapts Orbax to folders of any name, and to errors without tracebacks on stderr."""
 
 import asyncio
-import contextlib
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src import asyncio_utils
 
 from gptoss_jax.config import require
 from gptoss_jax.config.paths import require_utf8
@@ -66,33 +66,31 @@ class Manager(ocp.CheckpointManager):
             return None
 
 
-class _DrainingLoop(asyncio.SelectorEventLoop):
-    """An event loop that lets its tasks end before it closes."""
+async def _drained(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits a coroutine of Orbax and, if it fails, all other tasks of its event loop.
 
-    def close(self) -> None:
-        while not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        super().close()
-
-
-class _DrainingPolicy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return _DrainingLoop()
-
-
-@contextlib.contextmanager
-def draining_event_loops() -> Iterator[None]:
-    """Makes the event loops that are created in here wait for their tasks before they close.
-
-    Orbax raises the first error of many parallel reads or writes and closes its event loop. TensorStore
-    reports the end of each of the others to that loop, and prints a traceback every time.
+    Orbax raises the first error of many parallel reads or writes and closes the loop. TensorStore reports the
+    end of each of the others to that loop, and asyncio reports errors that nobody awaited: each prints a
+    traceback.
     """
-    before = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_DrainingPolicy())
+    loop = asyncio.get_running_loop()
     try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(before)
+        return await coroutine
+    except Exception:
+        loop.set_exception_handler(lambda loop, context: None)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.gather(*others, return_exceptions=True)
+        raise
+
+
+def _run_sync(coro: Coroutine[Any, Any, Any]) -> Any:
+    return _orbax_run_sync(_drained(coro))
+
+
+# Orbax runs every coroutine with this function, in a new event loop each time. Replacing it affects no other
+# event loop of the process, which a different asyncio policy would.
+_orbax_run_sync = asyncio_utils.run_sync
+asyncio_utils.run_sync = _run_sync
 
 
 def first_line(error: BaseException) -> str:
