@@ -1,6 +1,7 @@
 """Adapts Orbax to folders of any name, and to errors without tracebacks on stderr."""
 
 import asyncio
+import json
 import pathlib
 import warnings
 from collections.abc import Coroutine, Iterator
@@ -49,21 +50,36 @@ def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
 
 
 class Manager(ocp.CheckpointManager):
-    """A checkpoint manager for which an unreadable metrics file is a missing one.
+    """A checkpoint manager that treats unreadable or incomparable metrics as missing.
 
     All metrics are read on opening, so a damaged file would otherwise make every checkpoint unreadable.
+    Metrics are comparable if the run used `eval_batches` when it saved them, or if that is None.
     """
+
+    def __init__(self, eval_batches: int | None, *args: Any, **kwargs: Any):
+        self._eval_batches = eval_batches
+        super().__init__(*args, **kwargs)
 
     def metrics(self, step: int) -> Any:
         try:
             found = super().metrics(step)
-            if found is not None:
-                float(found["val_loss"])
-            return found
+            if found is None:
+                return None
+            float(found["val_loss"])
+            return found if self._is_comparable(step) else None
         except (ValueError, TypeError, KeyError) as error:
             path = self.directory / str(step) / "metrics"
             warnings.warn(f"{path}: damaged ({error!r}); its validation loss is ignored", stacklevel=2)
             return None
+
+    def _is_comparable(self, step: int) -> bool:
+        if self._eval_batches is None:
+            return True
+        try:
+            record = json.loads((self.directory / str(step) / "record" / "metadata").read_bytes())
+            return record["config"]["eval"]["batches"] == self._eval_batches
+        except (OSError, ValueError, TypeError, KeyError):  # `restore` reports a damaged record
+            return True
 
 
 async def _drained(coroutine: Coroutine[Any, Any, Any]) -> Any:
