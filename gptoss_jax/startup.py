@@ -54,7 +54,7 @@ def hide_tpu_compiler() -> None:
 
 
 def may_have_tpu() -> bool:
-    """Whether anything points to a TPU: a device, a chip on the PCI bus, or a variable of the environment."""
+    """Returns True if a device, a chip on the PCI bus or an environment variable indicates a TPU."""
     if any(name.startswith(TPU_VARIABLES) and name not in SET_ON_IMPORT for name in os.environ):
         return True
     library = os.environ.get("TPU_LIBRARY_PATH")
@@ -68,13 +68,13 @@ def may_have_tpu() -> bool:
 
 
 def _is_of_package(library: str) -> bool:
-    """Whether a library is that of the Python package libtpu, which sets TPU_LIBRARY_PATH to it."""
+    """Returns True if a library belongs to the Python package libtpu, which sets TPU_LIBRARY_PATH to it."""
     package = importlib.machinery.PathFinder.find_spec("libtpu")
     return package is not None and os.path.dirname(library) == os.path.dirname(package.origin or "")
 
 
 def _is_tpu(device: str) -> bool:
-    """Whether a PCI device is Google's and neither storage nor network, which its virtual machines have."""
+    """Returns True if a PCI device is Google's, and not a disk or network card of its virtual machines."""
     try:
         with open(f"{device}/vendor", encoding="ascii") as file:
             vendor = file.read().strip()

@@ -1,8 +1,12 @@
 """Checkpoints in folders of any name, which one is the best, and what is said of damaged ones."""
 
+import asyncio
+import concurrent.futures
+import gc
 import json
 import math
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +134,54 @@ def test_damage_is_one_line_with_the_item(tmp_path, capfd, item, damage):
     assert line.startswith(f"checkpoint of step 2 is damaged ({item}: ") and "\n" not in line
     assert (tmp_path / "checkpoints/damaged-2").is_dir()
     assert capfd.readouterr().err == ""
+
+
+def type_of_new_loop():
+    loop = asyncio.new_event_loop()
+    loop.close()
+    return type(loop)
+
+
+def test_event_loops_of_other_code_are_left_alone(tmp_path):
+    save(tmp_path, [2.0])
+    before = type_of_new_loop()
+    first, second = (Checkpoints(tmp_path, read_only=True) for _ in range(2))
+    assert type_of_new_loop() is before
+    first.close()
+    second.close()
+    assert type_of_new_loop() is before
+
+
+def test_many_damaged_arrays_print_nothing(tmp_path, monkeypatch, caplog, capfd):
+    params = {f"w{index}": jnp.ones((4, index + 1)) for index in range(40)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, params, TRAINING, {})
+    checkpoints.close()
+    for path in files_of(tmp_path / "checkpoints/1/params"):
+        if not path.name.startswith("_"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params
+    )
+
+    def read():
+        checkpoints = Checkpoints(tmp_path, read_only=True)
+        with pytest.raises(ValueError, match="/1: cannot be read: params: "):
+            checkpoints.restore_params(1, abstract)
+        checkpoints.close()
+
+    async def read_in_a_loop():
+        read()
+
+    for _ in range(3):
+        read()
+    asyncio.run(read_in_a_loop())
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: read(), range(4)))
+    gc.collect()
+    assert (unraisable, caplog.records, capfd.readouterr().err) == ([], [], "")
 
 
 def test_a_record_is_json(tmp_path):

@@ -240,7 +240,7 @@ def test_a_warning_is_one_line(tmp_path, capsys):
     assert cli.main(["convert", str(checkpoint), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
     assert said.startswith("gptoss: warning: ") and said.count("\n") == 1
-    assert "not finite in model.layers.1.mlp.router.bias" in said
+    assert "contains NaN or infinite values in model.layers.1.mlp.router.bias" in said
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def test_an_expert_that_is_not_finite_is_warned_of(published, written):
         f"{LAYER_1}mlp.experts.3.up_proj.weight"
     ].copy()
     up[5, 7] = np.nan
-    with pytest.warns(UserWarning, match=f"not finite in {LAYER_1}mlp.experts.gate_up_proj$"):
+    with pytest.warns(UserWarning, match=f"NaN or infinite values in {LAYER_1}mlp.experts.gate_up_proj$"):
         found = leaves(written(tensors))
     # Layer 1 is the first of the second place in the period; axes are layer, expert, input, up, output.
     assert np.argwhere(np.isnan(found["blocks.1.moe.gate_up"])).tolist() == [[0, 3, 7, 1, 5]]
@@ -236,7 +236,7 @@ def test_foreign_tensors_are_named(published, written, change, words):
         tensors |= {name: np.ones(3, np.float32) for name in change}
     else:
         tensors = {change(name): array for name, array in tensors.items()}
-    assert f"these are the tensors of {words}" in refusal(written(tensors))
+    assert f"these tensors belong to {words}" in refusal(written(tensors))
 
 
 # Whole commands.

@@ -147,10 +147,10 @@ def test_it_goes_on_under_another_mesh_and_is_stopped_by_a_signal_to_one(runs):
     (code, out, err), (other, silent, silence) = runs["stopped"]
     assert (code, other) == (143, 143) and err == silence == silent == ""
     stopped_at = max(step for step, *_ in runs["second"])
-    assert "Going on from step" in out and f"Stopped at step {stopped_at} of {STEPS}" in out
+    assert "Resuming from step" in out and f"Stopped at step {stopped_at} of {STEPS}" in out
     code, out, err = runs["end"]
     assert code == 0, err
-    assert f"Going on from step {stopped_at}" in out
+    assert f"Resuming from step {stopped_at}" in out
     assert "on     4 × cpu (data 2 × tensor 2)" in out
 
 

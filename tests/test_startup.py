@@ -150,15 +150,17 @@ def test_a_chip_on_the_pci_bus(tmp_path, vendor, kind, found):
     assert not startup._is_tpu(str(tmp_path / "none"))
 
 
+@pytest.mark.skipif(startup.may_have_tpu(), reason="libtpu is loaded on a machine with a TPU")
 def test_a_command_prints_nothing_to_stderr(tmp_path):
-    """Training without a usable home folder and without JAX_PLATFORMS, libtpu installed or not."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("JAX_PLATFORMS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")
-    }
+    """Without a usable home folder and without JAX_PLATFORMS, with a libtpu that prints when it is loaded."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "libtpu.py").write_text(LIBTPU)
+    removed = {"JAX_PLATFORMS", "JAX_PLATFORM_NAME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"}
+    # These would name a libtpu that is installed here.
+    removed |= {name for name in os.environ if name.startswith(startup.TPU_VARIABLES)}
+    environment = {name: value for name, value in os.environ.items() if name not in removed}
     environment |= {
-        "HOME": "/dev/null/home", "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT),
+        "HOME": "/dev/null/home", "TMPDIR": str(tmp_path), "PYTHONPATH": f"{tmp_path}/packages:{ROOT}",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
     }  # fmt: skip
     if native.is_available():
@@ -169,14 +171,22 @@ def test_a_command_prints_nothing_to_stderr(tmp_path):
     (tmp_path / "preset.py").write_text(PRESET.format(folder=str(tmp_path)))
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(f"story {number} of a fox " * 60)
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", tmp_path / "preset.py"],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    for command in (
+        [ROOT / "train.py", tmp_path / "preset.py"],
+        ["-m", "gptoss_jax", "convert", tmp_path / "run", tmp_path / "published"],
+    ):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "report.png").is_file()
     assert (tmp_path / PRIVATE / "matplotlib").is_dir()
 
+
+LIBTPU = """
+import sys
+print("libtpu was loaded", file=sys.stderr)
+def get_library_path():
+    return None
+"""
 
 PRESET = """
 from gptoss_jax.config import *

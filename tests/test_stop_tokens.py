@@ -115,15 +115,16 @@ def test_a_folder_names_what_ends_an_answer(model, tmp_path, harmony):
 
 
 def test_a_run_keeps_those_of_the_weights_it_starts_from(folder, tmp_path):
-    place = folder("generation_config.json", [97, 98])
-    config = TrainConfig(data=DataConfig(tokenizer="bytes"), run_dir=str(tmp_path / "run"))
-    assert start.stop_tokens(config, BYTES) == (256,)
+    place, run_dir = folder("generation_config.json", [97, 98]), tmp_path / "run"
+    config = TrainConfig(data=DataConfig(tokenizer="bytes"), run_dir=str(run_dir))
     start.save_tokenizer(config, BYTES)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer_name.txt"]
-    config = dataclasses.replace(config, init_from=str(place))
-    assert start.stop_tokens(config, BYTES) == (97, 98, 256)
+    assert [path.name for path in run_dir.iterdir()] == ["tokenizer_name.txt"]
+    assert start.stop_tokens(run_dir, BYTES) == (256,)
+    start.save_tokenizer(dataclasses.replace(config, init_from=str(place)), BYTES)
+    assert load_tokenizer(run_dir).stop_ids == start.stop_tokens(run_dir, BYTES) == (97, 98, 256)
+    # A start from random weights in the same folder.
     start.save_tokenizer(config, BYTES)
-    assert load_tokenizer(tmp_path / "run").stop_ids == (97, 98, 256)
+    assert load_tokenizer(run_dir).stop_ids == (256,)
 
 
 @pytest.mark.parametrize("named", [None, 97])
@@ -149,10 +150,9 @@ def test_the_end_of_a_turn_is_kept_from_the_file_to_the_export_of_a_run(folder, 
     for _ in "built", "opened again":
         tokenizer = pipeline.build_cache(data).tokenizer
         assert tokenizer.stop_ids == (257, 256)
-        assert start.stop_tokens(config, tokenizer) == expected
     start.save_tokenizer(config, tokenizer)
     config.save(run / "config.json")
-    assert load_tokenizer(run).stop_ids == expected
+    assert load_tokenizer(run).stop_ids == start.stop_tokens(run, tokenizer) == expected
     export.save_pretrained(model, tmp_path / "out", tokenizer=run)
     assert load_tokenizer(tmp_path / "out").stop_ids == expected
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())

@@ -27,7 +27,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.data.pipeline import build_cache
-from gptoss_jax.training import loop, start
+from gptoss_jax.training import log, loop, resume, start
 from gptoss_jax.training.log import RunLog, generate_command
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import Console, read_metrics
@@ -105,6 +105,12 @@ def results(run_dir):
     ]
 
 
+def evaluations(run_dir):
+    """The rows of evaluations along the way."""
+    rows = read_metrics(pathlib.Path(run_dir) / "metrics.jsonl")
+    return [row for row in rows if "val_loss" in row and not row.get("final")]
+
+
 def test_a_run_learns_and_leaves_its_folder(finished):
     config, state = finished
     folder = pathlib.Path(config.run_dir)
@@ -127,11 +133,7 @@ def test_a_run_learns_and_leaves_its_folder(finished):
 def test_the_last_and_the_best_checkpoints_are_kept(finished):
     config, _ = finished
     checkpoints = Checkpoints(config.run_dir, read_only=True)
-    losses = {
-        row["step"]: row["val_loss"]
-        for row in read_metrics(f"{config.run_dir}/metrics.jsonl")
-        if "val_loss" in row and not row.get("final")
-    }
+    losses = {row["step"]: row["val_loss"] for row in evaluations(config.run_dir)}
     assert checkpoints.best_step == min(losses, key=losses.get)
     assert checkpoints.steps == sorted({18, 24, checkpoints.best_step})
     checkpoints.close()
@@ -185,7 +187,7 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(finished, make
     stopped_at = read_metrics(metrics)[-1]["step"]
     assert 8 <= stopped_at < STEPS
     assert int(train(config).step) == STEPS
-    assert f"Going on from step {stopped_at}" in capsys.readouterr().out
+    assert f"Resuming from step {stopped_at}" in capsys.readouterr().out
     assert results(config.run_dir) == results(finished[0].run_dir)
 
 
@@ -199,7 +201,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(finished, make_
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert int(train(config).step) == STEPS
     out, err = capfd.readouterr()
-    assert "checkpoint of step 24 is damaged" in out and "Going on from step 18" in out
+    assert "checkpoint of step 24 is damaged" in out and "Resuming from step 18" in out
     assert err == ""
     assert (folder / "damaged-24").is_dir() and (folder / "24").is_dir()
     assert results(config.run_dir) == results(source)
@@ -244,6 +246,8 @@ def test_more_steps_and_free_settings_give_the_same_result(
 ):
     first = make_config(tmp_path / "run", steps=8)
     train(first)
+    # A lucky loss on fewer batches.
+    (tmp_path / "run/checkpoints/8/metrics/metrics").write_text('{"val_loss": 0.001}')
     # Many held-out batches, of which few may be in flight, and steps that are seldom logged.
     free = {"log_every": 5, "checkpoint": CheckpointConfig(7, 3)}
     now = make_config(tmp_path / "run", eval=EvalConfig(every=10, batches=3, sample_tokens=0), **free)
@@ -251,6 +255,13 @@ def test_more_steps_and_free_settings_give_the_same_result(
     state = train(now)
     said = capsys.readouterr().out
     assert "steps is 24 (was 8): the steps so far are also those of a run of 24 steps" in said
+    expected = "eval.batches is 3 (was 2): the best checkpoint is chosen among those evaluated on 3 batches"
+    assert said.count("eval.batches") == 1 and expected in said
+    assert next(line for line in said.splitlines() if "held-out" in line).endswith("best so far")
+    losses = {row["step"]: row["val_loss"] for row in evaluations(tmp_path / "run") if row["step"] > 8}
+    checkpoints = Checkpoints(tmp_path / "run", read_only=True, eval_batches=3)
+    assert checkpoints.best_step == min(losses, key=losses.get)
+    checkpoints.close()
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(finished[1].params), strict=True):
         assert np.array_equal(new, old)
     assert TrainConfig.load(tmp_path / "run" / "config.json") == now
@@ -266,10 +277,11 @@ def test_what_a_resumed_run_may_change(finished, make_config):
     config = finished[0]
     changes = {
         "mesh": MeshConfig(fsdp=8), "eval": EvalConfig(1, 1, "x"), "checkpoint": CheckpointConfig(1, 9),
-        "log_every": 7, "steps": 99, "model": dataclasses.replace(config.model, remat="block"),
+        "log_every": 7, "steps": 99, "init_from": "elsewhere",
+        "model": dataclasses.replace(config.model, remat="block"),
         "data": dataclasses.replace(config.data, cache_dir="/elsewhere"),
     }  # fmt: skip
-    start.check_folder(dataclasses.replace(config, **changes))
+    resume.check_folder(dataclasses.replace(config, **changes))
     for name, changed in [
         ("seed", {"seed": 1}),
         ("optim.accumulate", {"optim": dataclasses.replace(config.optim, accumulate=2)}),
@@ -277,7 +289,7 @@ def test_what_a_resumed_run_may_change(finished, make_config):
         ("data.held_out", {"data": dataclasses.replace(config.data, held_out=0.2)}),
     ]:
         with pytest.raises(ValueError, match=rf"made with another config; {name} \(was "):
-            start.check_folder(dataclasses.replace(config, **changes | changed))
+            resume.check_folder(dataclasses.replace(config, **changes | changed))
 
 
 @pytest.mark.parametrize(
@@ -296,8 +308,40 @@ def test_what_another_number_of_steps_means(make_config, tmp_path, schedule, bef
     optim = OptimConfig(learning_rate=0.1, warmup_steps=4, schedule=schedule, final_fraction=0.5)
     said = []
     config = make_config(tmp_path, optim=optim, steps=now)
-    start.check_steps(config, before, 20, 20, said.append)
+    # A checkpoint of an older version does not say whether the schedule has jumped.
+    record = {"config": {"steps": before}}
+    jumps = resume.check_steps(config, record, 20, 20, said.append)
     assert said == ([] if message is None else [message])
+    assert jumps == (message is not None and " jumps from " in message)
+    # The result of an earlier jump stays.
+    said.clear()
+    assert resume.check_steps(config, record | {"schedule_jumped": True}, 20, 20, said.append)
+    assert ["the steps so far are also" in line for line in said] == ([] if message is None else [False])
+
+
+def test_a_resumed_run_needs_no_init_from_and_remembers_a_jump(
+    finished, make_config, tmp_path, monkeypatch, capsys
+):
+    run_dir, stops = tmp_path / "run", []
+    shutil.copytree(finished[0].run_dir, run_dir)
+    # As a start from weights that name these stop tokens has written it.
+    (run_dir / "generation_config.json").write_text('{"eos_token_id": [97, 98, 256]}')
+
+    def sample(*args, stop_tokens, **kwargs):
+        stops.append(stop_tokens)
+        return [[97]]
+
+    monkeypatch.setattr(log, "generate_with_params", sample)
+    monkeypatch.setattr(start, "check_steps", lambda *args: True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    train(make_config(run_dir, init_from="hf:nobody/nothing", steps=STEPS + 1))
+    said = capsys.readouterr().out
+    expected = "init_from is 'hf:nobody/nothing': not read, because the run resumes from its checkpoint"
+    assert expected in said and stops == [(97, 98, 256)]
+    record = json.loads((run_dir / f"checkpoints/{STEPS + 1}/record/metadata").read_text())
+    assert record["schedule_jumped"] is True
+    record = json.loads((run_dir / f"checkpoints/{STEPS}/record/metadata").read_text())
+    assert record["schedule_jumped"] is False
 
 
 def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, capsys):
@@ -309,10 +353,10 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, 
     # A finished run reads its rows again, and has no number for the last evaluation.
     train(config)
     assert "held-out loss   – nats per token" in capsys.readouterr().out
-    log = RunLog(config, build_cache(config.data), Console(), STEPS, 0)
+    run_log = RunLog(config, build_cache(config.data), Console(), STEPS, 0)
     for step, loss in ((1, math.nan), (2, 3.0), (3, math.inf), (4, 2.5), (5, 2.75)):
-        log.evaluation(step, loss, loss)
-    log.close()
+        run_log.evaluation(step, loss, loss)
+    run_log.close()
     said = capsys.readouterr().out.splitlines()
     assert [line.endswith("best so far") for line in said] == [False, True, False, True, False]
 

@@ -159,7 +159,7 @@ def set_matplotlib_folder() -> None:
 
 
 def _could_write(folder: pathlib.Path) -> bool:
-    """Whether a folder can be written to, or created. Creates nothing."""
+    """Returns True if a folder can be written to, or created. Creates nothing."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

@@ -79,7 +79,7 @@ def optional_sections(cls: type, path: Path = ()) -> dict[Path, type]:
 
 
 def takes_several(flag: str) -> bool:
-    """Whether a flag, such as model.layer-types, takes any number of values."""
+    """Returns True if a flag, such as model.layer-types, takes any number of values."""
     kind: typing.Any = TrainConfig
     for name in flag.replace("-", "_").split("."):
         sections = [k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)]
@@ -105,7 +105,7 @@ def _take_flags(name: str, words: Sequence[str]) -> tuple[str, list[str], list[s
 
 
 def _about_sections(config: TrainConfig) -> str:
-    """What help says about sections that may be None."""
+    """Help text for sections that may be None."""
     sections = optional_sections(TrainConfig)
     names = ", ".join(f"--{_spelled(path)} None" for path in sections)
     off = ", ".join(".".join(path) for path in sections if _value(config, path) is None)

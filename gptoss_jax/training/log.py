@@ -16,6 +16,7 @@ from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.pipeline import TokenCache
 from gptoss_jax.inference.generate import generate_with_params
+from gptoss_jax.parallel import processes
 from gptoss_jax.training.flops import flops_per_token, mfu, parameter_counts
 from gptoss_jax.training.metrics import (
     Console,
@@ -45,9 +46,17 @@ class RunLog:
     """What a run tells: rows of metrics, lines on the console, the report."""
 
     def __init__(
-        self, config: TrainConfig, cache: TokenCache, console: Console, first_step: int, tokens_seen: int
+        self,
+        config: TrainConfig,
+        cache: TokenCache,
+        console: Console,
+        first_step: int,
+        tokens_seen: int,
+        best_loss: float = math.inf,
     ):
+        """`tokens_seen` and `best_loss` are those of the run's checkpoints so far."""
         self.config, self.cache, self.console, self.tokens_seen = config, cache, console, tokens_seen
+        self._best_loss = best_loss
         self.run_dir = pathlib.Path(config.run_dir)
         self.is_main = jax.process_index() == 0
         # A step of 0 has no rows: none may be left of a run that was killed before its first checkpoint.
@@ -55,7 +64,9 @@ class RunLog:
         self.rows = read_metrics(self.run_dir / "metrics.jsonl") if self.is_main else []
         self.clock = Clock()
         self._new_tokens = 0
-        self._stop_tokens = stop_tokens(config, cache.tokenizer)
+        # Process 0 has written the run folder's files; another machine may see them later.
+        found = stop_tokens(self.run_dir, cache.tokenizer) if self.is_main else None
+        self._stop_tokens = tuple(processes.exchange(found)[0])
         documents = ~cache.held_out
         self._train_tokens = int(np.diff(cache.offsets)[documents].sum() - documents.sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
@@ -132,17 +143,16 @@ class RunLog:
             self._metrics.write(row)
 
     def evaluation(self, step: int, val_loss: float, bits: float, final: bool = False) -> None:
-        """Tells the result of an evaluation: of the usual part of the held-out text or, `final`, of all of
-        it."""
-        losses = [row.get("val_loss") for row in self.rows if not row.get("final")]
-        usual = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+        """Logs an evaluation on `eval.batches` batches of held-out text or, if `final`, on all of it."""
         row = {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits}
         if final:
             sizes = ("gzip_bits_per_byte", "xz_bits_per_byte")
             row |= {"final": True} | {name: self.cache.meta[name] for name in sizes}
         self._write(row)
         if not final:
-            self.console.evaluation(step, val_loss, bits, val_loss < min(usual, default=math.inf))
+            is_best = val_loss < self._best_loss and math.isfinite(val_loss)
+            self._best_loss = val_loss if is_best else self._best_loss
+            self.console.evaluation(step, val_loss, bits, is_best)
 
     def sample(self, step: int, params: dict) -> None:
         """Writes on from `eval.prompt` and shows it."""

@@ -18,7 +18,7 @@ from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.in_flight import bounded
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.sharding import batch_sharding
-from gptoss_jax.training import start
+from gptoss_jax.training import resume, start
 from gptoss_jax.training.log import RunLog
 from gptoss_jax.training.losses import bits_per_byte
 from gptoss_jax.training.metrics import Console
@@ -28,7 +28,7 @@ from gptoss_jax.weights.checkpoint import Checkpoints
 
 
 def train(config: TrainConfig) -> TrainState:
-    """Trains a model, or goes on with the run of the same folder and config. What `train.py` calls.
+    """Trains a model, or resumes the run of the same folder and config; `train.py` calls it.
 
     Returns the final state. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt and SystemExit(143).
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> TrainState:
     start.check_same_config(config)
     start.check_devices(config, mesh)
     processes.agree_on_kernels(config.model.kernels)
-    start.check_folder(config)
+    resume.check_folder(config)
     start.check_init_from(config, console.message)
     cache = start.open_cache(config.data, console.message)
     start.check_text(config, cache)
@@ -57,7 +57,7 @@ def train(config: TrainConfig) -> TrainState:
             stack.enter_context(start.only_run_in(run_dir))
         start.check_shared(run_dir)
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
+        checkpoints = Checkpoints(run_dir, config.checkpoint.keep, eval_batches=config.eval.batches)
         stack.callback(checkpoints.close)
         state, record = start.first_state(config, mesh, checkpoints, cache, console.message)
         if record is not None:
@@ -65,10 +65,11 @@ def train(config: TrainConfig) -> TrainState:
         elif is_main:
             start.save_tokenizer(config, cache.tokenizer)
         if is_main:
-            # A resumed run may have other settings: see `start.FREE_FIELDS`.
+            # A resumed run may have other settings: see `resume.FREE_FIELDS`.
             config.save(run_dir / "config.json")
         step = first_step = int(state.step)
-        log = RunLog(config, cache, console, first_step, record["tokens_seen"] if record else 0)
+        tokens_seen, jumped = (record["tokens_seen"], record["schedule_jumped"]) if record else (0, False)
+        log = RunLog(config, cache, console, first_step, tokens_seen, checkpoints.best_loss)
         stack.callback(log.close)
         train_step, eval_step = make_train_step(config), make_eval_step(config.model)
         stop = stack.enter_context(Interruption(console.message))
@@ -91,7 +92,8 @@ def train(config: TrainConfig) -> TrainState:
                 if last and evaluate:
                     log.evaluation(step, *held_out(None), final=True)
                 if save:
-                    record = start.checkpoint_record(cache, config, batches.get_state(), log.tokens_seen)
+                    position = batches.get_state()
+                    record = start.checkpoint_record(cache, config, position, log.tokens_seen, jumped)
                     checkpoints.save(step, *start.split_state(state), record, val_loss)
                 if evaluate:
                     log.sample(step, state.params)

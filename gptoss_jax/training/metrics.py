@@ -150,7 +150,7 @@ def format_rate(rate: float) -> str:
 
 
 def format_number(value: float | None, digits: int) -> str:
-    """A number to so many digits after the point. None and what is not finite give a dash."""
+    """Returns a value with `digits` decimals; a dash for None, NaN and infinities."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 

@@ -1,5 +1,4 @@
-"""What stands before the first step: checks of a run against its folder, text and devices, and its first
-state."""
+"""Setup of a run before its first step: checks against its folder, text and devices, and the first state."""
 
 import contextlib
 import dataclasses
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.data.pipeline import TokenCache, build_cache
@@ -21,20 +19,12 @@ from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel import processes
 from gptoss_jax.parallel.mesh import batch_shards, check_model
-from gptoss_jax.training.metrics import format_rate
-from gptoss_jax.training.optimizer import make_schedule
+from gptoss_jax.training.resume import check_steps, flatten, has_checkpoints, report_changes
 from gptoss_jax.training.state import TrainState, abstract_state, create_state
 from gptoss_jax.weights.checkpoint import Checkpoints, is_run, load_config, load_run
-from gptoss_jax.weights.orbax_support import check_folder_name
 from gptoss_jax.weights.pretrained import read_params, warn_of_params
 from gptoss_jax.weights.sources import find_tokenizer, local_folder, open_weights
 
-# Sections and fields that a resumed run may change, because they do not change what it computes; about the
-# number of steps see `check_steps`.
-FREE_FIELDS = (
-    "run_dir", "data.cache_dir", "mesh", "model.remat", "model.kernels", "checkpoint", "eval", "log_every",
-    "steps",
-)  # fmt: skip
 # Fields of a model that say how it is trained or computed, not what it computes.
 MODEL_TRAINING_FIELDS = {
     "max_position_embeddings", "attention_dropout", "residual_dropout", "initializer_range",
@@ -55,7 +45,7 @@ UNTIL_SEEN = 15
 
 def check_same_config(config: TrainConfig) -> None:
     """Raises ValueError when the processes of a run were started with different settings, naming them."""
-    first, *others = map(_flat, processes.exchange(config.to_dict()))
+    first, *others = map(flatten, processes.exchange(config.to_dict()))
     for index, other in enumerate(others, start=1):
         # Where each machine keeps its tokenised text is its own affair.
         differing = [n for n in sorted(first) if first[n] != other.get(n) and n != "data.cache_dir"]
@@ -107,68 +97,6 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     require(size % (shards * parts) == 0, "data.batch_size", size, f"must be a multiple of {what}")
 
 
-def check_folder(config: TrainConfig) -> None:
-    """Raises ValueError when no checkpoint could be written to the run folder, or when it was made with a
-    config that computes something else, naming the fields that differ."""
-    run_dir = pathlib.Path(config.run_dir)
-    check_folder_name(run_dir.absolute(), "run_dir", config.run_dir)
-    path = run_dir / "config.json"
-    if not path.exists() or not has_checkpoints(run_dir):
-        return
-    before, now = _flat(TrainConfig.load(path).to_dict()), _flat(config.to_dict())
-    differing = [
-        f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not _is_free(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"run_dir is {config.run_dir!r}: made with another config; {', '.join(differing)}. "
-            "Name another --run-dir, or start it with the same settings"
-        )
-
-
-def has_checkpoints(run_dir: pathlib.Path) -> bool:
-    """Whether a run has come to a checkpoint. One that has not has left nothing to protect."""
-    return any(path.name.isdigit() for path in run_dir.glob("checkpoints/*"))
-
-
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
-
-
-def check_steps(
-    config: TrainConfig, steps_before: int, step: int, updates: int, report: Callable[[str], None]
-) -> None:
-    """Reports what a new number of steps means for a run that is resumed at `step`.
-
-    The result is that of a run with the new number from the start if its schedule gives the `updates` that
-    have been made the learning rates they had. Raises ValueError when the run is already past the new number.
-    """
-    if config.steps == steps_before:
-        return
-    require(config.steps > step, "steps", config.steps, f"must be above {step}, the last step of the run")
-    before, now = (make_schedule(config.optim, steps) for steps in (steps_before, config.steps))
-    made = np.arange(updates)
-    changed = f"steps is {config.steps} (was {steps_before})"
-    if np.allclose(before(made), now(made), rtol=1e-6, atol=0):
-        report(f"{changed}: the steps so far are also those of a run of {config.steps} steps")
-        return
-    rates = [format_rate(float(rate)) for rate in (before(max(updates - 1, 0)), now(updates))]
-    report(
-        f"{changed}: the {config.optim.schedule} schedule jumps from a learning rate of {rates[0]} at step "
-        f"{step} to {rates[1]} at step {step + 1}; the result differs from a run of {config.steps} steps"
-    )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for name, value in tree.items() for k, v in _flat(value, f"{prefix}.{name}".strip(".")).items()
-    }
-
-
 def check_text(config: TrainConfig, cache: TokenCache) -> None:
     """Raises ValueError when the tokenizer has more ids than the model."""
     have, need = config.model.vocab_size, cache.tokenizer.vocab_size
@@ -217,8 +145,10 @@ def first_state(
                 f"data.source is {config.data.source!r}: the text has changed since the run in "
                 f"{config.run_dir} began ({', '.join(changed)}); train on it in another --run-dir"
             )
-        report(f"Going on from step {step}, the last checkpoint in {config.run_dir}")
-        check_steps(config, record["config"]["steps"], step, step - int(rest["skipped"]), report)
+        report(f"Resuming from step {step}, the last checkpoint in {config.run_dir}")
+        updates = step - int(rest["skipped"])
+        record["schedule_jumped"] = check_steps(config, record, step, updates, report)
+        report_changes(config, record, report)
         return TrainState(params=params, **rest), record
     if config.init_from is None:
         return create_state(config, mesh), None
@@ -245,22 +175,26 @@ def _foreign_weights(config: TrainConfig, params: dict) -> tuple[dict, Tokenizer
     return read_params(open_weights(folder), config.model, params), tokenizer
 
 
-def stop_tokens(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a sample: the tokenizer's, and those that the folder of `init_from` names."""
-    if config.init_from is None:
-        return tokenizer.stop_ids
-    named = read_stop_ids(local_folder(config.init_from), tokenizer.vocab_size)
-    return tuple(dict.fromkeys((*named, *tokenizer.stop_ids)))
+def stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that end a sample: those that the files of a folder name, and the tokenizer's."""
+    return tuple(dict.fromkeys((*read_stop_ids(folder, tokenizer.vocab_size), *tokenizer.stop_ids)))
 
 
 def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the tokenizer to the run folder, and the stop tokens of `init_from` if it names others."""
+    """Writes the tokenizer to the run folder, and the stop tokens of `init_from` if it names others.
+
+    A resumed run reads them there, and `init_from` may be gone.
+    """
     folder = pathlib.Path(config.run_dir)
     tokenizer.save(folder)
-    stops = stop_tokens(config, tokenizer)
-    if set(stops) != set(tokenizer.stop_ids):
+    stops = tokenizer.stop_ids
+    if config.init_from is not None:
+        stops = stop_tokens(local_folder(config.init_from), tokenizer)
+    path = folder / "generation_config.json"
+    # One that is there is of an earlier start, which reached no checkpoint.
+    if set(stops) != set(tokenizer.stop_ids) or path.exists():
         values = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
-        (folder / "generation_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
@@ -309,15 +243,16 @@ def _text_of(cache: TokenCache) -> dict[str, Any]:
 
 
 def checkpoint_record(
-    cache: TokenCache, config: TrainConfig, position: dict[str, Any], tokens_seen: int
+    cache: TokenCache, config: TrainConfig, position: dict[str, Any], tokens_seen: int, schedule_jumped: bool
 ) -> dict[str, Any]:
-    """What a checkpoint carries besides arrays, JSON-ready: with it the folder of a checkpoint is complete
-    alone."""
+    """Returns all of a checkpoint except its arrays, JSON-ready: with it the folder of a checkpoint is
+    complete."""
     folder = pathlib.Path(config.run_dir)
     names = [name for name in ("tokenizer.json", "tokenizer_name.txt") if (folder / name).exists()]
     return {
         "data": position,
         "tokens_seen": tokens_seen,
+        "schedule_jumped": schedule_jumped,
         "text": _text_of(cache),
         "config": config.to_dict(),
         "tokenizer": {name: (folder / name).read_text(encoding="utf-8") for name in names},

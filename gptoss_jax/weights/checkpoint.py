@@ -1,11 +1,10 @@
 """Checkpoints of a run (Orbax): any trees of arrays and a JSON record, written in the background, sharded.
 
 A checkpoint holds the items `params` (the model's tree), `training` (everything else a step changes) and
-`record` (data position, config, tokenizer: what `train.py` needs to go on). It appears under its final name
-only when it is whole.
+`record` (data position, config, tokenizer: what `train.py` needs to resume). It appears under its final name
+only when it is complete.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -27,7 +26,6 @@ from gptoss_jax.weights.orbax_support import (
     LocalPath,
     Manager,
     check_folder_name,
-    draining_event_loops,
     first_line,
 )
 
@@ -37,11 +35,21 @@ OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the rec
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, run_dir: str | pathlib.Path, keep: int = 2, read_only: bool = False):
-        """Keeps the `keep` latest checkpoints and the one with the lowest finite validation loss."""
+    def __init__(
+        self,
+        run_dir: str | pathlib.Path,
+        keep: int = 2,
+        read_only: bool = False,
+        eval_batches: int | None = None,
+    ):
+        """Keeps the `keep` latest checkpoints and the one with the lowest finite validation loss.
+
+        Losses that the run measured on another number of batches than `eval_batches` are ignored, unless it
+        is None.
+        """
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
         check_folder_name(self.folder, "run_dir", str(run_dir))
-        self._verified = False
+        self._verified, self._eval_batches = False, eval_batches
         # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an
         # exception.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -53,11 +61,7 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        with contextlib.ExitStack() as scope:
-            # Until `close`, because a save continues in threads that create event loops.
-            scope.enter_context(draining_event_loops())
-            self._manager = self._open()
-            self._scope = scope.pop_all()
+        self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         handlers = {
@@ -65,7 +69,8 @@ class Checkpoints:
             "training": ocp.StandardCheckpointHandler(),
             "record": ocp.JsonCheckpointHandler(),
         }
-        return Manager(LocalPath(self.folder), options=self._options, item_handlers=handlers)
+        folder = LocalPath(self.folder)
+        return Manager(self._eval_batches, folder, options=self._options, item_handlers=handlers)
 
     @property
     def steps(self) -> list[int]:
@@ -75,8 +80,14 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step with the lowest validation loss; None when no checkpoint has a finite one."""
+        return None if self.best_loss == math.inf else self._manager.best_step()
+
+    @property
+    def best_loss(self) -> float:
+        """The lowest finite validation loss of the checkpoints on disk; infinity when none has one."""
         step = self._manager.best_step()
-        return None if step is None or _goodness(self._manager.metrics(step)) == -math.inf else step
+        metrics = None if step is None else self._manager.metrics(step)
+        return math.inf if metrics is None else -_goodness(metrics)
 
     def save(
         self, step: int, params: Any, training: Any, record: dict[str, Any], val_loss: float | None = None
@@ -223,8 +234,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written, then lets go of the folder."""
-        with self._scope:
-            self._guarded(None, self._manager.close)
+        self._guarded(None, self._manager.close)
 
 
 def _goodness(metrics: dict[str, float]) -> float:
@@ -276,7 +286,7 @@ def load_run(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
             abstract_params(config.model),
         )
-    checkpoints = Checkpoints(folder, read_only=True)
+    checkpoints = Checkpoints(folder, read_only=True, eval_batches=config.eval.batches)
     try:
         known, best = checkpoints.steps, checkpoints.best_step
         if not known:

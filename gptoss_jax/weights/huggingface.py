@@ -255,7 +255,7 @@ def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[s
     wrong += [f"{name} is not of this model" for name in sorted(tensors.keys() - expected.keys())]
     if wrong:
         what = described(tensors.keys() - expected.keys())
-        foreign, shown = (f"these are the tensors of {what}: ", 4) if what else ("", 20)
+        foreign, shown = (f"these tensors belong to {what}: ", 4) if what else ("", 20)
         more = f"; and {len(wrong) - shown} more" if len(wrong) > shown else ""
         raise ValueError(
             f"{where}: {foreign}{len(wrong)} tensors do not fit its config: {'; '.join(wrong[:shown])}{more}"

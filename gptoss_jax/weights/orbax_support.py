@@ -1,14 +1,15 @@
-"""What Orbax needs in order to take a folder of any name, and to fail with one error and nothing else."""
+"""Adapts Orbax to folders of any name, and to errors without tracebacks on stderr."""
 
 import asyncio
-import contextlib
+import json
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src import asyncio_utils
 
 from gptoss_jax.config import require
 from gptoss_jax.config.paths import require_utf8
@@ -49,50 +50,63 @@ def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
 
 
 class Manager(ocp.CheckpointManager):
-    """A checkpoint manager for which an unreadable metrics file is a missing one.
+    """A checkpoint manager that treats unreadable or incomparable metrics as missing.
 
     All metrics are read on opening, so a damaged file would otherwise make every checkpoint unreadable.
+    Metrics are comparable if the run used `eval_batches` when it saved them, or if that is None.
     """
+
+    def __init__(self, eval_batches: int | None, *args: Any, **kwargs: Any):
+        self._eval_batches = eval_batches
+        super().__init__(*args, **kwargs)
 
     def metrics(self, step: int) -> Any:
         try:
             found = super().metrics(step)
-            if found is not None:
-                float(found["val_loss"])
-            return found
+            if found is None:
+                return None
+            float(found["val_loss"])
+            return found if self._is_comparable(step) else None
         except (ValueError, TypeError, KeyError) as error:
             path = self.directory / str(step) / "metrics"
             warnings.warn(f"{path}: damaged ({error!r}); its validation loss is ignored", stacklevel=2)
             return None
 
-
-class _DrainingLoop(asyncio.SelectorEventLoop):
-    """An event loop that lets its tasks end before it closes."""
-
-    def close(self) -> None:
-        while not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        super().close()
-
-
-class _DrainingPolicy(asyncio.DefaultEventLoopPolicy):
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return _DrainingLoop()
+    def _is_comparable(self, step: int) -> bool:
+        if self._eval_batches is None:
+            return True
+        try:
+            record = json.loads((self.directory / str(step) / "record" / "metadata").read_bytes())
+            return record["config"]["eval"]["batches"] == self._eval_batches
+        except (OSError, ValueError, TypeError, KeyError):  # `restore` reports a damaged record
+            return True
 
 
-@contextlib.contextmanager
-def draining_event_loops() -> Iterator[None]:
-    """Makes the event loops that are created in here wait for their tasks before they close.
+async def _drained(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits a coroutine of Orbax and, if it fails, all other tasks of its event loop.
 
-    Orbax raises the first error of many parallel reads or writes and closes its event loop. TensorStore
-    reports the end of each of the others to that loop, and prints a traceback every time.
+    Orbax raises the first error of many parallel reads or writes and closes the loop. TensorStore reports the
+    end of each of the others to that loop, and asyncio reports errors that nobody awaited: each prints a
+    traceback.
     """
-    before = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_DrainingPolicy())
+    loop = asyncio.get_running_loop()
     try:
-        yield
-    finally:
-        asyncio.set_event_loop_policy(before)
+        return await coroutine
+    except Exception:
+        loop.set_exception_handler(lambda loop, context: None)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.gather(*others, return_exceptions=True)
+        raise
+
+
+def _run_sync(coro: Coroutine[Any, Any, Any]) -> Any:
+    return _orbax_run_sync(_drained(coro))
+
+
+# Orbax runs every coroutine with this function, in a new event loop each time. Replacing it affects no other
+# event loop of the process, which a different asyncio policy would.
+_orbax_run_sync = asyncio_utils.run_sync
+asyncio_utils.run_sync = _run_sync
 
 
 def first_line(error: BaseException) -> str:

@@ -205,7 +205,7 @@ def find_tokenizer(origin: pathlib.Path) -> Tokenizer | None:
 def warn_of(names: set[str], origin: pathlib.Path | None) -> None:
     if names:
         warnings.warn(
-            f"{origin or 'the model'}: holds numbers that are not finite in {', '.join(sorted(names))}",
+            f"{origin or 'the model'}: contains NaN or infinite values in {', '.join(sorted(names))}",
             stacklevel=3,
         )
 

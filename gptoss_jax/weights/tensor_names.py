@@ -1,4 +1,4 @@
-"""Names of tensors as other programs write them: without wrappers' prefixes, and what foreign ones are of."""
+"""Strips wrapper prefixes from tensor names and identifies tensors of other models."""
 
 import re
 from collections.abc import Iterable
