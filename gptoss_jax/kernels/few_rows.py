@@ -23,7 +23,7 @@ NOTHING = np.zeros(0, np.float32)
 
 
 def suits(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
-    """Whether a kernel of this file applies: float32 on one CPU device, at most FEW_ROWS rows, not turned off
+    """Returns True if a kernel of this file applies: float32 on one CPU device, at most FEW_ROWS rows, not turned off
     (`selection.is_enabled`), and compiled."""
     here = target.platform() == "cpu" and not target.is_spread()
     fits = here and rows <= FEW_ROWS and dtype == jnp.float32

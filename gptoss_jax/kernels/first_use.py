@@ -193,7 +193,7 @@ def _exclusive(path: pathlib.Path) -> Iterator[None]:
 
 
 def _read(path: pathlib.Path) -> Problems:
-    """What a record says; nothing where there is none that can be read."""
+    """Reads a record; a missing or damaged one is empty."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         kernels, running = record["kernels"].items(), record["running"]
