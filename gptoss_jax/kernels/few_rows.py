@@ -23,8 +23,8 @@ NOTHING = np.zeros(0, np.float32)
 
 
 def suits(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
-    """Returns True if a kernel of this file applies: float32 on one CPU device, at most FEW_ROWS rows, not turned off
-    (`selection.is_enabled`), and compiled."""
+    """Returns True if a kernel of this file applies: float32 on one CPU device, at most FEW_ROWS rows, not
+    turned off (`selection.is_enabled`), and compiled."""
     here = target.platform() == "cpu" and not target.is_spread()
     fits = here and rows <= FEW_ROWS and dtype == jnp.float32
     return fits and selection.is_enabled(kernel) and native.is_available()

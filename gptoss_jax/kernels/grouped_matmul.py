@@ -53,7 +53,7 @@ def _form() -> Callable:
 
 
 def is_native(kernel: str, dtype: jnp.dtype) -> bool:
-    """Returns True if a C++ kernel applies: float32 on CPU, not off (`selection.is_enabled`), and compiled."""
+    """Returns True if a C++ kernel applies: float32 on CPU, not turned off, and compiled."""
     fits = target.platform() == "cpu" and dtype == jnp.float32
     return fits and selection.is_enabled(kernel) and native.is_available()
 

@@ -52,7 +52,7 @@ class Compiled:
 
 
 def has_tpu_compiler() -> bool:
-    """Returns True if libtpu is installed, also where `startup.hide_tpu_compiler` has hidden it from this process."""
+    """Returns True if libtpu is installed, even if `startup.hide_tpu_compiler` has hidden it."""
     return importlib.machinery.PathFinder.find_spec("libtpu") is not None
 
 
