@@ -33,6 +33,7 @@ def script():
     return run
 
 
+@pytest.mark.slow
 def test_gpu_smoke(script, tmp_path):
     out, before = tmp_path / "gpu.json", set((FOLDER / "results").iterdir())
     sections = ["peaks", "grouped", "generation", "released"]
@@ -96,6 +97,7 @@ def module(monkeypatch):
     return load
 
 
+@pytest.mark.slow
 def test_decode_limit_quick(script):
     before = set((FOLDER / "results").iterdir())
     done = script("decode_limit.py", "--quick")

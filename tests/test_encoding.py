@@ -172,6 +172,7 @@ def run(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_a_run_in_the_c_locale(tmp_path, run):
     # The locale's encoding cannot spell the name of the eos token.
     model = tokenizers.Tokenizer.from_str(train_bpe(400, [" ".join(WORDS)]))
@@ -187,6 +188,7 @@ def test_a_run_in_the_c_locale(tmp_path, run):
     assert tokenizer.eos_id == tokenizer.special_tokens["<\uff5cfin\uff5c>"]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_another_locale(tmp_path, run):
     assert b"xz -9" in run(latin_locale(tmp_path), "")
     (made,) = tmp_path.glob("cache/*/tokenizer.json")

@@ -100,6 +100,7 @@ def test_sixteen_of_the_same_prompt(gpt_oss):
         assert generate_with_params(*gpt_oss, [[5, 6]], **settings, seed=seed) == [answers[seed]]
 
 
+@pytest.mark.slow
 def test_a_prompt_in_many_pieces_and_a_cache_that_grows(gpt_oss, monkeypatch):
     # To the very end of the context, whose length is no power of two.
     prompts = [[(7 * i) % 97 for i in range(170)], [4]]

@@ -127,6 +127,7 @@ def runs(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(runs):
     assert runs["whole"][0] == 0, runs["whole"][2]
     whole = losses(runs["folder"] / "whole")
@@ -136,6 +137,7 @@ def test_two_processes_compute_what_one_does(runs):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_a_message(runs):
     (code, out, err), (killed, silent, _) = runs["killed"]
     assert (code, killed) == (1, -signal.SIGKILL) and runs["seconds"] < 60
@@ -143,6 +145,7 @@ def test_a_killed_process_ends_the_other_with_a_message(runs):
     assert "on     8 × cpu" in out and "Gloo" not in out and silent == ""
 
 
+@pytest.mark.slow
 def test_it_goes_on_under_another_mesh_and_is_stopped_by_a_signal_to_one(runs):
     (code, out, err), (other, silent, silence) = runs["stopped"]
     assert (code, other) == (143, 143) and err == silence == silent == ""
@@ -154,6 +157,7 @@ def test_it_goes_on_under_another_mesh_and_is_stopped_by_a_signal_to_one(runs):
     assert "on     4 × cpu (data 2 × tensor 2)" in out
 
 
+@pytest.mark.slow
 def test_a_run_of_many_meshes_has_the_losses_of_one(runs):
     whole = losses(runs["folder"] / "whole")
     assert runs["third"].keys() == whole.keys() and len(whole) == STEPS + 2

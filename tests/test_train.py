@@ -170,6 +170,7 @@ def test_another_config_in_the_same_folder_names_what_differs(finished, make_con
         train(other)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(finished, make_config, tmp_path, capsys):
     config = make_config(tmp_path / "stopped")
     metrics = tmp_path / "stopped" / "metrics.jsonl"
@@ -462,6 +463,7 @@ def command(config, preset, **popen):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kill_9_then_the_same_line_gives_the_same_losses(make_config, tmp_path):
     whole, killed = make_config(tmp_path / "whole"), make_config(tmp_path / "killed")
     reference = command(whole, tmp_path / "whole.py")

@@ -163,6 +163,7 @@ def test_answers_are_the_same(config, native, monkeypatch):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_losses_are_the_same():
     config = dataclasses.replace(
         changed({"residual_dropout": 0.1, "num_hidden_layers": 1, "layer_types": None}, {}),
