@@ -7,11 +7,10 @@ import time
 import jax
 from rich.console import Console
 
-from gptoss_jax.config.kernels import plain_kernels
+from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable, plain_kernels
 from gptoss_jax.config.paths import output_file
 from gptoss_jax.kernels.check import Case, Result, device_name
 from gptoss_jax.kernels.first_use import check_again
-from gptoss_jax.kernels.selection import ENVIRONMENT, variable
 
 STYLES = {"ok": "green", "unavailable": "yellow", "unchecked": "yellow"}
 WIDTHS = (22, 20, 11)
@@ -26,7 +25,7 @@ def run(json_file: str | None = None) -> bool:
     leaves the device unusable.
     """
     path = None if json_file is None else output_file(json_file, "json")
-    off = plain_kernels(variable(), ENVIRONMENT)
+    off = plain_kernels(kernel_variable(), ENVIRONMENT)
     began, backend, results = time.monotonic(), jax.default_backend(), []
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"Kernels on {device_name()}")

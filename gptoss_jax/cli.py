@@ -13,6 +13,7 @@ import tyro
 
 from gptoss_jax import startup
 from gptoss_jax.config import require
+from gptoss_jax.config.kernels import kernel_variable
 from gptoss_jax.config.paths import set_matplotlib_folder
 
 # Nothing above a command's body may import jax, which takes longer than `--help` should.
@@ -344,6 +345,9 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["plan"]:
         args = _with_settings(args)
-    return startup.run(
-        lambda: app.cli(prog="gptoss", description=description, args=args, sort_subcommands=False), "gptoss"
-    )
+
+    def command() -> None:
+        kernel_variable()  # a bad value is known before anything is printed
+        app.cli(prog="gptoss", description=description, args=args, sort_subcommands=False)
+
+    return startup.run(command, "gptoss")

@@ -289,7 +289,7 @@ def test_what_a_resumed_run_may_change(finished, make_config):
         ("model.compute_dtype", {"model": dataclasses.replace(config.model, compute_dtype="bfloat16")}),
         ("data.held_out", {"data": dataclasses.replace(config.data, held_out=0.2)}),
     ]:
-        with pytest.raises(ValueError, match=rf"made with another config; {name} \(was "):
+        with pytest.raises(ValueError, match=rf"made with another config: {name} \(was "):
             resume.check_folder(dataclasses.replace(config, **changes | changed))
 
 
@@ -518,7 +518,7 @@ def test_the_printed_command_works_and_damage_is_one_line_each(make_config, text
     assert codes == "codes [0, 2, 2, 2]" and done.stdout.startswith("-k'a")
     assert " tokens · " in speed and len(errors) == 3
     assert all(
-        line.startswith("gptoss: error: ") and "/2: cannot be read: params: " in line for line in errors
+        line.startswith("gptoss: error: ") and "/2: cannot be read (params: " in line for line in errors
     )
 
 

@@ -1,6 +1,11 @@
 """Names of the hand-written kernels, and the setting that replaces them by plain XLA."""
 
+import os
+
 from gptoss_jax.config.checked import require
+
+# The environment variable that takes the same values as the setting, and the one it has replaced.
+ENVIRONMENT, FORMER_ENVIRONMENT = "GPTOSS_JAX_KERNELS", "GPTOSS_JAX_NATIVE"
 
 # Each kernel, and the backends that have one.
 KERNELS = {
@@ -30,3 +35,12 @@ def plain_kernels(setting: str, field: str) -> frozenset[str]:
     chosen = frozenset(names.split(",")) if setting != "plain" else frozenset(KERNELS)
     require(kind == "plain" and chosen <= KERNELS.keys(), field, setting, ALLOWED)
     return chosen
+
+
+def kernel_variable() -> str:
+    """The value of GPTOSS_JAX_KERNELS. Raises ValueError for a bad one, and for the variable it replaced."""
+    former = os.environ.get(FORMER_ENVIRONMENT)
+    require(former is None, FORMER_ENVIRONMENT, former, f"was replaced: set {ENVIRONMENT}=plain, or nothing")
+    setting = os.environ.get(ENVIRONMENT, "auto")
+    plain_kernels(setting, ENVIRONMENT)
+    return setting

@@ -6,15 +6,11 @@ TPU, a failed check (`first_use.py`) says so. All three are looked at when a pro
 
 import contextlib
 import contextvars
-import os
 from collections.abc import Iterator
 
-from gptoss_jax.config import require
-from gptoss_jax.config.kernels import KERNELS, plain_kernels
+from gptoss_jax.config.kernels import ENVIRONMENT, KERNELS, kernel_variable, plain_kernels
 from gptoss_jax.kernels import first_use, target
 
-ENVIRONMENT = "GPTOSS_JAX_KERNELS"
-FORMER_ENVIRONMENT = "GPTOSS_JAX_NATIVE"
 _setting = contextvars.ContextVar("kernels", default="auto")
 
 
@@ -33,20 +29,13 @@ def is_enabled(kernel: str) -> bool:
     not off."""
     if target.platform() not in KERNELS[kernel]:
         return False
-    off = plain_kernels(_setting.get(), "model.kernels") | plain_kernels(variable(), ENVIRONMENT)
+    off = plain_kernels(_setting.get(), "model.kernels") | plain_kernels(kernel_variable(), ENVIRONMENT)
     return kernel not in off and kernel not in failed_kernels()
-
-
-def variable() -> str:
-    """The value of GPTOSS_JAX_KERNELS. Raises ValueError for the variable that it has replaced."""
-    former = os.environ.get(FORMER_ENVIRONMENT)
-    require(former is None, FORMER_ENVIRONMENT, former, f"was replaced: set {ENVIRONMENT}=plain, or nothing")
-    return os.environ.get(ENVIRONMENT, "auto")
 
 
 def failed_kernels() -> frozenset[str]:
     """The kernels that failed their check on this machine, which is run first if it has not been; empty on
     CPU and where a setting skips the check or uses no kernel."""
-    if target.platform() == "cpu" or {"unchecked", "plain"} & {_setting.get(), variable()}:
+    if target.platform() == "cpu" or {"unchecked", "plain"} & {_setting.get(), kernel_variable()}:
         return frozenset()
     return first_use.failed_kernels(target.platform())

@@ -16,6 +16,7 @@ from jax._src import clusters, distributed
 
 from gptoss_jax import startup
 from gptoss_jax.config import require
+from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable
 from gptoss_jax.kernels import first_use, selection
 from gptoss_jax.parallel.lifelines import COMING, LEAVING, SILENCE, Lifelines, connect, leave_at_once
 
@@ -77,11 +78,11 @@ def agree_on_kernels(setting: str) -> None:
     Raises ValueError if the processes have different values of GPTOSS_JAX_KERNELS.
     """
     with selection.using(setting):
-        mine = selection.variable(), sorted(selection.failed_kernels())
+        mine = kernel_variable(), sorted(selection.failed_kernels())
     variables, failed = zip(*exchange(mine), strict=True)
     for index, other in enumerate(variables):
         allowed = f"process 0 has {variables[0]!r}, and all processes must have the same value"
-        require(other == variables[0], selection.ENVIRONMENT, other, f"of process {index}; {allowed}")
+        require(other == variables[0], ENVIRONMENT, other, f"of process {index}; {allowed}")
         for kernel in sorted(set(failed[index]) - set(failed[0])):
             warnings.warn(f"kernel {kernel} is off: it failed its check in process {index}", stacklevel=2)
     first_use.turn_off(itertools.chain(*failed))

@@ -35,7 +35,7 @@ def check_folder(config: TrainConfig) -> None:
     ]
     if differing:
         raise ValueError(
-            f"run_dir is {config.run_dir!r}: made with another config; {', '.join(differing)}. "
+            f"run_dir is {config.run_dir!r}: made with another config: {', '.join(differing)}. "
             "Name another --run-dir, or start it with the same settings"
         )
 

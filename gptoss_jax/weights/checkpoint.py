@@ -217,7 +217,11 @@ class Checkpoints:
         try:
             return self._read(step, {"params": ocp.args.StandardRestore(params)})["params"]
         except ValueError as error:
-            raise ValueError(f"{self.folder}/{step}: cannot be read: {error}") from error
+            others = ", ".join(str(other) for other in self.steps if other != step)
+            hint = (
+                f"run train.py again to set it aside and use another ({others})" if others else "no other one"
+            )
+            raise ValueError(f"{self.folder}/{step}: cannot be read ({error}); {hint}") from error
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """Items of one checkpoint. Raises ValueError, naming the item, when one is missing or damaged."""

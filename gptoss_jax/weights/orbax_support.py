@@ -116,4 +116,6 @@ def first_line(error: BaseException) -> str:
     # The text of a KeyError is the repr of its message.
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     lines = str(text).strip().splitlines()
-    return lines[0][:LINE] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= LINE else lines[0][:LINE] + "…"
