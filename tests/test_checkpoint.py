@@ -168,7 +168,7 @@ def test_many_damaged_arrays_print_nothing(tmp_path, monkeypatch, caplog, capfd)
 
     def read():
         checkpoints = Checkpoints(tmp_path, read_only=True)
-        with pytest.raises(ValueError, match=r"/1: cannot be read \(params: .*\); no other one"):
+        with pytest.raises(ValueError, match=r"/1: cannot be read \(params: .*\); there is no other one"):
             checkpoints.restore_params(1, abstract)
         checkpoints.close()
 

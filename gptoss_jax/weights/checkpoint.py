@@ -218,9 +218,8 @@ class Checkpoints:
             return self._read(step, {"params": ocp.args.StandardRestore(params)})["params"]
         except ValueError as error:
             others = ", ".join(str(other) for other in self.steps if other != step)
-            hint = (
-                f"run train.py again to set it aside and use another ({others})" if others else "no other one"
-            )
+            hint = f"running train.py again sets it aside and uses another ({others})"
+            hint = hint if others else "there is no other one"
             raise ValueError(f"{self.folder}/{step}: cannot be read ({error}); {hint}") from error
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
