@@ -42,11 +42,7 @@ def train(config: TrainConfig) -> TrainState:
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)
-    start.check_same_config(config)
-    start.check_devices(config, mesh)
-    processes.agree_on_kernels(config.model.kernels)
-    resume.check_folder(config)
-    start.check_init_from(config, console.message)
+    _check(config, mesh, console)
     cache = start.open_cache(config.data, console.message)
     start.check_text(config, cache)
     sharding = batch_sharding(mesh)
@@ -62,11 +58,8 @@ def train(config: TrainConfig) -> TrainState:
         state, record = start.first_state(config, mesh, checkpoints, cache, console.message)
         if record is not None:
             batches.set_state(record["data"])
-        elif is_main:
-            start.save_tokenizer(config, cache.tokenizer)
         if is_main:
-            # A resumed run may have other settings: see `resume.FREE_FIELDS`.
-            config.save(run_dir / "config.json")
+            start.write_folder(config, cache.tokenizer, is_new=record is None)
         step = first_step = int(state.step)
         tokens_seen, jumped = (record["tokens_seen"], record["schedule_jumped"]) if record else (0, False)
         log = RunLog(config, cache, console, first_step, tokens_seen, checkpoints.best_loss)
@@ -114,6 +107,15 @@ def train(config: TrainConfig) -> TrainState:
     if step < config.steps:
         stop.leave()
     return state
+
+
+def _check(config: TrainConfig, mesh: jax.sharding.Mesh, console: Console) -> None:
+    """Raises ValueError for a run that cannot be started, before any text is tokenized."""
+    start.check_same_config(config)
+    start.check_devices(config, mesh)
+    processes.agree_on_kernels(config.model.kernels)
+    resume.check_folder(config)
+    start.check_init_from(config, console.message)
 
 
 def _held_out_loss(

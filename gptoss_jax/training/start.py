@@ -180,6 +180,16 @@ def stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys((*read_stop_ids(folder, tokenizer.vocab_size), *tokenizer.stop_ids)))
 
 
+def write_folder(config: TrainConfig, tokenizer: Tokenizer, is_new: bool) -> None:
+    """Writes config.json to the run folder and, for a new run, the tokenizer.
+
+    A resumed run may have other settings: see `resume.FREE_FIELDS`.
+    """
+    if is_new:
+        save_tokenizer(config, tokenizer)
+    config.save(pathlib.Path(config.run_dir) / "config.json")
+
+
 def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
     """Writes the tokenizer to the run folder, and the stop tokens of `init_from` if it names others.
 
