@@ -177,6 +177,7 @@ def packed_and_unpacked(block):
     return block | {"moe": packed}, block | {"moe": numbers}
 
 
+@pytest.mark.slow
 def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_params, cpu_form):
     config = dataclasses.replace(tiny_config, hidden_size=64, intermediate_size=96, initializer_range=0.05)
     packed_config = dataclasses.replace(config, expert_format="mxfp4")

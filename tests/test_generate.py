@@ -91,6 +91,7 @@ def test_a_prompt_has_the_same_answer_alone_and_in_any_batch(any_model, settings
         assert [len(answer) for answer in together] == settings["max_new_tokens"]
 
 
+@pytest.mark.slow
 def test_sixteen_of_the_same_prompt(gpt_oss):
     settings = {"max_new_tokens": 12, "temperature": 1.0}
     seeds = list(range(16))
@@ -257,6 +258,7 @@ def test_stream_is_generate_in_parts(gpt_oss):
     assert [sum(parts, []) for parts in zip(*(tokens for tokens, _ in pairs), strict=True)] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "mxfp4"])
 @pytest.mark.parametrize("splits", ["data", "fsdp"])
 def test_on_a_mesh(tiny_config, random_params, form, splits):
@@ -368,6 +370,7 @@ def test_what_compiles(gpt_oss, monkeypatch):
     assert (len(traces), len(programs)) == (3, 1)  # greedy is another decoder
 
 
+@pytest.mark.slow
 def test_any_prompts_compile_a_number_of_programs_that_is_known(tiny_config, random_params, monkeypatch):
     config = dataclasses.replace(tiny_config, num_hidden_layers=2, max_position_embeddings=90)
     params = random_params(config)

@@ -92,6 +92,7 @@ def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, tmp_path, c
     assert "0 of 0 checks passed" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_the_kernels_of_accelerators(backend):
     """All are listed; one of each is run here, since every kernel has tests of its own."""

@@ -161,6 +161,7 @@ def uneven_config(**changes):
     return dataclasses.replace(CONFIG, model=model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1, expert=8), MeshConfig(data=2, expert=2, tensor=2)])
 @pytest.mark.parametrize(("favourites", "ragged"), [(1, True), (3, False)])
 def test_all_tokens_on_one_device_drop_nothing(monkeypatch, mesh, favourites, ragged):
@@ -230,6 +231,7 @@ def test_rounds_of_any_room_give_the_same(transport, room):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_a_capacity_drops_the_last_rows_and_counts_them():
     """One of two experts is every token's: it takes 1.5 times its even share of a group's rows."""
     config = uneven_config(num_experts_per_tok=2, num_local_experts=8, expert_capacity=1.5)

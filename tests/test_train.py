@@ -242,6 +242,7 @@ def in_flight(monkeypatch):
     return most
 
 
+@pytest.mark.slow
 def test_more_steps_and_free_settings_give_the_same_result(
     finished, make_config, tmp_path, capsys, in_flight
 ):
@@ -417,6 +418,7 @@ def test_starting_from_a_run_s_weights(finished, make_config, tmp_path):
         train(TrainConfig.from_dict(values))
 
 
+@pytest.mark.slow
 def test_starting_from_published_weights(finished, make_config, tmp_path):
     folder, runs = finished[0].run_dir, {}
     save_pretrained(from_pretrained(folder), tmp_path / "published", experts="float32")
@@ -497,6 +499,7 @@ sys.exit(f"codes {codes}")
 """
 
 
+@pytest.mark.slow
 def test_the_printed_command_works_and_damage_is_one_line_each(make_config, text, tmp_path):
     # The context of the model, 128, is below the usual number of new tokens.
     run_dir = tmp_path / "it's [x]*\n$(ü) \"&"

@@ -255,6 +255,7 @@ def loss_and_gradients(config, params, dropout_key=None):
     return nats, grads
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(tiny_config, random_params):
     # With dropout, so that what is recomputed drops the same.
     config = dataclasses.replace(
@@ -270,6 +271,7 @@ def test_remat_changes_nothing(tiny_config, random_params):
         chex.assert_trees_all_close(other, grads, rtol=1e-3, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_stacked_change_nothing(tiny_config, random_params):
     params = random_params(tiny_config)
     apart = dataclasses.replace(tiny_config, scan_layers=False)

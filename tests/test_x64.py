@@ -145,6 +145,7 @@ def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch)
         assert wide_arrays(decode.jaxpr) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "native"), [(SMALL, False), (PACKED, True)])
 def test_answers_are_the_same(config, native, monkeypatch):
     if not native:
