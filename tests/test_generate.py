@@ -74,6 +74,7 @@ def test_tokens_are_those_of_the_plain_forward_pass(any_model, apply_model, sett
     assert (answers == other) == (settings is GREEDY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED, MIXED], ids=["greedy", "sampled", "mixed"])
 def test_a_prompt_has_the_same_answer_alone_and_in_any_batch(any_model, settings):
     settings = {"max_new_tokens": MOST} | settings

@@ -140,7 +140,13 @@ def alone():
     return run(CONFIG, None, 20)
 
 
-@pytest.mark.parametrize("name", MESHES)
+# Every axis is in one of these; the other meshes are slow tests.
+QUICK = ("data 8", "fsdp 8", "expert 8", "fsdp 2 x expert 2 x tensor 2")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
+)
 def test_a_mesh_trains_like_one_device(alone, name):
     rows, gradients, params = run(CONFIG, MESHES[name], 20)
     expected_rows, expected_gradients, expected_params = alone
