@@ -18,6 +18,7 @@ from gptoss_jax import cli
 from gptoss_jax.data.tokenizer import load_tokenizer
 from gptoss_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 NASTY = 'it\'s "a" [1-3] ~*?#% é{x}:\n$HOME'
 PRESET = """

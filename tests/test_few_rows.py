@@ -145,6 +145,7 @@ def test_what_is_not_a_number_stays_so():
     assert np.isnan(y_BNH[1]).all() and np.isfinite(y_BNH[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
     E, D, F = 4, 32, 64

@@ -27,6 +27,7 @@ def read(config, params, cache, tokens_BT, segment_ids_BT=None):
     return model.logits(hidden_BTD), cache
 
 
+@pytest.mark.slow
 def test_logits_in_pieces_of_any_size_equal_those_without_a_cache(
     either_config, random_params, apply_model, cpu_form
 ):

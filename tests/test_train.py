@@ -363,6 +363,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, 
     assert [line.endswith("best so far") for line in said] == [False, True, False, True, False]
 
 
+@pytest.mark.slow
 def test_loss_that_stays_not_finite_stops_the_run(make_config, tmp_path, capsys):
     config = make_config(
         tmp_path / "nan", optim=OptimConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0), steps=60
@@ -392,6 +393,7 @@ def test_settings_that_do_not_fit(make_config, tmp_path, changes, message):
         train(TrainConfig.from_dict(values))
 
 
+@pytest.mark.slow
 def test_what_a_capacity_drops_is_in_the_metrics(finished, make_config, tmp_path):
     model = dataclasses.replace(finished[0].model, expert_capacity=0.5)
     train(make_config(tmp_path / "run", model=model, steps=2, eval=EvalConfig(sample_tokens=0)))
@@ -402,6 +404,7 @@ def test_what_a_capacity_drops_is_in_the_metrics(finished, make_config, tmp_path
     assert not any("dropped_share" in row for row in plain)
 
 
+@pytest.mark.slow
 def test_starting_from_a_run_s_weights(finished, make_config, tmp_path):
     config = make_config(
         tmp_path / "second", init_from=finished[0].run_dir, steps=2, eval=EvalConfig(sample_tokens=0)
@@ -438,6 +441,7 @@ def test_starting_from_published_weights(finished, make_config, tmp_path):
         train(make_config(tmp_path / "refused", init_from=folder, **options))
 
 
+@pytest.mark.slow
 def test_published_weights_that_do_not_fit(finished, make_config, tmp_path, capsys):
     save_pretrained(from_pretrained(finished[0].run_dir), tmp_path / "published")
     config = make_config(tmp_path / "run", init_from=str(tmp_path / "published"), steps=1)
@@ -624,6 +628,7 @@ def test_two_processes_do_not_train_in_one_folder(make_config, tmp_path):
         train(config)
 
 
+@pytest.mark.slow
 def test_a_sample_of_ids_that_no_token_has(make_config, tmp_path, capsys):
     model = dataclasses.replace(make_config("x").model, vocab_size=2000)
     sampling = EvalConfig(every=1, batches=1, sample_tokens=12, temperature=5.0)
