@@ -1,12 +1,14 @@
 """The command `gptoss check`: every kernel of this machine's backend against plain XLA, as a table."""
 
 import dataclasses
-import json
+import math
 import time
+from typing import Any
 
 import jax
 from rich.console import Console
 
+from gptoss_jax.config.checked import write_json
 from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable, plain_kernels
 from gptoss_jax.config.paths import output_file
 from gptoss_jax.kernels.check import Case, Result, device_name
@@ -45,8 +47,7 @@ def run(json_file: str | None = None) -> bool:
         check_again(backend, announce, report)
     finally:
         if path is not None:
-            values = {"device": device_name(), "results": [dataclasses.asdict(result) for result in results]}
-            path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            write_json(path, {"device": device_name(), "results": list(map(_json_ready, results))})
     failed = sorted({result.kernel for result in results if result.status in ("wrong", "failed")})
     for line in _remarks(backend, results, failed):
         console.print(line, markup=False)
@@ -56,6 +57,12 @@ def run(json_file: str | None = None) -> bool:
     right = sum(result.status == "ok" for result in checked)
     console.print(f"{right} of {len(checked)} checks passed in {time.monotonic() - began:.1f} s")
     return not failed
+
+
+def _json_ready(result: Result) -> dict[str, Any]:
+    """A result for JSON, which has no infinite error: it is null, and `detail` says more."""
+    error = result.error if result.error is not None and math.isfinite(result.error) else None
+    return dataclasses.asdict(result) | {"error": error}
 
 
 def _columns(*texts: str) -> str:

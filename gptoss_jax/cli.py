@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import itertools
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from gptoss_jax import startup
 from gptoss_jax.config import require
 from gptoss_jax.config.kernels import kernel_variable
 from gptoss_jax.config.paths import set_matplotlib_folder
+from gptoss_jax.config.preset import with_settings
 
 # Nothing above a command's body may import jax, which takes longer than `--help` should.
 
@@ -32,6 +32,7 @@ app = tyro.extras.SubcommandApp()
 @app.command
 def generate(
     run: Run,
+    *,
     prompt: str,
     max_new_tokens: OptionalInt = None,
     temperature: float = 0.8,
@@ -95,6 +96,7 @@ def generate(
 @app.command
 def chat(
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    *,
     reasoning: Literal["low", "medium", "high"] = "medium",
     instructions: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None,
     analysis: Literal["show", "hide"] = "show",
@@ -153,14 +155,16 @@ def chat(
         note(HELP)
     lines = typed_lines(sys.stdin, "> " if sys.stdout.isatty() else "")
     run(
-        config, jax.device_put(params), conversation, lines, _writer(sys.stdout), note, max_new_tokens,
-        temperature, top_k, top_p, min_p, seed, show_analysis=analysis == "show",
+        config, jax.device_put(params), conversation, lines, _writer(sys.stdout), note,
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        seed=seed, show_analysis=analysis == "show",
     )  # fmt: skip
 
 
 @app.command(name="eval")
 def evaluate(
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    *,
     source: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None,
     task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK")] = (),
     context: OptionalInt = None,
@@ -187,7 +191,10 @@ def evaluate(
     """
     from gptoss_jax.evaluation import report
 
-    report.run(folder, source, task, context, stride, batch_size, max_tokens, limit, num_fewshot, json)
+    report.run(
+        folder, source, task, context=context, stride=stride, batch_size=batch_size, max_tokens=max_tokens,
+        limit=limit, num_fewshot=num_fewshot, json_file=json,
+    )  # fmt: skip
 
 
 @app.command
@@ -261,6 +268,7 @@ def check(json: OptionalFile = None) -> None:
 @app.command
 def plan(
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
+    *,
     topology: Annotated[str | None, tyro.conf.arg(metavar="SLICE")] = None,
     chip: Annotated[str | None, tyro.conf.arg(metavar="CHIP")] = None,
     devices: OptionalInt = None,
@@ -281,37 +289,14 @@ def plan(
         set: A field of the config; --model.remat block, as for train.py, is the same as --set
             model.remat=block.
     """
-    from gptoss_jax.config.preset import read_preset, takes_several
+    from gptoss_jax.config.preset import flags_of, read_preset
 
-    flags = []
-    for one in set:
-        name, _, value = one.partition("=")
-        flags += [f"--{name}", *(value.split() if takes_several(name) else [value])]
-    settings = read_preset(config, flags, prog="gptoss plan CONFIG")
+    settings = read_preset(config, flags_of(set), prog="gptoss plan CONFIG")
     if not mesh and any(one.startswith("mesh.") for one in set):
         mesh = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(settings.mesh).items()),)
     from gptoss_jax.plan import report
 
     report.run(settings, topology, chip, devices, mesh, json)
-
-
-def _with_settings(args: Sequence[str]) -> list[str]:
-    """A command line where `--model.remat block`, any flag with a dot, reads `--set model.remat=block`."""
-    from gptoss_jax.config.preset import takes_several
-
-    words, rest = [], list(args)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if not name.startswith("--") or "." not in name:
-            words.append(word)
-            continue
-        count = len(rest) if takes_several(name[2:]) else 1
-        values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:count]))
-        if not equals and values:
-            value, rest = " ".join(values), rest[len(values) :]
-        words += ["--set", f"{name[2:]}={value}"]
-    return words
 
 
 def _writer(file: TextIO) -> Callable[..., None]:
@@ -344,7 +329,7 @@ def main(args: Sequence[str] | None = None) -> int:
     set_matplotlib_folder()
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["plan"]:
-        args = _with_settings(args)
+        args = with_settings(args)
 
     def command() -> None:
         kernel_variable()  # a bad value is known before anything is printed

@@ -8,7 +8,7 @@ import math
 import pathlib
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, Self
 
 
@@ -85,6 +85,13 @@ def read_json(path: str | pathlib.Path, hint: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return values
+
+
+def write_json(path: str | pathlib.Path, values: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Writes a value as indented JSON in UTF-8; `default` converts what JSON does not know. Raises ValueError
+    for NaN and infinities, which JSON does not have, before anything is written."""
+    text = json.dumps(values, indent=2, allow_nan=False, default=default) + "\n"
+    pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
 def _fits(value: object, kind: Any) -> bool:

@@ -1,6 +1,7 @@
 """A preset, a Python file that ends with `config = TrainConfig(...)`, with flags for its fields."""
 
 import dataclasses
+import itertools
 import pathlib
 import runpy
 import typing
@@ -85,6 +86,32 @@ def takes_several(flag: str) -> bool:
         sections = [k for k in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(k)]
         kind = typing.get_type_hints(sections[0]).get(name) if sections else None
     return any(typing.get_origin(k) is tuple for k in (kind, *typing.get_args(kind)))
+
+
+def with_settings(args: Sequence[str]) -> list[str]:
+    """Rewrites `--model.remat block`, and any other flag with a dot, as `--set model.remat=block`."""
+    words, rest = [], list(args)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or "." not in name:
+            words.append(word)
+            continue
+        count = len(rest) if takes_several(name[2:]) else 1
+        values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:count]))
+        if not equals and values:
+            value, rest = " ".join(values), rest[len(values) :]
+        words += ["--set", f"{name[2:]}={value}"]
+    return words
+
+
+def flags_of(settings: Sequence[str]) -> list[str]:
+    """Returns the flags of train.py for settings such as `model.remat=block`."""
+    flags = []
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        flags += [f"--{name}", *(value.split() if takes_several(name) else [value])]
+    return flags
 
 
 def _take_flags(name: str, words: Sequence[str]) -> tuple[str, list[str], list[str]]:

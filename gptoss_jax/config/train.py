@@ -1,13 +1,12 @@
 """A training run: its data, optimiser, devices, checkpoints and evaluations, and the model."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import typing
 from typing import Literal, Self
 
-from gptoss_jax.config.checked import Checked, read_json, require
+from gptoss_jax.config.checked import Checked, read_json, require, write_json
 from gptoss_jax.config.model import ModelConfig
 from gptoss_jax.config.paths import user_path
 
@@ -202,7 +201,7 @@ class TrainConfig(Checked):
         """Writes the whole config as JSON."""
         path = user_path(path, "config")
         temporary = pathlib.Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(temporary, self.to_dict())
         os.replace(temporary, path)
 
     @classmethod

@@ -9,7 +9,6 @@ import dataclasses
 import gzip
 import hashlib
 import itertools
-import json
 import lzma
 import os
 import pathlib
@@ -25,7 +24,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import DataConfig, require
-from gptoss_jax.config.checked import read_json
+from gptoss_jax.config.checked import read_json, write_json
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.corpus import Corpus, open_corpus, split
 from gptoss_jax.data.packing import pack
@@ -198,7 +197,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
         "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "meta.json", meta)
 
 
 def _open(folder: pathlib.Path) -> TokenCache:

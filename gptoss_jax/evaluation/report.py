@@ -1,7 +1,6 @@
 """The command `gptoss eval`: a model and a text, or tasks, to a table and a JSON file."""
 
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptoss_jax.config import require
+from gptoss_jax.config.checked import write_json
 from gptoss_jax.config.paths import output_file
 from gptoss_jax.data.corpus import open_corpus
 from gptoss_jax.evaluation.text import TextScore, TextSettings, evaluate_text
@@ -25,6 +25,7 @@ def run(
     folder: str,
     source: str | None,
     tasks: Sequence[str],
+    *,
     context: int | None,
     stride: int | None,
     batch_size: int | None,
@@ -49,9 +50,7 @@ def run(
     else:
         found = _text(folder, source, TextSettings(context, stride, batch_size, max_tokens))
     if path is not None:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(_plain(found), file, indent=2, allow_nan=False, default=str)
-            file.write("\n")
+        write_json(path, _plain(found), default=str)
 
 
 def _text(folder: str, source: str, settings: TextSettings) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def talk(
     note: Callable[[str], None],
     context: int,
     max_new_tokens: int,
+    *,
     seed: int = 0,
     show_analysis: bool = True,
 ) -> None:
@@ -283,6 +284,7 @@ def run(
     lines: Iterable[str],
     write: Write,
     note: Callable[[str], None],
+    *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -311,4 +313,7 @@ def run(
     context = config.max_position_embeddings
     beginning = conversation.prompt("")
     source(beginning, min(max_new_tokens, max(context - len(beginning), 1)), seed)  # checks, and does not run
-    talk(conversation, lines, source, write, note, context, max_new_tokens, seed, show_analysis)
+    talk(
+        conversation, lines, source, write, note, context, max_new_tokens, seed=seed,
+        show_analysis=show_analysis,
+    )  # fmt: skip

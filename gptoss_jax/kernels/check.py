@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
+from gptoss_jax.config.checked import one_line
 from gptoss_jax.kernels import few_rows, mxfp4, native
 from gptoss_jax.kernels.blockwise_attention import blockwise_attention
 from gptoss_jax.kernels.flash_attention import fits_triton, reference_attention
@@ -30,6 +31,7 @@ from gptoss_jax.kernels.swiglu import SwiGLU
 TOLERANCE = {"float32": 5e-5, "bfloat16": 1.5e-2}
 REPEATS = 5
 HEAD_SIZE = 64
+LINE = 200  # characters of an error that are shown; compilers' have thousands
 
 Arrays = tuple[jax.Array, ...]
 
@@ -87,22 +89,18 @@ def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
         expected, _ = _timed(case.plain, wide, case.num_differentiable)
         _, plain_ms = _timed(case.plain, arrays, case.num_differentiable)
     except Exception as error:  # of any class: compilers and drivers have their own
-        return result("unchecked", f"the plain form failed: {_one_line(error)}")
+        return result("unchecked", f"the plain form failed: {one_line(error)[:LINE]}")
     result = functools.partial(result, tolerance=TOLERANCE[case.dtype], plain_milliseconds=plain_ms)
     try:
         found, ms = _timed(case.run, arrays, case.num_differentiable)
     except Exception as error:
         # A full memory says nothing about the kernel.
-        return result("unchecked" if "RESOURCE_EXHAUSTED" in str(error) else "failed", _one_line(error))
+        return result("unchecked" if "RESOURCE_EXHAUSTED" in str(error) else "failed", one_line(error)[:LINE])
     error = max(map(_difference, found, expected))
     if error <= TOLERANCE[case.dtype]:
         return result("ok", error=error, milliseconds=ms)
     detail = f"error {error:.1e}, at most {TOLERANCE[case.dtype]:.1e} is allowed"
     return result("wrong", detail, error=error, milliseconds=ms)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple[list[jax.Array], float]:

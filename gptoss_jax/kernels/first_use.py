@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from gptoss_jax.config.checked import write_json
 from gptoss_jax.config.kernels import KERNELS
 from gptoss_jax.config.paths import cache_folder
 
@@ -207,6 +208,5 @@ def _write(path: pathlib.Path, problems: Problems, running: str | None = None) -
     """Writes a record whole. If it cannot be written, the next process checks again."""
     temporary = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
-        record = {"kernels": problems, "running": running}
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary, {"kernels": problems, "running": running})
         os.replace(temporary, path)

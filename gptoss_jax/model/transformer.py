@@ -36,9 +36,8 @@ def dropped(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Dropout; without a key, nothing is dropped."""
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape), x / (1 - rate), 0).astype(
-        x.dtype
-    )
+    kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -1,11 +1,11 @@
 """The command `gptoss plan`: from a preset and devices to estimates, compiled steps and their report."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from gptoss_jax.config import TrainConfig, require
+from gptoss_jax.config.checked import write_json
 from gptoss_jax.config.paths import output_file
 from gptoss_jax.plan.chips import Chip, find_chip, parse_topology
 from gptoss_jax.plan.compiled import Compiled, compile_step
@@ -102,6 +102,4 @@ def run(
         )  # fmt: skip
     table.show(plan, Console())
     if path is not None:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(plan.to_dict(), file, indent=2)
-            file.write("\n")
+        write_json(path, plan.to_dict())

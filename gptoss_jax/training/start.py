@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import pathlib
 import secrets
 import socket
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
+from gptoss_jax.config.checked import write_json
 from gptoss_jax.data.pipeline import TokenCache, build_cache
 from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.tokenizer import Tokenizer
@@ -204,7 +204,7 @@ def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
     # One that is there is of an earlier start, which reached no checkpoint.
     if set(stops) != set(tokenizer.stop_ids) or path.exists():
         values = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops}
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(path, values)
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:

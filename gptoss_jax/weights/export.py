@@ -1,7 +1,6 @@
 """Models to Hugging Face folders: whatever the source and its types, piece by piece."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.config.checked import read_json
+from gptoss_jax.config.checked import read_json, write_json
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, params_of
 from gptoss_jax.parallel.sharding import path_names
@@ -131,12 +130,10 @@ def write_folder(
             shutil.copyfile(path, partial / name)
         if tokenizer is not None:
             tokenizer.export(partial)
-        text = json.dumps(values, indent=2) + "\n"
-        (partial / "config.json").write_text(text, encoding="utf-8")
+        write_json(partial / "config.json", values)
         generation = _generation_ids(values, tokenizer)
         if generation and not (partial / GENERATION).exists():
-            text = json.dumps(generation, indent=2) + "\n"
-            (partial / GENERATION).write_text(text, encoding="utf-8")
+            write_json(partial / GENERATION, generation)
     warn_of(unsound, source.origin)
 
 

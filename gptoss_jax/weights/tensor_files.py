@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.config.checked import write_json
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.weights.model_files import INDEX, SINGLE, find_files
 
@@ -187,7 +188,7 @@ def write_tensors(
         homes = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(tensor.nbytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[int], None]) -> None:
