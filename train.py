@@ -27,9 +27,9 @@ def main() -> None:
     config = read_arguments(sys.argv[1:])
     set_matplotlib_folder()
     from gptoss_jax import train
-    from gptoss_jax.parallel import processes
+    from gptoss_jax.parallel import distributed
 
-    with processes.joined("train.py"):
+    with distributed.joined("train.py"):
         train(config)
 
 

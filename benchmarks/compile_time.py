@@ -17,7 +17,7 @@ from common import bounded, flags, print_table, show, spread, write_json
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.sharding import batch_sharding
+from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.state import abstract_state
 from gptoss_jax.training.step import make_train_step
 

@@ -29,7 +29,7 @@ from common import (
 )
 
 from gptoss_jax import startup
-from gptoss_jax.kernels.flash_attention import flash_attention
+from gptoss_jax.kernels.attention.api import flash_attention
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LONGEST_STEP = 8192

@@ -14,7 +14,7 @@ from gpu_run import REPETITIONS, Run
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.inference.generate import generate_with_params
 from gptoss_jax.model.transformer import abstract_params, compute_dtype
-from gptoss_jax.parallel.sharding import path_names
+from gptoss_jax.parallel.rules import path_names
 from gptoss_jax.training.flops import flops_per_token, parameter_counts
 
 RELEASED = ModelConfig(

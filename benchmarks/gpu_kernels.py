@@ -9,9 +9,9 @@ import numpy as np
 from common import milliseconds, percent, print_table, uneven_sizes, with_gradients
 from gpu_run import Run
 
-from gptoss_jax.kernels import flash_attention
-from gptoss_jax.kernels.grouped_matmul import reference_grouped_matmul
-from gptoss_jax.kernels.triton_grouped_matmul import WIDE, Blocks, triton_grouped_matmul
+from gptoss_jax.kernels.attention import api
+from gptoss_jax.kernels.grouped_matmul.api import reference_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.pallas_triton import WIDE, Blocks, triton_grouped_matmul
 
 OURS, BLOCKWISE, CUDNN = "ours", "XLA blockwise", "cuDNN, no sinks"
 # Ways to cut the grouped product that compile for an H100 without spilling registers.
@@ -30,8 +30,7 @@ BLOCKS = (
 def _attention_forms(run: Run, window: int | None) -> dict:
     """Name -> function of (q, k, v, sinks, positions, segments)."""
     # Here, so that what is missing fails this section only.
-    from gptoss_jax.kernels.blockwise_attention import blockwise_attention
-    from gptoss_jax.kernels.flash_attention import flash_attention
+    from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 
     def with_sinks(attend):
         return lambda q, k, v, sinks, *places: attend(q, k, v, *places, window, 0, sinks)
@@ -43,7 +42,7 @@ def _attention_forms(run: Run, window: int | None) -> dict:
             q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"
         )
 
-    forms = {OURS: with_sinks(flash_attention), BLOCKWISE: with_sinks(blockwise_attention)}
+    forms = {OURS: with_sinks(api), BLOCKWISE: with_sinks(blockwise_attention)}
     return forms if run.smoke else forms | {CUDNN: cudnn}
 
 
@@ -122,10 +121,10 @@ def _attention_exactness(run: Run, N, K, H, window) -> list[dict]:
     """The largest difference from the plain form in float32, of the output and of each gradient."""
     T = 48 if run.smoke else 1024
     arguments, g, places = _attention_inputs(1, T, N, K, H, jnp.bfloat16)
-    mask_BTS = flash_attention.visible(*places, *places, window)
+    mask_BTS = api.visible(*places, *places, window)
 
     def plain(q, k, v, sinks):
-        return flash_attention.reference_attention(q, k, v, mask_BTS, sinks)
+        return api.reference_attention(q, k, v, mask_BTS, sinks)
 
     wide = [jax.tree.map(lambda a: a.astype(jnp.float32), a) for a in (g, arguments)]
     expected = with_gradients(plain)(*wide)

@@ -27,10 +27,11 @@ from common import PEAK, percent, spread, with_gradients
 from loss_memory import loss
 
 from gptoss_jax import startup
-from gptoss_jax.kernels import grouped_matmul, native
-from gptoss_jax.kernels.blockwise_attention import blockwise_attention
-from gptoss_jax.kernels.flash_attention import flash_attention, reference_attention
-from gptoss_jax.kernels.mask import visible
+from gptoss_jax.kernels.attention.api import flash_attention, reference_attention
+from gptoss_jax.kernels.attention.blockwise import blockwise_attention
+from gptoss_jax.kernels.attention.mask import visible
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.grouped_matmul import api
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
@@ -44,11 +45,11 @@ def grouped(rounds: int, quick: bool) -> dict:
     calls, errors = {PEAK: common.square_product()}, {}
     for E in counts:
         sizes, w_EDF = common.uneven_sizes(R, E), _normal(2, E, D, F) * D**-0.5
-        forms = {"XLA blocks": grouped_matmul.blocked_grouped_matmul}
-        if native.is_available():
-            forms = {"native": grouped_matmul.native_grouped_matmul} | forms
+        forms = {"XLA blocks": api.blocked_grouped_matmul}
+        if build.is_available():
+            forms = {"native": api.native_grouped_matmul} | forms
         if E <= 8:
-            forms["ragged_dot"] = grouped_matmul.reference_grouped_matmul
+            forms["ragged_dot"] = api.reference_grouped_matmul
         expected = _grouped_float64(x_RD, w_EDF, g_RF, sizes)
         for form, function in forms.items():
             call = functools.partial(with_gradients(function), g_RF, (x_RD, w_EDF), (jnp.asarray(sizes),))

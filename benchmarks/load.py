@@ -31,12 +31,12 @@ REPEATS = 5
 LOADER = """
 import json, sys, time
 import jax, jax.numpy as jnp
-from gptoss_jax.weights.pretrained import load_pretrained
+from gptoss_jax.checkpoints.load import load_pretrained
 def status(name):
     lines = open("/proc/self/status", encoding="utf-8")
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 jnp.zeros(8).block_until_ready()
-import gptoss_jax.weights.pieces
+import gptoss_jax.checkpoints.lazy_tensors
 before = status("VmHWM")
 start = time.perf_counter()
 _, params, _ = load_pretrained(sys.argv[1], experts=sys.argv[2])
@@ -55,9 +55,9 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 
 def make_checkpoint(folder: pathlib.Path) -> int:
     """Writes the checkpoint; returns its largest tensor's bytes."""
+    from gptoss_jax.checkpoints.mappings import HUGGINGFACE, expected_shapes
+    from gptoss_jax.checkpoints.safetensors_io import NewTensor, whole_folder, write_tensors
     from gptoss_jax.config import ModelConfig
-    from gptoss_jax.weights.huggingface import HUGGINGFACE, expected_shapes
-    from gptoss_jax.weights.tensor_files import NewTensor, whole_folder, write_tensors
 
     config = ModelConfig(num_hidden_layers=LAYERS, vocab_size=VOCABULARY, expert_format="mxfp4")
     rng = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def main() -> None:
         if not folder.exists():
             print(f"Writing {folder}")
             make_checkpoint(folder)
-        from gptoss_jax.weights.tensor_files import TensorFolder
+        from gptoss_jax.checkpoints.safetensors_io import TensorFolder
 
         tensors = TensorFolder(folder).tensors
         size, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())

@@ -26,14 +26,14 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptoss_jax.checkpoints import load
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.inference import engine
-from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
-from gptoss_jax.kernels.splash_attention import splash_attention
+from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
+from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
 from gptoss_jax.model.kv_cache import Cache, make_cache
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.weights import pretrained
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "tpu_compile.json"
@@ -117,7 +117,7 @@ def running(mesh, batch, tokens):
     """gpt-oss-20b, placed as `from_pretrained` does: a call that reads tokens or, for one, makes some."""
     published = read_preset(HERE.parent / "configs" / "gpt_oss_20b.py").model
     config = dataclasses.replace(published, expert_format="mxfp4", compute_dtype="bfloat16")
-    params = pretrained.placed(pretrained.typed_tree(config, "bfloat16"), mesh)
+    params = load.placed(load.typed_tree(config, "bfloat16"), mesh)
 
     def array(*shape, dtype="int32", spec=None):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))

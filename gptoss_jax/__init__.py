@@ -4,20 +4,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gptoss_jax.checkpoints.export import save_pretrained
+    from gptoss_jax.checkpoints.load import from_pretrained
     from gptoss_jax.config import ModelConfig, TrainConfig
     from gptoss_jax.inference.generate import generate
     from gptoss_jax.model.transformer import Transformer
     from gptoss_jax.training.loop import train
-    from gptoss_jax.weights.export import save_pretrained
-    from gptoss_jax.weights.pretrained import from_pretrained
 
 _HOMES = {
     "ModelConfig": "gptoss_jax.config",
     "TrainConfig": "gptoss_jax.config",
     "Transformer": "gptoss_jax.model.transformer",
-    "from_pretrained": "gptoss_jax.weights.pretrained",
+    "from_pretrained": "gptoss_jax.checkpoints.load",
     "generate": "gptoss_jax.inference.generate",
-    "save_pretrained": "gptoss_jax.weights.export",
+    "save_pretrained": "gptoss_jax.checkpoints.export",
     "train": "gptoss_jax.training.loop",
 }
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from gptoss_jax.cli import main
+from gptoss_jax.cli.main import main
 
 sys.exit(main())

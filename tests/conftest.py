@@ -20,9 +20,9 @@ import pytest
 
 from gptoss_jax.config import ModelConfig, RopeScaling
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.kernels import native
+from gptoss_jax.kernels.cpu import build
 from gptoss_jax.model.transformer import abstract_params, with_params
-from gptoss_jax.parallel.sharding import path_names
+from gptoss_jax.parallel.rules import path_names
 
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
 
@@ -138,7 +138,7 @@ def harmony(tmp_path_factory):
 def cpu_form(request, monkeypatch):
     """With the kernels in C++, where they can be compiled, and as a machine without a compiler does it."""
     if request.param == "plain":
-        monkeypatch.setattr(native, "is_available", lambda: False)
+        monkeypatch.setattr(build, "is_available", lambda: False)
     jax.clear_caches()
     yield
     jax.clear_caches()

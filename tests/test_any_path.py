@@ -14,9 +14,9 @@ import pytest
 import tokenizers
 
 import gptoss_jax as gx
-from gptoss_jax import cli
+from gptoss_jax.cli import main
 from gptoss_jax.data.tokenizer import load_tokenizer
-from gptoss_jax.training.metrics import read_metrics
+from gptoss_jax.training.console import read_metrics
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
@@ -105,13 +105,13 @@ def trained(folder) -> pathlib.Path:
 
 
 def test_generate(trained, capsys):
-    assert cli.main(["generate", str(trained), "--prompt", "story", "--max-new-tokens", "3"]) == 0
+    assert main.main(["generate", str(trained), "--prompt", "story", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.startswith("story")
 
 
 def test_chat(trained, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"story 1\n")))
-    assert cli.main(["chat", str(trained), "--max-new-tokens", "3"]) == 0
+    assert main.main(["chat", str(trained), "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip() != ""
 
 
@@ -119,21 +119,21 @@ def test_evaluate_text_and_tasks(trained, folder):
     text, task = ["--source", f"text:{folder / 'stories.txt'}"], ["--task", str(folder / "task.yaml")]
     for number, what in enumerate((text, [*task, "--limit", "2"])):
         result = folder / f"eval {number}.json"
-        assert cli.main(["eval", str(trained), *what, "--json", str(result)]) == 0
+        assert main.main(["eval", str(trained), *what, "--json", str(result)]) == 0
         assert json.loads(result.read_text("utf-8"))
 
 
 def test_report_and_plan(trained, folder, capsys):
-    assert cli.main(["report", str(trained)]) == 0
+    assert main.main(["report", str(trained)]) == 0
     assert capsys.readouterr().out == f"{trained / 'report.png'}\n"
     chip = ["--chip", "h100", "--devices", "2", "--json", str(folder / "plan.json")]
-    assert cli.main(["plan", str(folder / "preset.py"), *chip]) == 0
+    assert main.main(["plan", str(folder / "preset.py"), *chip]) == 0
     assert json.loads((folder / "plan.json").read_text("utf-8"))
 
 
 def test_convert_load_and_train_from(trained, folder):
     out = folder / "out"
-    assert cli.main(["convert", str(trained), str(out)]) == 0
+    assert main.main(["convert", str(trained), str(out)]) == 0
     model = gx.from_pretrained(out)
     gx.save_pretrained(model, folder / "saved")
     tokens = load_tokenizer(out).encode("story 1 of")

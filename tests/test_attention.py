@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.kernels.blockwise_attention import blockwise_attention
-from gptoss_jax.kernels.flash_attention import flash_attention, reference_attention, strip_attention
-from gptoss_jax.kernels.mask import visible
+from gptoss_jax.kernels.attention.api import flash_attention, reference_attention, strip_attention
+from gptoss_jax.kernels.attention.blockwise import blockwise_attention
+from gptoss_jax.kernels.attention.mask import visible
 
 B, N, K, H = 2, 6, 2, 5
 G = N // K

@@ -12,14 +12,14 @@ import time
 
 import pytest
 
-from gptoss_jax import cli
+from gptoss_jax.checkpoints import load
+from gptoss_jax.checkpoints.export import save_pretrained
+from gptoss_jax.cli import main
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import chat
 from gptoss_jax.inference.chat import HELP, Completion, HarmonyConversation, talk
 from gptoss_jax.model.transformer import with_params
-from gptoss_jax.weights import pretrained
-from gptoss_jax.weights.export import save_pretrained
 
 START = "<|start|>assistant"
 THOUGHT, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
@@ -197,7 +197,7 @@ def folder(monkeypatch):
     asked = []
 
     def load(tokenizer, config, answers):
-        monkeypatch.setattr(pretrained, "load_model", lambda folder: (config, {}, tokenizer))
+        monkeypatch.setattr(load, "load_model", lambda folder: (config, {}, tokenizer))
 
         def stream(config, params, prompts, *args, **kwargs):
             asked.append((prompts, args, kwargs))
@@ -215,7 +215,7 @@ def test_the_command_with_a_chat_model(folder, harmony, session, monkeypatch, ca
     asked = folder(harmony, ModelConfig(vocab_size=201088), [chunks])
     monkeypatch.setattr(sys, "stdin", Stdin(b"a\xff\n"))
     line = ["chat", "x", "--reasoning", "high", "--instructions", "Be kind.", "--top-p", "0.9", "--seed", "3"]
-    assert cli.main(line) == 0
+    assert main.main(line) == 0
     captured = capsys.readouterr()
     assert captured.out == "hé\n"
     assert re.fullmatch(r"\d tokens · – tokens/s\n", captured.err)
@@ -233,7 +233,7 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
     config = ModelConfig(vocab_size=tokenizer.vocab_size + 3)
     asked = folder(tokenizer, config, [[tokenizer.encode("b"), [tokenizer.vocab_size]], []])
     monkeypatch.setattr(sys, "stdin", Stdin(b"a\n\nc"))
-    assert cli.main(["chat", "x", *flags]) == 0
+    assert main.main(["chat", "x", *flags]) == 0
     captured = capsys.readouterr()
     assert captured.out == "b\n\n"
     assert captured.err.startswith(
@@ -257,9 +257,9 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
 )
 def test_bad_settings_are_said_before_the_first_line(monkeypatch, capsys, flags, message):
     loaded = (ModelConfig(vocab_size=260), {}, make_tokenizer("bytes"))
-    monkeypatch.setattr(pretrained, "load_model", lambda folder: loaded)
+    monkeypatch.setattr(load, "load_model", lambda folder: loaded)
     monkeypatch.setattr(sys, "stdin", Stdin(b""))
-    assert cli.main(["chat", "x", *flags]) == 2
+    assert main.main(["chat", "x", *flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1] == f"gptoss: error: {message}"

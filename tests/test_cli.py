@@ -12,12 +12,12 @@ import pytest
 from checkpoints import random_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from gptoss_jax import cli
+from gptoss_jax.checkpoints import load
+from gptoss_jax.cli import main
 from gptoss_jax.config import ModelConfig, preset
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as generation
-from gptoss_jax.inference.text import TextStream
-from gptoss_jax.weights import pretrained
+from gptoss_jax.inference.detokenizer import TextStream
 
 
 class Terminal(io.StringIO):
@@ -69,7 +69,7 @@ def test_text_is_never_broken_inside_a_character():
 )  # fmt: skip
 def test_help(capsys, args, words):
     with pytest.raises(SystemExit) as caught:
-        cli.main(args)
+        main.main(args)
     assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert [word for word in words if word not in shown] == []
@@ -86,14 +86,14 @@ def test_help_does_not_wait_for_jax():
 
 def test_bad_arguments(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["generate", "somewhere", "--prompt", "a", "--temprature", "1"])
+        main.main(["generate", "somewhere", "--prompt", "a", "--temprature", "1"])
     assert caught.value.code == 2
     assert "--temperature" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["report"]])
 def test_a_folder_that_is_no_run(capsys, tmp_path, command):
-    assert cli.main([command[0], str(tmp_path / "none"), *command[1:]]) == 2
+    assert main.main([command[0], str(tmp_path / "none"), *command[1:]]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("gptoss: error: ") and captured.err.count("\n") == 1
@@ -108,8 +108,8 @@ def test_errors_are_one_line(capsys, monkeypatch, error, code):
     def fail(run):
         raise error
 
-    monkeypatch.setattr(pretrained, "load_model", fail)
-    assert cli.main(["generate", "run", "--prompt", "a"]) == code
+    monkeypatch.setattr(load, "load_model", fail)
+    assert main.main(["generate", "run", "--prompt", "a"]) == code
     assert capsys.readouterr() == ("", "gptoss: error: one two\n")
 
 
@@ -117,9 +117,9 @@ def test_other_faults_keep_their_traceback(monkeypatch):
     def fail(run):
         raise TypeError("a fault of ours")
 
-    monkeypatch.setattr(pretrained, "load_model", fail)
+    monkeypatch.setattr(load, "load_model", fail)
     with pytest.raises(TypeError):
-        cli.main(["generate", "run", "--prompt", "a"])
+        main.main(["generate", "run", "--prompt", "a"])
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def run(monkeypatch):
     """A run that is loaded from nowhere, and an engine that answers with given chunks of bytes."""
     tokenizer = make_tokenizer("bytes")
     config = ModelConfig(vocab_size=260)
-    monkeypatch.setattr(pretrained, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
+    monkeypatch.setattr(load, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
     seen = types.SimpleNamespace(chunks=[])
 
     def answer(model_config, params, prompts, *args, **kwargs):
@@ -144,7 +144,7 @@ def run(monkeypatch):
 def test_generate_to_a_file(run, capsys):
     # 259 is in the model's table alone.
     run.chunks = [b"w", b"\xc3", [0xB6, 259], b"rld \x1b[31m", b"\xe2"]
-    assert cli.main(["generate", "folder", "--prompt", "héllo ", "--top-k", "7", "--seed", "3"]) == 0
+    assert main.main(["generate", "folder", "--prompt", "héllo ", "--top-k", "7", "--seed", "3"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "héllo wörld \x1b[31m\ufffd\n"
     assert captured.err.startswith("14 tokens · ") and captured.err.endswith(" tokens/s\n")
@@ -158,16 +158,16 @@ def test_generate_to_a_file(run, capsys):
 def test_the_default_number_of_tokens_fits_the_context(run, monkeypatch, args, most):
     config = ModelConfig(vocab_size=260, max_position_embeddings=64, rope_scaling=None)
     tokenizer = make_tokenizer("bytes")
-    monkeypatch.setattr(pretrained, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
+    monkeypatch.setattr(load, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
     run.chunks = [b"a"]
-    assert cli.main(["generate", "folder", "--prompt", "abcd", *args]) == 0
+    assert main.main(["generate", "folder", "--prompt", "abcd", *args]) == 0
     assert run.args[0] == most
 
 
 def test_generate_until_a_string(run, capsys):
     run.chunks = [b"one, t", b"w", b"o. Three"]
     stops = ["--stop-strings", "two.", "--stop-strings", "Three"]
-    assert cli.main(["generate", "folder", "--prompt", "", *stops]) == 0
+    assert main.main(["generate", "folder", "--prompt", "", *stops]) == 0
     assert capsys.readouterr().out == "one, \n"
     assert run.kwargs["stop_strings"] == ("two.", "Three")
 
@@ -178,20 +178,20 @@ def test_generate_at_a_terminal(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
     run.chunks = [b"a\n", b"\x1b[2Jb"]
-    assert cli.main(["generate", "folder", "--prompt", "Hi"]) == 0
+    assert main.main(["generate", "folder", "--prompt", "Hi"]) == 0
     assert out.getvalue() == "\x1b[2mHi\x1b[0ma\n\\x1b[2Jb\n"
     assert err.getvalue().startswith("\x1b[2m7 tokens · ") and err.getvalue().endswith("\x1b[0m")
 
 
 def test_an_empty_answer(run, capsys):
     run.chunks = [b""]
-    assert cli.main(["generate", "folder", "--prompt", ""]) == 0
+    assert main.main(["generate", "folder", "--prompt", ""]) == 0
     assert capsys.readouterr() == ("\n", "0 tokens · – tokens/s\n")
 
 
 def test_an_interruption_ends_the_line(run, capsys):
     run.chunks = [b"wor", KeyboardInterrupt()]
-    assert cli.main(["generate", "folder", "--prompt", "the "]) == 130
+    assert main.main(["generate", "folder", "--prompt", "the "]) == 130
     assert capsys.readouterr() == ("the wor\n", "")
 
 
@@ -212,14 +212,14 @@ def test_a_reader_that_leaves(tmp_path):
 def test_convert(tmp_path, capsys):
     checkpoint = random_checkpoint(tmp_path / "packed", experts_per_token=2, form="mxfp4")
     size = (checkpoint / "model.safetensors").stat().st_size
-    assert cli.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 0
+    assert main.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 0
     shown = capsys.readouterr()
     assert re.fullmatch(rf".*/same: {size / 1e9:.2f} GB written in \d+ s, peak memory [\d.]+ GB\n", shown.out)
     assert shown.err == ""
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "same"))
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
-    assert cli.main(["convert", str(checkpoint), str(tmp_path / "plain"), "--experts", "bfloat16"]) == 0
+    assert main.main(["convert", str(checkpoint), str(tmp_path / "plain"), "--experts", "bfloat16"]) == 0
     config, plain = (
         ModelConfig.from_hf(tmp_path / "plain"),
         load_file(tmp_path / "plain" / "model.safetensors"),
@@ -228,7 +228,7 @@ def test_convert(tmp_path, capsys):
         config.num_local_experts, config.intermediate_size, config.hidden_size,
     )  # fmt: skip
     capsys.readouterr()
-    assert cli.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 2
+    assert main.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
@@ -237,7 +237,7 @@ def test_a_warning_is_one_line(tmp_path, capsys):
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["model.layers.1.mlp.router.bias"][0] = np.nan
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    assert cli.main(["convert", str(checkpoint), str(tmp_path / "out")]) == 0
+    assert main.main(["convert", str(checkpoint), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
     assert said.startswith("gptoss: warning: ") and said.count("\n") == 1
     assert "contains NaN or infinite values in model.layers.1.mlp.router.bias" in said
@@ -257,6 +257,6 @@ def test_plan_takes_the_flags_of_train(words, settings, monkeypatch):
     read = []
     monkeypatch.setattr(preset, "read_preset", lambda path, flags, prog: read.append(flags) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["plan", "configs/quickstart.py", *words])
+        main.main(["plan", "configs/quickstart.py", *words])
     expected = [setting.partition("=") for setting in settings]
     assert read == [[word for name, _, value in expected for word in (f"--{name}", *value.split())]]

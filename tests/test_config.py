@@ -19,7 +19,7 @@ from gptoss_jax.config import (
     RopeScaling,
     TrainConfig,
 )
-from gptoss_jax.config.checked import listed, one_line
+from gptoss_jax.config.base import listed, one_line
 from gptoss_jax.config.preset import optional_sections, read_preset
 
 BAD = [

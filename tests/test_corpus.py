@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.data.corpus import open_corpus, split
+from gptoss_jax.data.sources import open_corpus, split
 
 
 def read(source):

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss_jax import cli
+from gptoss_jax.checkpoints.export import save_pretrained
+from gptoss_jax.checkpoints.run import Checkpoints
+from gptoss_jax.cli import main
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig
-from gptoss_jax.data.corpus import open_corpus, split
-from gptoss_jax.data.pipeline import build_cache, held_out_batches
+from gptoss_jax.data.batches import build_cache, held_out_batches
+from gptoss_jax.data.sources import open_corpus, split
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.evaluation.scores import target_scores
-from gptoss_jax.evaluation.text import TextSettings, evaluate_text
+from gptoss_jax.evaluation.logprobs import target_scores
+from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
 from gptoss_jax.model.transformer import init_params, with_params
 from gptoss_jax.training import losses
 from gptoss_jax.training.step import make_eval_step
-from gptoss_jax.weights.checkpoint import Checkpoints
-from gptoss_jax.weights.export import save_pretrained
 
 BYTES = make_tokenizer("bytes")
 # With characters of one to four bytes.
@@ -240,7 +240,7 @@ def text(tmp_path):
 
 def test_command_with_packed_experts(packed, text, tmp_path, capsys):
     written = tmp_path / "result.json"
-    assert cli.main(["eval", str(packed), "--source", text, "--json", str(written)]) == 0
+    assert main.main(["eval", str(packed), "--source", text, "--json", str(written)]) == 0
     shown = capsys.readouterr()
     result = json.loads(written.read_text())
     assert (result["folder"], result["source"]) == (str(packed), text)
@@ -273,7 +273,7 @@ def test_command_reads_a_run_in_rows_of_its_training(run_folder, text, capsys):
         "--max-tokens",
         "9",
     ]
-    assert cli.main(args) == 0
+    assert main.main(args) == 0
     shown = capsys.readouterr().out
     assert "windows        24 tokens, 24 apart\n" in shown and "9 tokens, 9 bytes, 1 document\n" in shown
 
@@ -281,11 +281,11 @@ def test_command_reads_a_run_in_rows_of_its_training(run_folder, text, capsys):
 def test_command_reports_skipped_records(run_folder, corpus, tmp_path, capsys):
     written = tmp_path / "result.json"
     source = corpus(["a", None, "b", None]).source
-    assert cli.main(["eval", str(run_folder), "--source", source, "--json", str(written)]) == 0
+    assert main.main(["eval", str(run_folder), "--source", source, "--json", str(written)]) == 0
     assert "\nskipped        2 records whose field is null\n" in capsys.readouterr().out
     assert json.loads(written.read_text())["null_records"] == 2
     source = corpus(["a", "\ud800"]).source
-    assert cli.main(["eval", str(run_folder), "--source", source]) == 2
+    assert main.main(["eval", str(run_folder), "--source", source]) == 2
     message = f"{tmp_path}/some.jsonl:2: field 'text' holds '\\ud800', half of a surrogate pair"
     assert capsys.readouterr().err == f"gptoss: error: {message}\n"
 
@@ -306,7 +306,7 @@ def test_command_reports_skipped_records(run_folder, corpus, tmp_path, capsys):
     ],
 )
 def test_command_with_bad_arguments(args, words, capsys):
-    assert cli.main(["eval", "nowhere", *args]) == 2
+    assert main.main(["eval", "nowhere", *args]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(f"gptoss: error: {words}") and shown.err.count("\n") == 1
     assert shown.out == ""
@@ -314,6 +314,6 @@ def test_command_with_bad_arguments(args, words, capsys):
 
 def test_tasks_need_lm_eval(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert cli.main(["eval", "nowhere", "--task", "a"]) == 2
+    assert main.main(["eval", "nowhere", "--task", "a"]) == 2
     expected = "gptoss: error: task is ['a']: needs lm_eval: pip install 'gptoss-jax[eval]'\n"
     assert capsys.readouterr().err == expected

@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.kernels import few_rows, mxfp4, native
+from gptoss_jax.kernels.cpu import build, decode
+from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.kernels.swiglu import SwiGLU
 from gptoss_jax.model.kv_cache import make_cache
 from gptoss_jax.model.transformer import init_params, with_params
-from gptoss_jax.parallel import expert_dispatch
+from gptoss_jax.parallel import expert_parallel
 
-pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
 
 
 def normal(seed, *shape):
@@ -45,7 +46,7 @@ def test_products(rows, equation, inner, outer):
     x = normal(0, *kept, *inner)
     turned = not w_letters.startswith(x_letters[-len(inner) :])
     stacks = [normal(i, 3, *(out + inner if turned else inner + out)) for i, out in enumerate(outer)]
-    found = few_rows.products(equation, x, [Layer(stack, jnp.int32(2)) for stack in stacks])
+    found = decode.products(equation, x, [Layer(stack, jnp.int32(2)) for stack in stacks])
     for y, stack in zip(found, stacks, strict=True):
         assert_near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
 
@@ -54,7 +55,7 @@ def test_gradients_of_products():
     x, w, g = normal(0, 2, 3, 20), normal(1, 4, 20, 3, 5), normal(2, 2, 3, 3, 5)
 
     def ours(x, w, index):
-        return jnp.sum(few_rows.products("BTD,DNH->BTNH", x, [Layer(w, index)])[0] * g)
+        return jnp.sum(decode.products("BTD,DNH->BTNH", x, [Layer(w, index)])[0] * g)
 
     def plain(x, w):
         return jnp.sum(jnp.einsum("BTD,DNH->BTNH", x, w[3], precision="highest") * g)
@@ -73,9 +74,9 @@ def matrices(E, D, F, packed, seed=0):
         return {"gate_up": jnp.einsum("EFgD->EDgF", gate_up), "down": down.swapaxes(1, 2)}, gate_up, down
     parameters = {}
     for name, values in (("gate_up", gate_up.reshape(E, 2 * F, D)), ("down", down)):
-        parameters[f"{name}_blocks"], parameters[f"{name}_scales"] = mxfp4.pack(values)
+        parameters[f"{name}_blocks"], parameters[f"{name}_scales"] = codec.pack(values)
     numbers = [
-        mxfp4.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)
+        codec.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)
         for name in ("gate_up", "down")
     ]
     return parameters, numbers[0].reshape(E, F, 2, D), numbers[1]
@@ -95,7 +96,7 @@ def test_experts_under_any_routing(packed, limit, data):
     bias = {"gate_up_bias": normal(5, E, 2, F), "down_bias": normal(6, E, D)} if has_bias else {}
     x_MD, weights_MX = normal(7, M, D), jnp.abs(normal(8, M, X))
     activation = SwiGLU(1.7, limit, 0.5)
-    found = few_rows.experts(x_MD, chosen_MX, weights_MX, parameters | bias, E, E, activation)
+    found = decode.experts(x_MD, chosen_MX, weights_MX, parameters | bias, E, E, activation)
     expected = np.zeros((M, D))
     for m, x in np.ndindex(M, X):
         e = chosen_MX[m, x]
@@ -121,16 +122,16 @@ def test_extreme_numbers_of_packed_experts():
     for scale in (20, 64, 127, 190):
         parameters["gate_up_scales"] = jnp.full((1, 2 * F, 1), scale, jnp.uint8)
         numbers = {
-            name: mxfp4.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)[0]
+            name: codec.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)[0]
             for name in ("gate_up", "down")
         }
         h = numbers["gate_up"] @ one_MD[0]
         expected = numbers["down"] @ activation(h[0::2], h[1::2])
-        found = few_rows.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
+        found = decode.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
         assert_near(found[0], expected, 5e-6)
     # Scale 255 is not a number.
     parameters["down_scales"] = parameters["down_scales"].at[0, 3, 1].set(255)
-    found = few_rows.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
+    found = decode.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
     assert np.isnan(found[0]).tolist() == [d == 3 for d in range(D)]
 
 
@@ -139,9 +140,9 @@ def test_what_is_not_a_number_stays_so():
     arguments = normal(0, 3, 32), jnp.zeros((3, 1), int), jnp.ones((3, 1))
     for half in (0, 1):
         bad = parameters | {"gate_up": parameters["gate_up"].at[0, 3, half, 5].set(jnp.nan)}
-        assert np.isnan(few_rows.experts(*arguments, bad, 0, 2, SwiGLU(1.7, 7.0, 1.0))).all()
+        assert np.isnan(decode.experts(*arguments, bad, 0, 2, SwiGLU(1.7, 7.0, 1.0))).all()
     keys, values = normal(1, 1, 2, 1, 5, 16).at[0, 1, 0, 2, 3].set(jnp.nan), normal(2, 1, 2, 1, 5, 16)
-    y_BNH = few_rows.attention(normal(3, 2, 3, 16), Layer(keys, 0), Layer(values, 0), jnp.array([4, 4]), None)
+    y_BNH = decode.attention(normal(3, 2, 3, 16), Layer(keys, 0), Layer(values, 0), jnp.array([4, 4]), None)
     assert np.isnan(y_BNH[1]).all() and np.isfinite(y_BNH[0]).all()
 
 
@@ -157,11 +158,11 @@ def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
         x_MD, weights_MX = normal(5, M, D), jnp.abs(normal(6, M, 2))
         chosen_MX = np.random.default_rng(7).integers(0, E, (M, 2))
         arguments = x_MD, chosen_MX, weights_MX
-        alone = expert_dispatch.apply_experts(
+        alone = expert_parallel.apply_experts(
             *arguments, {name: value[1] for name, value in stacks.items()}, activation
         )[0]
         layers = {name: Layer(value, jnp.int32(1)) for name, value in stacks.items()}
-        assert_near(expert_dispatch.apply_experts(*arguments, layers, activation)[0], alone, 5e-6)
+        assert_near(expert_parallel.apply_experts(*arguments, layers, activation)[0], alone, 5e-6)
 
 
 def packed_and_unpacked(block):
@@ -171,9 +172,9 @@ def packed_and_unpacked(block):
     for name, held, turned in (("gate_up", "LEDgF", "LEFgD"), ("down", "LEFD", "LEDF")):
         rows = jnp.einsum(f"{held}->{turned}", packed.pop(name))
         # The rows of gate and up take turns.
-        blocks, scales = mxfp4.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]))
+        blocks, scales = codec.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]))
         packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        rows = mxfp4.unpack(blocks, scales, jnp.float32).reshape(rows.shape)
+        rows = codec.unpack(blocks, scales, jnp.float32).reshape(rows.shape)
         numbers[name] = jnp.einsum(f"{turned}->{held}", rows)
     return block | {"moe": packed}, block | {"moe": numbers}
 

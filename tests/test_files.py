@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from gptoss_jax.data import files
-from gptoss_jax.data.corpus import open_corpus
 from gptoss_jax.data.files import split_file
+from gptoss_jax.data.sources import open_corpus
 
 BOM = b"\xef\xbb\xbf"
 SKIPPED_FRAME = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"

@@ -11,11 +11,11 @@ from checkpoints import SIZES, original_layout, random_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax import startup
+from gptoss_jax.checkpoints.export import convert
+from gptoss_jax.checkpoints.load import load_model, load_pretrained
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.sharding import path_names
-from gptoss_jax.weights.export import convert
-from gptoss_jax.weights.pretrained import load_model, load_pretrained
+from gptoss_jax.parallel.rules import path_names
 
 LAYER_1 = "model.layers.1."
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
 
+from gptoss_jax.checkpoints import load
 from gptoss_jax.config import MeshConfig, ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import engine
@@ -20,12 +21,11 @@ from gptoss_jax.inference.generate import (
     stream_with_params,
 )
 from gptoss_jax.inference.sampling import sample
-from gptoss_jax.kernels import target
+from gptoss_jax.kernels import backend
 from gptoss_jax.model.kv_cache import make_cache
 from gptoss_jax.model.transformer import init_params, with_params
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.sharding import parameter_shardings
-from gptoss_jax.weights import pretrained
+from gptoss_jax.parallel.rules import parameter_shardings
 
 PROMPTS = [[5], [11, 3, 96, 0, 7, 8, 9], list(range(40, 63)), [1, 2]]
 MOST = 40
@@ -310,15 +310,15 @@ def test_on_tpus_no_packed_bytes_are_copied(topology, tensor, monkeypatch):
     with tpu_devices(topology) as devices, contextlib.ExitStack() as stack:
         if tensor == 1:
             # Without a mesh the default device would be asked.
-            monkeypatch.setattr(target, "platform", lambda: "tpu")
-            monkeypatch.setattr(target, "device_kind", lambda: devices[0].device_kind)
+            monkeypatch.setattr(backend, "platform", lambda: "tpu")
+            monkeypatch.setattr(backend, "device_kind", lambda: devices[0].device_kind)
             monkeypatch.setattr(jax, "local_devices", lambda: devices)
             mesh, whole = None, jax.sharding.SingleDeviceSharding(devices[0])
         else:
             mesh = make_mesh(MeshConfig(data=1, tensor=tensor), devices)
             stack.enter_context(jax.set_mesh(mesh))
             whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        params = pretrained.placed(pretrained.typed_tree(config, "bfloat16"), mesh)
+        params = load.placed(load.typed_tree(config, "bfloat16"), mesh)
 
         def zeros(*shape, dtype=jnp.int32):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)

@@ -10,8 +10,8 @@ from grouped import by_loop, sizes_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.kernels import native
-from gptoss_jax.kernels.grouped_matmul import (
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.grouped_matmul.api import (
     add_group_bias,
     blocked_grouped_matmul,
     grouped_matmul,
@@ -21,7 +21,7 @@ from gptoss_jax.kernels.grouped_matmul import (
 
 E, D, F = 4, 5, 7
 FORMS = {"blocked": blocked_grouped_matmul, "reference": reference_grouped_matmul, "chosen": grouped_matmul}
-if native.is_available():
+if build.is_available():
     FORMS["native"] = native_grouped_matmul
 
 
@@ -63,7 +63,7 @@ def test_larger_blocks(rows, shares):
     check("blocked", rows, [int(share * rows) for share in shares], np.nan)
 
 
-@pytest.mark.skipif(not native.is_available(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not build.is_available(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("widths", [(1, 1), (31, 33), (100, 530), (1030, 70)], ids=str)
 @pytest.mark.parametrize("sizes", [(0, 13, 1, 40), (600, 0, 5, 0), (12, 24, 8, 4)], ids=str)
 def test_native_at_every_edge(widths, sizes):
@@ -93,7 +93,7 @@ def test_native_at_every_edge(widths, sizes):
 
 
 def test_without_native_kernels_xla_does_it(monkeypatch):
-    monkeypatch.setattr(native, "is_available", lambda: False)
+    monkeypatch.setattr(build, "is_available", lambda: False)
     x, w, sizes = jnp.ones((5, 2)), jnp.ones((2, 2, 3)), jnp.array([2, 3])
     text = jax.jit(lambda x, w: grouped_matmul(x, w, sizes, jnp.ones((2, 3)))).lower(x, w).as_text()
     assert "custom_call" not in text
@@ -110,7 +110,7 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
     with pytest.warns(
         UserWarning, match="cannot compile the kernels in native/, or .*; XLA does their work: x.cc:1: error"
     ):
-        assert not native.is_available.__wrapped__()
+        assert not build.is_available.__wrapped__()
     assert [path for path in tmp_path.rglob("*") if path.suffix == ".so"] == []
 
 

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax import check_report
+from gptoss_jax.cli import check as check_command
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.config.kernels import KERNELS, plain_kernels
-from gptoss_jax.kernels import check, few_rows, first_use, grouped_matmul, native, selection, target
-from gptoss_jax.kernels import triton_mxfp4_matmul as triton_mxfp4
+from gptoss_jax.kernels import backend, check, first_use, selection
 from gptoss_jax.kernels.check import Case, Result, check_case
+from gptoss_jax.kernels.cpu import build, decode
+from gptoss_jax.kernels.grouped_matmul import api
+from gptoss_jax.kernels.mxfp4 import pallas_triton as triton_mxfp4
 from gptoss_jax.model.transformer import with_params
-from gptoss_jax.parallel import processes
+from gptoss_jax.parallel import distributed
 
-needs_compiler = pytest.mark.skipif(not native.is_available(), reason="no C++ compiler here")
+needs_compiler = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_a_setting_that_means_nothing_is_refused(setting):
 @needs_compiler
 def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    experts, attention = few_rows.experts, few_rows.attention
+    experts, attention = decode.experts, decode.attention
 
     def off_by_a_thousandth(x_MD, experts_MX, weights_MX, parameters, *rest):
         y_MD = experts(x_MD, experts_MX, weights_MX, parameters, *rest)
@@ -61,10 +63,10 @@ def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, t
     def not_a_number(*arguments):
         return attention(*arguments).at[0, 0, 0].set(jnp.nan)
 
-    monkeypatch.setattr(few_rows, "experts", off_by_a_thousandth)
-    monkeypatch.setattr(few_rows, "products", does_not_compile)
-    monkeypatch.setattr(few_rows, "attention", not_a_number)
-    assert not check_report.run(str(tmp_path / "found.json"))
+    monkeypatch.setattr(decode, "experts", off_by_a_thousandth)
+    monkeypatch.setattr(decode, "products", does_not_compile)
+    monkeypatch.setattr(decode, "attention", not_a_number)
+    assert not check_command.run(str(tmp_path / "found.json"))
     found = {r["kernel"]: r for r in json.loads((tmp_path / "found.json").read_text("utf-8"))["results"]}
     assert {name: r["status"] for name, r in found.items()} == {
         "decode_matmul": "failed",
@@ -86,8 +88,8 @@ def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, t
 
 def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "is_available", lambda: False)
-    assert check_report.run()
+    monkeypatch.setattr(build, "is_available", lambda: False)
+    assert check_command.run()
     printed = capsys.readouterr().out
     assert "grouped_matmul (float32): unavailable, no working C++ compiler" in printed
     assert "0 of 0 checks passed" in printed
@@ -151,7 +153,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "check_case", fake_check)
     monkeypatch.setattr(check, "cases", lambda backend: map(case_of, GPU_KERNELS))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(first_use, "_failed_elsewhere", set())
     monkeypatch.delenv(selection.ENVIRONMENT, raising=False)
@@ -178,7 +180,7 @@ def test_the_first_use_on_a_gpu_checks_and_remembers(machine, capsys):
     assert checked == GPU_KERNELS and capsys.readouterr().err == ""
     # `gptoss check` looks again.
     statuses.clear()
-    assert check_report.run()
+    assert check_command.run()
     first_use._failed_kernels.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -194,9 +196,9 @@ def test_what_turns_the_check_off(machine, monkeypatch):
         monkeypatch.setenv(selection.ENVIRONMENT, setting)
         assert selection.is_enabled("attention") is enabled
         monkeypatch.delenv(selection.ENVIRONMENT)
-    monkeypatch.setattr(target, "platform", lambda: "tpu")  # compiled for other devices than those here
+    monkeypatch.setattr(backend, "platform", lambda: "tpu")  # compiled for other devices than those here
     assert selection.is_enabled("attention")
-    monkeypatch.setattr(target, "platform", lambda: "another")  # a plugin, for which there are no kernels
+    monkeypatch.setattr(backend, "platform", lambda: "another")  # a plugin, for which there are no kernels
     assert not selection.is_enabled("attention")
     assert checked == []
 
@@ -208,7 +210,7 @@ def test_a_kernel_that_ended_the_process_is_off(machine, capsys):
         assert not selection.is_enabled("grouped_matmul")
     assert checked == ["mxfp4_matmul"]
     # `gptoss check` names it, and gets past it.
-    assert not check_report.run()
+    assert not check_command.run()
     assert checked == ["mxfp4_matmul", "attention", "mxfp4_matmul"]
     printed = capsys.readouterr().out
     assert f"its check ended an earlier process; remove {record} to run it again" in printed
@@ -261,7 +263,7 @@ def test_a_kernel_that_breaks_the_device_ends_the_process_in_one_line(machine, m
     monkeypatch.setattr(first_use, "_device_works", lambda: False)
     message = "kernel attention left the device unusable: .* Run the command again"
     with pytest.raises(OSError, match=message):
-        check_report.run(str(tmp_path / "found.json"))
+        check_command.run(str(tmp_path / "found.json"))
     (found,) = json.loads((tmp_path / "found.json").read_text("utf-8"))["results"]
     assert found["kernel"] == "attention" and found["status"] == "failed"
     # The next process starts where this one ended.
@@ -279,17 +281,17 @@ def test_a_kernel_that_failed_in_another_process_is_off_here(machine):
 
 def test_processes_agree_on_kernels(machine, monkeypatch):
     others = [["auto", []], ["auto", ["mxfp4_matmul"]]]
-    monkeypatch.setattr(processes, "exchange", lambda mine: [list(mine), *others])
-    processes.agree_on_kernels.cache_clear()
+    monkeypatch.setattr(distributed, "exchange", lambda mine: [list(mine), *others])
+    distributed.agree_on_kernels.cache_clear()
     with pytest.warns(UserWarning, match="kernel mxfp4_matmul is off: it failed its check in process 2"):
-        processes.agree_on_kernels("auto")
+        distributed.agree_on_kernels("auto")
     assert not selection.is_enabled("mxfp4_matmul") and selection.is_enabled("attention")
     others[0][0] = "plain"
-    processes.agree_on_kernels.cache_clear()
+    distributed.agree_on_kernels.cache_clear()
     message = "GPTOSS_JAX_KERNELS is 'plain': of process 1; process 0 has 'auto', and all processes must have"
     with pytest.raises(ValueError, match=message):
-        processes.agree_on_kernels("auto")
-    processes.agree_on_kernels.cache_clear()
+        distributed.agree_on_kernels("auto")
+    distributed.agree_on_kernels.cache_clear()
 
 
 @needs_compiler
@@ -306,16 +308,16 @@ def test_plain_compiles_no_kernel_into_a_model(tiny_config, random_params):
 
 
 def test_plain_attention_on_a_gpu_is_the_blockwise_one(monkeypatch):
-    from gptoss_jax.kernels import flash_attention
+    from gptoss_jax.kernels.attention import api
 
-    monkeypatch.setattr(target, "platform", lambda: "gpu")
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
     x = jnp.ones((1, 4, 2, 16))
     places = jnp.zeros((1, 4), jnp.int32)
     with selection.using("plain:attention"):
-        text = jax.make_jaxpr(lambda x: flash_attention.flash_attention(x, x, x, places, places, None))(x)
+        text = jax.make_jaxpr(lambda x: api.flash_attention(x, x, x, places, places, None))(x)
     assert "pallas_call" not in str(text)
     with selection.using("plain:grouped_matmul"):
-        assert grouped_matmul._form() is grouped_matmul.blocked_grouped_matmul
+        assert api._form() is api.blocked_grouped_matmul
 
 
 def test_the_gradient_of_a_group_bias_adds_up_in_float32():
@@ -323,7 +325,7 @@ def test_the_gradient_of_a_group_bias_adds_up_in_float32():
     x_RF, bias_EF = jnp.zeros((257, 2), jnp.bfloat16), jnp.zeros((1, 2), jnp.bfloat16)
 
     def total(bias_EF):
-        y_RF = grouped_matmul.add_group_bias(x_RF, bias_EF, jnp.array([257]))
+        y_RF = api.add_group_bias(x_RF, bias_EF, jnp.array([257]))
         return jnp.sum(y_RF.astype(jnp.float32))
 
     scale = 1.015625  # 260 / 256, so that the right sum is a bfloat16

@@ -14,14 +14,14 @@ import datasets  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from gptoss_jax import cli  # noqa: E402
+from gptoss_jax.checkpoints.export import save_pretrained  # noqa: E402
+from gptoss_jax.cli.main import main  # noqa: E402
 from gptoss_jax.config import ModelConfig  # noqa: E402
 from gptoss_jax.data.tokenizer import make_tokenizer  # noqa: E402
 from gptoss_jax.evaluation.lm_eval import GptOss, evaluate_tasks  # noqa: E402
-from gptoss_jax.evaluation.scores import target_scores  # noqa: E402
+from gptoss_jax.evaluation.logprobs import target_scores  # noqa: E402
 from gptoss_jax.inference.generate import generate_with_params  # noqa: E402
 from gptoss_jax.model.transformer import init_params, with_params  # noqa: E402
-from gptoss_jax.weights.export import save_pretrained  # noqa: E402
 
 BYTES = make_tokenizer("bytes")
 BOS = BYTES.bos_id
@@ -226,7 +226,7 @@ def test_a_task_of_choices_from_a_file(folder, log_probs, task, tmp_path, capfd)
     # lm_eval puts a space between question and choice itself.
     file = task(CHOICE + 'target_delimiter: ""\n', rows)
     written = tmp_path / "result.json"
-    assert cli.main(["eval", str(folder), "--task", file, "--json", str(written)]) == 0
+    assert main.main(["eval", str(folder), "--task", file, "--json", str(written)]) == 0
     result = json.loads(written.read_text())
     assert result["results"]["a_task_of_mine"]["acc,none"] == pytest.approx(right / 3)
     assert "a_task_of_mine" in capfd.readouterr().out
@@ -257,7 +257,7 @@ def test_a_task_of_answers_from_a_file(config, params, folder, task):
     ],
 )
 def test_tasks_that_are_not_there(folder, arguments, words, capsys):
-    assert cli.main(["eval", str(folder), *arguments]) == 2
+    assert main.main(["eval", str(folder), *arguments]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"gptoss: error: {words}") and shown.count("\n") == 1
 

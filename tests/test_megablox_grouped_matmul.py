@@ -9,7 +9,7 @@ import pytest
 from grouped import by_loop
 from tpu_compiler import needs_libtpu, on_tpus
 
-from gptoss_jax.kernels.megablox_grouped_matmul import _parts, _tiles, megablox_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.pallas_tpu import _parts, _tiles, megablox_grouped_matmul
 
 E = 4
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.training.metrics import (
+from gptoss_jax.training.console import (
     Console,
     MetricsLog,
     format_count,

@@ -13,9 +13,9 @@ from gptoss_jax.config import MeshConfig
 from gptoss_jax.kernels.swiglu import SwiGLU
 from gptoss_jax.model.moe import MoE, route, router_stats
 from gptoss_jax.model.transformer import abstract_params, parameter_count
-from gptoss_jax.parallel import expert_dispatch
+from gptoss_jax.parallel import expert_parallel
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.sharding import parameter_shardings, path_names
+from gptoss_jax.parallel.rules import parameter_shardings, path_names
 from gptoss_jax.training.losses import load_balance_loss, router_z_loss
 
 B, T = 2, 9
@@ -231,7 +231,7 @@ def test_few_rows_take_a_way_of_their_own_to_the_same_result(either_config, monk
     x_BTD = jax.random.normal(jax.random.key(1), (2, 3, either_config.hidden_size))
     real_BT = jnp.array([[True, True, True], [True, False, False]])
     few, _ = moe(x_BTD, real_BT)
-    monkeypatch.setattr(expert_dispatch, "FEW_PAIRS", 0)
+    monkeypatch.setattr(expert_parallel, "FEW_PAIRS", 0)
     many, _ = moe(x_BTD, real_BT)
     np.testing.assert_allclose(few, many, atol=1e-5 * float(jnp.max(jnp.abs(many))))
     assert not np.any(few[1, 1:]) and np.all(np.any(few[0] != 0, axis=-1))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gptoss_jax.kernels import mxfp4
+from gptoss_jax.kernels.mxfp4 import codec
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6] + [-0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -17,8 +17,8 @@ INF, NAN = np.inf, np.nan
 TINIEST = 2.0**-149  # the smallest float32
 LARGEST = float(np.finfo(np.float32).max)
 
-unpack = jax.jit(mxfp4.unpack, static_argnames="dtype")
-pack = jax.jit(mxfp4.pack)
+unpack = jax.jit(codec.unpack, static_argnames="dtype")
+pack = jax.jit(codec.pack)
 
 
 def codes_of(blocks):
@@ -64,7 +64,7 @@ def assert_same_numbers(found, expected):
 
 def assert_packed(values, codes, scales):
     """Both ways to pack [..., 32] give these bytes."""
-    for blocks, found in (pack(values), mxfp4.pack(values, xp=np)):
+    for blocks, found in (pack(values), codec.pack(values, xp=np)):
         assert blocks.dtype == found.dtype == np.uint8
         np.testing.assert_array_equal(found[..., 0], scales)
         known = np.asarray(scales) < 255
@@ -92,7 +92,7 @@ def test_the_published_example():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_every_byte_under_every_scale(dtype):
     expected = decode(EVERY_BYTE, EVERY_SCALE).reshape(256, 512)
-    for found in (unpack(EVERY_BYTE, EVERY_SCALE, dtype), mxfp4.unpack(EVERY_BYTE, EVERY_SCALE, dtype)):
+    for found in (unpack(EVERY_BYTE, EVERY_SCALE, dtype), codec.unpack(EVERY_BYTE, EVERY_SCALE, dtype)):
         assert found.dtype == dtype
         assert_same_numbers(wide(found), expected)
     # 2, 3, 4 and 6 overflow under scale 254, 4 and 6 under 253.
@@ -100,8 +100,8 @@ def test_every_byte_under_every_scale(dtype):
 
 
 def test_bits_on_the_host_are_those_on_the_device():
-    found = mxfp4.bfloat16_bits(EVERY_BYTE, EVERY_SCALE[..., None], np)
-    on_device = jax.jit(mxfp4.bfloat16_bits)(EVERY_BYTE, EVERY_SCALE[..., None])
+    found = codec.bfloat16_bits(EVERY_BYTE, EVERY_SCALE[..., None], np)
+    on_device = jax.jit(codec.bfloat16_bits)(EVERY_BYTE, EVERY_SCALE[..., None])
     for host, device in zip(found, on_device, strict=True):
         assert host.dtype == device.dtype == np.uint16
         np.testing.assert_array_equal(host, device)
@@ -117,7 +117,7 @@ def test_axes_stand_where_they_are_asked_for():
     np.testing.assert_array_equal(unpack(blocks, scales, jnp.float32), expected)
     again, powers = pack(expected.astype(np.float32))
     assert again.shape == blocks.shape and powers.shape == scales.shape
-    np.testing.assert_array_equal(mxfp4.pack_scales(expected.astype(np.float32), xp=np), powers)
+    np.testing.assert_array_equal(codec.pack_scales(expected.astype(np.float32), xp=np), powers)
 
 
 def test_packing_what_was_unpacked_gives_the_same_values():
@@ -128,7 +128,7 @@ def test_packing_what_was_unpacked_gives_the_same_values():
         values = np.asarray(unpack(blocks, scales, jnp.float32))
         finite = np.isfinite(values).reshape(*scales.shape, 32).all(axis=-1)
         assert finite.mean() > 0.98
-        for found, powers in (pack(values), mxfp4.pack(values, xp=np)):
+        for found, powers in (pack(values), codec.pack(values, xp=np)):
             again = np.asarray(unpack(found, powers, jnp.float32)).reshape(*scales.shape, 32)
             assert_same_numbers(again[finite], values.reshape(again.shape)[finite])
             # A group that overflowed is known no more.
@@ -182,7 +182,7 @@ def test_ties_go_to_the_even_code(exponent):
             blocks, scales = pack(numbers)
             assert np.asarray(scales).tolist() == [127 + exponent]
             assert_same_numbers(wide(unpack(blocks, scales, jnp.float32))[1:8], sign * expected)
-            np.testing.assert_array_equal(mxfp4.pack(numbers, xp=np)[0], blocks)
+            np.testing.assert_array_equal(codec.pack(numbers, xp=np)[0], blocks)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_every_bfloat16_packs_as_the_same_float32(order):
     same = (bits.astype(np.uint32) << 16).reshape(64, 1024).view(np.float32)
     expected = [np.asarray(part) for part in pack(same)]
     assert 0 < (expected[1] == 255).sum() < expected[1].size
-    for found in (pack(narrow), mxfp4.pack(narrow, xp=np), mxfp4.pack(same, xp=np)):
+    for found in (pack(narrow), codec.pack(narrow, xp=np), codec.pack(same, xp=np)):
         for part, values in zip(found, expected, strict=True):
             np.testing.assert_array_equal(part, values)
 
@@ -250,16 +250,16 @@ def test_groups_run_along_any_axis(axis, dtype):
     values = np.random.default_rng(0).standard_normal((64, 96, 32)).astype(dtype)
     place = axis % 3
     last = np.ascontiguousarray(np.moveaxis(values, place, -1))
-    blocks, scales = mxfp4.pack(last, xp=np)
+    blocks, scales = codec.pack(last, xp=np)
     blocks = np.moveaxis(blocks, (-2, -1), (place, place + 1))
     scales = np.moveaxis(scales, -1, place)
     # What lies in another order in memory, too.
     turned = np.moveaxis(last, -1, place)
-    pack_along = jax.jit(mxfp4.pack, static_argnames="axis")
-    for found in (pack_along(values, axis=axis), mxfp4.pack(values, axis, np), mxfp4.pack(turned, axis, np)):
+    pack_along = jax.jit(codec.pack, static_argnames="axis")
+    for found in (pack_along(values, axis=axis), codec.pack(values, axis, np), codec.pack(turned, axis, np)):
         np.testing.assert_array_equal(found[0], blocks)
         np.testing.assert_array_equal(found[1], scales)
-    np.testing.assert_array_equal(mxfp4.pack_scales(values, axis, np), scales)
+    np.testing.assert_array_equal(codec.pack_scales(values, axis, np), scales)
 
 
 @pytest.mark.parametrize("size", [1, 31, 33, 48])
@@ -267,9 +267,9 @@ def test_other_sizes_are_refused(size):
     for values in (np.ones((2, size), np.float32), np.ones((2, size), BFLOAT16)):
         for xp in (jnp, np):
             with pytest.raises(ValueError, match=f"axis 1 has {size} values: must be a multiple of 32"):
-                mxfp4.pack(values, xp=xp)
+                codec.pack(values, xp=xp)
             with pytest.raises(ValueError, match=f"axis 0 has {size} values: must be a multiple of 32"):
-                mxfp4.pack_scales(values.T, axis=-2, xp=xp)
+                codec.pack_scales(values.T, axis=-2, xp=xp)
 
 
 GROUPS = (6, 32)
@@ -293,7 +293,7 @@ def test_any_numbers_pack_by_the_rule(bits):
     assert_packed(bits.view(np.float32), *encode(wide(bits.view(np.float32))))
     # Not a byte differs, of groups that are not known either.
     values = bits.reshape(2, -1).view(np.float32)
-    for host, device in zip(mxfp4.pack(values, xp=np), pack(values), strict=True):
+    for host, device in zip(codec.pack(values, xp=np), pack(values), strict=True):
         np.testing.assert_array_equal(host, device)
 
 

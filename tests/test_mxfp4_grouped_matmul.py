@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from jax.experimental.layout import Format, Layout
 from tpu_compiler import BYTES_MADE, TPUS, needs_libtpu, tpu_devices
 
-from gptoss_jax.kernels import mxfp4, target
-from gptoss_jax.kernels.grouped_matmul import add_group_bias
-from gptoss_jax.kernels.mosaic_mxfp4_matmul import BLOCKS, SCALES, mosaic_mxfp4_matmul
-from gptoss_jax.kernels.mxfp4_grouped_matmul import looped_mxfp4_matmul, mxfp4_grouped_matmul, visits
-from gptoss_jax.kernels.triton_mxfp4_matmul import triton_mxfp4_matmul
+from gptoss_jax.kernels import backend
+from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
+from gptoss_jax.kernels.mxfp4 import codec
+from gptoss_jax.kernels.mxfp4.api import looped_mxfp4_matmul, mxfp4_grouped_matmul, visits
+from gptoss_jax.kernels.mxfp4.pallas_tpu import BLOCKS, SCALES, mosaic_mxfp4_matmul
+from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul
 
 R, E, F, G = 37, 4, 7, 3
 D = 32 * G
@@ -43,7 +44,7 @@ def packed(E, F, G, seed=0):
 
 
 def by_loop(x, blocks, scales, sizes):
-    w = np.asarray(mxfp4.unpack(blocks, scales, jnp.float32), np.float64)
+    w = np.asarray(codec.unpack(blocks, scales, jnp.float32), np.float64)
     y, start = np.zeros((x.shape[0], w.shape[1])), 0
     for e, size in enumerate(sizes):
         y[start : start + size] = x[start : start + size].astype(np.float64) @ w[e].T
@@ -104,7 +105,7 @@ def test_every_byte_under_every_scale(form, dtype):
     blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 1, 1, 16), (16, 256, 1, 16))
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
     x = jnp.tile(jnp.eye(32, dtype=dtype), (16, 1))
-    expected = np.asarray(mxfp4.unpack(blocks, scales, dtype), np.float64).swapaxes(1, 2)
+    expected = np.asarray(codec.unpack(blocks, scales, dtype), np.float64).swapaxes(1, 2)
     found = np.asarray(multiply(form, x, blocks, scales, np.full(16, 32, np.int32)), np.float64)
     found = found.reshape(16, 32, 256)
     # Infinite times zero is no number: one such weight spoils all of its output.
@@ -123,7 +124,7 @@ def test_every_code_under_every_scale(form, dtype):
     # Group e has code e alone, and its output f the scale f.
     blocks = np.broadcast_to(17 * np.arange(16, dtype=np.uint8).reshape(16, 1, 1, 1), (16, 256, 1, 16))
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
-    expected = np.asarray(mxfp4.unpack(blocks, scales, dtype), np.float64)[:, :, 0]
+    expected = np.asarray(codec.unpack(blocks, scales, dtype), np.float64)[:, :, 0]
     x = jnp.full((16, 32), 1 / 32, dtype)
     found = np.asarray(multiply(form, x, blocks, scales, np.ones(16, np.int32)), np.float64)
     # A 32nd of smaller ones is no normal float.
@@ -157,7 +158,7 @@ def test_gradients_of_rows_and_bias(form):
     sizes = jnp.array([10, 0, 20, 4], jnp.int32)
     blocks, scales = packed(E, F, G)
     x, bias, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(R, D), (E, F), (R, F)]))
-    w_EFD = mxfp4.unpack(blocks, scales, jnp.float32)
+    w_EFD = codec.unpack(blocks, scales, jnp.float32)
     group = np.repeat(np.arange(E), sizes)
 
     def plain(x, bias):
@@ -243,7 +244,7 @@ def test_lowers_for_cuda(dtype, monkeypatch):
     [("tpu", 16, True), ("gpu", 16, True), ("gpu", 2048, False), ("cpu", 16, False)],
 )
 def test_each_platform_has_its_form(platform, rows, is_kernel, monkeypatch):
-    monkeypatch.setattr(target, "platform", lambda: platform)
+    monkeypatch.setattr(backend, "platform", lambda: platform)
     x = jnp.zeros((rows, D))
     # A function of its own, because JAX remembers what it traced.
     jaxpr = jax.make_jaxpr(lambda *inputs: mxfp4_grouped_matmul(*inputs))(

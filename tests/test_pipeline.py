@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.config import DataConfig
-from gptoss_jax.data import pipeline
-from gptoss_jax.data.corpus import open_corpus, split
-from gptoss_jax.data.pipeline import (
+from gptoss_jax.data import batches
+from gptoss_jax.data.batches import (
     Rows,
     build_cache,
     held_out_batches,
@@ -30,6 +29,7 @@ from gptoss_jax.data.pipeline import (
     put_on_mesh,
     train_batches,
 )
+from gptoss_jax.data.sources import open_corpus, split
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -199,8 +199,8 @@ def test_long_documents_are_encoded_in_parts(config, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(text)
     config = dataclasses.replace(config, source=f"text:{tmp_path}/a.txt", tokenizer="bpe:300", held_out=0.2)
     whole = build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "whole")))
-    monkeypatch.setattr(pipeline, "PART_CHARS", 300)
-    assert max(map(len, pipeline._parts(text))) <= 300 and "".join(pipeline._parts(text)) == text
+    monkeypatch.setattr(batches, "PART_CHARS", 300)
+    assert max(map(len, batches._parts(text))) <= 300 and "".join(batches._parts(text)) == text
     parts = build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "parts")))
     # The cuts are where tokens end anyway; only the run of spaces has none.
     kept = slice(0, int(whole.offsets[1]))
@@ -240,7 +240,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path):
         (partial,) = folder.iterdir()
         assert (partial / "tokens.bin").exists()
         # While that process lives its folder is left alone.
-        pipeline._remove_leftovers(folder)
+        batches._remove_leftovers(folder)
         assert partial.exists()
     finally:
         build.kill()
@@ -375,7 +375,7 @@ def test_a_part_of_a_batch_is_its_rows_and_nothing_else_is_read(cache, config, m
 RESUME = """
 import hashlib, json, sys
 from gptoss_jax.config import DataConfig
-from gptoss_jax.data.pipeline import build_cache, train_batches
+from gptoss_jax.data.batches import build_cache, train_batches
 
 config = DataConfig.from_dict(json.loads(sys.argv[1]))
 batches = train_batches(build_cache(config), config, seed=5)

@@ -10,16 +10,16 @@ import pytest
 from rich.console import Console
 from tpu_compiler import needs_libtpu
 
-from gptoss_jax import cli
+from gptoss_jax.cli import main
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.parallel.mesh import AXES, make_mesh
-from gptoss_jax.plan.chips import CHIPS, GIB, find_chip, parse_topology
-from gptoss_jax.plan.compiled import Compiled, compile_step, read_refusal
-from gptoss_jax.plan.estimate import estimate, transfer_seconds
-from gptoss_jax.plan.hlo import collectives, mesh_axes, parse_groups, shape_bytes
-from gptoss_jax.plan.meshes import all_meshes, compare, parse_mesh, rank
-from gptoss_jax.plan.report import make_plan
-from gptoss_jax.plan.table import show
+from gptoss_jax.planning.chips import CHIPS, GIB, find_chip, parse_topology
+from gptoss_jax.planning.compiled import Compiled, compile_step, read_refusal
+from gptoss_jax.planning.estimate import estimate, transfer_seconds
+from gptoss_jax.planning.hlo import collectives, mesh_axes, parse_groups, shape_bytes
+from gptoss_jax.planning.meshes import all_meshes, compare, parse_mesh, rank
+from gptoss_jax.planning.report import make_plan
+from gptoss_jax.planning.table import show
 from gptoss_jax.training.flops import flops_per_token, parameter_counts, peak_flops
 from gptoss_jax.training.state import create_state
 
@@ -343,7 +343,7 @@ def preset(tmp_path):
 def test_command(capsys, tmp_path, preset):
     file = tmp_path / "plan.json"
     args = ["plan", preset, "--chip", "h200", "--devices", "16", "--json", str(file)]
-    assert cli.main([*args, "--model.remat", "none", "--data.seq-len=64", "--optim.accumulate", "2"]) == 0
+    assert main.main([*args, "--model.remat", "none", "--data.seq-len=64", "--optim.accumulate", "2"]) == 0
     captured = capsys.readouterr()
     # At most 80 columns, and nothing is cut.
     assert max(map(len, captured.out.splitlines())) <= 80 and "…" not in captured.out
@@ -362,11 +362,11 @@ def test_command(capsys, tmp_path, preset):
 
 def test_given_meshes(capsys, preset):
     args = ["plan", preset, "--chip", "v5e", "--devices", "8"]
-    assert cli.main([*args, "--mesh", "fsdp=8", "--mesh", "fsdp=4,expert=2"]) == 0
+    assert main.main([*args, "--mesh", "fsdp=8", "--mesh", "fsdp=4,expert=2"]) == 0
     shown = capsys.readouterr().out
     assert "fsdp=8 " in shown and "fsdp=4, expert=2 " in shown and "more meshes" not in shown
     # The config's own flags for it mean one mesh.
-    assert cli.main([*args, "--mesh.fsdp", "2", "--mesh.data", "-1"]) == 0
+    assert main.main([*args, "--mesh.fsdp", "2", "--mesh.data", "-1"]) == 0
     assert "Best: data=4,fsdp=2," in capsys.readouterr().out
 
 
@@ -406,7 +406,7 @@ def test_what_the_compiler_says_is_shown(capsys):
     ],
 )
 def test_errors_are_one_line(capsys, preset, args, words):
-    assert cli.main(["plan", preset, *args]) == 2
+    assert main.main(["plan", preset, *args]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("gptoss: error: ") and captured.err.count("\n") == 1
@@ -414,8 +414,8 @@ def test_errors_are_one_line(capsys, preset, args, words):
 
 
 def test_without_libtpu(capsys, monkeypatch, preset):
-    monkeypatch.setattr("gptoss_jax.plan.compiled.has_tpu_compiler", lambda: False)
-    assert cli.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
+    monkeypatch.setattr("gptoss_jax.planning.compiled.has_tpu_compiler", lambda: False)
+    assert main.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
     assert "pip install -e '.[tpu-compile]'" in capsys.readouterr().err
 
 

@@ -20,18 +20,18 @@ import pytest
 from checkpoints import SIZES, original_layout, random_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from gptoss_jax.checkpoints import export, sharded_io
+from gptoss_jax.checkpoints.export import convert, save_pretrained, write_folder
+from gptoss_jax.checkpoints.load import from_pretrained, load_pretrained
+from gptoss_jax.checkpoints.mappings import HUGGINGFACE, ORIGINAL, axis_sizes, expected_shapes
+from gptoss_jax.checkpoints.readers import open_weights
+from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
-from gptoss_jax.kernels import mxfp4
+from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.model.transformer import init_params, params_of, with_params
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.sharding import parameter_shardings, path_names
-from gptoss_jax.weights import export, placing
-from gptoss_jax.weights.checkpoint import Checkpoints
-from gptoss_jax.weights.export import convert, save_pretrained, write_folder
-from gptoss_jax.weights.huggingface import HUGGINGFACE, ORIGINAL, axis_sizes, expected_shapes
-from gptoss_jax.weights.pretrained import from_pretrained, load_pretrained
-from gptoss_jax.weights.sources import open_weights
+from gptoss_jax.parallel.rules import parameter_shardings, path_names
 
 PUBLISHED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "configs"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -315,7 +315,7 @@ def test_packing_while_loading(published, form):
         if name.endswith(("gate_up", "down")):
             rows = np.asarray(leaf).swapaxes(2, -1).astype(np.float32)
             # Of gate and up, [layers, E, F, 2, D], the rows take turns.
-            parts = mxfp4.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), xp=np)
+            parts = codec.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), xp=np)
             expected |= {f"{name}_blocks": parts[0], f"{name}_scales": parts[1]}
         else:
             expected[name] = leaf
@@ -416,7 +416,7 @@ def test_a_mesh_holds_the_same(divisible, form, experts, gate_up_shard):
 def test_on_tpus_arrays_lie_in_memory_as_programs_read_them(divisible, mesh_config, monkeypatch):
     mesh = mesh_config and make_mesh(mesh_config)
     plain = from_pretrained(divisible("mxfp4"), mesh=mesh)
-    monkeypatch.setattr(placing, "_platform", lambda sharding: "tpu")
+    monkeypatch.setattr(sharded_io, "_platform", lambda sharding: "tpu")
     model = from_pretrained(divisible("mxfp4"), mesh=mesh)
     expected, orders = leaves(params_of(plain)), {}
     for name, array in leaves(params_of(model)).items():
@@ -647,7 +647,7 @@ def test_every_form_into_every_other(published, tmp_path, form, experts):
                 )
         elif experts == "mxfp4" and name.endswith(("gate_up_proj", "down_proj")):
             values = np.ascontiguousarray(array.swapaxes(1, 2)).astype(np.float32)
-            expected[f"{name}_blocks"], expected[f"{name}_scales"] = mxfp4.pack(values, xp=np)
+            expected[f"{name}_blocks"], expected[f"{name}_scales"] = codec.pack(values, xp=np)
         else:
             expected[name] = array.astype(rest)
     assert_same_tensors(found, expected)
@@ -859,7 +859,7 @@ def traced_peak():
 @pytest.mark.parametrize(("experts", "dtype"), [(None, None), ("bfloat16", None), ("float32", "float32")])
 def test_loading_holds_less_than_half_a_tensor_besides_the_result(large, monkeypatch, experts, dtype):
     # Each thread holds a few MB of its own, however many there are.
-    monkeypatch.setattr(placing.os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(sharded_io.os, "sched_getaffinity", lambda process: {0, 1})
     load_pretrained(large, dtype, experts)
     with traced_peak() as peak:
         _, params, _ = load_pretrained(large, dtype, experts)
@@ -877,8 +877,8 @@ def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
     index = (slice(1, 3), slice(0, None), slice(0, 2), slice(3, 9))
     index = tuple(slice(*part.indices(size)) for part, size in zip(index, layers[0].shape, strict=True))
     devices = jax.devices()[2:4]
-    made, unsound = placing._layer_by_layer(BFLOAT16, index, layers, devices, None)
-    wanted, _ = placing._part(BFLOAT16, index, layers, stacked=True)
+    made, unsound = sharded_io._layer_by_layer(BFLOAT16, index, layers, devices, None)
+    wanted, _ = sharded_io._part(BFLOAT16, index, layers, stacked=True)
     assert [array.devices() for array in made] == [{device} for device in devices] and unsound == []
     for array in made:
         np.testing.assert_array_equal(np.asarray(array), wanted)
@@ -887,7 +887,7 @@ def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
 def test_a_slice_of_a_sharded_layer_gathers_nothing(divisible):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     gate_up = leaves(load_pretrained(divisible("float32"), mesh=mesh)[1])["blocks.1.moe.gate_up"]
-    rows = placing.DeviceRows(gate_up, 1)
+    rows = sharded_io.DeviceRows(gate_up, 1)
     whole = np.asarray(gate_up)[1]
     index = tuple(slice(size // 3, size - 1) for size in whole.shape)
     np.testing.assert_array_equal(rows[index], whole[index])

@@ -24,8 +24,8 @@ from gptoss_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from gptoss_jax.parallel import processes
-from gptoss_jax.training.metrics import read_metrics
+from gptoss_jax.parallel import distributed
+from gptoss_jax.training.console import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
@@ -297,15 +297,15 @@ def environment(monkeypatch):
 )
 def test_a_process_alone_joins_nobody(environment, variables):
     environment(variables)
-    with processes.joined("demo"):
+    with distributed.joined("demo"):
         assert not jax.distributed.is_initialized()
-        assert processes.exchange(3) == [3]
+        assert distributed.exchange(3) == [3]
 
 
 @pytest.mark.parametrize("variables", [BY_HAND, SLURM, OPEN_MPI])
 def test_several_processes_are_recognised(environment, variables):
     environment(variables)
-    assert processes._several()
+    assert distributed._several()
 
 
 @pytest.mark.parametrize(
@@ -325,6 +325,6 @@ def test_several_processes_are_recognised(environment, variables):
 )
 def test_an_environment_that_does_not_fit(environment, variables, message):
     environment(variables)
-    with pytest.raises(ValueError, match=message) as error, processes.joined("demo"):
+    with pytest.raises(ValueError, match=message) as error, distributed.joined("demo"):
         pass
     assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.config import ModelConfig, TrainConfig
-from gptoss_jax.training.report import draw_report, load_grid
+from gptoss_jax.training.plots import draw_report, load_grid
 
 
 def png_size(path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tpu_compiler import needs_libtpu, on_tpus
 
-from gptoss_jax.kernels.flash_attention import reference_attention, visible
-from gptoss_jax.kernels.splash_attention import _block, splash_attention
+from gptoss_jax.kernels.attention.api import reference_attention, visible
+from gptoss_jax.kernels.attention.pallas_tpu import _block, splash_attention
 
 N, K, H = 4, 2, 24
 SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0])

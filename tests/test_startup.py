@@ -12,7 +12,7 @@ import pytest
 
 from gptoss_jax import startup
 from gptoss_jax.config import paths
-from gptoss_jax.kernels import native
+from gptoss_jax.kernels.cpu import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 PRIVATE = f"gptoss_jax-{os.getuid()}"
@@ -163,11 +163,11 @@ def test_a_command_prints_nothing_to_stderr(tmp_path):
         "HOME": "/dev/null/home", "TMPDIR": str(tmp_path), "PYTHONPATH": f"{tmp_path}/packages:{ROOT}",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
     }  # fmt: skip
-    if native.is_available():
+    if build.is_available():
         # Found rather than compiled, which would take seconds.
         compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
         (tmp_path / PRIVATE).mkdir(mode=0o700)
-        shutil.copytree(native._compiled(compiler).parent, tmp_path / PRIVATE / "native")
+        shutil.copytree(build._compiled(compiler).parent, tmp_path / PRIVATE / "native")
     (tmp_path / "preset.py").write_text(PRESET.format(folder=str(tmp_path)))
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(f"story {number} of a fox " * 60)

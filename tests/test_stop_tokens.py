@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from gptoss_jax import cli
+from gptoss_jax.checkpoints import export
+from gptoss_jax.checkpoints.load import from_pretrained
+from gptoss_jax.cli import main
 from gptoss_jax.config import DataConfig, TrainConfig
-from gptoss_jax.data import pipeline
+from gptoss_jax.data import batches
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptoss_jax.inference.chat import HarmonyConversation
 from gptoss_jax.inference.generate import generate, generate_with_params
 from gptoss_jax.model.transformer import with_params
-from gptoss_jax.training import start
-from gptoss_jax.weights import export
-from gptoss_jax.weights.pretrained import from_pretrained
+from gptoss_jax.training import setup
 
 BYTES = make_tokenizer("bytes")
 PROMPT = "the cat"
@@ -66,10 +66,10 @@ def test_every_id_ends_an_answer(folder, answer, file, monkeypatch, capsys):
     place = folder(file, ids)
     assert end > 0 and load_tokenizer(place).stop_ids == (*ids, 256)
     greedy = ["--temperature", "0", "--max-new-tokens", "16"]
-    assert cli.main(["generate", str(place), "--prompt", PROMPT, *greedy]) == 0
+    assert main.main(["generate", str(place), "--prompt", PROMPT, *greedy]) == 0
     assert capsys.readouterr().out == f"{PROMPT}{text}\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
-    assert cli.main(["chat", str(place), *greedy]) == 0
+    assert main.main(["chat", str(place), *greedy]) == 0
     assert capsys.readouterr().out == text.removesuffix("\n") + "\n"
     # In Python they are passed on.
     prompts, stops = [[256, *PROMPT.encode()]], load_tokenizer(place).stop_ids
@@ -78,7 +78,7 @@ def test_every_id_ends_an_answer(folder, answer, file, monkeypatch, capsys):
 
 def test_bad_ids_are_one_line(folder, capsys):
     place = folder("generation_config.json", [97, "b"])
-    assert cli.main(["generate", str(place), "--prompt", PROMPT]) == 2
+    assert main.main(["generate", str(place), "--prompt", PROMPT]) == 2
     path = place / "generation_config.json"
     expected = f"{path}: eos_token_id is [97, 'b']: must be a token id, or a list of them"
     assert capsys.readouterr().err == f"gptoss: error: {expected}\n"
@@ -117,13 +117,13 @@ def test_a_folder_names_what_ends_an_answer(model, tmp_path, harmony):
 def test_a_run_keeps_those_of_the_weights_it_starts_from(folder, tmp_path):
     place, run_dir = folder("generation_config.json", [97, 98]), tmp_path / "run"
     config = TrainConfig(data=DataConfig(tokenizer="bytes"), run_dir=str(run_dir))
-    start.save_tokenizer(config, BYTES)
+    setup.save_tokenizer(config, BYTES)
     assert [path.name for path in run_dir.iterdir()] == ["tokenizer_name.txt"]
-    assert start.stop_tokens(run_dir, BYTES) == (256,)
-    start.save_tokenizer(dataclasses.replace(config, init_from=str(place)), BYTES)
-    assert load_tokenizer(run_dir).stop_ids == start.stop_tokens(run_dir, BYTES) == (97, 98, 256)
+    assert setup.stop_tokens(run_dir, BYTES) == (256,)
+    setup.save_tokenizer(dataclasses.replace(config, init_from=str(place)), BYTES)
+    assert load_tokenizer(run_dir).stop_ids == setup.stop_tokens(run_dir, BYTES) == (97, 98, 256)
     # A start from random weights in the same folder.
-    start.save_tokenizer(config, BYTES)
+    setup.save_tokenizer(config, BYTES)
     assert load_tokenizer(run_dir).stop_ids == (256,)
 
 
@@ -148,11 +148,11 @@ def test_the_end_of_a_turn_is_kept_from_the_file_to_the_export_of_a_run(folder, 
     run = tmp_path / "run"
     config = TrainConfig(data=data, run_dir=str(run), init_from=str(place))
     for _ in "built", "opened again":
-        tokenizer = pipeline.build_cache(data).tokenizer
+        tokenizer = batches.build_cache(data).tokenizer
         assert tokenizer.stop_ids == (257, 256)
-    start.save_tokenizer(config, tokenizer)
+    setup.save_tokenizer(config, tokenizer)
     config.save(run / "config.json")
-    assert load_tokenizer(run).stop_ids == start.stop_tokens(run, tokenizer) == expected
+    assert load_tokenizer(run).stop_ids == setup.stop_tokens(run, tokenizer) == expected
     export.save_pretrained(model, tmp_path / "out", tokenizer=run)
     assert load_tokenizer(tmp_path / "out").stop_ids == expected
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())

@@ -18,8 +18,8 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from gptoss_jax.weights import tensor_files
-from gptoss_jax.weights.tensor_files import NewTensor, TensorFolder, whole_folder, write_tensors
+from gptoss_jax.checkpoints import safetensors_io
+from gptoss_jax.checkpoints.safetensors_io import NewTensor, TensorFolder, whole_folder, write_tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -177,14 +177,14 @@ def write_as(folder, tensors, shards):
         save_file({name: tensors[name] for name in names}, folder / home)
         homes |= dict.fromkeys(map(str, names), home)
     index = {"metadata": {}, "weight_map": homes}
-    (folder / tensor_files.INDEX).write_text(json.dumps(index))
+    (folder / safetensors_io.INDEX).write_text(json.dumps(index))
 
 
 SHARDS_OF_3 = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 # Saved in so many files, then in so many -> which of the two transformers loads, and what it leaves.
 SAVED_TWICE = {
-    "sharded, then whole": (3, 1, 1, f"{', '.join(SHARDS_OF_3)}, {tensor_files.INDEX}"),
-    "whole, then sharded": (1, 3, 0, f"{', '.join(SHARDS_OF_3)}, {tensor_files.INDEX}"),
+    "sharded, then whole": (3, 1, 1, f"{', '.join(SHARDS_OF_3)}, {safetensors_io.INDEX}"),
+    "whole, then sharded": (1, 3, 0, f"{', '.join(SHARDS_OF_3)}, {safetensors_io.INDEX}"),
     "in 2, then in 3": (2, 3, 1, "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors"),
 }
 
@@ -196,7 +196,7 @@ def test_a_folder_saved_twice(tmp_path, first, second, loaded, unread):
     write_as(tmp_path, saved[1], second)
     with pytest.warns(UserWarning) as caught:
         assert_same_tensors(TensorFolder(tmp_path).tensors, saved[loaded])
-    read = tensor_files.INDEX if first > 1 and second > 1 else "model.safetensors"
+    read = safetensors_io.INDEX if first > 1 and second > 1 else "model.safetensors"
     message = f"{tmp_path}: the weights are read from {read}, as transformers does; not read: {unread}"
     assert [str(one.message) for one in caught] == [message]
 
@@ -242,7 +242,7 @@ def test_one_variant_is_read_and_two_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["mine.safetensors", "mine.safetensors.index.json"])
 def test_config_json_may_name_the_file(tmp_path, name):
     write_as(tmp_path, random_tensors(5), 1 if name == "mine.safetensors" else 2)
-    (tmp_path / (tensor_files.SINGLE if name == "mine.safetensors" else tensor_files.INDEX)).rename(
+    (tmp_path / (safetensors_io.SINGLE if name == "mine.safetensors" else safetensors_io.INDEX)).rename(
         tmp_path / name
     )
     (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": name}))
@@ -255,10 +255,10 @@ def test_config_json_may_name_the_file(tmp_path, name):
 
 @pytest.mark.filterwarnings("error")
 def test_a_file_that_the_index_names_in_two_ways_is_opened_once(sharded):
-    index = json.loads((sharded / tensor_files.INDEX).read_text())
+    index = json.loads((sharded / safetensors_io.INDEX).read_text())
     first = next(iter(index["weight_map"]))
     index["weight_map"][first] = f"./{index['weight_map'][first]}"
-    (sharded / tensor_files.INDEX).write_text(json.dumps(index))
+    (sharded / safetensors_io.INDEX).write_text(json.dumps(index))
     assert_same_tensors(TensorFolder(sharded).tensors, random_tensors())
 
 
@@ -266,7 +266,7 @@ def test_a_file_that_the_index_names_in_two_ways_is_opened_once(sharded):
     "home", ["../secret.safetensors", "/secret.safetensors", "a/../../b.safetensors", ""]
 )
 def test_an_index_that_leaves_its_folder(sharded, home):
-    (sharded / tensor_files.INDEX).write_text(json.dumps({"weight_map": {"t": home}}))
+    (sharded / safetensors_io.INDEX).write_text(json.dumps({"weight_map": {"t": home}}))
     assert_refused(
         sharded, re.escape(f"names {home!r} as a file of weights, which must be in the same folder")
     )
@@ -441,14 +441,14 @@ def test_missing_shard(sharded):
 
 def test_many_missing_shards_are_not_all_listed(sharded):
     homes = {f"t{i}": f"{i}.safetensors" for i in range(9)}
-    (sharded / tensor_files.INDEX).write_text(json.dumps({"weight_map": homes}))
+    (sharded / safetensors_io.INDEX).write_text(json.dumps({"weight_map": homes}))
     assert_refused(sharded, "0.safetensors, 1.safetensors, 2.safetensors, 3.safetensors and 5 more")
 
 
 def test_index_that_places_a_tensor_where_it_is_not(sharded):
-    index = json.loads((sharded / tensor_files.INDEX).read_text())
+    index = json.loads((sharded / safetensors_io.INDEX).read_text())
     index["weight_map"]["more"] = "model-00001-of-00005.safetensors"
-    (sharded / tensor_files.INDEX).write_text(json.dumps(index))
+    (sharded / safetensors_io.INDEX).write_text(json.dumps(index))
     assert_refused(sharded, "index.json", "more", "model-00001-of-00005.safetensors")
 
 
@@ -468,8 +468,8 @@ def test_index_that_places_a_tensor_where_it_is_not(sharded):
     ],
 )
 def test_no_index(sharded, content):
-    (sharded / tensor_files.INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert_refused(sharded, str(sharded / tensor_files.INDEX), "not an index of safetensors files")
+    (sharded / safetensors_io.INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_refused(sharded, str(sharded / safetensors_io.INDEX), "not an index of safetensors files")
 
 
 def test_the_same_tensor_twice(tmp_path):
@@ -633,7 +633,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
 HANGING = """
 import sys, time
 import numpy as np
-from gptoss_jax.weights.tensor_files import NewTensor, whole_folder, write_tensors
+from gptoss_jax.checkpoints.safetensors_io import NewTensor, whole_folder, write_tensors
 
 def chunks():
     yield np.zeros(1 << 20, np.float32)

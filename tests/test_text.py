@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss_jax.inference.text import TextStream
+from gptoss_jax.inference.detokenizer import TextStream
 
 
 def pieces(text: bytes, cuts: list[int]) -> list[bytes]:

@@ -17,6 +17,9 @@ import jax
 import numpy as np
 import pytest
 
+from gptoss_jax.checkpoints.export import save_pretrained
+from gptoss_jax.checkpoints.load import from_pretrained
+from gptoss_jax.checkpoints.run import Checkpoints, load_run
 from gptoss_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -26,14 +29,11 @@ from gptoss_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from gptoss_jax.data.pipeline import build_cache
-from gptoss_jax.training import log, loop, resume, start
-from gptoss_jax.training.log import RunLog, generate_command
+from gptoss_jax.data.batches import build_cache
+from gptoss_jax.training import logging, loop, resume, setup
+from gptoss_jax.training.console import Console, read_metrics
+from gptoss_jax.training.logging import RunLog, generate_command
 from gptoss_jax.training.loop import train
-from gptoss_jax.training.metrics import Console, read_metrics
-from gptoss_jax.weights.checkpoint import Checkpoints, load_run
-from gptoss_jax.weights.export import save_pretrained
-from gptoss_jax.weights.pretrained import from_pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
@@ -333,8 +333,8 @@ def test_a_resumed_run_needs_no_init_from_and_remembers_a_jump(
         stops.append(stop_tokens)
         return [[97]]
 
-    monkeypatch.setattr(log, "generate_with_params", sample)
-    monkeypatch.setattr(start, "check_steps", lambda *args: True)
+    monkeypatch.setattr(logging, "generate_with_params", sample)
+    monkeypatch.setattr(setup, "check_steps", lambda *args: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     train(make_config(run_dir, init_from="hf:nobody/nothing", steps=STEPS + 1))
     said = capsys.readouterr().out
@@ -622,7 +622,7 @@ def test_weights_of_another_tokenizer_are_refused(finished, make_config, tmp_pat
 def test_two_processes_do_not_train_in_one_folder(make_config, tmp_path):
     config = make_config(tmp_path / "twice")
     with (
-        start.only_run_in(tmp_path / "twice"),
+        setup.only_run_in(tmp_path / "twice"),
         pytest.raises(ValueError, match="another process is training there"),
     ):
         train(config)

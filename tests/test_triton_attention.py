@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.kernels.flash_attention import reference_attention, visible
-from gptoss_jax.kernels.triton_attention import Block, Blocks, triton_attention
+from gptoss_jax.kernels.attention.api import reference_attention, visible
+from gptoss_jax.kernels.attention.pallas_triton import Block, Blocks, triton_attention
 
 B, T, N, K, H = 3, 150, 6, 2, 24  # neither T nor H fits the blocks
 SMALL = Blocks(Block(16, 16, 4, 2), Block(32, 16, 4, 2), Block(16, 32, 4, 2))

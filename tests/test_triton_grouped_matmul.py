@@ -12,7 +12,7 @@ from grouped import by_loop, sizes_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.kernels.triton_grouped_matmul import Blocks, _tiles, triton_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.pallas_triton import Blocks, _tiles, triton_grouped_matmul
 
 R, E, D, F = 57, 4, 37, 50
 SMALL = Blocks(rows=16, columns=32, inner=16, warps=4, stages=2)

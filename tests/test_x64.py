@@ -9,17 +9,17 @@ import pytest
 from checkpoints import random_checkpoint
 
 from gptoss_jax import kernels
+from gptoss_jax.checkpoints.load import load_pretrained
 from gptoss_jax.config import SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from gptoss_jax.evaluation.scores import target_scores
+from gptoss_jax.evaluation.logprobs import target_scores
 from gptoss_jax.inference import engine
 from gptoss_jax.inference.generate import generate_with_params
 from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
-from gptoss_jax.parallel import exchange
+from gptoss_jax.parallel import all_to_all
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.sharding import batch_sharding
+from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_eval_step, make_train_step
-from gptoss_jax.weights.pretrained import load_pretrained
 
 B, T = 8, 13
 CONFIG = TrainConfig(
@@ -96,8 +96,8 @@ def wide_arrays(jaxpr) -> list[str]:
     ids=["dropout", "capacity", "muon"],
 )
 def test_training_has_no_64_bit_arrays(mesh, ragged, native, model, optim, monkeypatch):
-    monkeypatch.setattr(kernels.native, "is_available", lambda: native)
-    monkeypatch.setattr(exchange, "has_ragged", lambda: ragged)
+    monkeypatch.setattr(kernels.cpu.build, "is_available", lambda: native)
+    monkeypatch.setattr(all_to_all, "has_ragged", lambda: ragged)
     config, mesh = changed(model, optim), mesh_of(mesh)
     with jax.enable_x64(True), jax.set_mesh(mesh):
         state = abstract_state(config, mesh)
@@ -120,7 +120,7 @@ def test_training_has_no_64_bit_arrays(mesh, ragged, native, model, optim, monke
     ],
 )
 def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch):
-    monkeypatch.setattr(kernels.native, "is_available", lambda: native)
+    monkeypatch.setattr(kernels.cpu.build, "is_available", lambda: native)
 
     def shape(*sizes, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(sizes, dtype)
@@ -149,7 +149,7 @@ def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch)
 @pytest.mark.parametrize(("config", "native"), [(SMALL, False), (PACKED, True)])
 def test_answers_are_the_same(config, native, monkeypatch):
     if not native:
-        monkeypatch.setattr(kernels.native, "is_available", lambda: False)
+        monkeypatch.setattr(kernels.cpu.build, "is_available", lambda: False)
 
     def answers():
         params = init_params(config, jax.random.key(3))
@@ -204,12 +204,12 @@ def test_weights_are_read_the_same(mesh, tmp_path):
 
 def accelerator_kernels():
     """The Pallas kernels with inputs of small shapes: (function of float arrays, their shapes)."""
-    from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
-    from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul
-    from gptoss_jax.kernels.splash_attention import splash_attention
-    from gptoss_jax.kernels.triton_attention import triton_attention
-    from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
-    from gptoss_jax.kernels.triton_mxfp4_matmul import triton_mxfp4_matmul
+    from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
+    from gptoss_jax.kernels.attention.pallas_triton import triton_attention
+    from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
+    from gptoss_jax.kernels.grouped_matmul.pallas_triton import triton_grouped_matmul
+    from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
+    from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul
 
     rows = np.tile(np.arange(64, dtype=np.int32), (2, 1))
     sizes, segments = np.array([5, 0, 9], np.int32), np.ones_like(rows)

@@ -6,7 +6,7 @@ what is allowed. `checked.py` does that, `model.py` is the architecture, `train.
 with. No file here imports jax.
 """
 
-from gptoss_jax.config.checked import require
+from gptoss_jax.config.base import require
 from gptoss_jax.config.model import FULL, SLIDING, ModelConfig, RopeScaling
 from gptoss_jax.config.train import (
     CheckpointConfig,

@@ -2,7 +2,7 @@
 
 import os
 
-from gptoss_jax.config.checked import require
+from gptoss_jax.config.base import require
 
 # The environment variable that takes the same values as the setting, and the one it has replaced.
 ENVIRONMENT, FORMER_ENVIRONMENT = "GPTOSS_JAX_KERNELS", "GPTOSS_JAX_NATIVE"

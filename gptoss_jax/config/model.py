@@ -7,8 +7,8 @@ import typing
 import warnings
 from typing import Any, Literal, Self
 
-from gptoss_jax.config import published, published_write
-from gptoss_jax.config.checked import Checked
+from gptoss_jax.config import hf, hf_write
+from gptoss_jax.config.base import Checked
 from gptoss_jax.config.kernels import plain_kernels
 
 SLIDING = "sliding_attention"
@@ -161,10 +161,10 @@ class ModelConfig(Checked):
         if self.expert_format == "mxfp4":
             for name in ("hidden_size", "intermediate_size"):
                 self._require(
-                    getattr(self, name) % published.MXFP4_GROUP == 0,
+                    getattr(self, name) % hf.MXFP4_GROUP == 0,
                     name,
-                    f"must be a multiple of {published.MXFP4_GROUP} where model.expert_format is 'mxfp4', "
-                    f"which packs {published.MXFP4_GROUP} weights along it under one scale",
+                    f"must be a multiple of {hf.MXFP4_GROUP} where model.expert_format is 'mxfp4', "
+                    f"which packs {hf.MXFP4_GROUP} weights along it under one scale",
                 )
         if self.layer_types is not None:
             self._require(
@@ -209,9 +209,9 @@ class ModelConfig(Checked):
         a file that cannot be read or is of another kind of model, a size that is missing, a value that is bad
         or not supported, and two fields that contradict each other.
         """
-        values, place = published.load(source)
+        values, place = hf.load(source)
         try:
-            fields, notes = published.read(values)
+            fields, notes = hf.read(values)
             config = cls.from_dict(fields)
         except ValueError as error:
             raise ValueError(f"{place}{error}") from None
@@ -237,4 +237,4 @@ class ModelConfig(Checked):
 
         Raises ValueError with all reasons for which the format cannot express this model.
         """
-        return published_write.write({**self.to_dict(), "layer_types": list(self.types_of_layers)}, experts)
+        return hf_write.write({**self.to_dict(), "layer_types": list(self.types_of_layers)}, experts)

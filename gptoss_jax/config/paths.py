@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from gptoss_jax.config.checked import require
+from gptoss_jax.config.base import require
 
 
 def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:

@@ -7,7 +7,7 @@ import runpy
 import typing
 from collections.abc import Sequence
 
-from gptoss_jax.config.checked import require
+from gptoss_jax.config.base import require
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.train import TrainConfig
 

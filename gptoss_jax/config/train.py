@@ -6,7 +6,7 @@ import pathlib
 import typing
 from typing import Literal, Self
 
-from gptoss_jax.config.checked import Checked, read_json, require, write_json
+from gptoss_jax.config.base import Checked, read_json, require, write_json
 from gptoss_jax.config.model import ModelConfig
 from gptoss_jax.config.paths import user_path
 

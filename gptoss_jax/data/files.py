@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import IO
 
 from gptoss_jax.config import require
-from gptoss_jax.config.checked import one_line
+from gptoss_jax.config.base import one_line
 from gptoss_jax.config.paths import user_path
 
 INSTALL_HF = "pip install 'gptoss-jax[hf]'"

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gptoss_jax.config import require
-from gptoss_jax.config.checked import listed, one_line
+from gptoss_jax.config.base import listed, one_line
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.files import INSTALL_HF, stamps
 from gptoss_jax.data.records import SHOWN_NAMES, checked_texts, guarded

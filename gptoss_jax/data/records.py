@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gptoss_jax.config.checked import listed, one_line
+from gptoss_jax.config.base import listed, one_line
 from gptoss_jax.data.files import INSTALL_HF, decode, readable, split_file
 
 BOM = b"\xef\xbb\xbf"

@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from gptoss_jax.config import require
-from gptoss_jax.config.checked import listed, read_json
+from gptoss_jax.config.base import listed, read_json
 from gptoss_jax.config.paths import path_exists, user_path, user_text
 
 END_OF_TEXT = "<|endoftext|>"

@@ -12,7 +12,7 @@ import tiktoken
 import tokenizers
 
 from gptoss_jax.config import require
-from gptoss_jax.config.checked import one_line
+from gptoss_jax.config.base import one_line
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data import special_tokens as special
 from gptoss_jax.data.bpe import train_bpe

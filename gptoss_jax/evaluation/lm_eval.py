@@ -19,12 +19,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from gptoss_jax.checkpoints.load import load_model
 from gptoss_jax.config import require
 from gptoss_jax.config.paths import user_path
-from gptoss_jax.evaluation.scores import batch_rows, target_scores
+from gptoss_jax.evaluation.logprobs import batch_rows, target_scores
+from gptoss_jax.inference.detokenizer import TextStream
 from gptoss_jax.inference.generate import generate_with_params
-from gptoss_jax.inference.text import TextStream
-from gptoss_jax.weights.pretrained import load_model
 
 # The shortest row; the others are twice as long as the one before.
 SHORTEST = 32

@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gptoss_jax.checkpoints.load import load_model
+from gptoss_jax.checkpoints.readers import local_folder
+from gptoss_jax.checkpoints.run import is_run, load_config
 from gptoss_jax.config import require
-from gptoss_jax.config.checked import write_json
+from gptoss_jax.config.base import write_json
 from gptoss_jax.config.paths import output_file
-from gptoss_jax.data.corpus import open_corpus
-from gptoss_jax.evaluation.text import TextScore, TextSettings, evaluate_text
-from gptoss_jax.weights.checkpoint import is_run, load_config
-from gptoss_jax.weights.pretrained import load_model
-from gptoss_jax.weights.sources import local_folder
+from gptoss_jax.data.sources import open_corpus
+from gptoss_jax.evaluation.perplexity import TextScore, TextSettings, evaluate_text
 
 INSTALL_EVAL = "pip install 'gptoss-jax[eval]'"
 

@@ -13,8 +13,8 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.data import harmony
 from gptoss_jax.data.harmony import Harmony, Part
 from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.inference.detokenizer import TextStream
 from gptoss_jax.inference.generate import stream_with_params
-from gptoss_jax.inference.text import TextStream
 
 HELP = "/new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer and keeps what it has said"
 

@@ -16,14 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.inference.requests import Request
+from gptoss_jax.inference.detokenizer import TextStream
 from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
-from gptoss_jax.inference.text import TextStream
+from gptoss_jax.inference.sampling_params import Request
 from gptoss_jax.model.kv_cache import Cache, grow, make_cache
 from gptoss_jax.model.transformer import compute_dtype, with_params
-from gptoss_jax.parallel import processes
+from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
-from gptoss_jax.parallel.sharding import constrain
+from gptoss_jax.parallel.rules import constrain
 
 # Tokens of a sequence in one call that reads a prompt: a prompt is cut into pieces of these sizes.
 PIECES = (512, 128, 32)
@@ -101,7 +101,7 @@ def chunks(
     `steady`: a first token as soon as it is there, then some about every 0.1 s; else as many at a time as one
     call of the decoder makes.
     """
-    processes.agree_on_kernels(config.kernels)
+    distributed.agree_on_kernels(config.kernels)
     count, shards = len(requests), batch_shards(current_axes())
     # Empty sequences, done before they begin, fill the batch up to what the mesh splits evenly.
     batch = _bucket(-(-count // shards)) * shards

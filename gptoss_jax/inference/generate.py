@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from gptoss_jax.checkpoints.readers import find_tokenizer
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference import engine
-from gptoss_jax.inference.requests import Request, requests
+from gptoss_jax.inference.sampling_params import Request, requests
 from gptoss_jax.model.transformer import Transformer, params_of
-from gptoss_jax.weights.sources import find_tokenizer
 
 
 def generate(

@@ -17,12 +17,17 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-from gptoss_jax.config.checked import one_line
-from gptoss_jax.kernels import few_rows, mxfp4, native
-from gptoss_jax.kernels.blockwise_attention import blockwise_attention
-from gptoss_jax.kernels.flash_attention import fits_triton, reference_attention
-from gptoss_jax.kernels.grouped_matmul import add_group_bias, blocked_grouped_matmul, native_grouped_matmul
-from gptoss_jax.kernels.mxfp4_grouped_matmul import looped_mxfp4_matmul, native_mxfp4_matmul
+from gptoss_jax.config.base import one_line
+from gptoss_jax.kernels.attention.api import fits_triton, reference_attention
+from gptoss_jax.kernels.attention.blockwise import blockwise_attention
+from gptoss_jax.kernels.cpu import build, decode
+from gptoss_jax.kernels.grouped_matmul.api import (
+    add_group_bias,
+    blocked_grouped_matmul,
+    native_grouped_matmul,
+)
+from gptoss_jax.kernels.mxfp4 import codec
+from gptoss_jax.kernels.mxfp4.api import looped_mxfp4_matmul, native_mxfp4_matmul
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.kernels.swiglu import SwiGLU
 
@@ -70,7 +75,7 @@ class Result:
 
 def _unavailable(case: Case, backend: str, interpret: bool) -> str:
     """Why this machine cannot run a kernel; empty where it can."""
-    if backend == "cpu" and not native.is_available():
+    if backend == "cpu" and not build.is_available():
         return "no working C++ compiler"
     if case.kernel == "attention" and backend == "gpu" and not (interpret or fits_triton(HEAD_SIZE)):
         return "too little shared memory"
@@ -153,9 +158,9 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
 def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case]:
     B, T, N, K, H = 2, 200, 8, 2, HEAD_SIZE
     if backend == "gpu":
-        from gptoss_jax.kernels.triton_attention import triton_attention as attention
+        from gptoss_jax.kernels.attention.pallas_triton import triton_attention as attention
     else:
-        from gptoss_jax.kernels.splash_attention import splash_attention as attention
+        from gptoss_jax.kernels.attention.pallas_tpu import splash_attention as attention
 
     def arrays() -> Arrays:
         lengths = jnp.array([[130, 70], [61, 139]])  # of two segments in each row
@@ -193,11 +198,11 @@ def _grouped_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
         if backend == "cpu":
             return native_grouped_matmul(x, w, sizes, bias)
         if backend == "tpu":
-            from gptoss_jax.kernels.megablox_grouped_matmul import megablox_grouped_matmul
+            from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
 
             y = megablox_grouped_matmul(x, w, sizes, interpret)
         else:
-            from gptoss_jax.kernels.triton_grouped_matmul import triton_grouped_matmul
+            from gptoss_jax.kernels.grouped_matmul.pallas_triton import triton_grouped_matmul
 
             y = triton_grouped_matmul(x, w, sizes, interpret=interpret)
         return add_group_bias(y, bias, sizes)
@@ -210,15 +215,15 @@ def _mxfp4_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
 
     def arrays() -> Arrays:
         (x_RD,) = _normal(3, dtype, (R, D))
-        return x_RD, *mxfp4.pack(*_normal(4, "float32", (E, F, D))), _group_sizes()
+        return x_RD, *codec.pack(*_normal(4, "float32", (E, F, D))), _group_sizes()
 
     def run(x, blocks, scales, sizes):
         if backend == "cpu":
             return native_mxfp4_matmul(x, blocks, scales, sizes)
         if backend == "tpu":
-            from gptoss_jax.kernels.mosaic_mxfp4_matmul import mosaic_mxfp4_matmul as matmul
+            from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul as matmul
         else:
-            from gptoss_jax.kernels.triton_mxfp4_matmul import triton_mxfp4_matmul as matmul
+            from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul as matmul
         return matmul(x, blocks, scales, sizes, interpret=interpret)
 
     return Case("mxfp4_matmul", "", dtype, arrays, run, looped_mxfp4_matmul)
@@ -231,8 +236,8 @@ def _cpu_decode_cases() -> Iterator[Case]:
         return _normal(5, "float32", (rows, D), (2, D, N, H), (2, N, H, D))
 
     def matmul(x, w, transposed):
-        (y_MNH,) = few_rows.products("MD,DNH->MNH", x, [Layer(w, 1)])
-        (z_MNH,) = few_rows.products("MD,NHD->MNH", x, [Layer(transposed, 1)])
+        (y_MNH,) = decode.products("MD,DNH->MNH", x, [Layer(w, 1)])
+        (z_MNH,) = decode.products("MD,NHD->MNH", x, [Layer(transposed, 1)])
         return jnp.stack([y_MNH, z_MNH])
 
     def plain_matmul(x, w, transposed):
@@ -249,7 +254,7 @@ def _cpu_decode_cases() -> Iterator[Case]:
         return *arrays, jnp.array([150, 1, 97], jnp.int32)
 
     def attention(q, keys, values, sinks, counts):
-        return few_rows.attention(q, Layer(keys, 1), Layer(values, 1), counts, sinks)
+        return decode.attention(q, Layer(keys, 1), Layer(values, 1), counts, sinks)
 
     def plain_attention(q, keys, values, sinks, counts):
         k_BSKH, v_BSKH = (stack[1].transpose(0, 2, 1, 3) for stack in (keys, values))
@@ -269,7 +274,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         weights_MX = jnp.full((M, X), 0.5, jnp.float32)
         gate_up, down = _normal(8, "float32", (2 * E, 2 * F, D), (2 * E, D, F))
         if is_packed:
-            matrices = *mxfp4.pack(gate_up), *mxfp4.pack(down)
+            matrices = *codec.pack(gate_up), *codec.pack(down)
         else:
             # Packed rows take turns between gate and up; plain matrices hold them apart.
             gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
@@ -281,11 +286,11 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         names = [name + part for name in ("gate_up", "down") for part in parts]
         parameters = dict(zip(names, matrices, strict=True))
         parameters |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-        return few_rows.experts(x_MD, experts_MX, weights_MX, parameters, E, E, activation)
+        return decode.experts(x_MD, experts_MX, weights_MX, parameters, E, E, activation)
 
     def plain(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         if is_packed:
-            gate_up, down = (mxfp4.unpack(*matrices[i : i + 2], jnp.float32) for i in (0, 2))
+            gate_up, down = (codec.unpack(*matrices[i : i + 2], jnp.float32) for i in (0, 2))
             gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
             matrices = gate_up, down.swapaxes(1, 2)
         gate_up, down = (matrix[E:][experts_MX] for matrix in matrices)

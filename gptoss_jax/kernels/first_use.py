@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.config.checked import write_json
+from gptoss_jax.config.base import write_json
 from gptoss_jax.config.kernels import KERNELS
 from gptoss_jax.config.paths import cache_folder
 

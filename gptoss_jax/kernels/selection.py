@@ -9,7 +9,7 @@ import contextvars
 from collections.abc import Iterator
 
 from gptoss_jax.config.kernels import ENVIRONMENT, KERNELS, kernel_variable, plain_kernels
-from gptoss_jax.kernels import first_use, target
+from gptoss_jax.kernels import backend, first_use
 
 _setting = contextvars.ContextVar("kernels", default="auto")
 
@@ -27,7 +27,7 @@ def using(setting: str) -> Iterator[None]:
 def is_enabled(kernel: str) -> bool:
     """Returns True if a kernel, one of `config.kernels.KERNELS`, exists for the platform compiled for and is
     not off."""
-    if target.platform() not in KERNELS[kernel]:
+    if backend.platform() not in KERNELS[kernel]:
         return False
     off = plain_kernels(_setting.get(), "model.kernels") | plain_kernels(kernel_variable(), ENVIRONMENT)
     return kernel not in off and kernel not in failed_kernels()
@@ -36,6 +36,6 @@ def is_enabled(kernel: str) -> bool:
 def failed_kernels() -> frozenset[str]:
     """The kernels that failed their check on this machine, which is run first if it has not been; empty on
     CPU and where a setting skips the check or uses no kernel."""
-    if target.platform() == "cpu" or {"unchecked", "plain"} & {_setting.get(), kernel_variable()}:
+    if backend.platform() == "cpu" or {"unchecked", "plain"} & {_setting.get(), kernel_variable()}:
         return frozenset()
-    return first_use.failed_kernels(target.platform())
+    return first_use.failed_kernels(backend.platform())

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.kernels import mxfp4
+from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.swiglu import SwiGLU
-from gptoss_jax.parallel.expert_dispatch import apply_experts
-from gptoss_jax.parallel.sharding import by_device, product
+from gptoss_jax.parallel.expert_parallel import apply_experts
+from gptoss_jax.parallel.rules import by_device, product
 
 RouterStats = dict[str, jax.Array]
 
@@ -53,7 +53,7 @@ class MoE(nnx.Module):
             # take turns.
             rows = gate_up.swapaxes(1, -1).reshape(E, 2 * F, D), down.swapaxes(1, 2)
             for name, weights in zip(("gate_up", "down"), rows, strict=True):
-                blocks, scales = mxfp4.pack(weights)
+                blocks, scales = codec.pack(weights)
                 setattr(self, f"{name}_blocks", nnx.Param(blocks))
                 setattr(self, f"{name}_scales", nnx.Param(scales))
         else:

@@ -8,22 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig, require
-from gptoss_jax.kernels import selection, target
-from gptoss_jax.kernels.mask import segment_starts
+from gptoss_jax.kernels import backend, selection
+from gptoss_jax.kernels.attention.mask import segment_starts
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.model import rope
 from gptoss_jax.model.attention import Attention, Cached
 from gptoss_jax.model.kv_cache import Cache, LayerCache
 from gptoss_jax.model.moe import MoE, RouterStats
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
-from gptoss_jax.parallel.sharding import HIDDEN_BTD, PRODUCT, constrain, product
+from gptoss_jax.parallel.rules import HIDDEN_BTD, PRODUCT, constrain, product
 from gptoss_jax.parallel.vocabulary import look_up
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The type of the activations; "auto" is float32 on CPU and bfloat16 elsewhere."""
     if config.compute_dtype == "auto":
-        return jnp.dtype("float32" if target.platform() == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if backend.platform() == "cpu" else "bfloat16")
     return jnp.dtype(config.compute_dtype)
 
 

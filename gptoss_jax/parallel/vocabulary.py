@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.sharding import gathered, parameter_spec, sum_over_tensor, used_spec
+from gptoss_jax.parallel.rules import gathered, parameter_spec, sum_over_tensor, used_spec
 
 _PATH = tuple(map(jax.tree_util.DictKey, ("embedding", "weight")))
 

@@ -11,20 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
-from gptoss_jax.data.pipeline import TokenCache, held_out_batches, local_rows, put_on_mesh, train_batches
-from gptoss_jax.parallel import processes
+from gptoss_jax.data.batches import TokenCache, held_out_batches, local_rows, put_on_mesh, train_batches
+from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.in_flight import bounded
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.sharding import batch_sharding
-from gptoss_jax.training import resume, start
-from gptoss_jax.training.log import RunLog
+from gptoss_jax.parallel.rules import batch_sharding
+from gptoss_jax.training import resume, setup
+from gptoss_jax.training.console import Console
+from gptoss_jax.training.logging import RunLog
 from gptoss_jax.training.losses import bits_per_byte
-from gptoss_jax.training.metrics import Console
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
-from gptoss_jax.weights.checkpoint import Checkpoints
 
 
 def train(config: TrainConfig) -> TrainState:
@@ -37,29 +37,29 @@ def train(config: TrainConfig) -> TrainState:
       FloatingPointError: loss or gradient was not finite in 20 steps in a row.
       OSError: something could not be written; checkpoints written before stay.
     """
-    processes.check_joined()
+    distributed.check_joined()
     config = dataclasses.replace(config, run_dir=str(user_path(config.run_dir, "run_dir")))
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)
     _check(config, mesh, console)
-    cache = start.open_cache(config.data, console.message)
-    start.check_text(config, cache)
+    cache = setup.open_cache(config.data, console.message)
+    setup.check_text(config, cache)
     sharding = batch_sharding(mesh)
     batches = train_batches(cache, config.data, config.seed, local_rows(sharding, config.data.batch_size))
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if is_main:
-            stack.enter_context(start.only_run_in(run_dir))
-        start.check_shared(run_dir)
+            stack.enter_context(setup.only_run_in(run_dir))
+        setup.check_shared(run_dir)
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(run_dir, config.checkpoint.keep, eval_batches=config.eval.batches)
         stack.callback(checkpoints.close)
-        state, record = start.first_state(config, mesh, checkpoints, cache, console.message)
+        state, record = setup.first_state(config, mesh, checkpoints, cache, console.message)
         if record is not None:
             batches.set_state(record["data"])
         if is_main:
-            start.write_folder(config, cache.tokenizer, is_new=record is None)
+            setup.write_folder(config, cache.tokenizer, is_new=record is None)
         step = first_step = int(state.step)
         tokens_seen, jumped = (record["tokens_seen"], record["schedule_jumped"]) if record else (0, False)
         log = RunLog(config, cache, console, first_step, tokens_seen, checkpoints.best_loss)
@@ -86,8 +86,8 @@ def train(config: TrainConfig) -> TrainState:
                     log.evaluation(step, *held_out(None), final=True)
                 if save:
                     position = batches.get_state()
-                    record = start.checkpoint_record(cache, config, position, log.tokens_seen, jumped)
-                    checkpoints.save(step, *start.split_state(state), record, val_loss)
+                    record = setup.checkpoint_record(cache, config, position, log.tokens_seen, jumped)
+                    checkpoints.save(step, *setup.split_state(state), record, val_loss)
                 if evaluate:
                     log.sample(step, state.params)
             if last or stopping:
@@ -103,7 +103,7 @@ def train(config: TrainConfig) -> TrainState:
             pending = (step, metrics)
         checkpoints.wait()
         log.finish(step, first_step)
-    processes.finish()
+    distributed.finish()
     if step < config.steps:
         stop.leave()
     return state
@@ -111,11 +111,11 @@ def train(config: TrainConfig) -> TrainState:
 
 def _check(config: TrainConfig, mesh: jax.sharding.Mesh, console: Console) -> None:
     """Raises ValueError for a run that cannot be started, before any text is tokenized."""
-    start.check_same_config(config)
-    start.check_devices(config, mesh)
-    processes.agree_on_kernels(config.model.kernels)
+    setup.check_same_config(config)
+    setup.check_devices(config, mesh)
+    distributed.agree_on_kernels(config.model.kernels)
     resume.check_folder(config)
-    start.check_init_from(config, console.message)
+    setup.check_init_from(config, console.message)
 
 
 def _held_out_loss(
@@ -159,7 +159,7 @@ class Interruption:
 
     def asked(self) -> bool:
         """Whether to stop before the next step: the same answer in all processes, whichever was asked."""
-        signals = [number for number in processes.exchange(self._signal) if number is not None]
+        signals = [number for number in distributed.exchange(self._signal) if number is not None]
         if signals:
             self._signal = signals[0]
             self._report("Stopping: the run is saved first. Ctrl-C leaves at once.")

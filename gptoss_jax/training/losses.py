@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.sharding import gathered, scattered
+from gptoss_jax.parallel.rules import gathered, scattered
 from gptoss_jax.parallel.vocabulary import place_in_part, vocabulary_specs
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_jax.checkpoints.orbax_support import check_folder_name
 from gptoss_jax.config import TrainConfig, require
-from gptoss_jax.training.metrics import format_rate
+from gptoss_jax.training.console import format_rate
 from gptoss_jax.training.optimizer import make_schedule
-from gptoss_jax.weights.orbax_support import check_folder_name
 
 # Sections and fields that a resumed run may change, because they do not change what it computes. `init_from`
 # is read only by a run without a checkpoint; about the number of steps see `check_steps`.

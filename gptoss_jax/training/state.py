@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.model.transformer import init_params
-from gptoss_jax.parallel.sharding import parameter_shardings
+from gptoss_jax.parallel.rules import parameter_shardings
 from gptoss_jax.training.optimizer import make_optimizer
 
 

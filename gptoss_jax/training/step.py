@@ -11,7 +11,7 @@ import optax
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.model.transformer import with_params
 from gptoss_jax.parallel.mesh import current_axes
-from gptoss_jax.parallel.sharding import BATCH_BT, constrain
+from gptoss_jax.parallel.rules import BATCH_BT, constrain
 from gptoss_jax.training import losses
 from gptoss_jax.training.optimizer import make_optimizer, make_schedule
 from gptoss_jax.training.state import TrainState

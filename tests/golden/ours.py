@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameters_by_layer
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import Transformer, params_of, with_params
-from gptoss_jax.weights.huggingface import HUGGINGFACE, parameters_by_layer
 
 
 @functools.cache

@@ -1,0 +1,96 @@
+"""Kernels for CPU in C++, compiled when they are first used, with the compiler that the machine has."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+
+import jax
+import jaxlib
+
+from gptoss_jax.config.paths import cache_folders, is_writable
+
+HERE = pathlib.Path(__file__).parent
+SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "decode.cc", "decode_experts.cc"))
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+HANDLERS = (
+    "GroupedForward",
+    "GroupedOuter",
+    "GroupedPacked",
+    "FewRowsProducts",
+    "FewRowsTurnedProducts",
+    "FewRowsExperts",
+    "FewRowsPacked",
+    "FewRowsAttention",
+)
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether the kernels can be called; compiles them, once for a machine, and tells XLA of them.
+
+    Without a C++ compiler they cannot. One that fails is reported as a warning.
+    """
+    compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+    library, refusal = None, None
+    for compiler in dict.fromkeys(compilers):
+        try:
+            library = ctypes.CDLL(str(_compiled(compiler)))
+            break
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            output = getattr(error, "stderr", None) or str(error)
+            lines = (output.decode(errors="replace") if isinstance(output, bytes) else output).splitlines()
+            line = next((line for line in lines if "error" in line), lines[0] if lines else "no word")
+            refusal = (
+                f"{compiler} cannot compile the kernels in {HERE.name}/, or they cannot be loaded; XLA does "
+                f"their work: {line}"
+            )
+    if library is None:
+        if refusal:
+            warnings.warn(refusal, stacklevel=2)
+        return False
+    for name in HANDLERS:
+        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def target(name: str) -> str:
+    """What XLA calls a handler."""
+    return f"gptoss_jax.{name}"
+
+
+def _compiled(compiler: str) -> pathlib.Path:
+    """The library for these sources, compiler, jaxlib and processor."""
+    files = sorted(path for path in HERE.iterdir() if path.suffix in (".cc", ".h"))
+    settings = " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode()
+    key = hashlib.sha256(b"".join((*(path.read_bytes() for path in files), settings))).hexdigest()[:16]
+    for folder in cache_folders("native"):
+        library = folder / f"kernels-{key}.so"
+        if library.exists():
+            return library
+        if is_writable(folder):
+            break
+    # Several processes may compile at once: each writes its own file, and the last one to finish wins.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = pathlib.Path(folder) / library.name
+        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(made)]
+        subprocess.run(
+            command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=300
+        )
+        os.replace(made, library)
+    return library
+
+
+def _processor() -> str:
+    """What -march=native stands for here."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

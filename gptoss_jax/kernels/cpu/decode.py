@@ -1,0 +1,134 @@
+"""Decoding on CPU: a handful of rows times matrices far larger than they are, by the kernels of
+`native/few_rows.cc`. Time is that of reading the matrices that are used, once.
+
+The plain references are what runs where these do not: `sharding.products`, `expert_dispatch` and
+`cached_attention`.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.kernels import backend, selection
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.stack import Layer
+from gptoss_jax.kernels.swiglu import SwiGLU
+
+# With more rows than this, products that share what they read among rows in the cache are faster.
+FEW_ROWS = 16
+NOTHING = np.zeros(0, np.float32)
+
+
+def suits(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
+    """Returns True if a kernel of this file applies: float32 on one CPU device, at most FEW_ROWS rows, not
+    turned off (`selection.is_enabled`), and compiled."""
+    here = backend.platform() == "cpu" and not backend.is_spread()
+    fits = here and rows <= FEW_ROWS and dtype == jnp.float32
+    return fits and selection.is_enabled(kernel) and build.is_available()
+
+
+def _call(name: str, results):
+    return jax.ffi.ffi_call(build.target(name), results, vmap_method="sequential")
+
+
+def _result(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def products(equation: str, x: jax.Array, layers: Sequence[Layer]) -> list[jax.Array]:
+    """`einsum(equation, x, weight)` for the weight of each layer, all at once; float32.
+
+    The letters that are summed over stand last in `x`, and first or last in the weights. Differentiable.
+    """
+    x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+    summed = "".join(letter for letter in x_letters if letter not in y_letters)
+    inner = math.prod(x.shape[x_letters.index(letter)] for letter in summed)
+    rows, turned = x.size // inner, not w_letters.startswith(summed)
+    if not x_letters.endswith(summed) or not (w_letters.endswith(summed) if turned else True):
+        raise ValueError(f"equation is {equation!r}: must sum over the last letters of x")
+    shapes = [_result(rows, math.prod(layer.shape) // inner) for layer in layers]
+    index = jnp.asarray(layers[0].index, jnp.int32)
+    stacks = (layer.stack for layer in layers)
+    name = "FewRowsTurnedProducts" if turned else "FewRowsProducts"
+    results = _call(name, shapes)(x.reshape(rows, inner), index, *stacks)
+    outer = [letter for letter in w_letters if letter not in summed]
+    kept = x.shape[: x.ndim - len(summed)]
+    return [
+        y.reshape(*kept, *(layer.shape[w_letters.index(letter)] for letter in outer))
+        for y, layer in zip(results, layers, strict=True)
+    ]
+
+
+def _products_bwd(equation, kept, gradients):
+    x, layers = kept
+
+    def plain(x, stacks):
+        weights = (Layer(stack, layer.index) for stack, layer in zip(stacks, layers, strict=True))
+        return [jnp.einsum(equation, x, jnp.asarray(weight), precision="highest") for weight in weights]
+
+    dx, d_stacks = jax.vjp(plain, x, [layer.stack for layer in layers])[1](list(gradients))
+    no_index = [None if isinstance(layer.index, int) else np.zeros((), jax.dtypes.float0) for layer in layers]
+    return dx, [Layer(stack, index) for stack, index in zip(d_stacks, no_index, strict=True)]
+
+
+products.defvjp(lambda equation, x, layers: (products(equation, x, layers), (x, layers)), _products_bwd)
+
+
+def experts(
+    x_MD: jax.Array,
+    experts_MX: jax.Array,
+    weights_MX: jax.Array,
+    parameters: Mapping[str, jax.Array],
+    first: jax.Array | int,
+    count: int,
+    activation: SwiGLU,
+) -> jax.Array:
+    """The weighted sum of the outputs of each token's experts, see `expert_dispatch.apply_experts`.
+
+    Reads the matrices of the experts that were chosen, each once, and no others.
+
+    Args:
+      experts_MX: 0 … count-1; others give zero.
+      parameters: of all layers' experts, [layers * E, …]: `gate_up` and `down`, or `gate_up_blocks`,
+        `gate_up_scales`, `down_blocks` and `down_scales`; and the biases of the layer's, [E, …].
+      first: which of the matrices is that of expert 0.
+    """
+    bias = {name: parameters.get(f"{name}_bias", NOTHING) for name in ("gate_up", "down")}
+    packed = "down_blocks" in parameters
+    parts = ("_blocks", "_scales") if packed else ("",)
+    operands = []
+    for name in ("gate_up", "down"):
+        operands += [parameters[name + part] for part in parts] + [bias[name]]
+    limit = math.inf if activation.limit is None else activation.limit
+    return _call("FewRowsPacked" if packed else "FewRowsExperts", _result(*x_MD.shape))(
+        x_MD,
+        experts_MX.astype(jnp.int32),
+        weights_MX,
+        jnp.asarray(first, jnp.int32),
+        *operands,
+        experts=np.int64(count),
+        alpha=np.float32(activation.alpha),
+        limit=np.float32(limit),
+        offset=np.float32(activation.up_offset),
+    )
+
+
+def attention(
+    q_BNH: jax.Array, keys: Layer, values: Layer, counts_B: jax.Array, sinks_N: jax.Array | None
+) -> jax.Array:
+    """One query of each sequence over the first `counts_B` slots of its cache; [B, N, H]. A count of 0 gives
+    zeros.
+
+    Args:
+      keys, values: [B, K, S, H] of one layer; query head n uses key/value head n // G.
+    """
+    sinks = NOTHING if sinks_N is None else sinks_N.astype(jnp.float32)
+    index = jnp.asarray(keys.index, jnp.int32)
+    return _call("FewRowsAttention", _result(*q_BNH.shape))(
+        q_BNH, keys.stack, values.stack, index, counts_B.astype(jnp.int32), sinks
+    )
