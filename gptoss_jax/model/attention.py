@@ -92,14 +92,14 @@ class Attention(nnx.Module):
         sink_tokens = self.config.sink_tokens if self.window is not None else 0
         lengths_B, counts_B = cached.lengths, cached.counts
         keys, values = (Layer(cached.stacks[name], cached.layer) for name in ("keys", "values"))
-        after = cached.write(keys, values, k_BTKH, v_BTKH, lengths_B, counts_B, sink_tokens)
+        after = cached_attention.write(keys, values, k_BTKH, v_BTKH, lengths_B, counts_B, sink_tokens)
         if q_BTNH.shape[1] > 1:
             # Keys that the first of the new tokens see may lie where the last ones are written.
-            y_BTNH = cached.attend(
+            y_BTNH = cached_attention.attend(
                 q_BTNH, k_BTKH, v_BTKH, keys, values, lengths_B, counts_B, self.window, sink_tokens, sinks_N
             )
         else:
             seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, keys.shape[2]), 0)
             layers = (Layer(stack, cached.layer) for stack in after)
-            y_BTNH = cached.attend_one(q_BTNH, *layers, seen_B, sinks_N)
+            y_BTNH = cached_attention.attend_one(q_BTNH, *layers, seen_B, sinks_N)
         return y_BTNH, dict(zip(("keys", "values"), after, strict=True))
