@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import SLIDING, ModelConfig
+from gptoss_jax.kernels.attention import cached as cached_attention
 from gptoss_jax.kernels.attention.api import flash_attention
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.model import rope
