@@ -27,7 +27,7 @@ def step_bytes(config: ModelConfig, batch: int, context: int, experts: float, si
     outside = parameter_counts(config)[1] - L * config.num_experts_per_tok * (matrices + biases)
     expert = matrices * (PACKED if config.expert_format == "mxfp4" else size) + biases * size
     near = min(context, config.sliding_window + config.sink_tokens)
-    slots = sum(near if kind == SLIDING else context for kind in config.types_of_layers)
+    slots = sum(near if kind == SLIDING else context for kind in config.resolved_layer_types)
     cache = batch * slots * 2 * config.num_key_value_heads * config.head_dim
     return L * experts * expert + (outside + cache) * size
 

@@ -32,7 +32,7 @@ config = TrainConfig(
         scan_layers=False,
     ),
     data=DataConfig(source="stdlib", tokenizer="bpe:4096", seq_len=512, batch_size=4),
-    optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=40, final_fraction=0.0),
+    optim=OptimConfig(name="muon", learning_rate=1e-2, warmup_steps=40, min_lr_ratio=0.0),
     checkpoint=CheckpointConfig(every=100),
     eval=EvalConfig(every=200, batches=16, prompt="def ", sample_tokens=80),
     steps=800,

@@ -51,7 +51,7 @@ config = TrainConfig(
         source="hf:roneneldan/TinyStories", tokenizer="o200k_harmony", seq_len=512, batch_size=32
     ),
     # A part of 4 rows keeps a step's activations near 2 GB.
-    optim=OptimConfig(learning_rate=6e-4, warmup_steps=200, accumulate=8),
+    optim=OptimConfig(learning_rate=6e-4, warmup_steps=200, grad_accum_steps=8),
     checkpoint=CheckpointConfig(every=250),
     eval=EvalConfig(every=250, batches=4, prompt="Once upon a time", sample_tokens=120),
     steps=3000,

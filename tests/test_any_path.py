@@ -29,7 +29,7 @@ config = TrainConfig(
         num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
         max_position_embeddings=96, rope_theta=10000.0, rope_scaling=None, compute_dtype="float32",
     ),
-    data=DataConfig(seq_len=32, batch_size=4, held_out=0.2),
+    data=DataConfig(seq_len=32, batch_size=4, val_fraction=0.2),
     optim=OptimConfig(schedule="wsd", warmup_steps=1, decay_fraction=0.2),
     eval=EvalConfig(every=4, batches=1, sample_tokens=4),
 )

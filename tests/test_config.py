@@ -19,7 +19,7 @@ from gptoss_jax.config import (
     RopeScaling,
     TrainConfig,
 )
-from gptoss_jax.config.base import listed, one_line
+from gptoss_jax.config.base import FORMER_NAMES, listed, one_line
 from gptoss_jax.config.preset import optional_sections, read_preset
 
 BAD = [
@@ -109,18 +109,18 @@ BAD = [
     ),
     (DataConfig, {"seq_len": 1}, "data.seq_len is 1: must be 2 or more"),
     (DataConfig, {"batch_size": 0}, "data.batch_size is 0: must be above 0"),
-    (DataConfig, {"held_out": 0.6}, "data.held_out is 0.6: must be above 0 and at most 0.5"),
+    (DataConfig, {"val_fraction": 0.6}, "data.val_fraction is 0.6: must be above 0 and at most 0.5"),
     (DataConfig, {"source": None}, "data.source is None: must be text"),
     (OptimConfig, {"learning_rate": 0}, "optim.learning_rate is 0: must be above 0"),
     (OptimConfig, {"epsilon": 0.0}, "optim.epsilon is 0.0: must be above 0"),
-    (OptimConfig, {"accumulate": 0}, "optim.accumulate is 0: must be above 0"),
+    (OptimConfig, {"grad_accum_steps": 0}, "optim.grad_accum_steps is 0: must be above 0"),
     (OptimConfig, {"warmup_steps": -1}, "optim.warmup_steps is -1: must be 0 or more"),
     (OptimConfig, {"weight_decay": -1.0}, "optim.weight_decay is -1.0: must be 0 or more"),
-    (OptimConfig, {"clip_norm": -1.0}, "optim.clip_norm is -1.0: must be 0 or more"),
+    (OptimConfig, {"max_grad_norm": -1.0}, "optim.max_grad_norm is -1.0: must be 0 or more"),
     (OptimConfig, {"beta1": 1.0}, "optim.beta1 is 1.0: must be at least 0 and below 1"),
     (OptimConfig, {"beta2": -0.1}, "optim.beta2 is -0.1: must be at least 0 and below 1"),
     (OptimConfig, {"decay_fraction": 0.0}, "optim.decay_fraction is 0.0: must be above 0 and at most 1"),
-    (OptimConfig, {"final_fraction": 1.5}, "optim.final_fraction is 1.5: must be between 0 and 1"),
+    (OptimConfig, {"min_lr_ratio": 1.5}, "optim.min_lr_ratio is 1.5: must be between 0 and 1"),
     (OptimConfig, {"schedule": "x"}, "optim.schedule is 'x': must be 'cosine' or 'wsd' or 'constant'"),
     (MeshConfig, {"tensor": 0}, "mesh.tensor is 0: must be above 0, or -1 for all devices that are left"),
     (MeshConfig, {"expert": -1}, "mesh.expert is -1: only one axis may be, and mesh.data is already"),
@@ -143,8 +143,8 @@ BAD = [
     ),
     (
         TrainConfig,
-        {"optim": OptimConfig(accumulate=3)},
-        "optim.accumulate is 3: must divide data.batch_size (16)",
+        {"optim": OptimConfig(grad_accum_steps=3)},
+        "optim.grad_accum_steps is 3: must divide data.batch_size (16)",
     ),
 ]  # fmt: skip
 
@@ -256,12 +256,12 @@ def test_save_and_load(tmp_path):
 def test_period_of_layer_types(layers, layer_types, period):
     config = ModelConfig(num_hidden_layers=layers, layer_types=layer_types)
     assert config.period == period
-    assert len(config.types_of_layers) == layers
-    assert config.types_of_layers == period * (layers // len(period))
+    assert len(config.resolved_layer_types) == layers
+    assert config.resolved_layer_types == period * (layers // len(period))
 
 
 def test_first_layer_slides_by_default():
-    assert ModelConfig(num_hidden_layers=3).types_of_layers == (SLIDING, FULL, SLIDING)
+    assert ModelConfig(num_hidden_layers=3).resolved_layer_types == (SLIDING, FULL, SLIDING)
 
 
 def test_configs_are_frozen_and_hashable():
@@ -349,6 +349,26 @@ def test_contradictory_flags_are_refused(preset, flags, message):
     with pytest.raises(ValueError) as caught:
         read_preset(preset(), flags)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
+def test_a_former_name_is_read_from_json_and_explained_elsewhere(former, name, tmp_path):
+    (section, old), new = former.split("."), name.split(".")
+    value = 2 if new[1] == "grad_accum_steps" else 0.5
+    assert value_at(TrainConfig.from_dict({section: {old: value}}), new) == value
+    path = tmp_path / "preset.py"
+    path.write_text(
+        "import dataclasses\nfrom gptoss_jax.config import TrainConfig\nconfig = TrainConfig()\n"
+        f"dataclasses.replace(config.{section}, {new[1]}={value})"
+    )
+    flag = f"--{former}".replace("_", "-")
+    with pytest.raises(ValueError) as caught:
+        read_preset(path, [flag, str(value)])
+    assert str(caught.value) == f"{flag}: renamed to --{name.replace('_', '-')}"
+    path.write_text(path.read_text().replace(new[1], old))
+    with pytest.raises(ValueError) as caught:
+        read_preset(path)
+    assert str(caught.value) == f"{path}: {former} was renamed to {name}"
 
 
 def test_help_shows_the_fields_of_sections_that_are_off(preset, capsys):

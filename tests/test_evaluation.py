@@ -138,7 +138,7 @@ def test_the_numbers_are_those_of_training(config, random_params, tmp_path):
     words = np.random.default_rng(0).choice(["and", "thé", "a\n", "whale", "see"], (12, 40))
     (tmp_path / "all.txt").write_text("\n<|endoftext|>\n".join(" ".join(row) for row in words))
     data = DataConfig(
-        source=f"text:{tmp_path}/all.txt", tokenizer="bytes", seq_len=32, batch_size=3, held_out=0.3,
+        source=f"text:{tmp_path}/all.txt", tokenizer="bytes", seq_len=32, batch_size=3, val_fraction=0.3,
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     cache = build_cache(data)

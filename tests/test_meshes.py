@@ -55,7 +55,7 @@ CONFIG = TrainConfig(
     data=DataConfig(seq_len=T, batch_size=B),
     # A large epsilon keeps the update in proportion to the gradient, so that a wrong gradient shows. Small
     # steps keep differences of rounding from growing until a router's near tie falls the other way.
-    optim=OptimConfig(learning_rate=5e-3, warmup_steps=2, epsilon=0.05, clip_norm=0.0),
+    optim=OptimConfig(learning_rate=5e-3, warmup_steps=2, epsilon=0.05, max_grad_norm=0.0),
     steps=20,
 )
 
@@ -240,7 +240,7 @@ def test_rounds_of_any_room_give_the_same(transport, room):
 @pytest.mark.slow
 def test_a_capacity_drops_the_last_rows_and_counts_them():
     """One of two experts is every token's: it takes 1.5 times its even share of a group's rows."""
-    config = uneven_config(num_experts_per_tok=2, num_local_experts=8, expert_capacity=1.5)
+    config = uneven_config(num_experts_per_tok=2, num_local_experts=8, expert_capacity_factor=1.5)
     bias = np.where(np.arange(8) == 2, 60.0, 0)
     rows, *_ = run(config, None, 1, bias)
     real = int((make_batch(0)["segment_ids"] > 0).sum())

@@ -46,7 +46,7 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     source = write_stories(folder / "text")
     return DataConfig(
-        source, "bytes", seq_len=48, batch_size=8, held_out=0.1, cache_dir=str(folder / "cache")
+        source, "bytes", seq_len=48, batch_size=8, val_fraction=0.1, cache_dir=str(folder / "cache")
     )
 
 
@@ -67,7 +67,7 @@ def same(left, right):
 
 
 def test_cache_holds_every_document(config, cache):
-    expected = list(split(open_corpus(config.source).documents(), config.held_out))
+    expected = list(split(open_corpus(config.source).documents(), config.val_fraction))
     bounds = zip(cache.offsets[:-1], cache.offsets[1:], strict=True)
     stored = [cache.tokens[first:last] for first, last in bounds]
     assert all(ids[0] == ids[-1] == 256 for ids in stored)
@@ -103,7 +103,7 @@ def test_cache_is_built_once(config, tmp_path):
     assert again.folder == first.folder and len(lines) == 2
     others = [
         build_cache(dataclasses.replace(config, tokenizer="bpe:300")),
-        build_cache(dataclasses.replace(config, held_out=0.2)),
+        build_cache(dataclasses.replace(config, val_fraction=0.2)),
     ]
     write_stories(tmp_path / "text", count=50)
     others.append(build_cache(config))
@@ -170,7 +170,7 @@ def test_names_and_contents_do_not_break_messages(config, tmp_path):
 def test_bpe_cache_and_its_tokenizer(config):
     config = dataclasses.replace(config, tokenizer="bpe:300")
     cache = build_cache(config)
-    expected = [text for text, _ in split(open_corpus(config.source).documents(), config.held_out)]
+    expected = [text for text, _ in split(open_corpus(config.source).documents(), config.val_fraction)]
     bounds = zip(cache.offsets[:-1], cache.offsets[1:], strict=True)
     assert [cache.tokenizer.decode(cache.tokens[first:last]) for first, last in bounds] == expected
     assert cache.meta["vocab_size"] == cache.tokenizer.vocab_size == 300
@@ -197,7 +197,9 @@ def test_long_documents_are_encoded_in_parts(config, tmp_path, monkeypatch):
         + "end"
     )
     (tmp_path / "a.txt").write_text(text)
-    config = dataclasses.replace(config, source=f"text:{tmp_path}/a.txt", tokenizer="bpe:300", held_out=0.2)
+    config = dataclasses.replace(
+        config, source=f"text:{tmp_path}/a.txt", tokenizer="bpe:300", val_fraction=0.2
+    )
     whole = build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "whole")))
     monkeypatch.setattr(batches, "PART_CHARS", 300)
     assert max(map(len, batches._parts(text))) <= 300 and "".join(batches._parts(text)) == text

@@ -343,7 +343,9 @@ def preset(tmp_path):
 def test_command(capsys, tmp_path, preset):
     file = tmp_path / "plan.json"
     args = ["plan", preset, "--chip", "h200", "--devices", "16", "--json", str(file)]
-    assert main.main([*args, "--model.remat", "none", "--data.seq-len=64", "--optim.accumulate", "2"]) == 0
+    assert (
+        main.main([*args, "--model.remat", "none", "--data.seq-len=64", "--optim.grad_accum_steps", "2"]) == 0
+    )
     captured = capsys.readouterr()
     # At most 80 columns, and nothing is cut.
     assert max(map(len, captured.out.splitlines())) <= 80 and "…" not in captured.out

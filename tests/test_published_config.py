@@ -775,7 +775,7 @@ def test_what_transformers_writes_is_read(config, tmp_path):
     theirs = transformers.GptOssConfig(
         **values,
         swiglu_limit=float(config.swiglu_limit),
-        layer_types=list(config.types_of_layers),
+        layer_types=list(config.resolved_layer_types),
         rope_parameters={**rope, "rope_theta": config.rope_theta},
         rope_scaling=None if config.rope_scaling is None else dict(rope),
         rope_theta=config.rope_theta,

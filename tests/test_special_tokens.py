@@ -393,7 +393,10 @@ def test_other_names_beside_the_file_make_another_cache(tmp_path):
 
     def build(spec=f"file:{folder}/tokenizer.json"):
         config = DataConfig(
-            source=f"text:{tmp_path}/text.txt", tokenizer=spec, held_out=0.5, cache_dir=str(tmp_path / "c")
+            source=f"text:{tmp_path}/text.txt",
+            tokenizer=spec,
+            val_fraction=0.5,
+            cache_dir=str(tmp_path / "c"),
         )
         return batches.build_cache(config)
 

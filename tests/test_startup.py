@@ -196,7 +196,7 @@ config = TrainConfig(
         num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rope_scaling=None,
     ),
     data=DataConfig(
-        source="text:{folder}/*.txt", tokenizer="bytes", seq_len=32, batch_size=2, held_out=0.3,
+        source="text:{folder}/*.txt", tokenizer="bytes", seq_len=32, batch_size=2, val_fraction=0.3,
         cache_dir="{folder}/cache",
     ),
     eval=EvalConfig(batches=1, sample_tokens=0),

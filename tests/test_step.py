@@ -52,7 +52,7 @@ CONFIG = TrainConfig(
     ),
     data=DataConfig(seq_len=T, batch_size=B),
     # A large epsilon keeps the update in proportion to the gradient, so that a wrong gradient shows.
-    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, epsilon=0.1, clip_norm=0.5),
+    optim=OptimConfig(learning_rate=0.05, warmup_steps=0, epsilon=0.1, max_grad_norm=0.5),
     steps=20,
 )
 
@@ -134,7 +134,7 @@ def test_a_step_changes_every_parameter(single):
     for path, value in jax.tree_util.tree_leaves_with_path(moved):
         assert value > 1e-5, path
     assert first["tokens"] == int((make_batch(0)["segment_ids"] > 0).sum())
-    assert first["grad_norm"] > CONFIG.optim.clip_norm
+    assert first["grad_norm"] > CONFIG.optim.max_grad_norm
     assert first["learning_rate"] == pytest.approx(0.05)
     assert second["learning_rate"] < 0.05
     assert first["expert_load"].shape == (2, 8)
@@ -151,10 +151,10 @@ def test_learning_on_one_batch_lowers_the_loss(train_step):
     assert losses[-1] < losses[0] - 0.3
 
 
-def without_router_losses(accumulate):
+def without_router_losses(grad_accum_steps):
     # The load-balance loss is no mean over tokens, so that parts give a slightly other one.
     model = dataclasses.replace(CONFIG.model, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
-    optim = dataclasses.replace(CONFIG.optim, accumulate=accumulate)
+    optim = dataclasses.replace(CONFIG.optim, grad_accum_steps=grad_accum_steps)
     return dataclasses.replace(CONFIG, model=model, optim=optim)
 
 
@@ -163,11 +163,13 @@ def whole():
     return take_steps(without_router_losses(1), None, [make_batch(0)])
 
 
-@pytest.mark.parametrize(("accumulate", "mesh"), [(4, None), (2, MeshConfig(data=2, expert=2, tensor=2))])
-def test_accumulation_gives_the_whole_batchs_step(whole, accumulate, mesh):
+@pytest.mark.parametrize(
+    ("grad_accum_steps", "mesh"), [(4, None), (2, MeshConfig(data=2, expert=2, tensor=2))]
+)
+def test_accumulation_gives_the_whole_batchs_step(whole, grad_accum_steps, mesh):
     (expected,), expected_state = whole
     mesh = None if mesh is None else make_mesh(mesh)
-    (metrics,), state = take_steps(without_router_losses(accumulate), mesh, [make_batch(0)])
+    (metrics,), state = take_steps(without_router_losses(grad_accum_steps), mesh, [make_batch(0)])
     for key in ("loss", "grad_norm", "tokens", "learning_rate"):
         np.testing.assert_allclose(metrics[key], expected[key], rtol=2e-5, err_msg=key)
     chex.assert_trees_all_close(state.params, expected_state.params, rtol=1e-5, atol=1e-5)
@@ -290,26 +292,26 @@ def schedule_values(steps, **options):
 
 
 def test_cosine_by_hand():
-    found = schedule_values(9, warmup_steps=4, final_fraction=0.2)
+    found = schedule_values(9, warmup_steps=4, min_lr_ratio=0.2)
     fall = [0.2 + 0.8 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)]
     np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1.0, *fall], rtol=1e-6)
     assert fall[-1] == pytest.approx(0.2)
 
 
 def test_wsd_by_hand():
-    found = schedule_values(12, schedule="wsd", warmup_steps=2, decay_fraction=0.25, final_fraction=0.1)
+    found = schedule_values(12, schedule="wsd", warmup_steps=2, decay_fraction=0.25, min_lr_ratio=0.1)
     np.testing.assert_allclose(found, [0.5, *[1.0] * 8, 0.7, 0.4, 0.1], rtol=1e-6)
 
 
 def test_constant_by_hand():
-    found = schedule_values(6, schedule="constant", warmup_steps=2, final_fraction=0.1)
+    found = schedule_values(6, schedule="constant", warmup_steps=2, min_lr_ratio=0.1)
     np.testing.assert_allclose(found, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0], rtol=1e-6)
     assert schedule_values(2, schedule="constant", warmup_steps=0) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 def test_schedules_at_the_edges(kind):
-    found = schedule_values(5, schedule=kind, warmup_steps=0, final_fraction=0.0, decay_fraction=1.0)
+    found = schedule_values(5, schedule=kind, warmup_steps=0, min_lr_ratio=0.0, decay_fraction=1.0)
     assert found[0] == 1.0 and found[-1] == pytest.approx(0.0, abs=1e-7)
     assert found == sorted(found, reverse=True)
     # More warm-up than steps: it ends with the run.
@@ -330,14 +332,18 @@ def first_update(gradient, **options):
 
 def test_the_first_update_by_hand():
     # Norm 5, clipped to 1: gradients 0.6 and 0.8. Adam's first step is g / (g + epsilon); decay is 0.5 * 2.
-    found = first_update((3.0, 4.0), weight_decay=0.5, clip_norm=1.0)
+    found = first_update((3.0, 4.0), weight_decay=0.5, max_grad_norm=1.0)
     np.testing.assert_allclose(found, [-0.1 * (0.6 / 1.6 + 1.0), -0.1 * 0.8 / 1.8], rtol=1e-5)
 
 
 def test_no_clipping_below_the_norm_or_at_zero():
     expected = [-0.1 * 3 / 4, -0.1 * 4 / 5]
-    np.testing.assert_allclose(first_update((3.0, 4.0), weight_decay=0.0, clip_norm=5.5), expected, rtol=1e-5)
-    np.testing.assert_allclose(first_update((3.0, 4.0), weight_decay=0.0, clip_norm=0.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        first_update((3.0, 4.0), weight_decay=0.0, max_grad_norm=5.5), expected, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        first_update((3.0, 4.0), weight_decay=0.0, max_grad_norm=0.0), expected, rtol=1e-5
+    )
 
 
 def test_the_gradient_of_a_step_is_clipped(single):
@@ -367,7 +373,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_no_others(tiny_config):
 
 def test_a_muon_update_is_near_orthogonal_and_of_adams_size():
     rate, D, F = 0.5, 24, 40
-    config = OptimConfig(name="muon", learning_rate=rate, warmup_steps=0, weight_decay=0.0, clip_norm=0.0)
+    config = OptimConfig(name="muon", learning_rate=rate, warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0)
     rng = np.random.default_rng(0)
     grads = {
         "moe": {

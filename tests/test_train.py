@@ -66,7 +66,7 @@ def make_config(text, tmp_path_factory):
                 rope_scaling=None, residual_dropout=0.1, router_aux_loss_coef=0.01,
             ),
             data=DataConfig(
-                source=f"text:{text}", tokenizer="bytes", seq_len=32, batch_size=8, held_out=0.1,
+                source=f"text:{text}", tokenizer="bytes", seq_len=32, batch_size=8, val_fraction=0.1,
                 cache_dir=cache_dir,
             ),
             optim=OptimConfig(learning_rate=3e-3, warmup_steps=4, schedule="constant"),
@@ -286,9 +286,9 @@ def test_what_a_resumed_run_may_change(finished, make_config):
     resume.check_folder(dataclasses.replace(config, **changes))
     for name, changed in [
         ("seed", {"seed": 1}),
-        ("optim.accumulate", {"optim": dataclasses.replace(config.optim, accumulate=2)}),
+        ("optim.grad_accum_steps", {"optim": dataclasses.replace(config.optim, grad_accum_steps=2)}),
         ("model.compute_dtype", {"model": dataclasses.replace(config.model, compute_dtype="bfloat16")}),
-        ("data.held_out", {"data": dataclasses.replace(config.data, held_out=0.2)}),
+        ("data.val_fraction", {"data": dataclasses.replace(config.data, val_fraction=0.2)}),
     ]:
         with pytest.raises(ValueError, match=rf"made with another config: {name} \(was "):
             resume.check_folder(dataclasses.replace(config, **changes | changed))
@@ -307,7 +307,7 @@ def test_what_a_resumed_run_may_change(finished, make_config):
     ],
 )  # fmt: skip
 def test_what_another_number_of_steps_means(make_config, tmp_path, schedule, before, now, message):
-    optim = OptimConfig(learning_rate=0.1, warmup_steps=4, schedule=schedule, final_fraction=0.5)
+    optim = OptimConfig(learning_rate=0.1, warmup_steps=4, schedule=schedule, min_lr_ratio=0.5)
     said = []
     config = make_config(tmp_path, optim=optim, steps=now)
     # A checkpoint of an older version does not say whether the schedule has jumped.
@@ -366,7 +366,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, 
 @pytest.mark.slow
 def test_loss_that_stays_not_finite_stops_the_run(make_config, tmp_path, capsys):
     config = make_config(
-        tmp_path / "nan", optim=OptimConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0), steps=60
+        tmp_path / "nan", optim=OptimConfig(learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0), steps=60
     )
     with pytest.raises(FloatingPointError, match="not finite in 20 steps in a row"):
         train(config)
@@ -395,7 +395,7 @@ def test_settings_that_do_not_fit(make_config, tmp_path, changes, message):
 
 @pytest.mark.slow
 def test_what_a_capacity_drops_is_in_the_metrics(finished, make_config, tmp_path):
-    model = dataclasses.replace(finished[0].model, expert_capacity=0.5)
+    model = dataclasses.replace(finished[0].model, expert_capacity_factor=0.5)
     train(make_config(tmp_path / "run", model=model, steps=2, eval=EvalConfig(sample_tokens=0)))
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     # Experts that are all full take half of the rows.

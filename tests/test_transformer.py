@@ -200,7 +200,7 @@ def unrolled(config, params, tokens_BT, segments_BT):
     cos_sin = rope.rotation(config, positions_BT)
     x_BTD = params["embedding"]["weight"][tokens_BT]
     period = len(config.period)
-    for layer, layer_type in enumerate(config.types_of_layers):
+    for layer, layer_type in enumerate(config.resolved_layer_types):
         block = Block(config, layer_type, rngs=nnx.Rngs(0))
         graphdef, state = nnx.split(block)
         values = jax.tree.map(lambda a, r=layer // period: a[r], params["blocks"][str(layer % period)])

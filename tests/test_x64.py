@@ -90,7 +90,7 @@ def wide_arrays(jaxpr) -> list[str]:
     ("mesh", "ragged", "native", "model", "optim"),
     [
         (ONE, False, True, {"attention_dropout": 0.1, "residual_dropout": 0.1, "layer_types": None}, {}),
-        (SPREAD, False, False, {"expert_capacity": 1.2, "remat": "dots"}, {"accumulate": 2}),
+        (SPREAD, False, False, {"expert_capacity_factor": 1.2, "remat": "dots"}, {"grad_accum_steps": 2}),
         (SPREAD, True, True, {"scan_layers": False, "compute_dtype": "bfloat16"}, {"name": "muon"}),
     ],
     ids=["dropout", "capacity", "muon"],

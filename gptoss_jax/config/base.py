@@ -11,6 +11,15 @@ import typing
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, Self
 
+# Fields that were renamed. A config.json written before has the former names.
+FORMER_NAMES = {
+    "data.held_out": "data.val_fraction",
+    "model.expert_capacity": "model.expert_capacity_factor",
+    "optim.accumulate": "optim.grad_accum_steps",
+    "optim.clip_norm": "optim.max_grad_norm",
+    "optim.final_fraction": "optim.min_lr_ratio",
+}
+
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raises the one form of error that a bad setting gets."""
@@ -129,7 +138,7 @@ def _spelled(kind: Any) -> str:
     }.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-class Checked:
+class ConfigBase:
     """What the config classes share: type checks, and a plain dict there and back."""
 
     _section: typing.ClassVar[str] = ""
@@ -160,10 +169,15 @@ class Checked:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Builds the config from what `to_dict` gave. An unknown field is an error with a suggestion."""
+        """Builds the config from the result of `to_dict`, whose fields may have their former names.
+
+        Raises ValueError with a suggestion for an unknown field.
+        """
         kinds = {field.name: _annotations(cls)[field.name] for field in dataclasses.fields(cls)}
         made = {}
         for name, value in values.items():
+            former = f"{cls._section}.{name}"
+            name = FORMER_NAMES.get(former, former).rpartition(".")[2]
             if name not in kinds:
                 raise unknown_field(name, kinds, f"{cls._section}." if cls._section else "")
             if isinstance(value, list):

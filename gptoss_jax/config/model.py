@@ -8,7 +8,7 @@ import warnings
 from typing import Any, Literal, Self
 
 from gptoss_jax.config import hf, hf_write
-from gptoss_jax.config.base import Checked
+from gptoss_jax.config.base import ConfigBase
 from gptoss_jax.config.kernels import plain_kernels
 
 SLIDING = "sliding_attention"
@@ -16,7 +16,7 @@ FULL = "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling(Checked):
+class RopeScaling(ConfigBase):
     """YaRN, the way the released models reach past the length they were pretrained at (MATH.md,
     "Forward")."""
 
@@ -42,7 +42,7 @@ class RopeScaling(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(Checked):
+class ModelConfig(ConfigBase):
     """The architecture. The defaults are gpt-oss-20b."""
 
     _section: typing.ClassVar[str] = "model"
@@ -107,7 +107,7 @@ class ModelConfig(Checked):
     router_z_loss_coef: float = 0.0
     # While training, the most rows an expert takes, as a multiple of its even share; what is beyond is
     # dropped, and counted. None drops nothing, however uneven the routing is.
-    expert_capacity: float | None = None
+    expert_capacity_factor: float | None = None
     # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are always
     # float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -134,8 +134,8 @@ class ModelConfig(Checked):
         )  # fmt: skip
         plain_kernels(self.kernels, self._path("kernels"))
         self._require(
-            self.expert_capacity is None or self.expert_capacity > 0,
-            "expert_capacity",
+            self.expert_capacity_factor is None or self.expert_capacity_factor > 0,
+            "expert_capacity_factor",
             "must be above 0, or None to drop nothing",
         )
         self._require(
@@ -179,7 +179,7 @@ class ModelConfig(Checked):
             )
 
     @property
-    def types_of_layers(self) -> tuple[str, ...]:
+    def resolved_layer_types(self) -> tuple[str, ...]:
         """The type of every layer, `layer_types` or the alternation it stands for."""
         return self.layer_types or tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
 
@@ -187,7 +187,7 @@ class ModelConfig(Checked):
     def period(self) -> tuple[str, ...]:
         """The shortest run of layer types that the model is a whole number of repetitions of; all layers,
         where they are not to be stacked."""
-        kinds, count = self.types_of_layers, self.num_hidden_layers
+        kinds, count = self.resolved_layer_types, self.num_hidden_layers
         if not self.scan_layers:
             return kinds
         return next(
@@ -237,4 +237,4 @@ class ModelConfig(Checked):
 
         Raises ValueError with all reasons for which the format cannot express this model.
         """
-        return hf_write.write({**self.to_dict(), "layer_types": list(self.types_of_layers)}, experts)
+        return hf_write.write({**self.to_dict(), "layer_types": list(self.resolved_layer_types)}, experts)

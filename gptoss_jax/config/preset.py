@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 import pathlib
+import re
 import runpy
 import typing
 from collections.abc import Sequence
 
-from gptoss_jax.config.base import require
+from gptoss_jax.config.base import FORMER_NAMES, require
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.train import TrainConfig
 
@@ -34,17 +35,33 @@ def read_preset(
         folder = pathlib.Path(__file__).parents[2]
         known = ", ".join(sorted(f"configs/{preset.name}" for preset in (folder / "configs").glob("*.py")))
         raise ValueError(f"config is {str(path)!r}: no such file" + (f"; there are {known}" if known else ""))
-    config = runpy.run_path(str(path)).get("config") if path.suffix == ".py" else None
+    config = _run(path).get("config") if path.suffix == ".py" else None
     if not isinstance(config, TrainConfig):
         raise ValueError(
             f"config is {str(path)!r}: must be a Python file that ends with `config = TrainConfig(...)`"
         )
+    for flag in flags:
+        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in FORMER_NAMES:
+            raise ValueError(f"{flag}: renamed to --{_spelled(FORMER_NAMES[name].split('.'))}")
     description = f"{(description or TrainConfig.__doc__).strip()}\n\n{_about_sections(config)}"
     config, flags = switch_sections(config, flags)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(
         TrainConfig, default=config, args=flags, prog=prog, description=description, config=settings
     )
+
+
+def _run(path: pathlib.Path) -> dict[str, typing.Any]:
+    """Returns the variables of a preset. Raises ValueError for a field by its former name."""
+    try:
+        return runpy.run_path(str(path))
+    except TypeError as error:
+        named = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        for former, name in FORMER_NAMES.items():
+            if named and former.endswith(f".{named[1]}"):
+                raise ValueError(f"{path}: {former} was renamed to {name}") from None
+        raise
 
 
 def switch_sections(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:

@@ -6,13 +6,13 @@ import pathlib
 import typing
 from typing import Literal, Self
 
-from gptoss_jax.config.base import Checked, read_json, require, write_json
+from gptoss_jax.config.base import ConfigBase, read_json, require, write_json
 from gptoss_jax.config.model import ModelConfig
 from gptoss_jax.config.paths import user_path
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(Checked):
+class DataConfig(ConfigBase):
     """What to train on, and how it is cut into batches."""
 
     _section: typing.ClassVar[str] = "data"
@@ -27,18 +27,18 @@ class DataConfig(Checked):
     # Rows in one optimiser step, over all devices.
     batch_size: int = 16
     # Share of the documents held out for evaluation (at most 8 MiB of text).
-    held_out: float = 0.05
+    val_fraction: float = 0.05
     # Where tokenised text is kept between runs.
     cache_dir: str = "~/.cache/gptoss_jax"
 
     def _check(self) -> None:
         self._require(self.seq_len >= 2, "seq_len", "must be 2 or more")
         self._require_positive("batch_size")
-        self._require(0 < self.held_out <= 0.5, "held_out", "must be above 0 and at most 0.5")
+        self._require(0 < self.val_fraction <= 0.5, "val_fraction", "must be above 0 and at most 0.5")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig(Checked):
+class OptimConfig(ConfigBase):
     """The optimiser, its schedule, clipping and accumulation."""
 
     _section: typing.ClassVar[str] = "optim"
@@ -56,7 +56,7 @@ class OptimConfig(Checked):
     # Share of all steps in which wsd falls.
     decay_fraction: float = 0.2
     # Learning rate of the last step, as a share of the peak.
-    final_fraction: float = 0.1
+    min_lr_ratio: float = 0.1
     # Decay of the mean of the gradient (AdamW's; Muon's is 0.95).
     beta1: float = 0.9
     # Decay of the mean of the squared gradient.
@@ -66,23 +66,23 @@ class OptimConfig(Checked):
     # Pulls matrices towards zero (not norms, biases, sinks, or the router's bias), times the learning rate.
     weight_decay: float = 0.1
     # Longest gradient; a longer one is scaled down to this norm. 0 turns clipping off.
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     # Parts that a batch is worked through in, to save memory. The gradient of the loss is that of the whole
     # batch; the router's two losses are taken part by part and averaged.
-    accumulate: int = 1
+    grad_accum_steps: int = 1
 
     def _check(self) -> None:
-        self._require_positive("learning_rate", "epsilon", "accumulate")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+        self._require_positive("learning_rate", "epsilon", "grad_accum_steps")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
             self._require(getattr(self, name) >= 0, name, "must be 0 or more")
         for name in ("beta1", "beta2"):
             self._require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
         self._require(0 < self.decay_fraction <= 1, "decay_fraction", "must be above 0 and at most 1")
-        self._require(0 <= self.final_fraction <= 1, "final_fraction", "must be between 0 and 1")
+        self._require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "must be between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig(Checked):
+class MeshConfig(ConfigBase):
     """How many devices each axis of the mesh has; -1, for one axis at most, means all that are left."""
 
     _section: typing.ClassVar[str] = "mesh"
@@ -108,7 +108,7 @@ class MeshConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig(Checked):
+class CheckpointConfig(ConfigBase):
     """When the run is saved, and what is kept."""
 
     _section: typing.ClassVar[str] = "checkpoint"
@@ -123,7 +123,7 @@ class CheckpointConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig(Checked):
+class EvalConfig(ConfigBase):
     """What is measured on held-out text along the way."""
 
     _section: typing.ClassVar[str] = "eval"
@@ -146,7 +146,7 @@ class EvalConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(Checked):
+class TrainConfig(ConfigBase):
     """One training run. `configs/` holds presets; every field can be set on the command line."""
 
     # The architecture.
@@ -191,9 +191,9 @@ class TrainConfig(Checked):
             f"must be at most model.max_position_embeddings ({self.model.max_position_embeddings})",
         )
         require(
-            self.data.batch_size % self.optim.accumulate == 0,
-            "optim.accumulate",
-            self.optim.accumulate,
+            self.data.batch_size % self.optim.grad_accum_steps == 0,
+            "optim.grad_accum_steps",
+            self.optim.grad_accum_steps,
             f"must divide data.batch_size ({self.data.batch_size})",
         )
 

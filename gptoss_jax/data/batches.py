@@ -91,7 +91,7 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
 
 def _key(config: DataConfig, corpus: Corpus) -> str:
     """Folder name of a cache: some words to read, and a hash of all that its content depends on."""
-    parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.held_out))]
+    parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.val_fraction))]
     if config.tokenizer.startswith("file:"):
         parts += fingerprint(config.tokenizer)
     words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
@@ -153,7 +153,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     """Writes a complete cache to an empty folder."""
 
     def documents(skipped: collections.Counter[str] | None = None) -> Iterator[tuple[str, bool]]:
-        return split(corpus.documents(skipped), config.held_out, source=config.source)
+        return split(corpus.documents(skipped), config.val_fraction, source=config.source)
 
     report(f"Tokenising {config.source} with {config.tokenizer}, once: it is kept in {config.cache_dir}")
     tokenizer = make_tokenizer(

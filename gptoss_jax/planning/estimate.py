@@ -106,7 +106,7 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
 
     Raises ValueError where the mesh cannot split the model or the batch.
     """
-    model, parts = config.model, config.optim.accumulate
+    model, parts = config.model, config.optim.grad_accum_steps
     shards = math.prod(mesh[axis] for axis in BATCH)
     rows = config.data.batch_size // parts
     if rows % shards:
@@ -217,7 +217,7 @@ def recomputed_flops(model: ModelConfig, seq_len: int) -> float:
     if model.remat == "block":
         return flops_per_token(model, seq_len, training=False) - 2 * model.hidden_size * model.vocab_size
     experts = model.num_experts_per_tok * 3 * model.hidden_size * model.intermediate_size
-    visible = sum(mean_visible_keys(model, kind, seq_len) for kind in model.types_of_layers)
+    visible = sum(mean_visible_keys(model, kind, seq_len) for kind in model.resolved_layer_types)
     scores = 2 * model.num_attention_heads * model.head_dim * visible
     return 2.0 * (model.num_hidden_layers * experts + scores)
 

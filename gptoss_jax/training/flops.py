@@ -100,7 +100,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     router = hidden * config.num_local_experts
     experts = config.num_experts_per_tok * 3 * hidden * config.intermediate_size
     every_layer = config.num_hidden_layers * (projections + router + experts)
-    visible = sum(mean_visible_keys(config, kind, seq_len) for kind in config.types_of_layers)
+    visible = sum(mean_visible_keys(config, kind, seq_len) for kind in config.resolved_layer_types)
     forward = 2 * (every_layer + 2 * q_out * visible + hidden * config.vocab_size)
     return 3.0 * forward if training else float(forward)
 

@@ -117,7 +117,7 @@ class RunLog:
                 "tokens_seen": self.tokens_seen,
                 "epoch": round(self.tokens_seen / self._train_tokens, 4),
             } | timing  # fmt: skip
-            if config.model.expert_capacity is not None:
+            if config.model.expert_capacity_factor is not None:
                 row["dropped_share"] = round(float(values["dropped"]), 6)
             every = max(1, config.steps // LOAD_ROWS)
             if step == 1 or step // every > (step - config.log_every) // every:

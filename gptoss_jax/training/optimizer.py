@@ -31,8 +31,8 @@ def decay_mask(params) -> dict:
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step (from 0): a linear rise to the peak, then `cosine` or `wsd` down to
-    `final_fraction` of it, or `constant`."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    `min_lr_ratio` of it, or `constant`."""
+    peak, final = config.learning_rate, config.learning_rate * config.min_lr_ratio
     warmup = min(config.warmup_steps, steps - 1)
     # A rise over n steps takes its first step at 1/n of the peak, not at zero.
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
@@ -40,7 +40,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
     left = max(steps - 1 - warmup, 1)
     if config.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)
+        fall = optax.cosine_decay_schedule(peak, left, alpha=config.min_lr_ratio)
         return optax.join_schedules([rise, fall], [warmup])
     decay = min(max(round(steps * config.decay_fraction), 1), left)
     stable = left - decay
@@ -81,8 +81,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             adam_b1=config.beta1,
             adam_b2=config.beta2,
         )
-    if config.clip_norm:
-        optimizer = optax.chain(_clip(config.clip_norm), optimizer)
+    if config.max_grad_norm:
+        optimizer = optax.chain(_clip(config.max_grad_norm), optimizer)
     # Of AdamW only the counts are left to keep: asking the moments once more would copy them.
     is_kept_already = config.name == "adamw"
 

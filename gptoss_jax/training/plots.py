@@ -144,13 +144,13 @@ def _draw_rate(axes: Axes, training: Rows) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_rate(value)))
 
 
-def _draw_gradient(axes: Axes, training: Rows, clip_norm: float) -> None:
+def _draw_gradient(axes: Axes, training: Rows, max_grad_norm: float) -> None:
     steps, values = _series(training, "grad_norm")
     _curve(axes, steps, values)
     _log_scale(axes, values, factor=6.0)
     low, high = axes.get_ylim()
-    if low < clip_norm < high:
-        axes.axhline(clip_norm, color=_MUTED, linestyle=(0, (5, 3)), linewidth=1.1)
+    if low < max_grad_norm < high:
+        axes.axhline(max_grad_norm, color=_MUTED, linestyle=(0, (5, 3)), linewidth=1.1)
     # `skipped_steps` counts up over the run, so a row with more than the row before has skipped steps
     # behind it.
     counts = [row.get("skipped_steps") or 0 for row in training]
@@ -161,7 +161,7 @@ def _draw_gradient(axes: Axes, training: Rows, clip_norm: float) -> None:
         axes.plot(bad, [0.94] * len(bad), "x", color=_RED, markersize=7, transform=axes.get_xaxis_transform())
         label = f"× not finite, skipped: {max(max(counts), len(bad))}"
         axes.set_title(label, loc="right", fontsize=9.5, color=_RED, pad=7)
-    elif low < clip_norm < high:
+    elif low < max_grad_norm < high:
         axes.set_title("dashed: clipped above", loc="right", fontsize=9.5, color=_MUTED, pad=7)
 
 
@@ -286,7 +286,7 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     _draw_load(figure, load, training)
     _draw_bits(bits, evaluations)
     _draw_rate(rate, training)
-    _draw_gradient(gradient, training, config.optim.clip_norm)
+    _draw_gradient(gradient, training, config.optim.max_grad_norm)
     _draw_speed(speed, training)
 
     name, facts = _title(run, config, training, evaluations)

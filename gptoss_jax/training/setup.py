@@ -28,7 +28,7 @@ from gptoss_jax.training.state import TrainState, abstract_state, create_state
 # Fields of a model that say how it is trained or computed, not what it computes.
 MODEL_TRAINING_FIELDS = {
     "max_position_embeddings", "attention_dropout", "residual_dropout", "initializer_range",
-    "router_aux_loss_coef", "router_z_loss_coef", "expert_capacity", "compute_dtype",
+    "router_aux_loss_coef", "router_z_loss_coef", "expert_capacity_factor", "compute_dtype",
     "expert_format", "kernels", "remat",
 }  # fmt: skip
 # Those that the tree of parameters follows from.
@@ -91,8 +91,8 @@ def open_cache(config: DataConfig, report: Callable[[str], None]) -> TokenCache:
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError when the devices cannot split the model, or share a batch or a part of it, evenly."""
     check_model(config.model, dict(mesh.shape))
-    shards, parts = batch_shards(mesh.shape), config.optim.accumulate
-    what = f"{shards} devices" if parts == 1 else f"{shards} devices times optim.accumulate ({parts})"
+    shards, parts = batch_shards(mesh.shape), config.optim.grad_accum_steps
+    what = f"{shards} devices" if parts == 1 else f"{shards} devices times optim.grad_accum_steps ({parts})"
     size = config.data.batch_size
     require(size % (shards * parts) == 0, "data.batch_size", size, f"must be a multiple of {what}")
 
@@ -232,7 +232,7 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
         and getattr(config.model, field.name) != getattr(theirs, field.name)
     }
     # What None stands for may be spelled out.
-    if config.model.types_of_layers == theirs.types_of_layers:
+    if config.model.resolved_layer_types == theirs.resolved_layer_types:
         differing.pop("layer_types", None)
     other_tree = len(config.model.period) != len(theirs.period)
     named = [f"model.{name} is {ours!r}, theirs {other!r}" for name, (ours, other) in differing.items()]

@@ -45,15 +45,15 @@ def make_train_step(
     Metrics, float32 scalars unless said: `loss` (mean over real targets, nats), `load_balance_loss`,
     `router_z_loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and `skipped_in_a_row` (int32,
     this step included), `tokens` (real targets, int32), `expert_load` [L, E], `dropped` (the share of the
-    tokens' choices of experts that found no room; 0 without `model.expert_capacity`).
+    tokens' choices of experts that found no room; 0 without `model.expert_capacity_factor`).
     """
     optimizer = make_optimizer(config.optim, config.steps)
     schedule = make_schedule(config.optim, config.steps)
-    model_config, parts = config.model, config.optim.accumulate
+    model_config, parts = config.model, config.optim.grad_accum_steps
     with_dropout = model_config.attention_dropout > 0 or model_config.residual_dropout > 0
 
     def part_loss(params, part, tokens, key):
-        nats, stats = summed_loss(model_config, params, part, key, model_config.expert_capacity)
+        nats, stats = summed_loss(model_config, params, part, key, model_config.expert_capacity_factor)
         mean = nats / tokens
         balance, z = losses.load_balance_loss(stats), losses.router_z_loss(stats)
         total = (
