@@ -17,7 +17,7 @@ from gptoss_jax.cli import main
 from gptoss_jax.config import ModelConfig, preset
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as generation
-from gptoss_jax.inference.detokenizer import TextStream
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 
 
 class Terminal(io.StringIO):
@@ -32,13 +32,13 @@ class Terminal(io.StringIO):
 def test_text_is_never_broken_inside_a_character():
     tokenizer = make_tokenizer("bytes")
     text = "aé€\U0001f642z\u0301"
-    stream, parts = TextStream(tokenizer.decode_bytes), []
+    stream, parts = StreamingDetokenizer(tokenizer.decode_bytes), []
     for token in tokenizer.encode(text):
         parts.append(stream.feed([token]))
         assert text.startswith("".join(parts))
     assert "".join(parts) == text and stream.close() == ""
     # A character that breaks off, before another one and at the end.
-    stream = TextStream(tokenizer.decode_bytes)
+    stream = StreamingDetokenizer(tokenizer.decode_bytes)
     assert stream.feed([0xE2, 0x82]) == ""
     assert stream.feed([0x41, 0xF0, 0x9F]) == "\ufffdA"
     assert stream.close() == "\ufffd"

@@ -19,7 +19,7 @@ from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig
 from gptoss_jax.data.batches import build_cache, held_out_batches
 from gptoss_jax.data.sources import open_corpus, split
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.evaluation.logprobs import target_scores
+from gptoss_jax.evaluation.logprobs import token_logprobs
 from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
 from gptoss_jax.model.transformer import init_params, with_params
 from gptoss_jax.training import losses
@@ -167,7 +167,7 @@ def test_scores_in_chunks(either_config, random_params, apply_model, monkeypatch
     best_BT = np.argmax(logits_BTV, axis=-1)
     targets_BT[:, ::3] = best_BT[:, ::3]
     batch = {"tokens": tokens_BT, "targets": targets_BT, "segment_ids": segment_ids_BT}
-    lowered = target_scores.lower(either_config, params, batch)
+    lowered = token_logprobs.lower(either_config, params, batch)
     assert f"{B}x2x{V}xf32" in lowered.as_text() and f"{B}x{T}x{V}xf32" not in lowered.as_text()
     log_probs_BT, greedy_BT = lowered.compile()(params, batch)
     expected = np.take_along_axis(jax.nn.log_softmax(logits_BTV), targets_BT[..., None], -1)[..., 0]

@@ -19,7 +19,7 @@ from gptoss_jax.cli.main import main  # noqa: E402
 from gptoss_jax.config import ModelConfig  # noqa: E402
 from gptoss_jax.data.tokenizer import make_tokenizer  # noqa: E402
 from gptoss_jax.evaluation.lm_eval import GptOss, evaluate_tasks  # noqa: E402
-from gptoss_jax.evaluation.logprobs import target_scores  # noqa: E402
+from gptoss_jax.evaluation.logprobs import token_logprobs  # noqa: E402
 from gptoss_jax.inference.generate import generate_with_params  # noqa: E402
 from gptoss_jax.model.transformer import init_params, with_params  # noqa: E402
 
@@ -127,12 +127,12 @@ def test_what_is_too_long_loses_its_beginning(folder, log_probs):
 
 def test_few_programs_are_compiled(folder):
     model = GptOss(str(folder), batch_size=2)
-    target_scores.clear_cache()
+    token_logprobs.clear_cache()
     for longest in (3, 9, 31, 40, 62):
         texts = [asked("loglikelihood", "a" * length, "b") for length in range(1, longest)]
         model.loglikelihood(texts, True)
     # Rows of 32 and of 64 tokens.
-    assert target_scores._cache_size() == 2
+    assert token_logprobs._cache_size() == 2
 
 
 def test_what_greedy_decoding_would_give(config, params, folder):

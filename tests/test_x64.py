@@ -11,7 +11,7 @@ from checkpoints import random_checkpoint
 from gptoss_jax import kernels
 from gptoss_jax.checkpoints.load import load_pretrained
 from gptoss_jax.config import SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
-from gptoss_jax.evaluation.logprobs import target_scores
+from gptoss_jax.evaluation.logprobs import token_logprobs
 from gptoss_jax.inference import engine
 from gptoss_jax.inference.generate import generate_with_params
 from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
@@ -134,7 +134,7 @@ def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch)
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(cache)} == {"float32", "int32"}
         programs = [
             (engine._prefill, (params, cache, shape(rows, 32), ints)),
-            (target_scores, (params, scored)),
+            (token_logprobs, (params, scored)),
         ]
         step = (ints, shape(rows, dtype=bool), shape(), shape(), ints, shape(rows, 8))
         step += (shape(rows, dtype=jnp.uint32), settings)

@@ -61,7 +61,7 @@ def generate(
     from gptoss_jax.checkpoints.load import load_model
     from gptoss_jax.config.paths import user_text
     from gptoss_jax.inference.chat import speed
-    from gptoss_jax.inference.detokenizer import TextStream
+    from gptoss_jax.inference.detokenizer import StreamingDetokenizer
     from gptoss_jax.inference.generate import stream_with_params
 
     config, params, tokenizer = load_model(run)
@@ -77,7 +77,7 @@ def generate(
     )  # fmt: skip
     write = _writer(sys.stdout)
     write(prompt, dim=True)
-    text = TextStream(tokenizer.decode_bytes, stop_strings)
+    text = StreamingDetokenizer(tokenizer.decode_bytes, stop_strings)
     counts, times = [], []
     try:
         for (tokens,) in chunks:

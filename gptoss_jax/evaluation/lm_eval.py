@@ -22,8 +22,8 @@ from tqdm import tqdm
 from gptoss_jax.checkpoints.load import load_model
 from gptoss_jax.config import require
 from gptoss_jax.config.paths import user_path
-from gptoss_jax.evaluation.logprobs import batch_rows, target_scores
-from gptoss_jax.inference.detokenizer import TextStream
+from gptoss_jax.evaluation.logprobs import batch_rows, token_logprobs
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.generate import generate_with_params
 
 # The shortest row; the others are twice as long as the one before.
@@ -105,7 +105,7 @@ class GptOss(TemplateLM):
                     batch["tokens"][b, :end] = tokens[i][:-1]
                     batch["targets"][b, :end] = tokens[i][1:]
                     batch["segment_ids"][b, :end] = 1
-                log_probs_BT, greedy_BT = map(np.asarray, target_scores(self._config, self._params, batch))
+                log_probs_BT, greedy_BT = map(np.asarray, token_logprobs(self._config, self._params, batch))
                 for b, i in enumerate(chosen):
                     texts, _, continuation = requests[i]
                     scored = slice(len(tokens[i]) - 1 - len(continuation), len(tokens[i]) - 1)
@@ -160,7 +160,7 @@ class GptOss(TemplateLM):
                     stop_tokens=stop_tokens, seed=chosen, tokenizer=self._tokenizer,
                 )  # fmt: skip
                 for i, tokens in zip(chosen, found, strict=True):
-                    text = TextStream(self._tokenizer.decode_bytes, asked[i][1]["stop_strings"])
+                    text = StreamingDetokenizer(self._tokenizer.decode_bytes, asked[i][1]["stop_strings"])
                     end = next((k for k, token in enumerate(tokens, 1) if token in text_stops), None)
                     # The model's table may have more rows than the tokenizer has tokens.
                     known = [token for token in tokens[:end] if token < self._tokenizer.vocab_size]

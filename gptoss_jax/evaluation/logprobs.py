@@ -21,7 +21,7 @@ def batch_rows(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def target_scores(config: ModelConfig, params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def token_logprobs(config: ModelConfig, params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """log p(target) in nats, float32 [B, T], and whether the target is the likeliest token, bool [B, T].
 
     `batch` holds int32 [B, T]: tokens, targets and segment_ids (0 is padding, whose scores mean nothing);

@@ -20,7 +20,7 @@ from gptoss_jax.data.batches import encode_documents, in_batches
 from gptoss_jax.data.packing import pack
 from gptoss_jax.data.sources import Corpus
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.evaluation.logprobs import Batch, batch_rows, target_scores
+from gptoss_jax.evaluation.logprobs import Batch, batch_rows, token_logprobs
 from gptoss_jax.training.losses import bits_per_byte
 
 # Tokens of a window, where the model takes as many and nobody asks for others.
@@ -142,7 +142,7 @@ def evaluate_text(
             require(top < config.vocab_size, "token id", top, allowed)
             if score is None:
                 compiling = time.monotonic()
-                score = target_scores.lower(config, params, batch).compile()
+                score = token_logprobs.lower(config, params, batch).compile()
                 compile_seconds = time.monotonic() - compiling
             log_probs_BT, _ = score(params, batch)
             nats -= np.sum(np.asarray(log_probs_BT)[scored_BT], dtype=np.float64)

@@ -13,7 +13,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.data import harmony
 from gptoss_jax.data.harmony import Harmony, Part
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.inference.detokenizer import TextStream
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.generate import stream_with_params
 
 HELP = "/new starts over, /exit or Ctrl-D ends, Ctrl-C stops an answer and keeps what it has said"
@@ -118,7 +118,7 @@ class PlainReader:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.parts = [Part()]
         self._vocab_size = tokenizer.vocab_size
-        self._text = TextStream(tokenizer.decode_bytes)
+        self._text = StreamingDetokenizer(tokenizer.decode_bytes)
 
     def feed(self, tokens: Sequence[int]) -> Pieces:
         # The model's table may have more rows than the tokenizer has tokens.

@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Callable, Sequence
 
 
-class TextStream:
+class StreamingDetokenizer:
     """Tokens to text, piece by piece, where a character may be spread over several tokens.
 
     With stop strings the text ends where the first of them that is complete begins, `stopped` then is true,

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.inference.detokenizer import TextStream
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
 from gptoss_jax.inference.sampling_params import Request
 from gptoss_jax.model.kv_cache import Cache, grow, make_cache
@@ -42,7 +42,7 @@ INTERVAL = 0.1
 CACHE = P(None, BATCH, "tensor", None, None)
 
 
-def most_programs(config: ModelConfig, decoders: int = 1) -> int:
+def max_compilations(config: ModelConfig, decoders: int = 1) -> int:
     """The most programs that any prompts of one rounded number compile, with so many choices of settings."""
     lengths = len({_room(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
     return lengths * (2 + len(PIECES) + decoders)
@@ -118,7 +118,8 @@ def chunks(
     seeds_B[:count] = [one.seed for one in requests]
     settings = _filters(requests, batch, config.vocab_size)
     matchers = [
-        TextStream(tokenizer.decode_bytes, one.stop_strings) if one.stop_strings else None for one in requests
+        StreamingDetokenizer(tokenizer.decode_bytes, one.stop_strings) if one.stop_strings else None
+        for one in requests
     ]
 
     most, longest = int(limits_B.max()), int(fed_B.max())
@@ -166,7 +167,7 @@ def chunks(
             steps = _next_steps(steps, time.monotonic() - began)
 
 
-def _until_stop(matcher: TextStream, tokens: list[int], known: int) -> list[int]:
+def _until_stop(matcher: StreamingDetokenizer, tokens: list[int], known: int) -> list[int]:
     """The tokens up to the one in which a stop string is complete."""
     for i, token in enumerate(tokens):
         if matcher.stopped:

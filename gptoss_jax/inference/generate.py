@@ -41,7 +41,7 @@ def generate(
       stop_tokens: any of these ends its sequence and is not part of the answer. None by default; those of a
         model's folder are `load_tokenizer(folder).stop_ids`.
       stop_strings: an answer ends with the token in which one of these is complete, the last of the answer:
-        cut the text where the string begins (`TextStream` does). Looked for between the calls of the decoder,
+        cut the text where the string begins (`StreamingDetokenizer` does). Looked for between the calls of the decoder,
         so a few tokens more may be computed than are returned.
       seed: 0 … 2^32 - 1. Token t of a prompt is drawn with fold_in(key(seed), t), alone and in any batch:
         in float32 so are the answers, but for ties; in bfloat16 rounding can choose other experts and tokens.
@@ -59,7 +59,7 @@ def generate(
     prefill for each size of a piece, 32, 128 and 512 tokens; a decoder for each choice of what is asked for
     among temperature, top_k, top_p, min_p and log_probs. So a context of 131,072, ten lengths, takes at most
     10 * (2 + 3) programs and 10 decoders for each such choice, whatever the prompts are
-    (`engine.most_programs`).
+    (`engine.max_compilations`).
     The values of the settings, seeds and prompts recompile nothing; more than 8 stop tokens do, at 16, 32, ….
     """
     settings = max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens, stop_strings, seed

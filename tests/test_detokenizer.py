@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss_jax.inference.detokenizer import TextStream
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 
 
 def pieces(text: bytes, cuts: list[int]) -> list[bytes]:
@@ -12,7 +12,7 @@ def pieces(text: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def through(stops, parts):
-    stream = TextStream(bytes, stops)
+    stream = StreamingDetokenizer(bytes, stops)
     shown = [stream.feed(list(part)) for part in parts]
     return [*shown, stream.close()], stream.stopped
 
