@@ -56,7 +56,7 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 def make_checkpoint(folder: pathlib.Path) -> int:
     """Writes the checkpoint; returns its largest tensor's bytes."""
     from gptoss_jax.checkpoints.mappings import HUGGINGFACE, expected_shapes
-    from gptoss_jax.checkpoints.safetensors_io import NewTensor, whole_folder, write_tensors
+    from gptoss_jax.checkpoints.safetensors_io import NewTensor, atomic_folder, write_tensors
     from gptoss_jax.config import ModelConfig
 
     config = ModelConfig(num_hidden_layers=LAYERS, vocab_size=VOCABULARY, expert_format="mxfp4")
@@ -75,7 +75,7 @@ def make_checkpoint(folder: pathlib.Path) -> int:
                 left -= len(part)
 
         tensors.append(NewTensor(name, kind, shape, chunks))
-    with whole_folder(folder, sum(tensor.nbytes for tensor in tensors)) as partial:
+    with atomic_folder(folder, sum(tensor.nbytes for tensor in tensors)) as partial:
         write_tensors(partial, tensors)
         (partial / "config.json").write_text(json.dumps(config.to_hf("mxfp4")), encoding="utf-8")
     return max(tensor.nbytes for tensor in tensors)

@@ -9,7 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from checkpoints import random_checkpoint
+from helpers.checkpoints import random_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax.checkpoints import load

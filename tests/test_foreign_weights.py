@@ -7,7 +7,7 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from checkpoints import SIZES, original_layout, random_checkpoint
+from helpers.checkpoints import SIZES, original_layout, random_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax import startup

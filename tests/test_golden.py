@@ -5,9 +5,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-from checkpoints import original_layout, random_checkpoint, weights_digest
 from golden import ours
 from golden.compare import CASES, golden, gradient_error, prompts
+from helpers.checkpoints import original_layout, random_checkpoint, weights_digest
 
 from gptoss_jax import from_pretrained
 from gptoss_jax.inference.generate import generate

@@ -18,7 +18,7 @@ from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import looped_mxfp4_matmul, mxfp4_grouped_matmul, visits
-from gptoss_jax.kernels.mxfp4.pallas_tpu import BLOCKS, SCALES, mosaic_mxfp4_matmul
+from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
 from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul
 
 R, E, F, G = 37, 4, 7, 3
@@ -214,7 +214,7 @@ def test_compiles_for_tpus(rows):
     for name in TPUS:
         with tpu_devices(name) as devices:
             place = jax.sharding.SingleDeviceSharding(devices[0])
-        stored = Format(Layout(BLOCKS), place), Format(Layout(SCALES), place)
+        stored = [Format(Layout(codec.TPU_LAYOUTS[part]), place) for part in ("blocks", "scales")]
         S = functools.partial(jax.ShapeDtypeStruct, sharding=place)
         for dtype in (jnp.bfloat16, jnp.float32):
             blocks = jax.ShapeDtypeStruct((*stack, 16), jnp.uint8, sharding=stored[0])

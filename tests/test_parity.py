@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints import random_checkpoint
+from helpers.checkpoints import random_checkpoint
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import SIZES, original_layout, random_checkpoint
+from helpers.checkpoints import SIZES, original_layout, random_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax.checkpoints import export, sharded_io
@@ -735,7 +735,7 @@ def test_a_target_with_content_is_left_alone(published, tmp_path):
     ]  # fmt: skip
 
 
-COMPANIONS = [
+SIDECAR_FILES = [
     "chat_template.jinja",
     "generation_config.json",
     "special_tokens_map.json",
@@ -745,7 +745,7 @@ COMPANIONS = [
 
 
 def with_companions(folder):
-    for name in COMPANIONS:
+    for name in SIDECAR_FILES:
         (folder / name).write_text(json.dumps({"file": name, "bos_token_id": 198}))
     (folder / "notes.txt").write_text("not of the model")
     return folder
@@ -755,8 +755,8 @@ def test_companions_are_copied(copied, tmp_path):
     folder = with_companions(copied("mxfp4"))
     save_pretrained(from_pretrained(folder), tmp_path / "new")
     found = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert found == sorted([*COMPANIONS, "config.json", "model.safetensors"])
-    for name in COMPANIONS:
+    assert found == sorted([*SIDECAR_FILES, "config.json", "model.safetensors"])
+    for name in SIDECAR_FILES:
         assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes()
     # config.json says nothing of tokens here, so what generation_config.json says stands.
     assert json.loads((tmp_path / "new" / "config.json").read_text())["bos_token_id"] == 198
@@ -765,7 +765,7 @@ def test_companions_are_copied(copied, tmp_path):
 def test_companions_of_original_lie_above_it(original, tmp_path):
     folder = with_companions(shutil.copytree(original("bfloat16"), tmp_path / "folder"))
     save_pretrained(from_pretrained(folder), tmp_path / "new")
-    assert {path.name for path in (tmp_path / "new").iterdir()} >= set(COMPANIONS)
+    assert {path.name for path in (tmp_path / "new").iterdir()} >= set(SIDECAR_FILES)
     assert not (tmp_path / "new" / "notes.txt").exists()
 
 
@@ -877,9 +877,9 @@ def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
     index = (slice(1, 3), slice(0, None), slice(0, 2), slice(3, 9))
     index = tuple(slice(*part.indices(size)) for part, size in zip(index, layers[0].shape, strict=True))
     devices = jax.devices()[2:4]
-    made, unsound = sharded_io._layer_by_layer(BFLOAT16, index, layers, devices, None)
+    made, non_finite = sharded_io._layer_by_layer(BFLOAT16, index, layers, devices, None)
     wanted, _ = sharded_io._part(BFLOAT16, index, layers, stacked=True)
-    assert [array.devices() for array in made] == [{device} for device in devices] and unsound == []
+    assert [array.devices() for array in made] == [{device} for device in devices] and non_finite == []
     for array in made:
         np.testing.assert_array_equal(np.asarray(array), wanted)
 

@@ -19,7 +19,7 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax.checkpoints import safetensors_io
-from gptoss_jax.checkpoints.safetensors_io import NewTensor, TensorFolder, whole_folder, write_tensors
+from gptoss_jax.checkpoints.safetensors_io import NewTensor, TensorFolder, atomic_folder, write_tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -519,7 +519,7 @@ def test_a_whole_folder_appears(tmp_path, made):
     target = tmp_path / "deep" / "model"
     if made:
         target.mkdir(parents=True)
-    with whole_folder(target, 10) as partial:
+    with atomic_folder(target, 10) as partial:
         (partial / "one").write_text("1")
         assert not target.exists() or listing(target) == []
     assert listing(target) == ["one"] and listing(target.parent) == ["model"]
@@ -532,18 +532,18 @@ def test_a_target_with_content_is_left_alone(tmp_path, kind):
         target.mkdir()
     precious = target / "precious" if kind == "folder" else target
     precious.write_text("content")
-    with pytest.raises(ValueError, match=f"{target}: exists already"), whole_folder(target, 10):
+    with pytest.raises(ValueError, match=f"{target}: exists already"), atomic_folder(target, 10):
         raise AssertionError("must not be reached")
     assert precious.read_text() == "content" and listing(tmp_path) == ["model"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
 def test_what_goes_wrong_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), whole_folder(tmp_path / "model", 10) as partial:
+    with pytest.raises(error), atomic_folder(tmp_path / "model", 10) as partial:
         (partial / "one").write_text("1")
         raise error
     assert listing(tmp_path) == []
-    with whole_folder(tmp_path / "model", 10):
+    with atomic_folder(tmp_path / "model", 10):
         pass
     assert listing(tmp_path) == ["model"]
 
@@ -554,7 +554,7 @@ def test_a_failing_chunk_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     tensor = NewTensor("t", np.dtype(np.float32), (4,), chunks)
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "model", 10) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model", 10) as partial:
         write_tensors(partial, [tensor])
     assert listing(tmp_path) == []
 
@@ -564,7 +564,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     (stale / "deep").mkdir(parents=True)
     (stale / "model.safetensors").write_text("half")
     (tmp_path / ".model.lock").touch()
-    with whole_folder(tmp_path / "model", 10) as partial:
+    with atomic_folder(tmp_path / "model", 10) as partial:
         assert listing(partial) == []
         (partial / "one").write_text("1")
     assert listing(tmp_path) == ["model"] and listing(tmp_path / "model") == ["one"]
@@ -572,15 +572,15 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 
 def test_two_at_the_same_time(tmp_path):
     target = tmp_path / "model"
-    with whole_folder(target, 10) as partial:
+    with atomic_folder(target, 10) as partial:
         (partial / "one").write_text("1")
         with (
             pytest.raises(ValueError, match=f"{target}: another process is writing it"),
-            whole_folder(target, 10),
+            atomic_folder(target, 10),
         ):
             raise AssertionError("must not be reached")
         # Another target is another matter.
-        with whole_folder(tmp_path / "other", 10):
+        with atomic_folder(tmp_path / "other", 10):
             pass
         assert listing(partial) == ["one"]
     assert listing(tmp_path) == ["model", "other"] and listing(target) == ["one"]
@@ -590,7 +590,7 @@ def test_a_lock_that_its_owner_has_removed_keeps_nobody_out(tmp_path, monkeypatc
     # The first fails between the moments at which the second opens the lock and takes it.
     real, target = fcntl.flock, tmp_path / "model"
     first = contextlib.ExitStack()
-    first.enter_context(whole_folder(target, 10))
+    first.enter_context(atomic_folder(target, 10))
 
     def flock(file, operation):
         with contextlib.suppress(RuntimeError):
@@ -600,19 +600,19 @@ def test_a_lock_that_its_owner_has_removed_keeps_nobody_out(tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "flock", flock)
     with contextlib.ExitStack() as stack:
         try:
-            partial = stack.enter_context(whole_folder(target, 10))
+            partial = stack.enter_context(atomic_folder(target, 10))
         except ValueError:
             return
         (partial / "one").write_text("half")
         with pytest.raises(ValueError, match="another process is writing it"):
-            stack.enter_context(whole_folder(target, 10))
+            stack.enter_context(atomic_folder(target, 10))
         assert listing(partial) == ["one"]
 
 
 def test_a_link_to_an_empty_folder(tmp_path):
     (tmp_path / "large disk").mkdir()
     (tmp_path / "model").symlink_to(tmp_path / "large disk")
-    with whole_folder(tmp_path / "model", 10) as partial:
+    with atomic_folder(tmp_path / "model", 10) as partial:
         (partial / "one").write_text("1")
     assert listing(tmp_path / "large disk") == ["one"] and listing(tmp_path / "model") == ["one"]
 
@@ -621,11 +621,11 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3_000_000_000))
     with (
         pytest.raises(OSError, match=r"model: 3\.5 GB are needed, the disk has 3\.0 GB left"),
-        whole_folder(tmp_path / "model", 3_500_000_000),
+        atomic_folder(tmp_path / "model", 3_500_000_000),
     ):
         raise AssertionError("must not be reached")
     assert listing(tmp_path) == []
-    with whole_folder(tmp_path / "model", 3_000_000_000):
+    with atomic_folder(tmp_path / "model", 3_000_000_000):
         pass
 
 
@@ -633,7 +633,7 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
 HANGING = """
 import sys, time
 import numpy as np
-from gptoss_jax.checkpoints.safetensors_io import NewTensor, whole_folder, write_tensors
+from gptoss_jax.checkpoints.safetensors_io import NewTensor, atomic_folder, write_tensors
 
 def chunks():
     yield np.zeros(1 << 20, np.float32)
@@ -642,7 +642,7 @@ def chunks():
 
 first = NewTensor("first", np.dtype(np.float32), (8,), lambda: [np.ones(8, np.float32)])
 second = NewTensor("second", np.dtype(np.float32), (2 << 20,), chunks)
-with whole_folder(sys.argv[1], 1) as partial:
+with atomic_folder(sys.argv[1], 1) as partial:
     write_tensors(partial, [first, second], shard_bytes=1000)
 """
 
@@ -655,7 +655,7 @@ def test_a_killed_save(tmp_path):
     try:
         assert process.stdout.readline() == "half\n"
         # While it lives, nobody else may write there.
-        with pytest.raises(ValueError, match="another process is writing it"), whole_folder(target, 1):
+        with pytest.raises(ValueError, match="another process is writing it"), atomic_folder(target, 1):
             raise AssertionError("must not be reached")
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
@@ -664,7 +664,7 @@ def test_a_killed_save(tmp_path):
         process.stdout.close()
     assert not target.exists() and listing(tmp_path / ".model.partial")
     expected = random_tensors()
-    with whole_folder(target, 1) as partial:
+    with atomic_folder(target, 1) as partial:
         write(partial, expected)
     assert_same_tensors(TensorFolder(target).tensors, expected)
     assert listing(tmp_path) == ["model"] and listing(target) == ["model.safetensors"]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import random_checkpoint
+from helpers.checkpoints import random_checkpoint
 
 from gptoss_jax import kernels
 from gptoss_jax.checkpoints.load import load_pretrained

@@ -15,13 +15,13 @@ from gptoss_jax.checkpoints import lazy_tensors, safetensors_io, sharded_io
 from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameters_by_layer
 from gptoss_jax.checkpoints.readers import (
     Format,
-    ParameterTree,
-    Source,
+    InMemoryReader,
+    WeightReader,
     check_choice,
-    companions,
     local_folder,
     open_weights,
-    warn_of,
+    sidecar_files,
+    warn_non_finite,
     with_experts,
 )
 from gptoss_jax.checkpoints.run import is_run, load_config
@@ -70,7 +70,7 @@ def save_pretrained(
         raise ValueError(
             f"tokenizer is None: {origin}, where the model came from, is gone; name another folder"
         )
-    source = ParameterTree(model.config, params_of(model), origin)
+    source = InMemoryReader(model.config, params_of(model), origin)
     write_folder(source, folder, experts, shard_bytes)
 
 
@@ -93,7 +93,7 @@ def convert(
 
 
 def write_folder(
-    source: Source,
+    source: WeightReader,
     folder: str | os.PathLike,
     experts: str | None = None,
     shard_bytes: int = safetensors_io.SHARD_BYTES,
@@ -115,8 +115,8 @@ def write_folder(
     # What a model does without is written as what has no effect.
     config = dataclasses.replace(source.config, router_bias=True, expert_bias=True, learned_sinks=True)
     values = config.to_hf(experts) | _token_ids(source.origin, tokenizer)
-    unsound: set[str] = set()
-    tensors = _new_tensors(source, with_experts(config, experts == "mxfp4"), experts, unsound)
+    non_finite: set[str] = set()
+    tensors = _new_tensors(source, with_experts(config, experts == "mxfp4"), experts, non_finite)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
 
     def wrote(count: int) -> None:
@@ -124,9 +124,9 @@ def write_folder(
         done += count
         progress(done, total)
 
-    with safetensors_io.whole_folder(folder, total + (64 << 20)) as partial:
+    with safetensors_io.atomic_folder(folder, total + (64 << 20)) as partial:
         safetensors_io.write_tensors(partial, tensors, shard_bytes, wrote)
-        for name, path in companions(source.origin).items():
+        for name, path in sidecar_files(source.origin).items():
             shutil.copyfile(path, partial / name)
         if tokenizer is not None:
             tokenizer.export(partial)
@@ -134,11 +134,11 @@ def write_folder(
         generation = _generation_ids(values, tokenizer)
         if generation and not (partial / GENERATION).exists():
             write_json(partial / GENERATION, generation)
-    warn_of(unsound, source.origin)
+    warn_non_finite(non_finite, source.origin)
 
 
 def _new_tensors(
-    source: Source, config: ModelConfig, experts: str, unsound: set[str]
+    source: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
 ) -> list[safetensors_io.NewTensor]:
     """Every tensor of the Hugging Face folder of a config, layer by layer."""
     have = {".".join(names[-2:]) for names, _ in parameters_by_layer(source.config)}
@@ -159,24 +159,24 @@ def _new_tensors(
 
             def chunks(piece=piece, key=key, layer=layer, shape=shape, kind=kind, layout=layout):
                 piece = piece or source.piece(key, layer)
-                return _chunks(piece, shape, kind, layout, unsound)
+                return _chunks(piece, shape, kind, layout, non_finite)
 
             place = {"embedding": -1, "blocks": layer}.get(names[0], config.num_hidden_layers)
             found.append((place, safetensors_io.NewTensor(name, kind, layout.file_shape(config), chunks)))
     return [tensor for _, tensor in sorted(found, key=lambda entry: entry[0])]
 
 
-def _absent(key: str, name: str, shape: tuple[int, ...]) -> lazy_tensors.Constant:
-    return lazy_tensors.Constant(name, shape, NO_SINK if key == "attention.sinks" else 0.0)
+def _absent(key: str, name: str, shape: tuple[int, ...]) -> lazy_tensors.ConstantTensor:
+    return lazy_tensors.ConstantTensor(name, shape, NO_SINK if key == "attention.sinks" else 0.0)
 
 
-def _chunks(piece, shape, kind, layout, unsound) -> Iterator[np.ndarray]:
+def _chunks(piece, shape, kind, layout, non_finite) -> Iterator[np.ndarray]:
     row = int(np.prod(shape[1:], dtype=np.int64)) * kind.itemsize
     step = max(1, CHUNK_BYTES // row) if layout.keeps_first_axis else shape[0]
     for start in range(0, shape[0], step):
         part = slice(start, min(start + step, shape[0]))
         out = np.empty((part.stop - part.start, *shape[1:]), kind)
-        unsound.update(sharded_io.fill([(out, piece, (part, *(slice(0, size) for size in shape[1:])))]))
+        non_finite.update(sharded_io.fill([(out, piece, (part, *(slice(0, size) for size in shape[1:])))]))
         yield layout.to_file(out)
 
 
@@ -194,7 +194,7 @@ def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict
     if origin is None:
         return {}
     # The released config.json names the turn's end alone; only where it says nothing is the other file asked.
-    for path in (origin / "config.json", companions(origin).get(GENERATION)):
+    for path in (origin / "config.json", sidecar_files(origin).get(GENERATION)):
         values = read_json(path) if path is not None and path.is_file() else {}
         found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
         if found:

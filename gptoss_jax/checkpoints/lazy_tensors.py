@@ -27,7 +27,7 @@ UNPACKED_BYTES = 1 << 18
 Index = tuple[slice, ...]
 
 
-class Piece(Protocol):
+class LazyTensor(Protocol):
     """One parameter of one layer."""
 
     name: str  # of the tensor it is read from
@@ -38,7 +38,7 @@ class Piece(Protocol):
 
 
 @dataclasses.dataclass
-class Plain:
+class DenseTensor:
     """Numbers as they are, or packed bytes that stay packed. `array`: anything with slices and a shape."""
 
     name: str
@@ -68,7 +68,7 @@ class Plain:
 
 
 @dataclasses.dataclass
-class Constant:
+class ConstantTensor:
     """One number everywhere: what a model lacks and the published format wants."""
 
     name: str
@@ -81,7 +81,7 @@ class Constant:
 
 
 @dataclasses.dataclass
-class Unpacked:
+class DequantizedTensor:
     """Experts that the source holds in MXFP4, as numbers. Groups run along our axis 1, which stands last
     there."""
 
@@ -129,11 +129,11 @@ class Unpacked:
 
 
 @dataclasses.dataclass
-class Experts:
+class StackedExperts:
     """Experts that the source holds one by one: one array each, or two, gate and up, along our axis P."""
 
     name: str
-    parts: list[list[Plain]]
+    parts: list[list[DenseTensor]]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -159,10 +159,10 @@ class Experts:
 
 
 @dataclasses.dataclass
-class Packed:
+class QuantizedTensor:
     """Experts that the source holds as numbers, in MXFP4: the blocks, or the scales."""
 
-    source: Plain | Experts
+    source: DenseTensor | StackedExperts
     want: str  # "blocks" or "scales"
 
     @property

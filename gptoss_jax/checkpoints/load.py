@@ -16,12 +16,12 @@ from gptoss_jax.checkpoints.model_files import refuse_other_contents
 from gptoss_jax.checkpoints.readers import (
     MATRICES,
     Format,
-    Source,
+    WeightReader,
     check_choice,
     find_tokenizer,
     local_folder,
     open_weights,
-    warn_of,
+    warn_non_finite,
     with_experts,
 )
 from gptoss_jax.checkpoints.run import is_run, load_config, load_run
@@ -72,23 +72,23 @@ def load_pretrained(
         config = load_config(local).model
         tree = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-            placed(typed_tree(config, dtype, experts), mesh),
+            with_shardings(with_dtypes(config, dtype, experts), mesh),
         )
         _, params, _ = load_run(local, abstract=tree)
-        warn_of_params(config, params, local)
+        warn_non_finite_params(config, params, local)
         return _computing_in(config, dtype), params, local
     source = open_weights(local)
     packed = experts == "mxfp4" or (experts is None and source.packed)
     config = _computing_in(with_experts(source.config, packed), dtype)
-    tree = typed_tree(config, dtype, experts, source.dtype)
-    return config, read_params(source, config, placed(tree, mesh)), source.origin
+    tree = with_dtypes(config, dtype, experts, source.dtype)
+    return config, read_params(source, config, with_shardings(tree, mesh)), source.origin
 
 
 def _computing_in(config: ModelConfig, dtype: str | None) -> ModelConfig:
     return config if dtype is None else dataclasses.replace(config, compute_dtype=dtype)
 
 
-def typed_tree(
+def with_dtypes(
     config: ModelConfig,
     dtype: str | None,
     experts: str | None = None,
@@ -105,7 +105,7 @@ def typed_tree(
     return jax.tree_util.tree_map_with_path(typed, abstract_params(config))
 
 
-def placed(tree: dict, mesh: jax.sharding.Mesh | None) -> dict:
+def with_shardings(tree: dict, mesh: jax.sharding.Mesh | None) -> dict:
     """The tree with a place for each array: as the path table says, or the first device."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda leaf: here, tree) if mesh is None else parameter_shardings(tree, mesh)
@@ -133,7 +133,7 @@ def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict, Tokenizer]
     return config, params, tokenizer
 
 
-def warn_of_params(config: ModelConfig, params: dict, origin: pathlib.Path) -> None:
+def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Path) -> None:
     """Warns of every tensor of a parameter tree that holds something not finite."""
 
     def sound(leaf):
@@ -141,28 +141,28 @@ def warn_of_params(config: ModelConfig, params: dict, origin: pathlib.Path) -> N
         return jnp.all(jnp.isfinite(leaf), axis=axes)
 
     found = jax.device_get(jax.jit(lambda tree: jax.tree.map(sound, tree))(params))
-    layers, unsound = dict(parameters_by_layer(config)), set()
+    layers, non_finite = dict(parameters_by_layer(config)), set()
     for path, rows in jax.tree_util.tree_leaves_with_path(found):
         names = path_names(path)
         layout, which = HUGGINGFACE[".".join(names[-2:])], layers[names]
         if which == [-1]:
             rows = rows.all(keepdims=True)
-        unsound |= {layout.name.format(layer) for layer, row in zip(which, rows, strict=True) if not row}
-    warn_of(unsound, origin)
+        non_finite |= {layout.name.format(layer) for layer, row in zip(which, rows, strict=True) if not row}
+    warn_non_finite(non_finite, origin)
 
 
-def read_params(source: Source, config: ModelConfig, tree: dict) -> dict:
+def read_params(source: WeightReader, config: ModelConfig, tree: dict) -> dict:
     """The parameter tree of a config; `tree` gives each array's shape, type and sharding."""
     layers = dict(parameters_by_layer(config))
-    unsound: set[str] = set()
+    non_finite: set[str] = set()
 
     def one(path, leaf):
         names = path_names(path)
         found = [source.piece(".".join(names[-2:]), layer) for layer in layers[names]]
         array, not_finite = sharded_io.load(leaf, found)
-        unsound.update(not_finite)
+        non_finite.update(not_finite)
         return array
 
     params = jax.tree_util.tree_map_with_path(one, tree)
-    warn_of(unsound, source.origin)
+    warn_non_finite(non_finite, source.origin)
     return params

@@ -35,7 +35,7 @@ Format = Literal["bfloat16", "float32", "mxfp4"]
 HUB = "hf:"
 MATRICES = ("moe.gate_up", "moe.down")
 # What a model folder holds besides weights and config.json, copied as it is.
-COMPANIONS = (
+SIDECAR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -44,7 +44,7 @@ COMPANIONS = (
 )
 
 
-class Source(abc.ABC):
+class WeightReader(abc.ABC):
     """Weights, wherever they are: `config` is their model's, with plain experts; `packed` says whether the
     experts are in MXFP4; `origin` is the folder with their tokenizer, if there is one."""
 
@@ -66,20 +66,20 @@ class Source(abc.ABC):
         kinds = {self.piece(key, layer).dtype for layer in layers}
         return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
-    def piece(self, key: str, layer: int) -> lazy_tensors.Piece:
+    def piece(self, key: str, layer: int) -> lazy_tensors.LazyTensor:
         """A parameter, by the last two names of its path, whichever way the experts are held and wanted."""
         matrix, _, part = key.rpartition("_")
         if self.packed and key in MATRICES:
             (_, blocks), (name, scales) = (
                 self.array(f"{key}_{part}", layer) for part in ("blocks", "scales")
             )
-            return lazy_tensors.Unpacked(name, blocks, scales, key == "moe.gate_up", self.release)
+            return lazy_tensors.DequantizedTensor(name, blocks, scales, key == "moe.gate_up", self.release)
         if not self.packed and matrix in MATRICES and part in ("blocks", "scales"):
-            return lazy_tensors.Packed(self.piece(matrix, layer), part)
-        return lazy_tensors.Plain(*self.array(key, layer), self.release)
+            return lazy_tensors.QuantizedTensor(self.piece(matrix, layer), part)
+        return lazy_tensors.DenseTensor(*self.array(key, layer), self.release)
 
 
-class PublishedFolder(Source):
+class HFReader(WeightReader):
     """A folder of safetensors files in one of the published layouts, or with its experts one by one."""
 
     def __init__(self, folder: pathlib.Path):
@@ -117,16 +117,18 @@ class PublishedFolder(Source):
         name = layout.name.format(layer)
         return name, layout.to_ours(self._tensors[name], self._held)
 
-    def piece(self, key: str, layer: int) -> lazy_tensors.Piece:
+    def piece(self, key: str, layer: int) -> lazy_tensors.LazyTensor:
         layout = self._table.get(key)
         if not isinstance(layout, ExpertLayout):
             return super().piece(key, layer)
         experts = [layout.parts(layer, expert) for expert in range(self.config.num_local_experts)]
-        parts = [[lazy_tensors.Plain(*self._array(p, layer), self.release) for p in each] for each in experts]
-        return lazy_tensors.Experts(HUGGINGFACE[key].name.format(layer), parts)
+        parts = [
+            [lazy_tensors.DenseTensor(*self._array(p, layer), self.release) for p in each] for each in experts
+        ]
+        return lazy_tensors.StackedExperts(HUGGINGFACE[key].name.format(layer), parts)
 
 
-class ParameterTree(Source):
+class InMemoryReader(WeightReader):
     """The parameters of a model in memory."""
 
     def __init__(self, config: ModelConfig, params: dict, origin: pathlib.Path | None):
@@ -148,7 +150,7 @@ def with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
     return dataclasses.replace(config, expert_format="mxfp4" if packed else "plain")
 
 
-def open_weights(folder: str | os.PathLike) -> Source:
+def open_weights(folder: str | os.PathLike) -> WeightReader:
     """The weights of a Hugging Face folder, of `original/`, of a run folder, or of `hf:OWNER/NAME`, which is
     fetched from the Hugging Face hub or taken from its cache.
 
@@ -161,8 +163,8 @@ def open_weights(folder: str | os.PathLike) -> Source:
         except RuntimeError:  # jax was told to know of no processor
             here = jax.local_devices()[0]
         config, params, _ = load_run(folder, device=here)
-        return ParameterTree(config.model, params, folder)
-    return PublishedFolder(folder)
+        return InMemoryReader(config.model, params, folder)
+    return HFReader(folder)
 
 
 def local_folder(folder: str | os.PathLike) -> pathlib.Path:
@@ -186,23 +188,23 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
     return path
 
 
-def companions(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
+def sidecar_files(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
     """The files of a published folder that go with its weights; those of `original/` lie one folder up."""
     if origin is None:
         return {}
     folders = [origin.parent, origin] if origin.name == "original" else [origin]
-    return {name: folder / name for folder in folders for name in COMPANIONS if (folder / name).is_file()}
+    return {name: folder / name for folder in folders for name in SIDECAR_FILES if (folder / name).is_file()}
 
 
 def find_tokenizer(origin: pathlib.Path) -> Tokenizer | None:
     """The tokenizer that goes with a model's folder; None where it holds none."""
-    path = companions(origin).get("tokenizer.json")
+    path = sidecar_files(origin).get("tokenizer.json")
     if path is None and not (origin / "tokenizer_name.txt").is_file():
         return None
     return load_tokenizer(origin if path is None else path.parent)
 
 
-def warn_of(names: set[str], origin: pathlib.Path | None) -> None:
+def warn_non_finite(names: set[str], origin: pathlib.Path | None) -> None:
     if names:
         warnings.warn(
             f"{origin or 'the model'}: contains NaN or infinite values in {', '.join(sorted(names))}",

@@ -220,7 +220,7 @@ def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[i
 
 
 @contextlib.contextmanager
-def whole_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathlib.Path]:
+def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathlib.Path]:
     """A folder to write in, which becomes `target` in the end, or vanishes when something goes wrong.
 
     What a killed process leaves is a hidden folder `.NAME.partial` beside the target, which the next try

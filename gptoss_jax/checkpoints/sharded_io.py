@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 
-from gptoss_jax.checkpoints.lazy_tensors import Index, Piece, Plain, copy_cast
+from gptoss_jax.checkpoints.lazy_tensors import DenseTensor, Index, LazyTensor, copy_cast
+from gptoss_jax.kernels.mxfp4.codec import TPU_LAYOUTS
 
 # What one thread works at: small enough for its cache, large enough for numpy's overhead.
 TASK_BYTES = 8 << 20
 
 
-def fill(jobs: Iterable[tuple[np.ndarray, Piece, Index]]) -> list[str]:
+def fill(jobs: Iterable[tuple[np.ndarray, LazyTensor, Index]]) -> list[str]:
     """Fills each array with a slice of its piece, on all cores.
 
     Returns the names of the tensors in which something infinite or not a number was met.
@@ -28,7 +29,9 @@ def fill(jobs: Iterable[tuple[np.ndarray, Piece, Index]]) -> list[str]:
         step = max(1, TASK_BYTES * len(out) // max(out.nbytes, 1))
         # What the source holds in another order is read best as a whole.
         whole = (
-            isinstance(piece, Plain) and isinstance(piece.array, np.ndarray) and not _rows_first(piece.array)
+            isinstance(piece, DenseTensor)
+            and isinstance(piece.array, np.ndarray)
+            and not _rows_first(piece.array)
         )
         step = len(out) if whole else step
         for i in range(0, len(out), step):
@@ -63,10 +66,7 @@ def _platform(sharding: jax.sharding.Sharding) -> str:
 
 def _order(key: str, ndim: int) -> tuple[int, ...] | None:
     """The axes of a parameter from the outermost to the innermost; None leaves them to XLA."""
-    # Imported where it is used: what it imports is of no use elsewhere, and takes its time.
-    from gptoss_jax.kernels.mxfp4.pallas_tpu import BLOCKS, SCALES
-
-    last = {"blocks": BLOCKS, "scales": SCALES}.get(key.rpartition("_")[2])
+    last = TPU_LAYOUTS.get(key.rpartition("_")[2])
     if key == "embedding.weight":
         # XLA keeps it by columns, and turns all of it before it looks up rows.
         last = (0, 1)
@@ -76,7 +76,7 @@ def _order(key: str, ndim: int) -> tuple[int, ...] | None:
     return (*range(before), *(before + axis for axis in last))
 
 
-def load(leaf: jax.ShapeDtypeStruct, pieces: list[Piece]) -> tuple[jax.Array, list[str]]:
+def load(leaf: jax.ShapeDtypeStruct, pieces: list[LazyTensor]) -> tuple[jax.Array, list[str]]:
     """One array of the parameter tree, read straight to its place.
 
     Args:
@@ -96,16 +96,16 @@ def load(leaf: jax.ShapeDtypeStruct, pieces: list[Piece]) -> tuple[jax.Array, li
     for bounds, devices in places.items():
         index = tuple(slice(start, stop) for start, stop in bounds)
         if not stacked:
-            part, unsound = _part(leaf.dtype, index, pieces[:1])
+            part, non_finite = _part(leaf.dtype, index, pieces[:1])
             shards += [jax.device_put(part, _on(device, layout)) for device in devices]
         elif devices[0].platform == "cpu" and layout is None:
             # jax takes the array over as it is; devices with the same part share it.
-            part, unsound = _part(leaf.dtype, index[1:], pieces[index[0]], stacked=True)
+            part, non_finite = _part(leaf.dtype, index[1:], pieces[index[0]], stacked=True)
             shards += [jax.device_put(part, device) for device in devices]
         else:
-            made, unsound = _layer_by_layer(leaf.dtype, index[1:], pieces[index[0]], devices, layout)
+            made, non_finite = _layer_by_layer(leaf.dtype, index[1:], pieces[index[0]], devices, layout)
             shards += made
-        names.update(unsound)
+        names.update(non_finite)
     array = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
     # What is not on a device yet would be held on the host together with the next array.
     return jax.block_until_ready(array), sorted(names)
@@ -116,7 +116,7 @@ def _on(device: jax.Device, layout: Layout | None) -> Format:
 
 
 def _part(
-    dtype: np.dtype, index: Index, pieces: list[Piece], stacked: bool = False
+    dtype: np.dtype, index: Index, pieces: list[LazyTensor], stacked: bool = False
 ) -> tuple[np.ndarray, list[str]]:
     """The same slice of every piece, one after another where there may be several."""
     shape = tuple(part.stop - part.start for part in index)
@@ -126,15 +126,15 @@ def _part(
 
 
 def _layer_by_layer(
-    dtype: np.dtype, index: Index, pieces: list[Piece], devices: list[jax.Device], layout: Layout | None
+    dtype: np.dtype, index: Index, pieces: list[LazyTensor], devices: list[jax.Device], layout: Layout | None
 ) -> tuple[list[jax.Array], list[str]]:
     """The same slice of every piece, stacked on each of the devices: the host holds one layer's at a time."""
     shape, names = (len(pieces), *(part.stop - part.start for part in index)), set()
     programs = [_programs(shape, np.dtype(dtype), device, layout) for device in devices]
     made = [zeros() for zeros, _ in programs]
     for row, piece in enumerate(pieces):
-        part, unsound = _part(dtype, index, [piece])
-        names.update(unsound)
+        part, non_finite = _part(dtype, index, [piece])
+        names.update(non_finite)
         made = [
             with_row(array, jax.device_put(part, device), row)
             for array, device, (_, with_row) in zip(made, devices, programs, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from gptoss_jax.checkpoints.load import read_params, warn_of_params
+from gptoss_jax.checkpoints.load import read_params, warn_non_finite_params
 from gptoss_jax.checkpoints.readers import find_tokenizer, local_folder, open_weights
 from gptoss_jax.checkpoints.run import Checkpoints, is_run, load_config, load_run
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
@@ -170,7 +170,7 @@ def _foreign_weights(config: TrainConfig, params: dict) -> tuple[dict, Tokenizer
     tokenizer = find_tokenizer(folder)
     if is_run(folder):
         _, loaded, _ = load_run(folder, abstract=params)
-        warn_of_params(config.model, loaded, folder)
+        warn_non_finite_params(config.model, loaded, folder)
         return loaded, tokenizer
     return read_params(open_weights(folder), config.model, params), tokenizer
 

@@ -6,7 +6,7 @@ import pathlib
 import zlib
 
 import numpy as np
-from checkpoints import Form
+from helpers.checkpoints import Form
 
 
 @dataclasses.dataclass(frozen=True)

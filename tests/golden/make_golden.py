@@ -6,7 +6,7 @@
 The files here were made by transformers 5.23.0, torch 2.13.0 and numpy 2.4.6 on x86-64; each says so too.
 
 One file for each case, all in float32, eager attention and eager experts, on the checkpoint that
-`checkpoints.random_checkpoint` makes of the case and `seed`, whose weights have `digest`:
+`helpers.checkpoints.random_checkpoint` makes of the case and `seed`, whose weights have `digest`:
 
 - `tokens` [T], `places`, `logits`: one sequence that passes position 5,000, and its logits at some places;
   `largest` is the largest |logit| of all.
@@ -25,9 +25,9 @@ import tempfile
 import numpy as np
 import torch
 import transformers
-from checkpoints import SIZES, random_checkpoint, weights_digest
 from golden import reference
 from golden.compare import CASES, SMALL, projections
+from helpers.checkpoints import SIZES, random_checkpoint, weights_digest
 
 HERE = pathlib.Path(__file__).parent
 LENGTH = 5131

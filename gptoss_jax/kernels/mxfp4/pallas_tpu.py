@@ -9,7 +9,7 @@ scale is one number above the 16 bytes it belongs to, and nothing has to move be
 numbers, those of an even input and of the odd one after it, go into two matrices, and the rows' even and odd
 inputs stand apart too.
 
-Arrays that lie in memory so (BLOCKS, SCALES), as `weights.placing` puts them there, are read where they are.
+Arrays that are stored so (`codec.TPU_LAYOUTS`), as `checkpoints.sharded_io` does, are read in place.
 Left to itself, XLA keeps scales in another order, and blocks too where E is a multiple of 128 and F is not:
 then every call copies all of them.
 
@@ -27,8 +27,6 @@ from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import visits
 from gptoss_jax.kernels.x32 import without_x64
 
-# The order of axes in memory, for `jax.experimental.layout.Layout`; axes before E come first, as they are.
-BLOCKS, SCALES = (0, 2, 3, 1), (0, 2, 1)
 # Rows in a tile, at most.
 ROWS = 128
 # Outputs in a tile, by the bytes of a number: what fits into the 16 MiB of VMEM that a kernel gets.
@@ -54,7 +52,10 @@ def mosaic_mxfp4_matmul(
     width = min(F, WIDTH[x_RD.dtype.itemsize])
     count, *tables = visits(group_sizes_E, rows, row_tile)
     x_PRC = x_RD.reshape(rows, D // 2, 2).transpose(2, 0, 1)
-    packed = blocks_EFGC.transpose(BLOCKS), scales_EFG.transpose(SCALES)
+    packed = (
+        blocks_EFGC.transpose(codec.TPU_LAYOUTS["blocks"]),
+        scales_EFG.transpose(codec.TPU_LAYOUTS["scales"]),
+    )
 
     y_RF = pl.pallas_call(
         _kernel,
