@@ -1,0 +1,30 @@
+"""Shape assertions in the letters of the argument names, checked when a function is traced."""
+
+import chex
+import jax
+
+
+def assert_shapes(letters: str, *arrays: jax.Array | None) -> chex.Dimensions:
+    """Asserts the shapes of arrays, each letter one size in the whole call, and returns these sizes.
+
+    Example: `dims = assert_shapes("BTNH BSKH BSKH N", q_BTNH, k_BSKH, v_BSKH, sinks_N)`, then `dims.T`.
+
+    Args:
+      letters: the axes of each array, separated by spaces. A digit is a size, as in "B1".
+      arrays: anything with a shape, abstract or not. None, an argument left out, is skipped.
+
+    Raises AssertionError that names the letters, their sizes so far and the shape that does not fit them.
+    """
+    sizes = {}
+    for axes, array in zip(letters.split(), arrays, strict=True):
+        if array is None:
+            continue
+        known = ", ".join(f"{letter}={size}" for letter, size in sizes.items())
+        message = f"the shape {tuple(array.shape)} is not {axes}" + (f" with {known}" if known else "")
+        chex.assert_rank(array, len(axes), custom_message=message)
+        expected = (
+            int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+            for axis, size in zip(axes, array.shape, strict=True)
+        )
+        chex.assert_shape(array, tuple(expected), custom_message=message)
+    return chex.Dimensions(**sizes)
