@@ -86,9 +86,9 @@ def test_ragged_rows_and_a_cache_that_grows(either_config, random_params, apply_
 
 def test_slots_by_hand():
     # Two sink tokens and a ring of four; after nine tokens the ring holds 5, 6, 7 and 8.
-    slots = cached.slots_of(jnp.arange(11), 6, 2)
+    slots = cached.slot_index(jnp.arange(11), 6, 2)
     assert slots.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 2]
-    held = cached.positions_of(jnp.array([9, 3, 0, 6]), jnp.arange(6), 6, 2)
+    held = cached.slot_positions(jnp.array([9, 3, 0, 6]), jnp.arange(6), 6, 2)
     assert held.tolist() == [
         [0, 1, 6, 7, 8, 5],
         [0, 1, 2, -1, -1, -1],
@@ -105,12 +105,12 @@ def test_a_ring_holds_the_latest_tokens_and_the_first(sink_tokens, window, count
     for count in counts:
         layer, new = Layer(keys, 0), length + jnp.arange(9.0)[None, :, None, None]
         arguments = jnp.array([length]), jnp.array([count]), sink_tokens
-        keys, values = cached.write(layer, layer, new, new, *arguments)
+        keys, values = cached.update_cache(layer, layer, new, new, *arguments)
         length += count
         np.testing.assert_array_equal(keys, values)
         found = sorted(keys[keys >= 0].tolist())
         assert found == [p for p in range(length) if p < sink_tokens or p >= length - window]
-        held = cached.positions_of(jnp.array([length]), jnp.arange(slots), slots, sink_tokens)
+        held = cached.slot_positions(jnp.array([length]), jnp.arange(slots), slots, sink_tokens)
         np.testing.assert_array_equal(held[0], keys[0, 0, 0, :, 0])
 
 
@@ -135,17 +135,17 @@ def test_attention_to_a_cache_equals_the_reference(cpu_form, monkeypatch, window
     )
     stacks = [stack.at[1].set(0) for stack in stacks]
     layers = (Layer(stack, 1) for stack in stacks)
-    stacks = cached.write(*layers, k_BTKH, v_BTKH, jnp.zeros(B, int), lengths_B, sink_tokens)
+    stacks = cached.update_cache(*layers, k_BTKH, v_BTKH, jnp.zeros(B, int), lengths_B, sink_tokens)
     at_BT = lengths_B[:, None] + np.arange(new)
     parts = [jnp.take_along_axis(x, at_BT[:, :, None, None], axis=1) for x in (q_BTNH, k_BTKH, v_BTKH)]
     counts_B = np.array([1, 0, 1]) if new == 1 else np.array([9, 4, 0])
     before = [Layer(stack, 1) for stack in stacks]
-    after = cached.write(*before, *parts[1:], lengths_B, counts_B, sink_tokens)
+    after = cached.update_cache(*before, *parts[1:], lengths_B, counts_B, sink_tokens)
     if new == 1:
         seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, slots), 0)
-        y_BTNH = cached.attend_one(parts[0], *(Layer(stack, 1) for stack in after), seen_B, sinks_N)
+        y_BTNH = cached.decode_attention(parts[0], *(Layer(stack, 1) for stack in after), seen_B, sinks_N)
     else:
-        y_BTNH = cached.attend(*parts, *before, lengths_B, counts_B, window, sink_tokens, sinks_N)
+        y_BTNH = cached.prefill_attention(*parts, *before, lengths_B, counts_B, window, sink_tokens, sinks_N)
     for b, count in enumerate(counts_B):
         wanted = expected[b, lengths_B[b] : lengths_B[b] + count]
         np.testing.assert_allclose(y_BTNH[b, :count], wanted, atol=2e-6)

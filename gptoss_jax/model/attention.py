@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import SLIDING, ModelConfig
-from gptoss_jax.kernels.attention import cached as cached_attention
 from gptoss_jax.kernels.attention.api import flash_attention
+from gptoss_jax.kernels.attention.cached import decode_attention, prefill_attention, update_cache
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.model import rope
 from gptoss_jax.model.kv_cache import LayerCache
@@ -93,14 +93,14 @@ class Attention(nnx.Module):
         sink_tokens = self.config.sink_tokens if self.window is not None else 0
         lengths_B, counts_B = cached.lengths, cached.counts
         keys, values = (Layer(cached.stacks[name], cached.layer) for name in ("keys", "values"))
-        after = cached_attention.write(keys, values, k_BTKH, v_BTKH, lengths_B, counts_B, sink_tokens)
+        after = update_cache(keys, values, k_BTKH, v_BTKH, lengths_B, counts_B, sink_tokens)
         if q_BTNH.shape[1] > 1:
             # Keys that the first of the new tokens see may lie where the last ones are written.
-            y_BTNH = cached_attention.attend(
+            y_BTNH = prefill_attention(
                 q_BTNH, k_BTKH, v_BTKH, keys, values, lengths_B, counts_B, self.window, sink_tokens, sinks_N
             )
         else:
             seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, keys.shape[2]), 0)
             layers = (Layer(stack, cached.layer) for stack in after)
-            y_BTNH = cached_attention.attend_one(q_BTNH, *layers, seen_B, sinks_N)
+            y_BTNH = decode_attention(q_BTNH, *layers, seen_B, sinks_N)
         return y_BTNH, dict(zip(("keys", "values"), after, strict=True))

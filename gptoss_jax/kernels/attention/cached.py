@@ -19,13 +19,13 @@ from gptoss_jax.kernels.stack import Layer
 BLOCK = 512
 
 
-def slots_of(positions: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
+def slot_index(positions: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
     """The slot of the token at each position."""
     ring = slots - sink_tokens
     return jnp.where(positions < slots, positions, sink_tokens + (positions - sink_tokens) % ring)
 
 
-def positions_of(lengths_B: jax.Array, slots: jax.Array, size: int, sink_tokens: int) -> jax.Array:
+def slot_positions(lengths_B: jax.Array, slots: jax.Array, size: int, sink_tokens: int) -> jax.Array:
     """The position of the token in each slot after `lengths_B` tokens, [B, slots]; -1 where there is none.
 
     Args:
@@ -37,7 +37,7 @@ def positions_of(lengths_B: jax.Array, slots: jax.Array, size: int, sink_tokens:
     return jnp.where(slots < sink_tokens, jnp.where(slots <= last_B1, slots, -1), ring_BS)
 
 
-def write(
+def update_cache(
     keys: Layer, values: Layer, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B, counts_B, sink_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
     """The stacks of keys and values with the first `counts_B` of T new tokens in their slots of one layer."""
@@ -49,7 +49,7 @@ def write(
         positions_BT >= (lengths_B + counts_B)[:, None] - (slots - sink_tokens)
     )
     is_new_BT = jnp.arange(T, dtype=jnp.int32) < counts_B[:, None]
-    slots_BT = jnp.where(stays_BT & is_new_BT, slots_of(positions_BT, slots, sink_tokens), slots)
+    slots_BT = jnp.where(stays_BT & is_new_BT, slot_index(positions_BT, slots, sink_tokens), slots)
     rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
 
     def put(layer, new_BTKH):
@@ -60,7 +60,7 @@ def write(
     return put(keys, k_BTKH), put(values, v_BTKH)
 
 
-def attend(
+def prefill_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
@@ -116,7 +116,7 @@ def attend(
         # The last block may begin earlier, so that it ends with the slots; what was seen is left out.
         start, zero = jnp.minimum(i * size, S - size), jnp.int32(0)
         slots = start + jnp.arange(size, dtype=jnp.int32)
-        positions_BS = positions_of(lengths_B, slots, S, sink_tokens)
+        positions_BS = slot_positions(lengths_B, slots, S, sink_tokens)
         positions_BS = jnp.where(slots >= i * size, positions_BS, -1)
         parts = (
             lax.dynamic_slice(p.stack, (p.index, zero, zero, start, zero), (1, B, K, size, H))
@@ -132,7 +132,7 @@ def attend(
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def attend_one(
+def decode_attention(
     q_BTNH: jax.Array, keys: Layer, values: Layer, counts_B: jax.Array, sinks_N: jax.Array | None
 ) -> jax.Array:
     """One new token of each sequence, T = 1, over the first `counts_B` slots, which hold all that it sees,
