@@ -91,7 +91,8 @@ def runs(tmp_path_factory):
         f"text:{folder}/*.txt", "bytes", seq_len=32, batch_size=16, cache_dir=str(folder / "cache")
     )
     whole = TrainConfig(
-        model, data, OptimConfig(learning_rate=3e-3, warmup_steps=4, grad_accum_steps=2), MeshConfig(expert=4),
+        model, data,
+        OptimConfig(learning_rate=3e-3, warmup_steps=4, grad_accum_steps=2), MeshConfig(expert=4),
         CheckpointConfig(every=5), EvalConfig(every=1000, sample_tokens=0), STEPS,
         str(folder / "whole"),
     )  # fmt: skip
