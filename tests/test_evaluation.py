@@ -16,8 +16,9 @@ from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.cli import main
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig
-from gptoss_jax.data.batches import build_cache, held_out_batches
+from gptoss_jax.data.batches import held_out_batches
 from gptoss_jax.data.sources import open_corpus, split
+from gptoss_jax.data.token_cache import build_cache
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.evaluation.logprobs import token_logprobs
 from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text

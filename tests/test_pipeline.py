@@ -19,17 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.config import DataConfig
-from gptoss_jax.data import batches
+from gptoss_jax.data import token_cache
 from gptoss_jax.data.batches import (
-    Rows,
-    build_cache,
+    BATCH_FIELDS,
+    PackedRows,
     held_out_batches,
     local_rows,
-    pack,
-    put_on_mesh,
+    make_global_batch,
     train_batches,
 )
+from gptoss_jax.data.packing import pack
 from gptoss_jax.data.sources import open_corpus, split
+from gptoss_jax.data.token_cache import build_cache
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -98,7 +99,7 @@ def test_cache_is_built_once(config, tmp_path):
     )
     lines = []
     first = build_cache(config, lines.append)
-    assert lines[0].startswith("Tokenising text:") and lines[-1].endswith("tokens of 60 documents")
+    assert lines[0].startswith("Tokenizing text:") and lines[-1].endswith("tokens of 60 documents")
     again = build_cache(dataclasses.replace(config, seq_len=7, batch_size=3), lines.append)
     assert again.folder == first.folder and len(lines) == 2
     others = [
@@ -201,8 +202,8 @@ def test_long_documents_are_encoded_in_parts(config, tmp_path, monkeypatch):
         config, source=f"text:{tmp_path}/a.txt", tokenizer="bpe:300", val_fraction=0.2
     )
     whole = build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "whole")))
-    monkeypatch.setattr(batches, "PART_CHARS", 300)
-    assert max(map(len, batches._parts(text))) <= 300 and "".join(batches._parts(text)) == text
+    monkeypatch.setattr(token_cache, "CHUNK_CHARS", 300)
+    assert max(map(len, token_cache._chunks(text))) <= 300 and "".join(token_cache._chunks(text)) == text
     parts = build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "parts")))
     # The cuts are where tokens end anyway; only the run of spaces has none.
     kept = slice(0, int(whole.offsets[1]))
@@ -213,9 +214,9 @@ def test_long_documents_are_encoded_in_parts(config, tmp_path, monkeypatch):
 SLOW_BUILD = """
 import sys, time
 from gptoss_jax.config import DataConfig
-from gptoss_jax.data import pipeline
+from gptoss_jax.data import token_cache
 
-pipeline.BATCH_CHARS = 500
+token_cache.BATCH_CHARS = 500
 config = DataConfig(sys.argv[1], "bytes", cache_dir=sys.argv[2])
 
 def report(line):
@@ -223,7 +224,7 @@ def report(line):
     if sys.argv[3] == "hang" and "5 documents" in line:
         time.sleep(600)
 
-print(pipeline.build_cache(config, report).folder, flush=True)
+print(token_cache.build_cache(config, report).folder, flush=True)
 """
 
 
@@ -242,7 +243,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path):
         (partial,) = folder.iterdir()
         assert (partial / "tokens.bin").exists()
         # While that process lives its folder is left alone.
-        batches._remove_leftovers(folder)
+        token_cache._remove_stale_builds(folder)
         assert partial.exists()
     finally:
         build.kill()
@@ -329,10 +330,12 @@ def test_pack_many_documents():
 
 def test_rows(cache, config):
     seen = collections.Counter()
-    rows = Rows(cache, held_out=False, seq_len=config.seq_len)
+    rows = PackedRows(cache, held_out=False, seq_len=config.seq_len)
     for row in rows:
-        assert all(values.shape == (48,) and values.dtype == np.int32 for values in row.values())
+        assert {name: values.dtype for name, values in row.items()} == BATCH_FIELDS
+        assert all(values.shape == (48,) for values in row.values())
         padding = row["segment_ids"] == 0
+        assert np.array_equal(row["loss_weights"], ~padding)
         assert all(not values[padding].any() for values in row.values())
         changes = np.flatnonzero(np.diff(row["segment_ids"], prepend=0) > 0)
         assert row["segment_ids"][changes].tolist() == list(range(1, len(changes) + 1))
@@ -351,7 +354,7 @@ def test_rows(cache, config):
 
 def test_an_epoch_has_each_row_once_and_epochs_differ(cache, config):
     config = dataclasses.replace(config, batch_size=1)
-    count = len(Rows(cache, held_out=False, seq_len=config.seq_len))
+    count = len(PackedRows(cache, held_out=False, seq_len=config.seq_len))
     batches = [batch["tokens"].tobytes() for batch in take(train_batches(cache, config, 0), 2 * count)]
     assert collections.Counter(batches[:count]) == collections.Counter(batches[count:])
     assert batches[:count] != batches[count:]
@@ -365,8 +368,10 @@ def test_a_part_of_a_batch_is_its_rows_and_nothing_else_is_read(cache, config, m
     for part in np.arange(4), np.array([1, 2, 6]):
         for batch, all_rows in zip(take(train_batches(cache, config, 3, part), 12), whole, strict=True):
             assert all(np.array_equal(batch[name], all_rows[name][part]) for name in all_rows)
-    read, real = [], Rows.__getitem__
-    monkeypatch.setattr(Rows, "__getitem__", lambda self, index: read.append(index) or real(self, index))
+    read, real = [], PackedRows.__getitem__
+    monkeypatch.setattr(
+        PackedRows, "__getitem__", lambda self, index: read.append(index) or real(self, index)
+    )
     batches = train_batches(cache, config, 3, np.array([5]))
     next(batches)
     time.sleep(0.3)
@@ -377,7 +382,8 @@ def test_a_part_of_a_batch_is_its_rows_and_nothing_else_is_read(cache, config, m
 RESUME = """
 import hashlib, json, sys
 from gptoss_jax.config import DataConfig
-from gptoss_jax.data.batches import build_cache, train_batches
+from gptoss_jax.data.batches import train_batches
+from gptoss_jax.data.token_cache import build_cache
 
 config = DataConfig.from_dict(json.loads(sys.argv[1]))
 batches = train_batches(build_cache(config), config, seed=5)
@@ -422,7 +428,7 @@ def test_text_that_does_not_fill_a_row(cache, config):
 
 def test_held_out_batches(cache, config):
     config = dataclasses.replace(config, batch_size=4)
-    rows = list(Rows(cache, held_out=True, seq_len=config.seq_len))
+    rows = list(PackedRows(cache, held_out=True, seq_len=config.seq_len))
     batches = held_out_batches(cache, config)
     assert len(batches) == -(-len(rows) // 4) > 2 and len(rows) % 4
     assert all(batch["tokens"].shape == (4, 48) for batch in batches)
@@ -437,7 +443,7 @@ def test_held_out_batches(cache, config):
     chosen = [i * len(rows) // 4 for i in range(4)]
     assert np.array_equal(few["targets"], [rows[i]["targets"] for i in chosen])
     assert same(held_out_batches(cache, config, limit=99), batches)
-    part = held_out_batches(cache, config, part=np.array([1, 3]))
+    part = held_out_batches(cache, config, rows=np.array([1, 3]))
     assert np.array_equal(part[1]["tokens"], batches[1]["tokens"][[1, 3]])
 
 
@@ -445,15 +451,15 @@ def mesh_of(axes):
     return jax.sharding.Mesh(np.array(jax.devices()).reshape(tuple(axes.values())), tuple(axes))
 
 
-def test_put_on_mesh(cache, config):
+def test_make_global_batch(cache, config):
     sharding = jax.sharding.NamedSharding(mesh_of({"data": 8}), jax.sharding.PartitionSpec("data", None))
     config = dataclasses.replace(config, batch_size=16)
     assert local_rows(sharding, 16).tolist() == list(range(16))
     batch = next(train_batches(cache, config, 0))
-    arrays = put_on_mesh(batch, sharding, 16)
+    arrays = make_global_batch(batch, sharding, 16)
     assert arrays.keys() == batch.keys()
     for name, values in arrays.items():
-        assert values.sharding == sharding and values.dtype == np.int32
+        assert values.sharding == sharding and values.dtype == BATCH_FIELDS[name]
         assert np.array_equal(values, batch[name])
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from gptoss_jax.config import DataConfig
-from gptoss_jax.data import batches
+from gptoss_jax.data import token_cache
 from gptoss_jax.data.special_tokens import Roles, parse_file_spec
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
@@ -398,7 +398,7 @@ def test_other_names_beside_the_file_make_another_cache(tmp_path):
             val_fraction=0.5,
             cache_dir=str(tmp_path / "c"),
         )
-        return batches.build_cache(config)
+        return token_cache.build_cache(config)
 
     first = build()
     assert names_of(first.tokenizer) == ("<e>", "<e>")

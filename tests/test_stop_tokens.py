@@ -11,7 +11,7 @@ from gptoss_jax.checkpoints import export
 from gptoss_jax.checkpoints.load import from_pretrained
 from gptoss_jax.cli import main
 from gptoss_jax.config import DataConfig, TrainConfig
-from gptoss_jax.data import batches
+from gptoss_jax.data import token_cache
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptoss_jax.inference.chat import HarmonyConversation
 from gptoss_jax.inference.generate import generate, generate_with_params
@@ -148,7 +148,7 @@ def test_the_end_of_a_turn_is_kept_from_the_file_to_the_export_of_a_run(folder, 
     run = tmp_path / "run"
     config = TrainConfig(data=data, run_dir=str(run), init_from=str(place))
     for _ in "built", "opened again":
-        tokenizer = batches.build_cache(data).tokenizer
+        tokenizer = token_cache.build_cache(data).tokenizer
         assert tokenizer.stop_ids == (257, 256)
     setup.save_tokenizer(config, tokenizer)
     config.save(run / "config.json")

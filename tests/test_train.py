@@ -29,7 +29,7 @@ from gptoss_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from gptoss_jax.data.batches import build_cache
+from gptoss_jax.data.token_cache import build_cache
 from gptoss_jax.training import logging, loop, resume, setup
 from gptoss_jax.training.console import Console, read_metrics
 from gptoss_jax.training.logging import RunLog, generate_command

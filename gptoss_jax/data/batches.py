@@ -1,222 +1,42 @@
-"""From documents to batches: tokenise once, pack, shuffle, batch, put on the mesh.
+"""From the token cache to global batches: packed rows, shuffled epochs, arrays on the mesh.
 
 A row has T = `data.seq_len` positions, each with an input token and the token that follows it. A document of
 n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents where they fit.
 """
-
-import collections
-import dataclasses
-import gzip
-import hashlib
-import itertools
-import lzma
-import os
-import pathlib
-import re
-import shutil
-import socket
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import grain
 import jax
 import numpy as np
 
 from gptoss_jax.config import DataConfig, require
-from gptoss_jax.config.base import read_json, write_json
-from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.packing import pack
-from gptoss_jax.data.sources import Corpus, open_corpus, split
-from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
+from gptoss_jax.data.token_cache import TokenCache
 
-FORMAT = 3
-BATCH_CHARS = 4 << 20
-# A longer document is encoded in parts, so that all cores work on it and memory is bounded.
-PART_CHARS = 1 << 18
+# The arrays of a batch, each [B, T]; `loss_weights` weights each target in the loss.
+BATCH_FIELDS = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+    "loss_weights": np.float32,
+}
 
-ROW = ("tokens", "targets", "segment_ids", "positions")
 Batch = dict[str, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TokenCache:
-    """A tokenised corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos."""
-
-    folder: pathlib.Path
-    # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, null_records that
-    # were skipped, and what the held-out text takes when compressed, {gzip,xz}_bits_per_byte.
-    meta: dict[str, Any]
-    tokenizer: Tokenizer
-    tokens: np.ndarray  # mapped from disk, uint16 or uint32
-    offsets: np.ndarray  # int64 [documents + 1]
-    text_bytes: np.ndarray  # int64 [documents], UTF-8 bytes of each document
-    held_out: np.ndarray  # bool [documents]
+def _zeros(seq_len: int) -> Batch:
+    return {name: np.zeros(seq_len, dtype) for name, dtype in BATCH_FIELDS.items()}
 
 
-def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:
-    """Tokenises the source, or opens what an earlier call left in `config.cache_dir`.
-
-    Several processes may build the same cache at once: that of the first to finish is used by all. Nothing
-    that a killed build leaves is ever used; the next build removes it.
-
-    Args:
-      config: the source, the tokenizer, the held-out share and the folder; the other fields play no part.
-      report: gets a line of text now and then while the cache is built.
-
-    Raises ValueError for a source or tokenizer that cannot be read and a folder that cannot be written.
-    """
-    corpus = open_corpus(config.source)
-    root = user_path(config.cache_dir, "data.cache_dir")
-    folder = root / _key(config, corpus)
-    if not folder.exists():
-        partial = root / f".partial-{os.getpid()}-{uuid.uuid4().hex}@{socket.gethostname()}"
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(f"data.cache_dir is {config.cache_dir!r}: {error.strerror}") from None
-        _remove_leftovers(root)
-        try:
-            _build(config, corpus, partial, report or (lambda line: None))
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-                # Another process was faster, and its result is the same.
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return _open(folder)
+def _stack(rows: list[Batch]) -> Batch:
+    return {name: np.stack([row[name] for row in rows]) for name in BATCH_FIELDS}
 
 
-def _key(config: DataConfig, corpus: Corpus) -> str:
-    """Folder name of a cache: some words to read, and a hash of all that its content depends on."""
-    parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.val_fraction))]
-    if config.tokenizer.startswith("file:"):
-        parts += fingerprint(config.tokenizer)
-    words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
-    # File names may hold bytes that are not UTF-8.
-    digest = hashlib.sha256("\n\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{words[-48:].strip('-')}-{digest[:16]}"
+class PackedRows:
+    """Packed rows, read from the cache on access.
 
-
-def _remove_leftovers(root: pathlib.Path) -> None:
-    """Removes what builds on this host left behind whose process is gone."""
-    for path in root.glob(f".partial-*@{socket.gethostname()}"):
-        try:
-            os.kill(int(path.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except PermissionError:
-            pass  # alive, and another user's
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Cuts a long text before lines that start with no space, where tokens hardly ever cross."""
-    start = 0
-    while len(text) - start > PART_CHARS:
-        cut = start + PART_CHARS
-        while (cut := text.rfind("\n", start, cut - 1) + 1) > start and text[cut].isspace():
-            pass
-        cut = cut if cut > start else start + PART_CHARS
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
-
-
-def in_batches(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Groups documents to about `BATCH_CHARS` characters: bounded memory, and work for all cores."""
-    batch, size = [], 0
-    for text, is_held_out in documents:
-        batch.append((text, is_held_out))
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tokens of each text as a document is stored: bos, its ids, eos."""
-    parts = [list(_parts(text)) for text in texts]
-    encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(parts))))
-    for pieces in parts:
-        ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(pieces)), [tokenizer.eos_id]]
-        stored = np.concatenate(ids)
-        top = int(stored.max())
-        require(top < tokenizer.vocab_size, "token id", top, f"must be below {tokenizer.vocab_size}")
-        yield stored
-
-
-def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Callable[[str], None]) -> None:
-    """Writes a complete cache to an empty folder."""
-
-    def documents(skipped: collections.Counter[str] | None = None) -> Iterator[tuple[str, bool]]:
-        return split(corpus.documents(skipped), config.val_fraction, source=config.source)
-
-    report(f"Tokenising {config.source} with {config.tokenizer}, once: it is kept in {config.cache_dir}")
-    tokenizer = make_tokenizer(
-        config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)
-    )
-    tokenizer.save(folder)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    lengths, sizes, flags, held_out_text, written = [], [], [], [], 0
-    skipped = collections.Counter()
-    with open(folder / "tokens.bin", "wb") as file:
-        for batch in in_batches(documents(skipped)):
-            stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
-            for (text, is_held_out), stored in zip(batch, stored_tokens, strict=True):
-                file.write(stored.astype(dtype).tobytes())
-                data = text.encode()
-                lengths.append(len(stored))
-                sizes.append(len(data))
-                flags.append(is_held_out)
-                if is_held_out:
-                    held_out_text.append(data)
-            written += sum(lengths[-len(batch) :])
-            report(f"  {written:,} tokens of {len(lengths):,} documents")
-    corpus.check_unchanged()
-    if skipped["null"]:
-        report(f"  {skipped['null']:,} records were skipped: their field is null")
-    lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    np.savez(folder / "documents.npz", offsets=offsets, text_bytes=np.array(sizes, np.int64), held_out=flags)
-    data = b"".join(held_out_text)
-    meta = {
-        "format": FORMAT,
-        "source": config.source,
-        "tokenizer": config.tokenizer,
-        "vocab_size": tokenizer.vocab_size,
-        "documents": len(flags),
-        "tokens": int(offsets[-1]),
-        "null_records": skipped["null"],
-        "held_out_documents": int(flags.sum()),
-        "held_out_tokens": int(lengths[flags].sum()),
-        "held_out_bytes": len(data),
-        "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
-        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
-    }
-    write_json(folder / "meta.json", meta)
-
-
-def _open(folder: pathlib.Path) -> TokenCache:
-    meta = read_json(folder / "meta.json", "; remove the folder")
-    dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)
-    size = (folder / "tokens.bin").stat().st_size
-    if size != meta["tokens"] * dtype.itemsize:
-        raise ValueError(f"{folder}: damaged (tokens.bin has {size} bytes); remove the folder")
-    with np.load(folder / "documents.npz") as arrays:
-        parts = {name: arrays[name] for name in ("offsets", "text_bytes", "held_out")}
-    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
-    return TokenCache(folder=folder, meta=meta, tokenizer=load_tokenizer(folder), tokens=tokens, **parts)
-
-
-class Rows:
-    """Packed rows, read from the cache as they are asked for.
-
-    A row is a dict of int32 [T]: `tokens`, `targets` (the token after each), `segment_ids` (pieces count from
-    1) and `positions` (from 0 in each piece). Padding is 0 in all four.
+    A row is a dict of arrays [T]: `tokens`, `targets` (the token after each), `segment_ids` (documents count
+    from 1), `positions` (from 0 in each document) and `loss_weights` (1). Padding is 0 in all of them.
     """
 
     def __init__(self, cache: TokenCache, held_out: bool, seq_len: int):
@@ -233,102 +53,100 @@ class Rows:
         pieces = slice(self.plan.row_offsets[index], self.plan.row_offsets[index + 1])
         length = self.plan.length[pieces]
         used = int(length.sum())
-        row = {name: np.zeros(self._seq_len, np.int32) for name in ROW}
+        row = _zeros(self._seq_len)
         row["segment_ids"][:used] = np.repeat(np.arange(1, len(length) + 1), length)
         row["positions"][:used] = np.arange(used) - np.repeat(np.cumsum(length) - length, length)
         source = np.repeat(self._start[pieces], length) + row["positions"][:used]
         row["tokens"][:used] = self._tokens[source]
         row["targets"][:used] = self._tokens[source + 1]
+        row["loss_weights"][:used] = 1
         return row
 
 
-class Batches:
-    """Training batches by their number: batch k holds items k * B … k * B + B - 1 of the shuffled epochs."""
+class _GlobalBatches:
+    """Rows of each global batch as a Grain source. Batch k is items k * B … k * B + B - 1 of the epochs."""
 
-    def __init__(self, epochs: grain.MapDataset, batch_size: int, part: np.ndarray):
-        self._epochs, self._batch_size, self._part = epochs, batch_size, part.tolist()
+    def __init__(self, epochs: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        self._epochs, self._batch_size, self._rows = epochs, batch_size, rows.tolist()
 
     def __len__(self) -> int:
         return len(self._epochs) // self._batch_size
 
     def __getitem__(self, index: int) -> Batch:
-        rows = [self._epochs[index * self._batch_size + place] for place in self._part]
-        return {name: np.stack([row[name] for row in rows]) for name in ROW}
+        return _stack([self._epochs[index * self._batch_size + row] for row in self._rows])
 
 
 def train_batches(
-    cache: TokenCache, config: DataConfig, seed: int, part: np.ndarray | None = None
+    cache: TokenCache, config: DataConfig, seed: int, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Endless batches of training rows, shuffled anew in each epoch, read ahead by one thread.
+    """Endless batches of training rows, reshuffled each epoch and prefetched by one thread.
 
-    Global batch k holds the same rows in the same order whoever reads them. The iterator's `get_state()` is a
-    JSON-ready position that `set_state` takes back, in another process or for another part too.
+    Global batch k does not depend on which process reads which of its rows. The iterator's `get_state()` is a
+    JSON-ready position that `set_state` restores, also in another process or for other rows.
 
     Args:
-      part: which rows of each batch to read, the others are not touched; see `local_rows`. None reads all.
+      cache: the tokenized corpus.
+      config: gives `seq_len` and `batch_size`.
+      seed: of the shuffle.
+      rows: indices of the rows of each batch to read, see `local_rows`; None reads all of them.
 
     Yields:
-      dicts of int32 [len(part), T], see `Rows`.
+      batches of BATCH_FIELDS, each array [len(rows), T].
 
     Raises ValueError for a corpus that does not fill one row.
     """
-    rows = Rows(cache, held_out=False, seq_len=config.seq_len)
-    pairs = int(rows.plan.length.sum())
-    require(
-        pairs >= config.seq_len, "data.seq_len", config.seq_len, f"the training text has only {pairs} tokens"
-    )
-    epochs = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    batches = grain.MapDataset.source(Batches(epochs, config.batch_size, _whole(config, part)))
+    packed = PackedRows(cache, held_out=False, seq_len=config.seq_len)
+    pairs = int(packed.plan.length.sum())
+    allowed = f"the training text has only {pairs} tokens"
+    require(pairs >= config.seq_len, "data.seq_len", config.seq_len, allowed)
+    rows = np.arange(config.batch_size) if rows is None else rows
+    epochs = grain.MapDataset.source(packed).seed(seed).shuffle().repeat()
+    batches = grain.MapDataset.source(_GlobalBatches(epochs, config.batch_size, rows))
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
-def _whole(config: DataConfig, part: np.ndarray | None) -> np.ndarray:
-    return np.arange(config.batch_size) if part is None else part
-
-
 def held_out_batches(
-    cache: TokenCache, config: DataConfig, limit: int | None = None, part: np.ndarray | None = None
+    cache: TokenCache, config: DataConfig, limit: int | None = None, rows: np.ndarray | None = None
 ) -> list[Batch]:
-    """Batches of held-out rows, the same each time, of the shape that `train_batches` gives for that part.
+    """The same batches of held-out rows on every call, in the shape that `train_batches` yields.
 
     All rows, the last batch filled up with rows of padding; or, if those are more than `limit` batches, as
-    many rows spread evenly over the held-out text.
+    many rows as fit in `limit` batches, spread evenly over the held-out text.
     """
-    part = _whole(config, part)
-    rows = Rows(cache, held_out=True, seq_len=config.seq_len)
-    count = -(-len(rows) // config.batch_size)
+    packed = PackedRows(cache, held_out=True, seq_len=config.seq_len)
+    count = -(-len(packed) // config.batch_size)
     count = count if limit is None else min(count, limit)
-    room = count * config.batch_size
-    chosen = np.full(room, -1)
-    chosen[: len(rows)] = np.arange(room) * len(rows) // room if room < len(rows) else np.arange(len(rows))
-    batches = []
-    for indices in chosen.reshape(count, config.batch_size)[:, part]:
-        batch = {name: np.zeros((len(part), config.seq_len), np.int32) for name in ROW}
-        for place, index in enumerate(indices):
-            for name, values in (rows[index] if index >= 0 else {}).items():
-                batch[name][place] = values
-        batches.append(batch)
-    return batches
+    size = count * config.batch_size
+    chosen = np.full(size, -1)
+    chosen[: len(packed)] = (
+        np.arange(size) * len(packed) // size if size < len(packed) else range(len(packed))
+    )
+    rows = np.arange(config.batch_size) if rows is None else rows
+    padding = _zeros(config.seq_len)
+    return [
+        _stack([packed[index] if index >= 0 else padding for index in indices])
+        for indices in chosen.reshape(count, config.batch_size)[:, rows]
+    ]
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that the devices of this process hold, in rising order.
+    """Indices of the rows of a global batch on this process's devices, in ascending order.
 
     Processes whose devices share rows, as along the tensor axis, each get all of those.
     """
-    parts = sharding.addressable_devices_indices_map((batch_size, 1)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows, _ in parts]))
+    slices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows, _ in slices]))
 
 
-def put_on_mesh(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, T] of what each process holds of them: the rows that `local_rows` names."""
-    places = local_rows(sharding, batch_size)
+def make_global_batch(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, T] from the rows that each process has read, those of `local_rows`."""
+    rows = local_rows(sharding, batch_size)
 
-    def whole(values: np.ndarray) -> jax.Array:
-        def of_device(index: tuple[slice, ...]) -> np.ndarray:
+    def globalize(values: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            return values[np.searchsorted(places, start) : np.searchsorted(places, stop)]
+            return values[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
 
-        return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, of_device)
+        return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, shard)
 
-    return {name: whole(values) for name, values in batch.items()}
+    return {name: globalize(values) for name, values in batch.items()}

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
-from gptoss_jax.data.batches import encode_documents, in_batches
 from gptoss_jax.data.packing import pack
 from gptoss_jax.data.sources import Corpus
+from gptoss_jax.data.token_cache import encode_documents, group_documents
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.evaluation.logprobs import Batch, batch_rows, token_logprobs
 from gptoss_jax.training.losses import bits_per_byte
@@ -172,7 +172,7 @@ def _groups(
 ) -> Iterator[list[tuple[np.ndarray, int]]]:
     """The stored tokens of documents, with the bytes of their texts, some megabytes at a time."""
     left = math.inf if max_tokens is None else max_tokens
-    for batch in in_batches((text, False) for text in documents):
+    for batch in group_documents((text, False) for text in documents):
         texts, group = [text for text, _ in batch], []
         for text, tokens in zip(texts, encode_documents(tokenizer, texts), strict=True):
             size = len(text.encode())

@@ -111,9 +111,9 @@ def read_refusal(message: str) -> dict:
 
 def _compile(config: TrainConfig, topology: str) -> dict:
     import jax
-    import jax.numpy as jnp
     from jax.experimental import topologies
 
+    from gptoss_jax.data.batches import BATCH_FIELDS
     from gptoss_jax.parallel.mesh import make_mesh
     from gptoss_jax.parallel.rules import batch_sharding
     from gptoss_jax.planning.hlo import collectives
@@ -126,8 +126,9 @@ def _compile(config: TrainConfig, topology: str) -> dict:
         return {"error": str(error).splitlines()[0]}
     mesh = make_mesh(config.mesh, devices)
     shape, sharding = (config.data.batch_size, config.data.seq_len), batch_sharding(mesh)
-    names = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name in names}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_FIELDS.items()
+    }
     began = time.monotonic()
     with jax.set_mesh(mesh):
         lowered = make_train_step(config).lower(abstract_state(config, mesh), batch)

@@ -14,7 +14,7 @@ import numpy as np
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_text
-from gptoss_jax.data.batches import TokenCache
+from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.inference.generate import generate_with_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.training.console import (

@@ -14,7 +14,8 @@ import numpy as np
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
-from gptoss_jax.data.batches import TokenCache, held_out_batches, local_rows, put_on_mesh, train_batches
+from gptoss_jax.data.batches import held_out_batches, local_rows, make_global_batch, train_batches
+from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.in_flight import bounded
 from gptoss_jax.parallel.mesh import make_mesh
@@ -93,7 +94,7 @@ def train(config: TrainConfig) -> TrainState:
             if last or stopping:
                 break
             with log.clock.waiting_for_data():
-                batch = put_on_mesh(next(batches), sharding, config.data.batch_size)
+                batch = make_global_batch(next(batches), sharding, config.data.batch_size)
             state, metrics = train_step(state, batch)
             step += 1
             # A step is logged while the next one runs on the device. This also bounds the steps in flight to
@@ -125,7 +126,7 @@ def _held_out_loss(
     sharding = batch_sharding(jax.tree.leaves(state.params)[0].sharding.mesh)
     batch_size = config.data.batch_size
     sums = bounded(
-        eval_step(state.params, put_on_mesh(batch, sharding, batch_size))
+        eval_step(state.params, make_global_batch(batch, sharding, batch_size))
         for batch in held_out_batches(cache, config.data, limit, local_rows(sharding, batch_size))
     )
     nats, tokens = np.sum([np.asarray(jax.device_get(pair), np.float64) for pair in sums], axis=0)

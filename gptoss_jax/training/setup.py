@@ -17,8 +17,8 @@ from gptoss_jax.checkpoints.readers import find_tokenizer, local_folder, open_we
 from gptoss_jax.checkpoints.run import Checkpoints, is_run, load_config, load_run
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.config.base import write_json
-from gptoss_jax.data.batches import TokenCache, build_cache
 from gptoss_jax.data.special_tokens import read_stop_ids
+from gptoss_jax.data.token_cache import TokenCache, build_cache
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import batch_shards, check_model

@@ -1,0 +1,202 @@
+"""The tokenized corpus: built once on disk, then memory-mapped."""
+
+import collections
+import dataclasses
+import gzip
+import hashlib
+import itertools
+import lzma
+import os
+import pathlib
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.config import DataConfig, require
+from gptoss_jax.config.base import read_json, write_json
+from gptoss_jax.config.paths import user_path
+from gptoss_jax.data.sources import Corpus, open_corpus, split
+from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
+
+FORMAT = 3
+BATCH_CHARS = 4 << 20
+# A longer document is encoded in parts, so that all cores work on it and memory is bounded.
+CHUNK_CHARS = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenCache:
+    """A tokenized corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos."""
+
+    folder: pathlib.Path
+    # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, null_records that
+    # were skipped, and what the held-out text takes when compressed, {gzip,xz}_bits_per_byte.
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+    tokens: np.ndarray  # mapped from disk, uint16 or uint32
+    offsets: np.ndarray  # int64 [documents + 1]
+    text_bytes: np.ndarray  # int64 [documents], UTF-8 bytes of each document
+    held_out: np.ndarray  # bool [documents]
+
+
+def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:
+    """Tokenizes the source, or opens what an earlier call left in `config.cache_dir`.
+
+    Several processes may build the same cache at once: that of the first to finish is used by all. Nothing
+    that a killed build leaves is ever used; the next build removes it.
+
+    Args:
+      config: the source, the tokenizer, the held-out share and the folder; the other fields play no part.
+      report: gets a line of text now and then while the cache is built.
+
+    Raises ValueError for a source or tokenizer that cannot be read and a folder that cannot be written.
+    """
+    corpus = open_corpus(config.source)
+    root = user_path(config.cache_dir, "data.cache_dir")
+    folder = root / _key(config, corpus)
+    if not folder.exists():
+        partial = root / f".partial-{os.getpid()}-{uuid.uuid4().hex}@{socket.gethostname()}"
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ValueError(f"data.cache_dir is {config.cache_dir!r}: {error.strerror}") from None
+        _remove_stale_builds(root)
+        try:
+            _build(config, corpus, partial, report or (lambda line: None))
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                # Another process was faster, and its result is the same.
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return _open(folder)
+
+
+def _key(config: DataConfig, corpus: Corpus) -> str:
+    """Folder name of a cache: some words to read, and a hash of all that its content depends on."""
+    parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.val_fraction))]
+    if config.tokenizer.startswith("file:"):
+        parts += fingerprint(config.tokenizer)
+    words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
+    # File names may hold bytes that are not UTF-8.
+    digest = hashlib.sha256("\n\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{words[-48:].strip('-')}-{digest[:16]}"
+
+
+def _remove_stale_builds(root: pathlib.Path) -> None:
+    """Removes what builds on this host left behind whose process is gone."""
+    for path in root.glob(f".partial-*@{socket.gethostname()}"):
+        try:
+            os.kill(int(path.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except PermissionError:
+            pass  # alive, and another user's
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Cuts a long text before lines that start with no space, where tokens hardly ever cross."""
+    start = 0
+    while len(text) - start > CHUNK_CHARS:
+        cut = start + CHUNK_CHARS
+        while (cut := text.rfind("\n", start, cut - 1) + 1) > start and text[cut].isspace():
+            pass
+        cut = cut if cut > start else start + CHUNK_CHARS
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def group_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Groups documents to about `BATCH_CHARS` characters: bounded memory, and work for all cores."""
+    batch, size = [], 0
+    for text, is_held_out in documents:
+        batch.append((text, is_held_out))
+        size += len(text)
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """The tokens of each text as a document is stored: bos, its ids, eos."""
+    parts = [list(_chunks(text)) for text in texts]
+    encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(parts))))
+    for pieces in parts:
+        ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(pieces)), [tokenizer.eos_id]]
+        stored = np.concatenate(ids)
+        top = int(stored.max())
+        require(top < tokenizer.vocab_size, "token id", top, f"must be below {tokenizer.vocab_size}")
+        yield stored
+
+
+def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Callable[[str], None]) -> None:
+    """Writes a complete cache to an empty folder."""
+
+    def documents(skipped: collections.Counter[str] | None = None) -> Iterator[tuple[str, bool]]:
+        return split(corpus.documents(skipped), config.val_fraction, source=config.source)
+
+    report(f"Tokenizing {config.source} with {config.tokenizer} (cached in {config.cache_dir})")
+    tokenizer = make_tokenizer(
+        config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)
+    )
+    tokenizer.save(folder)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    lengths, sizes, flags, held_out_text, written = [], [], [], [], 0
+    skipped = collections.Counter()
+    with open(folder / "tokens.bin", "wb") as file:
+        for batch in group_documents(documents(skipped)):
+            stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
+            for (text, is_held_out), stored in zip(batch, stored_tokens, strict=True):
+                file.write(stored.astype(dtype).tobytes())
+                data = text.encode()
+                lengths.append(len(stored))
+                sizes.append(len(data))
+                flags.append(is_held_out)
+                if is_held_out:
+                    held_out_text.append(data)
+            written += sum(lengths[-len(batch) :])
+            report(f"  {written:,} tokens of {len(lengths):,} documents")
+    corpus.check_unchanged()
+    if skipped["null"]:
+        report(f"  {skipped['null']:,} records were skipped: their field is null")
+    lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    np.savez(folder / "documents.npz", offsets=offsets, text_bytes=np.array(sizes, np.int64), held_out=flags)
+    data = b"".join(held_out_text)
+    meta = {
+        "format": FORMAT,
+        "source": config.source,
+        "tokenizer": config.tokenizer,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": len(flags),
+        "tokens": int(offsets[-1]),
+        "null_records": skipped["null"],
+        "held_out_documents": int(flags.sum()),
+        "held_out_tokens": int(lengths[flags].sum()),
+        "held_out_bytes": len(data),
+        "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
+        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def _open(folder: pathlib.Path) -> TokenCache:
+    meta = read_json(folder / "meta.json", "; remove the folder")
+    dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)
+    size = (folder / "tokens.bin").stat().st_size
+    if size != meta["tokens"] * dtype.itemsize:
+        raise ValueError(f"{folder}: damaged (tokens.bin has {size} bytes); remove the folder")
+    with np.load(folder / "documents.npz") as arrays:
+        parts = {name: arrays[name] for name in ("offsets", "text_bytes", "held_out")}
+    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+    return TokenCache(folder=folder, meta=meta, tokenizer=load_tokenizer(folder), tokens=tokens, **parts)
