@@ -69,11 +69,11 @@ def ours(folder: str, experts: int, top_k: int, layers: int, batches: list[int],
 
     import gptoss_jax as gx
     from gptoss_jax.inference.generate import generate_with_params
-    from gptoss_jax.model.transformer import init_params, with_params
+    from gptoss_jax.model.transformer import bind, init_params
 
     config = student_model(**model_sizes(experts, top_k, layers), initializer_range=0.1)
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
-    gx.save_pretrained(with_params(config, params), folder, experts="float32")
+    gx.save_pretrained(bind(config, params), folder, experts="float32")
     rows = random_prompts(max(batches), prompt)
 
     def generate(side, batch, count):

@@ -8,7 +8,7 @@ import numpy as np
 
 from gptoss_jax.config import SLIDING, ModelConfig
 from gptoss_jax.model.kv_cache import make_cache
-from gptoss_jax.model.transformer import compute_dtype, with_params
+from gptoss_jax.model.transformer import bind, compute_dtype
 from gptoss_jax.training.flops import parameter_counts
 
 # Bytes of a packed weight: half of one for its code, and its part of the scale that 32 share.
@@ -55,7 +55,7 @@ def chosen_experts(config: ModelConfig, params: dict, rows_BT: np.ndarray, promp
 
     @jax.jit
     def count(params, rows_BT):
-        model = with_params(config, params)
+        model = bind(config, params)
 
         def step(cache, tokens_B):
             _, cache, stats = model.hidden_states(tokens_B[:, None], cache=cache)

@@ -21,7 +21,7 @@ import pytest
 from gptoss_jax.config import ModelConfig, RopeScaling
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.kernels.cpu import build
-from gptoss_jax.model.transformer import abstract_params, with_params
+from gptoss_jax.model.transformer import abstract_params, bind
 from gptoss_jax.parallel.rules import path_names
 
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
@@ -107,7 +107,7 @@ def random_params():
 
 @functools.cache
 def _apply(config: ModelConfig):
-    return jax.jit(lambda params, *inputs: with_params(config, params)(*inputs))
+    return jax.jit(lambda params, *inputs: bind(config, params)(*inputs))
 
 
 @pytest.fixture(scope="session")

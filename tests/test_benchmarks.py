@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import bind
 
 FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -162,7 +162,7 @@ def test_experts_of_a_step(module, tiny_config, random_params):
 
     @jax.jit
     def load(tokens_BT):
-        return with_params(tiny_config, params).hidden_states(tokens_BT)[2]["load"]
+        return bind(tiny_config, params).hidden_states(tokens_BT)[2]["load"]
 
     def last_token_goes_to(row_T):
         return np.asarray(load(row_T[None]) * len(row_T) - load(row_T[None, :-1]) * (len(row_T) - 1)) > 0.1

@@ -19,7 +19,7 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import chat
 from gptoss_jax.inference.chat import HELP, Completion, HarmonyConversation, talk
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import bind
 
 START = "<|start|>assistant"
 THOUGHT, FINAL = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
@@ -267,7 +267,7 @@ def test_bad_settings_are_said_before_the_first_line(monkeypatch, capsys, flags,
 
 def test_a_real_base_model(tiny_config, random_params, tmp_path):
     config = dataclasses.replace(tiny_config, vocab_size=259)
-    save_pretrained(with_params(config, random_params(config)), tmp_path / "model")
+    save_pretrained(bind(config, random_params(config)), tmp_path / "model")
     make_tokenizer("bytes").save(tmp_path / "model")
     done = subprocess.run(
         [sys.executable, "-m", "gptoss_jax", "chat", str(tmp_path / "model"), "--max-new-tokens", "9",

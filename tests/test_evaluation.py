@@ -22,7 +22,7 @@ from gptoss_jax.data.token_cache import build_cache
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.evaluation.logprobs import token_logprobs
 from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
-from gptoss_jax.model.transformer import init_params, with_params
+from gptoss_jax.model.transformer import bind, init_params
 from gptoss_jax.training import losses
 from gptoss_jax.training.step import make_eval_step
 
@@ -216,7 +216,7 @@ def packed(tmp_path_factory):
         max_position_embeddings=96, rope_scaling=None, initializer_range=0.3, compute_dtype="float32",
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("models") / "packed"
-    save_pretrained(with_params(config, init_params(config, jax.random.key(0))), folder, experts="mxfp4")
+    save_pretrained(bind(config, init_params(config, jax.random.key(0))), folder, experts="mxfp4")
     BYTES.export(folder)
     return folder
 

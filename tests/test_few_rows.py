@@ -14,7 +14,7 @@ from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.kernels.swiglu import SwiGLU
 from gptoss_jax.model.kv_cache import make_cache
-from gptoss_jax.model.transformer import init_params, with_params
+from gptoss_jax.model.transformer import bind, init_params
 from gptoss_jax.parallel import expert_parallel
 
 pytestmark = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
@@ -191,7 +191,7 @@ def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_p
     def logits(config, params):
         @jax.jit
         def read(params, cache, tokens_BT):
-            model = with_params(config, params)
+            model = bind(config, params)
             hidden_BTD, cache, _ = model.hidden_states(tokens_BT, cache=cache)
             return model.logits(hidden_BTD), cache
 
@@ -223,7 +223,7 @@ def test_memory_of_packed_experts(tiny_config, cpu_form, tokens):
     cache = jax.eval_shape(lambda: make_cache(config, 1, 1024, jnp.float32))
 
     def step(params, cache, tokens_BT):
-        model = with_params(config, params)
+        model = bind(config, params)
         return model.hidden_states(tokens_BT, cache=cache)[:2]
 
     program = jax.jit(step, donate_argnums=1).lower(

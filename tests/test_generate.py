@@ -23,7 +23,7 @@ from gptoss_jax.inference.generate import (
 from gptoss_jax.inference.sampling import sample
 from gptoss_jax.kernels import backend
 from gptoss_jax.model.kv_cache import make_cache
-from gptoss_jax.model.transformer import init_params, with_params
+from gptoss_jax.model.transformer import bind, init_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import parameter_shardings
 
@@ -215,7 +215,7 @@ def test_a_stream_of_several_processes_reads_no_clock(monkeypatch):
 
 def test_the_tokenizer_of_the_model_s_folder(tiny_config, random_params, tmp_path):
     config = dataclasses.replace(tiny_config, vocab_size=261)
-    model = with_params(config, random_params(config))
+    model = bind(config, random_params(config))
     make_tokenizer("bytes").save(tmp_path)
     by_place = (6, 0.0, None, None, None, (), ["zz"])
     with pytest.raises(ValueError, match="stop_strings is .* must come with the tokenizer"):
@@ -247,7 +247,7 @@ def test_log_probabilities(gpt_oss, apply_model, settings):
 
 
 def test_stream_is_generate_in_parts(gpt_oss):
-    model = with_params(*gpt_oss)
+    model = bind(*gpt_oss)
     settings = SAMPLED | {"max_new_tokens": MOST, "stop_tokens": range(9)}
     expected = generate(model, PROMPTS, **settings)
     chunks = list(stream(model, PROMPTS, **settings))
@@ -355,9 +355,9 @@ def test_what_compiles(gpt_oss, monkeypatch):
 
     def counted(*args, **kwargs):
         traces.append(None)
-        return with_params(*args, **kwargs)
+        return bind(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "with_params", counted)
+    monkeypatch.setattr(engine, "bind", counted)
     jax.clear_caches()
     with compilations() as programs:
         generate_with_params(config, params, [[1] * 9, [2]], 15, temperature=1.0, top_k=5)

@@ -11,7 +11,7 @@ from helpers.checkpoints import original_layout, random_checkpoint, weights_dige
 
 from gptoss_jax import from_pretrained
 from gptoss_jax.inference.generate import generate
-from gptoss_jax.model.transformer import params_of
+from gptoss_jax.model.transformer import get_params
 
 # With "mxfp4" the experts stay packed and are unpacked layer by layer.
 HELD = [*((name, "float32") for name in CASES), ("mxfp4", "mxfp4")]
@@ -79,4 +79,4 @@ def test_the_original_layout_holds_the_same_model(name, checkpoint, tmp_path):
     original = from_pretrained(original_layout(checkpoint(name), tmp_path / "original"))
     published = from_pretrained(checkpoint(name))
     assert original.config == published.config
-    jax.tree.map(np.testing.assert_array_equal, params_of(original), params_of(published))
+    jax.tree.map(np.testing.assert_array_equal, get_params(original), get_params(published))

@@ -21,7 +21,7 @@ from gptoss_jax.kernels.check import Case, Result, check_case
 from gptoss_jax.kernels.cpu import build, decode
 from gptoss_jax.kernels.grouped_matmul import api
 from gptoss_jax.kernels.mxfp4 import pallas_triton as triton_mxfp4
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 
 needs_compiler = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
@@ -298,7 +298,7 @@ def test_processes_agree_on_kernels(machine, monkeypatch):
 def test_plain_compiles_no_kernel_into_a_model(tiny_config, random_params):
     def text(setting):
         config = dataclasses.replace(tiny_config, kernels=setting)
-        forward = jax.jit(lambda params, tokens: with_params(config, params)(tokens))
+        forward = jax.jit(lambda params, tokens: bind(config, params)(tokens))
         return forward.lower(random_params(tiny_config), jnp.ones((1, 9), jnp.int32)).as_text()
 
     assert "gptoss_jax." in text("auto")

@@ -16,13 +16,13 @@ from gptoss_jax.kernels.attention.api import reference_attention
 from gptoss_jax.kernels.attention.mask import visible
 from gptoss_jax.kernels.stack import Layer
 from gptoss_jax.model.kv_cache import grow, make_cache
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel.rules import dtype_bytes
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def read(config, params, cache, tokens_BT, segment_ids_BT=None):
-    model = with_params(config, params)
+    model = bind(config, params)
     hidden_BTD, cache, _ = model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)
     return model.logits(hidden_BTD), cache
 

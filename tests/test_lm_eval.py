@@ -21,7 +21,7 @@ from gptoss_jax.data.tokenizer import make_tokenizer  # noqa: E402
 from gptoss_jax.evaluation.lm_eval import GptOss, evaluate_tasks  # noqa: E402
 from gptoss_jax.evaluation.logprobs import token_logprobs  # noqa: E402
 from gptoss_jax.inference.generate import generate_with_params  # noqa: E402
-from gptoss_jax.model.transformer import init_params, with_params  # noqa: E402
+from gptoss_jax.model.transformer import bind, init_params  # noqa: E402
 
 BYTES = make_tokenizer("bytes")
 BOS = BYTES.bos_id
@@ -79,7 +79,7 @@ def params(config):
 def folder(config, params, tmp_path_factory):
     """A Hugging Face folder of a base model."""
     folder = tmp_path_factory.mktemp("models") / "base"
-    save_pretrained(with_params(config, params), folder, experts="float32")
+    save_pretrained(bind(config, params), folder, experts="float32")
     BYTES.export(folder)
     return folder
 

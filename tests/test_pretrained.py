@@ -29,7 +29,7 @@ from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptoss_jax.kernels.mxfp4 import codec
-from gptoss_jax.model.transformer import init_params, params_of, with_params
+from gptoss_jax.model.transformer import bind, get_params, init_params
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import parameter_shardings, path_names
 
@@ -93,11 +93,11 @@ def assert_same_tensors(found, expected):
 
 @functools.cache
 def _forward(config):
-    return jax.jit(lambda params, tokens: with_params(config, params)(tokens))
+    return jax.jit(lambda params, tokens: bind(config, params)(tokens))
 
 
 def logits(model, tokens=TOKENS):
-    return np.asarray(_forward(model.config)(params_of(model), jnp.asarray(tokens, jnp.int32)))
+    return np.asarray(_forward(model.config)(get_params(model), jnp.asarray(tokens, jnp.int32)))
 
 
 def leaves(tree):
@@ -266,7 +266,7 @@ def test_parameters_by_hand(published, form):
     assert model.config == dataclasses.replace(ModelConfig.from_hf(published(form)), compute_dtype="float32")
     assert model.origin == str(published(form))
     expected = tree_by_hand(load_file(published(form) / "model.safetensors"))
-    assert_same_leaves(leaves(params_of(model)), expected)
+    assert_same_leaves(leaves(get_params(model)), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -289,7 +289,7 @@ def test_original_layout_gives_the_same_parameters(published, original, form):
 
 def test_packed_experts_keep_the_files_bytes(published):
     theirs = load_file(published("mxfp4") / "model.safetensors")
-    found = leaves(params_of(from_pretrained(published("mxfp4"))))
+    found = leaves(get_params(from_pretrained(published("mxfp4"))))
     for place, row, layer in ((0, 0, 0), (1, 0, 1), (0, 1, 2), (1, 1, 3)):
         for part in ("blocks", "scales"):
             tensor = theirs[f"model.layers.{layer}.mlp.experts.gate_up_proj_{part}"]
@@ -394,15 +394,15 @@ def test_a_mesh_holds_the_same(divisible, form, experts, gate_up_shard):
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     alone = from_pretrained(divisible(form), dtype="float32", experts=experts)
     shared = from_pretrained(divisible(form), dtype="float32", experts=experts, mesh=mesh)
-    expected = leaves(params_of(alone))
-    shardings = leaves(parameter_shardings(params_of(alone), mesh))
-    for name, array in leaves(params_of(shared)).items():
+    expected = leaves(get_params(alone))
+    shardings = leaves(parameter_shardings(get_params(alone), mesh))
+    for name, array in leaves(get_params(shared)).items():
         assert array.dtype == expected[name].dtype, name
         assert array.sharding.is_equivalent_to(shardings[name], array.ndim), name
         assert len(array.addressable_shards) == 8
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(expected[name])[shard.index], err_msg=name)
-    moe = params_of(shared)["blocks"]["0"]["moe"]
+    moe = get_params(shared)["blocks"]["0"]["moe"]
     gate_up = moe["gate_up"] if "gate_up" in moe else moe["gate_up_blocks"]
     assert gate_up.addressable_shards[0].data.shape == gate_up_shard
     if experts is None:
@@ -418,8 +418,8 @@ def test_on_tpus_arrays_lie_in_memory_as_programs_read_them(divisible, mesh_conf
     plain = from_pretrained(divisible("mxfp4"), mesh=mesh)
     monkeypatch.setattr(sharded_io, "_platform", lambda sharding: "tpu")
     model = from_pretrained(divisible("mxfp4"), mesh=mesh)
-    expected, orders = leaves(params_of(plain)), {}
-    for name, array in leaves(params_of(model)).items():
+    expected, orders = leaves(get_params(plain)), {}
+    for name, array in leaves(get_params(model)).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
         assert array.sharding == expected[name].sharding
         orders[name.removeprefix("blocks.0.")] = array.format.layout.major_to_minor
@@ -552,7 +552,7 @@ def test_overflow_of_the_largest_codes_is_warned_of(copied):
     model, message = warned(lambda: from_pretrained(copied("mxfp4", change), experts="bfloat16"))
     assert LAYER_2 + "mlp.experts.down_proj" in message
     # Expert 3, inputs 32 and 33 (codes 2 and 7), output 5.
-    found = np.asarray(params_of(model)["blocks"]["0"]["moe"]["down"][1, 3, 32:34, 5], np.float32)
+    found = np.asarray(get_params(model)["blocks"]["0"]["moe"]["down"][1, 3, 32:34, 5], np.float32)
     assert found.tolist() == [2.0**127, np.inf]
 
 
@@ -694,7 +694,7 @@ def test_what_a_model_lacks_is_written_as_what_does_nothing(bare_config, random_
     params = jax.tree.map(
         lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), random_params(bare_config)
     )
-    model = with_params(bare_config, params)
+    model = bind(bare_config, params)
     save_pretrained(model, tmp_path / "new", experts)
     written = tensors_of(tmp_path / "new")
     assert "lm_head.weight" not in written and LAYER_2 + "self_attn.q_proj.bias" not in written
@@ -710,7 +710,7 @@ def test_what_a_model_lacks_is_written_as_what_does_nothing(bare_config, random_
 
 
 def test_what_cannot_be_expressed_is_refused(notebook_config, random_params, tmp_path):
-    model = with_params(notebook_config, random_params(notebook_config))
+    model = bind(notebook_config, random_params(notebook_config))
     with pytest.raises(ValueError) as caught:
         save_pretrained(model, tmp_path / "new", "mxfp4")
     message = one_line(caught)
@@ -808,7 +808,7 @@ def run_folder(tiny_config, tmp_path_factory):
 
 def test_a_run_folder_is_written_with_its_tokenizer(run_folder, tmp_path):
     model = from_pretrained(run_folder)
-    assert {leaf.dtype.name for leaf in leaves(params_of(model)).values()} == {"float32"}
+    assert {leaf.dtype.name for leaf in leaves(get_params(model)).values()} == {"float32"}
     assert model.config == TrainConfig.load(run_folder / "config.json").model
     save_pretrained(model, tmp_path / "new")
     values = json.loads((tmp_path / "new" / "config.json").read_text())
@@ -816,7 +816,7 @@ def test_a_run_folder_is_written_with_its_tokenizer(run_folder, tmp_path):
     assert values["torch_dtype"] == "float32"
     assert load_tokenizer(tmp_path / "new").same_ids_as(make_tokenizer("bytes"))
     again = from_pretrained(tmp_path / "new")
-    assert_same_leaves(leaves(params_of(again)), leaves(params_of(model)))
+    assert_same_leaves(leaves(get_params(again)), leaves(get_params(model)))
     # The published folder's own tokenizer goes with the next one.
     save_pretrained(again, tmp_path / "third")
     assert load_tokenizer(tmp_path / "third").same_ids_as(make_tokenizer("bytes"))
@@ -825,10 +825,10 @@ def test_a_run_folder_is_written_with_its_tokenizer(run_folder, tmp_path):
 
 def test_a_run_folder_in_another_type(run_folder):
     model = from_pretrained(run_folder, dtype="bfloat16")
-    exact = leaves(params_of(from_pretrained(run_folder)))
+    exact = leaves(get_params(from_pretrained(run_folder)))
     assert model.config.compute_dtype == "bfloat16"
     assert_same_leaves(
-        leaves(params_of(model)), {name: np.asarray(leaf).astype(BFLOAT16) for name, leaf in exact.items()}
+        leaves(get_params(model)), {name: np.asarray(leaf).astype(BFLOAT16) for name, leaf in exact.items()}
     )
 
 

@@ -15,7 +15,7 @@ from gptoss_jax.data import token_cache
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptoss_jax.inference.chat import HarmonyConversation
 from gptoss_jax.inference.generate import generate, generate_with_params
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.training import setup
 
 BYTES = make_tokenizer("bytes")
@@ -30,7 +30,7 @@ def config(tiny_config):
 
 @pytest.fixture(scope="module")
 def model(config, random_params):
-    return with_params(config, random_params(config))
+    return bind(config, random_params(config))
 
 
 @pytest.fixture(scope="module")

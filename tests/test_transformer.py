@@ -19,12 +19,12 @@ from gptoss_jax.model.transformer import (
     RMSNorm,
     Transformer,
     abstract_params,
+    bind,
     dropped,
+    get_params,
     init_params,
     parameter_count,
-    params_of,
     segment_positions,
-    with_params,
 )
 from gptoss_jax.training.step import summed_loss
 
@@ -300,7 +300,7 @@ def test_remat_recomputes(tiny_config):
         config = dataclasses.replace(tiny_config, remat=remat)
 
         def residuals(params, tokens):
-            return jax.vjp(lambda p: with_params(config, p).hidden_states(tokens)[0], params)[1]
+            return jax.vjp(lambda p: bind(config, p).hidden_states(tokens)[0], params)[1]
 
         shapes = jax.eval_shape(residuals, params, jax.ShapeDtypeStruct((2, 64), jnp.int32))
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -316,15 +316,15 @@ def test_dropout_follows_its_key(tiny_config, random_params):
 
     @jax.jit
     def hidden(key):
-        return with_params(config, params).hidden_states(tokens, dropout_key=key)[0]
+        return bind(config, params).hidden_states(tokens, dropout_key=key)[0]
 
     first = hidden(jax.random.key(0))
     np.testing.assert_array_equal(first, hidden(jax.random.key(0)))
     assert np.abs(first - hidden(jax.random.key(1))).max() > 0.1
     without = dataclasses.replace(config, residual_dropout=0.0, attention_dropout=0.0)
-    plain = jax.jit(lambda key: with_params(without, params).hidden_states(tokens, dropout_key=key)[0])
+    plain = jax.jit(lambda key: bind(without, params).hidden_states(tokens, dropout_key=key)[0])
     # Without a key nothing is dropped, and without a rate a key does nothing.
-    no_key = jax.jit(lambda: with_params(config, params).hidden_states(tokens)[0])()
+    no_key = jax.jit(lambda: bind(config, params).hidden_states(tokens)[0])()
     np.testing.assert_array_equal(no_key, plain(jax.random.key(0)))
     assert np.abs(first - no_key).max() > 0.1
 
@@ -336,7 +336,7 @@ def test_each_layer_drops_something_else(tiny_config):
     for block in params["blocks"].values():
         block["attention"]["out_bias"] += 1.0
     params["final_norm"]["scale"] += 1.0
-    run = jax.jit(lambda tokens, key: with_params(config, params).hidden_states(tokens, dropout_key=key)[0])
+    run = jax.jit(lambda tokens, key: bind(config, params).hidden_states(tokens, dropout_key=key)[0])
     hidden = run(random_tokens(config), jax.random.key(0))
     # A row is scaled by its norm: what differs within it is the count, 0 to 4.
     smallest = jnp.min(jnp.where(hidden > 0, hidden, jnp.inf), axis=-1, keepdims=True)
@@ -435,19 +435,19 @@ def test_initial_parameters(tiny_config):
 
 def test_params_round_trip(either_config, random_params):
     params = random_params(either_config)
-    model = with_params(either_config, params)
+    model = bind(either_config, params)
     assert isinstance(model, Transformer)
-    back = params_of(model)
+    back = get_params(model)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     chex.assert_trees_all_equal(back, params)
     assert ("head" in back) != either_config.tie_word_embeddings
     # A tree of other values does not reach the models made before.
-    with_params(either_config, jax.tree.map(jnp.zeros_like, params))
-    chex.assert_trees_all_equal(params_of(model), params)
+    bind(either_config, jax.tree.map(jnp.zeros_like, params))
+    chex.assert_trees_all_equal(get_params(model), params)
 
 
 def test_tied_head_is_the_embedding(notebook_config, random_params):
-    model = with_params(notebook_config, random_params(notebook_config))
+    model = bind(notebook_config, random_params(notebook_config))
     np.testing.assert_array_equal(model.head_weight_VD, model.embedding.weight[...])
     assert not hasattr(model, "head")
 

@@ -28,7 +28,7 @@ from gptoss_jax.checkpoints.run import is_run, load_config
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.model.transformer import Transformer, abstract_params, params_of
+from gptoss_jax.model.transformer import Transformer, abstract_params, get_params
 from gptoss_jax.parallel.rules import path_names
 
 GENERATION = "generation_config.json"
@@ -70,7 +70,7 @@ def save_pretrained(
         raise ValueError(
             f"tokenizer is None: {origin}, where the model came from, is gone; name another folder"
         )
-    source = InMemoryReader(model.config, params_of(model), origin)
+    source = InMemoryReader(model.config, get_params(model), origin)
     write_folder(source, folder, experts, shard_bytes)
 
 

@@ -27,7 +27,7 @@ from gptoss_jax.checkpoints.readers import (
 from gptoss_jax.checkpoints.run import is_run, load_config, load_run
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.model.transformer import Transformer, abstract_params, with_params
+from gptoss_jax.model.transformer import Transformer, abstract_params, bind
 from gptoss_jax.parallel.rules import parameter_shardings, path_names
 
 
@@ -52,7 +52,7 @@ def from_pretrained(
     for tensors that are missing, surplus or misshapen. Warns of tensors that hold something not finite.
     """
     config, params, origin = load_pretrained(folder, dtype, experts, mesh)
-    model = with_params(config, params)
+    model = bind(config, params)
     model.origin = None if origin is None else str(origin.resolve())
     return model
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.training.losses import chunk_length
 
 # Tokens of a batch where nobody asks for another size.
@@ -28,7 +28,7 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch) -> tuple[jax
     positions start from 0 in each segment. The logits of all positions never exist together. Compiles for
     each shape of a batch.
     """
-    model = with_params(config, params)
+    model = bind(config, params)
     hidden_BTD, _, _ = model.hidden_states(batch["tokens"], batch["segment_ids"])
     B, T, _ = hidden_BTD.shape
     chunk = chunk_length(B, T, config.vocab_size)

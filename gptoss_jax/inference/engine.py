@@ -20,7 +20,7 @@ from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
 from gptoss_jax.inference.sampling_params import Request
 from gptoss_jax.model.kv_cache import Cache, grow, make_cache
-from gptoss_jax.model.transformer import compute_dtype, with_params
+from gptoss_jax.model.transformer import bind, compute_dtype
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
 from gptoss_jax.parallel.rules import constrain
@@ -210,7 +210,7 @@ def _grown(config: ModelConfig, cache: Cache, length: int) -> Cache:
 def _prefill(config, params, cache, tokens_BT, counts_B) -> Cache:
     """Reads the first `counts_B` of the tokens of each sequence into the cache."""
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < counts_B[:, None]).astype(jnp.int32)
-    model = with_params(config, params)
+    model = bind(config, params)
     return _placed(model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)[1])
 
 
@@ -224,7 +224,7 @@ def _decode(
     Returns the cache, int32 [B, STEPS], where -1 stands for the end of a sequence and all after it, and
     their log-probabilities, float32 [B, STEPS] or nothing.
     """
-    model = with_params(config, params)
+    model = bind(config, params)
     keys_B = sequence_keys(seeds_B)
 
     def going(state):

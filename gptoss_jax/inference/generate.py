@@ -10,7 +10,7 @@ from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference import engine
 from gptoss_jax.inference.sampling_params import Request, requests
-from gptoss_jax.model.transformer import Transformer, params_of
+from gptoss_jax.model.transformer import Transformer, get_params
 
 
 def generate(
@@ -64,7 +64,7 @@ def generate(
     """
     settings = max_new_tokens, temperature, top_k, top_p, min_p, stop_tokens, stop_strings, seed
     return generate_with_params(
-        model.config, params_of(model), prompts, *settings, log_probs=log_probs, tokenizer=tokenizer,
+        model.config, get_params(model), prompts, *settings, log_probs=log_probs, tokenizer=tokenizer,
         origin=model.origin,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def stream(
     a pair of such lists): the first token alone and as soon as it is there, later ones about every 0.1 s.
     Errors in the arguments are raised by the call, not by the first `next`.
     """
-    return stream_with_params(model.config, params_of(model), prompts, *args, origin=model.origin, **kwargs)
+    return stream_with_params(model.config, get_params(model), prompts, *args, origin=model.origin, **kwargs)
 
 
 def generate_with_params(

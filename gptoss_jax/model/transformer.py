@@ -236,24 +236,24 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 def abstract_params(config: ModelConfig) -> dict:
     """The parameter tree as `jax.ShapeDtypeStruct`s: the model of any size without its memory."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params_of(_abstract(config)[1])
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), get_params(_abstract(config)[1])
     )
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Random parameters: normal(0, initializer_range) weights, zero biases and sinks, norms of one;
     float32."""
-    return params_of(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
+    return get_params(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
 
 
-def params_of(model: Transformer | nnx.State) -> dict:
+def get_params(model: Transformer | nnx.State) -> dict:
     """A model's parameters as a tree of plain dicts and arrays, the form that steps and checkpoints carry."""
     state = nnx.state(model) if isinstance(model, nnx.Module) else model
     pure = nnx.to_pure_dict(state)
     return pure | {"blocks": {str(i): block for i, block in pure["blocks"].items()}}
 
 
-def with_params(config: ModelConfig, params: dict) -> Transformer:
+def bind(config: ModelConfig, params: dict) -> Transformer:
     """The model of a config around the parameters of such a tree, also inside of a traced function."""
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gptoss_jax.config import ModelConfig, TrainConfig
-from gptoss_jax.model.transformer import with_params
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel.mesh import current_axes
 from gptoss_jax.parallel.rules import BATCH_BT, constrain
 from gptoss_jax.training import losses
@@ -24,7 +24,7 @@ def summed_loss(model_config: ModelConfig, params: dict, batch: Batch, dropout_k
 
     `batch` holds int32 [B, T] arrays: tokens, targets, segment_ids (0 is padding) and positions.
     """
-    model = with_params(model_config, params)
+    model = bind(model_config, params)
     hidden_BTD, _, stats = model.hidden_states(
         batch["tokens"], batch["segment_ids"], batch["positions"], dropout_key=dropout_key, capacity=capacity
     )

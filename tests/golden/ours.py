@@ -8,18 +8,18 @@ import numpy as np
 
 from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameters_by_layer
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model.transformer import Transformer, params_of, with_params
+from gptoss_jax.model.transformer import Transformer, bind, get_params
 
 
 @functools.cache
 def _forward(config: ModelConfig):
-    return jax.jit(lambda params, tokens_BT: with_params(config, params)(tokens_BT))
+    return jax.jit(lambda params, tokens_BT: bind(config, params)(tokens_BT))
 
 
 @functools.cache
 def _loss_and_gradients(config: ModelConfig):
     def loss(params, tokens_BT, positions_BT):
-        logits_BTV = with_params(config, params)(tokens_BT, positions_BT=positions_BT)
+        logits_BTV = bind(config, params)(tokens_BT, positions_BT=positions_BT)
         log_probs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
         return -jnp.mean(jnp.take_along_axis(log_probs_BTV, tokens_BT[:, 1:, None], axis=-1))
 
@@ -29,7 +29,7 @@ def _loss_and_gradients(config: ModelConfig):
 def logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     """Float32 logits [T, V] of one sequence [T]."""
     tokens_BT = jnp.asarray(tokens, jnp.int32)[None]
-    return np.asarray(_forward(model.config)(params_of(model), tokens_BT))[0]
+    return np.asarray(_forward(model.config)(get_params(model), tokens_BT))[0]
 
 
 def loss_and_gradients(
@@ -38,7 +38,7 @@ def loss_and_gradients(
     """The mean cross-entropy of every next token of [B, T], and its gradient for every published name."""
     config = model.config
     arrays = (jnp.asarray(array, jnp.int32) for array in (tokens, positions))
-    loss, gradients = _loss_and_gradients(config)(params_of(model), *arrays)
+    loss, gradients = _loss_and_gradients(config)(get_params(model), *arrays)
     published = {}
     for names, layers in parameters_by_layer(config):
         leaf = gradients
