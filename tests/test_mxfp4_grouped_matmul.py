@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_lowering import kernels_for_cuda
 from grouped import sizes_within
+from helpers.cuda_lowering import kernels_for_cuda
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.layout import Format, Layout
@@ -231,11 +231,11 @@ def test_compiles_for_tpus(rows):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_lowers_for_cuda(dtype, monkeypatch):
+def test_lowers_for_cuda(dtype):
     """The released sizes."""
     S, groups, width = jax.ShapeDtypeStruct, 32, 2880
     arguments = S((16, width), dtype), S((groups, 5760, 90, 16), jnp.uint8), S((groups, 5760, 90), jnp.uint8)
-    kernels = kernels_for_cuda(monkeypatch, triton_mxfp4_matmul, *arguments, S((groups,), jnp.int32))
+    kernels = kernels_for_cuda(triton_mxfp4_matmul, *arguments, S((groups,), jnp.int32))
     assert [kernel.count("tt.dot") for kernel in kernels] == [2]
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cuda_lowering import kernels_for_cuda
 from grouped import by_loop, sizes_within
+from helpers.cuda_lowering import kernels_for_cuda
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -90,7 +90,7 @@ def test_sizes_beyond_the_rows_stay_inside():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("rows", [65536, 64])
-def test_lowers_for_cuda(dtype, rows, monkeypatch):
+def test_lowers_for_cuda(dtype, rows):
     """The released sizes."""
     groups, width = 32, 2880
     x = jax.ShapeDtypeStruct((rows, width), dtype)
@@ -101,5 +101,5 @@ def test_lowers_for_cuda(dtype, rows, monkeypatch):
         y, vjp = jax.vjp(lambda x, w: triton_grouped_matmul(x, w, sizes), x, w)
         return y, *vjp(y)
 
-    kernels = kernels_for_cuda(monkeypatch, both, x, w, sizes)
+    kernels = kernels_for_cuda(both, x, w, sizes)
     assert [kernel.count("tt.dot") for kernel in kernels] == [1, 1, 1]
