@@ -55,8 +55,9 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 
 def make_checkpoint(folder: pathlib.Path) -> int:
     """Writes the checkpoint; returns its largest tensor's bytes."""
+    from gptoss_jax.checkpoints.export import atomic_folder
     from gptoss_jax.checkpoints.mappings import HUGGINGFACE, expected_shapes
-    from gptoss_jax.checkpoints.safetensors_io import NewTensor, atomic_folder, write_tensors
+    from gptoss_jax.checkpoints.safetensors_io import NewTensor, write_tensors
     from gptoss_jax.config import ModelConfig
 
     config = ModelConfig(num_hidden_layers=LAYERS, vocab_size=VOCABULARY, expert_format="mxfp4")

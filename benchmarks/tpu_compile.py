@@ -117,7 +117,7 @@ def running(mesh, batch, tokens):
     """gpt-oss-20b, placed as `from_pretrained` does: a call that reads tokens or, for one, makes some."""
     published = read_preset(HERE.parent / "configs" / "gpt_oss_20b.py").model
     config = dataclasses.replace(published, expert_format="mxfp4", compute_dtype="bfloat16")
-    params = load.with_shardings(load.with_dtypes(config, "bfloat16"), mesh)
+    params = load.load_target(config, mesh, "bfloat16")
 
     def array(*shape, dtype="int32", spec=None):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.checkpoints.orbax_support import LocalPath
-from gptoss_jax.checkpoints.run import Checkpoints
+from gptoss_jax.checkpoints.run import Checkpoints, LocalPath
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
 TRAINING = {"step": jnp.array(7)}

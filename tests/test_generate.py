@@ -318,7 +318,7 @@ def test_on_tpus_no_packed_bytes_are_copied(topology, tensor, monkeypatch):
             mesh = make_mesh(MeshConfig(data=1, tensor=tensor), devices)
             stack.enter_context(jax.set_mesh(mesh))
             whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        params = load.with_shardings(load.with_dtypes(config, "bfloat16"), mesh)
+        params = load.load_target(config, mesh, "bfloat16")
 
         def zeros(*shape, dtype=jnp.int32):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)

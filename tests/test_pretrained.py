@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.checkpoints import SIZES, original_layout, random_checkpoint
+from jax.experimental.layout import Format
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax.checkpoints import export, sharded_io
@@ -205,12 +206,12 @@ def test_layouts_there_and_back(table, published):
     for key, layout in table.items():
         shape = layout.file_shape(config)
         tensor = np.random.default_rng(0).standard_normal(shape)
-        ours = layout.to_ours(tensor, config)
+        ours = layout.to_model(tensor, config)
         assert np.shares_memory(ours, tensor), key
-        np.testing.assert_array_equal(layout.to_file(ours), tensor[rows[layout.part]], err_msg=key)
+        np.testing.assert_array_equal(layout.to_file(ours), tensor[rows[layout.heads]], err_msg=key)
         if layout.keeps_first_axis:
             parts = [layout.to_file(ours[i : i + 3]) for i in range(0, len(ours), 3)]
-            np.testing.assert_array_equal(np.concatenate(parts), tensor[rows[layout.part]], err_msg=key)
+            np.testing.assert_array_equal(np.concatenate(parts), tensor[rows[layout.heads]], err_msg=key)
 
 
 def test_layouts_by_hand(published):
@@ -220,38 +221,38 @@ def test_layouts_by_hand(published):
     assert [axis_sizes(config)[letter] for letter in "NKHDEF"] == [N, K, H, D, E, F]
 
     q = rng.standard_normal((N * H, D))
-    found = HUGGINGFACE["attention.q"].to_ours(q, config)
+    found = HUGGINGFACE["attention.q"].to_model(q, config)
     np.testing.assert_array_equal(found, np.einsum("nhd->dnh", q.reshape(N, H, D)))
     assert found[5, 2, 3] == q[2 * H + 3, 5]
     out = rng.standard_normal((D, N * H))
     for table in (HUGGINGFACE, ORIGINAL):
-        found = table["attention.out"].to_ours(out, config)
+        found = table["attention.out"].to_model(out, config)
         np.testing.assert_array_equal(found, np.einsum("dnh->nhd", out.reshape(D, N, H)))
     router = rng.standard_normal((E, D))
     for table in (HUGGINGFACE, ORIGINAL):
-        np.testing.assert_array_equal(table["moe.router"].to_ours(router, config), router.T)
+        np.testing.assert_array_equal(table["moe.router"].to_model(router, config), router.T)
     gate_up = rng.standard_normal((E, D, 2 * F))
     for layout, tensor in (
         (HUGGINGFACE["moe.gate_up"], gate_up),
         (ORIGINAL["moe.gate_up"], gate_up.swapaxes(1, 2).copy()),
     ):
-        found = layout.to_ours(tensor, config)
+        found = layout.to_model(tensor, config)
         np.testing.assert_array_equal(found[:, :, 0], gate_up[..., 0::2])
         np.testing.assert_array_equal(found[:, :, 1], gate_up[..., 1::2])
     blocks = rng.integers(0, 256, (E, 2 * F, D // 32, 16), np.uint8)
-    found = HUGGINGFACE["moe.gate_up_blocks"].to_ours(blocks, config)
+    found = HUGGINGFACE["moe.gate_up_blocks"].to_model(blocks, config)
     np.testing.assert_array_equal(found, blocks)
     down = rng.standard_normal((E, D, F))
-    found = ORIGINAL["moe.down"].to_ours(down, config)
+    found = ORIGINAL["moe.down"].to_model(down, config)
     np.testing.assert_array_equal(found, np.einsum("edf->efd", down))
 
     qkv, bias = rng.standard_normal(((N + 2 * K) * H, D)), rng.standard_normal((N + 2 * K) * H)
     start = 0
     for part, heads in (("q", N), ("k", K), ("v", K)):
         rows = slice(start, start + heads * H)
-        found = ORIGINAL[f"attention.{part}"].to_ours(qkv, config)
+        found = ORIGINAL[f"attention.{part}"].to_model(qkv, config)
         np.testing.assert_array_equal(found, np.einsum("nhd->dnh", qkv[rows].reshape(heads, H, D)))
-        found = ORIGINAL[f"attention.{part}_bias"].to_ours(bias, config)
+        found = ORIGINAL[f"attention.{part}_bias"].to_model(bias, config)
         np.testing.assert_array_equal(found, bias[rows].reshape(heads, H))
         start = rows.stop
     assert start == len(qkv)
@@ -620,7 +621,7 @@ def test_original_layout_is_written_as_hugging_face(published, original, tmp_pat
     write_folder(
         open_weights(original(form)),
         tmp_path / "files",
-        progress=lambda done, total: heard.append((done, total)),
+        on_progress=lambda done, total: heard.append((done, total)),
     )
     assert_same_tensors(tensors_of(tmp_path / "files"), tensors_of(published(form)))
     total = sum(array.nbytes for array in tensors_of(published(form)).values())
@@ -873,13 +874,14 @@ def test_loading_holds_less_than_half_a_tensor_besides_the_result(large, monkeyp
 def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
     # What a GPU or TPU gets; on CPU the host's array becomes the device's.
     source = open_weights(published("mxfp4"))
-    layers = [source.piece("moe.gate_up", layer) for layer in (0, 2)]
+    layers = [source.tensor("moe.gate_up", layer) for layer in (0, 2)]
     index = (slice(1, 3), slice(0, None), slice(0, 2), slice(3, 9))
     index = tuple(slice(*part.indices(size)) for part, size in zip(index, layers[0].shape, strict=True))
     devices = jax.devices()[2:4]
-    made, non_finite = sharded_io._layer_by_layer(BFLOAT16, index, layers, devices, None)
-    wanted, _ = sharded_io._part(BFLOAT16, index, layers, stacked=True)
-    assert [array.devices() for array in made] == [{device} for device in devices] and non_finite == []
+    formats = [Format(None, jax.sharding.SingleDeviceSharding(device)) for device in devices]
+    made, non_finite = sharded_io._stack_on_devices(BFLOAT16, index, layers, formats)
+    wanted, _ = sharded_io._read_on_host(BFLOAT16, index, layers)
+    assert [array.devices() for array in made] == [{device} for device in devices] and non_finite == set()
     for array in made:
         np.testing.assert_array_equal(np.asarray(array), wanted)
 
@@ -887,11 +889,9 @@ def test_a_device_with_memory_of_its_own_is_filled_layer_by_layer(published):
 def test_a_slice_of_a_sharded_layer_gathers_nothing(divisible):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     gate_up = leaves(load_pretrained(divisible("float32"), mesh=mesh)[1])["blocks.1.moe.gate_up"]
-    rows = sharded_io.DeviceRows(gate_up, 1)
-    whole = np.asarray(gate_up)[1]
-    index = tuple(slice(size // 3, size - 1) for size in whole.shape)
-    np.testing.assert_array_equal(rows[index], whole[index])
-    assert rows.shape == whole.shape
+    np.testing.assert_array_equal(sharded_io.layer_on_host(gate_up, 1), np.asarray(gate_up)[1])
+    head = leaves(load_pretrained(divisible("float32"), mesh=mesh)[1])["head.weight"]
+    np.testing.assert_array_equal(sharded_io.layer_on_host(head, None), np.asarray(head))
 
 
 def test_other_files_beside_the_model_are_let_be(copied):

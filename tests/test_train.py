@@ -19,7 +19,8 @@ import pytest
 
 from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.checkpoints.load import from_pretrained
-from gptoss_jax.checkpoints.run import Checkpoints, load_run
+from gptoss_jax.checkpoints.readers import load_run
+from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import (
     CheckpointConfig,
     DataConfig,

@@ -1,6 +1,9 @@
-"""Models to Hugging Face folders: whatever the source and its types, piece by piece."""
+"""Writes models as Hugging Face folders, from any source and into any dtype, in slices."""
 
+import contextlib
 import dataclasses
+import fcntl
+import math
 import os
 import pathlib
 import shutil
@@ -11,57 +14,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.checkpoints import lazy_tensors, safetensors_io, sharded_io
-from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameters_by_layer
-from gptoss_jax.checkpoints.readers import (
-    Format,
-    InMemoryReader,
-    WeightReader,
-    check_choice,
-    local_folder,
-    open_weights,
-    sidecar_files,
-    warn_non_finite,
-    with_experts,
+from gptoss_jax.checkpoints import readers
+from gptoss_jax.checkpoints.lazy_tensors import BFLOAT16, DenseTensor, LazyTensor
+from gptoss_jax.checkpoints.mappings import (
+    HUGGINGFACE,
+    TensorMapping,
+    parameter_key,
+    parameter_layers,
+    sort_by_layer,
 )
-from gptoss_jax.checkpoints.run import is_run, load_config
+from gptoss_jax.checkpoints.readers import ExpertFormat, InMemoryReader, WeightReader, open_weights
+from gptoss_jax.checkpoints.safetensors_io import SHARD_BYTES, NewTensor, write_tensors
+from gptoss_jax.checkpoints.sharded_io import read_slices
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.config.base import read_json, write_json
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, get_params
 from gptoss_jax.parallel.rules import path_names
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# exp(this - anything) is 0: how a model without learned sinks is written in a format that has them.
+# exp(this - anything) is 0: the sink of a model without learned sinks.
 NO_SINK = float(jnp.finfo(jnp.bfloat16).min)
-# What a writer is handed at a time, unless the tensor must be turned as a whole.
+# Bytes that are written at a time, if slices of the tensor can be converted one by one.
 CHUNK_BYTES = 64 << 20
 
 
 def save_pretrained(
     model: Transformer,
     folder: str | os.PathLike,
-    experts: Format | None = None,
+    experts: ExpertFormat | None = None,
     tokenizer: str | os.PathLike | None = None,
-    shard_bytes: int = safetensors_io.SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model as a Hugging Face folder, which transformers and vLLM load.
 
     Args:
-      folder: must not exist yet, or be empty. It appears when it is whole.
-      experts: the type of the weights; "mxfp4" packs the experts' matrices and makes all else bfloat16. What
-        was loaded packed keeps its bytes. None is mxfp4 where the model's are packed, else float32 where
-        anything is, else bfloat16.
-      tokenizer: a folder whose tokenizer goes with it; None is where the model was loaded from.
-      shard_bytes: the size of a file before another one is begun.
+      folder: must not exist yet, or be empty. It appears when it is complete.
+      experts: the dtype of the weights; "mxfp4" quantizes the experts' matrices, and all else is bfloat16.
+        Matrices that were loaded packed keep their bytes. None is mxfp4 for a model with packed experts, else
+        float32 if any parameter is wider than bfloat16, else bfloat16.
+      tokenizer: a folder whose tokenizer is copied; None is the folder that the model was loaded from.
+      shard_bytes: the maximum size of a file that holds more than one tensor.
 
-    Raises ValueError for a model that the format cannot express, saying why, and for a folder that holds
-    something; OSError when it cannot be written.
+    Raises ValueError for a model that the format cannot express, saying why, and for a folder that is not
+    empty; OSError when it cannot be written.
     """
     origin = None if model.origin is None else pathlib.Path(model.origin)
     if tokenizer is not None:
-        origin = local_folder(tokenizer)
+        origin = readers.local_folder(tokenizer)
         if not {"tokenizer.json", "tokenizer_name.txt"} & {path.name for path in origin.iterdir()}:
             raise ValueError(
                 f"tokenizer is {str(tokenizer)!r}: must hold tokenizer.json or tokenizer_name.txt"
@@ -70,63 +72,62 @@ def save_pretrained(
         raise ValueError(
             f"tokenizer is None: {origin}, where the model came from, is gone; name another folder"
         )
-    source = InMemoryReader(model.config, get_params(model), origin)
-    write_folder(source, folder, experts, shard_bytes)
+    write_folder(InMemoryReader(model.config, get_params(model), origin), folder, experts, shard_bytes)
 
 
 def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
-    experts: Format | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    experts: ExpertFormat | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes the model of any folder as a Hugging Face folder; see `save_pretrained` and `write_folder`.
 
-    Published weights go piece by piece. A run's are restored first, whole and in float32.
+    The weights of a run are restored first, as a whole and in float32; others are converted in slices.
     """
-    safetensors_io.check_target(target)
-    local = local_folder(source)
-    if is_run(local):
-        # What cannot be written is better known before.
-        load_config(local).model.to_hf(experts or "float32")
-    write_folder(open_weights(local), target, experts, progress=progress)
+    check_target(target)
+    local = readers.local_folder(source)
+    if readers.is_run(local):
+        # Fail before restoring gigabytes.
+        readers.load_config(local).model.to_hf(experts or "float32")
+    write_folder(open_weights(local), target, experts, on_progress=on_progress)
 
 
 def write_folder(
-    source: WeightReader,
+    reader: WeightReader,
     folder: str | os.PathLike,
     experts: str | None = None,
-    shard_bytes: int = safetensors_io.SHARD_BYTES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes any source's weights as a Hugging Face folder; see `save_pretrained`.
+    """Writes the weights of a reader as a Hugging Face folder; see `save_pretrained`.
 
-    `progress` hears of the bytes written and of all of them.
+    Calls `on_progress` with the bytes written so far and in total.
     """
-    check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
+    readers.check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
     if jax.process_count() > 1:
         raise ValueError("a model is written by one process: load its checkpoint in one and save it there")
     if experts is None:
-        keys = {".".join(names[-2:]) for names, _ in parameters_by_layer(source.config)}
-        wide = any(source.dtype(key) != lazy_tensors.BFLOAT16 for key in keys)
-        experts = "mxfp4" if source.packed else "float32" if wide else "bfloat16"
-    safetensors_io.check_target(folder)
-    tokenizer = _own_tokenizer(source.origin)
-    # What a model does without is written as what has no effect.
-    config = dataclasses.replace(source.config, router_bias=True, expert_bias=True, learned_sinks=True)
-    values = config.to_hf(experts) | _token_ids(source.origin, tokenizer)
+        keys = {parameter_key(path) for path in parameter_layers(reader.config)}
+        is_wide = any(reader.dtype(key) != BFLOAT16 for key in keys)
+        experts = "mxfp4" if reader.packed else "float32" if is_wide else "bfloat16"
+    check_target(folder)
+    tokenizer = _run_tokenizer(reader.origin)
+    # The format has these in every model: absent ones are written as values without an effect.
+    config = dataclasses.replace(reader.config, router_bias=True, expert_bias=True, learned_sinks=True)
+    values = config.to_hf(experts) | _token_ids(reader.origin, tokenizer)
     non_finite: set[str] = set()
-    tensors = _new_tensors(source, with_experts(config, experts == "mxfp4"), experts, non_finite)
+    tensors = _new_tensors(reader, readers.with_experts(config, experts == "mxfp4"), experts, non_finite)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
 
-    def wrote(count: int) -> None:
+    def on_write(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, total)
+        on_progress(done, total)
 
-    with safetensors_io.atomic_folder(folder, total + (64 << 20)) as partial:
-        safetensors_io.write_tensors(partial, tensors, shard_bytes, wrote)
-        for name, path in sidecar_files(source.origin).items():
+    with atomic_folder(folder, total + (64 << 20)) as partial:
+        write_tensors(partial, tensors, shard_bytes, on_write)
+        for name, path in readers.sidecar_files(reader.origin).items():
             shutil.copyfile(path, partial / name)
         if tokenizer is not None:
             tokenizer.export(partial)
@@ -134,67 +135,67 @@ def write_folder(
         generation = _generation_ids(values, tokenizer)
         if generation and not (partial / GENERATION).exists():
             write_json(partial / GENERATION, generation)
-    warn_non_finite(non_finite, source.origin)
+    readers.warn_non_finite(non_finite, reader.origin)
 
 
 def _new_tensors(
-    source: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
-) -> list[safetensors_io.NewTensor]:
-    """Every tensor of the Hugging Face folder of a config, layer by layer."""
-    have = {".".join(names[-2:]) for names, _ in parameters_by_layer(source.config)}
-    dtype = np.dtype(np.float32) if experts == "float32" else lazy_tensors.BFLOAT16
-    abstract = {
-        path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
-    }
+    reader: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
+) -> list[NewTensor]:
+    """Every tensor of the Hugging Face folder of a config, layer by layer; `non_finite` gets the names of
+    those that turn out to hold NaN or infinite values."""
+    present = {parameter_key(path) for path in parameter_layers(reader.config)}
+    dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
+    leaves = {path_names(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract_params(config))}
     found = []
-    for names, layers in parameters_by_layer(config):
-        key, leaf = ".".join(names[-2:]), abstract[names]
-        shape = leaf.shape if layers == [-1] else leaf.shape[1:]
-        kind = np.dtype(np.uint8) if leaf.dtype == jnp.uint8 else dtype
-        absent = key not in have and kind != np.uint8
+    for path, layers in parameter_layers(config).items():
+        key, leaf = parameter_key(path), leaves[path]
+        mapping, shape = HUGGINGFACE[key], leaf.shape if layers == [-1] else leaf.shape[1:]
+        dtype = leaf.dtype if leaf.dtype == np.uint8 else dense
+        is_absent = key not in present and dtype != np.uint8
         for layer in layers:
-            layout = HUGGINGFACE[key]
-            name = layout.name.format(layer)
-            piece = _absent(key, name, shape) if absent else None
 
-            def chunks(piece=piece, key=key, layer=layer, shape=shape, kind=kind, layout=layout):
-                piece = piece or source.piece(key, layer)
-                return _chunks(piece, shape, kind, layout, non_finite)
+            def chunks(key=key, layer=layer, mapping=mapping, shape=shape, dtype=dtype, is_absent=is_absent):
+                if is_absent:
+                    value = np.float32(NO_SINK if key == "attention.sinks" else 0)
+                    tensor = DenseTensor(mapping.name(layer), np.broadcast_to(value, shape))
+                else:
+                    tensor = reader.tensor(key, layer)
+                return _chunks(tensor, dtype, mapping, non_finite)
 
-            place = {"embedding": -1, "blocks": layer}.get(names[0], config.num_hidden_layers)
-            found.append((place, safetensors_io.NewTensor(name, kind, layout.file_shape(config), chunks)))
+            new = NewTensor(mapping.name(layer), dtype, mapping.file_shape(config), chunks)
+            found.append((sort_by_layer(config, path, layer), new))
     return [tensor for _, tensor in sorted(found, key=lambda entry: entry[0])]
 
 
-def _absent(key: str, name: str, shape: tuple[int, ...]) -> lazy_tensors.ConstantTensor:
-    return lazy_tensors.ConstantTensor(name, shape, NO_SINK if key == "attention.sinks" else 0.0)
+def _chunks(
+    tensor: LazyTensor, dtype: np.dtype, mapping: TensorMapping, non_finite: set[str]
+) -> Iterator[np.ndarray]:
+    """The bytes of a tensor in the file's order."""
+    count, *rest = tensor.shape
+    row_bytes = math.prod(rest) * dtype.itemsize
+    step = max(1, CHUNK_BYTES // row_bytes) if mapping.keeps_first_axis else count
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        out = np.empty((rows.stop - start, *rest), dtype)
+        non_finite |= read_slices([(out, tensor, (rows, *(slice(0, size) for size in rest)))])
+        yield mapping.to_file(out)
 
 
-def _chunks(piece, shape, kind, layout, non_finite) -> Iterator[np.ndarray]:
-    row = int(np.prod(shape[1:], dtype=np.int64)) * kind.itemsize
-    step = max(1, CHUNK_BYTES // row) if layout.keeps_first_axis else shape[0]
-    for start in range(0, shape[0], step):
-        part = slice(start, min(start + step, shape[0]))
-        out = np.empty((part.stop - part.start, *shape[1:]), kind)
-        non_finite.update(sharded_io.fill([(out, piece, (part, *(slice(0, size) for size in shape[1:])))]))
-        yield layout.to_file(out)
-
-
-def _own_tokenizer(origin: pathlib.Path | None) -> Tokenizer | None:
-    """The tokenizer of a folder that keeps it as ours do: less than others want, or only its name."""
-    if origin is None or not (is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
+def _run_tokenizer(origin: pathlib.Path | None) -> Tokenizer | None:
+    """Loads the tokenizer of a run folder, which has not all the files that other programs need."""
+    if origin is None or not (readers.is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
         return None
     return load_tokenizer(origin)
 
 
 def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
-    """The ids of bos, eos and padding that config.json names."""
+    """The ids of bos, eos and padding for config.json."""
     if tokenizer is not None:
         return {f"{role}_id": tokenizer.special_tokens[name] for role, name in tokenizer.token_roles.items()}
     if origin is None:
         return {}
-    # The released config.json names the turn's end alone; only where it says nothing is the other file asked.
-    for path in (origin / "config.json", sidecar_files(origin).get(GENERATION)):
+    # The released config.json names only the end of a turn; the other file is read only if it names nothing.
+    for path in (origin / "config.json", readers.sidecar_files(origin).get(GENERATION)):
         values = read_json(path) if path is not None and path.is_file() else {}
         found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
         if found:
@@ -203,9 +204,78 @@ def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict
 
 
 def _generation_ids(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
-    """The ids that generation_config.json names: those of config.json, and all that end an answer as eos."""
+    """The ids for generation_config.json: those of config.json, with all that end an answer as eos."""
     ids = {name: config[name] for name in TOKEN_IDS if name in config}
     if tokenizer is not None:
         stops = list(tokenizer.stop_ids)
         ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     return ids
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathlib.Path]:
+    """Yields a folder to write in, which becomes `target` at the end, or is removed after an error.
+
+    A killed process leaves a hidden folder `.NAME.partial` beside the target, which the next call removes.
+    Raises ValueError when the target is not empty or another process is writing it, OSError when the disk has
+    less space than `needed_bytes`.
+    """
+    # A symbolic link stays, and the folder that it points to is written.
+    target = user_path(target, "folder").resolve()
+    check_target(target)
+    if target.is_mount():
+        raise ValueError(f"{target}: is a mount point; name a folder in it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < needed_bytes:
+        raise OSError(
+            f"{target}: {needed_bytes / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left"
+        )
+    partial = target.with_name(f".{target.name}.partial")
+    with _locked(target.with_name(f".{target.name}.lock"), target):
+        try:
+            check_target(target)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            # After a power cut the name must not be there without the contents.
+            for path in [*partial.iterdir(), partial]:
+                _flush(path)
+            os.rename(partial, target)
+            _flush(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: str | os.PathLike) -> None:
+    """Raises ValueError when there is something already where a folder is to be written."""
+    target = user_path(target, "folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target}: exists already; name a folder that does not")
+
+
+def _flush(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _locked(lock: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
+    """Holds a lock file, which exists only while it is held."""
+    while True:
+        with open(lock, "w", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{target}: another process is writing it now") from None
+            # The holder before may have removed the file after we opened it.
+            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return

@@ -1,15 +1,16 @@
-"""Parts of weights on their way between files and devices: copied, cast, packed or unpacked, never whole.
+"""Lazy tensors: read any slice of one layer's parameter, casting, transposing and (de)quantizing on the fly.
 
-A piece is one parameter of one layer, with our axes, wherever it comes from. It fills an array with any slice
-of itself, so that a slice is all that is ever held besides the source and the result.
+A lazy tensor is a parameter of one layer with the model's axes, whichever way it is stored. Only the slice
+that is read is ever held, besides the source and the result.
 """
 
 import dataclasses
 import functools
 import math
+import mmap
 import threading
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,31 +20,31 @@ import numpy as np
 from gptoss_jax.kernels.mxfp4 import codec
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Rows of a matrix that are turned at a time: their lines stay in the cache.
-TURNED_ROWS = 256
-# Bytes of codes that are unpacked at a time; as many are worth compiling the unpacking for.
-UNPACKED_BYTES = 1 << 18
+# Rows of a matrix that are transposed at a time: few enough that their cache lines stay in the cache.
+TRANSPOSE_ROWS = 256
+# Bytes of codes that are dequantized at a time. Compiling for less than a sixteenth of it does not pay.
+DEQUANTIZE_BYTES = 1 << 18
 
 Index = tuple[slice, ...]
 
 
 class LazyTensor(Protocol):
-    """One parameter of one layer."""
+    """A parameter of one layer that can be read in slices."""
 
-    name: str  # of the tensor it is read from
+    name: str  # of the checkpoint tensor that it is read from
     shape: tuple[int, ...]
 
-    def fill(self, out: np.ndarray, index: Index) -> bool:
-        """Writes `piece[index]`, whose shape `out` has, in the type of `out`; says whether all is finite."""
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
+        """Writes `tensor[index]` to `out`, which has its shape, in the dtype of `out`. Returns whether all
+        values are finite."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class DenseTensor:
-    """Numbers as they are, or packed bytes that stay packed. `array`: anything with slices and a shape."""
+    """An array in memory or of a mapped file, or packed bytes that stay packed."""
 
     name: str
     array: np.ndarray
-    release: Callable[[np.ndarray], None] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,117 +54,105 @@ class DenseTensor:
     def dtype(self) -> np.dtype:
         return self.array.dtype
 
-    def fill(self, out: np.ndarray, index: Index) -> bool:
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
         part = self.array[index]
         if part.ndim > 1 and part.strides[-1] != part.itemsize:
-            for i in range(0, part.shape[-1], TURNED_ROWS):
-                copy_cast(out[..., i : i + TURNED_ROWS], part[..., i : i + TURNED_ROWS])
+            for i in range(0, part.shape[-1], TRANSPOSE_ROWS):
+                copy_cast(out[..., i : i + TRANSPOSE_ROWS], part[..., i : i + TRANSPOSE_ROWS])
         else:
             copy_cast(out, part)
-        if self.release is not None:
-            self.release(part)
+        release_pages(part)
         if out.dtype == np.uint8:
             return not (self.name.endswith("scales") and np.any(out == codec.NAN_SCALE))
         return is_finite(out)
 
 
-@dataclasses.dataclass
-class ConstantTensor:
-    """One number everywhere: what a model lacks and the published format wants."""
-
-    name: str
-    shape: tuple[int, ...]
-    value: float
-
-    def fill(self, out: np.ndarray, index: Index) -> bool:
-        out[...] = self.value
-        return True
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class DequantizedTensor:
-    """Experts that the source holds in MXFP4, as numbers. Groups run along our axis 1, which stands last
-    there."""
+    """Dense expert weights of a source that stores them in MXFP4, [E, in, out] or [E, in, 2, out].
+
+    Args:
+      name: of the tensor of scales.
+      blocks: uint8 [E, rows, in / 32, 16].
+      scales: uint8 [E, rows, in / 32].
+      interleaved: whether rows alternate between gate and up, which have an axis of their own here.
+    """
 
     name: str
-    blocks: np.ndarray  # uint8 [E, rows, G, 16]
-    scales: np.ndarray  # uint8 [E, rows, G]
-    # Whether rows take turns that have an axis of their own as numbers, the one before the last.
-    pairs: bool = False
-    release: Callable[[np.ndarray], None] | None = None
+    blocks: np.ndarray
+    scales: np.ndarray
+    interleaved: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         experts, rows, groups = self.scales.shape
-        apart = (rows // 2, 2) if self.pairs else (rows,)
-        return _turned((experts, *apart, codec.GROUP * groups))
+        outputs = (rows // 2, 2) if self.interleaved else (rows,)
+        return _swap_in_out((experts, *outputs, codec.GROUP * groups))
 
-    def fill(self, out: np.ndarray, index: Index) -> bool:
-        experts, rows, *turns, values = _turned(index)
-        if turns:
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
+        experts, rows, *pair, inputs = _swap_in_out(index)
+        if pair:
             rows = slice(2 * rows.start, 2 * rows.stop)
-        first, last = values.start // codec.GROUP, -(-values.stop // codec.GROUP)
-        held = blocks, scales = [array[experts, rows, first:last] for array in (self.blocks, self.scales)]
-        if turns:
+        first, last = inputs.start // codec.GROUP, -(-inputs.stop // codec.GROUP)
+        stored = blocks, scales = [array[experts, rows, first:last] for array in (self.blocks, self.scales)]
+        if pair:
             blocks, scales = (
-                part.reshape(len(part), -1, 2, *part.shape[2:])[:, :, turns[0]] for part in held
+                part.reshape(len(part), -1, 2, *part.shape[2:])[:, :, pair[0]] for part in stored
             )
         for e in range(len(blocks)):
-            # The bytes are turned, not the numbers, which are four times as much.
-            turned = _transposed(blocks[e].reshape(*blocks.shape[1:-2], -1))
-            codes = turned.reshape(last - first, codec.BYTES, *turned.shape[1:])
-            powers = np.ascontiguousarray(scales[e].T)[:, None]
-            step = max(1, UNPACKED_BYTES // max(1, codes[0].nbytes))
+            # Transpose the bytes, not the values, which are four times as large.
+            transposed = _transpose(blocks[e].reshape(*blocks.shape[1:-2], -1))
+            codes = transposed.reshape(last - first, codec.BYTES, *transposed.shape[1:])
+            exponents = np.ascontiguousarray(scales[e].T)[:, None]
+            step = max(1, DEQUANTIZE_BYTES // max(1, codes[0].nbytes))
             for g in range(0, last - first, step):
-                numbers = _numbers(codes[g : g + step], powers[g : g + step])
+                values = _dequantize(codes[g : g + step], exponents[g : g + step])
                 start = (first + g) * codec.GROUP
-                low, high = max(values.start, start), min(values.stop, start + len(numbers))
+                low, high = max(inputs.start, start), min(inputs.stop, start + len(values))
                 copy_cast(
-                    out[e, low - values.start : high - values.start], numbers[low - start : high - start]
+                    out[e, low - inputs.start : high - inputs.start], values[low - start : high - start]
                 )
-        if self.release is not None:
-            for part in held:
-                self.release(part)
-        # Two scales below that of NaN, the largest codes are infinite.
+        for part in stored:
+            release_pages(part)
+        # From two scales below that of NaN, the largest codes overflow.
         return scales.size == 0 or int(scales.max()) < codec.NAN_SCALE - 2 or is_finite(out)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class StackedExperts:
-    """Experts that the source holds one by one: one array each, or two, gate and up, along our axis P."""
+    """Experts that the source stores one by one: one tensor each, or two, gate and up, along our axis P."""
 
     name: str
-    parts: list[list[DenseTensor]]
+    experts: list[list[DenseTensor]]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        each = self.parts[0][0].shape
-        pair = (2,) if len(self.parts[0]) == 2 else ()
-        return (len(self.parts), *each[:-1], *pair, each[-1])
+        first, *others = self.experts[0]
+        pair = (2,) if others else ()
+        return (len(self.experts), *first.shape[:-1], *pair, first.shape[-1])
 
     @property
     def dtype(self) -> np.dtype:
-        kinds = {part.dtype for parts in self.parts for part in parts}
-        return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        return common_dtype(part.dtype for parts in self.experts for part in parts)
 
-    def fill(self, out: np.ndarray, index: Index) -> bool:
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
         finite = True
-        for row, parts in zip(out, self.parts[index[0]], strict=True):
+        for row, parts in zip(out, self.experts[index[0]], strict=True):
             if len(parts) == 1:
-                finite &= parts[0].fill(row, index[1:])
+                finite &= parts[0].read_into(row, index[1:])
                 continue
-            # Gate and up have no axis P of their own.
-            for place, part in enumerate(parts[index[-2]]):
-                finite &= part.fill(row[..., place, :], (*index[1:-2], index[-1]))
+            # Gate and up lack the axis P, the one before the last.
+            for i, part in enumerate(parts[index[-2]]):
+                finite &= part.read_into(row[..., i, :], (*index[1:-2], index[-1]))
         return finite
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """Experts that the source holds as numbers, in MXFP4: the blocks, or the scales."""
+    """The MXFP4 blocks or scales of experts that the source stores dense."""
 
     source: DenseTensor | StackedExperts
-    want: str  # "blocks" or "scales"
+    part: Literal["blocks", "scales"]
 
     @property
     def name(self) -> str:
@@ -171,45 +160,44 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        experts, *rows, values = _turned(self.source.shape)
-        shape = (experts, math.prod(rows), values // codec.GROUP)
-        return (*shape, codec.BYTES) if self.want == "blocks" else shape
+        experts, *rows, inputs = _swap_in_out(self.source.shape)
+        shape = (experts, math.prod(rows), inputs // codec.GROUP)
+        return (*shape, codec.BYTES) if self.part == "blocks" else shape
 
-    def fill(self, out: np.ndarray, index: Index) -> bool:
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
         experts, rows, groups = index[:3]
-        # Rows that take turns here have an axis of their own there: both of a pair are asked for.
-        turns = self.source.shape[2:-1]
-        each = math.prod(turns)
-        rows = slice(rows.start // each, rows.stop // each)
-        values = slice(groups.start * codec.GROUP, groups.stop * codec.GROUP)
-        there = _turned((experts, rows, *(slice(0, count) for count in turns), values))
-        # Narrower than bfloat16 is not known; what is wider is packed from float32.
-        kind = BFLOAT16 if self.source.dtype == BFLOAT16 else np.float32
+        # Interleaved rows have an axis of their own in the source: both of a pair are asked for.
+        pair = self.source.shape[2:-1]
+        rows = slice(rows.start // math.prod(pair), rows.stop // math.prod(pair))
+        inputs = slice(groups.start * codec.GROUP, groups.stop * codec.GROUP)
+        dense_index = _swap_in_out((experts, rows, *(slice(0, size) for size in pair), inputs))[1:]
+        dtype = BFLOAT16 if self.source.dtype == BFLOAT16 else np.float32
+        values = np.empty((1, *(part.stop - part.start for part in dense_index)), dtype)
         finite = True
-        for e in range(there[0].start, there[0].stop):
-            index = (slice(e, e + 1), *there[1:])
-            numbers = np.empty(tuple(part.stop - part.start for part in index), kind)
-            finite &= self.source.fill(numbers, index)
-            packed = _on_host(_packed_blocks if self.want == "blocks" else _packed_scales)(numbers[0])
-            turned = _transposed(packed.reshape(-1, *numbers.shape[2:]))
-            out[e - there[0].start] = turned.reshape(out.shape[1:])
+        for row, e in zip(out, range(experts.start, experts.stop), strict=True):
+            finite &= self.source.read_into(values, (slice(e, e + 1), *dense_index))
+            packed = _on_cpu(_quantize, self.part)(values[0])
+            row[...] = _transpose(packed.reshape(-1, *values.shape[2:])).reshape(row.shape)
         return finite
 
 
-def _turned(axes):
-    """Axis 1 and the last one exchanged: from our order to that of packed experts, and back."""
-    axes = list(axes)
-    axes[1], axes[-1] = axes[-1], axes[1]
-    return tuple(axes)
+def common_dtype(dtypes) -> np.dtype:
+    """Returns the dtype that all have, or float32 where they differ."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)
+
+
+def _swap_in_out(axes):
+    """Swaps axis 1 with the last one: from [E, in, …, out] to the order of packed experts, and back."""
+    return (axes[0], axes[-1], *axes[2:-1], axes[1])
 
 
 def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
-    """Copies into an array of the same shape; exact where the type is as wide or wider, else to nearest
-    even."""
+    """Copies values to an array of the same shape, rounding to nearest even where its dtype is narrower."""
     if out.dtype == values.dtype:
-        # As integers: numpy copies a foreign type number by number.
-        kind = f"u{out.itemsize}"
-        out.view(kind)[...] = values.view(kind)
+        # As integers: numpy copies dtypes that are not its own value by value.
+        bits = f"u{out.itemsize}"
+        out.view(bits)[...] = values.view(bits)
     elif out.dtype == np.float32 and values.dtype == BFLOAT16:
         bits = out.view(np.uint32)
         bits[...] = values.view(np.uint16)
@@ -218,55 +206,72 @@ def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
         out[...] = values.astype(out.dtype)
 
 
-def is_finite(numbers: np.ndarray) -> bool:
-    """Whether none is infinite or not a number; `numbers` must be contiguous."""
-    # Above the bits of infinity there are only NaNs, with either sign: two maxima, and no array besides.
-    infinity = np.array(np.inf, numbers.dtype)
-    signed, unsigned = numbers.view(f"i{numbers.itemsize}"), numbers.view(f"u{numbers.itemsize}")
+def is_finite(values: np.ndarray) -> bool:
+    """Returns whether no value of a contiguous array of floats is infinite or NaN."""
+    # Only NaNs have bits above those of infinity, for either sign: two maxima, and no temporary array.
+    infinity = np.array(np.inf, values.dtype)
+    signed, unsigned = values.view(f"i{values.itemsize}"), values.view(f"u{values.itemsize}")
     limits = infinity.view(signed.dtype), (-infinity).view(unsigned.dtype)
-    return numbers.size == 0 or bool(signed.max() < limits[0] and unsigned.max() < limits[1])
+    return values.size == 0 or bool(signed.max() < limits[0] and unsigned.max() < limits[1])
+
+
+def release_pages(view: np.ndarray) -> None:
+    """Gives the pages under a view of a mapped file back to the system, which reads them again when needed.
+
+    Until then they count as memory of this process. Other arrays are left as they are.
+    """
+    base, first = view, view
+    while isinstance(base, np.ndarray):
+        base, first = base.base, base
+    mapped = base.obj if isinstance(base, memoryview) else None
+    if isinstance(mapped, mmap.mmap):
+        start = first.ctypes.data
+        low, high = (address - start for address in np.lib.array_utils.byte_bounds(view))
+        low, high = -(-low // mmap.PAGESIZE) * mmap.PAGESIZE, high // mmap.PAGESIZE * mmap.PAGESIZE
+        if high > low:
+            mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
 
 
 _scratch = threading.local()
 
 
-def _transposed(array: np.ndarray) -> np.ndarray:
-    """All axes in reverse order, in memory of this thread's that the next call takes again."""
-    # New memory for each matrix would cost more than the work: the system hands it over page by page.
+def _transpose(array: np.ndarray) -> np.ndarray:
+    """Reverses the axes, into memory of this thread that the next call reuses."""
+    # New memory for each matrix would cost more than the work, because the system provides it page by page.
     if getattr(_scratch, "raw", np.empty(0)).nbytes < array.nbytes:
         _scratch.raw = np.empty(array.nbytes, np.uint8)
     out = _scratch.raw[: array.nbytes].view(array.dtype).reshape(array.shape[::-1])
-    for i in range(0, len(array), TURNED_ROWS):
-        out[..., i : i + TURNED_ROWS] = array[i : i + TURNED_ROWS].T
+    for i in range(0, len(array), TRANSPOSE_ROWS):
+        out[..., i : i + TRANSPOSE_ROWS] = array[i : i + TRANSPOSE_ROWS].T
     return out
 
 
-def _numbers(codes: np.ndarray, powers: np.ndarray) -> np.ndarray:
+def _dequantize(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     """Codes [g, 16, ...] and scales [g, 1, ...] -> bfloat16 [32 * g, ...]."""
-    small = codes.nbytes < UNPACKED_BYTES // 16
-    bits = _bits(codes, powers, np) if small else _on_host(_bits)(codes, powers)
+    is_small = codes.nbytes < DEQUANTIZE_BYTES // 16
+    bits = _value_bits(codes, exponents, np) if is_small else _on_cpu(_value_bits)(codes, exponents)
     return bits.reshape(-1, *codes.shape[2:]).view(BFLOAT16)
 
 
-def _bits(codes, powers, xp=jnp):
-    return xp.stack(codec.bfloat16_bits(codes, powers, xp), axis=2)
+def _value_bits(codes, exponents, xp=jnp):
+    return xp.stack(codec.bfloat16_bits(codes, exponents, xp), axis=2)
 
 
-def _packed_blocks(numbers):
-    return codec.pack(numbers, axis=0)[0]
-
-
-def _packed_scales(numbers):
-    return codec.pack_scales(numbers, axis=0)
+def _quantize(values, part):
+    blocks, scales = codec.pack(values, axis=0)
+    return blocks if part == "blocks" else scales
 
 
 @functools.cache
-def _on_host(function: Callable) -> Callable[..., np.ndarray]:
-    """The function compiled for this machine's processor, or for the first device where jax was told of no
-    other."""
-    compiled = jax.jit(function)
+def _on_cpu(function: Callable, *static: str) -> Callable[..., np.ndarray]:
+    """Compiles a function of arrays, and then of static arguments, for the CPU."""
+    compiled = jax.jit(lambda *arrays: function(*arrays, *static))
+    return lambda *arrays: np.asarray(compiled(*jax.device_put(arrays, host_device())))
+
+
+def host_device() -> jax.Device:
+    """Returns a CPU device, or the first device where jax has no CPU backend (JAX_PLATFORMS)."""
     try:
-        device = jax.local_devices(backend="cpu")[0]
+        return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
-        device = jax.local_devices()[0]
-    return lambda *arrays: np.asarray(compiled(*jax.device_put(arrays, device)))
+        return jax.local_devices()[0]

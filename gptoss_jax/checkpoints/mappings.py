@@ -1,22 +1,21 @@
-"""Two tables: which published tensor each parameter is, and how its axes become ours.
+"""One table: which checkpoint tensor each parameter is, and how its axes become the model's.
 
-A layout reads `axes in the file -> our axes` in the letters of the code (V vocabulary, D hidden, N query
-heads, K key/value heads, H head size, E experts, F expert width). (N H) is one axis that runs over both; P is
-the pair of gate and up, which the published layouts interleave and ours keeps apart, but for packed rows, U;
-G and J count the groups of 32 along D and F, and Y the 16 bytes of a group; Q counts all heads of q, k and v,
-which `original/` holds in one. MATH.md, "Released weights".
+Axes are written as `axes in the file -> axes of the model`, in the letters of the code: V vocabulary, D
+hidden, N query heads, K key/value heads, H head size, E experts, F expert width. (N H) is one axis that runs
+over both. P is the pair of gate and up, which files interleave and the model keeps apart, except in packed
+rows, U. I and J count the blocks of 32 along D and F, and Y the 16 bytes of a block. Q counts the heads of q,
+k and v together.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import jax
 import numpy as np
 
-from gptoss_jax.checkpoints.tensor_names import described
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.mxfp4.codec import BYTES, GROUP
 from gptoss_jax.model.transformer import abstract_params
@@ -24,13 +23,19 @@ from gptoss_jax.parallel.rules import path_names
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """The name of a published tensor ({} stands for the layer), and what its axes are."""
+class TensorMapping:
+    """The checkpoint tensors that a parameter of one layer is read from, and what their axes are.
 
-    name: str
+    Args:
+      axes: as at the top of this file; without an arrow, the axes are the same on both sides.
+      names: usually one name, in which `{layer}` stands for a number. A name with `{expert}` is that of one
+        expert's tensor, which lacks the axis E. Two names are gate and up, which lack the axis P.
+      heads: "q", "k" or "v" for the parameter's heads along the axis Q of the file.
+    """
+
     axes: str
-    # q, k or v: the heads of the Q axis that are this parameter's.
-    part: str = ""
+    names: tuple[str, ...]
+    heads: str = ""
 
     @functools.cached_property
     def _file_axes(self) -> list[list[str]]:
@@ -39,224 +44,253 @@ class Layout:
         return [(several or one).split() for several, one in found]
 
     @functools.cached_property
-    def _order(self) -> list[int]:
-        """Where each of our axes stands among the file's letters."""
+    def _permutation(self) -> list[int]:
+        """The place of each axis of the model among the file's letters."""
         letters = [letter for axis in self._file_axes for letter in axis]
         ours = self.axes.partition(" -> ")[2].split() or letters
         return [letters.index(letter) for letter in ours]
 
+    @property
+    def is_per_expert(self) -> bool:
+        return "{expert}" in self.names[0]
+
+    @property
+    def keeps_first_axis(self) -> bool:
+        """Whether the first axis is the same on both sides, so that its slices can be converted one by
+        one."""
+        return len(self._file_axes[0]) == 1 and self._permutation[0] == 0
+
+    def name(self, layer: int) -> str:
+        """The name of the only tensor of a layer."""
+        return self.names[0].format(layer=layer)
+
     def file_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """The shape of the tensor in the file."""
+        """The shape of one tensor in the file."""
         size = axis_sizes(config)
         return tuple(math.prod(size[letter] for letter in axis) for axis in self._file_axes)
 
-    def to_ours(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
-        """The file's tensor as one layer's parameter: a view of the same memory."""
+    def file_shapes(self, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the parameter of a layer is read from."""
+        experts = range(config.num_local_experts if self.is_per_expert else 1)
+        names = [name.format(layer=layer, expert=expert) for expert in experts for name in self.names]
+        return dict.fromkeys(names, self.file_shape(config))
+
+    def to_model(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
+        """A view of the file's tensor with the model's axes."""
         size = axis_sizes(config)
         tensor = tensor.reshape([size[letter] for axis in self._file_axes for letter in axis])
-        if self.part:
+        if self.heads:
             N, K = size["N"], size["K"]
-            tensor = tensor[{"q": slice(0, N), "k": slice(N, N + K), "v": slice(N + K, N + 2 * K)}[self.part]]
-        return tensor.transpose(self._order)
+            ranges = {"q": slice(0, N), "k": slice(N, N + K), "v": slice(N + K, N + 2 * K)}
+            tensor = tensor[ranges[self.heads]]
+        return tensor.transpose(self._permutation)
 
     def to_file(self, parameter: np.ndarray) -> np.ndarray:
-        """One layer's parameter, or a slice along an axis that comes first in both, as the file's tensor."""
-        apart = parameter.transpose(np.argsort(self._order))
+        """The inverse of `to_model`, also for a slice along the first axis if `keeps_first_axis`."""
+        apart = parameter.transpose(np.argsort(self._permutation))
         shape, axis = [], 0
         for letters in self._file_axes:
             shape.append(math.prod(apart.shape[axis : axis + len(letters)]))
             axis += len(letters)
         return apart.reshape(shape)
 
-    def files(self, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Returns name and shape of each tensor in the file that one layer's parameter is read from."""
-        return {self.name.format(layer): self.file_shape(config)}
-
-    @property
-    def keeps_first_axis(self) -> bool:
-        """Whether the first axis is the same in both, so that slices of it can be worked through one by
-        one."""
-        return len(self._file_axes[0]) == 1 and self._order[0] == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertLayout:
-    """The names of the tensors that hold one expert's part of a parameter ({} stands for layer and expert),
-    and what their axes are. Two names are those of gate and up, whose axis P the file then lacks."""
-
-    names: tuple[str, ...]
-    axes: str
-
-    def parts(self, layer: int, expert: int) -> list[Layout]:
-        """Returns the layout of each tensor of one expert."""
-        return [Layout(name.format(layer, expert), self.axes) for name in self.names]
-
-    def files(self, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Returns name and shape of each tensor in the file that one layer's parameter is read from."""
-        experts = range(config.num_local_experts)
-        return {p.name: p.file_shape(config) for e in experts for p in self.parts(layer, e)}
-
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of every letter of a layout."""
+    """The size of every letter of `TensorMapping.axes`."""
     D, F, N, K = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
+        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
+    )  # fmt: skip
     return {
         "V": config.vocab_size, "D": D, "N": N, "K": K, "Q": N + 2 * K, "H": config.head_dim, "U": 2 * F,
-        "E": config.num_local_experts, "F": F, "P": 2, "G": D // GROUP, "J": F // GROUP, "Y": BYTES,
+        "E": config.num_local_experts, "F": F, "P": 2, "I": D // GROUP, "J": F // GROUP, "Y": BYTES,
     }  # fmt: skip
 
 
-def _table(rows: dict[str, tuple[str, ...]], layer: str) -> dict[str, Layout]:
-    return {key: Layout(row[0].replace("@", layer), *row[1:]) for key, row in rows.items()}
+# Parameter key -> Hugging Face tensor, tensor in `original/`, axes. @ stands for the prefix of a layer. With
+# packed experts, `_blocks` and `_scales` take the place of the matrices.
+_TENSORS = {
+    "embedding.weight": ("model.embed_tokens.weight", "embedding.weight", "V D"),
+    "attention_norm.scale": ("@input_layernorm.weight", "@attn.norm.scale", "D"),
+    "attention.q": ("@self_attn.q_proj.weight", "@attn.qkv.weight", "(N H) D -> D N H"),
+    "attention.q_bias": ("@self_attn.q_proj.bias", "@attn.qkv.bias", "(N H) -> N H"),
+    "attention.k": ("@self_attn.k_proj.weight", "@attn.qkv.weight", "(K H) D -> D K H"),
+    "attention.k_bias": ("@self_attn.k_proj.bias", "@attn.qkv.bias", "(K H) -> K H"),
+    "attention.v": ("@self_attn.v_proj.weight", "@attn.qkv.weight", "(K H) D -> D K H"),
+    "attention.v_bias": ("@self_attn.v_proj.bias", "@attn.qkv.bias", "(K H) -> K H"),
+    "attention.out": ("@self_attn.o_proj.weight", "@attn.out.weight", "D (N H) -> N H D"),
+    "attention.out_bias": ("@self_attn.o_proj.bias", "@attn.out.bias", "D"),
+    "attention.sinks": ("@self_attn.sinks", "@attn.sinks", "N"),
+    "moe_norm.scale": ("@post_attention_layernorm.weight", "@mlp.norm.scale", "D"),
+    "moe.router": ("@mlp.router.weight", "@mlp.gate.weight", "E D -> D E"),
+    "moe.router_bias": ("@mlp.router.bias", "@mlp.gate.bias", "E"),
+    "moe.gate_up": ("@mlp.experts.gate_up_proj", "@mlp.mlp1_weight", "E D (F P) -> E D P F"),
+    "moe.gate_up_blocks": ("@mlp.experts.gate_up_proj_blocks", "@mlp.mlp1_weight.blocks", "E U I Y"),
+    "moe.gate_up_scales": ("@mlp.experts.gate_up_proj_scales", "@mlp.mlp1_weight.scales", "E U I"),
+    "moe.gate_up_bias": ("@mlp.experts.gate_up_proj_bias", "@mlp.mlp1_bias", "E (F P) -> E P F"),
+    "moe.down": ("@mlp.experts.down_proj", "@mlp.mlp2_weight", "E F D"),
+    "moe.down_blocks": ("@mlp.experts.down_proj_blocks", "@mlp.mlp2_weight.blocks", "E D J Y"),
+    "moe.down_scales": ("@mlp.experts.down_proj_scales", "@mlp.mlp2_weight.scales", "E D J"),
+    "moe.down_bias": ("@mlp.experts.down_proj_bias", "@mlp.mlp2_bias", "E D"),
+    "final_norm.scale": ("model.norm.weight", "norm.scale", "D"),
+    "head.weight": ("lm_head.weight", "unembedding.weight", "V D"),
+}
+# `original/` stores q, k and v in one tensor, and the matrices of dense experts as [out, in].
+_ORIGINAL_AXES = {
+    **{f"attention.{heads}": "(Q H) D -> D Q H" for heads in "qkv"},
+    **{f"attention.{heads}_bias": "(Q H) -> Q H" for heads in "qkv"},
+    "moe.gate_up": "E (F P) D -> E D P F",
+    "moe.down": "E D F -> E F D",
+}
 
 
-# Last two names of a parameter's path -> the tensor it is. With packed experts, `_blocks` and `_scales` stand
-# in the place of the matrices.
-HUGGINGFACE = _table(
-    {
-        "embedding.weight": ("model.embed_tokens.weight", "V D"),
-        "attention_norm.scale": ("@input_layernorm.weight", "D"),
-        "attention.q": ("@self_attn.q_proj.weight", "(N H) D -> D N H"),
-        "attention.q_bias": ("@self_attn.q_proj.bias", "(N H) -> N H"),
-        "attention.k": ("@self_attn.k_proj.weight", "(K H) D -> D K H"),
-        "attention.k_bias": ("@self_attn.k_proj.bias", "(K H) -> K H"),
-        "attention.v": ("@self_attn.v_proj.weight", "(K H) D -> D K H"),
-        "attention.v_bias": ("@self_attn.v_proj.bias", "(K H) -> K H"),
-        "attention.out": ("@self_attn.o_proj.weight", "D (N H) -> N H D"),
-        "attention.out_bias": ("@self_attn.o_proj.bias", "D"),
-        "attention.sinks": ("@self_attn.sinks", "N"),
-        "moe_norm.scale": ("@post_attention_layernorm.weight", "D"),
-        "moe.router": ("@mlp.router.weight", "E D -> D E"),
-        "moe.router_bias": ("@mlp.router.bias", "E"),
-        "moe.gate_up": ("@mlp.experts.gate_up_proj", "E D (F P) -> E D P F"),
-        "moe.gate_up_blocks": ("@mlp.experts.gate_up_proj_blocks", "E U G Y"),
-        "moe.gate_up_scales": ("@mlp.experts.gate_up_proj_scales", "E U G"),
-        "moe.gate_up_bias": ("@mlp.experts.gate_up_proj_bias", "E (F P) -> E P F"),
-        "moe.down": ("@mlp.experts.down_proj", "E F D"),
-        "moe.down_blocks": ("@mlp.experts.down_proj_blocks", "E D J Y"),
-        "moe.down_scales": ("@mlp.experts.down_proj_scales", "E D J"),
-        "moe.down_bias": ("@mlp.experts.down_proj_bias", "E D"),
-        "final_norm.scale": ("model.norm.weight", "D"),
-        "head.weight": ("lm_head.weight", "V D"),
-    },
-    layer="model.layers.{}.",
-)
-
-# The layout of the reference implementation: matrices are [out, in], the experts' too where they are not
-# packed.
-ORIGINAL = _table(
-    {
-        "embedding.weight": ("embedding.weight", "V D"),
-        "attention_norm.scale": ("@attn.norm.scale", "D"),
-        "attention.q": ("@attn.qkv.weight", "(Q H) D -> D Q H", "q"),
-        "attention.q_bias": ("@attn.qkv.bias", "(Q H) -> Q H", "q"),
-        "attention.k": ("@attn.qkv.weight", "(Q H) D -> D Q H", "k"),
-        "attention.k_bias": ("@attn.qkv.bias", "(Q H) -> Q H", "k"),
-        "attention.v": ("@attn.qkv.weight", "(Q H) D -> D Q H", "v"),
-        "attention.v_bias": ("@attn.qkv.bias", "(Q H) -> Q H", "v"),
-        "attention.out": ("@attn.out.weight", "D (N H) -> N H D"),
-        "attention.out_bias": ("@attn.out.bias", "D"),
-        "attention.sinks": ("@attn.sinks", "N"),
-        "moe_norm.scale": ("@mlp.norm.scale", "D"),
-        "moe.router": ("@mlp.gate.weight", "E D -> D E"),
-        "moe.router_bias": ("@mlp.gate.bias", "E"),
-        "moe.gate_up": ("@mlp.mlp1_weight", "E (F P) D -> E D P F"),
-        "moe.gate_up_blocks": ("@mlp.mlp1_weight.blocks", "E U G Y"),
-        "moe.gate_up_scales": ("@mlp.mlp1_weight.scales", "E U G"),
-        "moe.gate_up_bias": ("@mlp.mlp1_bias", "E (F P) -> E P F"),
-        "moe.down": ("@mlp.mlp2_weight", "E D F -> E F D"),
-        "moe.down_blocks": ("@mlp.mlp2_weight.blocks", "E D J Y"),
-        "moe.down_scales": ("@mlp.mlp2_weight.scales", "E D J"),
-        "moe.down_bias": ("@mlp.mlp2_bias", "E D"),
-        "final_norm.scale": ("norm.scale", "D"),
-        "head.weight": ("unembedding.weight", "V D"),
-    },
-    layer="block.{}.",
-)
+def _mapping(key: str, original: bool) -> TensorMapping:
+    *names, axes = _TENSORS[key]
+    if not original:
+        return TensorMapping(axes, (names[0].replace("@", "model.layers.{layer}."),))
+    axes = _ORIGINAL_AXES.get(key, axes)
+    heads = key.removeprefix("attention.")[0] if "Q" in axes else ""
+    return TensorMapping(axes, (names[1].replace("@", "block.{layer}."),), heads)
 
 
-# Experts one by one, by a name that only this layout has: with gate and up apart (llm-compressor), and with
-# both in one matrix whose rows alternate, as they do in the published one (Unsloth).
-_EXPERTS = "model.layers.{}.mlp.experts."
-BY_EXPERT = {
+HUGGINGFACE = {key: _mapping(key, original=False) for key in _TENSORS}
+ORIGINAL = {key: _mapping(key, original=True) for key in _TENSORS}
+# The matrices of the experts, which may be stored in MXFP4.
+EXPERT_MATRICES = tuple(key.removesuffix("_blocks") for key in _TENSORS if key.endswith("_blocks"))
+
+
+def _per_expert(axes: str, *names: str) -> TensorMapping:
+    return TensorMapping(axes, tuple(f"model.layers.{{layer}}.mlp.experts.{name}" for name in names))
+
+
+# Layouts with one tensor per expert, by a name that only they have: gate and up apart (llm-compressor), or
+# both in one matrix with alternating rows, as in the published layout (Unsloth).
+PER_EXPERT = {
     r"\.mlp\.experts\.\d+\.gate_proj\.weight$": {
-        "moe.gate_up": ExpertLayout(
-            (f"{_EXPERTS}{{}}.gate_proj.weight", f"{_EXPERTS}{{}}.up_proj.weight"), "F D -> D F"
-        ),
-        "moe.gate_up_bias": ExpertLayout(
-            (f"{_EXPERTS}{{}}.gate_proj.bias", f"{_EXPERTS}{{}}.up_proj.bias"), "F"
-        ),
-        "moe.down": ExpertLayout((f"{_EXPERTS}{{}}.down_proj.weight",), "D F -> F D"),
-        "moe.down_bias": ExpertLayout((f"{_EXPERTS}{{}}.down_proj.bias",), "D"),
+        "moe.gate_up": _per_expert("F D -> D F", "{expert}.gate_proj.weight", "{expert}.up_proj.weight"),
+        "moe.gate_up_bias": _per_expert("F", "{expert}.gate_proj.bias", "{expert}.up_proj.bias"),
+        "moe.down": _per_expert("D F -> F D", "{expert}.down_proj.weight"),
+        "moe.down_bias": _per_expert("D", "{expert}.down_proj.bias"),
     },
     r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$": {
-        "moe.gate_up": ExpertLayout((f"{_EXPERTS}gate_up_projs.{{}}.weight",), "(F P) D -> D P F"),
-        "moe.gate_up_bias": ExpertLayout((f"{_EXPERTS}gate_up_projs.{{}}.bias",), "(F P) -> P F"),
-        "moe.down": ExpertLayout((f"{_EXPERTS}down_projs.{{}}.weight",), "D F -> F D"),
-        "moe.down_bias": ExpertLayout((f"{_EXPERTS}down_projs.{{}}.bias",), "D"),
+        "moe.gate_up": _per_expert("(F P) D -> D P F", "gate_up_projs.{expert}.weight"),
+        "moe.gate_up_bias": _per_expert("(F P) -> P F", "gate_up_projs.{expert}.bias"),
+        "moe.down": _per_expert("D F -> F D", "down_projs.{expert}.weight"),
+        "moe.down_bias": _per_expert("D", "down_projs.{expert}.bias"),
     },
 }
-Table = dict[str, Layout | ExpertLayout]
+Table = dict[str, TensorMapping]
 
 
-def table_of(names: Collection[str]) -> Table:
-    """Returns the table of the layout that tensors with these names are in."""
+def table_for(names: Collection[str]) -> Table:
+    """Returns the table of the layout that has tensors of these names."""
     if "embedding.weight" in names:
         return ORIGINAL
-    by_expert = next((t for key, t in BY_EXPERT.items() if any(re.search(key, n) for n in names)), {})
-    return HUGGINGFACE | by_expert
+    per_expert = next((t for key, t in PER_EXPERT.items() if any(re.search(key, n) for n in names)), {})
+    return HUGGINGFACE | per_expert
 
 
-def parameters_by_layer(config: ModelConfig) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Path and layers of every array of the parameter tree, in the order a model is read.
+def parameter_key(path: tuple[str, ...]) -> str:
+    """The key of a parameter in the tables: the last two names of its path."""
+    return ".".join(path[-2:])
 
-    What is stacked over the repetitions of a period holds every period-th layer; the embedding, the final
-    norm and the head are of layer -1.
+
+def parameter_layers(config: ModelConfig) -> dict[tuple[str, ...], list[int]]:
+    """Path -> layers of every array of the parameter tree, in the order in which a model is read.
+
+    An array that is stacked over the repetitions of a period holds every period-th layer. The embedding, the
+    final norm and the head are in no layer, which counts as layer -1.
     """
     period, count = len(config.period), config.num_hidden_layers
-    made = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        names = path_names(path)
-        layers = range(int(names[1]), count, period) if names[0] == "blocks" else [-1]
-        made.append((names, list(layers)))
-    return made
+    paths = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))]
+    return {path: list(range(int(path[1]), count, period)) if path[0] == "blocks" else [-1] for path in paths}
+
+
+def sort_by_layer(config: ModelConfig, path: tuple[str, ...], layer: int) -> int:
+    """A key that sorts tensors from the embedding through the layers to the head."""
+    return {"embedding": -1, "blocks": layer}.get(path[0], config.num_hidden_layers)
 
 
 def expected_shapes(config: ModelConfig, table: Table) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a file of this config holds, layer by layer."""
-    found = []
-    for names, layers in parameters_by_layer(config):
-        layout = table[".".join(names[-2:])]
-        place = {"embedding": -1, "blocks": 0}.get(names[0], config.num_hidden_layers)
-        found += [(place + max(i, 0), *file) for i in layers for file in layout.files(config, i).items()]
+    """Name and shape of every tensor in a checkpoint of a config, layer by layer."""
+    found = [
+        (sort_by_layer(config, path, layer), *entry)
+        for path, layers in parameter_layers(config).items()
+        for layer in layers
+        for entry in table[parameter_key(path)].file_shapes(config, layer).items()
+    ]
     return {name: shape for _, name, shape in sorted(found, key=lambda entry: entry[0])}
 
 
 def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[str, np.ndarray]) -> None:
-    """Raises one ValueError for all tensors that are missing, surplus, or of another shape or type, which
-    says what they seem to be of where that is known."""
-    expected = expected_shapes(config, table)
-    wrong = []
+    """Raises one ValueError that names all tensors that are missing, unexpected, or of another shape or
+    dtype, and says which model they seem to belong to."""
+    expected, wrong = expected_shapes(config, table), []
     for name, shape in expected.items():
+        packed = name.endswith(("blocks", "scales"))
+        dtypes = ("uint8",) if packed else ("bfloat16", "float16", "float32")
         if name not in tensors:
             wrong.append(f"{name} is missing")
-            continue
-        packed = name.endswith(("blocks", "scales"))
-        kinds = ("uint8",) if packed else ("bfloat16", "float16", "float32")
-        if tensors[name].shape != shape:
+        elif tensors[name].shape != shape:
             wrong.append(f"{name} is {list(tensors[name].shape)}, must be {list(shape)}")
-        elif tensors[name].dtype.name not in kinds:
-            wrong.append(f"{name} is of type {tensors[name].dtype.name}, must be {' or '.join(kinds)}")
-    wrong += [f"{name} is not of this model" for name in sorted(tensors.keys() - expected.keys())]
+        elif tensors[name].dtype.name not in dtypes:
+            wrong.append(f"{name} is of type {tensors[name].dtype.name}, must be {' or '.join(dtypes)}")
+    unexpected = sorted(tensors.keys() - expected.keys())
+    wrong += [f"{name} is not of this model" for name in unexpected]
     if wrong:
-        what = described(tensors.keys() - expected.keys())
+        found = (what for key, what in FOREIGN.items() if any(re.search(key, name) for name in unexpected))
+        what = next(found, None)
         foreign, shown = (f"these tensors belong to {what}: ", 4) if what else ("", 20)
         more = f"; and {len(wrong) - shown} more" if len(wrong) > shown else ""
         raise ValueError(
             f"{where}: {foreign}{len(wrong)} tensors do not fit its config: {'; '.join(wrong[:shown])}{more}"
         )
+
+
+# A pattern of tensor names -> what has such tensors. The first that fits counts.
+FOREIGN = {
+    r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.original_module\.": "a PEFT model with an adapter that is "
+    "not merged (merge_and_unload of peft merges it)",
+    r"\.(qweight|qzeros|weight_packed|weight_scale\w*|absmax|quant_map|SCB)$|\.quant_state\.": "a model that "
+    "GPTQ, AWQ, bitsandbytes or the like has quantized (must be bfloat16, float16, float32 or MXFP4)",
+    r"^blk\.\d+\.": "a model with the names of GGUF",
+    r"\.block_sparse_moe\.": "a Mixtral model",
+    r"\.mlp\.shared_expert": "a DeepSeek or Qwen model with shared experts",
+    r"\.experts\.\d+\.gate_up_proj": "experts one by one, with gate and up in one matrix in an order that "
+    "their names do not tell (must be gate_proj and up_proj, or all experts in one gate_up_proj)",
+    r"\.mlp\.gate\.weight$": "another mixture of experts, such as Qwen or DeepSeek",
+    r"\.mlp\.experts\.(\d+|gate_up_projs\.\d+)\.": "experts one by one",
+    r"layers\.\d+\.mlp\.(gate|up)_proj\.weight$": "a model without experts, such as Llama, Qwen or Mistral",
+    r"^(transformer\.)?h\.\d+\.": "a GPT-2 model",
+    r"(^|\.)(exp_avg|exp_avg_sq|optimizer)(\.|$)": "the state of an optimizer",
+}
+# Modules that wrap others, anywhere in a name: torch.compile, data parallelism, FSDP, activation
+# checkpointing, DeepSpeed.
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+PEFT = "base_model.model."
+
+
+def strip_wrappers(where: str, names: Iterable[str]) -> dict[str, str]:
+    """Maps every tensor name to the name without what wrappers and trainers put before it.
+
+    Raises ValueError where two names become the same.
+    """
+    stripped = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    for name in stripped:
+        while stripped[name].startswith(PEFT):
+            stripped[name] = stripped[name].removeprefix(PEFT)
+    short = stripped.values()
+    if any(name.startswith("model.model.") for name in short) and all(n.startswith("model.") for n in short):
+        # The model is the attribute `model` of a trainer's module.
+        stripped = {name: other.removeprefix("model.") for name, other in stripped.items()}
+    elif any(name.startswith("layers.") for name in short):
+        # The base model was saved, without the class that adds the head.
+        base = ("layers", "embed_tokens", "norm")
+        stripped = {
+            name: f"model.{other}" if other.split(".")[0] in base else other
+            for name, other in stripped.items()
+        }
+    first: dict[str, str] = {}
+    for name, other in stripped.items():
+        if first.setdefault(other, name) != name:
+            raise ValueError(f"{where}: holds both {first[other]} and {name}, which are the same tensor")
+    return stripped

@@ -1,40 +1,44 @@
-"""Where weights come from: published folders, run folders, parameters in memory.
+"""Weight readers: Hugging Face folders, `original/`, run folders of train.py, and parameters in memory.
 
-A source gives pieces, one parameter of one layer each, whichever way it holds them.
+A reader gives lazy tensors, one parameter of one layer each, in the form that is asked for.
 """
 
 import abc
 import dataclasses
+import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Literal
 
 import huggingface_hub
 import jax
 import numpy as np
 
-from gptoss_jax.checkpoints import lazy_tensors, safetensors_io, sharded_io
-from gptoss_jax.checkpoints.mappings import (
-    HUGGINGFACE,
-    ExpertLayout,
-    Layout,
-    check_tensors,
-    parameters_by_layer,
-    table_of,
+from gptoss_jax.checkpoints import mappings
+from gptoss_jax.checkpoints.lazy_tensors import (
+    BFLOAT16,
+    DenseTensor,
+    DequantizedTensor,
+    LazyTensor,
+    QuantizedTensor,
+    StackedExperts,
+    common_dtype,
+    host_device,
 )
-from gptoss_jax.checkpoints.model_files import refuse_other_contents
-from gptoss_jax.checkpoints.run import is_run, load_run
-from gptoss_jax.checkpoints.tensor_names import unwrapped
-from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_key, parameter_layers
+from gptoss_jax.checkpoints.run import Checkpoints
+from gptoss_jax.checkpoints.safetensors_io import TensorFolder, refuse_other_contents
+from gptoss_jax.checkpoints.sharded_io import layer_on_host
+from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.transformer import abstract_params
 
-Format = Literal["bfloat16", "float32", "mxfp4"]
+ExpertFormat = Literal["bfloat16", "float32", "mxfp4"]
 HUB = "hf:"
-MATRICES = ("moe.gate_up", "moe.down")
-# What a model folder holds besides weights and config.json, copied as it is.
+# The files of a model's folder besides the weights and config.json; they are copied as they are.
 SIDECAR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,87 +49,84 @@ SIDECAR_FILES = (
 
 
 class WeightReader(abc.ABC):
-    """Weights, wherever they are: `config` is their model's, with plain experts; `packed` says whether the
-    experts are in MXFP4; `origin` is the folder with their tokenizer, if there is one."""
+    """Reads the weights of a model.
+
+    Attributes:
+      config: that of the model, with dense experts.
+      packed: whether the experts are stored in MXFP4.
+      origin: the folder with the tokenizer, if there is one.
+    """
 
     config: ModelConfig
     packed: bool
     origin: pathlib.Path | None
-    release: Callable[[np.ndarray], None] | None = None
 
     @abc.abstractmethod
-    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | sharded_io.DeviceRows]:
-        """The published name and the array, with our axes, of what is held; layer -1 is that of no layer."""
+    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+        """A parameter in the form in which it is stored; layer -1 is that of no layer."""
+
+    @abc.abstractmethod
+    def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
+        """The dtypes of a parameter in all layers."""
 
     def dtype(self, key: str) -> np.dtype:
-        """The type that holds a parameter of every layer; packed experts count as bfloat16."""
-        if self.packed and key in MATRICES:
-            return lazy_tensors.BFLOAT16
-        outside = key.split(".")[0] in ("embedding", "head", "final_norm")
-        layers = [-1] if outside else range(self.config.num_hidden_layers)
-        kinds = {self.piece(key, layer).dtype for layer in layers}
-        return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        """The dtype that holds a parameter of every layer exactly; packed experts count as bfloat16."""
+        return BFLOAT16 if self.packed and key in EXPERT_MATRICES else common_dtype(self.stored_dtypes(key))
 
-    def piece(self, key: str, layer: int) -> lazy_tensors.LazyTensor:
-        """A parameter, by the last two names of its path, whichever way the experts are held and wanted."""
+    def tensor(self, key: str, layer: int) -> LazyTensor:
+        """A parameter, dense or packed as its key says, whichever way the experts are stored."""
         matrix, _, part = key.rpartition("_")
-        if self.packed and key in MATRICES:
-            (_, blocks), (name, scales) = (
-                self.array(f"{key}_{part}", layer) for part in ("blocks", "scales")
-            )
-            return lazy_tensors.DequantizedTensor(name, blocks, scales, key == "moe.gate_up", self.release)
-        if not self.packed and matrix in MATRICES and part in ("blocks", "scales"):
-            return lazy_tensors.QuantizedTensor(self.piece(matrix, layer), part)
-        return lazy_tensors.DenseTensor(*self.array(key, layer), self.release)
+        if self.packed and key in EXPERT_MATRICES:
+            blocks, scales = (self.stored(f"{key}_{part}", layer) for part in ("blocks", "scales"))
+            return DequantizedTensor(scales.name, blocks.array, scales.array, key == "moe.gate_up")
+        if not self.packed and matrix in EXPERT_MATRICES and part in ("blocks", "scales"):
+            return QuantizedTensor(self.stored(matrix, layer), part)
+        return self.stored(key, layer)
 
 
 class HFReader(WeightReader):
-    """A folder of safetensors files in one of the published layouts, or with its experts one by one."""
+    """A folder of safetensors files in one of the layouts of `mappings`."""
 
     def __init__(self, folder: pathlib.Path):
         if not (folder / "config.json").is_file():
             inner = folder / "original"
             folder = inner if (inner / "config.json").is_file() else folder
             refuse_other_contents(folder)
-        self.config = ModelConfig.from_hf(folder)
-        self._files = safetensors_io.TensorFolder(folder)
-        names = unwrapped(str(folder), self._files.tensors)
-        self._tensors = {names[name]: tensor for name, tensor in self._files.tensors.items()}
-        self._table = table_of(self._tensors)
+        self.origin, self.config = folder, ModelConfig.from_hf(folder)
+        tensors = TensorFolder(folder).tensors
+        names = mappings.strip_wrappers(str(folder), tensors)
+        self._tensors = {names[name]: tensor for name, tensor in tensors.items()}
+        self._table = mappings.table_for(self._tensors)
         self.packed = any(name.endswith(("_blocks", ".blocks")) for name in self._tensors)
-        self._held = with_experts(self.config, self.packed)
-        self.origin, self.release = folder, self._files.release
         if self.config.tie_word_embeddings:
             self._drop_tied_head()
-        check_tensors(str(folder), self._held, self._table, self._tensors)
+        stored_config = with_experts(self.config, self.packed)
+        mappings.check_tensors(str(folder), stored_config, self._table, self._tensors)
 
     def _drop_tied_head(self) -> None:
-        """Some programs write the head although it is the embedding."""
-        names = (self._table[key].name for key in ("head.weight", "embedding.weight"))
-        head, embedding = (self._tensors.get(name) for name in names)
-        if head is not None and embedding is not None:
-            if head.tobytes() != embedding.tobytes():
-                raise ValueError(
-                    f"{self.origin}: tie_word_embeddings is true, but the head is not the embedding"
-                )
-            del self._tensors[self._table["head.weight"].name]
+        """Drops the head that some programs write although it is the embedding."""
+        head, embedding = (self._table[key].name(-1) for key in ("head.weight", "embedding.weight"))
+        if not {head, embedding} <= self._tensors.keys():
+            return
+        if self._tensors.pop(head).tobytes() != self._tensors[embedding].tobytes():
+            raise ValueError(f"{self.origin}: tie_word_embeddings is true, but the head is not the embedding")
 
-    def array(self, key: str, layer: int) -> tuple[str, np.ndarray]:
-        return self._array(self._table[key], layer)
-
-    def _array(self, layout: Layout, layer: int) -> tuple[str, np.ndarray]:
-        name = layout.name.format(layer)
-        return name, layout.to_ours(self._tensors[name], self._held)
-
-    def piece(self, key: str, layer: int) -> lazy_tensors.LazyTensor:
-        layout = self._table.get(key)
-        if not isinstance(layout, ExpertLayout):
-            return super().piece(key, layer)
-        experts = [layout.parts(layer, expert) for expert in range(self.config.num_local_experts)]
+    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+        mapping = self._table[key]
         parts = [
-            [lazy_tensors.DenseTensor(*self._array(p, layer), self.release) for p in each] for each in experts
+            DenseTensor(name, mapping.to_model(self._tensors[name], self.config))
+            for name in mapping.file_shapes(self.config, layer)
         ]
-        return lazy_tensors.StackedExperts(HUGGINGFACE[key].name.format(layer), parts)
+        if not mapping.is_per_expert:
+            return parts[0]
+        each = len(mapping.names)
+        experts = [parts[i : i + each] for i in range(0, len(parts), each)]
+        return StackedExperts(HUGGINGFACE[key].name(layer), experts)
+
+    def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
+        count = self.config.num_hidden_layers
+        layers = range(count) if "{layer}" in self._table[key].names[0] else [-1]
+        return (self.stored(key, layer).dtype for layer in layers)
 
 
 class InMemoryReader(WeightReader):
@@ -134,16 +135,19 @@ class InMemoryReader(WeightReader):
     def __init__(self, config: ModelConfig, params: dict, origin: pathlib.Path | None):
         self.packed = config.expert_format == "mxfp4"
         self.config, self.origin = with_experts(config, False), origin
-        self._arrays = {}
-        for names, layers in parameters_by_layer(config):
+        self._arrays: dict[str, dict[int, tuple[jax.Array, int | None]]] = {}
+        for path, layers in parameter_layers(config).items():
             leaf = params
-            for name in names:
+            for name in path:
                 leaf = leaf[name]
-            for row, layer in enumerate(layers):
-                self._arrays[".".join(names[-2:]), layer] = (leaf, None if layer < 0 else row)
+            rows = {layer: (leaf, None if layer < 0 else row) for row, layer in enumerate(layers)}
+            self._arrays.setdefault(parameter_key(path), {}).update(rows)
 
-    def array(self, key: str, layer: int) -> tuple[str, np.ndarray | sharded_io.DeviceRows]:
-        return HUGGINGFACE[key].name.format(layer), sharded_io.layer_of(*self._arrays[key, layer])
+    def stored(self, key: str, layer: int) -> DenseTensor:
+        return DenseTensor(HUGGINGFACE[key].name(layer), layer_on_host(*self._arrays[key][layer]))
+
+    def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
+        return (array.dtype for array, _ in self._arrays[key].values())
 
 
 def with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
@@ -151,33 +155,29 @@ def with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
 
 
 def open_weights(folder: str | os.PathLike) -> WeightReader:
-    """The weights of a Hugging Face folder, of `original/`, of a run folder, or of `hf:OWNER/NAME`, which is
-    fetched from the Hugging Face hub or taken from its cache.
+    """Opens a Hugging Face folder, `original/`, a run folder, or `hf:OWNER/NAME`, which is fetched from the
+    Hugging Face Hub or taken from its cache.
 
     Raises ValueError when there is no such folder, it is none of these, or its tensors do not fit its config.
     """
     folder = local_folder(folder)
     if is_run(folder):
-        try:
-            here = jax.local_devices(backend="cpu")[0]
-        except RuntimeError:  # jax was told to know of no processor
-            here = jax.local_devices()[0]
-        config, params, _ = load_run(folder, device=here)
+        config, params, _ = load_run(folder, device=host_device())
         return InMemoryReader(config.model, params, folder)
     return HFReader(folder)
 
 
 def local_folder(folder: str | os.PathLike) -> pathlib.Path:
-    """Where a folder of weights is, after `hf:OWNER/NAME` has been fetched."""
+    """Returns where a folder of weights is, after fetching `hf:OWNER/NAME`. Raises ValueError without one."""
     name = str(folder)
     if name.startswith(HUB):
-        wanted = ["*.json", "*.safetensors", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
         try:
-            # The hub's repository holds other copies of the weights besides.
+            # The repository also holds other copies of the weights.
             found = huggingface_hub.snapshot_download(
-                name[len(HUB) :], allow_patterns=wanted, ignore_patterns=["original/*", "metal/*"]
+                name[len(HUB) :], allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"]
             )
-        except Exception as error:  # what breaks on the way has the classes of whichever client is in use
+        except Exception as error:  # each HTTP client has its own classes
             raise ValueError(f"{name}: cannot be fetched from the Hugging Face hub ({error})") from error
         return pathlib.Path(found)
     path = user_path(folder, "folder")
@@ -188,8 +188,67 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
     return path
 
 
+def is_run(folder: str | pathlib.Path) -> bool:
+    """Whether a folder is a run of train.py: its config.json is that of a `TrainConfig`."""
+    try:
+        values = json.loads((pathlib.Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and {"model", "data", "optim"} <= values.keys()
+
+
+def load_config(folder: str | pathlib.Path) -> TrainConfig:
+    """Reads the config of a run folder. Raises ValueError for any other folder."""
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not a run folder of train.py (it holds no config.json)")
+    return TrainConfig.load(folder / "config.json")
+
+
+def load_run(
+    folder: str | pathlib.Path,
+    step: int | None = None,
+    abstract: dict | None = None,
+    device: jax.Device | None = None,
+) -> tuple[TrainConfig, dict, Tokenizer]:
+    """Loads config, parameters and tokenizer of a run folder.
+
+    Args:
+      step: of the checkpoint; None takes the one with the lowest validation loss, or else the latest.
+      abstract: the parameter tree with the shardings to load it with; None puts it on one device.
+      device: which one; None is the first.
+
+    Raises ValueError when the folder is not a run, or has no such checkpoint.
+    """
+    config = load_config(folder)
+    if not (pathlib.Path(folder) / "checkpoints").is_dir():
+        raise ValueError(f"{folder}: holds no checkpoint yet")
+    if abstract is None:
+        sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_params(config.model),
+        )
+    checkpoints = Checkpoints(folder, read_only=True, eval_batches=config.eval.batches)
+    try:
+        steps, best = checkpoints.steps, checkpoints.best_step
+        if not steps:
+            raise ValueError(f"{folder}: holds no checkpoint yet")
+        if step is None:
+            step = steps[-1] if best is None else best
+        if step not in steps:
+            raise ValueError(
+                f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+            )
+        return config, checkpoints.restore_params(step, abstract), load_tokenizer(folder)
+    finally:
+        checkpoints.close()
+
+
 def sidecar_files(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
-    """The files of a published folder that go with its weights; those of `original/` lie one folder up."""
+    """The files that go with the weights of a folder, by name; for `original/` also those one folder up."""
     if origin is None:
         return {}
     folders = [origin.parent, origin] if origin.name == "original" else [origin]
@@ -197,7 +256,7 @@ def sidecar_files(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
 
 
 def find_tokenizer(origin: pathlib.Path) -> Tokenizer | None:
-    """The tokenizer that goes with a model's folder; None where it holds none."""
+    """Loads the tokenizer of a model's folder; None where it holds none."""
     path = sidecar_files(origin).get("tokenizer.json")
     if path is None and not (origin / "tokenizer_name.txt").is_file():
         return None

@@ -1,30 +1,34 @@
-"""Checkpoints of a run (Orbax): any trees of arrays and a JSON record, written in the background, sharded.
+"""Checkpoints of a run (Orbax): trees of arrays and a JSON record, sharded and written in the background.
 
-A checkpoint holds the items `params` (the model's tree), `training` (everything else a step changes) and
-`record` (data position, config, tokenizer: what `train.py` needs to resume). It appears under its final name
-only when it is complete.
+A checkpoint has the items `params` (the model's tree), `training` (the rest of the train state) and `record`
+(data position, config, tokenizer: everything else that train.py needs to resume). It appears under its final
+name when it is complete.
 """
 
+import asyncio
 import json
 import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint._src import asyncio_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from gptoss_jax.checkpoints.orbax_support import LocalPath, Manager, check_folder_name, first_line
-from gptoss_jax.config import TrainConfig
-from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.config import require
+from gptoss_jax.config.paths import require_utf8
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.rules import dtype_bytes
 
-OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, half-filled blocks
+OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, partly filled blocks
+# The longest error message of another library that is repeated; TensorStore's have many hundred characters.
+MAX_MESSAGE = 200
 
 
 class Checkpoints:
@@ -45,8 +49,7 @@ class Checkpoints:
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
         check_folder_name(self.folder, "run_dir", str(run_dir))
         self._verified, self._eval_batches = False, eval_batches
-        # Orbax reports each routine step of a save as a warning or worse; what matters comes back as an
-        # exception.
+        # Orbax logs routine steps of a save as warnings and errors. What matters is raised.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False)
         self._options = ocp.CheckpointManagerOptions(
@@ -59,17 +62,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "training": ocp.StandardCheckpointHandler(),
-            "record": ocp.JsonCheckpointHandler(),
-        }
-        folder = LocalPath(self.folder)
-        return Manager(self._eval_batches, folder, options=self._options, item_handlers=handlers)
+        return _Manager(LocalPath(self.folder), self._options, self._eval_batches)
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are whole, in rising order."""
+        """Steps of the complete checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
     @property
@@ -87,11 +84,11 @@ class Checkpoints:
     def save(
         self, step: int, params: Any, training: Any, record: dict[str, Any], val_loss: float | None = None
     ) -> None:
-        """Copies the trees out of the devices and returns; the rest happens in the background.
+        """Copies the trees from the devices and returns; the files are written in the background.
 
-        The first save of this object waits until the checkpoint is on disk and checks that it can be read:
-        a folder in which no checkpoint can be read must not cost more than the steps up to the first one.
-        `val_loss` counts only when it is finite.
+        The first save of this object waits until the checkpoint is on disk, and checks that it is complete:
+        a folder in which nothing can be read must not cost more than the steps before the first checkpoint.
+        `val_loss` is ignored if it is not finite.
 
         Raises OSError when this or an earlier checkpoint could not be written; those before it stay.
         """
@@ -103,7 +100,7 @@ class Checkpoints:
         has_loss = val_loss is not None and math.isfinite(val_loss)
         metrics = {"val_loss": val_loss} if has_loss else None
         if jax.process_index() == 0:  # all write to the same disk
-            self._check_room(step, dtype_bytes((params, training)) + OVERHEAD)
+            self._check_disk_space(step, dtype_bytes((params, training)) + OVERHEAD)
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
         if not self._verified:
             self.wait()
@@ -111,8 +108,7 @@ class Checkpoints:
             self._verified = True
 
     def _verify(self, step: int, trees: dict[str, Any]) -> None:
-        """Raises OSError when the checkpoint of a step is not complete, and sets it aside. Reads the metadata
-        of its arrays, not their values."""
+        """Raises OSError when a checkpoint is incomplete, and sets it aside. Reads no array values."""
         reason = None
         if jax.process_index() == 0:
             try:
@@ -123,7 +119,7 @@ class Checkpoints:
                         reason = f"{name} has {have} arrays of {expected}"
                 json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
             except Exception as error:  # Orbax, TensorStore and JSON each have their own
-                reason = first_line(error)
+                reason = root_message(error)
         reason = distributed.exchange(reason)[0]
         if reason is not None:
             self._set_aside([step])
@@ -131,7 +127,7 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint of step {step} was written but is not complete: {reason}"
             )
 
-    def _check_room(self, step: int, needed: int) -> None:
+    def _check_disk_space(self, step: int, needed: int) -> None:
         """Raises OSError before anything is written when the disk cannot take the checkpoint."""
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -141,30 +137,30 @@ class Checkpoints:
             )
 
     def _last(self) -> str:
-        return f"the last whole one is of step {self.steps[-1]}" if self.steps else "there is none yet"
+        return f"the last complete one is of step {self.steps[-1]}" if self.steps else "there is none yet"
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises OSError when something could not be written."""
         self._guarded(None, self._manager.wait_until_finished)
 
     def _guarded(self, step: int | None, action: Callable[[], Any]) -> None:
-        # What a full disk raises depends on the layer that met it, and on the thread.
+        # The class of the error depends on the layer and the thread that met the full disk.
         try:
             action()
         except Exception as error:
             which = "a checkpoint" if step is None else f"the checkpoint of step {step} (or the one before)"
             raise OSError(
-                f"{self.folder}: {which} could not be written: {first_line(error)}; {self._last()}"
+                f"{self.folder}: {which} could not be written: {root_message(error)}; {self._last()}"
             ) from error
 
     def restore(
         self, params: Any, training: Any, report: Callable[[str], None] = print
     ) -> tuple[int, Any, Any, dict[str, Any]] | None:
-        """The latest checkpoint that can be read, each array placed as its abstract counterpart says.
+        """Restores the latest checkpoint that can be read, with the shardings of the abstract trees.
 
-        A damaged one is said through `report` and moved to `damaged-STEP` beside it, so that the one before
-        is used and nothing is lost. Returns (step, params, training, record), or None where there is no
-        checkpoint. Raises ValueError when there are checkpoints and none can be read.
+        A damaged checkpoint is passed to `report` in one line and moved to `damaged-STEP`, so that the one
+        before it is used and nothing is lost. Returns (step, params, training, record), or None where there
+        is no checkpoint. Raises ValueError when there are checkpoints and none can be read.
         """
         steps, damaged = self.steps, []
         items = {
@@ -178,37 +174,36 @@ class Checkpoints:
                 restored = self._read(step, items)
             except ValueError as error:
                 reason, cause = str(error), error
-            # What one process cannot read is damaged for all.
+            # All processes skip a checkpoint that one of them cannot read.
             reason = next((said for said in distributed.exchange(reason) if said is not None), None)
-            if reason is not None:
-                damaged.append(step)
-                if step == steps[0]:
-                    raise ValueError(
-                        f"{self.folder}: no checkpoint can be read; that of step {step}: {reason}"
-                    ) from cause
-                report(f"checkpoint of step {step} is damaged ({reason}); using the one before")
-                continue
-            self._set_aside(damaged)
-            return step, restored["params"], restored["training"], restored["record"]
+            if reason is None:
+                self._set_aside(damaged)
+                return step, restored["params"], restored["training"], restored["record"]
+            if step == steps[0]:
+                raise ValueError(
+                    f"{self.folder}: no checkpoint can be read; that of step {step}: {reason}"
+                ) from cause
+            damaged.append(step)
+            report(f"checkpoint of step {step} is damaged ({reason}); using the one before")
         return None
 
     def _set_aside(self, steps: list[int]) -> None:
+        """Renames the folders of damaged checkpoints; all processes must call it."""
         if not steps:
             return
         self._manager.close()
         if jax.process_index() == 0:
             for step in steps:
-                target = self.folder / f"damaged-{step}"
-                for count in range(1, 1000):
-                    if not target.exists():
-                        break
+                target, count = self.folder / f"damaged-{step}", 0
+                while target.exists():
+                    count += 1
                     target = self.folder / f"damaged-{step}-{count}"
                 (self.folder / str(step)).rename(target)
         distributed.exchange(None)
         self._manager = self._open()
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """The model's tree of one checkpoint alone. Raises ValueError when it cannot be read."""
+        """Restores only the model's tree of one checkpoint. Raises ValueError when it cannot be read."""
         try:
             return self._read(step, {"params": ocp.args.StandardRestore(params)})["params"]
         except ValueError as error:
@@ -218,20 +213,20 @@ class Checkpoints:
             raise ValueError(f"{self.folder}/{step}: cannot be read ({error}); {hint}") from error
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        """Items of one checkpoint. Raises ValueError, naming the item, when one is missing or damaged."""
+        """Reads items of one checkpoint. Raises ValueError, naming the item, for one missing or damaged."""
         found = {}
         for name, arguments in items.items():
             try:
                 one = self._manager.restore(step, args=ocp.args.Composite(**{name: arguments}))
             except Exception as error:  # Orbax, TensorStore and JSON each have their own for a broken file
-                raise ValueError(f"{name}: {first_line(error)}") from error
+                raise ValueError(f"{name}: {root_message(error)}") from error
             found[name] = one.get(name)
             if not isinstance(found[name], dict):
                 raise ValueError(f"{name}: must be a {'JSON object' if name == 'record' else 'tree'}")
         return found
 
     def close(self) -> None:
-        """Waits for what is being written, then lets go of the folder."""
+        """Waits for what is being written, then releases the folder."""
         self._guarded(None, self._manager.close)
 
 
@@ -241,60 +236,110 @@ def _goodness(metrics: dict[str, float]) -> float:
     return -loss if math.isfinite(loss) else -math.inf
 
 
-def is_run(folder: str | pathlib.Path) -> bool:
-    """Whether a folder is a run of train.py: its config.json is a `TrainConfig`'s."""
-    try:
-        values = json.loads((pathlib.Path(folder) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and {"model", "data", "optim"} <= values.keys()
-
-
-def load_config(folder: str | pathlib.Path) -> TrainConfig:
-    """The config of a run folder of train.py. Raises ValueError when the folder is none."""
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: not a run folder of train.py (it holds no config.json)")
-    return TrainConfig.load(folder / "config.json")
-
-
-def load_run(
-    folder: str | pathlib.Path,
-    step: int | None = None,
-    abstract: dict | None = None,
-    device: jax.Device | None = None,
-) -> tuple[TrainConfig, dict, Tokenizer]:
-    """Config, parameters and tokenizer of a run folder of train.py.
+def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
+    """Raises ValueError for a folder whose checkpoints TensorStore could not write, or would write elsewhere.
 
     Args:
-      step: which checkpoint; None takes the one with the lowest validation loss, or else the latest.
-      abstract: the parameter tree with the shardings to load it with; None puts all on one device.
-      device: which one; None is the first.
-
-    Raises ValueError when the folder is no run, or has no such checkpoint.
+      folder: the absolute path of the checkpoints.
+      field, value: the setting it comes from, for the error message.
     """
-    config = load_config(folder)
-    if not (pathlib.Path(folder) / "checkpoints").is_dir():
-        raise ValueError(f"{folder}: holds no checkpoint yet")
-    if abstract is None:
-        here = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            abstract_params(config.model),
-        )
-    checkpoints = Checkpoints(folder, read_only=True, eval_batches=config.eval.batches)
+    path = folder.as_posix()
+    require("\\" not in path, field, value, "no folder in its path may have a backslash in its name")
+    require("gs:/" not in path, field, value, "no folder in its path may have a name that ends with 'gs:'")
+    require_utf8(value, field)
+
+
+def root_message(error: BaseException) -> str:
+    """The first line of the error at the root of a chain of errors, or its type if it has no text."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    # The text of a KeyError is the repr of its message.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = str(text).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= MAX_MESSAGE else lines[0][:MAX_MESSAGE] + "…"
+
+
+_LocalBase = type(epath.Path("/"))
+
+
+@epath.register_path_cls
+class LocalPath(_LocalBase):
+    """A local path with any name.
+
+    Orbax finds the parts of a checkpoint with `epath.Path.glob`, which takes the folder for a part of the
+    pattern: under `lr=[3e-4]` it finds nothing, and the checkpoint is never completed. Here the folder is
+    taken literally. `epath` also takes an absolute path under /gs, /s3, /az or /hf for the URL of a bucket.
+    """
+
+    _uri_scheme = None
+
+    def glob(self, pattern: str) -> Iterator["LocalPath"]:
+        for path in pathlib.Path(self).glob(pattern):
+            yield type(self)(path)
+
+
+class _Manager(ocp.CheckpointManager):
+    """A checkpoint manager that treats unreadable or incomparable metrics as missing.
+
+    All metrics are read on opening, so a damaged file would otherwise make every checkpoint unreadable.
+    Metrics are comparable if the run used `eval_batches` when it saved them, or if that is None.
+    """
+
+    def __init__(self, folder: LocalPath, options: ocp.CheckpointManagerOptions, eval_batches: int | None):
+        self._eval_batches = eval_batches
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "training": ocp.StandardCheckpointHandler(),
+            "record": ocp.JsonCheckpointHandler(),
+        }
+        super().__init__(folder, options=options, item_handlers=handlers)
+
+    def metrics(self, step: int) -> Any:
+        try:
+            found = super().metrics(step)
+            if found is None:
+                return None
+            float(found["val_loss"])
+            return found if self._is_comparable(step) else None
+        except (ValueError, TypeError, KeyError) as error:
+            path = self.directory / str(step) / "metrics"
+            warnings.warn(f"{path}: damaged ({error!r}); its validation loss is ignored", stacklevel=2)
+            return None
+
+    def _is_comparable(self, step: int) -> bool:
+        if self._eval_batches is None:
+            return True
+        try:
+            record = json.loads((self.directory / str(step) / "record" / "metadata").read_bytes())
+            return record["config"]["eval"]["batches"] == self._eval_batches
+        except (OSError, ValueError, TypeError, KeyError):  # `restore` reports a damaged record
+            return True
+
+
+async def _finish_all_tasks(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Awaits a coroutine of Orbax and, if it fails, all other tasks of its event loop.
+
+    Orbax raises the first error of many parallel reads or writes and closes the loop. TensorStore reports the
+    end of each of the others to that loop, and asyncio reports errors that nobody awaited: each prints a
+    traceback.
+    """
+    loop = asyncio.get_running_loop()
     try:
-        known, best = checkpoints.steps, checkpoints.best_step
-        if not known:
-            raise ValueError(f"{folder}: holds no checkpoint yet")
-        if step is None:
-            step = known[-1] if best is None else best
-        if step not in known:
-            raise ValueError(
-                f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, known))}"
-            )
-        return config, checkpoints.restore_params(step, abstract), load_tokenizer(folder)
-    finally:
-        checkpoints.close()
+        return await coroutine
+    except Exception:
+        loop.set_exception_handler(lambda loop, context: None)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.gather(*others, return_exceptions=True)
+        raise
+
+
+def _run_sync(coro: Coroutine[Any, Any, Any]) -> Any:
+    return _orbax_run_sync(_finish_all_tasks(coro))
+
+
+# Orbax runs every coroutine with this function, in a new event loop each time. Replacing it affects no other
+# event loop of the process, which another asyncio policy would.
+_orbax_run_sync = asyncio_utils.run_sync
+asyncio_utils.run_sync = _run_sync

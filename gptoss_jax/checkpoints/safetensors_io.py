@@ -1,28 +1,40 @@
-"""safetensors folders: tensors as views of memory-mapped files, and new folders written piece by piece.
+"""Folders of safetensors files: which of the files hold the weights, their tensors as views, and new files.
 
-The format is a length, a JSON header and the tensors' bytes (github.com/huggingface/safetensors). The library
-of that name copies what it reads and wants all of a file in memory to write it; a checkpoint larger than the
-memory needs neither.
+The safetensors library validates headers. It copies what it reads, has no bfloat16 in numpy, and writes only
+what is in memory as a whole, so the bytes are mapped and written here.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import mmap
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+import posixpath
+import warnings
+from collections.abc import Callable, Iterable
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
-from gptoss_jax.checkpoints.model_files import INDEX, SINGLE, find_files
-from gptoss_jax.config.base import write_json
-from gptoss_jax.config.paths import user_path
+from gptoss_jax.config.base import listed, read_json, write_json
 
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+# Weights of an adapter: those of PEFT, and of MLX.
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+# Weights in formats that are not read.
+OTHER_FORMATS = {
+    "pytorch_model*.bin": "PyTorch's pickle format",
+    "consolidated*.pth": "PyTorch's pickle format",
+    "*.ckpt": "PyTorch's pickle format",
+    "*.distcp": "PyTorch's distributed checkpoint format",
+    "*.gguf": "llama.cpp's GGUF format",
+    "flax_model*.msgpack": "Flax's msgpack format",
+    "tf_model*.h5": "TensorFlow's format",
+}
 DTYPES = {
     "U8": np.dtype(np.uint8),
     "F16": np.dtype(np.float16),
@@ -30,128 +42,171 @@ DTYPES = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
-LARGEST_HEADER = 100 << 20
 
 
 class TensorFolder:
     """The tensors of a folder by name, each a read-only view of its memory-mapped file."""
 
     def __init__(self, folder: str | os.PathLike):
-        """Opens the files that hold the weights; see `find_files` for which these are.
+        """Opens the files that hold the weights; see `find_files`.
 
-        Raises ValueError, naming the file, for one that is missing, truncated or no safetensors file, and for
-        an index that does not agree with its files.
+        Raises ValueError, naming the file, for one that is missing, truncated or not a safetensors file, and
+        for an index that does not agree with its files.
         """
-        self.folder = pathlib.Path(folder)
+        folder = pathlib.Path(folder)
         self.tensors: dict[str, np.ndarray] = {}
         self.files: dict[str, pathlib.Path] = {}
-        self._maps: list[tuple[int, mmap.mmap]] = []
-        paths, homes = find_files(self.folder)
+        paths, index = find_files(folder)
         for path in paths:
-            self._open(path)
-        for name, home in (homes or {}).items():
+            for name, tensor in map_file(path).items():
+                if name in self.files:
+                    raise ValueError(f"{path}: holds {name}, which {self.files[name].name} holds too")
+                self.tensors[name], self.files[name] = tensor, path
+        for name, file in (index or {}).items():
             if name not in self.files:
-                raise ValueError(
-                    f"{self.folder}: its index.json places {name} in {home}, which does not hold it"
-                )
-
-    def _open(self, path: pathlib.Path) -> None:
-        header, start = _read_header(path)
-        with open(path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        data = np.frombuffer(mapped, np.uint8)
-        self._maps.append((data.ctypes.data, mapped))
-        for name, (dtype, shape, begin, end) in header.items():
-            if name in self.files:
-                raise ValueError(f"{path}: holds {name}, which {self.files[name].name} holds too")
-            self.tensors[name] = data[start + begin : start + end].view(dtype).reshape(shape)
-            self.files[name] = path
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def release(self, view: np.ndarray) -> None:
-        """Gives the pages under a view back to the system, which reads them again when they are asked for.
-
-        What has been read of a mapped file counts as this process's memory until then.
-        """
-        low, high = np.lib.array_utils.byte_bounds(view)
-        for base, mapped in self._maps:
-            if base <= low < base + len(mapped):
-                first = -(-(low - base) // mmap.PAGESIZE) * mmap.PAGESIZE
-                last = (high - base) // mmap.PAGESIZE * mmap.PAGESIZE
-                if last > first:
-                    mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
-                return
+                raise ValueError(f"{folder}: its index.json places {name} in {file}, which does not hold it")
 
 
-def _read_header(path: pathlib.Path) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int, int]], int]:
-    """(dtype, shape, begin, end) of each tensor, and where in the file the bytes begin."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
-            # A file of something else gives lengths beyond reason, too.
-            what = "truncated" if length <= LARGEST_HEADER else "not a safetensors file"
-            raise ValueError(f"{path}: {what}: {size:,} bytes do not hold its header")
-        raw = file.read(length)
-    entries = _entries(path, raw)
-    made, position, start = {}, 0, 8 + length
-    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
-        if dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} is of type {dtype!r}: must be {', '.join(DTYPES)}")
-        count = DTYPES[dtype].itemsize * math.prod(shape)
-        if begin < 0 or end - begin != count:
-            raise ValueError(
-                f"{path}: {name} has {end - begin:,} bytes, where {list(shape)} of {dtype} is {count:,}"
-            )
-        if begin != position:
-            raise ValueError(
-                f"{path}: {name} begins at byte {begin:,}, and what is before it ends at {position:,}"
-            )
-        made[name], position = (DTYPES[dtype], shape, begin, end), end
-    if start + position != size:
-        whole = start + position
-        if size < whole:
-            raise ValueError(f"{path}: truncated: it has {size:,} bytes of {whole:,}")
-        raise ValueError(f"{path}: not a safetensors file ({size - whole:,} bytes follow the last tensor)")
-    return made, start
-
-
-def _entries(path: pathlib.Path, raw: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Type, shape and bytes of each tensor, as the header says."""
-
-    def numbers(values: object) -> bool:
-        return isinstance(values, list) and all(type(value) is int for value in values)
-
+def map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Returns the tensors of a file as read-only views of it. Raises ValueError for a damaged file."""
+    tensors, offset = {}, 0
     try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a safetensors file (its header is no JSON: {error})") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: not a safetensors file (its header is no JSON object)")
-    entries = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        entry = entry if isinstance(entry, dict) else {}
-        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        shaped = numbers(shape) and all(size >= 0 for size in shape)
-        if not (isinstance(dtype, str) and shaped and numbers(offsets) and len(offsets) == 2):
+        with safetensors.safe_open(path, "np") as file, open(path, "rb") as raw:
+            mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
+            data = np.frombuffer(mapped, np.uint8)[8 + int.from_bytes(mapped[:8], "little") :]
+            # Validated: the tensors follow one another without gaps and fill the file.
+            for name in file.offset_keys():
+                dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
+                if dtype not in DTYPES:
+                    raise ValueError(f"{path}: {name} is of type {dtype!r}: must be {', '.join(DTYPES)}")
+                end = offset + DTYPES[dtype].itemsize * math.prod(shape)
+                tensors[name], offset = data[offset:end].view(DTYPES[dtype]).reshape(shape), end
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {_sizes(path)} ({error})") from None
+    return tensors
+
+
+def _sizes(path: pathlib.Path) -> str:
+    """Describes the size of a damaged file and, as far as its header can be read, the size it should have."""
+    size = f"{path.stat().st_size:,} bytes"
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, 100 << 20)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return f"{size}, {8 + length + max(ends):,} according to its header"
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return size
+
+
+def find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
+    """Returns the files that hold the weights of a folder, and the index (tensor name -> file name), if any.
+
+    The order is that of transformers: the file or index that `transformers_weights` of config.json names,
+    model.safetensors, model.safetensors.index.json. Without these, every other .safetensors file is read.
+    Warns of files with weights that are not read, by name.
+
+    Raises ValueError, naming the file, for one that is missing or a damaged index, and for a folder that
+    holds something other than a model's weights in .safetensors files.
+    """
+    names = sorted({path.name for path in folder.glob("*.safetensors")} - {*ADAPTERS})
+    start = _named_in_config(folder) or (SINGLE if (folder / SINGLE).is_file() else INDEX)
+    index = None
+    if start.endswith(".index.json") and (folder / start).is_file():
+        index = _read_index(folder / start)
+        names = sorted(set(index.values()))
+    elif start != INDEX:
+        names = [start]
+    if not names:
+        refuse_other_contents(folder)
+        raise ValueError(f"{folder}: holds no .safetensors file{_subfolder_hint(folder)}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing and index is not None:
+        raise ValueError(f"{folder / start}: names {listed(missing)}, which {folder} does not hold")
+    if missing:
+        is_link = (folder / missing[0]).is_symlink()
+        problem = "links to a file that is not there" if is_link else "is not there"
+        raise ValueError(f"{folder}: {listed(missing)} {problem}")
+    _warn_of_unread_files(folder, names, start)
+    return [folder / name for name in names], index
+
+
+def _named_in_config(folder: pathlib.Path) -> str | None:
+    path = folder / "config.json"
+    try:
+        name = json.loads(path.read_bytes()).get("transformers_weights")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if name is None else _inside(path, name)
+
+
+def _inside(where: pathlib.Path, name: object) -> str:
+    """Returns a file name in its shortest form. Raises ValueError for one that is not inside the folder."""
+    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{where}: names {name!r} as a file of weights, which must be in the same folder")
+    return posixpath.normpath(name)
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_bytes())["weight_map"]
+        if files and all(isinstance(name, str) and isinstance(file, str) for name, file in files.items()):
+            return {name: _inside(path, file) for name, file in files.items()}
+        problem = "weight_map must give a file for each tensor"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{path}: not an index of safetensors files ({problem})")
+
+
+def _warn_of_unread_files(folder: pathlib.Path, names: list[str], start: str) -> None:
+    patterns = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    found = {path.name for pattern in patterns for path in folder.glob(pattern)}
+    unread = sorted(found - {*names, start, *ADAPTERS})
+    if unread:
+        read = start if (folder / start).is_file() else listed(names)
+        warnings.warn(
+            f"{folder}: the weights are read from {read}, as transformers does; not read: {listed(unread)}",
+            stacklevel=2,
+        )
+    adapters = [name for name in (ADAPTER_CONFIG, *ADAPTERS) if (folder / name).is_file()]
+    if adapters:
+        warnings.warn(
+            f"{folder}: also holds an adapter, which is not applied: {listed(adapters)}", stacklevel=2
+        )
+
+
+def refuse_other_contents(folder: str | os.PathLike) -> None:
+    """Raises ValueError for a folder without .safetensors weights that holds an adapter or other formats."""
+    folder = pathlib.Path(folder)
+    if {path.name for path in folder.glob("*.safetensors")} - {*ADAPTERS} or (folder / INDEX).is_file():
+        return
+    path = folder / ADAPTER_CONFIG
+    if any(file.is_file() for file in (path, *(folder / name for name in ADAPTERS))):
+        values = read_json(path) if path.is_file() else {}
+        base = values.get("base_model_name_or_path") or values.get("model")
+        kind = values.get("peft_type") or values.get("fine_tune_type")
+        raise ValueError(
+            f"{folder}: holds an adapter{f' ({kind})' if kind else ''}, not a whole model; its base model is "
+            f"{base or 'not named'}: merge it into that (merge_and_unload of peft) and save the result"
+        )
+    for pattern, what in OTHER_FORMATS.items():
+        if found := sorted(path.name for path in folder.glob(pattern)):
             raise ValueError(
-                f"{path}: not a safetensors file ({name} lacks a dtype, a shape or two data_offsets)"
+                f"{folder}: holds weights in {what} ({listed(found)}): must be .safetensors files, as "
+                f"save_pretrained of transformers writes them{_subfolder_hint(folder)}"
             )
-        entries[name] = (dtype, tuple(shape), *offsets)
-    return entries
+
+
+def _subfolder_hint(folder: pathlib.Path) -> str:
+    inner = sorted({path.parent.name for path in folder.glob("*/*.safetensors")})
+    return f"; there are some in {listed(inner)}" if inner else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written; `chunks` gives its bytes in order, in arrays of any number."""
+    """A tensor to be written; `chunks` gives its bytes in order, in any number of arrays."""
 
     name: str
     dtype: np.dtype
@@ -167,39 +222,39 @@ def write_tensors(
     folder: str | os.PathLike,
     tensors: list[NewTensor],
     shard_bytes: int = SHARD_BYTES,
-    wrote: Callable[[int], None] = lambda count: None,
+    on_write: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` (a larger tensor has one alone) and their
-    index; `wrote` hears of each chunk's bytes."""
+    """Writes model.safetensors, or shards of at most `shard_bytes` (a larger tensor has its own) and their
+    index. Calls `on_write` with the bytes of each chunk."""
     folder = pathlib.Path(folder)
     shards: list[list[NewTensor]] = [[]]
-    filled = 0
+    size = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append([])
-            filled = 0
+            size = 0
         shards[-1].append(tensor)
-        filled += tensor.nbytes
+        size += tensor.nbytes
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, wrote)
+        _write_file(folder / name, shard, on_write)
     if len(shards) > 1:
-        homes = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         write_json(folder / INDEX, index)
 
 
-def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[int], None]) -> None:
-    # The widest types first, so that every tensor begins at a multiple of its own width.
+def _write_file(path: pathlib.Path, tensors: list[NewTensor], on_write: Callable[[int], None]) -> None:
+    # The widest dtypes first, so that every tensor is aligned to its own width.
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-    # transformers refuses a file that does not say this.
+    # transformers refuses a file without this.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {
-            "dtype": NAMES_OF_DTYPES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
         }
@@ -214,75 +269,6 @@ def _write_file(path: pathlib.Path, tensors: list[NewTensor], wrote: Callable[[i
                 if chunk.dtype != tensor.dtype:
                     raise TypeError(f"{tensor.name} is given as {chunk.dtype}, not {tensor.dtype}")
                 file.write(np.ascontiguousarray(chunk).view(np.uint8).data)
-                wrote(chunk.nbytes)
+                on_write(chunk.nbytes)
             if file.tell() - begin != tensor.nbytes:
                 raise ValueError(f"{tensor.name} came in {file.tell() - begin:,} bytes of {tensor.nbytes:,}")
-
-
-@contextlib.contextmanager
-def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathlib.Path]:
-    """A folder to write in, which becomes `target` in the end, or vanishes when something goes wrong.
-
-    What a killed process leaves is a hidden folder `.NAME.partial` beside the target, which the next try
-    removes. Raises ValueError when the target holds something or another process is writing it, OSError when
-    the disk has less room than `needed_bytes`.
-    """
-    # A link stays, and what it points to becomes the folder.
-    target = user_path(target, "folder").resolve()
-    check_target(target)
-    if target.is_mount():
-        raise ValueError(f"{target}: is a mount point; name a folder in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < needed_bytes:
-        raise OSError(
-            f"{target}: {needed_bytes / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left"
-        )
-    partial = target.with_name(f".{target.name}.partial")
-    with _locked(target.with_name(f".{target.name}.lock"), target):
-        try:
-            check_target(target)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            # The name may not outlive a power cut that the contents do not.
-            for path in [*partial.iterdir(), partial]:
-                _flush(path)
-            os.rename(partial, target)
-            _flush(target.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_target(target: str | os.PathLike) -> None:
-    """Raises ValueError when there is something already where a folder is to be written."""
-    target = user_path(target, "folder")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: exists already; name a folder that does not")
-
-
-def _flush(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(lock: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
-    """Holds a lock file, which is there only as long as somebody holds it."""
-    while True:
-        with open(lock, "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{target}: another process is writing it now") from None
-            # Whoever held it may have removed it between the two lines above.
-            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptoss_jax.checkpoints.load import load_model
-from gptoss_jax.checkpoints.readers import local_folder
-from gptoss_jax.checkpoints.run import is_run, load_config
+from gptoss_jax.checkpoints.readers import is_run, load_config, local_folder
 from gptoss_jax.config import require
 from gptoss_jax.config.base import write_json
 from gptoss_jax.config.paths import output_file

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_jax.checkpoints.orbax_support import check_folder_name
+from gptoss_jax.checkpoints.run import check_folder_name
 from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.training.console import format_rate
 from gptoss_jax.training.optimizer import make_schedule

@@ -13,8 +13,15 @@ from typing import Any
 import jax
 
 from gptoss_jax.checkpoints.load import read_params, warn_non_finite_params
-from gptoss_jax.checkpoints.readers import find_tokenizer, local_folder, open_weights
-from gptoss_jax.checkpoints.run import Checkpoints, is_run, load_config, load_run
+from gptoss_jax.checkpoints.readers import (
+    find_tokenizer,
+    is_run,
+    load_config,
+    load_run,
+    local_folder,
+    open_weights,
+)
+from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.config.base import write_json
 from gptoss_jax.data.special_tokens import read_stop_ids

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameters_by_layer
+from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameter_key, parameter_layers
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import Transformer, bind, get_params
 
@@ -40,12 +40,12 @@ def loss_and_gradients(
     arrays = (jnp.asarray(array, jnp.int32) for array in (tokens, positions))
     loss, gradients = _loss_and_gradients(config)(get_params(model), *arrays)
     published = {}
-    for names, layers in parameters_by_layer(config):
+    for path, layers in parameter_layers(config).items():
         leaf = gradients
-        for name in names:
+        for name in path:
             leaf = leaf[name]
-        layout = HUGGINGFACE[".".join(names[-2:])]
+        mapping = HUGGINGFACE[parameter_key(path)]
         for row, layer in enumerate(layers):
             array = np.asarray(leaf if layer < 0 else leaf[row])
-            published[layout.name.format(layer)] = layout.to_file(array)
+            published[mapping.name(layer)] = mapping.to_file(array)
     return float(loss), published

@@ -18,8 +18,8 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Half-way between neighbours: where a value of such a size goes to the lower code, the tie is to even.
 TIES = ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5, True), (3.5, False), (5.0, True))
 NAN_SCALE = 255
-# Axes in memory on TPU, from major to minor, as pallas_tpu.py reads blocks [E, F, G, 16] and scales [E, F, G];
-# further leading axes stay in front.
+# Axes in memory on TPU, from major to minor, as pallas_tpu.py reads blocks [E, F, G, 16] and scales [E, F,
+# G]; further leading axes stay in front.
 TPU_LAYOUTS = {"blocks": (0, 2, 3, 1), "scales": (0, 2, 1)}
 
 
