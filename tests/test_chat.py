@@ -288,7 +288,7 @@ import fcntl, itertools, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 # Whoever started the tests may have told them to ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from gptoss_jax import cli
+from gptoss_jax.cli import main as cli
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import chat

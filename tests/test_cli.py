@@ -200,7 +200,7 @@ def test_a_reader_that_leaves(tmp_path):
     read, write = os.pipe()
     os.close(read)
     run = subprocess.run(
-        [sys.executable, "-c", "import sys; from gptoss_jax import cli\n"
+        [sys.executable, "-c", "import sys; from gptoss_jax.cli import main as cli\n"
          "cli.app.command(lambda: print('x' * 100_000, flush=True), name='talk')\n"
          "sys.exit(cli.main(['talk']))"],
         stdout=write, stderr=subprocess.PIPE, text=True,

@@ -43,7 +43,7 @@ import runpy, sys, warnings
 warnings.filterwarnings("error", category=EncodingWarning, module=r"gptoss_jax(\\.|$)")
 prompt, program = sys.argv.pop(1), sys.argv.pop(1)
 def gptoss(*words):
-    from gptoss_jax import cli
+    from gptoss_jax.cli import main as cli
     assert cli.main(words) == 0
 try:
     runpy.run_path(program, run_name="__main__")

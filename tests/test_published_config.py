@@ -386,7 +386,7 @@ UNCLEAR = [
     (
         {**HF4, "rope_parameters": {**YARN, "rope_theta": 10000.0}},
         {},
-        "rope_parameters.rope_theta is 10000.0: 150000 is used, rope_theta",
+        "rope_parameters.rope_theta is 10000.0, but rope_theta is 150000: 150000 is used",
     ),
     (
         {**HF4, "rope_scaling": None},
@@ -493,7 +493,7 @@ BAD = [
     ),
     (
         with_rope(mscale=1.0, mscale_all_dim=1.0),
-        "rope_scaling.mscale is 1.0: with mscale_all_dim 1.0 it gives",
+        "rope_scaling.mscale is 1.0: is not supported with mscale_all_dim (1.0); leave both out",
     ),
     (with_rope(partial_rotary_factor=0.5), "rope_scaling.partial_rotary_factor is 0.5: must be 1"),
     ({**HF4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: must be 1"),

@@ -492,7 +492,7 @@ def test_kill_9_then_the_same_line_gives_the_same_losses(make_config, tmp_path):
 
 COMMANDS = """
 import json, pathlib, sys
-from gptoss_jax import cli
+from gptoss_jax.cli import main as cli
 generate, run, source = json.loads(sys.argv[1])
 codes = [cli.main(generate)]
 for path in pathlib.Path(run, "checkpoints", "2", "params").rglob("*"):

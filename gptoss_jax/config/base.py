@@ -1,4 +1,4 @@
-"""What all settings share: the one form of error, type checks, and a plain dict there and back."""
+"""Base of the config classes: type and range checks, errors that name the field, JSON."""
 
 import dataclasses
 import difflib
@@ -9,9 +9,9 @@ import pathlib
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-# Fields that were renamed. A config.json written before has the former names.
+# Former names of fields. A config.json written before they were renamed has them.
 FORMER_NAMES = {
     "data.held_out": "data.val_fraction",
     "model.expert_capacity": "model.expert_capacity_factor",
@@ -22,67 +22,34 @@ FORMER_NAMES = {
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
-    """Raises the one form of error that a bad setting gets."""
+    """Raises ValueError with the field, its value and what is allowed, unless the condition holds."""
     if not condition:
         raise ValueError(f"{field} is {value!r}: {allowed}")
 
 
-def unknown_field(name: str, known: Collection[str], path: str = "") -> ValueError:
-    """The error for a field that is not one of those known; `path` stands before its name."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    return ValueError(f"{path}{name}: unknown field; {hint}")
-
-
-def missing(name: str, names: Collection[str], allowed: str) -> ValueError:
-    """Returns the error for a field that must be there; `names` may hold it misspelled."""
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; the file has {near[0]}" if near else ""
-    return ValueError(f"{name} is missing: {allowed}{hint}")
-
-
-def list_unknown(names: Collection[str], known: Collection[str], path: str = "") -> str:
-    """Returns the names that are not known as one text, each with the one it may stand for; "" for none."""
-    found = []
-    for name in sorted(set(names) - set(known)):
-        near = difflib.get_close_matches(name, known, n=1)
-        found.append(f"{path}{name} (did you mean {near[0]}?)" if near else f"{path}{name}")
-    return ", ".join(found)
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Returns the known name that a misspelled one most resembles; None if none does."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def listed(names: Iterable[str], limit: int = 4) -> str:
-    """Returns names separated by commas for an error message: the first `limit`, then how many more."""
+    """Joins names with commas for an error message: the first `limit`, then the number of others."""
     names = list(names)
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def one_line(error: BaseException) -> str:
-    """Returns the message of an error on one line, or the name of its type if it has none."""
+    """Returns an error's message on one line, or the name of its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def agreed(said: dict[str, Any]) -> Any:
-    """Returns the one value of several fields that mean the same."""
-    (first, value), *others = said.items()
-    for name, other in others:
-        if other != value:
-            raise ValueError(
-                f"{name} is {other!r}, but {first} is {value!r}: they mean the same and must agree"
-            )
-    return value
-
-
-def number(name: str, value: Any) -> float:
-    """Returns `value` if it is a finite number; raises ValueError otherwise."""
-    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    require(fine, name, value, "must be a finite number")
-    return value
-
-
 def read_json(path: str | pathlib.Path, hint: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError for a file that is missing (`hint` says more about that),
-    cannot be read, is not JSON, or holds something else."""
+    """Reads a JSON object.
+
+    Raises ValueError for a file that is missing (`hint` is added to the message), cannot be read, is not
+    JSON, or holds another kind of value.
+    """
     try:
         values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -97,14 +64,40 @@ def read_json(path: str | pathlib.Path, hint: str = "") -> dict[str, Any]:
 
 
 def write_json(path: str | pathlib.Path, values: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Writes a value as indented JSON in UTF-8; `default` converts what JSON does not know. Raises ValueError
-    for NaN and infinities, which JSON does not have, before anything is written."""
+    """Writes indented JSON in UTF-8; `default` converts values of other types.
+
+    Raises ValueError for NaN and infinities, which JSON does not have, before anything is written.
+    """
     text = json.dumps(values, indent=2, allow_nan=False, default=default) + "\n"
     pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A condition on a field's value, as metadata of its annotation."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+Number = TypeVar("Number")
+Positive = Annotated[Number, Bound("must be above 0", lambda x: x > 0)]
+NonNegative = Annotated[Number, Bound("must be 0 or more", lambda x: x >= 0)]
+PositiveOrNone = Annotated[float | None, Bound("must be above 0, or None", lambda x: x is None or x > 0)]
+BelowOne = Annotated[float, Bound("must be at least 0 and below 1", lambda x: 0 <= x < 1)]
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, tuple[Any, tuple[Bound, ...]]]:
+    """The type and the bounds of each field of a dataclass."""
+    kinds = typing.get_type_hints(cls)
+    bounds = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: (kinds[name], getattr(bounds[name], "__metadata__", ())) for name in names}
+
+
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value may stand in a field of this annotation; an int may stand for a float."""
+    """Returns True if a value is of an annotated type; an int is also a float."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         return value in typing.get_args(kind)
@@ -117,11 +110,6 @@ def _fits(value: object, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-@functools.cache
-def _annotations(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
 
 
 def _spelled(kind: Any) -> str:
@@ -139,51 +127,50 @@ def _spelled(kind: Any) -> str:
 
 
 class ConfigBase:
-    """What the config classes share: type checks, and a plain dict there and back."""
+    """Base of the frozen config dataclasses, which check themselves when they are created."""
 
     _section: typing.ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for name, kind in _annotations(type(self)).items():
-            if name != "_section":
-                value = getattr(self, name)
-                require(_fits(value, kind), self._path(name), value, f"must be {_spelled(kind)}")
+        for name, (kind, bounds) in _fields(type(self)).items():
+            self._require(_fits(getattr(self, name), kind), name, f"must be {_spelled(kind)}")
+            for bound in bounds:
+                self._require(bound.holds(getattr(self, name)), name, bound.allowed)
         self._check()
 
     def _check(self) -> None:
-        """Checks what types cannot say."""
+        """Checks what annotations cannot express."""
 
-    def _path(self, name: str) -> str:
-        return f"{self._section}.{name}" if self._section else name
+    @classmethod
+    def _path(cls, name: str) -> str:
+        return f"{cls._section}.{name}" if cls._section else name
 
     def _require(self, condition: bool, name: str, allowed: str) -> None:
         require(condition, self._path(name), getattr(self, name), allowed)
 
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            self._require(getattr(self, name) > 0, name, "must be above 0")
-
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON-ready values; `from_dict` reads it back."""
+        """Returns the config as JSON-ready values; `from_dict` reads them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Builds the config from the result of `to_dict`, whose fields may have their former names.
 
-        Raises ValueError with a suggestion for an unknown field.
+        Raises ValueError for an unknown field, with a suggestion.
         """
-        kinds = {field.name: _annotations(cls)[field.name] for field in dataclasses.fields(cls)}
-        made = {}
-        for name, value in values.items():
-            former = f"{cls._section}.{name}"
-            name = FORMER_NAMES.get(former, former).rpartition(".")[2]
-            if name not in kinds:
-                raise unknown_field(name, kinds, f"{cls._section}." if cls._section else "")
+        fields = _fields(cls)
+        arguments = {}
+        for given, value in values.items():
+            name = FORMER_NAMES.get(cls._path(given), given).rpartition(".")[2]
+            if name not in fields:
+                near = nearest(name, fields)
+                hint = f"did you mean {near}?" if near else f"known: {', '.join(fields)}"
+                raise ValueError(f"{cls._path(name)}: unknown field; {hint}")
+            kind = fields[name][0]
             if isinstance(value, list):
                 value = tuple(value)
-            parts = [c for c in (kinds[name], *typing.get_args(kinds[name])) if dataclasses.is_dataclass(c)]
-            if isinstance(value, dict) and parts:
-                value = parts[0].from_dict(value)
-            made[name] = value
-        return cls(**made)
+            sections = [c for c in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(c)]
+            if isinstance(value, dict) and sections:
+                value = sections[0].from_dict(value)
+            arguments[name] = value
+        return cls(**arguments)

@@ -1,8 +1,7 @@
-"""Reads the config.json files that gpt-oss models are published with (`published_write.py` writes them).
+"""Reads the config.json files that gpt-oss models are published with; `hf_write.py` writes them.
 
 Three dialects are read: that of transformers 4.55 (`rope_theta` and `rope_scaling`), that of transformers 5
-(`rope_parameters` with the theta inside), and OpenAI's own, `original/config.json`. This module works on
-plain dicts; `ModelConfig.from_hf` calls it.
+(`rope_parameters` with the theta inside), and OpenAI's own, `original/config.json`.
 
 A file that transformers loads is read with the same meaning. Where that meaning is not plain from the file
 (an unknown, leftover or missing field), a warning names the field and the value used. An error is raised
@@ -10,43 +9,47 @@ where transformers 4.55 and 5 disagree, where the model cannot do what the file 
 missing.
 """
 
+import math
 import os
 from collections.abc import Collection
 from typing import Any
 
-from gptoss_jax.config.base import agreed, list_unknown, missing, number, read_json, require
-from gptoss_jax.config.hf_rope import read_rope
+from gptoss_jax.config.base import nearest, read_json, require
 from gptoss_jax.config.paths import user_path
 
 # Weights that MXFP4 packs under one scale, along the input axis of a matrix.
-MXFP4_GROUP = 32
+MXFP4_BLOCK_SIZE = 32
 
-# Fields that must be there: the released models differ in them, or the weights' shapes depend on them.
+# The released models differ in these, or the shapes of the weights depend on them.
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "num_local_experts",
 )  # fmt: skip
-# Fields with one value in both released models and as the default of every version of transformers. That
-# value is used, with a warning, where the field is missing.
+# Values of both released models and of every version of transformers: used, with a warning, for a missing
+# field.
 DEFAULTS = {
     "num_experts_per_tok": 4,
     "sliding_window": 128,
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
 }
-# Fields that published files leave out. `ModelConfig` has the same defaults as transformers.
+# Published files leave these out. `ModelConfig` has the same defaults as transformers.
 OPTIONAL = (
     "attention_bias", "attention_dropout", "initializer_range", "layer_types", "swiglu_alpha", "swiglu_limit",
     "tie_word_embeddings",
 )  # fmt: skip
-# Fields that are read by code of their own below.
+FIELDS = (*REQUIRED, *DEFAULTS, *OPTIONAL)
+# Fields with code of their own below.
 SPECIAL = (
     "model_type", "hidden_act", "quantization_config", "router_aux_loss_coef", "output_router_logits",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "initial_context_length",
     "original_max_position_embeddings", "experts_per_token", "num_experts", "per_layer_config",
 )  # fmt: skip
-KNOWN = {*REQUIRED, *DEFAULTS, *OPTIONAL, *SPECIAL}
-PRESENT = "a config.json of gpt-oss has it"
+YARN = (
+    "factor", "beta_fast", "beta_slow", "truncate", "original_max_position_embeddings", "attention_factor",
+    "mscale", "mscale_all_dim",
+)  # fmt: skip
+ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *YARN)
 
 # Fields that transformers and common tools write for every model and that do not change what it computes.
 IGNORED = {
@@ -66,41 +69,38 @@ IGNORED = {
     "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_kernels",
 }  # fmt: skip
 
-# OpenAI's own file has these, all of them, and no model_type.
-ORIGINAL = {
-    "num_hidden_layers": "num_hidden_layers",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "head_dim": "head_dim",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "sliding_window": "sliding_window",
-    "rope_theta": "rope_theta",
-}
+# OpenAI's own file has all of these, two of them under another name, and no model_type.
+ORIGINAL = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_experts", "experts_per_token", "sliding_window", "rope_theta",
+)  # fmt: skip
+ORIGINAL_NAMES = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 ORIGINAL_ROPE = ("initial_context_length", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
 
+ALTERNATING = ["sliding_attention", "full_attention"]
+PRESENT = "a config.json of gpt-oss has it"
+ROPE_TYPES = "must be 'yarn', or 'default' for plain rotary embedding"
 
-def load(source: str | os.PathLike | dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Returns the content of a published config.json, and what an error about it begins with."""
+Values = dict[str, Any]
+
+
+def load(source: str | os.PathLike | Values) -> tuple[Values, str]:
+    """Returns the content of a published config.json, and a prefix for errors about it."""
     if isinstance(source, dict):
         return source, ""
     path = user_path(source, "config")
     if path.is_dir():
-        places = (path / "config.json", path / "original" / "config.json")
-        found = [place for place in places if place.is_file()]
+        found = [file for name in ("", "original") if (file := path / name / "config.json").is_file()]
         if not found:
             raise ValueError(f"{path}: this folder has neither config.json nor original/config.json")
         path = found[0]
     return read_json(path), f"{path}: "
 
 
-def read(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the fields of `ModelConfig` that a published config.json gives, and what to warn of.
+def read(values: Values) -> tuple[Values, list[str]]:
+    """Returns the fields of `ModelConfig` in a published config.json, and warnings.
 
-    `ModelConfig` checks the types of the fields.
+    Raises ValueError as `ModelConfig.from_hf` does, which then checks the types of the fields.
     """
     notes: list[str] = []
     if "model_type" not in values and values.keys() & {"num_experts", *ORIGINAL_ROPE[1:]}:
@@ -108,61 +108,89 @@ def read(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return _read_hugging_face(values, notes), notes
 
 
-def _note_unknown(names: Collection[str], known: Collection[str], notes: list[str]) -> None:
-    unknown = list_unknown(names, known)
+def _pick(values: Values, *names: str) -> Values:
+    return {name: values[name] for name in names if name in values}
+
+
+def _agreed(said: Values) -> Any:
+    """Returns the one value of several fields that mean the same. Raises ValueError if they differ."""
+    (first, value), *others = said.items()
+    for name, other in others:
+        allowed = f"but {first} is {value!r}: they mean the same and must agree"
+        if other != value:
+            raise ValueError(f"{name} is {other!r}, {allowed}")
+    return value
+
+
+def _first(said: Values, notes: list[str]) -> Any:
+    """Returns the value of the first of several fields that mean the same. Warns of others that differ."""
+    (first, value), *others = said.items()
+    used = f"but {first} is {value!r}: {value!r} is used"
+    notes += [f"{name} is {other!r}, {used}" for name, other in others if other != value]
+    return value
+
+
+def _finite(name: str, value: Any) -> float:
+    fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    require(fine, name, value, "must be a finite number")
+    return value
+
+
+def _missing(name: str, unknown: Collection[str] = (), allowed: str = PRESENT) -> ValueError:
+    """Returns the error for a field that must be there; `unknown` may hold it misspelled."""
+    near = nearest(name, unknown)
+    return ValueError(f"{name} is missing: {allowed}" + (f"; the file has {near}" if near else ""))
+
+
+def _note_unknown(names: Collection[str], known: Collection[str], notes: list[str], path: str = "") -> None:
+    unknown = [(path + name, nearest(name, known)) for name in sorted({*names} - {*known})]
     if unknown:
-        notes.append(f"unknown fields are ignored: {unknown}")
+        spelled = [f"{name} (did you mean {near}?)" if near else name for name, near in unknown]
+        notes.append(f"unknown fields are ignored: {', '.join(spelled)}")
 
 
-def _read_original(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    _note_unknown(values, {*ORIGINAL, *ORIGINAL_ROPE, "swiglu_limit"}, notes)
-    for name in (*ORIGINAL, *ORIGINAL_ROPE):
+def _read_original(values: Values, notes: list[str]) -> Values:
+    names = (*ORIGINAL, *ORIGINAL_ROPE)
+    _note_unknown(values, {*names, "swiglu_limit"}, notes)
+    for name in names:
         if name not in values:
-            raise missing(name, values.keys() - {*ORIGINAL, *ORIGINAL_ROPE}, PRESENT)
-    length, factor, slow, fast = (number(name, values[name]) for name in ORIGINAL_ROPE)
-    yarn = {
-        "factor": factor,
-        "beta_fast": fast,
-        "beta_slow": slow,
-        # OpenAI's code does not round the ends of the ramp.
-        "truncate": False,
-        "original_max_position_embeddings": length,
-    }
-    fields = {ours: values[name] for name, ours in ORIGINAL.items()}
+            raise _missing(name, values.keys() - {*names})
+    length, factor, slow, fast = (_finite(name, values[name]) for name in ORIGINAL_ROPE)
+    # OpenAI's code does not round the ends of the ramp, and leaves YaRN out for a factor of 1.
+    yarn = {"factor": factor, "beta_fast": fast, "beta_slow": slow, "truncate": False}
+    yarn["original_max_position_embeddings"] = length
+    fields = {ORIGINAL_NAMES.get(name, name): values[name] for name in ORIGINAL}
     # Its RMSNorm has 1e-5 built in, which is the default here too.
-    fields |= _swiglu_limit(values)
-    # With a factor of 1 OpenAI's code leaves YaRN out.
-    fields["rope_scaling"] = None if factor == 1 else yarn
-    fields["max_position_embeddings"] = int(length * factor)
-    return fields
+    return fields | {
+        **_swiglu_limit(values),
+        "rope_scaling": None if factor == 1 else yarn,
+        "max_position_embeddings": int(length * factor),
+    }
 
 
-def _swiglu_limit(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns `swiglu_limit`, where the file has one. The format has no null for "no limit"."""
-    if "swiglu_limit" not in values:
-        return {}
-    return {"swiglu_limit": number("swiglu_limit", values["swiglu_limit"])}
+def _swiglu_limit(values: Values) -> Values:
+    """Returns `swiglu_limit`, if the file has it. The format has no null for "no limit"."""
+    return {name: _finite(name, value) for name, value in _pick(values, "swiglu_limit").items()}
 
 
-def _read_hugging_face(values: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def _read_hugging_face(values: Values, notes: list[str]) -> Values:
     _check_kind(values, notes)
-    _note_unknown(values.keys() - IGNORED, KNOWN, notes)
-    fields = {name: values[name] for name in (*REQUIRED, *DEFAULTS, *OPTIONAL) if name in values}
+    known = {*FIELDS, *SPECIAL}
+    _note_unknown(values.keys() - IGNORED, known, notes)
+    fields = _pick(values, *FIELDS)
     if "num_experts" in values:
-        names = ("num_local_experts", "num_experts")
-        fields["num_local_experts"] = agreed({name: values[name] for name in names if name in values})
+        fields["num_local_experts"] = _agreed(_pick(values, "num_local_experts", "num_experts"))
     for name in REQUIRED:
         if name not in fields:
-            raise missing(name, values.keys() - KNOWN - IGNORED, PRESENT)
+            raise _missing(name, values.keys() - known - IGNORED)
     _fill_in(fields, values, notes)
-    fields |= _swiglu_limit(values)
     asked = values.get("output_router_logits", False)
     require(isinstance(asked, bool), "output_router_logits", asked, "must be True or False")
     fields["router_aux_loss_coef"] = values.get("router_aux_loss_coef", 0.0) if asked else 0.0
-    return fields | read_rope({**values, **fields}, notes)
+    return fields | _swiglu_limit(values) | _read_rope({**values, **fields}, notes)
 
 
-def _check_kind(values: dict[str, Any], notes: list[str]) -> None:
+def _check_kind(values: Values, notes: list[str]) -> None:
     """Raises ValueError for a file of another model, and for features that this model does not have."""
     if "model_type" not in values and isinstance(values.get("model"), dict):
         raise ValueError(
@@ -171,7 +199,7 @@ def _check_kind(values: dict[str, Any], notes: list[str]) -> None:
         )
     if "model_type" not in values:
         if values.get("architectures") != ["GptOssForCausalLM"]:
-            raise ValueError("model_type is missing: must be 'gpt_oss'")
+            raise _missing("model_type", (), "must be 'gpt_oss'")
         notes.append("model_type is missing: 'gpt_oss' is used, as architectures says")
     kind = values.get("model_type", "gpt_oss")
     require(kind == "gpt_oss", "model_type", kind, "must be 'gpt_oss'")
@@ -187,47 +215,138 @@ def _check_kind(values: dict[str, Any], notes: list[str]) -> None:
         notes.append(f"hidden_act is {activation!r}: not used, gpt-oss always computes its clamped SwiGLU")
 
 
-def _fill_in(fields: dict[str, Any], values: dict[str, Any], notes: list[str]) -> None:
+def _fill_in(fields: Values, values: Values, notes: list[str]) -> None:
     """Completes `fields` where the file leaves a field out, has null, or has an older name for it."""
-    name, old = "num_experts_per_tok", "experts_per_token"
-    if old in values and name not in fields:
-        fields[name] = values[old]
-        notes.append(f"{name} is missing: {fields[name]!r} is used, as {old} says")
-    elif old in values and values[old] != fields[name]:
-        notes.append(f"{old} is {values[old]!r}, but {name} is {fields[name]!r}: {fields[name]!r} is used")
+    experts = _pick(values, "num_experts_per_tok", "experts_per_token")
+    if experts:
+        used = fields["num_experts_per_tok"] = _first(experts, notes)
+        if "num_experts_per_tok" not in values:
+            notes.append(f"num_experts_per_tok is missing: {used!r} is used, as experts_per_token says")
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
     if fields["num_key_value_heads"] is None:
-        fields["num_key_value_heads"] = fields["num_attention_heads"]
-        notes.append(
-            f"num_key_value_heads is null: {fields['num_attention_heads']!r} is used, one per query head"
-        )
+        fields["num_key_value_heads"] = heads
+        notes.append(f"num_key_value_heads is null: {heads!r} is used, one per query head")
     if fields["head_dim"] is None:
-        width, heads = fields["hidden_size"], fields["num_attention_heads"]
-        whole = isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads == 0
-        require(
-            whole, "head_dim", None, "must be an integer, as num_attention_heads does not divide hidden_size"
-        )
+        divides = isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads == 0
+        allowed = "must be an integer, as num_attention_heads does not divide hidden_size"
+        require(divides, "head_dim", None, allowed)
         fields["head_dim"] = width // heads
         notes.append(f"head_dim is null: hidden_size / num_attention_heads = {width // heads} is used")
-    if fields.get("sliding_window", 0) is None and _none_slides(fields.get("layer_types")):
+    kinds, layers = fields.get("layer_types"), fields["num_hidden_layers"]
+    all_full = isinstance(kinds, list) and "sliding_attention" not in kinds
+    if all_full and fields.get("sliding_window", 0) is None:
         del fields["sliding_window"]
     for name, default in DEFAULTS.items():
         if name not in fields:
-            said = f"{name} is null" if name in values else f"{name} is missing"
-            unused = name == "sliding_window" and _none_slides(fields.get("layer_types"))
-            notes.append(f"{said}: {default} is used{', although no layer slides' if unused else ''}")
             fields[name] = default
-    if _alternates(fields.get("layer_types"), fields["num_hidden_layers"]):
+            unused = ", although no layer slides" if name == "sliding_window" and all_full else ""
+            absent = "null" if name in values else "missing"
+            notes.append(f"{name} is {absent}: {default} is used{unused}")
+    if isinstance(kinds, list) and len(kinds) == layers and kinds == (ALTERNATING * layers)[:layers]:
         fields["layer_types"] = None
 
 
-def _none_slides(kinds: Any) -> bool:
-    return isinstance(kinds, list) and "sliding_attention" not in kinds
+def _read_rope(values: Values, notes: list[str]) -> Values:
+    """Returns `rope_theta` and `rope_scaling` of a Hugging Face file, from wherever it has them."""
+    given = _pick(values, "rope_scaling", "rope_parameters")
+    for name, rope in given.items():
+        require(rope is None or isinstance(rope, dict), name, rope, "must be an object or null")
+    if not given:
+        # transformers 4.55 and 5 have different defaults.
+        raise _missing("rope_parameters", (), f"{PRESENT}, or rope_scaling")
+    if not any(given.values()):
+        # transformers 4.55 writes null for this; to transformers 5 it is the same as a missing field.
+        notes.append(f"{next(iter(given))} is null or empty: plain rotary embedding is used, without YaRN")
+    # Both versions of transformers take rope_scaling where both are there.
+    name = next((name for name, rope in given.items() if rope), next(iter(given)))
+    rope, other = given[name] or {}, given.get("rope_parameters") or {}
+    for key in sorted(rope.keys() & other.keys()):
+        _first({f"{name}.{key}": rope[key], f"rope_parameters.{key}": other[key]}, notes)
+    scaling = _read_scaling(name, rope, values, notes)
+    # transformers 4 takes a null for plain rotary embedding, whatever rope_parameters says.
+    contradicted = name == "rope_parameters" and "rope_scaling" in given and scaling is not None
+    require(not contradicted, "rope_scaling", given.get("rope_scaling"), "must agree with rope_parameters")
+    thetas = {"rope_theta": values.get("rope_theta"), f"{name}.rope_theta": rope.get("rope_theta")}
+    thetas = {place: theta for place, theta in thetas.items() if theta is not None}
+    if not thetas:
+        thetas["rope_theta"] = 150000.0
+        notes.append("rope_theta is missing: 150000.0 is used")
+    theta = _agreed(thetas)
+    if "rope_theta" not in rope and other.get("rope_theta") is not None:
+        _first({"rope_theta": theta, "rope_parameters.rope_theta": other["rope_theta"]}, notes)
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
-def _alternates(kinds: Any, layers: Any) -> bool:
-    both = ("sliding_attention", "full_attention")
-    return (
-        isinstance(kinds, list)
-        and len(kinds) == layers
-        and all(kind == both[i % 2] for i, kind in enumerate(kinds))
-    )
+def _read_scaling(name: str, rope: Values, values: Values, notes: list[str]) -> Values | None:
+    """Returns the fields of `RopeScaling` from the object `rope` in the field `name`; None for plain rope."""
+    _note_unknown(rope, ROPE, notes, f"{name}.")
+    for place, said in ((f"{name}.", rope), ("", values)):
+        share = said.get("partial_rotary_factor")
+        require(share in (None, 1), f"{place}partial_rotary_factor", share, "must be 1")
+    # "type" is the older spelling.
+    kinds = {f"{name}.{key}": rope[key] for key in ("rope_type", "type") if key in rope}
+    if not kinds and rope.keys() - {"rope_theta", "partial_rotary_factor"}:
+        raise _missing(f"{name}.rope_type", (), ROPE_TYPES)
+    kind, field = _agreed(kinds) if kinds else "default", next(iter(kinds), name)
+    if kind == "yarn":
+        return _read_yarn(name, rope, values, notes)
+    if kind == "dynamic":
+        # It stretches the theta only for texts longer than this.
+        length = values["max_position_embeddings"]
+        plain = f"which it equals up to max_position_embeddings ({length!r})"
+        notes.append(f"{field} is 'dynamic': plain rotary embedding is used, {plain}")
+        return None
+    is_plain = kind == "default" or (kind == "linear" and rope.get("factor") == 1)
+    require(is_plain, field, kind, f"{ROPE_TYPES}; no other scaling is supported")
+    unused = [f"{name}.{key}" for key in YARN if key in rope]
+    if unused:
+        notes.append(f"{field} is {kind!r}: no effect of {', '.join(unused)}")
+    return None
+
+
+def _read_yarn(name: str, rope: Values, values: Values, notes: list[str]) -> Values:
+    if "factor" not in rope:
+        raise _missing(f"{name}.factor", (), "YaRN needs it")
+    key, longest = "original_max_position_embeddings", values["max_position_embeddings"]
+    initial = _pick(values, "initial_context_length")
+    lengths = {f"{name}.{key}": rope[key]} if key in rope else {}
+    lengths |= _pick(values, key)
+    if not lengths:
+        # transformers does this as well. It does not know initial_context_length, which must not differ then.
+        lengths = {f"max_position_embeddings (for want of {name}.{key})": longest, **initial}
+    length = _agreed(lengths)
+    if initial.get("initial_context_length") is not None:
+        _first({next(iter(lengths)): length, **initial}, notes)
+    factor = rope["factor"]
+    if factor is None:
+        factor = _finite("max_position_embeddings", longest) / _finite(key, length)
+        notes.append(f"{name}.factor is null: {factor} is used, max_position_embeddings / {key}")
+    _check_attention_factor(name, rope, _finite(f"{name}.factor", factor))
+    # `factor` counts as written, as in transformers 5; 4.55 took the ratio of the two lengths in its place.
+    # Both betas and truncate have transformers' defaults. For truncate that is true, though the released
+    # models have it false.
+    return {
+        "factor": factor,
+        "beta_fast": 32.0 if rope.get("beta_fast") is None else rope["beta_fast"],
+        "beta_slow": 1.0 if rope.get("beta_slow") is None else rope["beta_slow"],
+        "truncate": rope.get("truncate", True),
+        key: length,
+    }
+
+
+def _check_attention_factor(name: str, rope: Values, factor: float) -> None:
+    """Refuses a factor on cos and sin other than YaRN's own, 0.1 ln(factor) + 1.
+
+    transformers takes `attention_factor`, or else a ratio of two such terms if both `mscale` and
+    `mscale_all_dim` are given and not 0.
+    """
+    keys = ("attention_factor", "mscale", "mscale_all_dim")
+    given = {key: _finite(f"{name}.{key}", rope[key]) for key in keys if rope.get(key) is not None}
+    own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    if "attention_factor" in given:
+        allowed = f"must be 0.1 ln(factor) + 1 = {own}, or left out"
+        fits = math.isclose(given["attention_factor"], own, rel_tol=1e-6)
+        require(fits, f"{name}.attention_factor", given["attention_factor"], allowed)
+    elif factor > 1 and given.get("mscale") and given.get("mscale_all_dim"):
+        allowed = f"is not supported with mscale_all_dim ({given['mscale_all_dim']!r}); leave both out"
+        require(False, f"{name}.mscale", given["mscale"], allowed)

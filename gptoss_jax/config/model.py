@@ -1,5 +1,4 @@
-"""The architecture, and how a model is held. Fields have the names of the published config.json wherever that
-file has one."""
+"""The model's architecture. Fields have the names of the published config.json, where it has them."""
 
 import dataclasses
 import os
@@ -8,7 +7,7 @@ import warnings
 from typing import Any, Literal, Self
 
 from gptoss_jax.config import hf, hf_write
-from gptoss_jax.config.base import ConfigBase
+from gptoss_jax.config.base import BelowOne, ConfigBase, NonNegative, Positive, PositiveOrNone
 from gptoss_jax.config.kernels import plain_kernels
 
 SLIDING = "sliding_attention"
@@ -17,28 +16,20 @@ FULL = "full_attention"
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(ConfigBase):
-    """YaRN, the way the released models reach past the length they were pretrained at (MATH.md,
-    "Forward")."""
+    """YaRN (Peng et al. 2023), which extends the context beyond the length of pretraining."""
 
     _section: typing.ClassVar[str] = "model.rope_scaling"
 
-    # How many times longer than the original length the context is.
-    factor: float = 32.0
-    # Rotations within the original length above which a frequency is kept as it is.
-    beta_fast: float = 32.0
-    # Rotations below which a frequency is divided by `factor`.
-    beta_slow: float = 1.0
-    # Round the ends of the ramp between the two to whole indices.
-    truncate: bool = False
-    # Context length before scaling, in tokens.
-    original_max_position_embeddings: int = 4096
+    factor: float = 32.0  # Context length over the original one
+    beta_fast: float = 32.0  # Rotations within the original length above which a frequency is kept
+    beta_slow: float = 1.0  # Rotations below which a frequency is divided by `factor`
+    truncate: bool = False  # Round the ends of the ramp between the two to integers
+    original_max_position_embeddings: Positive[int] = 4096  # Context length before scaling, in tokens
 
     def _check(self) -> None:
         self._require(self.factor >= 1, "factor", "must be 1 or more")
-        self._require(
-            self.beta_fast > self.beta_slow > 0, "beta_fast", f"must be above beta_slow ({self.beta_slow})"
-        )
-        self._require_positive("original_max_position_embeddings")
+        ordered = self.beta_fast > self.beta_slow > 0
+        self._require(ordered, "beta_fast", f"must be above beta_slow ({self.beta_slow})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,194 +38,136 @@ class ModelConfig(ConfigBase):
 
     _section: typing.ClassVar[str] = "model"
 
-    # Entries of the embedding and of the head.
-    vocab_size: int = 201088
-    # Width of the residual stream (D).
-    hidden_size: int = 2880
-    # Width of one expert (F).
-    intermediate_size: int = 2880
-    # Number of blocks (L).
-    num_hidden_layers: int = 24
-    # Query heads (N).
-    num_attention_heads: int = 64
-    # Key/value heads (K); each serves N / K query heads.
-    num_key_value_heads: int = 8
-    # Size of one head (H); N * H need not be the hidden size.
-    head_dim: int = 64
-    # Experts in each layer (E).
-    num_local_experts: int = 32
-    # Experts that each token is sent to (X).
-    num_experts_per_tok: int = 4
-    # Keys a query of a sliding layer sees, itself included (W).
-    sliding_window: int = 128
+    vocab_size: Positive[int] = 201088  # Rows of the embedding and of the head (V)
+    hidden_size: Positive[int] = 2880  # Width of the residual stream (D)
+    intermediate_size: Positive[int] = 2880  # Width of an expert (F)
+    num_hidden_layers: Positive[int] = 24  # Number of blocks (L)
+    num_attention_heads: Positive[int] = 64  # Query heads (N)
+    num_key_value_heads: Positive[int] = 8  # Key/value heads (K); each serves N / K query heads
+    head_dim: Positive[int] = 64  # Size of one head (H); N * H need not be the hidden size
+    num_local_experts: Positive[int] = 32  # Experts per layer (E)
+    num_experts_per_tok: Positive[int] = 4  # Experts per token (X)
+    sliding_window: Positive[int] = 128  # Keys that a query of a sliding layer sees, its own included (W)
     # "sliding_attention" or "full_attention" for each layer; None alternates and starts with a sliding layer.
     layer_types: tuple[str, ...] | None = None
-    # Longest context the model is meant for, in tokens.
-    max_position_embeddings: int = 131072
-    # Base of the rotary frequencies.
-    rope_theta: float = 150000.0
-    # YaRN; None keeps the plain rotary frequencies.
-    rope_scaling: RopeScaling | None = RopeScaling()
-    # Biases on the q, k, v and output projections.
-    attention_bias: bool = True
-    # Biases inside the experts.
-    expert_bias: bool = True
-    # Bias on the router.
-    router_bias: bool = True
-    # One learned logit per query head that takes part in the softmax and has no value.
+    max_position_embeddings: Positive[int] = 131072  # Longest context, in tokens
+    rope_theta: Positive[float] = 150000.0  # Base of the rotary frequencies
+    rope_scaling: RopeScaling | None = RopeScaling()  # YaRN; None leaves the rotary frequencies unscaled
+    attention_bias: bool = True  # Biases on the q, k, v and output projections
+    expert_bias: bool = True  # Biases inside the experts
+    router_bias: bool = True  # Biases on the router
+    # A learned logit per query head that takes part in the softmax and has no value.
     learned_sinks: bool = True
-    # The first keys of a document that stay visible in sliding layers.
-    sink_tokens: int = 0
-    # Slope of the sigmoid inside SwiGLU.
-    swiglu_alpha: float = 1.702
-    # Clamp of SwiGLU's two halves; None leaves them alone.
-    swiglu_limit: float | None = 7.0
-    # Added to the linear half of SwiGLU.
-    swiglu_up_offset: float = 1.0
-    # The head uses the embedding's weights.
-    tie_word_embeddings: bool = False
-    # Dropout on the attention weights while training.
-    attention_dropout: float = 0.0
-    # Dropout on each branch before it joins the residual stream, while training.
-    residual_dropout: float = 0.0
-    # Added to the mean square in RMSNorm.
-    rms_norm_eps: float = 1e-5
-    # Standard deviation of the initial weights.
-    initializer_range: float = 0.02
-    # Weight of the load-balance loss; 0 turns it off.
-    router_aux_loss_coef: float = 0.0
+    sink_tokens: NonNegative[int] = 0  # The first keys of a document that stay visible in sliding layers
+    swiglu_alpha: Positive[float] = 1.702  # Slope of the sigmoid inside SwiGLU
+    swiglu_limit: PositiveOrNone = 7.0  # Clamp of SwiGLU's two halves; None turns it off
+    swiglu_up_offset: float = 1.0  # Added to the linear half of SwiGLU
+    tie_word_embeddings: bool = False  # The head uses the embedding's weights
+    attention_dropout: BelowOne = 0.0  # Dropout on the attention weights while training
+    # Dropout on each branch before it is added to the residual stream, while training.
+    residual_dropout: BelowOne = 0.0
+    rms_norm_eps: Positive[float] = 1e-5  # Added to the mean square in RMSNorm
+    initializer_range: Positive[float] = 0.02  # Standard deviation of the initial weights
+    router_aux_loss_coef: NonNegative[float] = 0.0  # Weight of the load-balance loss; 0 turns it off
     # Weight of the router z-loss, mean(logsumexp(router logits)^2); 0 turns it off.
-    router_z_loss_coef: float = 0.0
-    # While training, the most rows an expert takes, as a multiple of its even share; what is beyond is
-    # dropped, and counted. None drops nothing, however uneven the routing is.
-    expert_capacity_factor: float | None = None
-    # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are always
-    # float32.
+    router_z_loss_coef: NonNegative[float] = 0.0
+    # Most rows of an expert while training, as a multiple of its even share; the rest is dropped and counted.
+    # None drops nothing, however uneven the routing is.
+    expert_capacity_factor: PositiveOrNone = None
+    # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # How the experts' matrices are held: plain arrays, or packed in MXFP4 as published (4.25 bits a weight;
-    # for running a model, not for training it).
+    # Format of the experts' matrices: plain arrays, or packed MXFP4 as published (4.25 bits per weight; for
+    # inference only).
     expert_format: Literal["plain", "mxfp4"] = "plain"
     # Hand-written kernels: auto uses them, checked once on each new GPU or TPU machine; unchecked skips that
-    # check; plain replaces all of them by plain XLA, and plain:attention,mxfp4_matmul the named ones. The
-    # environment variable GPTOSS_JAX_KERNELS takes the same values, and also turns off kernels.
+    # check; plain uses XLA instead of all of them, plain:attention,mxfp4_matmul instead of the named ones.
+    # The environment variable GPTOSS_JAX_KERNELS takes the same values and also turns kernels off.
     kernels: str = "auto"
-    # What the backward pass recomputes: nothing, all but the results of the products with attention's and the
-    # router's weights ("dots"), or each whole block.
+    # What the backward pass recomputes: nothing, all but the matrix products of attention's projections and
+    # the router ("dots"), or whole blocks.
     remat: Literal["none", "dots", "block"] = "none"
-    # Stack the layers and scan over one period of their types, so that compilation takes as long for 36
-    # layers as for 4. False keeps each layer for itself: nothing is copied into stacks and out of them, which
-    # is faster for a small model on CPU. It changes how a run's checkpoints are laid out.
+    # Stack the layers and scan over one period of their types, so that 36 layers compile as fast as 4. False
+    # keeps layers apart, which avoids copies between stacks and layers and is faster for a small model on
+    # CPU. It changes the layout of a run's checkpoints.
     scan_layers: bool = True
 
     def _check(self) -> None:
-        self._require_positive(
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "sliding_window",
-            "max_position_embeddings", "rope_theta", "swiglu_alpha", "rms_norm_eps", "initializer_range",
-        )  # fmt: skip
         plain_kernels(self.kernels, self._path("kernels"))
-        self._require(
-            self.expert_capacity_factor is None or self.expert_capacity_factor > 0,
-            "expert_capacity_factor",
-            "must be above 0, or None to drop nothing",
+        heads, experts, layers = self.num_key_value_heads, self.num_local_experts, self.num_hidden_layers
+        allowed = f"must be a multiple of model.num_key_value_heads ({heads})"
+        self._require(self.num_attention_heads % heads == 0, "num_attention_heads", allowed)
+        allowed = "must be even, because rotary embedding turns pairs"
+        self._require(self.head_dim % 2 == 0, "head_dim", allowed)
+        allowed = f"must be at most model.num_local_experts ({experts})"
+        self._require(self.num_experts_per_tok <= experts, "num_experts_per_tok", allowed)
+        size = hf.MXFP4_BLOCK_SIZE
+        allowed = (
+            f"must be a multiple of {size} where model.expert_format is 'mxfp4', which packs {size} weights "
+            "along it under one scale"
         )
-        self._require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            "num_attention_heads",
-            f"must be a multiple of model.num_key_value_heads ({self.num_key_value_heads})",
-        )
-        self._require(
-            self.head_dim % 2 == 0, "head_dim", "must be even, because rotary embedding turns pairs"
-        )
-        self._require(
-            self.num_experts_per_tok <= self.num_local_experts,
-            "num_experts_per_tok",
-            f"must be at most model.num_local_experts ({self.num_local_experts})",
-        )
-        for name in ("attention_dropout", "residual_dropout"):
-            self._require(0 <= getattr(self, name) < 1, name, "must be at least 0 and below 1")
-        for name in ("sink_tokens", "router_aux_loss_coef", "router_z_loss_coef"):
-            self._require(getattr(self, name) >= 0, name, "must be 0 or more")
-        self._require(
-            self.swiglu_limit is None or self.swiglu_limit > 0, "swiglu_limit", "must be above 0, or None"
-        )
-        if self.expert_format == "mxfp4":
-            for name in ("hidden_size", "intermediate_size"):
-                self._require(
-                    getattr(self, name) % hf.MXFP4_GROUP == 0,
-                    name,
-                    f"must be a multiple of {hf.MXFP4_GROUP} where model.expert_format is 'mxfp4', "
-                    f"which packs {hf.MXFP4_GROUP} weights along it under one scale",
-                )
-        if self.layer_types is not None:
-            self._require(
-                len(self.layer_types) == self.num_hidden_layers,
-                "layer_types",
-                f"must name a type for each of model.num_hidden_layers ({self.num_hidden_layers})",
-            )
-            self._require(
-                set(self.layer_types) <= {SLIDING, FULL},
-                "layer_types",
-                f"may hold only {SLIDING!r} and {FULL!r}",
-            )
+        for name in ("hidden_size", "intermediate_size") if self.expert_format == "mxfp4" else ():
+            self._require(getattr(self, name) % size == 0, name, allowed)
+        kinds = self.resolved_layer_types
+        allowed = f"must name a type for each of model.num_hidden_layers ({layers})"
+        self._require(len(kinds) == layers, "layer_types", allowed)
+        self._require({*kinds} <= {SLIDING, FULL}, "layer_types", f"may hold only {SLIDING!r} and {FULL!r}")
 
     @property
     def resolved_layer_types(self) -> tuple[str, ...]:
-        """The type of every layer, `layer_types` or the alternation it stands for."""
-        return self.layer_types or tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
+        """The type of every layer: `layer_types`, or the alternation that None means."""
+        if self.layer_types is None:
+            return tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
+        return self.layer_types
 
     @property
     def period(self) -> tuple[str, ...]:
-        """The shortest run of layer types that the model is a whole number of repetitions of; all layers,
-        where they are not to be stacked."""
-        kinds, count = self.resolved_layer_types, self.num_hidden_layers
+        """The shortest sequence of layer types that the model repeats; all layers if they are not stacked."""
+        kinds, layers = self.resolved_layer_types, self.num_hidden_layers
         if not self.scan_layers:
             return kinds
-        return next(
-            kinds[:p] for p in range(1, count + 1) if count % p == 0 and kinds[:p] * (count // p) == kinds
-        )
+        divisors = (size for size in range(1, layers + 1) if layers % size == 0)
+        return next(kinds[:size] for size in divisors if kinds[:size] * (layers // size) == kinds)
 
     @classmethod
     def from_hf(cls, source: str | os.PathLike | dict[str, Any]) -> Self:
-        """The architecture that a published config.json describes.
+        """Reads a published config.json.
 
-        `source` is such a file, its content, or a folder that holds one, as `config.json` or else as
-        `original/config.json`. What the file does not speak of keeps this class's default: training-only
-        settings, `compute_dtype`, and `expert_format`, since MXFP4 is the form of the weight files and not of
-        the architecture. `router_aux_loss_coef` counts only where the file asks for the router's logits too.
-        The alternation of layer types comes back as None.
+        Fields that the file does not have keep this class's defaults: settings of training, `compute_dtype`,
+        and `expert_format`, since MXFP4 is a format of the weight files. `router_aux_loss_coef` is read only
+        if the file also asks for the router's logits. Alternating layer types are read as None.
 
-        Warns, with the field and the value used, where a field is unknown, left over, or has its default
-        because it is missing. Raises ValueError, with the file, the field, its value and what is allowed, for
-        a file that cannot be read or is of another kind of model, a size that is missing, a value that is bad
-        or not supported, and two fields that contradict each other.
+        Args:
+          source: the file, its content, or a folder with `config.json` or `original/config.json`.
+
+        Warns where a field is unknown, left over or missing, with the value used. Raises ValueError with the
+        file, the field, its value and what is allowed: for another kind of model, a size that is missing, a
+        value that is bad or not supported, and fields that contradict each other.
         """
-        values, place = hf.load(source)
+        values, prefix = hf.load(source)
         try:
             fields, notes = hf.read(values)
             config = cls.from_dict(fields)
         except ValueError as error:
-            raise ValueError(f"{place}{error}") from None
+            raise ValueError(f"{prefix}{error}") from None
         for note in notes:
-            warnings.warn(f"{place}{note}", stacklevel=2)
+            warnings.warn(f"{prefix}{note}", stacklevel=2)
         return config
 
     def to_hf(self, experts: str = "bfloat16") -> dict[str, Any]:
-        """The content of a published config.json for this architecture, for weights of the form asked for.
+        """Returns the content of a published config.json, for weights in the format `experts`.
 
-        `experts` is "bfloat16", "float32", or "mxfp4" (packed experts, the rest bfloat16). Both transformers
-        4.55 and 5 read the result, but 4.55 has SwiGLU's 1.702 and 7 built in, and takes YaRN's factor to be
-        `max_position_embeddings / original_max_position_embeddings`. Token ids are the tokenizer's to add.
+        Both transformers 4.55 and 5 read it, but 4.55 has SwiGLU's 1.702 and 7 built in, and takes YaRN's
+        factor to be `max_position_embeddings / original_max_position_embeddings`. Token ids are left out.
 
-        Not carried: `compute_dtype`, `expert_format`, `kernels`, `remat`, `scan_layers`, `residual_dropout`
-        and `router_z_loss_coef`.
-        `router_aux_loss_coef` is written, but turned off; transformers' load-balance loss is about
-        `num_experts_per_tok` times ours.
+        The format always has biases in experts and router, and sinks. A model without them equals one with
+        zero biases and very low sinks, which the writer of the weights adds. `router_aux_loss_coef` is
+        written but turned off (transformers' loss is about `num_experts_per_tok` times ours). Not written:
+        `compute_dtype`, `expert_format`, `kernels`, `remat`, `scan_layers`, `residual_dropout` and
+        `router_z_loss_coef`.
 
-        The format always has the experts' and the router's biases and the sinks. A model without them is the
-        same as one with biases of zero and sinks so low that they weigh nothing: whoever writes the weights
-        adds those.
+        Args:
+          experts: "bfloat16", "float32", or "mxfp4" (packed experts, the rest in bfloat16).
 
-        Raises ValueError with all reasons for which the format cannot express this model.
+        Raises ValueError with all the reasons why the format cannot express this model.
         """
         return hf_write.write({**self.to_dict(), "layer_types": list(self.resolved_layer_types)}, experts)

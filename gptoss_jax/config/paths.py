@@ -1,4 +1,4 @@
-"""Paths and texts as users write them, and folders for caches."""
+"""Paths and text from the user, and cache folders."""
 
 import atexit
 import functools
@@ -14,17 +14,14 @@ from gptoss_jax.config.base import require
 
 
 def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
-    """Expands `~` and `~user` at the start of a path. Every path that a user gives goes through here.
-
-    The result may go through here again: it does not begin with `~`.
+    """Expands `~` and `~user` at the start of a path; idempotent. Every path from a user is passed to it.
 
     Args:
-      path: the path. `./~name` names a file or folder that really begins with `~`.
-      field: the setting or argument it was given for, for the error message.
+      path: the path; `./~name` for a file or folder whose name begins with `~`.
+      field: the setting or argument, for the error message.
 
-    Raises ValueError for an empty path, one with a null character, one that the locale's encoding does not
-    have, and a home folder that is not known: of a user who does not exist, or of a process without HOME
-    whose user id has no account.
+    Raises ValueError for a path that is empty, has a null character or cannot be encoded in the locale, and
+    for an unknown home folder: of a user who does not exist, or of a user id without HOME and account.
     """
     text = os.fspath(path)
     require(text != "", field, text, "must not be empty")
@@ -45,7 +42,7 @@ def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
 
 
 def path_exists(text: str, field: str) -> bool:
-    """Returns True if a text is the path of a file or folder. It need not be a valid path."""
+    """Returns True if a file or folder has this path, which need not be a valid one."""
     try:
         return os.path.lexists(user_path(text, field))
     except ValueError:
@@ -53,9 +50,9 @@ def path_exists(text: str, field: str) -> bool:
 
 
 def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
-    """The file that a command will write its result to.
+    """Returns the file for a command's result.
 
-    Raises ValueError for a path that cannot be one, so that it is known before the work is done.
+    Raises ValueError before the work is done if it could not be written: its folder is missing, or it is one.
     """
     file = user_path(path, field)
     require(file.parent.is_dir(), field, os.fspath(path), "its folder does not exist")
@@ -64,10 +61,9 @@ def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
 
 
 def require_utf8(path: str | os.PathLike, field: str) -> None:
-    """Raises ValueError for a path that is other bytes in the locale's encoding than in UTF-8.
+    """Raises ValueError for a path whose bytes in the locale's encoding are not UTF-8.
 
-    Libraries written in C++ (tensorstore) take paths as UTF-8, whatever the locale says: they would fail, or
-    use another folder than Python does.
+    C++ libraries (tensorstore) encode paths in UTF-8 in any locale: they would use another folder.
     """
     try:
         is_utf8 = os.fsencode(path) == os.fspath(path).encode()
@@ -79,19 +75,18 @@ def require_utf8(path: str | os.PathLike, field: str) -> None:
 
 
 def user_text(text: str) -> str:
-    """Repairs text from the command line that the locale could not decode, as in LC_ALL=C: it is UTF-8.
+    """Decodes bytes of a command-line argument as UTF-8 that the locale could not decode, as in LC_ALL=C.
 
-    Python represents undecodable bytes of an argument as lone surrogates, which no tokenizer accepts. Bytes
-    that are not UTF-8 become U+FFFD.
+    Python represents such bytes as lone surrogates, which no tokenizer accepts. Invalid UTF-8 becomes U+FFFD.
     """
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def cache_folders(name: str) -> Iterator[pathlib.Path]:
-    """Folders for files that can be made again, the preferred one first; they need not exist.
+    """Yields folders for a cache in order of preference; they need not exist.
 
-    These are `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), and the same in `private_folder()`
-    for a process that has no home folder, or one that it cannot write to.
+    `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), if the home folder is known, then one in
+    `private_folder()`.
     """
     try:
         home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
@@ -103,7 +98,7 @@ def cache_folders(name: str) -> Iterator[pathlib.Path]:
 
 
 def cache_folder(name: str) -> pathlib.Path:
-    """The first of `cache_folders` that can be written to; it is created."""
+    """Creates and returns the first of `cache_folders` that is writable."""
     for folder in cache_folders(name):
         if is_writable(folder):
             break
@@ -111,7 +106,7 @@ def cache_folder(name: str) -> pathlib.Path:
 
 
 def is_writable(folder: pathlib.Path) -> bool:
-    """Creates a folder. Returns whether files can be created in it."""
+    """Creates a folder and returns True if files can be created in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -121,10 +116,10 @@ def is_writable(folder: pathlib.Path) -> bool:
 
 @functools.cache
 def private_folder() -> pathlib.Path:
-    """A folder among the temporary files that no other user can write to: they could plant a library there.
+    """Creates and returns a temporary folder that other users cannot write to: they could plant a library.
 
-    It is `gptoss_jax-UID`, which later processes find again. If another user has taken that name, it is a
-    folder of this process, removed when it ends.
+    It is `gptoss_jax-UID`, which later processes use too; or, if another user has taken that name, a folder
+    that is removed at exit.
     """
     folder = pathlib.Path(tempfile.gettempdir(), f"gptoss_jax-{os.getuid()}")
     try:
@@ -140,26 +135,11 @@ def private_folder() -> pathlib.Path:
 
 
 def set_matplotlib_folder() -> None:
-    """Gives matplotlib a folder in place of the default one if that cannot be written to.
+    """Gives matplotlib a folder among the temporary files if the home folder cannot be written to.
 
     Without it, matplotlib prints warnings, and searches all fonts in every process. Must run before
     matplotlib is imported.
     """
-    if "MPLCONFIGDIR" in os.environ:
-        return
-    bases = [("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache")]
-    if sys.platform == "darwin":
-        bases = [("", "~")]
-    try:
-        folders = [user_path(os.environ.get(name) or default, name) for name, default in bases]
-    except ValueError:
-        folders = []
-    if not folders or not all(map(_could_write, folders)):
-        os.environ["MPLCONFIGDIR"] = str(cache_folder("matplotlib"))
-
-
-def _could_write(folder: pathlib.Path) -> bool:
-    """Returns True if a folder can be written to, or created. Creates nothing."""
-    while not os.path.lexists(folder) and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    folder = cache_folder("matplotlib")
+    if folder.parent.name != "gptoss_jax":
+        os.environ.setdefault("MPLCONFIGDIR", str(folder))
