@@ -1,30 +1,35 @@
-"""Files of text: which ones a path or pattern names, and their bytes, decompressed, a part at a time."""
+"""Documents of text, JSON lines and parquet files, which may be compressed. A null field is None."""
 
 import bz2
 import contextlib
 import glob
 import gzip
+import itertools
+import json
 import lzma
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from gptoss_jax.config import require
-from gptoss_jax.config.base import one_line
+from gptoss_jax.config.base import listed, one_line
 from gptoss_jax.config.paths import user_path
 
 INSTALL_HF = "pip install 'gptoss-jax[hf]'"
 CHUNK = 1 << 20
-HEAD = 512  # bytes that show what a file is
+HEAD = 512  # bytes that are enough to recognize a format
+BOM = b"\xef\xbb\xbf"
+SEPARATOR = b"<|endoftext|>"
+# Names in an error message: a record may have thousands.
+SHOWN_NAMES = 20
 
 
 def find_files(name: str, source: str) -> list[str]:
-    """The files that a path or glob pattern names, in sorted order, as absolute paths.
+    """Returns the files that a path or glob pattern matches, sorted, as absolute paths.
 
-    What exists is never read as a pattern: neither the whole path nor the folders that it begins with.
-
-    Raises ValueError if there are none, or if one is not a regular file.
+    An existing path is not read as a pattern, nor are the existing folders at its start. Raises ValueError if
+    there are no files, or if one is not a regular file.
     """
     path = user_path(name, "data.source")
     if os.path.lexists(path):
@@ -46,7 +51,7 @@ def find_files(name: str, source: str) -> list[str]:
 
 
 def stamps(paths: Iterable[str | os.PathLike]) -> str:
-    """Size and time of each file, one a line. Raises ValueError for a file that is gone."""
+    """Returns the size and time of each file, one per line. Raises ValueError for a file that is gone."""
     lines = []
     for path in paths:
         with readable(path):
@@ -57,7 +62,7 @@ def stamps(paths: Iterable[str | os.PathLike]) -> str:
 
 @contextlib.contextmanager
 def readable(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what the system and the decompressors raise into a ValueError that names the file."""
+    """Converts errors of the system and of decompressors to a ValueError that names the file."""
     try:
         yield
     except EOFError:
@@ -67,82 +72,152 @@ def readable(path: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
+def guarded(values: Iterable[Any], name: str) -> Iterator[Any]:
+    """Passes on the values of a library's iterator. Its errors become a ValueError that names the source."""
+    values = iter(values)
+    while True:
+        try:
+            value = next(values)
+        except StopIteration:
+            return
+        except Exception as error:  # of the file, its format, the network: each library has its own
+            raise ValueError(f"{name}: cannot be read ({one_line(error)})") from error
+        yield value
+
+
+def decode(data: bytes | bytearray, path: str, offset: int = 0) -> str:
+    """Decodes UTF-8. Raises ValueError with the file and the byte for anything else."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {offset + error.start} ({error.reason})") from None
+
+
+def read_text(path: str) -> Iterator[str]:
+    """Yields the documents of a text file: the text between separators, without the line ends around them."""
+    previous = None
+    for offset, data in split_file(path, SEPARATOR):
+        if previous is not None:
+            yield previous.rstrip("\r\n")
+        text = decode(data, path, offset)
+        previous = text if previous is None else text.lstrip("\r\n")
+    yield previous
+
+
+def read_jsonl(path: str, field: str) -> Iterator[str | None]:
+    """Yields a field of each line. Raises ValueError with the line unless the field is text or null."""
+    for number, (_, line) in enumerate(split_file(path, b"\n"), 1):
+        # A line may begin with a byte order mark: that of the file, or of one that was joined to it.
+        line = line.removeprefix(BOM)
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        text = decode(line, where)
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: must be a JSON object")
+        if field not in record:
+            raise ValueError(f"{where}: has no field {field!r}; it has {listed(record, SHOWN_NAMES)}")
+        value = record[field]
+        if not isinstance(value, str | None):
+            raise ValueError(f"{where}: field {field!r} is a {type(value).__name__}: must be text or null")
+        try:
+            (value or "").encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise ValueError(f"{where}: field {field!r} holds {half!r}, half of a surrogate pair") from None
+        yield value
+
+
+def read_parquet(path: str, field: str) -> Iterator[str | None]:
+    """Yields a column of a parquet file. Raises ValueError unless it has such a column of text."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: parquet needs pyarrow: {INSTALL_HF}") from None
+    # Opened here: pyarrow takes only paths in UTF-8.
+    with readable(path), open(path, "rb") as opened:
+        try:
+            file = pyarrow.parquet.ParquetFile(opened)
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise ValueError(f"{path}: not a parquet file ({one_line(error)})") from None
+        columns = file.schema_arrow.names
+        if field not in columns:
+            raise ValueError(f"{path}: has no column {field!r}; it has {listed(columns, SHOWN_NAMES)}")
+        batches = file.iter_batches(batch_size=1024, columns=[field])
+        values = guarded((batch.column(0).to_pylist() for batch in batches), path)
+        yield from checked_texts(itertools.chain.from_iterable(values), path, field)
+
+
+def checked_texts(values: Iterable[object], name: str, field: str) -> Iterator[str | None]:
+    """Passes on the texts and nulls of a column. Raises ValueError with the row for anything else."""
+    for row, value in enumerate(values):
+        if not isinstance(value, str | None):
+            kind = type(value).__name__
+            raise ValueError(f"{name} row {row}: column {field!r} is a {kind}: must be text or null")
+        yield value
+
+
 def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
-    """The parts of a file between separators, each with its place in bytes.
+    """Yields the parts of a file between separators, with their byte offsets, keeping one in memory.
 
-    A gzip, bzip2, xz or zstd file is decompressed, and places are offsets in the decompressed data. Only one
-    part at a time is in memory.
-
-    Raises ValueError, naming the file, for one that cannot be read, is damaged, or is not UTF-8 text at all.
+    Gzip, bzip2, xz and zstd are decompressed; offsets are those of the decompressed data. Raises ValueError,
+    naming the file, for one that cannot be read, is damaged, or is no text.
     """
     with readable(path), open(path, "rb") as raw:
-        kind = _compression(raw.read(HEAD))
+        head = raw.read(HEAD)
         raw.seek(0)
-        with _decompressed(raw, kind, path) as file:
+        with _decompressed(raw, head, path) as file:
             pending = bytearray(file.read(HEAD))
             _check_is_text(pending, path)
-            place = searched = 0
+            offset = searched = 0
             while True:
                 start = 0
                 while (end := pending.find(separator, max(start, searched))) >= 0:
-                    yield place + start, pending[start:end]
+                    yield offset + start, pending[start:end]
                     start = end + len(separator)
                 del pending[:start]
-                place += start
+                offset += start
                 # A separator may begin in this chunk and end in the next.
                 searched = max(len(pending) - len(separator) + 1, 0)
                 chunk = file.read(CHUNK)
                 if not chunk:
                     break
                 pending += chunk
-            yield place, pending
+            yield offset, pending
 
 
-def decode(data: bytes | bytearray, path: str, place: int = 0) -> str:
-    """The text of UTF-8 bytes. Raises ValueError, naming the file and the byte, for bytes that are not."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {place + error.start} ({error.reason})") from None
-
-
-def _compression(head: bytes) -> str | None:
-    """Returns the compression of a file, from its first bytes, since its name may be wrong; None if none."""
+def _decompressed(raw: IO[bytes], head: bytes, path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Opens the decompressed data of a file by its first bytes, because its name may be wrong."""
     if head.startswith(b"\x1f\x8b"):
-        return "gzip"
-    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):  # the second if it is empty
-        return "bzip2"
+        return gzip.open(raw)
+    # The second kind of bzip2 is empty.
+    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
+        return bz2.open(raw)
     if head.startswith(b"\xfd7zXZ\0"):
-        return "xz"
-    # A frame, or the frame to skip that some tools write first.
+        return lzma.open(raw)
+    # Of zstd, a frame, or the frame to skip that some tools write first.
     if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
-        return "zstd"
-    return None
-
-
-def _decompressed(
-    raw: IO[bytes], kind: str | None, path: str
-) -> contextlib.AbstractContextManager[IO[bytes]]:
-    if kind == "zstd":
         try:
             import pyarrow
         except ImportError:
             raise ValueError(f"{path}: zstd needs pyarrow: {INSTALL_HF}") from None
         return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-    openers = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
-    return openers[kind](raw) if kind else contextlib.nullcontext(raw)
+    return contextlib.nullcontext(raw)
 
 
 def _check_is_text(head: bytearray, path: str) -> None:
     """Raises ValueError for formats that are often mistaken for text. Some of them are valid UTF-8."""
     # Latin letters in UTF-16 are a zero byte and another one each.
     even, odd = (head[start::2].count(0) * 2 / max(len(head), 4) for start in (0, 1))
-    found = None
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or abs(even - odd) > 0.7:
-        found = "UTF-16"
-    elif head.startswith(b"PK\x03\x04"):
-        found = "a zip archive"
-    elif head[257:262] == b"ustar":
-        found = "a tar archive"
-    if found:
-        raise ValueError(f"{path}: looks like {found}: must be text in UTF-8, plain or compressed")
+    found = {
+        "UTF-16": head.startswith((b"\xff\xfe", b"\xfe\xff")) or abs(even - odd) > 0.7,
+        "a zip archive": head.startswith(b"PK\x03\x04"),
+        "a tar archive": head[257:262] == b"ustar",
+    }
+    for name, is_it in found.items():
+        if is_it:
+            raise ValueError(f"{path}: looks like {name}: must be text in UTF-8, plain or compressed")

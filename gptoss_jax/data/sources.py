@@ -1,7 +1,7 @@
-"""Where text comes from: a source named by a short spec, read as a stream of documents, and a share held out.
+"""Text sources: `data.source` names one; it is read as a stream of documents, some of which are held out.
 
-The spec is `data.source`: one of `stdlib`, `text:GLOB`, `jsonl:GLOB#field`, `parquet:GLOB#field`,
-`hf:NAME:CONFIG:SPLIT#field`. A file or folder that exists is never read as a pattern or as parts of a spec.
+A source is `stdlib`, `text:GLOB`, `jsonl:GLOB#field`, `parquet:GLOB#field` or `hf:NAME:CONFIG:SPLIT#field`. A
+file or folder that exists is never read as a pattern or as parts of a source.
 """
 
 import collections
@@ -13,55 +13,53 @@ import os
 import pathlib
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from gptoss_jax.config import require
-from gptoss_jax.config.paths import path_exists, user_text
-from gptoss_jax.data.files import decode, find_files, readable, stamps
-from gptoss_jax.data.hub import open_dataset
-from gptoss_jax.data.records import read_jsonl, read_parquet, read_text
+from gptoss_jax.config.base import listed, one_line
+from gptoss_jax.config.paths import path_exists, user_path, user_text
+from gptoss_jax.data import files
+from gptoss_jax.data.files import INSTALL_HF, SHOWN_NAMES
 
 KINDS = (
     "stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME:CONFIG:SPLIT#field "
     "(#field, :CONFIG and :SPLIT may be left out)"
 )
+HF_SPEC = "hf:NAME:CONFIG:SPLIT"
+# In the path of a local folder, the datasets library takes these for a pattern or a chain of archives.
+UNREADABLE = ("*", "?", "[", "::", "\n")
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A named source of documents.
-
-    `fingerprint` is a text that stays the same as long as the content does.
-    """
+    """A source of documents. Its `fingerprint` changes with its content."""
 
     source: str
     fingerprint: str
     _read: Callable[[], Iterable[str | None]] = dataclasses.field(repr=False)
-    # Size and time of the files, as they are in the fingerprint; None where there are no files to check.
+    # Sizes and times of the files, with which the fingerprint ends; None without files to check.
     _stamps: Callable[[], str] | None = dataclasses.field(default=None, repr=False)
 
     def documents(self, skipped: collections.Counter[str] | None = None) -> Iterator[str]:
-        """A fresh pass over the documents, in one order. Those of only whitespace are left out.
-
-        The byte order mark at the start of a document is dropped, whatever kind of source it comes from.
+        """Yields the documents, always in the same order, without byte order marks and blank documents.
 
         Args:
-          skipped: counts, as "null", the records whose field is null. They are left out too.
+          skipped: counts, as "null", the records whose field is null, which are left out.
 
-        Raises ValueError, on the way, for text that cannot be read; at the end, if there was no text.
+        Raises ValueError while it runs for text that cannot be read; at the end, if there was no text.
         """
-        empty, nulls = True, 0
+        skipped = collections.Counter() if skipped is None else skipped
+        empty, before = True, skipped["null"]
         for text in self._read():
             if text is None:
-                nulls += 1
-                if skipped is not None:
-                    skipped["null"] += 1
+                skipped["null"] += 1
                 continue
             text = text.removeprefix("\ufeff")
             if text and not text.isspace():
                 empty = False
                 yield text
+        nulls = skipped["null"] - before
         allowed = "holds no text" + (f" (records whose field is null: {nulls:,})" if nulls else "")
         require(not empty, "data.source", self.source, allowed)
 
@@ -72,30 +70,27 @@ class Corpus:
 
 
 def open_corpus(source: str) -> Corpus:
-    """Opens the source of a spec. Raises ValueError for an unknown kind or files that are not there."""
-    kind, _, rest = source.partition(":")
+    """Opens a source. Raises ValueError for an unknown kind, and for a missing file or dataset."""
     if source == "stdlib":
-        return _stdlib()
-    readers = {"text": read_text, "jsonl": read_jsonl, "parquet": read_parquet}
+        return _open_stdlib()
+    kind, _, rest = source.partition(":")
+    readers = {"text": files.read_text, "jsonl": files.read_jsonl, "parquet": files.read_parquet}
     require(bool(rest) and (kind in readers or kind == "hf"), "data.source", source, f"must be {KINDS}")
     name, field = (rest, "text") if kind == "text" else _split_field(source, rest)
     if kind == "hf":
-        return Corpus(source, *open_dataset(source, name, field))
-    paths = find_files(name, source)
-    read = readers[kind] if kind == "text" else functools.partial(readers[kind], field=field)
-    return Corpus(
-        source,
-        f"{source}\n{stamps(paths)}",
-        lambda: itertools.chain.from_iterable(map(read, paths)),
-        lambda: stamps(paths),
-    )
+        return _open_dataset(source, name, field)
+    paths = files.find_files(name, source)
+    stamps = functools.partial(files.stamps, paths)
+
+    def read() -> Iterator[str | None]:
+        for path in paths:
+            yield from readers[kind](path, *([] if kind == "text" else [field]))
+
+    return Corpus(source, f"{source}\n{stamps()}", read, stamps)
 
 
 def _split_field(source: str, rest: str) -> tuple[str, str]:
-    """Returns the name and the field of `NAME#field`. The # of an existing path belongs to its name.
-
-    The field need not be a valid path, nor text that the locale's encoding has.
-    """
+    """Splits `NAME#field`. The # of an existing path belongs to its name; a field need not be a valid path."""
     if "#" not in rest or path_exists(rest, "data.source"):
         return rest, "text"
     folder, base = os.path.split(rest)
@@ -106,25 +101,121 @@ def _split_field(source: str, rest: str) -> tuple[str, str]:
     return name, user_text(field)
 
 
+def _open_stdlib() -> Corpus:
+    """The source code of Python's standard library, without its tests."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
+    paths = []
+    for folder, folders, names in os.walk(root):
+        inside = pathlib.Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith("config-")]
+        paths += [inside / n for n in names if n.endswith(".py") and not n.startswith("test_")]
+    paths = sorted(path.as_posix() for path in paths)
+    # No times and no absolute paths: the same Python installed elsewhere is the same corpus.
+    sizes = "\n".join(f"{path} {(root / path).stat().st_size}" for path in paths)
+
+    def read() -> Iterator[str]:
+        for path in paths:
+            with files.readable(root / path):
+                data = (root / path).read_bytes()
+            yield files.decode(data, str(root / path))
+
+    return Corpus("stdlib", f"stdlib of Python {platform.python_version()}\n{sizes}", read)
+
+
+def _open_dataset(source: str, name: str, field: str) -> Corpus:
+    """Opens a dataset of the Hugging Face hub, or a local folder that the datasets library reads.
+
+    Defaults are the dataset's default config, and the split `train` or the only one there is. Raises
+    ValueError for a dataset that cannot be loaded, with the configs or splits to choose from.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"data.source is {source!r}: hf needs datasets: {INSTALL_HF}") from None
+    name, config, split_name = _parse_dataset(source, name)
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+        splits = builder.as_streaming_dataset()
+    except Exception as error:  # not found, not reached, no such config, no files that it knows, …
+        _check_config(source, name, config)
+        raise ValueError(f"data.source is {source!r}: cannot be loaded ({one_line(error)})") from error
+    if split_name is None:
+        split_name = next(iter(splits)) if len(splits) == 1 else "train"
+    known = f"it has {listed(splits, SHOWN_NAMES)}: name one, as in {HF_SPEC}"
+    require(split_name in splits, "data.source", source, f"has no split {split_name!r}; {known}")
+    # The hash is that of the commit on the hub.
+    content, stamps = f"{builder.hash} {builder.info.version} {builder.info.dataset_size}", None
+    if os.path.isdir(name):
+        paths = sorted(str(path) for path in pathlib.Path(name).resolve().rglob("*") if path.is_file())
+        stamps = functools.partial(files.stamps, paths)
+        content = stamps()
+
+    def column() -> Iterator[object]:
+        row: Mapping[str, object]
+        for row in files.guarded(splits[split_name], source):
+            allowed = f"has no column {field!r}; it has {listed(row, SHOWN_NAMES)}"
+            require(field in row, "data.source", source, allowed)
+            yield row[field]
+
+    fingerprint = f"{source}\n{builder.config.name} {content}"
+    return Corpus(source, fingerprint, lambda: files.checked_texts(column(), name, field), stamps)
+
+
+def _parse_dataset(source: str, name: str) -> tuple[str, str | None, str | None]:
+    """Returns name or folder, config and split of `NAME:CONFIG:SPLIT`; None for what is left out or empty.
+
+    The colons of a folder that exists belong to its name.
+    """
+    words = name.split(":")
+    for count in range(len(words), 0, -1):
+        joined = ":".join(words[:count])
+        if joined and os.path.isdir(folder := user_path(joined, "data.source")):
+            for sign in UNREADABLE:
+                allowed = f"the datasets library cannot read a path that holds {sign!r}; rename the folder"
+                require(sign not in os.path.abspath(folder), "data.source", source, allowed)
+            break
+    else:
+        folder, count = words[0], 1
+    rest = [word or None for word in words[count:]]
+    require(bool(words[0]) and len(rest) <= 2, "data.source", source, f"must be {HF_SPEC}#field")
+    return os.fspath(folder), *rest, *[None] * (2 - len(rest))
+
+
+def _check_config(source: str, name: str, config: str | None) -> None:
+    """Raises ValueError with a list if the dataset has configs and the right one is not named."""
+    import datasets
+
+    try:
+        known = datasets.get_dataset_config_names(name)
+    except Exception:  # the caller reports why the dataset could not be loaded
+        return
+    if config in known or (config is None and len(known) == 1):
+        return
+    missing = "needs a config" if config is None else f"has no config {config!r}"
+    names = listed(known, SHOWN_NAMES)
+    raise ValueError(f"data.source is {source!r}: {missing}; it has {names}: name one, as in {HF_SPEC}")
+
+
 def split(
     documents: Iterable[str], share: float, max_bytes: int = 8 << 20, source: str = ""
 ) -> Iterator[tuple[str, bool]]:
-    """Marks a share of the documents as held out, in one pass and without knowing how many there are.
+    """Holds out a share of the documents, deterministically, in one pass over a stream of unknown length.
 
     Args:
-      documents: texts, in an order that must be the same each time for the marks to be the same.
-      share: part of the documents to hold out, above 0 and at most 0.5.
-      max_bytes: most UTF-8 bytes to hold out; from there on everything is kept.
-      source: the `data.source` of the documents, for the error message.
+      documents: the texts.
+      share: fraction of the documents to hold out, above 0 and at most 0.5.
+      max_bytes: most UTF-8 bytes to hold out.
+      source: the `data.source`, for the error message.
 
     Yields:
-      (text, is_held_out) in the order of `documents`. At least one is held out and at least one is kept:
-      where that needs it a document is cut in two, and its end is held out.
+      (text, is_held_out) in the order of `documents`. At least one is held out and one is kept: if necessary,
+      a document is cut in two and its end is held out.
 
-    Raises ValueError if there is nothing but one document of one character.
+    Raises ValueError if the only document has a single character.
     """
     held_bytes, closed = 0, False
-    # One document ahead, because the last of them may have to be held out whatever its number.
+    # Look one document ahead, because the last one may have to be held out.
     for index, (text, following) in enumerate(itertools.pairwise(itertools.chain(documents, (None,)))):
         is_last = following is None
         if is_last and index == 0:
@@ -132,7 +223,7 @@ def split(
             require(len(text) > 1, "data.source", source, allowed)
             yield from _cut(text, share, max_bytes)
             return
-        # Multiples of the golden ratio fill the unit interval evenly: any stretch of text gives its share.
+        # Multiples of the golden ratio fill the unit interval evenly, so any stretch of text gives its share.
         picked = (index + 1) * GOLDEN % 1 >= 1 - share
         if closed or not (picked or (is_last and held_bytes == 0)):
             yield text, False
@@ -147,7 +238,7 @@ def split(
 
 
 def _cut(text: str, share: float, max_bytes: int) -> Iterator[tuple[str, bool]]:
-    """Cuts a document so that about `share` of it, at most `max_bytes` and not all, is its held-out end."""
+    """Cuts a document in two: the end, about `share` of it and at most `max_bytes`, is held out."""
     first = max(1, len(text) - len(text.encode()[-max_bytes:].decode(errors="ignore")))
     target = min(max(int((1 - share) * len(text)), first), len(text) - 1)
     slack = int(share * len(text) / 2)
@@ -162,25 +253,3 @@ def _cut(text: str, share: float, max_bytes: int) -> Iterator[tuple[str, bool]]:
             break
     yield text[:target], False
     yield text[target:], True
-
-
-def _stdlib() -> Corpus:
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
-    paths = []
-    for folder, folders, names in os.walk(root):
-        inside = pathlib.Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith("config-")]
-        paths += [inside / n for n in names if n.endswith(".py") and not n.startswith("test_")]
-    paths = sorted(path.as_posix() for path in paths)
-    # No times and no absolute paths: the same Python installed elsewhere is the same corpus.
-    stamps = "\n".join(f"{path} {(root / path).stat().st_size}" for path in paths)
-    fingerprint = f"stdlib of Python {platform.python_version()}\n{stamps}"
-    files = [root / path for path in paths]
-    return Corpus("stdlib", fingerprint, lambda: map(_read_whole, files))
-
-
-def _read_whole(path: pathlib.Path) -> str:
-    with readable(path):
-        data = path.read_bytes()
-    return decode(data, str(path))
