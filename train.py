@@ -29,7 +29,7 @@ def main() -> None:
     from gptoss_jax import train
     from gptoss_jax.parallel import distributed
 
-    with distributed.joined("train.py"):
+    with distributed.distributed_session("train.py"):
         train(config)
 
 

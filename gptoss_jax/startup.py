@@ -103,19 +103,23 @@ def run(command: Callable[[], object], name: str) -> int:
         warnings.showwarning = show
         try:
             command()
-        except ValueError as error:
-            say(name, "error", error)
-            return 2
-        except BrokenPipeError:
-            # The reader has left, `| head` for one. What Python still holds for it must not fail at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        except (OSError, FloatingPointError, MemoryError) as error:
-            say(name, "error", error)
-            return 1
-        except KeyboardInterrupt:
-            return 130
+        except (Exception, KeyboardInterrupt) as error:
+            return report(error, name)
     return 0
+
+
+def report(error: BaseException, name: str) -> int:
+    """Prints an error that a user can fix as one line on stderr and returns the exit code; raises others."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
+        # The reader is gone, for example `| head`; flushing the rest at exit must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)):
+        raise error
+    say(name, "error", error)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def print_any_text() -> None:

@@ -281,7 +281,7 @@ def test_a_kernel_that_failed_in_another_process_is_off_here(machine):
 
 def test_processes_agree_on_kernels(machine, monkeypatch):
     others = [["auto", []], ["auto", ["mxfp4_matmul"]]]
-    monkeypatch.setattr(distributed, "exchange", lambda mine: [list(mine), *others])
+    monkeypatch.setattr(distributed, "allgather_host", lambda mine: [list(mine), *others])
     distributed.agree_on_kernels.cache_clear()
     with pytest.warns(UserWarning, match="kernel mxfp4_matmul is off: it failed its check in process 2"):
         distributed.agree_on_kernels("auto")

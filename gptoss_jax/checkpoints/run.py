@@ -120,7 +120,7 @@ class Checkpoints:
                 json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
             except Exception as error:  # Orbax, TensorStore and JSON each have their own
                 reason = root_message(error)
-        reason = distributed.exchange(reason)[0]
+        reason = distributed.allgather_host(reason)[0]
         if reason is not None:
             self._set_aside([step])
             raise OSError(
@@ -175,7 +175,7 @@ class Checkpoints:
             except ValueError as error:
                 reason, cause = str(error), error
             # All processes skip a checkpoint that one of them cannot read.
-            reason = next((said for said in distributed.exchange(reason) if said is not None), None)
+            reason = next((said for said in distributed.allgather_host(reason) if said is not None), None)
             if reason is None:
                 self._set_aside(damaged)
                 return step, restored["params"], restored["training"], restored["record"]
@@ -199,7 +199,7 @@ class Checkpoints:
                     count += 1
                     target = self.folder / f"damaged-{step}-{count}"
                 (self.folder / str(step)).rename(target)
-        distributed.exchange(None)
+        distributed.barrier()
         self._manager = self._open()
 
     def restore_params(self, step: int, params: Any) -> Any:

@@ -66,7 +66,7 @@ class RunLog:
         self._new_tokens = 0
         # Process 0 has written the run folder's files; another machine may see them later.
         found = stop_tokens(self.run_dir, cache.tokenizer) if self.is_main else None
-        self._stop_tokens = tuple(distributed.exchange(found)[0])
+        self._stop_tokens = tuple(distributed.allgather_host(found)[0])
         documents = ~cache.held_out
         self._train_tokens = int(np.diff(cache.offsets)[documents].sum() - documents.sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import signal
 from collections.abc import Callable
@@ -38,7 +39,6 @@ def train(config: TrainConfig) -> TrainState:
       FloatingPointError: loss or gradient was not finite in 20 steps in a row.
       OSError: something could not be written; checkpoints written before stay.
     """
-    distributed.check_joined()
     config = dataclasses.replace(config, run_dir=str(user_path(config.run_dir, "run_dir")))
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> TrainState:
         log.greet(mesh, first_step)
         pending = None
         while True:
-            last, stopping = step == config.steps, stop.asked()
+            last, stopping = step == config.steps, stop.asked(step)
             evaluate = step > first_step and (last or step % config.eval.every == 0)
             due = evaluate or stopping or step % config.checkpoint.every == 0
             save = step > first_step and due
@@ -104,7 +104,6 @@ def train(config: TrainConfig) -> TrainState:
             pending = (step, metrics)
         checkpoints.wait()
         log.finish(step, first_step)
-    distributed.finish()
     if step < config.steps:
         stop.leave()
     return state
@@ -144,7 +143,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # JAX handles SIGTERM of several processes.
+            for number in (signal.SIGINT, signal.SIGTERM)[: 1 if jax.process_count() > 1 else 2]:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -157,17 +157,19 @@ class Interruption:
             raise KeyboardInterrupt
         # Nothing is printed here: the signal may have come in the middle of a print.
         self._signal = number
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def asked(self) -> bool:
-        """Whether to stop before the next step: the same answer in all processes, whichever was asked."""
-        signals = [number for number in distributed.exchange(self._signal) if number is not None]
-        if signals:
-            self._signal = signals[0]
+    def asked(self, step: int) -> bool:
+        """Returns True if the run stops before this step: the same answer in all processes."""
+        several = jax.process_count() > 1
+        asked = distributed.stop_requested(step) if several else self._signal is not None
+        if asked:
             self._report("Stopping: the run is saved first. Ctrl-C leaves at once.")
-        return bool(signals)
+        return asked
 
     def leave(self) -> None:
         """Ends the program the way the signal asked for."""
-        if self._signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        if jax.process_count() == 1 and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + (self._signal or signal.SIGTERM))

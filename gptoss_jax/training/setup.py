@@ -52,7 +52,7 @@ UNTIL_SEEN = 15
 
 def check_same_config(config: TrainConfig) -> None:
     """Raises ValueError when the processes of a run were started with different settings, naming them."""
-    first, *others = map(flatten, distributed.exchange(config.to_dict()))
+    first, *others = map(flatten, distributed.allgather_host(config.to_dict()))
     for index, other in enumerate(others, start=1):
         # Where each machine keeps its tokenised text is its own affair.
         differing = [n for n in sorted(first) if first[n] != other.get(n) and n != "data.cache_dir"]
@@ -69,11 +69,11 @@ def check_shared(run_dir: pathlib.Path) -> None:
     is_main = jax.process_index() == 0
     if is_main and jax.process_count() > 1:
         probe.touch()
-    probe = run_dir / distributed.exchange(probe.name)[0]
+    probe = run_dir / distributed.allgather_host(probe.name)[0]
     until = time.monotonic() + UNTIL_SEEN
     while jax.process_count() > 1 and not probe.exists() and time.monotonic() < until:
         time.sleep(0.2)
-    seen = distributed.exchange([probe.exists(), socket.gethostname()])
+    seen = distributed.allgather_host([probe.exists(), socket.gethostname()])
     if is_main:
         probe.unlink(missing_ok=True)
     for index, (found, host) in enumerate(seen[1:], start=1):
@@ -86,12 +86,12 @@ def check_shared(run_dir: pathlib.Path) -> None:
 
 def open_cache(config: DataConfig, report: Callable[[str], None]) -> TokenCache:
     """The tokenised text, made by process 0; where its folder is not seen, by one process of each machine."""
-    hosts = distributed.exchange(socket.gethostname())
+    hosts = distributed.allgather_host(socket.gethostname())
     first_of_each = {hosts.index(host) for host in hosts}
     for turn in [{0}, first_of_each] if len(hosts) > 1 else []:
         if jax.process_index() in turn:
             build_cache(config, report)
-        distributed.exchange(None)
+        distributed.barrier()
     return build_cache(config, report)
 
 

@@ -1,4 +1,4 @@
-"""Several processes: real ones, on this machine, over gloo."""
+"""Runs of several processes: real ones on this machine, with gloo."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ from gptoss_jax.training.console import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
-GONE = "process {} of 2 is gone (killed, or its machine is); start all again with the same line"
+LOST = "process {} of {} has lost another one, which failed or was killed"
 
 
 def start_one(command, devices=1, **variables):
@@ -40,15 +40,15 @@ def start_one(command, devices=1, **variables):
     )
 
 
-def start_two(command, devices=1):
+def start_all(command, devices=1, count=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    return [start_one(command, devices, **common, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    return [start_one(command, devices, **common, JAX_PROCESS_ID=str(index)) for index in range(count)]
 
 
-def ended(started, timeout=200):
+def wait_for_exit(started, timeout=200):
     """(exit code, stdout, stderr) of each process."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in started]
@@ -69,14 +69,14 @@ def losses(folder):
 def wait_for_rows(folder, count, started):
     metrics = folder / "metrics.jsonl"
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
-        assert all(process.poll() is None for process in started), ended(started)
+        assert all(process.poll() is None for process in started), wait_for_exit(started)
         time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One process of 8 devices from start to end; and a run that begins on two of 4, is killed, goes on
-    on two of 2, is stopped, and ends on one of 4. Each with its outputs."""
+    """The outputs of a run of one process with 8 devices, and of one that starts on two processes with 4,
+    is killed, resumes on two with 2, is stopped, and ends on one with 4."""
     folder = tmp_path_factory.mktemp("processes")
     words, chosen = ["ka", "lo", "mi", "teru", "sano"], random.Random(0)
     stories = [" ".join(chosen.choices(words, k=chosen.randint(20, 90))) + ".\n" for _ in range(40)]
@@ -107,23 +107,23 @@ def runs(tmp_path_factory):
 
     reference, broken = start_one(line("whole"), devices=8), folder / "broken"
     found = {"folder": folder}
-    pair = start_two(line("broken"), devices=4)
+    pair = start_all(line("broken"), devices=4)
     wait_for_rows(broken, 8, pair)
     pair[1].kill()
     began = time.monotonic()
     pair[0].wait(timeout=60)
     found["seconds"] = time.monotonic() - began
-    found["killed"] = ended(pair)
+    found["killed"] = wait_for_exit(pair)
     found["first"] = losses(broken)
-    (found["whole"],) = ended([reference])
+    (found["whole"],) = wait_for_exit([reference])
     # Another size of the axes too.
-    pair = start_two(line("broken", mesh=MeshConfig(fsdp=2, expert=2)), devices=2)
-    wait_for_rows(broken, len(found["first"]), pair)
-    wait_for_rows(broken, len(losses(broken)) + 3, pair)
+    pair = start_all(line("broken", mesh=MeshConfig(fsdp=2, expert=2)), devices=2)
+    while "Resuming" not in (resumed := pair[0].stdout.readline()):
+        assert resumed, wait_for_exit(pair)
     pair[1].send_signal(signal.SIGTERM)
-    found["stopped"] = ended(pair)
+    found["resumed"], found["stopped"] = resumed, wait_for_exit(pair)
     found["second"] = losses(broken)
-    (found["end"],) = ended([start_one(line("broken", mesh=MeshConfig(data=2, tensor=2)), devices=4)])
+    (found["end"],) = wait_for_exit([start_one(line("broken", mesh=MeshConfig(data=2, tensor=2)), devices=4)])
     found["third"] = losses(broken)
     return found
 
@@ -142,16 +142,18 @@ def test_two_processes_compute_what_one_does(runs):
 def test_a_killed_process_ends_the_other_with_a_message(runs):
     (code, out, err), (killed, silent, _) = runs["killed"]
     assert (code, killed) == (1, -signal.SIGKILL) and runs["seconds"] < 60
-    assert err.startswith(f"train.py: error: {GONE.format(1)}") and len(err.splitlines()) == 1
+    assert err.startswith(f"train.py: error: {LOST.format(0, 2)}") and len(err.splitlines()) == 1
     assert "on     8 × cpu" in out and "Gloo" not in out and silent == ""
 
 
 @pytest.mark.slow
-def test_it_goes_on_under_another_mesh_and_is_stopped_by_a_signal_to_one(runs):
+def test_resumes_on_another_mesh_and_stops_after_a_signal_to_one_process(runs):
     (code, out, err), (other, silent, silence) = runs["stopped"]
-    assert (code, other) == (143, 143) and err == silence == silent == ""
+    assert (code, other) == (143, 143) and err == silent == ""
+    assert "SIGTERM caught" in silence and len(silence.splitlines()) == 1
     stopped_at = max(step for step, *_ in runs["second"])
-    assert "Resuming from step" in out and f"Stopped at step {stopped_at} of {STEPS}" in out
+    assert "Resuming from step 5" in runs["resumed"] and 5 < stopped_at < STEPS
+    assert f"Stopped at step {stopped_at} of {STEPS}" in out
     code, out, err = runs["end"]
     assert code == 0, err
     assert f"Resuming from step {stopped_at}" in out
@@ -168,73 +170,92 @@ def test_a_run_of_many_meshes_has_the_losses_of_one(runs):
 
 
 DEMO = """
-import sys, time
+import pathlib, sys, time
 from gptoss_jax import startup
 from gptoss_jax.config import TrainConfig
-from gptoss_jax.parallel import processes
+from gptoss_jax.parallel import distributed
 
-def said(check, *arguments):
+def message_of(check, *arguments):
     try:
         check(*arguments)
     except ValueError as error:
         return str(error)
 
 def main():
-    with processes.joined("demo"):
-        import dataclasses, pathlib
+    with distributed.distributed_session("demo"):
         import jax
-        from gptoss_jax.training import start
+        from gptoss_jax.training import setup
 
         index, mode, folder = jax.process_index(), sys.argv[1], pathlib.Path(sys.argv[2])
-        assert processes.exchange((index, "x")) == [[0, "x"], [1, "x"]]
+        values = distributed.allgather_host([index, "x" * index])
+        assert values == [[i, "x" * i] for i in range(jax.process_count())]
+        distributed.barrier()
+        distributed.barrier()
         print(f"{index} of {jax.process_count()}", flush=True)
         if mode == "checks":
-            start.UNTIL_SEEN = 0.5
+            setup.UNTIL_SEEN = 0.5
             (folder / str(index)).mkdir(parents=True, exist_ok=True)
-            print(said(start.check_shared, folder), flush=True)
-            print(said(start.check_shared, folder / str(index)), flush=True)
-            print(said(start.check_same_config, TrainConfig(seed=index)), flush=True)
+            print(message_of(setup.check_shared, folder), flush=True)
+            print(message_of(setup.check_shared, folder / str(index)), flush=True)
+            print(message_of(setup.check_same_config, TrainConfig(seed=index)), flush=True)
         if mode == "all":
             raise ValueError("wrong everywhere")
         if mode == "one" and index == 1:
             raise OSError("wrong in one")
-        while mode in ("one", "kill"):
-            processes.exchange(None)
+        while mode in ("one", "kill", "suspend"):
+            distributed.allgather_host(None)
             time.sleep(0.01)
 
 sys.exit(startup.run(main, "demo"))
 """
 
 
+def start_demo(mode, folder, count=2):
+    return start_all([sys.executable, "-u", "-c", DEMO, mode, str(folder)], count=count)
+
+
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
     """mode -> the processes' (exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("demo")
-    started = {
-        mode: start_two([sys.executable, "-u", "-c", DEMO, mode, str(folder)])
-        for mode in ("checks", "all", "one", "kill")
-    }
+    started = {mode: start_demo(mode, folder) for mode in ("checks", "all", "one", "kill")}
     victim = started["kill"][0]
     assert victim.stdout.readline() == "0 of 2\n"
     victim.kill()
-    return {mode: ended(pair) for mode, pair in started.items()}
+    return {mode: wait_for_exit(pair) for mode, pair in started.items()}
 
 
-def test_an_error_of_all_is_said_once(demos):
+def test_every_process_reports_its_own_error(demos):
     assert [code for code, _, _ in demos["all"]] == [2, 2]
-    assert "".join(err for _, _, err in demos["all"]) == "demo: error: wrong everywhere\n"
+    errors = [err for _, _, err in demos["all"]]
+    assert errors == ["demo: error: wrong everywhere\n", "demo: process 1 of 2: error: wrong everywhere\n"]
 
 
 def test_an_error_of_one_ends_the_others(demos):
     (code, _, err), (own_code, _, own_err) = demos["one"]
-    assert (code, own_code) == (1, 1) and own_err == "demo: error: wrong in one\n"
-    assert err.startswith("demo: error: process 1 of 2 has stopped with an error; start all again")
+    assert (code, own_code) == (1, 1) and own_err == "demo: process 1 of 2: error: wrong in one\n"
+    assert err.startswith(f"demo: error: {LOST.format(0, 2)}") and err.count("\n") == 1
 
 
 def test_process_0_killed_ends_the_others(demos):
     (_, (code, _, err)) = demos["kill"]
-    # JAX's own watch sees the same moment, and may be the first to speak.
-    assert (code == 1 and GONE.format(0) in err) or (code == -signal.SIGABRT and "leader task was" in err)
+    # Gloo and JAX's coordination service notice it at the same time, and either may be the first.
+    assert (code == 1 and LOST.format(1, 2) in err) or (
+        code == -signal.SIGABRT and "another task died" in err
+    )
+
+
+@pytest.mark.slow
+def test_a_suspended_process_ends_the_others(tmp_path):
+    processes = start_demo("suspend", tmp_path, count=3)
+    assert processes[0].stdout.readline() == "0 of 3\n"
+    processes[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    codes = [process.wait(timeout=90) for process in (processes[0], processes[2])]
+    assert all(codes) and time.monotonic() - began < 60
+    processes[1].kill()
+    (_, _, err), _, _ = wait_for_exit(processes)
+    assert "stopped sending heartbeats" in err
 
 
 def test_what_has_to_be_the_same_for_all(demos):
@@ -251,7 +272,7 @@ def test_what_has_to_be_the_same_for_all(demos):
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs Open MPI")
 def test_mpirun(tmp_path):
     mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-u", "-c", DEMO]
-    ((code, out, err),) = ended([start_one([*mpirun, "all", str(tmp_path)])])
+    ((code, out, err),) = wait_for_exit([start_one([*mpirun, "all", str(tmp_path)])])
     assert code == 2 and out.count("0 of 2\n") == 1 and "1 of 2\n" not in out
     assert err.count("demo: error: wrong everywhere") == 1
 
@@ -267,11 +288,14 @@ OPEN_MPI = {
 }  # fmt: skip
 
 
+LAUNCHERS = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_", "TPU_")
+
+
 @pytest.fixture
 def environment(monkeypatch):
     """Sets variables; a None removes one."""
     for name in os.environ:
-        if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "JAX_PROCESS", "SLURM_", "OMPI_", "KUBERNETES_")):
+        if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "JAX_PROCESS", *LAUNCHERS)):
             monkeypatch.delenv(name)
 
     def change(variables):
@@ -296,17 +320,43 @@ def environment(monkeypatch):
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
     ],
 )
-def test_a_process_alone_joins_nobody(environment, variables):
+def test_a_single_process_does_not_initialize(environment, variables):
     environment(variables)
-    with distributed.joined("demo"):
+    with distributed.distributed_session("demo"):
         assert not jax.distributed.is_initialized()
-        assert distributed.exchange(3) == [3]
+        assert distributed.allgather_host(3) == [3]
+        distributed.barrier()
+        assert not distributed.stop_requested(1)
 
 
-@pytest.mark.parametrize("variables", [BY_HAND, SLURM, OPEN_MPI])
-def test_several_processes_are_recognised(environment, variables):
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        (BY_HAND, {"coordinator_address": "here:1234", "num_processes": 2, "process_id": 0}),
+        (SLURM, {}),
+        (OPEN_MPI, {}),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, {}),
+    ],
+)
+def test_several_processes_are_initialized(environment, monkeypatch, variables, named):
     environment(variables)
-    assert distributed._several()
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert distributed._initialize()
+    ((arguments),) = calls
+    assert arguments.pop("heartbeat_timeout_seconds") <= 60
+    assert arguments.pop("cluster_detection_method", None) == ("deactivate" if named else None)
+    assert arguments == named
+
+
+def test_an_open_mpi_that_jax_does_not_know(environment):
+    environment({"OMPI_COMM_WORLD_SIZE": "2"})
+    with (
+        pytest.raises(OSError, match="cannot join the processes that Open MPI names: .* Set JAX_COORD"),
+        distributed.distributed_session("demo"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -316,16 +366,15 @@ def test_several_processes_are_recognised(environment, variables):
         (BY_HAND | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES is 0: must be above 0"),
         (BY_HAND | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2: must be below JAX_NUM_PROCESSES, 2"),
         (BY_HAND | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1': must be a whole number"),
-        (BY_HAND | {"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is None: must be set where one of"),
-        (BY_HAND | {"JAX_NUM_PROCESSES": None}, "JAX_NUM_PROCESSES is None: must be set where one of"),
+        (BY_HAND | {"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID is None: must be set with the others"),
+        (BY_HAND | {"JAX_NUM_PROCESSES": None}, "JAX_NUM_PROCESSES is None: must be set with the others"),
         (BY_HAND | {"JAX_COORDINATOR_ADDRESS": None}, "JAX_COORDINATOR_ADDRESS is None: must be HOST:PORT"),
         (BY_HAND | {"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS is 'here': must be HOST"),
         ({"JAX_COORDINATOR_ADDRESS": "here:1"}, "JAX_COORDINATOR_ADDRESS is 'here:1': needs JAX_NUM"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is '2': JAX does not know this Open MPI"),
     ],
 )
-def test_an_environment_that_does_not_fit(environment, variables, message):
+def test_an_invalid_environment(environment, variables, message):
     environment(variables)
-    with pytest.raises(ValueError, match=message) as error, distributed.joined("demo"):
+    with pytest.raises(ValueError, match=message) as error, distributed.distributed_session("demo"):
         pass
     assert "\n" not in str(error.value)
