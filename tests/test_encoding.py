@@ -13,8 +13,8 @@ import tokenizers
 
 from gptoss_jax import startup
 from gptoss_jax.config.paths import path_exists, require_utf8, user_path, user_text
-from gptoss_jax.data.bpe import train_bpe
 from gptoss_jax.data.tokenizer import load_tokenizer
+from gptoss_jax.data.tokenizer_json import train_bpe
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = [ROOT / "train.py"]

@@ -1,1 +1,1 @@
-"""From text to batches: corpus, tokenizer, pipeline."""
+"""From text to batches: sources, tokenizers, token cache, packing, Harmony."""

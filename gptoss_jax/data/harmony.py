@@ -1,7 +1,7 @@
-"""Harmony, gpt-oss's chat format, by openai-harmony: conversations to tokens, and an answer's tokens to text.
+"""Harmony, gpt-oss's chat format (https://github.com/openai/harmony): rendering and streaming parsing.
 
-An answer is messages to channels: `analysis` is the model thinking, `commentary` what it says on the way and
-its calls of tools, `final` the answer proper. The format: https://github.com/openai/harmony.
+An answer has messages in channels: `analysis` is reasoning, `commentary` has preambles and tool calls, and
+`final` is the answer for the user.
 """
 
 import base64
@@ -21,11 +21,10 @@ from gptoss_jax.data.tokenizer import Tokenizer, valid_text
 RETURN, CHANNEL, START, END, MESSAGE, CALL = 200002, 200005, 200006, 200007, 200008, 200012
 SPECIAL = {"return": RETURN, "channel": CHANNEL, "start": START, "end": END, "message": MESSAGE, "call": CALL}
 ENDS = (RETURN, END, CALL)
-# Below the special tokens.
-RANKS = 199998
+RANKS = 199998  # tokens below the special ones
 CHANNELS = ("analysis", "commentary", "final")
 KNOWLEDGE_CUTOFF = "2024-06"
-# A header that is longer is none. Names of tools may have 64 characters.
+# Longest header. Names of tools may have 64 characters.
 HEADER_TOKENS = 64
 FOLDER = "TIKTOKEN_ENCODINGS_BASE"
 
@@ -34,9 +33,9 @@ Reasoning = Literal["low", "medium", "high"]
 
 @dataclasses.dataclass(eq=False)
 class Part:
-    """A message of an answer, as far as it has come; without a channel, text that is not in the format.
+    """A message of an answer, possibly unfinished; without a channel, text that is not in the format.
 
-    `recipient` is the tool that a message calls, `content_type` what its text is, such as `json`.
+    `recipient` is the tool that a message calls, `content_type` the format of its text, such as `json`.
     """
 
     channel: str | None = None
@@ -45,7 +44,7 @@ class Part:
     text: str = ""
 
     def message(self) -> library.Message:
-        """What the conversation remembers; text without a channel was shown as the answer, so it is final."""
+        """Returns the message for the conversation. Text without a channel was shown as the answer: final."""
         message = library.Message.from_role_and_content(Role.ASSISTANT, self.text)
         message.channel = self.channel or ("commentary" if self.recipient else "final")
         message.recipient, message.content_type = self.recipient, self.content_type
@@ -53,7 +52,7 @@ class Part:
 
 
 def is_harmony(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer has the special tokens of the format, with the ids that openai-harmony has."""
+    """Returns True if a tokenizer has the format's special tokens, with the ids of openai-harmony."""
     return all(tokenizer.special_tokens.get(f"<|{name}|>") == token for name, token in SPECIAL.items())
 
 
@@ -63,13 +62,13 @@ def system(
     knowledge_cutoff: str = KNOWLEDGE_CUTOFF,
     channels: Sequence[str] = CHANNELS,
 ) -> library.Message:
-    """The first message: who the model is, what it knows, how much it shall think, and its channels.
+    """Returns the system message.
 
     Args:
-      reasoning: how much the model thinks before it answers.
-      date: today, as YYYY-MM-DD; None says nothing of it.
-      knowledge_cutoff: the month that the model's knowledge ends with, as YYYY-MM.
-      channels: where the model may speak.
+      reasoning: reasoning effort.
+      date: today, as YYYY-MM-DD; None leaves it out.
+      knowledge_cutoff: last month of the training data, as YYYY-MM.
+      channels: the valid channels of an answer.
     """
     effort = library.ReasoningEffort[reasoning.upper()]
     content = library.SystemContent(
@@ -79,23 +78,22 @@ def system(
 
 
 def developer(instructions: str) -> library.Message:
-    """The message that says what the user may not change: how to answer, in what language, as whom."""
+    """Returns the developer message, whose instructions take precedence over the user's."""
     content = library.DeveloperContent(instructions=valid_text(instructions))
     return library.Message.from_role_and_content(Role.DEVELOPER, content)
 
 
 def user(text: str) -> library.Message:
-    """What the user says. A special token that it spells is encoded as characters."""
+    """Returns a user message. Special tokens in the text are encoded as characters."""
     return library.Message.from_role_and_content(Role.USER, valid_text(text))
 
 
 def without_old_analysis(messages: Sequence[library.Message]) -> list[library.Message]:
-    """A conversation as the model reads it again: what it thought before a final answer is dropped once the
-    user has replied to that.
+    """Drops the analysis before the last final answer that the user has replied to.
 
-    Analysis that has led to no answer yet stays: the model was interrupted, or has called a tool.
-    openai-harmony's own rule (auto_drop_analysis) drops only what stands before the first final answer, and
-    takes it back where a later turn has none.
+    Analysis without an answer yet stays: the model was interrupted, or has called a tool. openai-harmony's
+    own rule (auto_drop_analysis) drops only analysis before the first final answer, and restores it if a
+    later turn has none.
     """
     said = [message.author.role for message in messages]
     replied = len(said) - said[::-1].index(Role.USER) - 1 if Role.USER in said else 0
@@ -109,29 +107,28 @@ def without_old_analysis(messages: Sequence[library.Message]) -> list[library.Me
 
 
 class Harmony:
-    """The format, with the vocabulary of a tokenizer that `is_harmony`."""
+    """Renders and parses the format with the vocabulary of a tokenizer that `is_harmony`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError for a vocabulary that openai-harmony does not take."""
+        """Raises ValueError for a vocabulary that openai-harmony does not accept."""
         self._tokenizer = tokenizer
         self._names = {token: name for name, token in tokenizer.special_tokens.items()}
         self._encoding = _load(tokenizer)
 
     def render(self, messages: Sequence[library.Message]) -> list[int]:
-        """The tokens of a conversation, up to where the model begins to answer; without old analysis."""
+        """Returns the prompt of a conversation, without old analysis, up to the start of the answer."""
         conversation = library.Conversation.from_messages(without_old_analysis(messages))
-        # What is to be dropped is gone already.
         keep = library.RenderConversationConfig(auto_drop_analysis=False)
         return self._encoding.render_conversation_for_completion(conversation, Role.ASSISTANT, keep)
 
     def reader(self) -> "AnswerReader":
-        """Reads one answer to what `render` gave."""
+        """Returns a parser of one answer to a prompt of `render`."""
         return AnswerReader(self)
 
     def header(self, tokens: Sequence[int]) -> Part | None:
-        """The empty message that a header begins, <|message|> included; None if it is not an assistant's.
+        """Parses a header up to <|message|> to an empty message; None if it is not one of the assistant.
 
-        A header with <|start|> names its role; one without goes on from where `render` ends.
+        A header with <|start|> names its role; one without continues the prompt of `render`.
         """
         parser = library.StreamableParser(self._encoding, None if START in tokens else Role.ASSISTANT)
         try:
@@ -142,51 +139,46 @@ class Harmony:
         recipient, content_type = parser.current_recipient, parser.current_content_type
         written = b"".join(map(self.spelled, tokens)).decode(errors="replace")
         if recipient and content_type is None and f"to={recipient}" not in written:
-            # The library takes a single word for a recipient, that of `final <|constrain|>json` too.
+            # The library parses a single word as a recipient, also that of `final <|constrain|>json`.
             recipient, content_type = None, recipient
         fits = (
             parser.current_role == Role.ASSISTANT
             and parser.current_channel in (None, *CHANNELS)
             and (recipient is None or f"to={recipient}" in written)
-            # A marker that is out of place is taken for part of a word.
+            # The library parses a misplaced marker as part of a word.
             and "<|" not in (recipient or "") + (content_type or "").removeprefix("<|constrain|>")
         )
         return Part(parser.current_channel, recipient, content_type) if fits else None
 
     def spelled(self, token: int) -> bytes:
-        """The bytes of a token; those of a special one are its name."""
+        """The bytes of a token; for a special token, its name."""
         if token in self._names or token >= self._tokenizer.vocab_size:
             return self._names.get(token, f"<|reserved_{token}|>").encode()
         return self._tokenizer.decode_bytes([token])
 
 
 class AnswerReader:
-    """The tokens of an answer to its messages, token by token. Nothing that a model may write is an error.
+    """Streaming parser of an answer, for any tokens: nothing that a model may generate is an error.
 
-    What is not in the format, or breaks off in a header, becomes text: a part without a channel, in which
+    Tokens that are not in the format, or an unfinished header, become a part without a channel, in which
     special tokens are spelled out, up to the next <|start|>. A message ends with <|end|>, <|return|> or
-    <|call|>, and where they are missing with the next <|start|>.
+    <|call|>, or else at the next <|start|>.
     """
 
     def __init__(self, harmony: Harmony) -> None:
         self.parts: list[Part] = []
         self._harmony = harmony
         self._header: list[int] | None = []  # None outside of a header
-        self._part: Part | None = None  # what is being read
-        self._framed = False  # whether it has a header, and so ends with one of ENDS
+        self._part: Part | None = None  # current part
+        self._framed = False  # the part has a header, so it ends with one of ENDS
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens: Sequence[int]) -> list[tuple[Part, str]]:
-        """The parts that have grown with these tokens, in order, each with the text that is new in it.
-
-        The bytes of an unfinished character wait for the rest of it.
-        """
+        """Returns the parts with new text, each with that text. Incomplete characters are buffered."""
         return [piece for token in tokens for piece in self._one(token) if piece[1]]
 
     def close(self) -> list[tuple[Part, str]]:
-        """What is left when no more tokens come: a header without a message, and U+FFFD for a character
-        that broke off.
-        """
+        """Returns the remaining text: a header without a message, U+FFFD for an incomplete character."""
         return [piece for piece in self._finish() if piece[1]]
 
     def _one(self, token: int) -> Iterator[tuple[Part, str]]:
@@ -230,10 +222,10 @@ class AnswerReader:
 
 
 def _load(tokenizer: Tokenizer) -> library.HarmonyEncoding:
-    """openai-harmony's encoding, with the ranks of a tokenizer.
+    """Loads openai-harmony's encoding with the ranks of a tokenizer.
 
-    Of its own accord the library takes them from a file that TIKTOKEN_ENCODINGS_BASE names, or from the
-    network. The tokenizer has the same ones, so it is given a file of those: byte for byte the published one.
+    The library reads them from a file in TIKTOKEN_ENCODINGS_BASE, or from the network. The tokenizer has the
+    same ranks, so we write them to such a file, equal to the published one.
     """
     lines = (b"%s %d\n" % (base64.b64encode(tokenizer.decode_bytes([rank])), rank) for rank in range(RANKS))
     before = os.environ.get(FOLDER)

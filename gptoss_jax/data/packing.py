@@ -1,4 +1,4 @@
-"""Which pieces of which documents lie in which row."""
+"""Packing of documents into rows."""
 
 import bisect
 import dataclasses
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackPlan:
-    """The pieces of documents in each row: row r has those from row_offsets[r] to row_offsets[r + 1]."""
+    """Pieces of documents by row: row r has pieces row_offsets[r] to row_offsets[r + 1]."""
 
     row_offsets: np.ndarray  # int64 [rows + 1]
     document: np.ndarray  # int64 [pieces], index into the lengths that were packed
@@ -17,16 +17,15 @@ class PackPlan:
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> PackPlan:
-    """Lays documents into rows so that each pair is in exactly one row and few documents are cut.
+    """Packs documents into rows by best fit decreasing, so that few of them are cut.
 
-    A document longer than a row fills rows of its own, and the rest of it is treated as a short document.
-    Those are placed from long to short, each into the row with the least room that still takes it (best fit
-    decreasing, Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Rows are at most 2 *
-    sum(lengths) / seq_len + 1. The same lengths give the same plan.
+    A document longer than a row fills whole rows, and its rest is packed like a short document: from long to
+    short, each into the row with the least room that fits it (Ding et al. 2024, "Fewer Truncations Improve
+    Language Modeling"). At most 2 * sum(lengths) / seq_len + 1 rows. Deterministic.
 
     Args:
       lengths: int [documents], (input, target) pairs of each document.
-      seq_len: pairs that a row holds.
+      seq_len: pairs per row.
     """
     lengths = np.asarray(lengths, np.int64)
     full = lengths // seq_len
@@ -42,9 +41,8 @@ def pack(lengths: np.ndarray, seq_len: int) -> PackPlan:
     start.append(full[order] * seq_len)
     length.append(rest[order])
 
-    # Open rows by the room left in them. All documents of one length are placed together: the row with the
-    # least room still has the least after taking one, so it takes as many as it can before the next row gets
-    # any.
+    # Open rows by the room left in them. All documents of one length are placed together: a row with the
+    # least room still has the least after taking one, so it is filled before the next row gets any.
     rows_by_room: dict[int, list[np.ndarray]] = {}
     rooms: list[int] = []  # the keys of rows_by_room, sorted
     sizes, counts = np.unique(-rest[order], return_counts=True)

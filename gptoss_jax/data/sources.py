@@ -90,7 +90,7 @@ def open_corpus(source: str) -> Corpus:
 
 
 def _split_field(source: str, rest: str) -> tuple[str, str]:
-    """Splits `NAME#field`. The # of an existing path belongs to its name; a field need not be a valid path."""
+    """Splits `NAME#field`. The # of an existing path belongs to its name."""
     if "#" not in rest or path_exists(rest, "data.source"):
         return rest, "text"
     folder, base = os.path.split(rest)

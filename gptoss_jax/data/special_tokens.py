@@ -1,8 +1,7 @@
-"""Special tokens of Hugging Face tokenizers: which begin and end a document, which are never text, and which
-ids end an answer.
+"""Special tokens of Hugging Face tokenizers: bos and eos, tokens that are never text, ids that end an answer.
 
-A tokenizer.json does not say which token is bos and which is eos. The files beside it do, or the user does,
-or their names are well known.
+A tokenizer.json does not say which token is bos and which is eos. The user or the files beside it do, or they
+have well-known names.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from gptoss_jax.config.base import listed, read_json
 from gptoss_jax.config.paths import path_exists, user_path, user_text
 
 END_OF_TEXT = "<|endoftext|>"
-# End a turn and a tool call in gpt-oss's chat format, where END_OF_TEXT ends a document.
+# Ends of a turn and of a tool call in gpt-oss's chat format; END_OF_TEXT ends a document.
 RETURN, CALL = "<|return|>", "<|call|>"
 BOS_NAMES = (
     "<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "[BOS]",
@@ -28,10 +27,10 @@ EOS_NAMES = (
     END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "[EOS]",
     "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|im_end|>",
 )  # fmt: skip
-# A chat model's files may name as eos what ends a turn. One of DOCUMENT_ENDS, if there, ends a document.
+# Ends of turns, which a chat model's files may name as eos. If it has one of DOCUMENT_ENDS, that is our eos.
 TURN_ENDS = (RETURN, "<|im_end|>", "<|eot_id|>", "<|eot|>")
 DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>")
-# Added tokens with such names are markers, even if the file does not call them special.
+# Names of added tokens that are special, even if the file does not say so.
 MARKER = re.compile(r"<[|\uff5c].+[|\uff5c]>")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 ROLE_KEYS = ("bos_token", "eos_token")
@@ -41,7 +40,7 @@ MODEL_SETTINGS = ("generation_config.json", "config.json")
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """The names of the tokens that begin and end a document; None where nothing names one."""
+    """Names of the tokens that begin and end a document; None if unknown."""
 
     bos: str | None = None
     eos: str | None = None
@@ -49,10 +48,10 @@ class Roles:
 
 @dataclasses.dataclass(frozen=True)
 class NamedTokens:
-    """The special tokens that the files beside a tokenizer.json name."""
+    """Special tokens in the files beside a tokenizer.json."""
 
     roles: Roles = Roles()
-    without_bos: bool = False  # they say that there is no bos
+    without_bos: bool = False  # the files say that there is no bos
     special: frozenset[str] = frozenset()
     # bos_token_id and eos_token_id, of the model
     ids: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -63,7 +62,7 @@ SAVED_SPEC = "file:tokenizer.json"
 
 
 def parse_file_spec(spec: str) -> tuple[pathlib.Path, Roles]:
-    """Splits file:PATH#bos=NAME,eos=NAME, where either name may be missing. A file with the whole name wins.
+    """Parses file:PATH#bos=NAME,eos=NAME; one name may be missing. A file with the whole name has precedence.
 
     Raises ValueError for anything else after the # of a path.
     """
@@ -86,24 +85,21 @@ def _parse_roles(text: str, spec: str) -> Roles:
 
 
 def saved_spec(roles: Roles) -> str:
-    """Returns the spec that a folder stores for its own tokenizer.json with these roles."""
+    """Returns the spec that is stored beside a tokenizer.json with these roles."""
     return f"{SAVED_SPEC}#bos={roles.bos},eos={roles.eos}\n"
 
 
 def parse_saved_spec(spec: str) -> Roles:
-    """Returns the roles in a spec that `saved_spec` wrote. The file is that folder's: no path is looked up.
-
-    Raises ValueError for anything else.
-    """
+    """Parses a spec of `saved_spec`, without looking up paths. Raises ValueError for anything else."""
     named = spec.removeprefix(SAVED_SPEC).removesuffix("\n")
     return _parse_roles(named.removeprefix("#"), spec) if named else NO_ROLES
 
 
 def read_named_tokens(folder: pathlib.Path) -> NamedTokens:
-    """Reads tokenizer_config.json, special_tokens_map.json and the ids of the model's files in a folder.
+    """Reads tokenizer_config.json, then special_tokens_map.json, and the ids in the model's files.
 
-    The earlier file wins. Raises ValueError for a damaged file, and for a bos_token or eos_token that is
-    neither text nor null. Other keys are often used for other values, such as num_image_token.
+    Raises ValueError for a damaged file, and for a bos_token or eos_token that is neither text nor null.
+    Other keys, such as num_image_token, may have values of any type.
     """
     found: dict[str, str | None] = {}
     special: set[str | None] = set()
@@ -144,7 +140,7 @@ def _name(token: Any) -> str | None:
 
 
 def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
-    """The ids under a key of generation_config.json or, if that says nothing, of config.json."""
+    """Returns the ids under a key of generation_config.json or else of config.json."""
     # The files of `original/` are one folder up.
     folders = [folder, folder.parent] if folder.name == "original" else [folder]
     for path in (place / name for name in MODEL_SETTINGS for place in folders):
@@ -158,15 +154,13 @@ def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
 
 
 def read_stop_ids(folder: pathlib.Path, vocab_size: int = 0) -> tuple[int, ...]:
-    """The ids that end an answer, as transformers reads them: eos_token_id of generation_config.json or, if
-    that does not say, of config.json.
+    """Returns the ids that end an answer: eos_token_id of generation_config.json or else of config.json.
 
     Args:
-      folder: the model's.
-      vocab_size: the number of the tokenizer's ids. The model may have more, as its config.json says. Ids
-        that neither has are left out, because they are never generated.
+      folder: that of the model.
+      vocab_size: of the tokenizer. The model's may be larger; ids outside both are left out.
 
-    Raises ValueError for a damaged file and for what is not a token id.
+    Raises ValueError for a damaged file and for values that are not token ids.
     """
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
@@ -177,11 +171,10 @@ def read_stop_ids(folder: pathlib.Path, vocab_size: int = 0) -> tuple[int, ...]:
 
 
 def find_roles(model: tokenizers.Tokenizer, chosen: Roles, named: NamedTokens) -> Roles:
-    """The bos and the eos of a tokenizer.json.
+    """Returns the bos and the eos of a tokenizer.json.
 
-    The first of these that names one: the user, the files beside it, the well-known names, the ids in the
-    model's files. If only one is found it plays both roles: a vocabulary without a bos begins a document with
-    eos. Both are None where nothing is found.
+    In order of precedence: chosen by the user, named in the files beside it, well-known names, ids in the
+    model's files. If there is only one, it has both roles. Both are None if there is none.
     """
     added = model.get_added_tokens_decoder()
     names = {token.content for token in added.values()}
@@ -210,17 +203,16 @@ def find_roles(model: tokenizers.Tokenizer, chosen: Roles, named: NamedTokens) -
 
 
 def document_end(eos: str, names: Collection[str]) -> str:
-    """The token that ends a document in a vocabulary with these special tokens whose files name this eos."""
+    """Returns the end of a document in a vocabulary with these special tokens and this eos in its files."""
     if eos not in TURN_ENDS:
         return eos
     return next((name for name in DOCUMENT_ENDS if name in names), eos)
 
 
 def special_names(model: tokenizers.Tokenizer, roles: Roles, named: NamedTokens) -> set[str]:
-    """The tokens that are never text: those that the file or the files beside it call special, bos and eos,
-    and added tokens that look like markers.
+    """Returns the tokens that are never text: special in a file, bos and eos, or named like a marker.
 
-    Other added tokens are text, such as a run of spaces. So is a token of one character, which text needs.
+    Other added tokens are text, such as runs of spaces, and so are tokens of one character.
     """
     added = model.get_added_tokens_decoder().values()
     found = {token.content for token in added if token.special or MARKER.fullmatch(token.content)}
@@ -229,7 +221,7 @@ def special_names(model: tokenizers.Tokenizer, roles: Roles, named: NamedTokens)
 
 
 def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Roles) -> None:
-    """Raises ValueError where a bos or an eos is missing, is not a token, or is one that text needs."""
+    """Raises ValueError if bos or eos is missing, is not a token, or is a character of text."""
     candidates = f"its special tokens: {_candidates(model)}"
     if roles.bos is None:
         raise ValueError(

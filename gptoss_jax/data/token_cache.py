@@ -25,7 +25,7 @@ from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, ma
 
 FORMAT = 3
 BATCH_CHARS = 4 << 20
-# A longer document is encoded in parts, so that all cores work on it and memory is bounded.
+# Longer documents are encoded in chunks, to use all cores and bound memory.
 CHUNK_CHARS = 1 << 18
 
 
@@ -34,27 +34,27 @@ class TokenCache:
     """A tokenized corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos."""
 
     folder: pathlib.Path
-    # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, null_records that
-    # were skipped, and what the held-out text takes when compressed, {gzip,xz}_bits_per_byte.
+    # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, null_records
+    # (skipped), and {gzip,xz}_bits_per_byte of the compressed held-out text.
     meta: dict[str, Any]
     tokenizer: Tokenizer
-    tokens: np.ndarray  # mapped from disk, uint16 or uint32
+    tokens: np.ndarray  # memory-mapped, uint16 or uint32
     offsets: np.ndarray  # int64 [documents + 1]
     text_bytes: np.ndarray  # int64 [documents], UTF-8 bytes of each document
     held_out: np.ndarray  # bool [documents]
 
 
 def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:
-    """Tokenizes the source, or opens what an earlier call left in `config.cache_dir`.
+    """Tokenizes the source, or opens the cache of an earlier call in `config.cache_dir`.
 
-    Several processes may build the same cache at once: that of the first to finish is used by all. Nothing
-    that a killed build leaves is ever used; the next build removes it.
+    Several processes may build the same cache at once; all use the first to be finished. A killed build is
+    never used, and the next build removes it.
 
     Args:
-      config: the source, the tokenizer, the held-out share and the folder; the other fields play no part.
-      report: gets a line of text now and then while the cache is built.
+      config: gives source, tokenizer, val_fraction and cache_dir.
+      report: is called with lines about the progress of a build.
 
-    Raises ValueError for a source or tokenizer that cannot be read and a folder that cannot be written.
+    Raises ValueError for a source or tokenizer that cannot be read, and a folder that cannot be written.
     """
     corpus = open_corpus(config.source)
     root = user_path(config.cache_dir, "data.cache_dir")
@@ -73,25 +73,25 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
             except OSError:
                 if not folder.exists():
                     raise
-                # Another process was faster, and its result is the same.
+                # Another process was faster; its cache is the same.
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return _open(folder)
 
 
 def _key(config: DataConfig, corpus: Corpus) -> str:
-    """Folder name of a cache: some words to read, and a hash of all that its content depends on."""
+    """Folder name of a cache: readable words, and a hash of everything that its content depends on."""
     parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.val_fraction))]
     if config.tokenizer.startswith("file:"):
         parts += fingerprint(config.tokenizer)
     words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
-    # File names may hold bytes that are not UTF-8.
+    # File names may have bytes that are not UTF-8.
     digest = hashlib.sha256("\n\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
     return f"{words[-48:].strip('-')}-{digest[:16]}"
 
 
 def _remove_stale_builds(root: pathlib.Path) -> None:
-    """Removes what builds on this host left behind whose process is gone."""
+    """Removes the partial caches of dead processes of this host."""
     for path in root.glob(f".partial-*@{socket.gethostname()}"):
         try:
             os.kill(int(path.name.split("-")[1]), 0)
@@ -102,7 +102,7 @@ def _remove_stale_builds(root: pathlib.Path) -> None:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Cuts a long text before lines that start with no space, where tokens hardly ever cross."""
+    """Cuts a long text before lines without indentation, which tokens hardly ever cross."""
     start = 0
     while len(text) - start > CHUNK_CHARS:
         cut = start + CHUNK_CHARS
@@ -115,7 +115,7 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def group_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Groups documents to about `BATCH_CHARS` characters: bounded memory, and work for all cores."""
+    """Groups documents to about `BATCH_CHARS` characters, to use all cores and bound memory."""
     batch, size = [], 0
     for text, is_held_out in documents:
         batch.append((text, is_held_out))
@@ -128,11 +128,11 @@ def group_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tupl
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tokens of each text as a document is stored: bos, its ids, eos."""
-    parts = [list(_chunks(text)) for text in texts]
-    encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(parts))))
-    for pieces in parts:
-        ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(pieces)), [tokenizer.eos_id]]
+    """Yields the stored tokens of each document: bos, its ids, eos."""
+    chunks = [list(_chunks(text)) for text in texts]
+    encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(chunks))))
+    for of_document in chunks:
+        ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(of_document)), [tokenizer.eos_id]]
         stored = np.concatenate(ids)
         top = int(stored.max())
         require(top < tokenizer.vocab_size, "token id", top, f"must be below {tokenizer.vocab_size}")
@@ -140,7 +140,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.
 
 
 def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Callable[[str], None]) -> None:
-    """Writes a complete cache to an empty folder."""
+    """Writes a cache to an empty folder."""
 
     def documents(skipped: collections.Counter[str] | None = None) -> Iterator[tuple[str, bool]]:
         return split(corpus.documents(skipped), config.val_fraction, source=config.source)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: `bytes`, `bpe:SIZE`, `file:PATH` and `o200k_harmony` behind one class."""
+"""Tokenizers: `bytes`, `bpe:SIZE`, `file:PATH` and `o200k_harmony` behind one class."""
 
 import dataclasses
 import functools
@@ -15,7 +15,6 @@ from gptoss_jax.config import require
 from gptoss_jax.config.base import one_line
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data import special_tokens as special
-from gptoss_jax.data.bpe import train_bpe
 from gptoss_jax.data.files import readable
 from gptoss_jax.data.special_tokens import END_OF_TEXT, NO_ROLES, NOTHING_NAMED, NamedTokens, Roles
 from gptoss_jax.data.tokenizer_json import (
@@ -24,23 +23,23 @@ from gptoss_jax.data.tokenizer_json import (
     mark_special,
     settings_files,
     text_encoder,
-    token_roles,
+    train_bpe,
 )
 
 KINDS = "bytes, bpe:SIZE, file:tokenizer.json or o200k_harmony"
 HARMONY = "o200k_harmony"
 NAME_FILE = "tokenizer_name.txt"
-# Every id that text or a named special token has. The released embedding has 201088 rows: the rest is unused.
+PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
+# Ids of text and of named special tokens. The other rows of the released embedding, 201088, are unused.
 HARMONY_VOCAB_SIZE = 200019
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A vocabulary. Made by `make_tokenizer` or `load_tokenizer`.
+    """A tokenizer, created by `make_tokenizer` or `load_tokenizer`.
 
-    `name` is the spec, ids run from 0 to `vocab_size` - 1, and a document is stored as bos, its ids, eos. The
-    two are the same token where the vocabulary has only one for both.
-    `special_tokens` are the ids of the tokens that are never text, bos and eos among them, by name.
+    `name` is the spec. A document is stored as bos, its ids, eos; the two may be the same token.
+    `special_tokens` are the ids of the tokens that are never text, by name, bos and eos among them.
     """
 
     name: str
@@ -51,13 +50,13 @@ class Tokenizer:
     _encode: Callable[[list[str]], Sequence[Sequence[int] | np.ndarray]] = dataclasses.field(repr=False)
     _make_token_bytes: Callable[[], list[bytes]] = dataclasses.field(repr=False)
     _make_json: Callable[[], str] = dataclasses.field(repr=False)
-    _files: dict[str, str] = dataclasses.field(repr=False)  # names and contents of what `save` writes
-    _named_stop_ids: tuple[int, ...] = ()  # what the files of its folder name
+    _files: dict[str, str] = dataclasses.field(repr=False)  # contents by name, for `save`
+    _named_stop_ids: tuple[int, ...] = ()  # in the files of its folder
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer: those that the model's folder names (`load_tokenizer`), the tokens that
-        end a turn, in gpt-oss's vocabulary also the end of a tool call, and eos.
+        """Ids that end an answer: those in the model's folder (`load_tokenizer`), ends of turns, in gpt-oss's
+        vocabulary also the end of a tool call, and eos.
         """
         harmony = (special.RETURN, END_OF_TEXT, special.CALL)
         ends = harmony if self.special_tokens.keys() >= set(harmony) else special.TURN_ENDS
@@ -66,26 +65,32 @@ class Tokenizer:
 
     @property
     def token_roles(self) -> dict[str, str]:
-        """The names of the tokens that `export` writes as bos_token, eos_token and pad_token."""
-        return token_roles(self.special_tokens, self.bos_id, self.eos_id)
+        """The tokens that `export` writes as bos_token, eos_token and pad_token, by role.
+
+        In gpt-oss's vocabulary the end of a turn is the eos and the end of a document the padding, as
+        published. In others the end of a document is the eos, and the padding if there is no such token.
+        """
+        end_of_document = self._names[self.eos_id]
+        return {
+            "bos_token": self._names[self.bos_id],
+            "eos_token": special.RETURN if special.RETURN in self.special_tokens else end_of_document,
+            "pad_token": next(filter(self.special_tokens.__contains__, PAD_NAMES), end_of_document),
+        }
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without bos and eos. A special token that it spells is encoded as characters."""
+        """Encodes a text, without bos and eos. Special tokens in it are encoded as characters."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as int32, as from `encode`; works on all cores."""
+        """Encodes texts like `encode` on all cores, each to an int32 array."""
         return [np.asarray(ids, dtype=np.int32) for ids in self._encode([valid_text(text) for text in texts])]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of some ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Decodes ids, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The exact bytes of some ids, without special tokens; a list's are those of its parts, joined.
-
-        Raises ValueError for an id outside the vocabulary.
-        """
+        """The concatenated bytes of ids, without special tokens. Raises ValueError for an unknown id."""
         pieces = []
         for token in ids:
             require(0 <= token < self.vocab_size, "token id", int(token), f"must be below {self.vocab_size}")
@@ -102,15 +107,14 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """Tells tokenizers apart: those of one digest give the same ids. Two forms of one have two."""
+        """A hash. Tokenizers with the same one give the same ids, but two forms of a tokenizer differ."""
         parts = [part for file in self._files.items() for part in file]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def same_ids_as(self, other: "Tokenizer") -> bool:
-        """Returns True if each id stands for the same bytes, or the same special token, in both.
+        """Returns True if each id has the same bytes, or is the same special token, in both.
 
-        Then one decodes what the other has encoded, and a model can be used with either. How a text is split
-        into tokens is not compared.
+        Then a model can be used with either. How text is split into tokens is not compared.
         """
         if self.digest == other.digest:
             return True
@@ -120,10 +124,10 @@ class Tokenizer:
         return ours == theirs
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes what `load_tokenizer` needs for the same ids: tokenizer.json, tokenizer_name.txt, or both.
+        """Writes tokenizer.json, tokenizer_name.txt, or both, for `load_tokenizer`.
 
-        tokenizer_name.txt holds the name of a tokenizer that needs no file, or names the bos and the eos of a
-        tokenizer.json where they are not known from its content.
+        tokenizer_name.txt has the name of a tokenizer without files, or names bos and eos if tokenizer.json
+        does not imply them.
         """
         folder = user_path(folder, "folder")
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,16 +135,15 @@ class Tokenizer:
             (folder / name).write_bytes(content.encode())
 
     def export(self, folder: str | os.PathLike, model_max_length: int | None = None) -> None:
-        """Writes the tokenizer as Hugging Face's programs read it, over what is there.
+        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, as Hugging Face has them.
 
-        The files are tokenizer.json, tokenizer_config.json and special_tokens_map.json. `load_tokenizer`
-        reads the folder too, with the same ids.
+        `load_tokenizer` reads the folder too, with the same ids.
 
         Args:
-          folder: made if it is missing.
-          model_max_length: the most tokens that the model takes, for transformers to warn at; None: no limit.
+          folder: created if it is missing; existing files are overwritten.
+          model_max_length: number of tokens above which transformers warns; None for no limit.
 
-        Raises ValueError for a length below 1, a folder that cannot be written, and one that holds the
+        Raises ValueError for a length below 1, a folder that cannot be written, and one with the
         tokenizer_name.txt of another tokenizer, which `load_tokenizer` would read instead.
         """
         fits = model_max_length is None or model_max_length >= 1
@@ -164,11 +167,11 @@ class Tokenizer:
 
 
 def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None = None) -> Tokenizer:
-    """Makes the tokenizer that a spec (`data.tokenizer`) names.
+    """Creates the tokenizer of a spec (`data.tokenizer`).
 
     Args:
       spec: bytes, bpe:SIZE, file:PATH or o200k_harmony.
-      training_texts: gives the texts that bpe:SIZE is trained on, of which it reads the first 64 MiB.
+      training_texts: returns the texts for bpe:SIZE, which is trained on the first 64 MiB.
 
     Raises ValueError for an unknown kind, a bad size, or a file that is missing or damaged.
     """
@@ -188,7 +191,7 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
 
 
 def fingerprint(spec: str) -> list[str]:
-    """Returns the content that a file: tokenizer depends on: the file, and the tokens named beside it."""
+    """Returns what the ids of a file: tokenizer depend on: hash of the file, tokens named beside it."""
     path, _ = special.parse_file_spec(spec)
     require(path.is_file(), "data.tokenizer", spec, f"there is no file {path}")
     named = special.read_named_tokens(path.parent)
@@ -200,11 +203,10 @@ def fingerprint(spec: str) -> list[str]:
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """Reads what `save` or `export` wrote, or the tokenizer.json of a Hugging Face folder.
+    """Loads a tokenizer from a folder of `save`, `export` or Hugging Face.
 
-    The eos_token_id of the folder's generation_config.json or config.json is then among its `stop_ids`.
-
-    Raises ValueError if the folder holds no tokenizer, or a damaged one.
+    The eos_token_id of the folder's generation_config.json or config.json is among its `stop_ids`. Raises
+    ValueError if the folder has no tokenizer, or a damaged one.
     """
     folder = user_path(folder, "tokenizer folder")
     name, file = folder / NAME_FILE, folder / "tokenizer.json"
@@ -221,7 +223,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def valid_text(text: str) -> str:
-    """Returns a text with its lone surrogates, bytes that Python could not decode, replaced by U+FFFD."""
+    """Replaces lone surrogates, bytes that Python could not decode, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -256,7 +258,7 @@ def _harmony() -> Tokenizer:
     names: dict[str, int] = {}
     for name in sorted(encoding.special_tokens_set, key=lambda name: ("reserved" in name, name)):
         token = encoding.encode_single_token(name)
-        # tiktoken names one id twice, <|endofprompt|> and a reserved one, and goes on to reserve unused rows.
+        # tiktoken has two names for one id, <|endofprompt|> and a reserved one, and reserves unused rows.
         if token < HARMONY_VOCAB_SIZE and token not in names.values():
             names[name] = token
 
@@ -271,7 +273,7 @@ def _harmony() -> Tokenizer:
         special_tokens=names,
         _encode=lambda texts: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1),
         _make_token_bytes=lambda: table() + [b""] * len(names),
-        # The pattern has no public name, but tiktoken's own guide to new encodings takes it from there.
+        # Not public, but tiktoken's guide to new encodings uses it.
         _make_json=lambda: byte_level_json(table(), names, words=encoding._pat_str),
         _files={NAME_FILE: HARMONY + "\n"},
     )
@@ -292,7 +294,7 @@ def _from_json(
 ) -> Tokenizer:
     try:
         model = tokenizers.Tokenizer.from_str(content)
-    except Exception as error:  # the library raises Exception itself for every kind of damage
+    except Exception as error:  # the library raises Exception itself
         allowed = f"{origin} is not a tokenizer.json ({one_line(error)})"
         raise ValueError(f"data.tokenizer is {spec!r}: {allowed}") from None
     roles = special.find_roles(model, chosen, named)

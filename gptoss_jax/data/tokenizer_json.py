@@ -1,36 +1,76 @@
-"""tokenizer.json, as the Hugging Face world keeps a vocabulary, and what goes beside it."""
+"""Hugging Face's tokenizer.json: training, conversion, encoding without special tokens, bytes of tokens."""
 
 import itertools
 import json
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, pre_tokenizers
 
-from gptoss_jax.data.special_tokens import RETURN
+from gptoss_jax.data.special_tokens import END_OF_TEXT
 
-PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
-NO_LIMIT = int(1e30)  # what transformers takes for a text of any length
+NO_LIMIT = int(1e30)  # transformers' value for a text of any length
+TRAINING_BYTES = 64 << 20
+
+# Pieces of text that a trained vocabulary never merges across. For code and prose: runs of spaces stay whole,
+# a name keeps the space, dot or underscore before it, numbers have three digits.
+WORDS = "|".join(
+    (
+        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # letters, and one sign or space before them
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+",  # operators and punctuation
+        r"\s*[\r\n]+",  # blank lines and the end of a line
+        r"\s+(?!\S)",  # spaces, except the one before a word
+        r"\s+",
+    )
+)
+
+
+def train_bpe(size: int, texts: Iterator[str]) -> str:
+    """Trains a byte-level BPE vocabulary of at most `size` tokens. Returns its tokenizer.json."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([words, to_letters])
+    model.decoder = decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    return model.to_str()
+
+
+def _first_bytes(texts: Iterator[str], size: int) -> Iterator[str]:
+    """Yields the first `size` UTF-8 bytes of a stream of texts."""
+    for text in texts:
+        data = text.encode()[:size]
+        yield data.decode(errors="ignore")
+        size -= len(data)
+        if size == 0:
+            return
 
 
 def byte_letters() -> list[str]:
-    """The letter that byte-level vocabularies write a byte as: itself if it prints, or one from U+0100."""
+    """The letter of each byte in byte-level vocabularies: itself if printable, else one from U+0100 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(0x100)
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
 
 
 def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], words: str | None) -> str:
-    """The tokenizer.json of a vocabulary in which two neighbours join whenever that gives a token.
-
-    That is tiktoken's rule: of all neighbours the pair goes first whose whole has the lowest id.
+    """Converts a vocabulary of tiktoken, which merges the neighbors with the lowest id first.
 
     Args:
-      tokens: what each id below the special tokens stands for; all 256 single bytes are among them.
-      special_tokens: the ids of the tokens that no text gives.
-      words: the regular expression of the pieces that are never joined, or None if there is only one.
+      tokens: the bytes of each id below the special tokens, all 256 single bytes among them.
+      special_tokens: ids of the tokens that are never text, by name.
+      words: regular expression of the pieces that are never merged across; None for a single piece.
     """
     table = {byte: letter for byte, letter in enumerate(byte_letters())}
     written = [token.decode("latin-1").translate(table) for token in tokens]
@@ -45,7 +85,7 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     by_id = sorted((token, name) for name, token in special_tokens.items())
-    # Keys stand in the order of the tokenizers library, so that the same vocabulary gives the same bytes.
+    # In the key order of the tokenizers library, so that the same vocabulary gives the same bytes.
     content = {
         "version": "1.0",
         "truncation": None,
@@ -63,7 +103,7 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # A word that is a token is taken whole, as tiktoken does, even if no row of merges leads to it.
+            # As in tiktoken, a word that is a token is one, even if no merges lead to it.
             "ignore_merges": True,
             "vocab": {text: i for i, text in enumerate(written)},
             "merges": merges,
@@ -73,7 +113,7 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
 
 
 def mark_special(content: str, model: tokenizers.Tokenizer, names: set[str]) -> str:
-    """A tokenizer.json that lists all of these tokens as special; unchanged where it does already."""
+    """Returns the tokenizer.json with these tokens listed as special; unchanged if they are already."""
     added = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
     if names <= added:
         return content
@@ -88,24 +128,23 @@ def mark_special(content: str, model: tokenizers.Tokenizer, names: set[str]) -> 
 
 
 def text_encoder(content: str, model: tokenizers.Tokenizer, names: set[str]) -> tokenizers.Tokenizer:
-    """A tokenizer.json's tokenizer for plain text, which never gives a token with one of these names.
+    """Returns a tokenizer that encodes special tokens in text as characters.
 
-    With `encode_special_tokens` the library does not look for the names of special tokens. Where they are in
-    the model's vocabulary too, the model may still find them: T5's does. So there they get names that no text
-    spells.
+    With `encode_special_tokens`, the library does not look for them. A model that has them in its own
+    vocabulary, such as T5's, may still find them; they are renamed there to names that no text contains.
     """
     names = {name for name in names if model.model.token_to_id(name) is not None}
     if names:
         model = tokenizers.Tokenizer.from_str(json.dumps(_renamed(json.loads(content), names)))
     model.encode_special_tokens = True
-    # Training text is plain text of any length, whatever the file was last used for.
+    # Settings that the file may have from its last use.
     model.no_truncation()
     model.no_padding()
     return model
 
 
 def _renamed(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """A tokenizer.json where these tokens of the model have other names, and are not added tokens."""
+    """Renames these tokens of the model in a tokenizer.json, and drops them from the added tokens."""
     new = {name: f"\0{secrets.token_hex(32)}" for name in names}
     model = values["model"]
     if isinstance(model["vocab"], dict):
@@ -123,10 +162,9 @@ def _renamed(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def bytes_of_tokens(content: str, model: tokenizers.Tokenizer, special: set[str]) -> list[bytes]:
-    """The bytes that each id stands for, special tokens and ids without a token for none.
+    """The bytes of each id; none for special tokens and ids without a token.
 
-    They are exact for byte-level vocabularies and those with byte fallback. WordPiece does not encode spaces,
-    so each word comes with one before it.
+    Exact for byte-level vocabularies and byte fallback. WordPiece does not encode spaces: each word gets one.
     """
     vocab = model.get_vocab(with_added_tokens=True)
     added = {token.content for token in model.get_added_tokens_decoder().values()}
@@ -139,7 +177,7 @@ def bytes_of_tokens(content: str, model: tokenizers.Tokenizer, special: set[str]
 
 
 def _piece_decoder(values: dict[str, Any]) -> Callable[[str], bytes]:
-    """The bytes of one piece of a tokenizer.json's vocabulary, by what its decoder does to a whole text."""
+    """Returns the function from a piece of the vocabulary to its bytes, according to the file's decoder."""
     decoders = {part["type"]: part for part in _flat(values.get("decoder"))}
     before = [part for key in ("normalizer", "pre_tokenizer") for part in _flat(values.get(key))]
     to_byte = {letter: byte for byte, letter in enumerate(byte_letters())}
@@ -171,36 +209,22 @@ def _piece_decoder(values: dict[str, Any]) -> Callable[[str], bytes]:
 
 
 def _flat(part: dict | None) -> list[dict]:
-    """The parts of a normalizer, pre-tokenizer or decoder, those of a sequence one by one."""
+    """The components of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if part is None:
         return []
     parts = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
     return [part] if parts is None else [inner for one in parts for inner in _flat(one)]
 
 
-def token_roles(special_tokens: dict[str, int], bos_id: int, eos_id: int) -> dict[str, str]:
-    """Returns the tokens by their roles in Hugging Face's files: {"bos_token": name, "eos_token": …, …}.
-
-    In gpt-oss's vocabulary the end of a turn is the eos and the end of a document the padding, as published.
-    In others the end of a document is the eos, and the padding too if there is no token for it.
-    """
-    names = {token: name for name, token in special_tokens.items()}
-    return {
-        "bos_token": names[bos_id],
-        "eos_token": RETURN if RETURN in special_tokens else names[eos_id],
-        "pad_token": next((name for name in PAD_NAMES if name in special_tokens), names[eos_id]),
-    }
-
-
 def settings_files(content: str, roles: dict[str, str], max_length: int | None) -> dict[str, str]:
-    """The files that go with a tokenizer.json, {name: content}; `roles` are those of `token_roles`."""
+    """Returns {name: content} of the files beside a tokenizer.json; `roles` is `Tokenizer.token_roles`."""
     added = {str(token.pop("id")): token for token in json.loads(content).get("added_tokens") or []}
     config = roles | {
         "added_tokens_decoder": added,
-        # Without it transformers may take a space away before a full stop.
+        # transformers may remove the space before a period by default.
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {},
-        # Without it transformers may hand the model token types, which it does not know.
+        # transformers may pass token types to the model by default.
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": NO_LIMIT if max_length is None else max_length,
         "tokenizer_class": "PreTrainedTokenizerFast",
