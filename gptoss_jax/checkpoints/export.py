@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import math
 import os
 import pathlib
@@ -19,9 +20,9 @@ from gptoss_jax.checkpoints.lazy_tensors import BFLOAT16, DenseTensor, LazyTenso
 from gptoss_jax.checkpoints.mappings import (
     HUGGINGFACE,
     TensorMapping,
+    in_file_order,
     parameter_key,
     parameter_layers,
-    sort_by_layer,
 )
 from gptoss_jax.checkpoints.readers import ExpertFormat, InMemoryReader, WeightReader, open_weights
 from gptoss_jax.checkpoints.safetensors_io import SHARD_BYTES, NewTensor, write_tensors
@@ -35,8 +36,9 @@ from gptoss_jax.parallel.rules import path_names
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# exp(this - anything) is 0: the sink of a model without learned sinks.
+# The format has these parameters in every model; with these values they have no effect (exp(sink - max) is 0).
 NO_SINK = float(jnp.finfo(jnp.bfloat16).min)
+NO_EFFECT = {"moe.router_bias": 0, "moe.gate_up_bias": 0, "moe.down_bias": 0, "attention.sinks": NO_SINK}
 # Bytes that are written at a time, if slices of the tensor can be converted one by one.
 CHUNK_BYTES = 64 << 20
 
@@ -113,7 +115,6 @@ def write_folder(
         experts = "mxfp4" if reader.packed else "float32" if is_wide else "bfloat16"
     check_target(folder)
     tokenizer = _run_tokenizer(reader.origin)
-    # The format has these in every model: absent ones are written as values without an effect.
     config = dataclasses.replace(reader.config, router_bias=True, expert_bias=True, learned_sinks=True)
     values = config.to_hf(experts) | _token_ids(reader.origin, tokenizer)
     non_finite: set[str] = set()
@@ -141,36 +142,30 @@ def write_folder(
 def _new_tensors(
     reader: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
 ) -> list[NewTensor]:
-    """Every tensor of the Hugging Face folder of a config, layer by layer; `non_finite` gets the names of
-    those that turn out to hold NaN or infinite values."""
+    """Every tensor of the Hugging Face folder of a config, layer by layer. While they are written,
+    `non_finite` gets the names of those with NaN or infinite values."""
     present = {parameter_key(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
     leaves = {path_names(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract_params(config))}
-    found = []
-    for path, layers in parameter_layers(config).items():
+    tensors = []
+    for path, layer in in_file_order(config):
         key, leaf = parameter_key(path), leaves[path]
-        mapping, shape = HUGGINGFACE[key], leaf.shape if layers == [-1] else leaf.shape[1:]
-        dtype = leaf.dtype if leaf.dtype == np.uint8 else dense
-        is_absent = key not in present and dtype != np.uint8
-        for layer in layers:
-
-            def chunks(key=key, layer=layer, mapping=mapping, shape=shape, dtype=dtype, is_absent=is_absent):
-                if is_absent:
-                    value = np.float32(NO_SINK if key == "attention.sinks" else 0)
-                    tensor = DenseTensor(mapping.name(layer), np.broadcast_to(value, shape))
-                else:
-                    tensor = reader.tensor(key, layer)
-                return _chunks(tensor, dtype, mapping, non_finite)
-
-            new = NewTensor(mapping.name(layer), dtype, mapping.file_shape(config), chunks)
-            found.append((sort_by_layer(config, path, layer), new))
-    return [tensor for _, tensor in sorted(found, key=lambda entry: entry[0])]
+        mapping, dtype = HUGGINGFACE[key], leaf.dtype if leaf.dtype == np.uint8 else dense
+        if key in NO_EFFECT and key not in present:
+            values = np.broadcast_to(np.float32(NO_EFFECT[key]), leaf.shape[1:])
+            read = functools.partial(DenseTensor, mapping.name(layer), values)
+        else:
+            read = functools.partial(reader.tensor, key, layer)
+        chunks = functools.partial(_chunks, read, dtype, mapping, non_finite)
+        tensors.append(NewTensor(mapping.name(layer), dtype, mapping.file_shape(config), chunks))
+    return tensors
 
 
 def _chunks(
-    tensor: LazyTensor, dtype: np.dtype, mapping: TensorMapping, non_finite: set[str]
+    read: Callable[[], LazyTensor], dtype: np.dtype, mapping: TensorMapping, non_finite: set[str]
 ) -> Iterator[np.ndarray]:
     """The bytes of a tensor in the file's order."""
+    tensor = read()
     count, *rest = tensor.shape
     row_bytes = math.prod(rest) * dtype.itemsize
     step = max(1, CHUNK_BYTES // row_bytes) if mapping.keeps_first_axis else count
@@ -231,8 +226,15 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
         raise OSError(
             f"{target}: {needed_bytes / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left"
         )
-    partial = target.with_name(f".{target.name}.partial")
-    with _locked(target.with_name(f".{target.name}.lock"), target):
+    partial, lock = (target.with_name(f".{target.name}.{end}") for end in ("partial", "lock"))
+    with open(lock, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = os.fstat(file.fileno()).st_nlink > 0  # else its holder has just removed it
+        except BlockingIOError:
+            is_locked = False
+        if not is_locked:
+            raise ValueError(f"{target}: another process is writing it now")
         try:
             check_target(target)
             shutil.rmtree(partial, ignore_errors=True)
@@ -245,6 +247,7 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
             _flush(target.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def check_target(target: str | os.PathLike) -> None:
@@ -260,22 +263,3 @@ def _flush(path: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(lock: pathlib.Path, target: pathlib.Path) -> Iterator[None]:
-    """Holds a lock file, which exists only while it is held."""
-    while True:
-        with open(lock, "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{target}: another process is writing it now") from None
-            # The holder before may have removed the file after we opened it.
-            if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return

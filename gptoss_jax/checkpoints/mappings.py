@@ -38,17 +38,16 @@ class TensorMapping:
     heads: str = ""
 
     @functools.cached_property
-    def _file_axes(self) -> list[list[str]]:
-        """The letters of each axis of the file."""
-        found = re.findall(r"\(([^)]*)\)|(\w+)", self.axes.partition(" -> ")[0])
-        return [(several or one).split() for several, one in found]
+    def _file_axes(self) -> list[str]:
+        """The letters of each axis of the file: (N H) D is NH, D."""
+        axes = re.findall(r"\([^)]*\)|\w", self.axes.partition(" -> ")[0])
+        return [re.sub(r"\W", "", axis) for axis in axes]
 
     @functools.cached_property
     def _permutation(self) -> list[int]:
         """The place of each axis of the model among the file's letters."""
-        letters = [letter for axis in self._file_axes for letter in axis]
-        ours = self.axes.partition(" -> ")[2].split() or letters
-        return [letters.index(letter) for letter in ours]
+        letters = "".join(self._file_axes)
+        return [letters.index(letter) for letter in self.axes.partition(" -> ")[2].split() or letters]
 
     @property
     def is_per_expert(self) -> bool:
@@ -78,7 +77,7 @@ class TensorMapping:
     def to_model(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
         """A view of the file's tensor with the model's axes."""
         size = axis_sizes(config)
-        tensor = tensor.reshape([size[letter] for axis in self._file_axes for letter in axis])
+        tensor = tensor.reshape([size[letter] for letter in "".join(self._file_axes)])
         if self.heads:
             N, K = size["N"], size["K"]
             ranges = {"q": slice(0, N), "k": slice(N, N + K), "v": slice(N + K, N + 2 * K)}
@@ -205,20 +204,19 @@ def parameter_layers(config: ModelConfig) -> dict[tuple[str, ...], list[int]]:
     return {path: list(range(int(path[1]), count, period)) if path[0] == "blocks" else [-1] for path in paths}
 
 
-def sort_by_layer(config: ModelConfig, path: tuple[str, ...], layer: int) -> int:
-    """A key that sorts tensors from the embedding through the layers to the head."""
-    return {"embedding": -1, "blocks": layer}.get(path[0], config.num_hidden_layers)
+def in_file_order(config: ModelConfig) -> list[tuple[tuple[str, ...], int]]:
+    """Path and layer of every parameter of every layer, from the embedding through the layers to the head."""
+    place = {"embedding": -1, "final_norm": config.num_hidden_layers, "head": config.num_hidden_layers}
+    found = [(path, layer) for path, layers in parameter_layers(config).items() for layer in layers]
+    return sorted(found, key=lambda entry: place.get(entry[0][0], entry[1]))
 
 
 def expected_shapes(config: ModelConfig, table: Table) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint of a config, layer by layer."""
-    found = [
-        (sort_by_layer(config, path, layer), *entry)
-        for path, layers in parameter_layers(config).items()
-        for layer in layers
-        for entry in table[parameter_key(path)].file_shapes(config, layer).items()
-    ]
-    return {name: shape for _, name, shape in sorted(found, key=lambda entry: entry[0])}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, layer in in_file_order(config):
+        shapes |= table[parameter_key(path)].file_shapes(config, layer)
+    return shapes
 
 
 def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[str, np.ndarray]) -> None:
