@@ -111,9 +111,9 @@ def main() -> None:
         if not folder.exists():
             print(f"Writing {folder}")
             make_checkpoint(folder)
-        from gptoss_jax.checkpoints.safetensors_io import TensorFolder
+        from gptoss_jax.checkpoints.safetensors_io import map_folder
 
-        tensors = TensorFolder(folder).tensors
+        tensors = map_folder(folder)
         size, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
         results: dict[str, list[dict]] = {"plain read": [], "mxfp4": [], "bfloat16": []}
         for _ in range(options.repeats):

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from gptoss_jax.checkpoints import safetensors_io
 from gptoss_jax.checkpoints.export import atomic_folder
 from gptoss_jax.checkpoints.lazy_tensors import release_pages
-from gptoss_jax.checkpoints.safetensors_io import NewTensor, TensorFolder, write_tensors
+from gptoss_jax.checkpoints.safetensors_io import NewTensor, map_folder, write_tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -71,10 +71,10 @@ def assert_same_tensors(found, expected):
 def test_reads_what_the_library_writes(tmp_path):
     expected = random_tensors()
     save_file(expected, tmp_path / "some.safetensors", metadata={"format": "np"})
-    folder = TensorFolder(tmp_path)
-    assert_same_tensors(folder.tensors, expected)
+    tensors = map_folder(tmp_path)
+    assert_same_tensors(tensors, expected)
     with pytest.raises(ValueError, match="read-only"):
-        folder.tensors["e.single"][0, 0] = 1
+        tensors["e.single"][0, 0] = 1
 
 
 def test_the_library_reads_what_is_written(tmp_path):
@@ -85,7 +85,7 @@ def test_the_library_reads_what_is_written(tmp_path):
     with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
     # Every tensor begins at a multiple of its width, as the format's other readers want.
-    tensors = TensorFolder(tmp_path).tensors
+    tensors = map_folder(tmp_path)
     assert_same_tensors(tensors, expected)
     assert all(array.ctypes.data % array.itemsize == 0 for array in tensors.values() if array.size)
 
@@ -94,7 +94,7 @@ def test_many_tensors(tmp_path):
     shapes = {f"t{i}": (np.float32, (i % 5, 3)) for i in range(300)}
     expected = random_tensors(1, shapes)
     assert_same_tensors(load_file(write(tmp_path, expected) / "model.safetensors"), expected)
-    assert_same_tensors(TensorFolder(tmp_path).tensors, expected)
+    assert_same_tensors(map_folder(tmp_path), expected)
 
 
 def test_no_metadata_and_other_files_beside(tmp_path):
@@ -102,9 +102,7 @@ def test_no_metadata_and_other_files_beside(tmp_path):
     save_file(one, tmp_path / "one.safetensors")
     save_file(two, tmp_path / "two.safetensors", metadata={})
     (tmp_path / "notes.txt").write_text("no tensors")
-    folder = TensorFolder(tmp_path)
-    assert_same_tensors(folder.tensors, one | two)
-    assert folder.files["z"].name == "two.safetensors"
+    assert_same_tensors(map_folder(tmp_path), one | two)
 
 
 def test_tensors_come_in_chunks(tmp_path):
@@ -152,7 +150,7 @@ def test_shards_and_their_index(tmp_path):
         header = int.from_bytes(path.read_bytes()[:8], "little")
         assert path.stat().st_size == 8 + header + sum(array.nbytes for array in held.values())
         assert header % 8 == 0
-    assert_same_tensors(TensorFolder(tmp_path).tensors, expected)
+    assert_same_tensors(map_folder(tmp_path), expected)
 
 
 def test_a_large_tensor_comes_first(tmp_path):
@@ -196,7 +194,7 @@ def test_a_folder_saved_twice(tmp_path, first, second, loaded, unread):
     write_as(tmp_path, saved[0], first)
     write_as(tmp_path, saved[1], second)
     with pytest.warns(UserWarning) as caught:
-        assert_same_tensors(TensorFolder(tmp_path).tensors, saved[loaded])
+        assert_same_tensors(map_folder(tmp_path), saved[loaded])
     read = safetensors_io.INDEX if first > 1 and second > 1 else "model.safetensors"
     message = f"{tmp_path}: the weights are read from {read}, as transformers does; not read: {unread}"
     assert [str(one.message) for one in caught] == [message]
@@ -209,7 +207,7 @@ def test_an_index_whose_shards_are_gone_is_a_leftover_too(tmp_path):
         (tmp_path / name).unlink()
     write_as(tmp_path, random_tensors(6), 1)
     with pytest.warns(UserWarning, match="not read: model.safetensors.index.json$"):
-        assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(6))
+        assert_same_tensors(map_folder(tmp_path), random_tensors(6))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -220,7 +218,7 @@ def test_other_copies_beside_the_weights_are_named(tmp_path, shards, name):
     write_as(tmp_path, random_tensors(5), shards)
     save_file(random_tensors(6), tmp_path / name)
     with pytest.warns(UserWarning, match=f"not read: {name}$"):
-        assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+        assert_same_tensors(map_folder(tmp_path), random_tensors(5))
 
 
 @pytest.mark.filterwarnings("error")
@@ -228,13 +226,13 @@ def test_copies_in_subfolders_are_let_be(tmp_path):
     write_as(tmp_path, random_tensors(5), 1)
     for inner in ("original", "metal"):
         write_as(tmp_path / inner, random_tensors(6), 2)
-    assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+    assert_same_tensors(map_folder(tmp_path), random_tensors(5))
 
 
 @pytest.mark.filterwarnings("error")
 def test_one_variant_is_read_and_two_are_refused(tmp_path):
     save_file(random_tensors(5), tmp_path / "model.fp16.safetensors")
-    assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+    assert_same_tensors(map_folder(tmp_path), random_tensors(5))
     save_file(random_tensors(5), tmp_path / "model.bf16.safetensors")
     assert_refused(tmp_path, r"model\.fp16\.safetensors: holds \S+, which model\.bf16\.safetensors holds too")
 
@@ -247,7 +245,7 @@ def test_config_json_may_name_the_file(tmp_path, name):
         tmp_path / name
     )
     (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": name}))
-    assert_same_tensors(TensorFolder(tmp_path).tensors, random_tensors(5))
+    assert_same_tensors(map_folder(tmp_path), random_tensors(5))
     (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": "../mine.safetensors"}))
     assert_refused(
         tmp_path, "config.json: names '../mine.safetensors' as a file of weights, which must be in"
@@ -260,7 +258,7 @@ def test_a_file_that_the_index_names_in_two_ways_is_opened_once(sharded):
     first = next(iter(index["weight_map"]))
     index["weight_map"][first] = f"./{index['weight_map'][first]}"
     (sharded / safetensors_io.INDEX).write_text(json.dumps(index))
-    assert_same_tensors(TensorFolder(sharded).tensors, random_tensors())
+    assert_same_tensors(map_folder(sharded), random_tensors())
 
 
 @pytest.mark.parametrize(
@@ -326,7 +324,7 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
 def assert_refused(folder, *words):
     """Asserts that a folder is refused in one line that has all the words."""
     with pytest.raises(ValueError) as caught:
-        TensorFolder(folder)
+        map_folder(folder)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 400, message
     for word in words:
@@ -425,7 +423,7 @@ def test_any_broken_byte_of_the_header_is_read_or_refused(tmp_path):
         for byte in b'\x00\xff -.9e"[{,:':
             path.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
             try:
-                TensorFolder(tmp_path)
+                map_folder(tmp_path)
             except ValueError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
                 refusals += 1
@@ -493,12 +491,12 @@ def resident_kilobytes(path):
 
 def test_released_views_still_read_right(tmp_path):
     expected = random_tensors(7, {"small": (np.uint8, (5,)), "large": (np.float32, (1 << 19, 2))})
-    folder = TensorFolder(write(tmp_path, expected))
-    assert_same_tensors(folder.tensors, expected)
-    large = folder.tensors["large"]
-    for view in (large, large[1000:300000], large.T, large[7:8], large[:0], folder.tensors["small"]):
+    tensors = map_folder(write(tmp_path, expected))
+    assert_same_tensors(tensors, expected)
+    large = tensors["large"]
+    for view in (large, large[1000:300000], large.T, large[7:8], large[:0], tensors["small"]):
         release_pages(view)
-        assert_same_tensors(folder.tensors, expected)
+        assert_same_tensors(tensors, expected)
     # Something that is no view of a file is let be.
     release_pages(np.ones(5000))
 
@@ -506,10 +504,10 @@ def test_released_views_still_read_right(tmp_path):
 @pytest.mark.skipif(not pathlib.Path("/proc/self/smaps").exists(), reason="the system does not tell")
 def test_released_memory_goes_back(tmp_path):
     path = write(tmp_path, random_tensors(8, {"t": (np.float32, (1 << 20,))})) / "model.safetensors"
-    folder = TensorFolder(tmp_path)
-    assert folder.tensors["t"].view(np.uint8).max() == 255
+    tensors = map_folder(tmp_path)
+    assert tensors["t"].view(np.uint8).max() == 255
     assert resident_kilobytes(path) > 4000
-    release_pages(folder.tensors["t"])
+    release_pages(tensors["t"])
     assert resident_kilobytes(path) < 100
 
 
@@ -670,5 +668,5 @@ def test_a_killed_save(tmp_path):
     expected = random_tensors()
     with atomic_folder(target, 1) as partial:
         write(partial, expected)
-    assert_same_tensors(TensorFolder(target).tensors, expected)
+    assert_same_tensors(map_folder(target), expected)
     assert listing(tmp_path) == ["model"] and listing(target) == ["model.safetensors"]

@@ -27,7 +27,7 @@ from gptoss_jax.checkpoints.mappings import (
 from gptoss_jax.checkpoints.readers import ExpertFormat, InMemoryReader, WeightReader, open_weights
 from gptoss_jax.checkpoints.safetensors_io import SHARD_BYTES, NewTensor, write_tensors
 from gptoss_jax.checkpoints.sharded_io import read_slices
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +36,8 @@ from gptoss_jax.parallel.rules import path_names
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The format has these parameters in every model; with these values they have no effect (exp(sink - max) is 0).
+# The format has these parameters in every model; with these values they have no effect (exp(sink - max) is
+# 0).
 NO_SINK = float(jnp.finfo(jnp.bfloat16).min)
 NO_EFFECT = {"moe.router_bias": 0, "moe.gate_up_bias": 0, "moe.down_bias": 0, "attention.sinks": NO_SINK}
 # Bytes that are written at a time, if slices of the tensor can be converted one by one.
@@ -91,7 +92,7 @@ def convert(
     local = readers.local_folder(source)
     if readers.is_run(local):
         # Fail before restoring gigabytes.
-        readers.load_config(local).model.to_hf(experts or "float32")
+        TrainConfig.load(local / "config.json").model.to_hf(experts or "float32")
     write_folder(open_weights(local), target, experts, on_progress=on_progress)
 
 

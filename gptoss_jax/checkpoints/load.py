@@ -17,7 +17,6 @@ from gptoss_jax.checkpoints.readers import (
     check_choice,
     find_tokenizer,
     is_run,
-    load_config,
     load_run,
     local_folder,
     open_weights,
@@ -26,7 +25,7 @@ from gptoss_jax.checkpoints.readers import (
 )
 from gptoss_jax.checkpoints.safetensors_io import refuse_other_contents
 from gptoss_jax.checkpoints.sharded_io import load_sharded, with_layout
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.model.transformer import Transformer, abstract_params, bind
 from gptoss_jax.parallel.rules import parameter_shardings, path_names
@@ -75,7 +74,7 @@ def load_pretrained(
     compute = {} if dtype is None else {"compute_dtype": dtype}
     if is_run(local) and experts != "mxfp4":
         # Orbax reads each array directly to its shards, in XLA's default memory layout.
-        config = load_config(local).model
+        config = TrainConfig.load(local / "config.json").model
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             load_target(config, mesh, dtype, experts),

@@ -4,6 +4,7 @@ A reader gives lazy tensors, one parameter of one layer each, in the form that i
 """
 
 import abc
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,7 +30,7 @@ from gptoss_jax.checkpoints.lazy_tensors import (
 )
 from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_key, parameter_layers
 from gptoss_jax.checkpoints.run import Checkpoints
-from gptoss_jax.checkpoints.safetensors_io import TensorFolder, refuse_other_contents
+from gptoss_jax.checkpoints.safetensors_io import map_folder, refuse_other_contents
 from gptoss_jax.checkpoints.sharded_io import layer_on_host
 from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.config.paths import user_path
@@ -93,7 +94,7 @@ class HFReader(WeightReader):
             folder = inner if (inner / "config.json").is_file() else folder
             refuse_other_contents(folder)
         self.origin, self.config = folder, ModelConfig.from_hf(folder)
-        tensors = TensorFolder(folder).tensors
+        tensors = map_folder(folder)
         names = mappings.strip_wrappers(str(folder), tensors)
         self._tensors = {names[name]: tensor for name, tensor in tensors.items()}
         self._table = mappings.table_for(self._tensors)
@@ -162,7 +163,7 @@ def open_weights(folder: str | os.PathLike) -> WeightReader:
     """
     folder = local_folder(folder)
     if is_run(folder):
-        config, params, _ = load_run(folder, device=host_device())
+        config, params, _ = load_run(folder)
         return InMemoryReader(config.model, params, folder)
     return HFReader(folder)
 
@@ -197,54 +198,39 @@ def is_run(folder: str | pathlib.Path) -> bool:
     return isinstance(values, dict) and {"model", "data", "optim"} <= values.keys()
 
 
-def load_config(folder: str | pathlib.Path) -> TrainConfig:
-    """Reads the config of a run folder. Raises ValueError for any other folder."""
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: not a run folder of train.py (it holds no config.json)")
-    return TrainConfig.load(folder / "config.json")
-
-
 def load_run(
-    folder: str | pathlib.Path,
-    step: int | None = None,
-    abstract: dict | None = None,
-    device: jax.Device | None = None,
+    folder: str | pathlib.Path, step: int | None = None, abstract: dict | None = None
 ) -> tuple[TrainConfig, dict, Tokenizer]:
     """Loads config, parameters and tokenizer of a run folder.
 
     Args:
       step: of the checkpoint; None takes the one with the lowest validation loss, or else the latest.
-      abstract: the parameter tree with the shardings to load it with; None puts it on one device.
-      device: which one; None is the first.
+      abstract: the parameter tree with the shardings to load it with; None leaves it in host memory.
 
     Raises ValueError when the folder is not a run, or has no such checkpoint.
     """
-    config = load_config(folder)
-    if not (pathlib.Path(folder) / "checkpoints").is_dir():
+    folder = pathlib.Path(folder)
+    config = TrainConfig.load(folder / "config.json")
+    if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder}: holds no checkpoint yet")
     if abstract is None:
-        sharding = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(host_device())
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract_params(config.model),
         )
-    checkpoints = Checkpoints(folder, read_only=True, eval_batches=config.eval.batches)
-    try:
+    with contextlib.closing(
+        Checkpoints(folder, read_only=True, eval_batches=config.eval.batches)
+    ) as checkpoints:
         steps, best = checkpoints.steps, checkpoints.best_step
         if not steps:
             raise ValueError(f"{folder}: holds no checkpoint yet")
         if step is None:
             step = steps[-1] if best is None else best
         if step not in steps:
-            raise ValueError(
-                f"{folder}: has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
-            )
+            known = ", ".join(map(str, steps))
+            raise ValueError(f"{folder}: has no checkpoint of step {step}; there are {known}")
         return config, checkpoints.restore_params(step, abstract), load_tokenizer(folder)
-    finally:
-        checkpoints.close()
 
 
 def sidecar_files(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:

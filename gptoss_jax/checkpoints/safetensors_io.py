@@ -46,27 +46,25 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
 
 
-class TensorFolder:
-    """The tensors of a folder by name, each a read-only view of its memory-mapped file."""
+def map_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Returns the tensors of a folder by name, each a read-only view of its memory-mapped file.
 
-    def __init__(self, folder: str | os.PathLike):
-        """Opens the files that hold the weights; see `find_files`.
-
-        Raises ValueError, naming the file, for one that is missing, truncated or not a safetensors file, and
-        for an index that does not agree with its files.
-        """
-        folder = pathlib.Path(folder)
-        self.tensors: dict[str, np.ndarray] = {}
-        self.files: dict[str, pathlib.Path] = {}
-        paths, index = find_files(folder)
-        for path in paths:
-            for name, tensor in map_file(path).items():
-                if name in self.files:
-                    raise ValueError(f"{path}: holds {name}, which {self.files[name].name} holds too")
-                self.tensors[name], self.files[name] = tensor, path
-        for name, file in (index or {}).items():
-            if name not in self.files:
-                raise ValueError(f"{folder}: its index.json places {name} in {file}, which does not hold it")
+    Raises ValueError, naming the file, for one that is missing, truncated or not a safetensors file, and for
+    an index that does not agree with its files. See `find_files`.
+    """
+    folder = pathlib.Path(folder)
+    tensors: dict[str, np.ndarray] = {}
+    files: dict[str, str] = {}
+    paths, index = find_files(folder)
+    for path in paths:
+        for name, tensor in map_file(path).items():
+            if name in files:
+                raise ValueError(f"{path}: holds {name}, which {files[name]} holds too")
+            tensors[name], files[name] = tensor, path.name
+    for name, file in (index or {}).items():
+        if name not in files:
+            raise ValueError(f"{folder}: its index.json places {name} in {file}, which does not hold it")
+    return tensors
 
 
 def map_file(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptoss_jax.checkpoints.load import load_model
-from gptoss_jax.checkpoints.readers import is_run, load_config, local_folder
-from gptoss_jax.config import require
+from gptoss_jax.checkpoints.readers import is_run, local_folder
+from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.config.base import write_json
 from gptoss_jax.config.paths import output_file
 from gptoss_jax.data.sources import open_corpus
@@ -56,7 +56,8 @@ def _text(folder: str, source: str, settings: TextSettings) -> dict[str, Any]:
     corpus, local = open_corpus(source), local_folder(folder)
     if settings.context is None and is_run(local):
         # A model that was never shown longer rows is not to be judged by them.
-        settings = dataclasses.replace(settings, context=load_config(local).data.seq_len)
+        seq_len = TrainConfig.load(local / "config.json").data.seq_len
+        settings = dataclasses.replace(settings, context=seq_len)
     config, params, tokenizer = load_model(local)
     columns = (
         TextColumn("{task.fields[loss]}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),

@@ -16,7 +16,6 @@ from gptoss_jax.checkpoints.load import read_params, warn_non_finite_params
 from gptoss_jax.checkpoints.readers import (
     find_tokenizer,
     is_run,
-    load_config,
     load_run,
     local_folder,
     open_weights,
@@ -223,7 +222,7 @@ def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
         return
     folder = local_folder(config.init_from)
     if is_run(folder):
-        theirs = load_config(folder).model
+        theirs = TrainConfig.load(folder / "config.json").model
     else:
         # Published files hold layer by layer, and are read into either form.
         theirs = dataclasses.replace(open_weights(folder).config, scan_layers=config.model.scan_layers)
