@@ -161,7 +161,7 @@ def test_wrong_layer_types_name_the_field():
         ModelConfig(num_hidden_layers=2, layer_types=(1, 2))
 
 
-def test_an_integer_may_stand_for_a_number():
+def test_an_integer_is_a_valid_float():
     assert ModelConfig(rope_theta=10000).rope_theta == 10000
 
 
@@ -185,7 +185,7 @@ def test_round_trip_through_json():
     assert TrainConfig.from_dict(values) == config
 
 
-def test_packed_experts_are_a_model_s_to_have():
+def test_packed_experts_round_trip():
     config = ModelConfig(hidden_size=96, intermediate_size=64, expert_format="mxfp4")
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert ModelConfig().expert_format == "plain"
@@ -352,7 +352,7 @@ def test_contradictory_flags_are_refused(preset, flags, message):
 
 
 @pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
-def test_a_former_name_is_read_from_json_and_explained_elsewhere(former, name, tmp_path):
+def test_former_names_are_read_from_json_and_refused_elsewhere(former, name, tmp_path):
     (section, old), new = former.split("."), name.split(".")
     value = 2 if new[1] == "grad_accum_steps" else 0.5
     assert value_at(TrainConfig.from_dict({section: {old: value}}), new) == value
@@ -380,7 +380,7 @@ def test_help_shows_the_fields_of_sections_that_are_off(preset, capsys):
     assert "Off in this preset: model.rope_scaling." in shown
 
 
-def test_error_messages_list_a_limited_number_of_names_and_have_no_line_ends():
+def test_helpers_of_error_messages():
     assert listed([]) == ""
     assert listed("abcd") == "a, b, c, d"
     assert listed({"a": 1, "b": 2, "c": 3}, limit=2) == "a, b and 1 more"

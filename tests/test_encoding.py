@@ -111,12 +111,12 @@ def test_any_text_can_be_printed(monkeypatch, encoding, printed):
     assert err.buffer.getvalue().startswith(b"x: error: run_dir is ")
 
 
-def test_text_of_the_command_line_is_utf8_where_the_locale_cannot_decode_it():
+def test_undecodable_command_line_text_is_utf8():
     assert user_text("a\udcc3\udca9") == "a\u00e9" and user_text("\u00df") == "\u00df"
     assert user_text("\udcff") == "\ufffd"
 
 
-def test_paths_that_the_locale_or_a_library_cannot_spell(monkeypatch):
+def test_paths_outside_the_locales_encoding(monkeypatch):
     require_utf8("/runs/\u00e9", "run_dir")
     with pytest.raises(ValueError, match="run_dir is '/runs/.udcff': checkpoints need a path in UTF-8"):
         require_utf8("/runs/\udcff", "run_dir")

@@ -116,7 +116,7 @@ def tar(data):
         (tar(b""), "a tar archive"),
     ],
 )
-def test_what_is_not_utf8_text_is_named(tmp_path, data, found, compress):
+def test_other_formats_are_recognized(tmp_path, data, found, compress):
     (tmp_path / "a").write_bytes(compress(data))
     for kind in ("text", "jsonl"):
         with pytest.raises(ValueError) as caught:

@@ -131,7 +131,7 @@ def parts_of(harmony, tokens, sizes=None):
     return [dataclasses.astuple(part) for part in reader.parts]
 
 
-def test_all_vectors_are_looked_at():
+def test_every_published_vector_is_used():
     if not VECTORS.is_dir():
         pytest.skip(f"needs {VECTORS}")
     names = {path.stem.removeprefix("test_") for path in VECTORS.glob("*.txt")}
@@ -160,7 +160,7 @@ def test_published_answers(harmony, published, name):
     assert [list(part) for part in parts_of(published, tokens)] == expected
 
 
-def test_a_call_is_rendered_as_published(harmony, published):
+def test_a_tool_call_is_rendered_as_published(harmony, published):
     expected = vector("does_not_drop_if_ongoing_analysis")
     expected = expected[: expected.index("<|call|>") + len("<|call|>")] + "<|start|>assistant"
     conversation = [
@@ -229,11 +229,11 @@ def said(channel, text):
     ],
     ids=["finished", "interrupted", "answered", "called", "no format", "spelled", "nothing"],
 )  # fmt: skip
-def test_what_is_rendered(published, conversation, expected):
+def test_rendered_conversations(published, conversation, expected):
     assert spell(published, published.render(conversation)) == expected + "<|start|>assistant"
 
 
-def test_the_first_messages(published):
+def test_system_and_developer_messages(published):
     first = [system("low", "2026-01-31"), developer("Be brief.")]
     assert spell(published, published.render(first)) == (
         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
@@ -280,17 +280,17 @@ START = "<|start|>assistant"
         (F + "a<|message|><|constrain|><|endoftext|>", [("final", "a<|message|><|constrain|><|endoftext|>")]),
     ],
 )  # fmt: skip
-def test_what_is_read(harmony, published, answer, parts):
+def test_parsed_answers(harmony, published, answer, parts):
     found = parts_of(published, ids(harmony, answer))
     assert [(channel, text) for channel, _, _, text in found] == parts
 
 
-def test_the_type_of_an_answer_is_read(harmony, published):
+def test_the_content_type_of_an_answer_is_parsed(harmony, published):
     answer = F.replace("final", "final <|constrain|>json") + "{}"
     assert parts_of(published, ids(harmony, answer)) == [("final", None, "<|constrain|>json", "{}")]
 
 
-def test_a_call_is_read(harmony, published):
+def test_a_tool_call_is_parsed(harmony, published):
     expected = ("commentary", "functions.x", "<|constrain|>json", "{}")
     for header in (
         "<|channel|>commentary to=functions.x <|constrain|>json",
@@ -299,7 +299,7 @@ def test_a_call_is_read(harmony, published):
         assert parts_of(published, ids(harmony, header + "<|message|>{}<|call|>")) == [expected]
 
 
-def test_characters_are_never_broken(harmony, published):
+def test_characters_are_never_split(harmony, published):
     header, end = ids(harmony, F), ids(harmony, "<|end|>")
     reader = published.reader()
     reader.feed(header)
@@ -322,7 +322,7 @@ PIECES = st.sampled_from(WORDS) | st.sampled_from(FRAMES) | st.sampled_from(LONG
 
 @settings(deadline=None, max_examples=200)
 @given(pieces=st.lists(PIECES | st.just(201087), max_size=30), sizes=st.lists(st.integers(1, 9)))
-def test_no_answer_is_an_error_or_loses_text(harmony, published, pieces, sizes):
+def test_any_answer_is_parsed_without_loss(harmony, published, pieces, sizes):
     tokens = []
     for piece in pieces:
         tokens += (
@@ -353,14 +353,14 @@ def test_no_answer_is_an_error_or_loses_text(harmony, published, pieces, sizes):
         max_size=4,
     )
 )
-def test_an_answer_in_the_format_is_read_as_it_was_rendered(harmony, published, messages):
+def test_rendered_answers_are_parsed_back(harmony, published, messages):
     tokens = published.render([Part(*message).message() for message in messages])
     # From where the first message has said that it is the assistant's to where the next one would.
     assert tokens[:2] == tokens[-2:] == ids(harmony, START)
     assert parts_of(published, tokens[2:-2]) == messages
 
 
-def test_which_tokenizers_are_harmony(harmony):
+def test_is_harmony(harmony):
     assert is_harmony(harmony)
     assert not is_harmony(make_tokenizer("bytes"))
     for name in ("return", "channel", "start", "end", "message", "call"):
@@ -381,7 +381,7 @@ def test_openai_harmony_gets_the_published_ranks(harmony, monkeypatch):
 
 
 @pytest.mark.parametrize("before", [None, "/nowhere"])
-def test_openai_harmony_needs_no_file_of_its_own(harmony, monkeypatch, before):
+def test_openai_harmony_needs_no_file(harmony, monkeypatch, before):
     monkeypatch.delenv("TIKTOKEN_ENCODINGS_BASE", raising=False)
     if before:
         monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", before)

@@ -35,7 +35,7 @@ def test_the_home_folder_is_expanded_at_the_start_only(given, expanded, monkeypa
         ("a\0b", "must not contain a null character"),
     ],
 )
-def test_a_path_without_a_meaning_is_refused_by_name(given, message):
+def test_invalid_paths_are_refused(given, message):
     with pytest.raises(ValueError) as error:
         user_path(given, "run_dir")
     assert message in str(error.value)
@@ -62,7 +62,7 @@ def test_no_other_module_expands_the_home_folder():
     assert set(expanding) == {"gptoss_jax/config/paths.py"}
 
 
-def test_the_file_of_a_result_is_checked_before_the_work(tmp_path, monkeypatch):
+def test_output_files_are_checked_first(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert output_file("~/x.json", "json") == tmp_path / "x.json"
     with pytest.raises(ValueError, match="json is '~/none/x.json': its folder does not exist"):

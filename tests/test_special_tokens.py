@@ -123,7 +123,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_text_never_gives_a_special_token(family, tmp_path):
+def test_text_is_never_encoded_to_special_tokens(family, tmp_path):
     model, bos, eos, is_exact = FAMILIES[family]
     write(tmp_path, model)
     tokenizer = make_tokenizer(f"file:{tmp_path}/tokenizer.json")
@@ -157,14 +157,14 @@ def test_text_never_gives_a_special_token(family, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "name"), [("neox", "    "), ("gemma", "</s>"), ("chatml", "<think>")])
-def test_added_tokens_that_are_text_stay_tokens(family, name, tmp_path):
+def test_added_tokens_of_text_stay_tokens(family, name, tmp_path):
     tokenizer = load_tokenizer(write(tmp_path, FAMILIES[family][0]))
     before, token, after = tokenizer.encode(f"a{name}a")
     assert before == after and tokenizer.decode([token]) == name
     assert name not in tokenizer.special_tokens
 
 
-def test_what_a_file_beside_it_calls_special_is_special(tmp_path):
+def test_special_tokens_of_the_settings_files(tmp_path):
     model = unmarked(byte_level(["<end>", "<pad>", "<tool>", "<word>"]))
     decoder = {"290": {"content": "<word>", "special": False}}
     folder = write(
@@ -203,7 +203,7 @@ def test_what_a_file_beside_it_calls_special_is_special(tmp_path):
         (["<s>", "</s>"], {"bos_token": "<b>", "eos_token": "<e>"}, "<s>", "</s>"),
     ],
 )  # fmt: skip
-def test_names_in_the_files_beside_it(special, config, bos, eos, tmp_path):
+def test_roles_in_the_settings_files(special, config, bos, eos, tmp_path):
     for file in "tokenizer_config", "special_tokens_map":
         folder = write(tmp_path / file, byte_level(special), **{file: config})
         tokenizer = load_tokenizer(folder)
@@ -219,7 +219,7 @@ def test_names_in_the_files_beside_it(special, config, bos, eos, tmp_path):
         assert (written["bos_token"], written["eos_token"]) == expected
 
 
-def test_ids_in_the_models_files_are_asked_last(tmp_path):
+def test_ids_in_the_models_files_are_the_last_resort(tmp_path):
     model = byte_level(["<b>", "<e>"])
     ids = {f"{role}_token_id": model.token_to_id(f"<{role[0]}>") for role in ("bos", "eos")}
     assert names_of(load_tokenizer(write(tmp_path / "ids", model, config=ids))) == ("<b>", "<e>")
@@ -231,7 +231,7 @@ def test_ids_in_the_models_files_are_asked_last(tmp_path):
         load_tokenizer(write(tmp_path / "word", model, config={"eos_token_id": 5}))
 
 
-def test_roles_that_the_user_names(tmp_path):
+def test_roles_chosen_by_the_user(tmp_path):
     path = (
         write(tmp_path / "a#b", byte_level(["<b>", "<e,f>", "<|im_end|>", "<|endoftext|>"]))
         / "tokenizer.json"
@@ -281,7 +281,7 @@ def test_damaged_saved_specs(tmp_path):
             load_tokenizer(tmp_path)
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_missing_roles_are_reported(tmp_path):
     path = write(tmp_path, byte_level(["<start>", "<stop>"])) / "tokenizer.json"
     for rest, words in [
         ("", ["no token of", "is known to begin or end a document", "#bos=NAME,eos=NAME",
@@ -300,7 +300,7 @@ def test_what_is_missing_is_said(tmp_path):
         assert [word for word in words if word not in message] == []
 
 
-def test_keys_that_only_look_like_tokens_are_skipped(tmp_path):
+def test_keys_that_only_look_like_tokens_are_ignored(tmp_path):
     config = {
         "eos_token": {"content": "<e>"},
         "num_image_token": 256,
@@ -337,7 +337,7 @@ def test_keys_that_only_look_like_tokens_are_skipped(tmp_path):
         ("generation_config", "[]", "must hold a JSON object"),
     ],
 )
-def test_damaged_files_beside_it(file, content, message, tmp_path):
+def test_damaged_settings_files(file, content, message, tmp_path):
     write(tmp_path, byte_level(["<s>"]))
     (tmp_path / f"{file}.json").write_text(content)
     with pytest.raises(ValueError) as caught:
@@ -387,7 +387,7 @@ def test_stop_ids_of_vocabularies(tmp_path):
     assert load_tokenizer(write(tmp_path / "harmony", model)).stop_ids == tuple(ids)
 
 
-def test_other_names_beside_the_file_make_another_cache(tmp_path):
+def test_the_token_cache_depends_on_the_settings_files(tmp_path):
     (tmp_path / "text.txt").write_text("a <e> b")
     folder = write(tmp_path / "in", byte_level(["<b>", "<e>"]), tokenizer_config={"eos_token": "<e>"})
 
@@ -411,7 +411,7 @@ def test_other_names_beside_the_file_make_another_cache(tmp_path):
     assert (third.tokens[0], third.tokens[-1]) == (third.tokenizer.bos_id, third.tokenizer.eos_id)
 
 
-def test_words_come_back_with_spaces(tmp_path):
+def test_word_pieces_are_decoded_with_spaces(tmp_path):
     tokenizer = load_tokenizer(write(tmp_path / "bert", FAMILIES["bert"][0]))
     assert tokenizer.decode(tokenizer.encode("cats [SEP] a")) == " cats [ sep ] a"
     words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "the": 2, "cat": 3}, "[UNK]"))
@@ -421,6 +421,6 @@ def test_words_come_back_with_spaces(tmp_path):
     assert tokenizer.decode([2, 3, 1]) == " the cat"
 
 
-def test_bytes_that_are_no_text_become_marks():
+def test_lone_surrogates_become_replacement_characters():
     for tokenizer in make_tokenizer("bytes"), make_tokenizer("bpe:300", lambda: iter(TEXTS)):
         assert tokenizer.decode(tokenizer.encode("a\udcffb")) == "a\ufffdb"

@@ -55,7 +55,7 @@ def test_small_texts_give_small_vocabularies():
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, make_tokenizer("bytes")], ids=lambda t: t.name)
-def test_any_text_comes_back(tokenizer):
+def test_any_text_round_trips(tokenizer):
     @settings(deadline=None, max_examples=200)
     @given(st.text() | st.text(alphabet=" \n\r\tab1'<|>.\u0301\u00a0"))
     def check(text):
@@ -68,7 +68,7 @@ def test_any_text_comes_back(tokenizer):
     check()
 
 
-def test_special_tokens_are_dropped_and_never_made():
+def test_special_tokens_are_neither_encoded_nor_decoded():
     ids = BPE.encode(SPECIAL)
     assert 0 not in ids
     assert BPE.decode([0, *ids, 0]) == SPECIAL
@@ -217,7 +217,7 @@ def test_same_ids(tmp_path):
     assert load_tokenizer(tmp_path).same_ids_as(BPE)
 
 
-def test_file_settings_that_would_change_text_are_turned_off(tmp_path):
+def test_truncation_padding_and_post_processing_are_turned_off(tmp_path):
     model = tokenizers.Tokenizer.from_str(BPE._files["tokenizer.json"])
     model.enable_truncation(4)
     model.enable_padding(length=8)

@@ -90,7 +90,7 @@ def test_published_ids(tokenizer):
         assert tokenizer.decode(ids) == text
 
 
-def test_special_tokens_are_dropped_and_never_made(tokenizer):
+def test_special_tokens_are_neither_encoded_nor_decoded(tokenizer):
     assert max(tokenizer.encode(SPECIAL)) < 199998
     assert tokenizer.decode([199998, *tokenizer.encode(SPECIAL), 200002, 199999, 200018]) == SPECIAL
 

@@ -195,7 +195,7 @@ def test_published_files_are_the_presets(size):
     assert {name: ours.get(name) for name in theirs if name not in rest} == without(theirs, *rest)
 
 
-def test_a_folder_s_own_config_goes_before_the_original(tmp_path):
+def test_config_json_takes_precedence_over_the_original(tmp_path):
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "config.json").write_text(json.dumps({**ORIGINAL, "vocab_size": 11}))
     assert ModelConfig.from_hf(tmp_path).vocab_size == 11
@@ -204,14 +204,14 @@ def test_a_folder_s_own_config_goes_before_the_original(tmp_path):
     assert ModelConfig.from_hf(tmp_path).vocab_size == 13
 
 
-def test_the_file_s_form_is_not_the_architecture():
+def test_the_format_of_the_weights_is_not_the_architecture():
     assert HF4["quantization_config"]["quant_method"] == "mxfp4"
     assert ModelConfig.from_hf(HF4).expert_format == "plain"
     assert ModelConfig.from_hf(without(HF4, "quantization_config")) == ModelConfig()
     assert ModelConfig.from_hf({**HF4, "quantization_config": None}) == ModelConfig()
 
 
-def test_what_missing_fields_mean():
+def test_missing_fields():
     few = without(
         HF4, "attention_bias", "attention_dropout", "hidden_act", "initializer_range", "layer_types",
         "swiglu_limit", "tie_word_embeddings", "output_router_logits", "experts_per_token",
@@ -224,16 +224,16 @@ def test_what_missing_fields_mean():
     assert ModelConfig.from_hf(without(ORIGINAL, "swiglu_limit")).swiglu_limit == 7.0
 
 
-def test_load_balance_loss_only_where_router_logits_are_asked_for():
+def test_load_balance_loss_needs_output_router_logits():
     assert ModelConfig.from_hf({**HF4, "output_router_logits": True}).router_aux_loss_coef == 0.9
     assert ModelConfig.from_hf(HF4).router_aux_loss_coef == 0.0
 
 
-def test_another_name_for_the_experts():
+def test_the_other_name_of_num_local_experts():
     assert ModelConfig.from_hf({**without(HF4, "num_local_experts"), "num_experts": 32}) == ModelConfig()
 
 
-def test_layer_types_other_than_the_alternation_stay():
+def test_layer_types_that_do_not_alternate():
     kinds = ["full_attention", "sliding_attention"] * 12
     assert ModelConfig.from_hf({**HF4, "layer_types": kinds}).layer_types == tuple(kinds)
 
@@ -241,7 +241,7 @@ def test_layer_types_other_than_the_alternation_stay():
 # Rotary embedding.
 
 
-def test_yarn_s_defaults_are_those_of_transformers():
+def test_yarn_defaults_of_transformers():
     rope = without(YARN, "beta_fast", "beta_slow", "truncate")
     config = ModelConfig.from_hf({**HF4, "rope_scaling": rope})
     assert config.rope_scaling == RopeScaling(32.0, 32.0, 1.0, True, 4096)
@@ -280,11 +280,11 @@ def test_plain_rope(rope):
         {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}, "rope_theta": 150000},
     ],
 )
-def test_yarn_in_other_words(rope):
+def test_equivalent_yarn_settings(rope):
     assert ModelConfig.from_hf({**without(HF4, "rope_scaling", "rope_theta"), **rope}) == ModelConfig()
 
 
-def test_the_original_s_length_and_ramp():
+def test_yarn_of_the_original_format():
     values = {
         **ORIGINAL,
         "initial_context_length": 1000,
@@ -429,7 +429,7 @@ def test_a_file_with_one_clear_meaning_is_read_with_a_warning(values, fields, me
     assert [str(one.message) for one in caught] == [f"{path}: {message}"]
 
 
-def test_what_transformers_writes_for_every_model_gives_no_warning():
+def test_fields_of_every_transformers_model_give_no_warning():
     extra = {"_name_or_path": "x", "bos_token_id": 1, "torch_dtype": "bfloat16", "auto_map": {}, "top_k": 5}
     assert ModelConfig.from_hf({**HF4, **extra, "attn_implementation": "eager"}) == ModelConfig()
 
@@ -542,7 +542,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("values", "message"), BAD, ids=[message[:50] for _, message in BAD])
-def test_a_refusal_names_file_field_and_value(values, message, tmp_path):
+def test_errors_name_file_field_and_value(values, message, tmp_path):
     with pytest.raises(ValueError) as caught:
         ModelConfig.from_hf(values)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -574,7 +574,7 @@ def test_files_that_cannot_be_read(tmp_path):
 # Writing.
 
 
-def test_what_is_written():
+def test_written_config():
     assert written(dataclasses.replace(HF5_READ, sliding_window=5)) == {
         "architectures": ["GptOssForCausalLM"],
         "attention_bias": False,
@@ -626,7 +626,7 @@ def test_what_is_written():
     }
 
 
-def test_the_form_of_the_weights():
+def test_the_format_of_the_weights_is_written():
     assert written(ModelConfig(), "float32")["dtype"] == "float32"
     assert written(ModelConfig(), "float32")["torch_dtype"] == "float32"
     values = written(ModelConfig(), "mxfp4")
@@ -651,12 +651,12 @@ def test_plain_rope_is_written_as_a_null():
     assert values["initial_context_length"] == 555
 
 
-def test_missing_biases_and_sinks_are_for_the_weights_to_express():
+def test_missing_biases_and_sinks_do_not_change_the_config():
     bare = ModelConfig(expert_bias=False, router_bias=False, learned_sinks=False, residual_dropout=0.1)
     assert bare.to_hf() == ModelConfig().to_hf()
 
 
-def test_all_that_cannot_be_written_is_said_at_once():
+def test_all_inexpressible_fields_are_reported_together():
     config = ModelConfig(
         hidden_size=100, intermediate_size=68, sink_tokens=4, swiglu_up_offset=0.0, swiglu_limit=None
     )
@@ -731,7 +731,7 @@ def carried(config: ModelConfig) -> ModelConfig:
 
 @settings(max_examples=200, deadline=None)
 @given(configs(), st.sampled_from(["bfloat16", "float32"]))
-def test_what_is_written_is_read_back(config, experts):
+def test_write_and_read(config, experts):
     assert ModelConfig.from_hf(written(config, experts)) == carried(config)
 
 
@@ -746,7 +746,7 @@ LIVE = [
 
 @pytest.mark.parametrize("config", LIVE)
 @pytest.mark.parametrize("experts", ["bfloat16", "float32"])
-def test_transformers_reads_what_is_written(config, experts, tmp_path):
+def test_transformers_reads_a_written_config(config, experts, tmp_path):
     transformers = pytest.importorskip("transformers")
     values = written(config, experts)
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -760,7 +760,7 @@ def test_transformers_reads_what_is_written(config, experts, tmp_path):
 
 
 @pytest.mark.parametrize("config", LIVE)
-def test_what_transformers_writes_is_read(config, tmp_path):
+def test_a_config_written_by_transformers_is_read(config, tmp_path):
     transformers = pytest.importorskip("transformers")
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

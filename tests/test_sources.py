@@ -25,7 +25,7 @@ def fails(source):
     return message
 
 
-def test_text_files_are_documents_and_separators_part_them(tmp_path):
+def test_text_files_are_split_at_separators(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "b.txt").write_bytes(b"one\r\ntwo\n")
     (tmp_path / "empty.txt").write_bytes(b"")
@@ -44,7 +44,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     assert read("text:~/*.txt") == ["a"]
 
 
-def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path):
+def test_invalid_utf8_is_reported_with_its_offset(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc<|endoftext|>de\xff")
     assert fails(f"text:{tmp_path}/a.txt") == f"{tmp_path}/a.txt: not UTF-8 at byte 18 (invalid start byte)"
 
@@ -73,7 +73,7 @@ def test_bad_jsonl_names_the_line(tmp_path, line, reason):
     assert fails(f"jsonl:{tmp_path}/a.jsonl").startswith(f"{tmp_path}/a.jsonl:2: {reason}")
 
 
-def test_a_field_that_the_locale_cannot_spell(tmp_path, monkeypatch):
+def test_a_field_outside_the_locales_encoding(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"gr\u00f6\u00dfe": "x"}\n', "utf-8")
     monkeypatch.setattr(os, "fsencode", lambda path: path.encode("ascii", "surrogateescape"))
     # From a file of settings, and as Python reads it from the command line.
@@ -138,7 +138,7 @@ def test_configs_and_splits_of_a_dataset(tmp_path, monkeypatch):
     assert "has no split 'train'; it has validation, test: name one" in fails(f"hf:{tmp_path}/one")
 
 
-def test_signs_in_the_name_of_a_dataset_folder(tmp_path, monkeypatch):
+def test_special_characters_in_the_name_of_a_dataset_folder(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     write_split(tmp_path / "a:b#c", "train", "x")
@@ -149,7 +149,7 @@ def test_signs_in_the_name_of_a_dataset_folder(tmp_path, monkeypatch):
         assert "the datasets library cannot read a path that holds" in fails(f"hf:{tmp_path}/{name}")
 
 
-def test_what_exists_is_not_a_pattern(tmp_path, monkeypatch):
+def test_existing_paths_are_not_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "[x] #1").mkdir()
     row = '{"text": "a", "body": "b"}\n'
@@ -164,7 +164,7 @@ def test_what_exists_is_not_a_pattern(tmp_path, monkeypatch):
     assert read("jsonl:?.jsonl") == ["a", "a"]
 
 
-def test_what_is_no_file_is_said(tmp_path):
+def test_errors_for_paths_that_are_not_files(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.txt").symlink_to("gone")
     os.mkfifo(tmp_path / "pipe")
@@ -192,7 +192,7 @@ def test_nulls_are_skipped_and_counted(tmp_path, monkeypatch):
     assert "holds no text (records whose field is null: 1)" in fails(f"jsonl:{folder}/train.jsonl")
 
 
-def test_files_that_change_or_vanish_while_they_are_read(tmp_path):
+def test_files_that_change_or_disappear_while_being_read(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
     corpus = open_corpus(f"text:{path}")
