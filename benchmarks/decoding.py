@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import SLIDING, ModelConfig
+from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.model.kv_cache import make_cache
 from gptoss_jax.model.transformer import bind, compute_dtype
-from gptoss_jax.training.flops import parameter_counts
 
 # Bytes of a packed weight: half of one for its code, and its part of the scale that 32 share.
 PACKED = 1 / 2 + 1 / 32

@@ -18,10 +18,10 @@ import jax
 from common import PEAK, Training, percent, show, spread, student_model
 
 from gptoss_jax import startup
+from gptoss_jax.hardware import flops_per_token
 from gptoss_jax.kernels.swiglu import SwiGLU
 from gptoss_jax.model.moe import route
 from gptoss_jax.parallel.expert_parallel import apply_experts
-from gptoss_jax.training.flops import flops_per_token
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 TOP_K = 4

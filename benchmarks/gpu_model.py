@@ -13,9 +13,9 @@ from common import percent, print_table, show, spread
 from gpu_run import Run
 
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
-from gptoss_jax.training.flops import flops_per_token, mfu, parameter_counts
 from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_train_step
 

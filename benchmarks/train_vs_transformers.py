@@ -59,7 +59,7 @@ def clocked(action) -> float:
 def ours(experts: int, top_k: int, layers: int, rows: int, length: int) -> dict:
     from common import Training, square_product, student_model
 
-    from gptoss_jax.training.flops import flops_per_token
+    from gptoss_jax.hardware import flops_per_token
 
     model = student_model(**model_sizes(experts, top_k, layers))
     training, multiply = Training(model, rows, length), square_product()

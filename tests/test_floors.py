@@ -22,6 +22,8 @@ def floor_of(module: str) -> int:
     first = module.split(".")[1] if "." in module else ""
     if first == "startup":  # what must happen before jax is loaded: it imports nothing of ours
         return -1
+    if first == "hardware":  # imports only config
+        return FLOORS.index("kernels")
     return FLOORS.index(first) if first in FLOORS else len(FLOORS)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 
 from gptoss_jax.config import MeshConfig, TrainConfig
-from gptoss_jax.planning.chips import GIB, parse_topology
+from gptoss_jax.hardware import GIB, parse_topology
 
 INSTALL = "pip install -e '.[tpu-compile]'"
 

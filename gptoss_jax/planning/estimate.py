@@ -13,11 +13,10 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.hardware import Chip, flops_per_token, mean_visible_keys
 from gptoss_jax.parallel.mesh import AXES, BATCH
 from gptoss_jax.parallel.rules import parameter_shardings, path_names, used_spec
-from gptoss_jax.planning.chips import Chip
 from gptoss_jax.planning.hlo import sent_bytes
-from gptoss_jax.training.flops import flops_per_token, mean_visible_keys
 from gptoss_jax.training.losses import chunk_length
 from gptoss_jax.training.state import TrainState, abstract_state
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from gptoss_jax.config import MeshConfig, TrainConfig
+from gptoss_jax.hardware import Chip
 from gptoss_jax.parallel.mesh import AXES
-from gptoss_jax.planning.chips import Chip
 from gptoss_jax.planning.estimate import Estimate, estimate
 
 

@@ -7,11 +7,10 @@ from typing import Any
 from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.config.base import write_json
 from gptoss_jax.config.paths import output_file
-from gptoss_jax.planning.chips import Chip, find_chip, parse_topology
+from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology
 from gptoss_jax.planning.compiled import Compiled, compile_step
 from gptoss_jax.planning.estimate import Estimate
 from gptoss_jax.planning.meshes import compare, parse_mesh
-from gptoss_jax.training.flops import parameter_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Plan:
             "config": self.config.to_dict(),
             "parameters": total,
             "active_parameters": active,
-            "chip": dataclasses.asdict(self.chip) | {"peak": self.chip.peak},
+            "chip": dataclasses.asdict(self.chip),
             "devices": self.devices,
             "topology": self.topology,
             "estimates": estimates,

@@ -7,9 +7,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.planning.compiled import Compiled
 from gptoss_jax.planning.estimate import ROOM, Estimate
-from gptoss_jax.training.flops import parameter_counts
 
 if TYPE_CHECKING:
     from gptoss_jax.planning.report import Plan

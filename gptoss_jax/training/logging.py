@@ -15,6 +15,7 @@ import numpy as np
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.token_cache import TokenCache
+from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
 from gptoss_jax.inference.generate import generate_with_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.training.console import (
@@ -26,7 +27,6 @@ from gptoss_jax.training.console import (
     format_number,
     read_metrics,
 )
-from gptoss_jax.training.flops import flops_per_token, mfu, parameter_counts
 from gptoss_jax.training.plots import draw_report
 from gptoss_jax.training.setup import stop_tokens
 

@@ -16,8 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path, user_text
+from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.training.console import format_count, format_rate, printable, read_metrics
-from gptoss_jax.training.flops import parameter_counts
 
 # Inches and dots per inch: 1600 x 1000 pixels.
 _SIZE, _DPI = (16.0, 10.0), 100

@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 
 from gptoss_jax.config import FULL, SLIDING, ModelConfig
-from gptoss_jax.training.flops import flops_per_token, mean_visible_keys, mfu, parameter_counts, peak_flops
+from gptoss_jax.hardware import (
+    CHIPS,
+    find_chip,
+    flops_per_token,
+    mean_visible_keys,
+    mfu,
+    parameter_counts,
+    parse_topology,
+    peak_flops,
+)  # fmt: skip
 
 # D 10, F 7, N 6, K 2, H 4, E 5, X 3, V 11, W 3; one sliding layer, one full.
 TINY = ModelConfig(
@@ -111,3 +120,21 @@ def test_unknown_chips_have_no_peak(kind):
 
 def test_mfu():
     assert mfu(275e12, "TPU v4", device_count=4) == pytest.approx(0.25)
+
+
+def test_names_of_chips_and_slices():
+    assert all(chip.peak > 1e14 and chip.link > 0 for chip in CHIPS.values())
+    assert parse_topology("v5p:4x4x4") == (CHIPS["v5p"], 64)
+    assert parse_topology("tpu7x:2x2x2") == (CHIPS["tpu7x"], 16)
+    assert parse_topology("v6e:4x8") == (CHIPS["v6e"], 32)
+    for bad, words in (
+        ("v5q:2x2", "did you mean v5p"),
+        ("h200:8", "--chip h200 --devices N"),
+        ("v5p:4x4", "v5p has 3 dimensions"),
+        ("v5e:4x", "2 dimensions, such as v5e:4x4"),
+        ("v5e", "2 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parse_topology(bad)
+    with pytest.raises(ValueError, match="chip is 'rtx': known are v5e, v5p"):
+        find_chip("rtx")

@@ -1,0 +1,179 @@
+"""Accelerators (peak FLOP/s, memory, bandwidths), and the FLOPs of a model on them (MFU).
+
+Figures are for one device as JAX counts devices. FLOPs count only what the mathematics asks for: the experts
+a token is routed to, the keys its window lets it see. Recomputation, padding and the masked half of attention
+scores lower the MFU.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+
+from gptoss_jax.config import SLIDING, ModelConfig
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of device. A chip without memory and link is only known for its peak."""
+
+    name: str
+    # Pattern for the whole of `device.device_kind`: a chip that no pattern matches has no peak, rather than
+    # that of a similar one.
+    device_kind: str
+    # Dense bfloat16 FLOP/s with float32 accumulation.
+    peak: float
+    # Bytes that a program may use.
+    memory: float = 0.0
+    # Bytes per second: of its memory, and one way over all links to the other devices of its slice or node.
+    memory_bandwidth: float = 0.0
+    link: float = 0.0
+    # Devices of a node, which the links join, and one device's bytes per second beyond it; a TPU slice has
+    # no nodes.
+    node: int | None = None
+    network: float | None = None
+    # Dimensions of a TPU slice.
+    dimensions: int = 0
+    devices_per_chip: int = 1
+
+
+# TPU: https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x: "Peak compute per chip (bf16)",
+# "HBM bandwidth per chip" and "Bidirectional inter-chip interconnect (ICI) bandwidth per chip" (halved here).
+# Their memory is what the compiler of libtpu 0.0.42 grants ("exceeds available HBM (15.75G)"). A tpu7x chip
+# is two devices.
+# GPU: NVIDIA's data sheets, whose peaks are halved where they count 2:4 sparsity, and the architecture brief
+# of Blackwell; NVLink halved to one way; networks of DGX A100 (eight ports of 200 Gb/s), H100, H200 and B200
+# (eight of 400 Gb/s).
+TABLE = (
+    Chip("v4", r"TPU v4", 275e12),
+    Chip("v5e", r"TPU v5 ?(lite|e)", 197e12, 15.75 * GIB, 819e9, 400e9 / 2, dimensions=2),
+    Chip("v5p", r"TPU v5p?", 459e12, 95.74 * GIB, 2765e9, 1200e9 / 2, dimensions=3),
+    Chip("v6e", r"TPU v6 ?(lite|e)", 918e12, 31.25 * GIB, 1638e9, 800e9 / 2, dimensions=2),
+    Chip(
+        "tpu7x", r"TPU ?7x", 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 1200e9 / 2 / 2,
+        dimensions=3, devices_per_chip=2,
+    ),
+    Chip("a100", r"NVIDIA A100[- ].*", 312e12, 80e9, 2039e9, 600e9 / 2, node=8, network=200e9 / 8),
+    Chip("h100", r"NVIDIA H100 80GB HBM3", 1979e12 / 2, 80e9, 3350e9, 900e9 / 2, node=8, network=400e9 / 8),
+    Chip("h200", r"NVIDIA H200", 1979e12 / 2, 141e9, 4800e9, 900e9 / 2, node=8, network=400e9 / 8),
+    Chip("b200", r"NVIDIA B200", 4500e12 / 2, 180e9, 8000e9, 1800e9 / 2, node=8, network=400e9 / 8),
+    Chip("h100-pcie", r"NVIDIA H100 PCIe", 1513e12 / 2),
+    Chip("h100-nvl", r"NVIDIA H100 NVL", 1671e12 / 2),
+    Chip("h200-nvl", r"NVIDIA H200 NVL", 1671e12 / 2),
+    Chip("gh200", r"NVIDIA GH200 .*", 1979e12 / 2),
+    Chip("gb200", r"NVIDIA GB200", 5000e12 / 2),
+    Chip("l4", r"NVIDIA L4", 242e12 / 2),
+    Chip("l40s", r"NVIDIA L40S", 362e12),
+    Chip("a10", r"NVIDIA A10", 125e12),
+    Chip("a30", r"NVIDIA A30", 165e12),
+    Chip("a40", r"NVIDIA A40", 149.7e12),
+)  # fmt: skip
+# Those that `gptoss plan` can plan for.
+CHIPS = {chip.name: chip for chip in TABLE if chip.memory}
+
+
+def find_chip(name: str, field: str = "chip") -> Chip:
+    """Returns the chip of a name. Raises ValueError, naming `field`, with the names there are."""
+    if name.lower() in CHIPS:
+        return CHIPS[name.lower()]
+    near = difflib.get_close_matches(name.lower(), CHIPS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"{field} is {name!r}: {hint}known are {', '.join(CHIPS)}")
+
+
+def parse_topology(name: str) -> tuple[Chip, int]:
+    """Returns the chip and the number of devices of a TPU slice such as "v5p:4x4x4".
+
+    Raises ValueError for an unknown chip, a GPU, or dimensions that the chip's slices do not have.
+    """
+    kind, _, shape = name.partition(":")
+    chip = find_chip(kind, "topology")
+    if not chip.dimensions:
+        raise ValueError(
+            f"topology is {name!r}: only TPUs have topologies; for this chip: --chip {chip.name} --devices N"
+        )
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != chip.dimensions:
+        example = "x".join("4" * chip.dimensions)
+        allowed = f"{chip.name} has {chip.dimensions} dimensions, such as {chip.name}:{example}"
+        raise ValueError(f"topology is {name!r}: {allowed}")
+    return chip, chip.devices_per_chip * math.prod(map(int, shape.split("x")))
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the dense bfloat16 peak of one device in FLOP/s, by `jax.devices()[0].device_kind`.
+
+    None for a chip that is not in the table (every CPU) and for a slice of a GPU.
+    """
+    if "MIG" in device_kind:
+        return None
+    return next((c.peak for c in TABLE if re.fullmatch(c.device_kind, device_kind, re.IGNORECASE)), None)
+
+
+def mfu(flops_per_second: float, device_kind: str, device_count: int = 1) -> float | None:
+    """Model FLOPs utilization (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): the useful FLOP/s of all
+    devices over their peak, between 0 and 1. None if the peak is unknown."""
+    peak = peak_flops(device_kind)
+    return None if peak is None else flops_per_second / (peak * device_count)
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Returns the numbers of parameters, `(total, active)`; norms, biases and sinks are in both.
+
+    Active are those a token is multiplied with: `num_experts_per_tok` of the experts, and not the input
+    embedding, from which a row is only looked up. Tied weights count once, in both, because the head uses
+    them.
+    """
+    hidden, width = config.hidden_size, config.intermediate_size
+    q_out = config.num_attention_heads * config.head_dim
+    kv_out = config.num_key_value_heads * config.head_dim
+    attention = 2 * hidden * q_out + 2 * hidden * kv_out
+    if config.attention_bias:
+        attention += q_out + 2 * kv_out + hidden
+    if config.learned_sinks:
+        attention += config.num_attention_heads
+    router = config.num_local_experts * (hidden + config.router_bias)
+    expert = 3 * hidden * width + config.expert_bias * (2 * width + hidden)
+    vocabulary = config.vocab_size * hidden
+
+    outside_experts = config.num_hidden_layers * (attention + router + 2 * hidden) + hidden + vocabulary
+    experts = config.num_hidden_layers * expert
+    total = outside_experts + experts * config.num_local_experts
+    active = outside_experts + experts * config.num_experts_per_tok
+    return (total if config.tie_word_embeddings else total + vocabulary), active
+
+
+def mean_visible_keys(config: ModelConfig, layer_type: str, seq_len: int) -> float:
+    """Returns how many keys a query sees, averaged over the positions of one document of `seq_len` tokens.
+
+    A query at position i sees i + 1 keys in a full layer, and min(i + 1, W + sink_tokens) in a sliding one
+    (the first tokens that stay visible add themselves once they have left the window).
+    """
+    most = seq_len
+    if layer_type == SLIDING:
+        most = min(seq_len, config.sliding_window + config.sink_tokens)
+    return (most * (most + 1) / 2 + (seq_len - most) * most) / seq_len
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) -> float:
+    """Returns the useful FLOPs for one token of a row of `seq_len` tokens, head included.
+
+    Two for each multiply-add of a matrix product: projections, router, active experts, head, and q·k and
+    p·v over the mean number of visible keys. Norms, softmax and activations are left out, as is usual.
+    Training is three times the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Rows packed
+    from several short documents need less in attention: this is the cost of one document per row.
+
+    Raises ValueError if `seq_len` is below 1.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len is {seq_len}: must be 1 or more")
+    hidden, q_out = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv_out = config.num_key_value_heads * config.head_dim
+    projections = 2 * hidden * q_out + 2 * hidden * kv_out
+    router = hidden * config.num_local_experts
+    experts = config.num_experts_per_tok * 3 * hidden * config.intermediate_size
+    every_layer = config.num_hidden_layers * (projections + router + experts)
+    visible = sum(mean_visible_keys(config, kind, seq_len) for kind in config.resolved_layer_types)
+    forward = 2 * (every_layer + 2 * q_out * visible + hidden * config.vocab_size)
+    return 3.0 * forward if training else float(forward)
