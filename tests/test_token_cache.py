@@ -38,7 +38,6 @@ def test_cache_holds_every_document(config, cache):
     assert all(ids[0] == ids[-1] == 256 for ids in stored)
     assert [cache.tokenizer.decode(ids) for ids in stored] == [text for text, _ in expected]
     assert cache.held_out.tolist() == [is_held_out for _, is_held_out in expected]
-    assert cache.text_bytes.tolist() == [len(text.encode()) for text, _ in expected]
     assert cache.tokens.dtype == np.uint16
     held = b"".join(text.encode() for text, is_held_out in expected if is_held_out)
     assert cache.meta == {

@@ -40,7 +40,6 @@ class TokenCache:
     tokenizer: Tokenizer
     tokens: np.ndarray  # memory-mapped, uint16 or uint32
     offsets: np.ndarray  # int64 [documents + 1]
-    text_bytes: np.ndarray  # int64 [documents], UTF-8 bytes of each document
     held_out: np.ndarray  # bool [documents]
 
 
@@ -150,20 +149,17 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)
     )
     tokenizer.save(folder)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    lengths, sizes, flags, held_out_text, written = [], [], [], [], 0
+    lengths, flags, held_out_text, written = [], [], [], 0
     skipped = collections.Counter()
     with open(folder / "tokens.bin", "wb") as file:
         for batch in group_documents(documents(skipped)):
             stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
             for (text, is_held_out), stored in zip(batch, stored_tokens, strict=True):
-                file.write(stored.astype(dtype).tobytes())
-                data = text.encode()
+                file.write(stored.astype(_dtype(tokenizer.vocab_size)).tobytes())
                 lengths.append(len(stored))
-                sizes.append(len(data))
                 flags.append(is_held_out)
                 if is_held_out:
-                    held_out_text.append(data)
+                    held_out_text.append(text.encode())
             written += sum(lengths[-len(batch) :])
             report(f"  {written:,} tokens of {len(lengths):,} documents")
     corpus.check_unchanged()
@@ -171,7 +167,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         report(f"  {skipped['null']:,} records were skipped: their field is null")
     lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    np.savez(folder / "documents.npz", offsets=offsets, text_bytes=np.array(sizes, np.int64), held_out=flags)
+    np.savez(folder / "documents.npz", offsets=offsets, held_out=flags)
     data = b"".join(held_out_text)
     meta = {
         "format": FORMAT,
@@ -190,13 +186,16 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     write_json(folder / "meta.json", meta)
 
 
+def _dtype(vocab_size: int) -> np.dtype:
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 def _open(folder: pathlib.Path) -> TokenCache:
     meta = read_json(folder / "meta.json", "; remove the folder")
-    dtype = np.dtype(np.uint16 if meta["vocab_size"] <= 1 << 16 else np.uint32)
+    dtype = _dtype(meta["vocab_size"])
     size = (folder / "tokens.bin").stat().st_size
     if size != meta["tokens"] * dtype.itemsize:
         raise ValueError(f"{folder}: damaged (tokens.bin has {size} bytes); remove the folder")
-    with np.load(folder / "documents.npz") as arrays:
-        parts = {name: arrays[name] for name in ("offsets", "text_bytes", "held_out")}
     tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
-    return TokenCache(folder=folder, meta=meta, tokenizer=load_tokenizer(folder), tokens=tokens, **parts)
+    with np.load(folder / "documents.npz") as arrays:
+        return TokenCache(folder, meta, load_tokenizer(folder), tokens, arrays["offsets"], arrays["held_out"])
