@@ -177,8 +177,13 @@ def random_tokens(vocabulary: int, rows: int, length: int) -> np.ndarray:
 def batch_of(rows: np.ndarray) -> dict[str, jax.Array]:
     tokens, targets = jnp.asarray(rows[:, :-1]), jnp.asarray(rows[:, 1:])
     positions_BT = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    segment_ids_BT = jnp.ones_like(tokens)
-    return {"tokens": tokens, "targets": targets, "segment_ids": segment_ids_BT, "positions": positions_BT}
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "segment_ids": jnp.ones_like(tokens),
+        "positions": positions_BT,
+        "loss_weights": jnp.ones(tokens.shape, jnp.float32),
+    }
 
 
 def student_model(**sizes):

@@ -11,11 +11,11 @@ import pathlib
 import time
 
 import jax
-import jax.numpy as jnp
 from common import bounded, flags, print_table, show, spread, write_json
 
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
+from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.state import abstract_state
@@ -41,8 +41,7 @@ def compile_step(config, layers: int) -> float:
         mesh=MeshConfig(data=1),
     )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    shape = jax.ShapeDtypeStruct((1, config.data.seq_len), jnp.int32, sharding=batch_sharding(mesh))
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)
+    batch = abstract_batch(1, config.data.seq_len, batch_sharding(mesh))
     jax.clear_caches()
     with jax.set_mesh(mesh):
         state = abstract_state(config, mesh)

@@ -13,6 +13,7 @@ from common import percent, print_table, show, spread
 from gpu_run import Run
 
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
@@ -127,8 +128,7 @@ def _train(run: Run, name: str, model: ModelConfig, seq_len: int) -> dict:
         mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(mesh):
             start = time.perf_counter()
-            shapes = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32, sharding=batch_sharding(mesh))
-            batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shapes)
+            batch = abstract_batch(rows, seq_len, batch_sharding(mesh))
             try:
                 step = make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
                 seconds, needed = time.perf_counter() - start, _memory(step)
@@ -189,6 +189,7 @@ def _steps(config: TrainConfig, mesh, step) -> dict:
             ),
             "segment_ids": ones,
             "positions": positions,
+            "loss_weights": ones.astype(jnp.float32),
         }
         jax.block_until_ready(batch)
         start = time.perf_counter()

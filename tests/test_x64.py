@@ -11,6 +11,7 @@ from helpers.checkpoints import random_checkpoint
 from gptoss_jax import kernels
 from gptoss_jax.checkpoints.load import load_pretrained
 from gptoss_jax.config import SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.evaluation.logprobs import token_logprobs
 from gptoss_jax.inference import engine
 from gptoss_jax.inference.generate import generate_with_params
@@ -103,8 +104,7 @@ def test_training_has_no_64_bit_arrays(mesh, ragged, native, model, optim, monke
         state = abstract_state(config, mesh)
         types = {str(leaf.dtype) for leaf in jax.tree.leaves(state)}
         assert types <= {"float32", "int32", "uint32"}
-        shape = jax.ShapeDtypeStruct((B * 2, T), jnp.int32)
-        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape)
+        batch = abstract_batch(B * 2, T)
         assert wide_arrays(jax.make_jaxpr(make_train_step(config))(state, batch).jaxpr) == []
         assert wide_arrays(jax.make_jaxpr(make_eval_step(config.model))(state.params, batch).jaxpr) == []
 
@@ -127,7 +127,7 @@ def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch)
 
     floats, ints = shape(rows, dtype=jnp.float32), shape(rows)
     settings = {"temperature": floats, "top_k": ints, "top_p": floats, "min_p": floats}
-    scored = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), shape(rows, 16))
+    scored = abstract_batch(rows, 16)
     with jax.enable_x64(True), jax.set_mesh(mesh_of(mesh)):
         params = abstract_params(config)
         cache = jax.eval_shape(lambda: engine._empty_cache(config, rows, 256))

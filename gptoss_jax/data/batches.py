@@ -24,6 +24,14 @@ BATCH_FIELDS = {
 Batch = dict[str, np.ndarray]
 
 
+def abstract_batch(
+    batch_size: int, seq_len: int, sharding: jax.sharding.Sharding | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes [batch_size, seq_len] and types of a global batch."""
+    shape = (batch_size, seq_len)
+    return {name: jax.ShapeDtypeStruct(shape, t, sharding=sharding) for name, t in BATCH_FIELDS.items()}
+
+
 def _zeros(seq_len: int) -> Batch:
     return {name: np.zeros(seq_len, dtype) for name, dtype in BATCH_FIELDS.items()}
 

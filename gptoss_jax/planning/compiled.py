@@ -113,7 +113,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     import jax
     from jax.experimental import topologies
 
-    from gptoss_jax.data.batches import BATCH_FIELDS
+    from gptoss_jax.data.batches import abstract_batch
     from gptoss_jax.parallel.mesh import make_mesh
     from gptoss_jax.parallel.rules import batch_sharding
     from gptoss_jax.planning.hlo import collectives
@@ -125,10 +125,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     mesh = make_mesh(config.mesh, devices)
-    shape, sharding = (config.data.batch_size, config.data.seq_len), batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in BATCH_FIELDS.items()
-    }
+    batch = abstract_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh))
     began = time.monotonic()
     with jax.set_mesh(mesh):
         lowered = make_train_step(config).lower(abstract_state(config, mesh), batch)
