@@ -8,7 +8,7 @@ import numpy as np
 
 from gptoss_jax.config import SLIDING, ModelConfig
 from gptoss_jax.hardware import parameter_counts
-from gptoss_jax.model.kv_cache import make_cache
+from gptoss_jax.model.kv_cache import init_cache
 from gptoss_jax.model.transformer import bind, compute_dtype
 
 # Bytes of a packed weight: half of one for its code, and its part of the scale that 32 share.
@@ -61,7 +61,7 @@ def chosen_experts(config: ModelConfig, params: dict, rows_BT: np.ndarray, promp
             _, cache, stats = model.hidden_states(tokens_B[:, None], cache=cache)
             return cache, jnp.sum(stats["load"] > 0) / len(stats["load"])
 
-        cache = make_cache(config, B, T, compute_dtype(config))
+        cache = init_cache(config, B, T, compute_dtype(config))
         _, cache, _ = model.hidden_states(rows_BT[:, :prompt], cache=cache)
         _, counts = jax.lax.scan(step, cache, rows_BT[:, prompt:].T)
         return jnp.mean(counts)

@@ -19,9 +19,9 @@ from common import PEAK, Training, percent, show, spread, student_model
 
 from gptoss_jax import startup
 from gptoss_jax.hardware import flops_per_token
-from gptoss_jax.kernels.swiglu import SwiGLU
-from gptoss_jax.model.moe import route
-from gptoss_jax.parallel.expert_parallel import apply_experts
+from gptoss_jax.model.moe import SwiGLU, expert_outputs, top_experts
+from gptoss_jax.model.parameters import LETTERS
+from gptoss_jax.parallel.expert_parallel import Routing, apply_experts
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 TOP_K = 4
@@ -37,12 +37,15 @@ def layer_call(model, M: int):
     x_MD, g_MD = (jax.random.normal(next(keys), (M, D)) for _ in range(2))
     # Some experts are liked by all tokens.
     logits_ME = jax.random.normal(next(keys), (M, E)) + 0.5 * jax.random.normal(next(keys), (E,))
-    experts_MX, weights_MX = route(logits_ME, model.num_experts_per_tok)
+    experts_MX, weights_MX = top_experts(logits_ME, model.num_experts_per_tok)
 
-    activation = SwiGLU(model.swiglu_alpha, model.swiglu_limit, model.swiglu_up_offset)
+    swiglu = SwiGLU(model.swiglu_alpha, model.swiglu_limit, model.swiglu_up_offset)
+    experts = functools.partial(expert_outputs, swiglu)
+    letters = {name: LETTERS[f"moe.{name}"] for name in parameters}
 
     def layer(x_MD, weights_MX, parameters, experts_MX):
-        return apply_experts(x_MD, experts_MX, weights_MX, parameters, activation)[0]
+        routing = Routing(experts_MX, weights_MX)
+        return apply_experts(experts, x_MD, routing, parameters, letters)[0]
 
     return functools.partial(
         common.with_gradients(layer), g_MD, (x_MD, weights_MX, parameters), (experts_MX,)

@@ -14,8 +14,8 @@ from gpu_run import REPETITIONS, Run
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.hardware import flops_per_token, parameter_counts
 from gptoss_jax.inference.generate import generate_with_params
+from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params, compute_dtype
-from gptoss_jax.parallel.rules import path_names
 
 RELEASED = ModelConfig(
     num_hidden_layers=24, num_local_experts=32, num_experts_per_tok=4, compute_dtype="bfloat16"

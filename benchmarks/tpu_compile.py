@@ -32,7 +32,7 @@ from gptoss_jax.config.preset import read_preset
 from gptoss_jax.inference import engine
 from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
 from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
-from gptoss_jax.model.kv_cache import Cache, make_cache
+from gptoss_jax.model.kv_cache import KVCache, init_cache
 from gptoss_jax.parallel.mesh import make_mesh
 
 HERE = pathlib.Path(__file__).parent
@@ -122,9 +122,9 @@ def running(mesh, batch, tokens):
     def array(*shape, dtype="int32", spec=None):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))
 
-    cache = jax.eval_shape(lambda: make_cache(config, batch, 4096, "bfloat16"))
+    cache = jax.eval_shape(lambda: init_cache(config, batch, 4096, "bfloat16"))
     layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=engine.CACHE), cache.layers)
-    cache = Cache(layers, array(batch))
+    cache = KVCache(layers, array(batch))
     if tokens > 1:
         return engine._prefill, (config, params, cache, array(batch, tokens), array(batch))
     state = array(batch), array(batch, dtype=bool), array(), array(), array(batch), array(batch, 8)

@@ -21,8 +21,8 @@ import pytest
 from gptoss_jax.config import ModelConfig, RopeScaling
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.kernels.cpu import build
+from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params, bind
-from gptoss_jax.parallel.rules import path_names
 
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
 

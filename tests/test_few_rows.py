@@ -1,6 +1,7 @@
 """The kernels of decoding on CPU against the plain forms."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.kernels.cpu import build, decode
+from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
-from gptoss_jax.kernels.stack import Layer
-from gptoss_jax.kernels.swiglu import SwiGLU
-from gptoss_jax.model.kv_cache import make_cache
+from gptoss_jax.model.kv_cache import init_cache
+from gptoss_jax.model.moe import SwiGLU, expert_outputs
+from gptoss_jax.model.parameters import LETTERS
 from gptoss_jax.model.transformer import bind, init_params
 from gptoss_jax.parallel import expert_parallel
 
@@ -46,7 +48,7 @@ def test_products(rows, equation, inner, outer):
     x = normal(0, *kept, *inner)
     turned = not w_letters.startswith(x_letters[-len(inner) :])
     stacks = [normal(i, 3, *(out + inner if turned else inner + out)) for i, out in enumerate(outer)]
-    found = decode.products(equation, x, [Layer(stack, jnp.int32(2)) for stack in stacks])
+    found = decode.products(equation, x, [LayerView(stack, jnp.int32(2)) for stack in stacks])
     for y, stack in zip(found, stacks, strict=True):
         assert_near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
 
@@ -55,7 +57,7 @@ def test_gradients_of_products():
     x, w, g = normal(0, 2, 3, 20), normal(1, 4, 20, 3, 5), normal(2, 2, 3, 3, 5)
 
     def ours(x, w, index):
-        return jnp.sum(decode.products("BTD,DNH->BTNH", x, [Layer(w, index)])[0] * g)
+        return jnp.sum(decode.products("BTD,DNH->BTNH", x, [LayerView(w, index)])[0] * g)
 
     def plain(x, w):
         return jnp.sum(jnp.einsum("BTD,DNH->BTNH", x, w[3], precision="highest") * g)
@@ -82,6 +84,14 @@ def matrices(E, D, F, packed, seed=0):
     return parameters, numbers[0].reshape(E, F, 2, D), numbers[1]
 
 
+def stacked(parameters, layers, index):
+    """The matrices of one layer, of those of `layers` layers one after the other."""
+    return {
+        name: LayerView(value.reshape(layers, -1, *value.shape[1:]), index)
+        for name, value in parameters.items()
+    }
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("limit", [None, 1.5])
 @settings(deadline=None, max_examples=10)
@@ -96,7 +106,8 @@ def test_experts_under_any_routing(packed, limit, data):
     bias = {"gate_up_bias": normal(5, E, 2, F), "down_bias": normal(6, E, D)} if has_bias else {}
     x_MD, weights_MX = normal(7, M, D), jnp.abs(normal(8, M, X))
     activation = SwiGLU(1.7, limit, 0.5)
-    found = decode.experts(x_MD, chosen_MX, weights_MX, parameters | bias, E, E, activation)
+    views = stacked(parameters, 2, 1) | bias
+    found = decode.experts(x_MD, chosen_MX, weights_MX, views, activation)
     expected = np.zeros((M, D))
     for m, x in np.ndindex(M, X):
         e = chosen_MX[m, x]
@@ -127,11 +138,11 @@ def test_extreme_numbers_of_packed_experts():
         }
         h = numbers["gate_up"] @ one_MD[0]
         expected = numbers["down"] @ activation(h[0::2], h[1::2])
-        found = decode.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
+        found = decode.experts(one_MD, only_M1, all_M1, stacked(parameters, 1, 0), activation)
         assert_near(found[0], expected, 5e-6)
     # Scale 255 is not a number.
     parameters["down_scales"] = parameters["down_scales"].at[0, 3, 1].set(255)
-    found = decode.experts(one_MD, only_M1, all_M1, parameters, 0, 1, activation)
+    found = decode.experts(one_MD, only_M1, all_M1, stacked(parameters, 1, 0), activation)
     assert np.isnan(found[0]).tolist() == [d == 3 for d in range(D)]
 
 
@@ -140,9 +151,11 @@ def test_what_is_not_a_number_stays_so():
     arguments = normal(0, 3, 32), jnp.zeros((3, 1), int), jnp.ones((3, 1))
     for half in (0, 1):
         bad = parameters | {"gate_up": parameters["gate_up"].at[0, 3, half, 5].set(jnp.nan)}
-        assert np.isnan(decode.experts(*arguments, bad, 0, 2, SwiGLU(1.7, 7.0, 1.0))).all()
+        assert np.isnan(decode.experts(*arguments, stacked(bad, 1, 0), SwiGLU(1.7, 7.0, 1.0))).all()
     keys, values = normal(1, 1, 2, 1, 5, 16).at[0, 1, 0, 2, 3].set(jnp.nan), normal(2, 1, 2, 1, 5, 16)
-    y_BNH = decode.attention(normal(3, 2, 3, 16), Layer(keys, 0), Layer(values, 0), jnp.array([4, 4]), None)
+    y_BNH = decode.attention(
+        normal(3, 2, 3, 16), LayerView(keys, 0), LayerView(values, 0), jnp.array([4, 4]), None
+    )
     assert np.isnan(y_BNH[1]).all() and np.isfinite(y_BNH[0]).all()
 
 
@@ -157,12 +170,22 @@ def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
     for M in (3, 40):
         x_MD, weights_MX = normal(5, M, D), jnp.abs(normal(6, M, 2))
         chosen_MX = np.random.default_rng(7).integers(0, E, (M, 2))
-        arguments = x_MD, chosen_MX, weights_MX
-        alone = expert_parallel.apply_experts(
-            *arguments, {name: value[1] for name, value in stacks.items()}, activation
-        )[0]
-        layers = {name: Layer(value, jnp.int32(1)) for name, value in stacks.items()}
-        assert_near(expert_parallel.apply_experts(*arguments, layers, activation)[0], alone, 5e-6)
+        letters = {name: LETTERS[f"moe.{name}"] for name in stacks}
+        run = functools.partial(
+            expert_parallel.apply_experts,
+            functools.partial(expert_outputs, activation),
+            x_MD,
+            expert_parallel.Routing(chosen_MX, weights_MX),
+            letters=letters,
+        )
+        alone = run({name: value[1] for name, value in stacks.items()})[0]
+        layers = {
+            name: value[1] if name.endswith("_bias") else LayerView(value, jnp.int32(1))
+            for name, value in stacks.items()
+        }
+        assert_near(run(layers)[0], alone, 5e-6)
+        if M <= decode.FEW_ROWS and decode.supports_experts(x_MD, layers):
+            assert_near(decode.experts(x_MD, chosen_MX, weights_MX, layers, activation), alone, 5e-6)
 
 
 def packed_and_unpacked(block):
@@ -195,7 +218,7 @@ def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_p
             hidden_BTD, cache, _ = model.hidden_states(tokens_BT, cache=cache)
             return model.logits(hidden_BTD), cache
 
-        cache, found = make_cache(config, 2, 12, jnp.float32), []
+        cache, found = init_cache(config, 2, 12, jnp.float32), []
         for piece in (tokens_BT[:, :9], *(tokens_BT[:, t : t + 1] for t in (9, 10, 11))):
             more, cache = read(params, cache, piece)
             found.append(more)
@@ -220,7 +243,7 @@ def test_memory_of_packed_experts(tiny_config, cpu_form, tokens):
     weights = 4 * 24 * 3 * 192 * 256
     packed = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.uint8)
     assert packed == weights // 32 * 17
-    cache = jax.eval_shape(lambda: make_cache(config, 1, 1024, jnp.float32))
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 1024, jnp.float32))
 
     def step(params, cache, tokens_BT):
         model = bind(config, params)

@@ -14,8 +14,8 @@ from gptoss_jax import startup
 from gptoss_jax.checkpoints.export import convert
 from gptoss_jax.checkpoints.load import load_model, load_pretrained
 from gptoss_jax.config import MeshConfig
+from gptoss_jax.model.parameters import path_names
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import path_names
 
 LAYER_1 = "model.layers.1."
 

@@ -22,10 +22,10 @@ from gptoss_jax.inference.generate import (
 )
 from gptoss_jax.inference.sampling import sample
 from gptoss_jax.kernels import backend
-from gptoss_jax.model.kv_cache import make_cache
+from gptoss_jax.model.kv_cache import init_cache
+from gptoss_jax.model.parameters import parameter_shardings
 from gptoss_jax.model.transformer import bind, init_params
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import parameter_shardings
 
 PROMPTS = [[5], [11, 3, 96, 0, 7, 8, 9], list(range(40, 63)), [1, 2]]
 MOST = 40
@@ -112,7 +112,7 @@ def test_a_prompt_in_many_pieces_and_a_cache_that_grows(gpt_oss, monkeypatch):
     monkeypatch.setattr(engine, "SMALLEST_CACHE", 2)
     monkeypatch.setattr(engine, "STEPS", 5)
     grown = []
-    monkeypatch.setattr(engine, "grow", lambda *args: grown.append(args[2]) or GROW(*args))
+    monkeypatch.setattr(engine, "resize", lambda *args: grown.append(args[2]) or GROW(*args))
     jax.clear_caches()
     assert generate_with_params(*gpt_oss, prompts, max_new_tokens=22) == expected
     assert generate_with_params(*gpt_oss, [[4]], max_new_tokens=20) == [expected[1][:20]]
@@ -120,7 +120,7 @@ def test_a_prompt_in_many_pieces_and_a_cache_that_grows(gpt_oss, monkeypatch):
     jax.clear_caches()
 
 
-GROW = engine.grow
+GROW = engine.resize
 
 
 def test_how_prompts_are_cut():
@@ -323,7 +323,7 @@ def test_on_tpus_no_packed_bytes_are_copied(topology, tensor, monkeypatch):
         def zeros(*shape, dtype=jnp.int32):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-        cache = jax.eval_shape(lambda: make_cache(config, 2, 256, jnp.bfloat16))
+        cache = jax.eval_shape(lambda: init_cache(config, 2, 256, jnp.bfloat16))
         cache = jax.tree.map(lambda leaf: zeros(*leaf.shape, dtype=leaf.dtype), cache)
         step = zeros(2), zeros(2, dtype=bool), zeros(), zeros(), zeros(2), zeros(2, 8)
         lowered = engine._decode.lower(config, params, cache, *step, zeros(2, dtype=jnp.uint32), {}, False)

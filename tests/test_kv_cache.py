@@ -14,10 +14,10 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.attention import cached
 from gptoss_jax.kernels.attention.api import reference_attention
 from gptoss_jax.kernels.attention.mask import visible
-from gptoss_jax.kernels.stack import Layer
-from gptoss_jax.model.kv_cache import grow, make_cache
+from gptoss_jax.kernels.layer_view import LayerView
+from gptoss_jax.model.kv_cache import init_cache, resize
+from gptoss_jax.model.parameters import tree_bytes
 from gptoss_jax.model.transformer import bind
-from gptoss_jax.parallel.rules import dtype_bytes
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -38,7 +38,7 @@ def test_logits_in_pieces_of_any_size_equal_those_without_a_cache(
     assert np.std(expected) > 1, "logits too flat to show a mistake"
     # The window is 4, the ring 4 or, with sink tokens, 6.
     for sizes in ([1] * 31, [5] * 6 + [1], [13, 1, 1, 16]):
-        cache, got, start = make_cache(config, 3, 33, jnp.float32), [], 0
+        cache, got, start = init_cache(config, 3, 33, jnp.float32), [], 0
         for size in sizes:
             logits, cache = read(config, params, cache, tokens_BT[:, start : start + size])
             got.append(logits)
@@ -54,7 +54,7 @@ def test_layers_apart(tiny_config, random_params, apply_model):
     params = random_params(config)
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (3, 9))
     expected, got = apply_model(config, params, tokens_BT), []
-    cache = make_cache(config, 3, 9, jnp.float32)
+    cache = init_cache(config, 3, 9, jnp.float32)
     for piece in (tokens_BT[:, :6], *(tokens_BT[:, t : t + 1] for t in (6, 7, 8))):
         logits, cache = read(config, params, cache, piece)
         got.append(logits)
@@ -66,10 +66,10 @@ def test_ragged_rows_and_a_cache_that_grows(either_config, random_params, apply_
     config, params = either_config, random_params(either_config)
     tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (3, 20))
     expected = apply_model(config, params, tokens_BT)
-    read_B, cache = np.zeros(3, int), make_cache(config, 3, 5, jnp.float32)
+    read_B, cache = np.zeros(3, int), init_cache(config, 3, 5, jnp.float32)
     # Each turn every sequence reads another number of its tokens, none among them.
     for room, counts_B in ((5, [1, 3, 0]), (5, [4, 1, 0]), (12, [1, 5, 6]), (20, [6, 0, 1]), (20, [1, 1, 1])):
-        cache = grow(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
+        cache = resize(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
         T = 1 if max(counts_B) == 1 else 6
         rows_BT, segments_BT = np.zeros((3, T), int), np.zeros((3, T), int)
         for b, count in enumerate(counts_B):
@@ -103,7 +103,7 @@ def test_a_ring_holds_the_latest_tokens_and_the_first(sink_tokens, window, count
     slots, length = sink_tokens + window, 0
     keys = jnp.full((1, 1, 1, slots, 1), -1.0)
     for count in counts:
-        layer, new = Layer(keys, 0), length + jnp.arange(9.0)[None, :, None, None]
+        layer, new = LayerView(keys, 0), length + jnp.arange(9.0)[None, :, None, None]
         arguments = jnp.array([length]), jnp.array([count]), sink_tokens
         keys, values = cached.update_cache(layer, layer, new, new, *arguments)
         length += count
@@ -134,16 +134,16 @@ def test_attention_to_a_cache_equals_the_reference(cpu_form, monkeypatch, window
         q_BTNH, k_BTKH, v_BTKH, visible(row_BT, row_BT * 0, row_BT, row_BT * 0, window, sink_tokens), sinks_N
     )
     stacks = [stack.at[1].set(0) for stack in stacks]
-    layers = (Layer(stack, 1) for stack in stacks)
+    layers = (LayerView(stack, 1) for stack in stacks)
     stacks = cached.update_cache(*layers, k_BTKH, v_BTKH, jnp.zeros(B, int), lengths_B, sink_tokens)
     at_BT = lengths_B[:, None] + np.arange(new)
     parts = [jnp.take_along_axis(x, at_BT[:, :, None, None], axis=1) for x in (q_BTNH, k_BTKH, v_BTKH)]
     counts_B = np.array([1, 0, 1]) if new == 1 else np.array([9, 4, 0])
-    before = [Layer(stack, 1) for stack in stacks]
+    before = [LayerView(stack, 1) for stack in stacks]
     after = cached.update_cache(*before, *parts[1:], lengths_B, counts_B, sink_tokens)
     if new == 1:
         seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, slots), 0)
-        y_BTNH = cached.decode_attention(parts[0], *(Layer(stack, 1) for stack in after), seen_B, sinks_N)
+        y_BTNH = cached.decode_attention(parts[0], *(LayerView(stack, 1) for stack in after), seen_B, sinks_N)
     else:
         y_BTNH = cached.prefill_attention(*parts, *before, lengths_B, counts_B, window, sink_tokens, sinks_N)
     for b, count in enumerate(counts_B):
@@ -155,11 +155,11 @@ def test_attention_to_a_cache_equals_the_reference(cpu_form, monkeypatch, window
 
 def test_what_the_cache_of_gpt_oss_20b_costs():
     # 12 full layers of 131,072 slots and 12 rings of 128, 8 heads of 64, keys and values, two bytes each.
-    cache = jax.eval_shape(lambda: make_cache(ModelConfig(), 1, 131072, jnp.bfloat16))
-    assert dtype_bytes(cache.layers) == 12 * (131072 + 128) * 8 * 64 * 2 * 2 == 3224371200
+    cache = jax.eval_shape(lambda: init_cache(ModelConfig(), 1, 131072, jnp.bfloat16))
+    assert tree_bytes(cache.layers) == 12 * (131072 + 128) * 8 * 64 * 2 * 2 == 3224371200
     shapes = [layer["keys"].shape for layer in cache.layers]
     assert shapes == [(12, 1, 8, 128, 64), (12, 1, 8, 131072, 64)]
     # Every layer whole would be twice as much.
     assert 24 * 131072 * 8 * 64 * 2 * 2 == 6442450944
     # A short cache has no more slots in a ring than in a full layer.
-    assert make_cache(ModelConfig(num_hidden_layers=2), 1, 64, jnp.bfloat16).layers[0]["keys"].shape[3] == 64
+    assert init_cache(ModelConfig(num_hidden_layers=2), 1, 64, jnp.bfloat16).layers[0]["keys"].shape[3] == 64

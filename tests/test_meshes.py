@@ -23,10 +23,12 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.config.preset import read_preset
+from gptoss_jax.model.moe import expert_outputs
+from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params, segment_positions
 from gptoss_jax.parallel import all_to_all, expert_parallel
 from gptoss_jax.parallel.mesh import AXES, check_model, make_mesh
-from gptoss_jax.parallel.rules import batch_sharding, path_names
+from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.planning.hlo import collectives, shape_bytes
 from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_train_step
@@ -172,8 +174,8 @@ def uneven_config(**changes):
 @pytest.mark.parametrize(("favourites", "ragged"), [(1, True), (3, False)])
 def test_all_tokens_on_one_device_drop_nothing(monkeypatch, mesh, favourites, ragged):
     """The fullest device gets all rows of its group: eight rounds or two of what it has room for."""
-    monkeypatch.setattr(all_to_all, "SMALLEST_ROOM", 1)
-    monkeypatch.setattr(all_to_all, "ROOM_PERCENT", {"ragged": 100, "dense": 100})
+    monkeypatch.setattr(all_to_all, "MIN_BUFFER_ROWS", 1)
+    monkeypatch.setattr(all_to_all, "BUFFER_PERCENT", {"ragged": 100, "padded": 100})
     if ragged:
         monkeypatch.setattr(all_to_all, "has_ragged", lambda: True)
         monkeypatch.setattr(all_to_all, "ragged_all_to_all", all_to_all.reference_all_to_all)
@@ -194,7 +196,7 @@ def test_all_tokens_on_one_device_drop_nothing(monkeypatch, mesh, favourites, ra
 
 
 @pytest.mark.parametrize("room", [1, 3, 16, 57, 200])
-@pytest.mark.parametrize("transport", [all_to_all.Ragged, all_to_all.Dense])
+@pytest.mark.parametrize("transport", [all_to_all.RaggedAllToAll, all_to_all.PaddedAllToAll])
 def test_rounds_of_any_room_give_the_same(transport, room):
     """Rows that four devices send to eight experts, some to none, against each with its own matrix."""
     rows, width, n, experts = 29, 5, 4, 8
@@ -212,10 +214,9 @@ def test_rounds_of_any_room_give_the_same(transport, room):
     def travelled(x, parameters, counts, weight):
         def one(x, parameters, counts, weight):
             counts_nE = jax.lax.all_gather(counts[0], "expert")
-            way = transport(room, most_rounds=n * rows)
-            y = expert_parallel._through_other_devices(
-                x[0], parameters, counts_nE, None, lambda gate, up: gate * up, way
-            )
+            function = functools.partial(expert_outputs, lambda gate, up: gate * up)
+            plan = transport(room, max_rounds=n * rows)
+            y = expert_parallel._on_expert_devices(x[0], parameters, counts_nE, function, plan)
             return y[None], jnp.sum(y * weight[0])[None]
 
         spec = jax.sharding.PartitionSpec("expert")

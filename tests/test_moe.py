@@ -10,12 +10,11 @@ import pytest
 from flax import nnx
 
 from gptoss_jax.config import MeshConfig
-from gptoss_jax.kernels.swiglu import SwiGLU
-from gptoss_jax.model.moe import MoE, route, router_stats
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.model.moe import MoE, SwiGLU, router_stats, top_experts
+from gptoss_jax.model.parameters import parameter_shardings, path_names
 from gptoss_jax.model.transformer import abstract_params, parameter_count
-from gptoss_jax.parallel import expert_parallel
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import parameter_shardings, path_names
 from gptoss_jax.training.losses import load_balance_loss, router_z_loss
 
 B, T = 2, 9
@@ -23,7 +22,7 @@ B, T = 2, 9
 
 def test_softmax_over_the_chosen_equals_chosen_of_the_softmax():
     logits = jnp.asarray(3 * np.random.default_rng(0).standard_normal((11, 7)), jnp.float32)
-    experts, weights = route(logits, 3)
+    experts, weights = top_experts(logits, 3)
     assert experts.shape == weights.shape == (11, 3) and weights.dtype == jnp.float32
     probability = np.asarray(jax.nn.softmax(logits, axis=-1), np.float64)
     for m in range(11):
@@ -33,13 +32,13 @@ def test_softmax_over_the_chosen_equals_chosen_of_the_softmax():
 
 
 def test_route_by_hand():
-    experts, weights = route(jnp.log(jnp.array([[1.0, 6.0, 2.0, 3.0]])), 2)
+    experts, weights = top_experts(jnp.log(jnp.array([[1.0, 6.0, 2.0, 3.0]])), 2)
     np.testing.assert_array_equal(experts, [[1, 3]])
     np.testing.assert_allclose(weights, [[2 / 3, 1 / 3]], rtol=1e-6)
 
 
 def test_ties_go_to_the_lower_index():
-    experts, weights = route(jnp.array([[1.0, 5.0, 1.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0]]), 2)
+    experts, weights = top_experts(jnp.array([[1.0, 5.0, 1.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0]]), 2)
     np.testing.assert_array_equal(experts, [[1, 3], [0, 1]])
     np.testing.assert_array_equal(weights, [[0.5, 0.5], [0.5, 0.5]])
 
@@ -161,7 +160,7 @@ def test_gradients_equal_those_of_every_expert_on_every_token(tiny_config):
     def dense_form(params, x):
         p = nnx.to_pure_dict(params)
         logits = x @ p["router"] + p["router_bias"]
-        experts, weights = route(logits.reshape(B * T, -1), config.num_experts_per_tok)
+        experts, weights = top_experts(logits.reshape(B * T, -1), config.num_experts_per_tok)
         share = jnp.einsum("MXE,MX->ME", jax.nn.one_hot(experts, 5), weights).reshape(B, T, 5)
         h = jnp.einsum("BTD,EDgF->BTEgF", x, p["gate_up"]) + p["gate_up_bias"]
         a = SwiGLU(config.swiglu_alpha, 1.5, config.swiglu_up_offset)(h[..., 0, :], h[..., 1, :])
@@ -222,7 +221,7 @@ def test_router_is_float32_under_bfloat16(tiny_config):
     np.testing.assert_allclose(stats["load"], [0, 0, 0, 1, 0], rtol=1e-6)
 
 
-def test_few_rows_take_a_way_of_their_own_to_the_same_result(either_config, monkeypatch):
+def test_few_rows_with_and_without_a_compiler(either_config, monkeypatch):
     moe = MoE(either_config, rngs=nnx.Rngs(2))
     for name in ("gate_up_bias", "down_bias"):
         if hasattr(moe, name):
@@ -231,9 +230,10 @@ def test_few_rows_take_a_way_of_their_own_to_the_same_result(either_config, monk
     x_BTD = jax.random.normal(jax.random.key(1), (2, 3, either_config.hidden_size))
     real_BT = jnp.array([[True, True, True], [True, False, False]])
     few, _ = moe(x_BTD, real_BT)
-    monkeypatch.setattr(expert_parallel, "FEW_PAIRS", 0)
-    many, _ = moe(x_BTD, real_BT)
-    np.testing.assert_allclose(few, many, atol=1e-5 * float(jnp.max(jnp.abs(many))))
+    np.testing.assert_allclose(few, by_tokens(moe, x_BTD, real_BT), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(build, "is_available", lambda: False)
+    without, _ = moe(x_BTD, real_BT)
+    np.testing.assert_allclose(few, without, atol=1e-5 * float(jnp.max(jnp.abs(without))))
     assert not np.any(few[1, 1:]) and np.all(np.any(few[0] != 0, axis=-1))
 
 

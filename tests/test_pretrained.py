@@ -30,9 +30,9 @@ from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptoss_jax.kernels.mxfp4 import codec
+from gptoss_jax.model.parameters import parameter_shardings, path_names
 from gptoss_jax.model.transformer import bind, get_params, init_params
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import parameter_shardings, path_names
 
 PUBLISHED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "configs"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

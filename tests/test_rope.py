@@ -14,7 +14,7 @@ RELEASED = ModelConfig()
 
 
 def test_golden_constants():
-    low, high = rope.ramp_ends(RELEASED)
+    low, high = rope.yarn_correction_range(RELEASED)
     assert low == pytest.approx(8.092779115512402, rel=1e-14)
     assert high == pytest.approx(17.39802450158856, rel=1e-14)
     frequencies, concentration = rope.inverse_frequencies(RELEASED)
@@ -43,7 +43,7 @@ def test_frequencies_have_the_last_bit_of_the_reference():
 
 def test_truncated_ramp_has_whole_ends():
     scaling = dataclasses.replace(RELEASED.rope_scaling, truncate=True)
-    assert rope.ramp_ends(dataclasses.replace(RELEASED, rope_scaling=scaling)) == (8, 18)
+    assert rope.yarn_correction_range(dataclasses.replace(RELEASED, rope_scaling=scaling)) == (8, 18)
 
 
 def test_frequencies_without_scaling():
@@ -62,14 +62,14 @@ def test_a_factor_of_one_changes_nothing():
 
 def test_tables():
     config = ModelConfig(head_dim=6, rope_theta=1000.0, rope_scaling=None)
-    cos, sin = rope.rotation(config, jnp.array([[0, 3], [5, 7]]))
+    cos, sin = rope.rope_cos_sin(config, jnp.array([[0, 3], [5, 7]]))
     assert cos.shape == sin.shape == (2, 2, 3) and cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(cos[0, 1], [math.cos(3), math.cos(0.3), math.cos(0.03)], rtol=1e-6)
     np.testing.assert_allclose(sin[1, 0], [math.sin(5), math.sin(0.5), math.sin(0.05)], rtol=1e-6)
 
 
 def test_concentration_is_on_cos_and_sin(tiny_config):
-    cos, sin = rope.rotation(tiny_config, jnp.array([[0, 11]]))
+    cos, sin = rope.rope_cos_sin(tiny_config, jnp.array([[0, 11]]))
     concentration = 0.1 * math.log(8) + 1
     np.testing.assert_allclose(cos[0, 0], concentration, rtol=1e-6)
     np.testing.assert_allclose(cos**2 + sin**2, concentration**2, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_halves_turn_together_not_neighbours():
     # Head size 6, position 2: the pairs are (0, 3), (1, 4), (2, 5), with angles 2, 0.2, 0.02.
     config = ModelConfig(head_dim=6, rope_theta=1000.0, rope_scaling=None)
     x_BTNH = jnp.array([1.0, 0, 0, 0, 10.0, 0]).reshape(1, 1, 1, 6)
-    turned = rope.rotate(x_BTNH, rope.rotation(config, jnp.array([[2]])))
+    turned = rope.apply_rope(x_BTNH, rope.rope_cos_sin(config, jnp.array([[2]])))
     assert turned.shape == (1, 1, 1, 6)
     np.testing.assert_allclose(
         turned[0, 0, 0],
@@ -91,10 +91,12 @@ def test_halves_turn_together_not_neighbours():
 def test_rotation_by_hand_for_one_pair():
     config = ModelConfig(head_dim=2, rope_theta=1000.0, rope_scaling=None)
     quarter = (jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)))
-    turned = rope.rotate(jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), quarter)
+    turned = rope.apply_rope(jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), quarter)
     np.testing.assert_array_equal(turned.ravel(), [-5.0, 3.0])
     # Angle 1 at position 1: 3 cos 1 - 5 sin 1, 5 cos 1 + 3 sin 1.
-    turned = rope.rotate(jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), rope.rotation(config, jnp.array([[1]])))
+    turned = rope.apply_rope(
+        jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), rope.rope_cos_sin(config, jnp.array([[1]]))
+    )
     np.testing.assert_allclose(turned.ravel(), [-2.5864480, 5.2259245], rtol=1e-6)
 
 
@@ -103,8 +105,8 @@ def test_scores_depend_on_relative_positions_only(tiny_config):
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 3, 8)), jnp.float32) for _ in range(2))
 
     def scores(at_query, at_key):
-        turned_q = rope.rotate(q, rope.rotation(tiny_config, jnp.array([[at_query]])))
-        turned_k = rope.rotate(k, rope.rotation(tiny_config, jnp.array([[at_key]])))
+        turned_q = rope.apply_rope(q, rope.rope_cos_sin(tiny_config, jnp.array([[at_query]])))
+        turned_k = rope.apply_rope(k, rope.rope_cos_sin(tiny_config, jnp.array([[at_key]])))
         return np.asarray(jnp.sum(turned_q * turned_k, axis=-1)).ravel()
 
     np.testing.assert_allclose(scores(9, 4), scores(105, 100), atol=1e-4)
@@ -113,8 +115,8 @@ def test_scores_depend_on_relative_positions_only(tiny_config):
 
 def test_type_is_kept_and_turning_is_float32(tiny_config):
     x_BTNH = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 5, 8)), jnp.bfloat16)
-    tables = rope.rotation(tiny_config, jnp.array([[0, 3, 90], [1, 5, 7]]))
-    turned = rope.rotate(x_BTNH, tables)
+    tables = rope.rope_cos_sin(tiny_config, jnp.array([[0, 3, 90], [1, 5, 7]]))
+    turned = rope.apply_rope(x_BTNH, tables)
     assert turned.dtype == jnp.bfloat16
-    exact = rope.rotate(x_BTNH.astype(jnp.float32), tables)
+    exact = rope.apply_rope(x_BTNH.astype(jnp.float32), tables)
     np.testing.assert_array_equal(turned, exact.astype(jnp.bfloat16))

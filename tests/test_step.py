@@ -21,9 +21,10 @@ from gptoss_jax.config import (
     RopeScaling,
     TrainConfig,
 )
+from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import batch_sharding, path_names
+from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.optimizer import MATRICES, decay_mask, make_optimizer, make_schedule, muon_dimensions
 from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_eval_step, make_train_step

@@ -13,14 +13,16 @@ import pytest
 from flax import nnx
 
 from gptoss_jax.config import FULL, SLIDING, ModelConfig
-from gptoss_jax.model import rope, transformer
+from gptoss_jax.model import transformer
+from gptoss_jax.model.attention import Segments
+from gptoss_jax.model.rope import rope_cos_sin
 from gptoss_jax.model.transformer import (
     Block,
     RMSNorm,
     Transformer,
     abstract_params,
     bind,
-    dropped,
+    dropout,
     get_params,
     init_params,
     parameter_count,
@@ -50,15 +52,16 @@ def test_shapes_and_types_of_every_module(either_config):
         block = Block(config, SLIDING, rngs=nnx.Rngs(1))
         segments_BT = jnp.ones_like(tokens_BT)
         positions_BT = segment_positions(segments_BT)
-        cos_sin = rope.rotation(config, positions_BT)
+        cos_sin = rope_cos_sin(config, positions_BT)
+        segments = Segments(segments_BT, positions_BT, cos_sin)
         x_BTD = jnp.zeros((*tokens_BT.shape, config.hidden_size), jnp.bfloat16)
         return {
             "positions": positions_BT,
             "cos_sin": cos_sin,
             "norm": block.attention_norm(x_BTD),
-            "attention": block.attention(x_BTD, segments_BT, positions_BT, cos_sin)[0],
+            "attention": block.attention(x_BTD, segments)[0],
             "moe": block.moe(x_BTD, segments_BT > 0),
-            "block": block(x_BTD, segments_BT, positions_BT, cos_sin)[0],
+            "block": block(x_BTD, segments)[0],
             "hidden": model.hidden_states(tokens_BT),
             "logits": model(tokens_BT),
         }
@@ -197,7 +200,7 @@ def test_default_segments_and_positions(either_config, random_params, apply_mode
 def unrolled(config, params, tokens_BT, segments_BT):
     """The model as a plain loop over layers, each made by itself."""
     positions_BT = segment_positions(segments_BT)
-    cos_sin = rope.rotation(config, positions_BT)
+    segments = Segments(segments_BT, positions_BT, rope_cos_sin(config, positions_BT))
     x_BTD = params["embedding"]["weight"][tokens_BT]
     period = len(config.period)
     for layer, layer_type in enumerate(config.resolved_layer_types):
@@ -205,7 +208,7 @@ def unrolled(config, params, tokens_BT, segments_BT):
         graphdef, state = nnx.split(block)
         values = jax.tree.map(lambda a, r=layer // period: a[r], params["blocks"][str(layer % period)])
         nnx.replace_by_pure_dict(state, values)
-        x_BTD, _, _ = nnx.merge(graphdef, state)(x_BTD, segments_BT, positions_BT, cos_sin)
+        x_BTD, _, _ = nnx.merge(graphdef, state)(x_BTD, segments)
     x = x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD**2, axis=-1, keepdims=True) + config.rms_norm_eps)
     head = params["embedding" if config.tie_word_embeddings else "head"]["weight"]
     return (x * params["final_norm"]["scale"]) @ head.T
@@ -346,12 +349,12 @@ def test_each_layer_drops_something_else(tiny_config):
 
 def test_dropout_keeps_the_mean():
     ones = jnp.full((400, 500), 2.0)
-    out = dropped(ones, 0.2, jax.random.key(0))
+    out = dropout(ones, 0.2, jax.random.key(0))
     values = np.unique(np.asarray(out))
     np.testing.assert_allclose(values, [0, 2.5], rtol=1e-6)
     assert float(out.mean()) == pytest.approx(2.0, abs=0.02)
-    assert dropped(ones, 0.2, None) is ones and dropped(ones, 0.0, jax.random.key(0)) is ones
-    assert dropped(ones.astype(jnp.bfloat16), 0.2, jax.random.key(0)).dtype == jnp.bfloat16
+    assert dropout(ones, 0.2, None) is ones and dropout(ones, 0.0, jax.random.key(0)) is ones
+    assert dropout(ones.astype(jnp.bfloat16), 0.2, jax.random.key(0)).dtype == jnp.bfloat16
 
 
 def test_bfloat16_is_close_to_float32(tiny_config, random_params, apply_model):

@@ -31,8 +31,8 @@ from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import Transformer, abstract_params, get_params
-from gptoss_jax.parallel.rules import path_names
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -27,8 +27,8 @@ from gptoss_jax.checkpoints.safetensors_io import refuse_other_contents
 from gptoss_jax.checkpoints.sharded_io import load_sharded, with_layout
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.model.parameters import parameter_name, parameter_shardings, path_names
 from gptoss_jax.model.transformer import Transformer, abstract_params, bind
-from gptoss_jax.parallel.rules import parameter_shardings, path_names
 
 
 def from_pretrained(
@@ -102,7 +102,7 @@ def load_target(
     """
 
     def typed(path, leaf):
-        key = parameter_key(path_names(path))
+        key = parameter_name(path)
         asked = experts if experts and key in EXPERT_MATRICES else dtype
         is_packed = leaf.dtype == jnp.uint8
         return leaf if is_packed else jax.ShapeDtypeStruct(leaf.shape, asked or stored_dtype(key))
@@ -111,7 +111,7 @@ def load_target(
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda leaf: first, tree) if mesh is None else parameter_shardings(tree, mesh)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf, sharding: with_layout(parameter_key(path_names(path)), leaf, sharding),
+        lambda path, leaf, sharding: with_layout(parameter_name(path), leaf, sharding),
         tree,
         shardings,
     )

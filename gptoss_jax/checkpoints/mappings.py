@@ -18,8 +18,8 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.mxfp4.codec import BYTES, GROUP
+from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params
-from gptoss_jax.parallel.rules import path_names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from gptoss_jax.config import require
 from gptoss_jax.config.paths import require_utf8
+from gptoss_jax.model.parameters import tree_bytes
 from gptoss_jax.parallel import distributed
-from gptoss_jax.parallel.rules import dtype_bytes
 
 OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, partly filled blocks
 # The longest error message of another library that is repeated; TensorStore's have many hundred characters.
@@ -100,7 +100,7 @@ class Checkpoints:
         has_loss = val_loss is not None and math.isfinite(val_loss)
         metrics = {"val_loss": val_loss} if has_loss else None
         if jax.process_index() == 0:  # all write to the same disk
-            self._check_disk_space(step, dtype_bytes((params, training)) + OVERHEAD)
+            self._check_disk_space(step, tree_bytes((params, training)) + OVERHEAD)
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
         if not self._verified:
             self.wait()

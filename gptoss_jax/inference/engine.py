@@ -19,7 +19,7 @@ from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
 from gptoss_jax.inference.sampling_params import Request
-from gptoss_jax.model.kv_cache import Cache, grow, make_cache
+from gptoss_jax.model.kv_cache import KVCache, init_cache, resize
 from gptoss_jax.model.transformer import bind, compute_dtype
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
@@ -190,24 +190,24 @@ def _pieces(count: int, batch: int) -> Iterator[tuple[int, int]]:
         start += size
 
 
-def _placed(cache: Cache) -> Cache:
+def _placed(cache: KVCache) -> KVCache:
     """The cache as every program hands it over: another placement would compile the next one again."""
     layers = jax.tree.map(lambda leaf: constrain(leaf, CACHE), cache.layers)
-    return Cache(layers, constrain(cache.lengths, P(BATCH)))
+    return KVCache(layers, constrain(cache.lengths, P(BATCH)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "length"))
-def _empty_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    return _placed(make_cache(config, batch, length, compute_dtype(config)))
+def _empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
+    return _placed(init_cache(config, batch, length, compute_dtype(config)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "length"))
-def _grown(config: ModelConfig, cache: Cache, length: int) -> Cache:
-    return _placed(grow(config, cache, length))
+def _grown(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
+    return _placed(resize(config, cache, length))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _prefill(config, params, cache, tokens_BT, counts_B) -> Cache:
+def _prefill(config, params, cache, tokens_BT, counts_B) -> KVCache:
     """Reads the first `counts_B` of the tokens of each sequence into the cache."""
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < counts_B[:, None]).astype(jnp.int32)
     model = bind(config, params)

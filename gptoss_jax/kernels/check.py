@@ -26,10 +26,9 @@ from gptoss_jax.kernels.grouped_matmul.api import (
     blocked_grouped_matmul,
     native_grouped_matmul,
 )
+from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import looped_mxfp4_matmul, native_mxfp4_matmul
-from gptoss_jax.kernels.stack import Layer
-from gptoss_jax.kernels.swiglu import SwiGLU
 
 # Largest allowed difference from the plain result in float32, as a share of its largest value. Right kernels
 # are off by up to 5e-6 and 5e-3 (bfloat16 rounds at 4e-3); a float32 product rounded to TF32 by 3e-4 or more.
@@ -236,8 +235,8 @@ def _cpu_decode_cases() -> Iterator[Case]:
         return _normal(5, "float32", (rows, D), (2, D, N, H), (2, N, H, D))
 
     def matmul(x, w, transposed):
-        (y_MNH,) = decode.products("MD,DNH->MNH", x, [Layer(w, 1)])
-        (z_MNH,) = decode.products("MD,NHD->MNH", x, [Layer(transposed, 1)])
+        (y_MNH,) = decode.products("MD,DNH->MNH", x, [LayerView(w, 1)])
+        (z_MNH,) = decode.products("MD,NHD->MNH", x, [LayerView(transposed, 1)])
         return jnp.stack([y_MNH, z_MNH])
 
     def plain_matmul(x, w, transposed):
@@ -254,7 +253,7 @@ def _cpu_decode_cases() -> Iterator[Case]:
         return *arrays, jnp.array([150, 1, 97], jnp.int32)
 
     def attention(q, keys, values, sinks, counts):
-        return decode.attention(q, Layer(keys, 1), Layer(values, 1), counts, sinks)
+        return decode.attention(q, LayerView(keys, 1), LayerView(values, 1), counts, sinks)
 
     def plain_attention(q, keys, values, sinks, counts):
         k_BSKH, v_BSKH = (stack[1].transpose(0, 2, 1, 3) for stack in (keys, values))
@@ -266,7 +265,7 @@ def _cpu_decode_cases() -> Iterator[Case]:
 
 def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
     M, X, E, D, F = 3, 2, 5, 96, 160
-    activation = SwiGLU(1.702, 7.0, 1.0)
+    alpha, limit, up_offset = swiglu = 1.702, 7.0, 1.0
 
     def arrays() -> Arrays:
         x_MD, *biases = _normal(7, "float32", (M, D), (E, 2, F), (E, D))
@@ -284,9 +283,10 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
     def run(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         parts = ("_blocks", "_scales") if is_packed else ("",)
         names = [name + part for name in ("gate_up", "down") for part in parts]
-        parameters = dict(zip(names, matrices, strict=True))
+        views = (LayerView(matrix.reshape(2, E, *matrix.shape[1:]), 1) for matrix in matrices)
+        parameters = dict(zip(names, views, strict=True))
         parameters |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-        return decode.experts(x_MD, experts_MX, weights_MX, parameters, E, E, activation)
+        return decode.experts(x_MD, experts_MX, weights_MX, parameters, swiglu)
 
     def plain(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         if is_packed:
@@ -295,7 +295,9 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
             matrices = gate_up, down.swapaxes(1, 2)
         gate_up, down = (matrix[E:][experts_MX] for matrix in matrices)
         h = jnp.einsum("MD,MXDPF->PMXF", x_MD, gate_up) + gate_up_bias[experts_MX].transpose(2, 0, 1, 3)
-        y_MXD = jnp.einsum("MXF,MXFD->MXD", activation(*h), down) + down_bias[experts_MX]
+        gate, up = jnp.minimum(h[0], limit), jnp.clip(h[1], -limit, limit)
+        a_MXF = gate * jax.nn.sigmoid(alpha * gate) * (up + up_offset)
+        y_MXD = jnp.einsum("MXF,MXFD->MXD", a_MXF, down) + down_bias[experts_MX]
         weights_MX = jnp.where(experts_MX >= 0, weights_MX, 0)
         return jnp.einsum("MXD,MX->MD", y_MXD, weights_MX)
 

@@ -1,5 +1,8 @@
-"""Keys and values of the tokens read so far: a pytree that is passed in and handed back, never changed in
-place. Full layers have a slot for every token there is room for, sliding layers a ring of the window's."""
+"""The KV cache: a pytree that is passed in and returned, never changed in place.
+
+Full-attention layers have a slot for every token there is room for; sliding layers have a ring of their
+window's size, after the slots of the sink tokens, which are never overwritten.
+"""
 
 import dataclasses
 
@@ -7,55 +10,70 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import SLIDING, ModelConfig
-
-LayerCache = dict[str, jax.Array]
+from gptoss_jax.kernels.layer_view import LayerView
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
-    """What a batch of sequences has read, each its own number of tokens.
+class KVCache:
+    """Keys and values of a batch of sequences, each of which has read its own number of tokens.
 
-    `layers` has one entry for each layer of the period of `layer_types`: its keys and values are
-    [repetitions, B, K, S, H]. `lengths` is int32 [B]: tokens read so far. A sequence must not read more than
-    there is room for in the full layers.
+    A sequence must not read more tokens than the full layers have slots.
     """
 
-    layers: list[LayerCache]
+    # For each layer of the period of `layer_types`: `keys` and `values`, [repetitions, B, K, slots, H].
+    layers: list[dict[str, jax.Array]]
+    # int32 [B]: tokens read so far.
     lengths: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCacheView:
+    """One layer of the cache, and the state of its sequences."""
+
+    keys: LayerView  # [B, K, slots, H]
+    values: LayerView
+    lengths_B: jax.Array  # int32, tokens read before
+    counts_B: jax.Array  # int32, how many of a row's first tokens are not padding
+
+    @classmethod
+    def of(cls, stacks: dict[str, jax.Array], index, lengths_B, counts_B) -> "LayerCacheView":
+        """Views layer `index` of stacks of `keys` and `values`."""
+        return cls(LayerView(stacks["keys"], index), LayerView(stacks["values"], index), lengths_B, counts_B)
+
+    @property
+    def stacks(self) -> dict[str, jax.Array]:
+        return {"keys": self.keys.stack, "values": self.values.stack}
+
+
 def slots_of_layers(config: ModelConfig, length: int) -> list[int]:
-    """Slots that each layer of the period has in a cache with room for `length` tokens."""
+    """Returns the slots of each layer of the period in a cache for `length` tokens."""
     ring = config.sink_tokens + config.sliding_window
     return [min(length, ring) if kind == SLIDING else length for kind in config.period]
 
 
-def make_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache with room for `length` tokens of `batch` sequences."""
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
+    """Returns an empty cache for `length` tokens of `batch` sequences."""
     repetitions = config.num_hidden_layers // len(config.period)
     heads, size = config.num_key_value_heads, config.head_dim
     layers = [
         {name: jnp.zeros((repetitions, batch, heads, slots, size), dtype) for name in ("keys", "values")}
         for slots in slots_of_layers(config, length)
     ]
-    return Cache(layers, jnp.zeros(batch, jnp.int32))
+    return KVCache(layers, jnp.zeros(batch, jnp.int32))
 
 
-def grow(config: ModelConfig, cache: Cache, length: int) -> Cache:
-    """The same cache with room for `length` tokens, which is more than it has.
+def resize(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
+    """Returns the cache with room for `length` tokens, which is more than it has.
 
-    A ring that has no slot for the whole window yet has not closed, so its slots stay where they are too.
+    A ring with fewer slots than the window has not wrapped around yet, so its tokens keep their slots too.
     """
-
-    def wider(layer, slots):
-        more = {name: slots - part.shape[3] for name, part in layer.items()}
-        return {
-            name: jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, more[name]), (0, 0)))
-            for name, part in layer.items()
+    layers = [
+        {
+            name: jnp.pad(stack, ((0, 0), (0, 0), (0, 0), (0, slots - stack.shape[3]), (0, 0)))
+            for name, stack in layer.items()
         }
-
-    slots = slots_of_layers(config, length)
-    return Cache(
-        [wider(layer, count) for layer, count in zip(cache.layers, slots, strict=True)], cache.lengths
-    )
+        for layer, slots in zip(cache.layers, slots_of_layers(config, length), strict=True)
+    ]
+    return KVCache(layers, cache.lengths)

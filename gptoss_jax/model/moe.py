@@ -1,105 +1,173 @@
-"""The router and its experts."""
+"""Mixture of experts: the router and its SwiGLU experts."""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.kernels.cpu import decode
+from gptoss_jax.kernels.grouped_matmul.api import add_group_bias, grouped_matmul
+from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
-from gptoss_jax.kernels.swiglu import SwiGLU
-from gptoss_jax.parallel.expert_parallel import apply_experts
-from gptoss_jax.parallel.rules import by_device, product
+from gptoss_jax.kernels.mxfp4.api import mxfp4_grouped_matmul
+from gptoss_jax.model.parameters import LETTERS, normal, zeros
+from gptoss_jax.parallel.expert_parallel import Routing, apply_experts
+from gptoss_jax.parallel.linear import shard_map_batch, sharded_einsum, tensor_all_gather
 
 RouterStats = dict[str, jax.Array]
 
 
-def route(logits_ME: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
-    """The top X experts of each token (ties: the lower index), and the softmax over their logits alone,
-    float32."""
+class MoE(nnx.Module):
+    """Routes each token to its top experts and sums their outputs, weighted."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.router = nnx.Param(normal(config, "moe.router", rngs))
+        # Gate and up are separate halves; only packed weights keep the interleaved rows of the published
+        # files.
+        gate_up_EDPF, down_EFD = normal(config, "moe.gate_up", rngs), normal(config, "moe.down", rngs)
+        if config.expert_format == "mxfp4":
+            E, D, P, F = gate_up_EDPF.shape
+            gate_up_EUD = gate_up_EDPF.swapaxes(1, -1).reshape(E, F * P, D)
+            gate_up, down = codec.pack(gate_up_EUD), codec.pack(down_EFD.swapaxes(1, 2))
+            self.gate_up_blocks, self.gate_up_scales = map(nnx.Param, gate_up)
+            self.down_blocks, self.down_scales = map(nnx.Param, down)
+        else:
+            self.gate_up, self.down = nnx.Param(gate_up_EDPF), nnx.Param(down_EFD)
+        if config.router_bias:
+            self.router_bias = zeros(config, "moe.router_bias")
+        if config.expert_bias:
+            self.gate_up_bias = zeros(config, "moe.gate_up_bias")
+            self.down_bias = zeros(config, "moe.down_bias")
+        self.config = config
+
+    def __call__(
+        self, x_BTD: jax.Array, token_mask_BT: jax.Array, capacity_factor: float | None = None
+    ) -> tuple[jax.Array, RouterStats]:
+        """Returns the experts' outputs, [B, T, D], zero at padding, and the router's statistics.
+
+        Args:
+          token_mask_BT: bool, False at padding, which is routed nowhere.
+          capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops no token.
+        """
+        config = self.config
+        B, T, D = x_BTD.shape
+        x_MD, token_mask_M = x_BTD.reshape(B * T, D), token_mask_BT.reshape(-1)
+        logits_ME = sharded_einsum("MD,De->Me", x_MD.astype(jnp.float32), self.router.get_value())
+        if config.router_bias:
+            logits_ME = logits_ME + self.router_bias[...]
+        # Left to itself, the compiler gathers all tokens on every device for the top-k.
+        experts_MX, weights_MX = shard_map_batch(
+            functools.partial(top_experts, experts_per_token=config.num_experts_per_tok), logits_ME
+        )
+        routing = Routing(jnp.where(token_mask_M[:, None], experts_MX, -1), weights_MX)
+        parameters = self.expert_parameters()
+        swiglu = SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset)
+        if capacity_factor is None and decode.supports_experts(x_MD, parameters):
+            y_MD, num_dropped = decode.experts(x_MD, *routing, parameters, swiglu), jnp.float32(0)
+        else:
+            letters = {name: LETTERS[f"moe.{name}"] for name in parameters}
+            y_MD, num_dropped = apply_experts(
+                functools.partial(expert_outputs, swiglu), x_MD, routing, parameters, letters, capacity_factor
+            )
+        stats = router_stats(logits_ME, experts_MX, token_mask_M)
+        num_rows = jnp.maximum(jnp.sum(token_mask_M, dtype=jnp.int32) * config.num_experts_per_tok, 1)
+        return y_MD.reshape(B, T, D), stats | {"dropped": num_dropped / num_rows}
+
+    def expert_parameters(self) -> dict[str, jax.Array | LayerView]:
+        """Returns the experts' weights and biases by name, in their stored format: dense or MXFP4."""
+        names = (
+            name.removeprefix("moe.") for name in LETTERS if name.startswith(("moe.gate_up", "moe.down"))
+        )
+        return {name: getattr(self, name).get_value() for name in names if hasattr(self, name)}
+
+
+def top_experts(logits_ME: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the top experts of each token, int32 [M, X] (ties: the lower index), and the softmax over only
+    their logits, float32 [M, X]."""
     top_MX, experts_MX = jax.lax.top_k(logits_ME, experts_per_token)
     return experts_MX, jax.nn.softmax(top_MX.astype(jnp.float32), axis=-1)
 
 
-def router_stats(logits_ME: jax.Array, experts_MX: jax.Array, real_M: jax.Array) -> RouterStats:
-    """What the balance losses need, over the real tokens alone.
+def router_stats(logits_ME: jax.Array, experts_MX: jax.Array, token_mask_M: jax.Array) -> RouterStats:
+    """Statistics for the balance losses, over the tokens of the mask.
 
-    Returns `load` [E], the share of assignments each expert got (sums to 1), `probability` [E], the mean of
-    the softmax over all experts, and `z`, the mean squared logsumexp of the logits.
+    Returns `load` [E], the share of assignments of each expert (sums to 1), `probability` [E], the mean
+    softmax over all experts, and `z`, the mean squared logsumexp of the logits.
     """
-    weight_M = real_M.astype(jnp.float32)
+    weight_M = token_mask_M.astype(jnp.float32)
     count = jnp.maximum(jnp.sum(weight_M), 1)
-    chosen_ME = jnp.sum(jax.nn.one_hot(experts_MX, logits_ME.shape[1], dtype=jnp.float32), axis=1)
+    one_hot_ME = jnp.sum(jax.nn.one_hot(experts_MX, logits_ME.shape[1], dtype=jnp.float32), axis=1)
     log_total_M = jax.nn.logsumexp(logits_ME, axis=-1)
     probability_ME = jnp.exp(logits_ME - log_total_M[:, None])
     return {
-        "load": weight_M @ chosen_ME / (count * experts_MX.shape[1]),
+        "load": weight_M @ one_hot_ME / (count * experts_MX.shape[1]),
         "probability": weight_M @ probability_ME / count,
         "z": jnp.sum(weight_M * log_total_M**2) / count,
     }
 
 
-class MoE(nnx.Module):
-    """A layer of routed SwiGLU experts."""
+def expert_outputs(
+    swiglu: "SwiGLU", x_RD: jax.Array, parameters: dict, group_sizes_E: jax.Array
+) -> jax.Array:
+    """Sends rows sorted by expert through the experts of one device: `swiglu(x gate_up + bias) down + bias`.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        D, E, F = config.hidden_size, config.num_local_experts, config.intermediate_size
-        normal = nnx.initializers.normal(config.initializer_range, jnp.float32)
-        self.router = nnx.Param(normal(rngs.params(), (D, E)))
-        # Gate and up stand apart, each whole: the published layout's interleaving is undone when weights are
-        # read, but in packed ones.
-        gate_up, down = normal(rngs.params(), (E, D, 2, F)), normal(rngs.params(), (E, F, D))
-        if config.expert_format == "mxfp4":
-            # As published: groups run along the input axis, which stands last, and the rows of gate and up
-            # take turns.
-            rows = gate_up.swapaxes(1, -1).reshape(E, 2 * F, D), down.swapaxes(1, 2)
-            for name, weights in zip(("gate_up", "down"), rows, strict=True):
-                blocks, scales = codec.pack(weights)
-                setattr(self, f"{name}_blocks", nnx.Param(blocks))
-                setattr(self, f"{name}_scales", nnx.Param(scales))
-        else:
-            self.gate_up, self.down = nnx.Param(gate_up), nnx.Param(down)
-        if config.router_bias:
-            self.router_bias = nnx.Param(jnp.zeros(E, jnp.float32))
-        if config.expert_bias:
-            self.gate_up_bias = nnx.Param(jnp.zeros((E, 2, F), jnp.float32))
-            self.down_bias = nnx.Param(jnp.zeros((E, D), jnp.float32))
-        self.config = config
+    Args:
+      parameters: of the experts, dense or packed, as arrays or views of one layer.
+      group_sizes_E: int32, rows of each expert. Rows past their sum give zero.
+    """
+    bias, down_bias = parameters.get("gate_up_bias"), parameters.get("down_bias")
+    if "down" in parameters:
+        a_RF = swiglu_halves(swiglu, grouped_matmul(x_RD, parameters["gate_up"], group_sizes_E, bias))
+        return grouped_matmul(a_RF, parameters["down"], group_sizes_E, down_bias)
+    # Packed: rows of gate and up alternate, and a device of the tensor axis has whole outputs, which are
+    # gathered.
+    weights = {
+        name: (parameters[f"{name}_blocks"], parameters[f"{name}_scales"]) for name in ("gate_up", "down")
+    }
+    bias_EU = None if bias is None else bias.swapaxes(1, 2).reshape(bias.shape[0], -1)
+    h_RU = mxfp4_grouped_matmul(x_RD, *weights["gate_up"], group_sizes_E, bias_EU)
+    gate_RF, up_RF = jnp.moveaxis(h_RU.reshape(x_RD.shape[0], -1, 2), -1, 0)
+    a_RF = tensor_all_gather(swiglu(gate_RF, up_RF))
+    # The bias is added behind the gather: it is not split, as the rows of `down` are.
+    y_RD = tensor_all_gather(mxfp4_grouped_matmul(a_RF, *weights["down"], group_sizes_E))
+    return y_RD if down_bias is None else add_group_bias(y_RD, down_bias, group_sizes_E)
 
-    def __call__(
-        self, x_BTD: jax.Array, real_BT: jax.Array, capacity: float | None = None
-    ) -> tuple[jax.Array, RouterStats]:
-        """Sends each real token to its experts; the rows of padding come out as zeros.
 
-        Returns [B, T, D] and the router's statistics.
-        """
-        config = self.config
-        B, T, D = x_BTD.shape
-        x_MD, real_M = x_BTD.reshape(B * T, D), real_BT.reshape(-1)
-        logits_ME = product(("moe", "router"), "MD,DE->ME", x_MD.astype(jnp.float32), self.router[...])
-        if config.router_bias:
-            logits_ME = logits_ME + self.router_bias[...]
-        # Left to itself, the compiler brings all tokens to every device to find the largest logits.
-        experts_MX, weights_MX = by_device(
-            lambda logits: route(logits, config.num_experts_per_tok), logits_ME
-        )
-        y_MD, dropped = apply_experts(
-            x_MD,
-            jnp.where(real_M[:, None], experts_MX, -1),
-            weights_MX,
-            self.expert_parameters(),
-            SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset),
-            capacity,
-        )
-        stats = router_stats(logits_ME, experts_MX, real_M)
-        asked = jnp.maximum(jnp.sum(real_M, dtype=jnp.int32) * config.num_experts_per_tok, 1)
-        return y_MD.reshape(B, T, D), stats | {"dropped": dropped / asked}
+class SwiGLU(NamedTuple):
+    """gpt-oss's gated activation: gate * sigmoid(alpha * gate) * (up + up_offset) (docs/math.md, "Forward").
 
-    def expert_parameters(self) -> dict[str, jax.Array]:
-        """The experts' matrices and biases as they are held, by name: `gate_up` [E, D, 2, F] and `down` [E,
-        F, D], or `gate_up_blocks`, `gate_up_scales`, …."""
-        packed = self.config.expert_format == "mxfp4"
-        parts = ["_blocks", "_scales"] if packed else [""]
-        parts += ["_bias"] * self.config.expert_bias
-        return {
-            name: getattr(self, name)[...] for name in (n + p for n in ("gate_up", "down") for p in parts)
-        }
+    The gate is clamped from above only, the linear half on both sides.
+    """
+
+    alpha: float
+    limit: float | None
+    up_offset: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        if self.limit is not None:
+            gate = jnp.minimum(gate, self.limit)
+            up = jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + self.up_offset)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
+    """SwiGLU of the two halves of each row, [R, 2 F] -> [R, F]; its gradient saves only the input."""
+    return swiglu(*jnp.split(h_RF, 2, axis=-1))
+
+
+def _swiglu_halves_bwd(swiglu, h_RF, g_RF):
+    # Without the barrier XLA finds the same terms in the forward pass, and keeps them all from there.
+    h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
+    halves = jnp.split(h_RF, 2, axis=-1)
+    d_gate, d_up = jax.vjp(swiglu, *halves)[1](g_RF)
+    # Written in place, each half in one pass: XLA for CPU concatenates element by element.
+    start = (0,) * h_RF.ndim
+    d_h_RF = jax.lax.dynamic_update_slice(jnp.zeros_like(h_RF), d_gate, start)
+    return (jax.lax.dynamic_update_slice(d_h_RF, d_up, (*start[:-1], d_gate.shape[-1])),)
+
+
+swiglu_halves.defvjp(lambda swiglu, h_RF: (swiglu_halves(swiglu, h_RF), h_RF), _swiglu_halves_bwd)

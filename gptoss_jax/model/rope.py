@@ -9,8 +9,8 @@ import numpy as np
 from gptoss_jax.config import ModelConfig
 
 
-def ramp_ends(config: ModelConfig) -> tuple[float, float]:
-    """Indices of the frequencies between which YaRN passes from kept to divided."""
+def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
+    """Returns the frequency indices between which YaRN goes over from kept to interpolated frequencies."""
     scaling = config.rope_scaling
 
     def index_with(rotations: float) -> float:
@@ -27,7 +27,7 @@ def ramp_ends(config: ModelConfig) -> tuple[float, float]:
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """The H / 2 rotary frequencies in radians per token (float32), and the factor on cos and sin.
+    """Returns the H / 2 rotary frequencies, float32 in radians per token, and the factor on cos and sin.
 
     Every step is rounded to float32, as in the reference that the released models were trained with: at
     position 100,000, the last bit of a frequency is a thousandth of a radian and more.
@@ -39,7 +39,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     scaling = config.rope_scaling
     if scaling is None:
         return plain, 1.0
-    low, high = ramp_ends(config)
+    low, high = yarn_correction_range(config)
     ramp = (np.arange(half, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     kept = one - np.clip(ramp, 0, 1)
     divided = one / (np.float32(scaling.factor) * periods)
@@ -47,18 +47,18 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     return divided * (one - kept) + plain * kept, concentration
 
 
-def rotation(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, float32 [B, T, H / 2]."""
+def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin of every position's angles, float32 [B, T, H / 2]."""
     frequencies, concentration = inverse_frequencies(config)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * concentration, jnp.sin(angles) * concentration
 
 
-def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns each pair (i, i + H / 2) of every head by its angle, in float32; returns the type given."""
+def apply_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the type given."""
     cos, sin = (table[:, :, None, None, :] for table in cos_sin)
     halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
-    # The halves stand on an axis of their own and change places as a whole: XLA for CPU is slow to join them.
+    # A separate axis for the halves, which are flipped as a whole: XLA for CPU is slow to concatenate them.
     signed_sin = jnp.concatenate([-sin, sin], axis=-2)
-    turned = halves * cos + jnp.flip(halves, axis=-2) * signed_sin
-    return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+    rotated = halves * cos + jnp.flip(halves, axis=-2) * signed_sin
+    return rotated.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

@@ -1,11 +1,11 @@
-"""How rows travel to the devices that hold their experts, and back: two transports, one result.
+"""All-to-all of rows to the devices that hold their experts, and back: two transports with one result.
 
-What a device gets depends on the router, up to all rows of all devices. So it has room for a bounded number
-at a time, and what is more travels in further rounds, which hardly ever come. How many there are is known to
-all devices of the expert axis: each has the counts of all.
+How many rows a device gets depends on the router, and may be all rows of all devices. So its buffer holds a
+bounded number, and more rows travel in further rounds, which are rare. All devices of the expert axis know
+the number of rounds, because each has the row counts of all.
 
-Letters: R rows of one device, sorted by expert; C rows that a device has room for; E experts of all devices;
-n devices of the expert axis; L = E / n experts of one device.
+Letters: R rows of one device, sorted by expert; C rows of a device's buffer; E experts of all devices; n
+devices of the expert axis; L = E / n experts of one device.
 """
 
 import dataclasses
@@ -19,86 +19,95 @@ import jax.numpy as jnp
 from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.grouped_matmul.api import take
 
-Way = Callable[[jax.Array], jax.Array]
 # Row counts and offsets are int32 also where jax_enable_x64 would make sums int64.
 _sum = functools.partial(jnp.sum, dtype=jnp.int32)
 _cumsum = functools.partial(jnp.cumsum, dtype=jnp.int32)
 
-# Room for the rows that come in one round, in percent of what an even router sends: to a device for the
-# ragged transport, from one device to another for the dense one, where fewer rows vary more.
-ROOM_PERCENT = {"ragged": 125, "dense": 150}
-# Rows that a device has room for at least: in decoding there is one round.
-SMALLEST_ROOM = 256
+# Size of the buffer in percent of what an even router sends: to a device for the ragged transport, from one
+# device to another for the padded one, where fewer rows vary more.
+BUFFER_PERCENT = {"ragged": 125, "padded": 150}
+# A buffer has at least this many rows: decoding then takes one round.
+MIN_BUFFER_ROWS = 256
 
 
-def transport(rows: int, devices: int, local: int, most: int | None = None) -> "Ragged | Dense":
-    """The transport for what the program is compiled for.
+class Round(NamedTuple):
+    """One round of an all-to-all."""
+
+    dispatch: Callable[[jax.Array], jax.Array]  # [R, D] -> [C, D], rows sorted by local expert
+    combine: Callable[[jax.Array], jax.Array]  # [C, D] -> [R, D], zero in rows of other rounds
+    group_sizes_L: jax.Array  # int32, rows of each local expert
+
+
+def transport(
+    rows: int, devices: int, local_experts: int, max_expert_rows: int | None = None
+) -> "RaggedAllToAll | PaddedAllToAll":
+    """Returns the transport for the backend that is compiled for.
 
     Args:
-      rows, devices, local: R, n and L.
-      most: rows that an expert takes at most; None where there is no limit.
+      rows, devices, local_experts: R, n and L.
+      max_expert_rows: rows that an expert takes at most; None without a limit.
     """
-    every = devices * rows if most is None else min(devices * rows, most * local)
-    even = {"ragged": rows, "dense": -(-rows // devices)}
-    room = {name: -(-size * ROOM_PERCENT[name] // 100) for name, size in even.items()}
+    has_limit = max_expert_rows is not None
+    every = min(devices * rows, max_expert_rows * local_experts) if has_limit else devices * rows
+    even = {"ragged": rows, "padded": -(-rows // devices)}
+    buffer = {name: -(-size * BUFFER_PERCENT[name] // 100) for name, size in even.items()}
     if has_ragged():
-        size = min(every, max(room["ragged"], SMALLEST_ROOM)) if most is None else every
-        return Ragged(size, most_rounds=-(-every // size))
-    size = min(rows, every, max(room["dense"], SMALLEST_ROOM // devices))
-    return Dense(size, most_rounds=-(-min(rows, every) // size))
+        size = every if has_limit else min(every, max(buffer["ragged"], MIN_BUFFER_ROWS))
+        return RaggedAllToAll(size, max_rounds=-(-every // size))
+    size = min(rows, every, max(buffer["padded"], MIN_BUFFER_ROWS // devices))
+    return PaddedAllToAll(size, max_rounds=-(-min(rows, every) // size))
 
 
 def has_ragged() -> bool:
-    """Whether `ragged_all_to_all` exists where the program is to run: on GPUs, and on TPUs but v5e, whose
-    slices of more than 16 chips lack it."""
+    """Returns True where `ragged_all_to_all` exists: on GPUs, and on TPUs but v5e, whose slices of more than
+    16 chips lack it."""
     if backend.platform() == "tpu":
         return not backend.device_kind().startswith(("TPU v5 lite", "TPU v5e"))
     return backend.platform() == "gpu"
 
 
 @dataclasses.dataclass(frozen=True)
-class Ragged:
-    """By `ragged_all_to_all`: a slice for each expert, rows land sorted by expert, and no row is padding."""
+class RaggedAllToAll:
+    """By `ragged_all_to_all`: one slice for each expert; rows arrive sorted by expert, without padding."""
 
-    # C.
-    room: int
-    most_rounds: int
+    buffer_rows: int  # C
+    max_rounds: int
 
-    def rounds(self, counts_nE: jax.Array) -> jax.Array:
-        """Rounds that the fullest device needs, of `counts_nE` rows of each device for each expert."""
+    def num_rounds(self, counts_nE: jax.Array) -> jax.Array:
+        """Returns the rounds that the fullest device needs, for `counts_nE` rows by device and expert."""
         n, E = counts_nE.shape
-        return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), (0, 2))) // self.room)
+        return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), (0, 2))) // self.buffer_rows)
 
-    def ways(self, counts_nE: jax.Array, rows: int, turn: jax.Array | int) -> tuple[Way, Way, jax.Array]:
-        """The ways [R, D] -> [C, D] there and [C, D] -> [R, D] back, and the rows each expert here gets.
+    def plan_round(self, counts_nE: jax.Array, rows: int, index: jax.Array | int) -> Round:
+        """Returns round `index`, for R = `rows` rows of this device.
 
-        All rows that a device gets, in all rounds, lie one expert after another, and within an expert one
-        sender after another. Round `turn` brings rows `turn * C` … of that order.
+        All rows that a device gets, over all rounds, are ordered by expert, and within an expert by sender.
+        Round `index` brings rows `index * C` … of that order.
         """
         n, E = counts_nE.shape
-        here = jax.lax.axis_index("expert")
+        device = jax.lax.axis_index("expert")
         at_sender_nE = _cumsum(counts_nE, 1) - counts_nE
         by_owner = (
             counts_nE.reshape(n, n, E // n).transpose(1, 2, 0).reshape(n, E)
         )  # [owner, (expert, sender)]
         begins = (_cumsum(by_owner, 1) - by_owner).reshape(n, E // n, n)
         begins = begins.transpose(2, 0, 1).reshape(n, E)
-        low, high = turn * self.room, (turn + 1) * self.room
+        low, high = index * self.buffer_rows, (index + 1) * self.buffer_rows
         first_nE, end_nE = (jnp.clip(place, low, high) for place in (begins, begins + counts_nE))
         sizes_nE = end_nE - first_nE
         at_sender_nE = at_sender_nE + first_nE - begins
         at_owner_nE = first_nE - low
 
         def sent(x_nE):  # this device's slices
-            return x_nE[here]
+            return x_nE[device]
 
-        def owned(x_nE):  # all devices' slices for the experts here
-            return jax.lax.dynamic_slice_in_dim(x_nE, here * (E // n), E // n, axis=1).reshape(-1)
+        def owned(x_nE):  # all devices' slices for this device's experts
+            return jax.lax.dynamic_slice_in_dim(x_nE, device * (E // n), E // n, axis=1).reshape(-1)
 
         there = Slices(sent(at_sender_nE), sent(sizes_nE), sent(at_owner_nE), owned(sizes_nE))
         back = Slices(owned(at_owner_nE), owned(sizes_nE), owned(at_sender_nE), sent(sizes_nE))
-        return (
-            lambda x_RD: send_slices(x_RD, there, back, self.room),
+        return Round(
+            lambda x_RD: send_slices(x_RD, there, back, self.buffer_rows),
             lambda y_CD: send_slices(y_CD, back, there, rows),
             _sum(owned(sizes_nE).reshape(n, E // n), 0),
         )
@@ -110,24 +119,24 @@ class Slices(NamedTuple):
 
     read_E: jax.Array  # where each slice begins here
     sizes_E: jax.Array  # its rows
-    write_E: jax.Array  # where it begins on the device that gets it
-    received_E: jax.Array  # rows of the slices that come in
+    write_E: jax.Array  # where it begins on the receiving device
+    received_E: jax.Array  # rows of the incoming slices
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def send_slices(x_RD: jax.Array, there: Slices, back: Slices, rows: int) -> jax.Array:
     """Sends slices of rows to the devices of the expert axis; [rows, D], zero where nothing arrives.
 
-    `back` is the way the same rows would return: that of the gradient.
+    `back` returns the same rows: the direction of the gradient.
     """
     move = ragged_all_to_all if has_ragged() else reference_all_to_all
     return move(x_RD, there, rows)
 
 
 send_slices.defvjp(
-    # Of the rows only their number is kept, in an array without columns.
+    # Only the number of rows is saved, in an array without columns.
     lambda x_RD, there, back, rows: (send_slices(x_RD, there, back, rows), (there, back, x_RD[:, :0])),
-    lambda rows, kept, g_CD: (send_slices(g_CD, kept[1], kept[0], kept[2].shape[0]), None, None),
+    lambda rows, saved, g_CD: (send_slices(g_CD, saved[1], saved[0], saved[2].shape[0]), None, None),
 )
 
 
@@ -138,7 +147,7 @@ def ragged_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
 
 
 def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
-    """The same by collectives that every backend has: each device takes its own of all devices' rows."""
+    """The plain reference, of collectives that every backend has: gathers all rows and keeps its own."""
     sources = jax.lax.axis_index("expert") * x_RD.shape[0] + slices.read_E
     x_RD = jax.lax.all_gather(x_RD, "expert", tiled=True)
     read_E, write_E = (
@@ -148,34 +157,33 @@ def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Arra
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
-    """By `all_to_all`: the same number of rows from each device to each other, those that are not there being
-    zero; what arrives is sorted by expert."""
+class PaddedAllToAll:
+    """By `all_to_all`: the same number of rows from each device to each other, padded with zeros; what
+    arrives is sorted by expert."""
 
-    # Rows from one device to another: C = n * pair.
-    pair: int
-    most_rounds: int
+    pair_rows: int  # rows from one device to another: C = n * pair_rows
+    max_rounds: int
 
-    def rounds(self, counts_nE: jax.Array) -> jax.Array:
-        """Rounds that the pair of devices with the most rows needs."""
+    def num_rounds(self, counts_nE: jax.Array) -> jax.Array:
+        """Returns the rounds that the pair of devices with the most rows needs."""
         n, E = counts_nE.shape
-        return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), 2)) // self.pair)
+        return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), 2)) // self.pair_rows)
 
-    def ways(self, counts_nE: jax.Array, rows: int, turn: jax.Array | int) -> tuple[Way, Way, jax.Array]:
-        """As those of `Ragged`. Round `turn` brings rows `turn * pair` … of each device for each other."""
+    def plan_round(self, counts_nE: jax.Array, rows: int, index: jax.Array | int) -> Round:
+        """Returns round `index`, which brings rows `index * pair_rows` … of each device for each other."""
         n, E = counts_nE.shape
-        here = jax.lax.axis_index("expert")
+        device = jax.lax.axis_index("expert")
         pairs_nnL = counts_nE.reshape(n, n, E // n)
-        low, high = turn * self.pair, (turn + 1) * self.pair
-        slots_n = jnp.arange(n, dtype=jnp.int32) * self.pair
+        low, high = index * self.pair_rows, (index + 1) * self.pair_rows
+        slots_n = jnp.arange(n, dtype=jnp.int32) * self.pair_rows
 
-        # This device's rows: those for one device lie together.
-        counts_n = _sum(pairs_nnL[here], 1)
+        # This device's rows: those for one device are consecutive.
+        counts_n = _sum(pairs_nnL[device], 1)
         starts_n = _cumsum(counts_n, 0) - counts_n
-        sent_n = jnp.clip(counts_n - low, 0, self.pair)
+        sent_n = jnp.clip(counts_n - low, 0, self.pair_rows)
         departing = (slots_n, sent_n, starts_n + low)
-        # What arrives: from each device in turn the rows of one expert after another; and its sorted order.
-        arriving_nL = jax.lax.dynamic_index_in_dim(pairs_nnL, here, axis=1, keepdims=False)
+        # What arrives: from one device after another its rows, expert by expert; and their sorted order.
+        arriving_nL = jax.lax.dynamic_index_in_dim(pairs_nnL, device, axis=1, keepdims=False)
         begins_nL = _cumsum(arriving_nL, 1) - arriving_nL
         first_nL, end_nL = (jnp.clip(place, low, high) for place in (begins_nL, begins_nL + arriving_nL))
         sizes_nL = end_nL - first_nL
@@ -186,25 +194,27 @@ class Dense:
             sorted_nL.reshape(-1),
         )
 
-        room = n * self.pair
-        row_of_slot, slot_of_row = _in_slices(room, *departing), _in_slices(rows, *departing[::-1])
-        place_of_slot, slot_of_place = _in_slices(room, *arrived), _in_slices(room, *arrived[::-1])
+        buffer_rows = n * self.pair_rows
+        row_of_slot, slot_of_row = _in_slices(buffer_rows, *departing), _in_slices(rows, *departing[::-1])
+        place_of_slot, slot_of_place = (
+            _in_slices(buffer_rows, *slices) for slices in (arrived, arrived[::-1])
+        )
 
-        def there(x_RD):
+        def dispatch(x_RD):
             x_CD = take(x_RD, row_of_slot, slot_of_row)
             x_CD = jax.lax.all_to_all(x_CD, "expert", 0, 0, tiled=True)
             return take(x_CD, slot_of_place, place_of_slot)
 
-        def back(y_CD):
+        def combine(y_CD):
             y_CD = take(y_CD, place_of_slot, slot_of_place)
             y_CD = jax.lax.all_to_all(y_CD, "expert", 0, 0, tiled=True)
             return take(y_CD, slot_of_row, row_of_slot)
 
-        return there, back, _sum(sizes_nL, 0)
+        return Round(dispatch, combine, _sum(sizes_nL, 0))
 
 
 def _in_slices(count: int, begins: jax.Array, sizes: jax.Array, others: jax.Array) -> jax.Array:
-    """For places 0 … count - 1 on one side of some slices, where they are on the other; -1 in no slice."""
-    into = jnp.arange(count, dtype=jnp.int32)[:, None] - begins
-    hit = (into >= 0) & (into < sizes)
-    return _sum(jnp.where(hit, others + into + 1, 0), 1) - 1
+    """Returns where places 0 … count - 1 on one side of slices are on the other side; -1 in no slice."""
+    offset = jnp.arange(count, dtype=jnp.int32)[:, None] - begins
+    is_inside = (offset >= 0) & (offset < sizes)
+    return _sum(jnp.where(is_inside, others + offset + 1, 0), 1) - 1

@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.hardware import Chip, flops_per_token, mean_visible_keys
+from gptoss_jax.model.parameters import letters_of, parameter_shardings, path_names
 from gptoss_jax.parallel.mesh import AXES, BATCH
-from gptoss_jax.parallel.rules import parameter_shardings, path_names, used_spec
+from gptoss_jax.parallel.rules import compute_spec
 from gptoss_jax.planning.hlo import sent_bytes
 from gptoss_jax.training.losses import chunk_length
 from gptoss_jax.training.state import TrainState, abstract_state
@@ -303,7 +304,7 @@ def _axes(spec) -> frozenset[str]:
 
 def _leaves(state: TrainState, shardings: TrainState) -> list[_Leaf]:
     def one(path, leaf, sharding):
-        axes, kept = (_axes(spec) for spec in (sharding.spec, used_spec(path, leaf.ndim)))
+        axes, kept = _axes(sharding.spec), _axes(compute_spec(letters_of(path)))
         gathered = tuple(axis for axis in AXES if axis in axes - kept and sharding.mesh.shape[axis] > 1)
         return _Leaf(path_names(path), math.prod(sharding.shard_shape(leaf.shape)), axes, gathered)
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.model.moe import RouterStats
+from gptoss_jax.parallel.linear import fsdp_all_gather, fsdp_reduce_scatter, local_vocab_index
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.rules import gathered, scattered
-from gptoss_jax.parallel.vocabulary import place_in_part, vocabulary_specs
+from gptoss_jax.parallel.rules import compute_spec, storage_spec
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
@@ -56,16 +56,17 @@ def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
     over_chunks = functools.partial(_over_chunks, chunk=chunk, with_gradient=with_gradient)
     if not current_axes():
         return over_chunks(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT, weights_BT)
-    stored, used = vocabulary_specs(head_VD.shape)
+    stored = storage_spec("VD", head_VD.shape, current_axes(), "head.weight")
+    used = compute_spec("VD")
 
     def one_device(hidden_BTD, head_VD, targets_BT, weights_BT):
-        weight_VD = gathered(head_VD.astype(hidden_BTD.dtype), stored, used)
+        weight_VD = fsdp_all_gather(head_VD.astype(hidden_BTD.dtype), stored, used)
         loss, *gradients = over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, on_mesh=True)
         loss = jax.lax.psum(loss, BATCH)
         if not with_gradient:
             return (loss,)
         d_x_BTD, head_gradient_VD = gradients
-        return loss, d_x_BTD, scattered(head_gradient_VD, stored, used)
+        return loss, d_x_BTD, fsdp_reduce_scatter(head_gradient_VD, stored, used)
 
     return jax.shard_map(
         one_device,
@@ -99,7 +100,7 @@ def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_grad
         log_total_BC = jnp.log(total_BC) + largest_BC
         index_BC, is_here_BC = target_BC, True
         if on_mesh:
-            index_BC, is_here_BC = place_in_part(target_BC, weight_VD.shape[0])
+            index_BC, is_here_BC = local_vocab_index(target_BC, weight_VD.shape[0])
         chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
         chosen_BC = jnp.where(is_here_BC, chosen_BC, 0)
         chosen_BC = over_vocabulary(jax.lax.psum, chosen_BC)

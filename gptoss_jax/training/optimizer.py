@@ -7,7 +7,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers as Muon
 
 from gptoss_jax.config import OptimConfig
-from gptoss_jax.parallel.rules import path_names
+from gptoss_jax.model.parameters import path_names
 
 # Names of the parameters that are matrices. Stacking adds axes to all, so the rank would not tell.
 MATRICES = frozenset({"weight", "q", "k", "v", "out", "router", "gate_up", "down"})

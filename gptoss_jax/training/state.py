@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 
 from gptoss_jax.config import TrainConfig
+from gptoss_jax.model.parameters import parameter_shardings
 from gptoss_jax.model.transformer import init_params
-from gptoss_jax.parallel.rules import parameter_shardings
 from gptoss_jax.training.optimizer import make_optimizer
 
 

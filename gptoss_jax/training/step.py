@@ -26,7 +26,11 @@ def summed_loss(model_config: ModelConfig, params: dict, batch: Batch, dropout_k
     """
     model = bind(model_config, params)
     hidden_BTD, _, stats = model.hidden_states(
-        batch["tokens"], batch["segment_ids"], batch["positions"], dropout_key=dropout_key, capacity=capacity
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        dropout_key=dropout_key,
+        capacity_factor=capacity,
     )
     B, T = batch["tokens"].shape
     # Rows are split by the batch's axes and the vocabulary by the other one.

@@ -13,7 +13,7 @@ from jax import lax
 
 from gptoss_jax.kernels.attention.mask import MASKED
 from gptoss_jax.kernels.cpu import decode
-from gptoss_jax.kernels.stack import Layer
+from gptoss_jax.kernels.layer_view import LayerView
 
 # Slots that are looked at together: a piece's scores are as many numbers for each query and head.
 BLOCK = 512
@@ -38,7 +38,13 @@ def slot_positions(lengths_B: jax.Array, slots: jax.Array, size: int, sink_token
 
 
 def update_cache(
-    keys: Layer, values: Layer, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B, counts_B, sink_tokens: int
+    keys: LayerView,
+    values: LayerView,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    lengths_B,
+    counts_B,
+    sink_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
     """The stacks of keys and values with the first `counts_B` of T new tokens in their slots of one layer."""
     B, T = k_BTKH.shape[:2]
@@ -64,8 +70,8 @@ def prefill_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    keys: Layer,
-    values: Layer,
+    keys: LayerView,
+    values: LayerView,
     lengths_B: jax.Array,
     counts_B: jax.Array,
     window: int | None,
@@ -133,7 +139,7 @@ def prefill_attention(
 
 
 def decode_attention(
-    q_BTNH: jax.Array, keys: Layer, values: Layer, counts_B: jax.Array, sinks_N: jax.Array | None
+    q_BTNH: jax.Array, keys: LayerView, values: LayerView, counts_B: jax.Array, sinks_N: jax.Array | None
 ) -> jax.Array:
     """One new token of each sequence, T = 1, over the first `counts_B` slots, which hold all that it sees,
     itself included; a count of 0 gives zeros."""
@@ -143,7 +149,7 @@ def decode_attention(
         return decode.attention(q_BTNH[:, 0], keys, values, counts_B, sinks_N)[:, None]
     sum_type = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BKGH = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, K, N // K, H)
-    k_BKSH, v_BKSH = (jnp.asarray(part).astype(q_BTNH.dtype) for part in (keys, values))
+    k_BKSH, v_BKSH = (part.read().astype(q_BTNH.dtype) for part in (keys, values))
     scores = _product("bkgh,bksh->bkgs", q_BKGH, k_BKSH, sum_type)
     mask_BS = jnp.arange(S, dtype=jnp.int32) < counts_B[:, None]
     scores = jnp.where(mask_BS[:, None, None], scores, MASKED)

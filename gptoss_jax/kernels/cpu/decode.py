@@ -15,8 +15,7 @@ import numpy as np
 
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
-from gptoss_jax.kernels.stack import Layer
-from gptoss_jax.kernels.swiglu import SwiGLU
+from gptoss_jax.kernels.layer_view import LayerView, read
 
 # With more rows than this, products that share what they read among rows in the cache are faster.
 FEW_ROWS = 16
@@ -31,6 +30,17 @@ def suits(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
     return fits and selection.is_enabled(kernel) and build.is_available()
 
 
+def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | LayerView]) -> bool:
+    """Returns True if `experts` applies to few tokens: the matrices are views of layers, as in decoding, and
+    in the type of `x_MD` or packed. It has no gradient."""
+    matrices = [value for name, value in parameters.items() if not name.endswith("_bias")]
+    is_view = all(
+        isinstance(value, LayerView) and value.dtype in (x_MD.dtype, jnp.uint8) for value in matrices
+    )
+    kernel = "decode_mxfp4_experts" if "down_blocks" in parameters else "decode_experts"
+    return is_view and suits(kernel, x_MD.shape[0], x_MD.dtype)
+
+
 def _call(name: str, results):
     return jax.ffi.ffi_call(build.target(name), results, vmap_method="sequential")
 
@@ -40,7 +50,7 @@ def _result(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def products(equation: str, x: jax.Array, layers: Sequence[Layer]) -> list[jax.Array]:
+def products(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax.Array]:
     """`einsum(equation, x, weight)` for the weight of each layer, all at once; float32.
 
     The letters that are summed over stand last in `x`, and first or last in the weights. Differentiable.
@@ -68,12 +78,12 @@ def _products_bwd(equation, kept, gradients):
     x, layers = kept
 
     def plain(x, stacks):
-        weights = (Layer(stack, layer.index) for stack, layer in zip(stacks, layers, strict=True))
-        return [jnp.einsum(equation, x, jnp.asarray(weight), precision="highest") for weight in weights]
+        weights = (LayerView(stack, layer.index) for stack, layer in zip(stacks, layers, strict=True))
+        return [jnp.einsum(equation, x, read(weight), precision="highest") for weight in weights]
 
     dx, d_stacks = jax.vjp(plain, x, [layer.stack for layer in layers])[1](list(gradients))
     no_index = [None if isinstance(layer.index, int) else np.zeros((), jax.dtypes.float0) for layer in layers]
-    return dx, [Layer(stack, index) for stack, index in zip(d_stacks, no_index, strict=True)]
+    return dx, [LayerView(stack, index) for stack, index in zip(d_stacks, no_index, strict=True)]
 
 
 products.defvjp(lambda equation, x, layers: (products(equation, x, layers), (x, layers)), _products_bwd)
@@ -83,43 +93,42 @@ def experts(
     x_MD: jax.Array,
     experts_MX: jax.Array,
     weights_MX: jax.Array,
-    parameters: Mapping[str, jax.Array],
-    first: jax.Array | int,
-    count: int,
-    activation: SwiGLU,
+    parameters: Mapping[str, jax.Array | LayerView],
+    swiglu: tuple[float, float | None, float],
 ) -> jax.Array:
-    """The weighted sum of the outputs of each token's experts, see `expert_dispatch.apply_experts`.
+    """Returns the weighted sum of the outputs of each token's experts, float32 [M, D].
 
     Reads the matrices of the experts that were chosen, each once, and no others.
 
     Args:
-      experts_MX: 0 … count-1; others give zero.
-      parameters: of all layers' experts, [layers * E, …]: `gate_up` and `down`, or `gate_up_blocks`,
-        `gate_up_scales`, `down_blocks` and `down_scales`; and the biases of the layer's, [E, …].
-      first: which of the matrices is that of expert 0.
+      experts_MX: 0 … E - 1; others give zero.
+      parameters: views of the experts' matrices, `gate_up` and `down`, or `gate_up_blocks`, `gate_up_scales`,
+        `down_blocks` and `down_scales`; and their biases as arrays, if any.
+      swiglu: alpha, limit and up_offset of the activation.
     """
-    bias = {name: parameters.get(f"{name}_bias", NOTHING) for name in ("gate_up", "down")}
-    packed = "down_blocks" in parameters
-    parts = ("_blocks", "_scales") if packed else ("",)
-    operands = []
+    operands, packed = [], "down_blocks" in parameters
     for name in ("gate_up", "down"):
-        operands += [parameters[name + part] for part in parts] + [bias[name]]
-    limit = math.inf if activation.limit is None else activation.limit
+        for part in ("_blocks", "_scales") if packed else ("",):
+            view = parameters[name + part]
+            operands.append(view.stack.reshape(-1, *view.shape[1:]))
+        operands.append(parameters.get(f"{name}_bias", NOTHING))
+    E, index = view.shape[0], view.index
+    alpha, limit, up_offset = swiglu
     return _call("FewRowsPacked" if packed else "FewRowsExperts", _result(*x_MD.shape))(
         x_MD,
         experts_MX.astype(jnp.int32),
         weights_MX,
-        jnp.asarray(first, jnp.int32),
+        jnp.asarray(index * E, jnp.int32),
         *operands,
-        experts=np.int64(count),
-        alpha=np.float32(activation.alpha),
-        limit=np.float32(limit),
-        offset=np.float32(activation.up_offset),
+        experts=np.int64(E),
+        alpha=np.float32(alpha),
+        limit=np.float32(math.inf if limit is None else limit),
+        offset=np.float32(up_offset),
     )
 
 
 def attention(
-    q_BNH: jax.Array, keys: Layer, values: Layer, counts_B: jax.Array, sinks_N: jax.Array | None
+    q_BNH: jax.Array, keys: LayerView, values: LayerView, counts_B: jax.Array, sinks_N: jax.Array | None
 ) -> jax.Array:
     """One query of each sequence over the first `counts_B` slots of its cache; [B, N, H]. A count of 0 gives
     zeros.

@@ -14,27 +14,35 @@ from jax import lax
 
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.layer_view import LayerView, as_groups
 
 PRECISION = lax.Precision.HIGHEST  # float32 stays float32 on TPU and GPU; narrower types are not affected
 
 
 def grouped_matmul(
-    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
+    x_RD: jax.Array,
+    w_EDF: jax.Array | LayerView,
+    group_sizes_E: jax.Array,
+    bias_EF: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies each group of rows by its own matrix, and adds its own bias; differentiable in all three.
 
     Args:
       x_RD: rows, those of group 0 first, then those of group 1, and so on.
-      w_EDF: one matrix per group.
+      w_EDF: one matrix per group; more dimensions behind D are outputs too.
       group_sizes_E: int32, rows in each group; the sum may be below R.
       bias_EF: one row per group, or none.
 
     Returns:
       [R, F] in the type of `x_RD`; rows of no group are zero.
     """
-    if is_native("grouped_matmul", x_RD.dtype):
-        return native_grouped_matmul(x_RD, w_EDF, group_sizes_E, bias_EF)
-    y_RF = _form()(x_RD, w_EDF, group_sizes_E)
+    w_GDF, sizes_G = as_groups(w_EDF, group_sizes_E)
+    w_GDF = w_GDF.reshape(*w_GDF.shape[:2], -1)
+    if is_native("grouped_matmul", x_RD.dtype) and not isinstance(w_EDF, LayerView):
+        bias = None if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
+        return native_grouped_matmul(x_RD, w_GDF, sizes_G, bias)
+    form = native_grouped_matmul if is_native("grouped_matmul", x_RD.dtype) else _form()
+    y_RF = form(x_RD, w_GDF, sizes_G)
     return y_RF if bias_EF is None else add_group_bias(y_RF, bias_EF, group_sizes_E)
 
 
@@ -240,7 +248,7 @@ take.defvjp(
 
 def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Adds to each row its group's bias; rows of no group stay as they are."""
-    groups_R = _group_of_row(group_sizes_E, x_RF.shape[0])
+    groups_R, bias_EF = _group_of_row(group_sizes_E, x_RF.shape[0]), bias_EF.reshape(bias_EF.shape[0], -1)
     # Gathered in float32, because the gradient of the gather is a sum over rows: in bfloat16 it would lose
     # digits. Rows of no group read past the end; padding the biases with zeros would copy them, all layers'.
     wide_EF = bias_EF.astype(jnp.promote_types(bias_EF.dtype, jnp.float32))

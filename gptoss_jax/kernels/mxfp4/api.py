@@ -20,6 +20,7 @@ from jax import lax
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.grouped_matmul.api import PRECISION, Tile, add_group_bias, is_native
+from gptoss_jax.kernels.layer_view import LayerView, as_groups
 from gptoss_jax.kernels.mxfp4 import codec
 
 # Rows that a group's matrix is multiplied with in one turn of the loop in plain XLA.
@@ -28,8 +29,8 @@ BLOCK = 64
 
 def mxfp4_grouped_matmul(
     x_RD: jax.Array,
-    blocks_EFGC: jax.Array,
-    scales_EFG: jax.Array,
+    blocks_EFGC: jax.Array | LayerView,
+    scales_EFG: jax.Array | LayerView,
     group_sizes_E: jax.Array,
     bias_EF: jax.Array | None = None,
 ) -> jax.Array:
@@ -47,7 +48,9 @@ def mxfp4_grouped_matmul(
     Returns:
       [R, F] in the type of `x_RD`; rows of no group are zero.
     """
-    y_RF = _product(x_RD, blocks_EFGC, scales_EFG, group_sizes_E.astype(jnp.int32), _form(x_RD))
+    blocks, sizes = as_groups(blocks_EFGC, group_sizes_E.astype(jnp.int32))
+    scales, _ = as_groups(scales_EFG, group_sizes_E)
+    y_RF = _product(x_RD, blocks, scales, sizes, _form(x_RD))
     return y_RF if bias_EF is None else add_group_bias(y_RF, bias_EF, group_sizes_E)
 
 

@@ -1,0 +1,63 @@
+"""One layer of a parameter that is stacked over layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerView:
+    """The layer `stack[index]`, which kernels read in place.
+
+    A scan that slices every weight out of its stack copies all of them. In training that costs little; in
+    decoding, where a weight is used for a few rows and most experts for none, it would be most of the work.
+    """
+
+    stack: jax.Array  # [L, …]
+    index: jax.Array | int  # may be traced; from 0 to L - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the layer, without the dimension of the stack."""
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.stack.dtype
+
+    def read(self) -> jax.Array:
+        """Returns the layer as an array; XLA copies it out of the stack."""
+        return jax.lax.dynamic_index_in_dim(self.stack, jnp.int32(self.index), keepdims=False)
+
+
+def read(weight: jax.Array | LayerView) -> jax.Array:
+    """Returns a weight as an array."""
+    return weight.read() if isinstance(weight, LayerView) else weight
+
+
+def as_view(weight: jax.Array | LayerView) -> LayerView:
+    """Returns a weight as the layer of a stack, of one layer where it is not stacked."""
+    return weight if isinstance(weight, LayerView) else LayerView(weight[None], 0)
+
+
+def cast(weight: jax.Array | LayerView, dtype: jnp.dtype) -> jax.Array | LayerView:
+    """Returns a weight in a type; only a layer that has another type is read and converted, never its
+    stack."""
+    return weight if weight.dtype == dtype else read(weight).astype(dtype)
+
+
+def as_groups(weight: jax.Array | LayerView, group_sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns one matrix for each group of rows, and the sizes of the groups.
+
+    A view gives the matrices of all layers of its stack, [L E, …], and no rows to those of other layers:
+    kernels that read only the matrices of groups with rows then read the stack in place.
+    """
+    if not isinstance(weight, LayerView):
+        return weight, group_sizes_E
+    L, E = weight.stack.shape[:2]
+    sizes = jax.lax.dynamic_update_slice(
+        jnp.zeros(L * E, jnp.int32), group_sizes_E, (jnp.int32(weight.index * E),)
+    )
+    return weight.stack.reshape(L * E, *weight.shape[1:]), sizes
