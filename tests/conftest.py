@@ -1,5 +1,6 @@
 """Simulated devices, and the tiny models that the tests share: their sizes all differ."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -17,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.checkpoints import SIZES, original_layout, random_checkpoint
+from safetensors.numpy import load_file, save_file
 
-from gptoss_jax.config import ModelConfig, RopeScaling
+from gptoss_jax.checkpoints.run import Checkpoints
+from gptoss_jax.config import DataConfig, ModelConfig, RopeScaling, TrainConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.model.parameters import path_names
-from gptoss_jax.model.transformer import abstract_params, bind
+from gptoss_jax.model.transformer import abstract_params, bind, init_params
 
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
 
@@ -142,3 +146,69 @@ def cpu_form(request, monkeypatch):
     jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory):
+    """(form) -> a Hugging Face folder, which the tests share: use `edited_folder` to change it."""
+
+    @functools.cache
+    def make(form):
+        return random_checkpoint(tmp_path_factory.mktemp(form), 3, form)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def original_folder(hf_folder, tmp_path_factory):
+    """(form) -> a folder that holds only `original/`, with the weights of `hf_folder(form)`."""
+
+    @functools.cache
+    def make(form):
+        folder = tmp_path_factory.mktemp(f"original-{form}")
+        original_layout(hf_folder(form), folder / "original")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def edited_folder(hf_folder, tmp_path):
+    """(form, edit) -> a copy of `hf_folder(form)` after `edit` has changed its dict of tensors."""
+
+    def make(form, edit=lambda tensors: None):
+        folder = shutil.copytree(hf_folder(form), tmp_path / f"copy-{form}")
+        tensors = {name: array.copy() for name, array in load_file(folder / "model.safetensors").items()}
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def divisible_folder(tmp_path_factory):
+    """(form) -> a Hugging Face folder whose sizes are divisible by every axis of a 2 × 2 × 2 mesh."""
+
+    @functools.cache
+    def make(form):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SIZES, "vocab_size", 212)
+            patch.setitem(SIZES, "num_local_experts", 10)
+            return random_checkpoint(tmp_path_factory.mktemp(f"divisible-{form}"), 3, form)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_folder(tiny_config, tmp_path_factory):
+    """A run folder as train.py leaves it: config, tokenizer, one checkpoint."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    model = dataclasses.replace(tiny_config, vocab_size=257)
+    TrainConfig(model=model, data=DataConfig(seq_len=64), run_dir=str(folder)).save(folder / "config.json")
+    make_tokenizer("bytes").save(folder)
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(3, init_params(model, jax.random.key(0)), {"step": jnp.array(3)}, {"step": 3})
+    checkpoints.close()
+    return folder

@@ -1,4 +1,4 @@
-"""Every command and every setting that takes a path, with a folder name that libraries like to interpret."""
+"""Every command and setting that takes a path, with a folder name full of special characters."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (folder / "stories.txt").write_text("<|endoftext|>".join(stories), "utf-8")
     lines = [json.dumps({"text": story}) + "\n" for story in stories]
     (folder / "stories.jsonl").write_text("".join(lines), "utf-8")
-    # What a task's own file names is looked up by lm_eval and datasets, who take it for a pattern.
+    # lm_eval and datasets take the file that a task names for a pattern.
     data = shutil.copy(folder / "stories.jsonl", folder.parent / "stories.jsonl")
     (folder / "task.yaml").write_text(TASK.format(data=json.dumps(str(data))), "utf-8")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -86,7 +86,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> pathlib.Path:
-    """A run that was started, and then started again with more steps; the command it printed works."""
+    """A run that was started, and resumed with more steps; the command that it printed works."""
     train = [
         sys.executable, ROOT / "train.py", folder / "preset.py",
         "--data.source", f"text:{folder / 'stories.txt'}",
@@ -140,7 +140,7 @@ def test_convert_load_and_train_from(trained, folder):
     kept = gx.from_pretrained(folder / "saved")
     np.testing.assert_array_equal(gx.generate(model, [tokens]), gx.generate(kept, [tokens]))
     assert gx.ModelConfig.from_hf(out) == gx.ModelConfig.from_hf(folder / "saved" / "config.json")
-    # In another folder, from a jsonl source; what a shell would leave of `~` too.
+    # In another folder, from a jsonl source, with a `~` that the shell did not expand.
     run(
         sys.executable, ROOT / "train.py", "~/preset.py", "--init-from", "~/out", "--steps", 2,
         "--data.source", "jsonl:~/stories.jsonl#text", "--data.tokenizer", "file:~/tokenizer.json",

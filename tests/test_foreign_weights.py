@@ -1,4 +1,4 @@
-"""Folders of other programs: wrapped names, experts one by one, adapters, and what is named as foreign."""
+"""Folders of other programs: wrapped names, one tensor per expert, adapters, and tensors of other models."""
 
 import json
 import re
@@ -106,7 +106,7 @@ def test_wrappers_within_a_name(published, written):
     assert_same(leaves(folder), leaves(published))
 
 
-def test_a_base_model_without_its_head(published, written):
+def test_base_model_without_its_head(published, written):
     tensors = load_file(published / "model.safetensors")
     del tensors["lm_head.weight"]
     tensors = {name.removeprefix("model."): array for name, array in tensors.items()}
@@ -117,7 +117,7 @@ def test_a_base_model_without_its_head(published, written):
     assert refusal(written(tensors)).endswith("1 tensors do not fit its config: lm_head.weight is missing")
 
 
-def test_two_tensors_of_one_name(published, written):
+def test_two_tensors_with_the_same_name(published, written):
     tensors = load_file(published / "model.safetensors")
     tensors["module.model.norm.weight"] = tensors["model.norm.weight"].copy()
     message = refusal(written(tensors))
@@ -128,8 +128,7 @@ def test_two_tensors_of_one_name(published, written):
 
 
 def one_by_one(tensors, names):
-    """The tensors with each expert's matrices apart: `names` gives those of gate, up and down, or of gate_up
-    and down."""
+    """Splits tensors by expert: `names` are those of gate, up and down, or of gate_up and down."""
     found = {}
     for name, array in tensors.items():
         stem, _, last = name.rpartition(".experts.")
@@ -157,20 +156,20 @@ LISTS = ("gate_up_projs.{}", "down_projs.{}")
 
 @pytest.mark.parametrize("names", [LINEAR, LISTS], ids=["gate and up apart", "in one matrix"])
 @pytest.mark.parametrize("experts", [None, "bfloat16", "mxfp4"])
-def test_experts_one_by_one(published, written, names, experts):
+def test_per_expert_tensors(published, written, names, experts):
     tensors = load_file(published / "model.safetensors")
     folder = written({f"module.{name}": array for name, array in one_by_one(tensors, names).items()})
     assert_same(leaves(folder, experts=experts), leaves(published, experts=experts))
 
 
-def test_experts_one_by_one_are_converted(published, written, tmp_path):
+def test_per_expert_tensors_are_converted(published, written, tmp_path):
     tensors = load_file(published / "model.safetensors")
     convert(written(one_by_one(tensors, LINEAR)), tmp_path / "new")
     assert_same(load_file(tmp_path / "new" / "model.safetensors"), tensors)
 
 
 @pytest.mark.parametrize("names", [LINEAR, LISTS], ids=["gate and up apart", "in one matrix"])
-def test_experts_one_by_one_on_a_mesh(written, names, tmp_path, monkeypatch):
+def test_per_expert_tensors_on_a_mesh(written, names, tmp_path, monkeypatch):
     monkeypatch.setitem(SIZES, "vocab_size", 212)
     monkeypatch.setitem(SIZES, "num_local_experts", 10)
     whole = random_checkpoint(tmp_path / "whole", 3, "float32")
@@ -179,7 +178,7 @@ def test_experts_one_by_one_on_a_mesh(written, names, tmp_path, monkeypatch):
     assert_same(leaves(folder, mesh=mesh), leaves(whole))
 
 
-def test_experts_one_by_one_that_do_not_fit(published, written):
+def test_mismatched_per_expert_tensors(published, written):
     tensors = one_by_one(load_file(published / "model.safetensors"), LINEAR)
     del tensors[f"{LAYER_1}mlp.experts.6.up_proj.bias"]
     name = f"{LAYER_1}mlp.experts.2.down_proj.weight"
@@ -189,7 +188,7 @@ def test_experts_one_by_one_that_do_not_fit(published, written):
     assert f"{name} is [64, 160], must be [160, 64]" in message
 
 
-def test_an_expert_that_is_not_finite_is_warned_of(published, written):
+def test_non_finite_expert_warns(published, written):
     tensors = one_by_one(load_file(published / "model.safetensors"), LINEAR)
     up = tensors[f"{LAYER_1}mlp.experts.3.up_proj.weight"] = tensors[
         f"{LAYER_1}mlp.experts.3.up_proj.weight"
@@ -203,7 +202,7 @@ def test_an_expert_that_is_not_finite_is_warned_of(published, written):
 
 # Foreign tensors.
 
-# Names that are added or, where a function renames, changed; and what the message says.
+# Names that are added, or a function that renames; and words of the message.
 FOREIGN = {
     "lora": (
         {f"{LAYER_1}self_attn.q_proj.lora_A.default.weight"},
@@ -244,7 +243,7 @@ def test_foreign_tensors_are_named(published, written, change, words):
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "openai/gpt-oss-20b"}
 
 
-def test_an_adapter_s_folder_is_named_as_one_before_its_config_and_tokenizer(tmp_path):
+def test_adapter_folder_is_recognized_before_its_config_and_tokenizer(tmp_path):
     save_file(
         {"base_model.model.x.lora_A.weight": np.ones(3, np.float32)}, tmp_path / "adapter_model.safetensors"
     )
@@ -260,7 +259,7 @@ def test_an_adapter_s_folder_is_named_as_one_before_its_config_and_tokenizer(tmp
         load_pretrained(tmp_path)
 
 
-def test_a_command_prints_each_warning_once_as_one_line(published, written, capsys):
+def test_command_prints_each_warning_once_on_one_line(published, written, capsys):
     folder = written(load_file(published / "model.safetensors"), experts_per_token=2, novel=1)
     save_file({"t": np.ones(3, np.float32)}, folder / "old.safetensors")
 

@@ -1,7 +1,7 @@
-"""Small random checkpoints in the published layouts, for whatever reads them. Needs neither jax nor torch.
+"""Small random checkpoints in the published layouts. Needs neither jax nor torch.
 
-All sizes differ, so that an exchange of two axes cannot pass for the right thing. YaRN is that of the
-released models: its original length of 4096 makes positions past it worth testing.
+All sizes differ, so that swapped axes are noticed. YaRN is that of the released models, with an original
+length of 4096.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def random_checkpoint(
 
 
 def weights_digest(folder: str | os.PathLike) -> str:
-    """What tells whether two machines made the same weights."""
+    """A digest by which two machines can tell that they made the same weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(pathlib.Path(folder) / "model.safetensors").items()):
         digest.update(name.encode() + tensor.tobytes())
@@ -143,7 +143,7 @@ def _bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Nearly normal numbers as sums of four integers: exact, so that no machine's logarithm changes a bit."""
+    """Nearly normal values as sums of four integers: exact, so that no machine's logarithm changes a bit."""
     words = np.frombuffer(rng.bytes(8 * math.prod(shape)), "<u2").reshape(*shape, 4)
     return (words.sum(axis=-1, dtype=np.int64) - 2 * 65535) / math.sqrt(4 * (65536**2 - 1) / 12)
 

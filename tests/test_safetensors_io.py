@@ -1,71 +1,19 @@
-"""safetensors folders: both ways against the library, damaged files, and folders that appear whole or not."""
+"""safetensors folders: both ways against the library, which files are read, and damaged files."""
 
-import contextlib
-import fcntl
 import json
 import os
 import pathlib
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import types
 
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from helpers.weights import BFLOAT16, assert_same_tensors, new, random_tensors, write
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax.checkpoints import safetensors_io
-from gptoss_jax.checkpoints.export import atomic_folder
 from gptoss_jax.checkpoints.lazy_tensors import release_pages
 from gptoss_jax.checkpoints.safetensors_io import NewTensor, map_folder, write_tensors
-
-ROOT = pathlib.Path(__file__).parents[1]
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Odd sizes next to one another: each but the first would begin off its own width if they stood in this order.
-SHAPES = {
-    "a.bytes": (np.uint8, (3,)),
-    "b.wide": (np.float64, (1, 3)),
-    "c.half": (np.float16, (5, 7)),
-    "d.brain": (BFLOAT16, (3, 1, 11)),
-    "e.single": (np.float32, (2, 9)),
-    "f.bytes": (np.uint8, (7, 3)),
-    "g.scalar": (np.float32, ()),
-    "h.nothing": (np.float32, (0, 4)),
-    "i.nothing": (np.uint8, (4, 0)),
-}
-
-
-def random_tensors(seed=0, shapes=SHAPES):
-    rng = np.random.default_rng(seed)
-    return {
-        name: np.frombuffer(rng.bytes(np.dtype(dtype).itemsize * int(np.prod(shape))), dtype).reshape(shape)
-        for name, (dtype, shape) in shapes.items()
-    }
-
-
-def new(name, array, parts=1):
-    """The array as what `write_tensors` takes, its rows in so many chunks."""
-    return NewTensor(
-        name, array.dtype, array.shape, lambda: np.array_split(array, parts) if parts > 1 else [array]
-    )
-
-
-def write(folder, tensors, shard_bytes=10**9, **kwargs):
-    folder.mkdir(exist_ok=True)
-    write_tensors(folder, [new(name, array) for name, array in tensors.items()], shard_bytes, **kwargs)
-    return folder
-
-
-def assert_same_tensors(found, expected):
-    """Names, types, shapes and bytes."""
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
-        assert found[name].tobytes() == array.tobytes(), name
 
 
 def test_reads_what_the_library_writes(tmp_path):
@@ -77,14 +25,14 @@ def test_reads_what_the_library_writes(tmp_path):
         tensors["e.single"][0, 0] = 1
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def test_library_reads_what_is_written(tmp_path):
     expected = random_tensors()
     write(tmp_path, expected)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert_same_tensors(load_file(tmp_path / "model.safetensors"), expected)
     with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
-    # Every tensor begins at a multiple of its width, as the format's other readers want.
+    # Every tensor is aligned to its own width, as other readers require.
     tensors = map_folder(tmp_path)
     assert_same_tensors(tensors, expected)
     assert all(array.ctypes.data % array.itemsize == 0 for array in tensors.values() if array.size)
@@ -108,10 +56,12 @@ def test_no_metadata_and_other_files_beside(tmp_path):
 def test_tensors_come_in_chunks(tmp_path):
     array = np.arange(60, dtype=np.float32).reshape(10, 6)
     heard = []
-    # A chunk need not lie in order in memory.
-    turned = NewTensor("turned", array.dtype, (6, 10), lambda: iter([array.T[:4], array.T[4:]]))
-    write_tensors(tmp_path, [new("whole", array, parts=3), turned], on_write=heard.append)
-    assert_same_tensors(load_file(tmp_path / "model.safetensors"), {"whole": array, "turned": array.T.copy()})
+    # A chunk need not be contiguous.
+    transposed = NewTensor("transposed", array.dtype, (6, 10), lambda: iter([array.T[:4], array.T[4:]]))
+    write_tensors(tmp_path, [new("whole", array, parts=3), transposed], on_write=heard.append)
+    assert_same_tensors(
+        load_file(tmp_path / "model.safetensors"), {"whole": array, "transposed": array.T.copy()}
+    )
     assert sorted(heard) == [72, 72, 80, 96, 160] and sum(heard) == 480
 
 
@@ -123,14 +73,14 @@ def test_tensors_come_in_chunks(tmp_path):
         (np.zeros(4, np.int32), TypeError, "t is given as int32, not float32"),
     ],
 )
-def test_chunks_that_do_not_make_the_tensor(tmp_path, chunk, error, words):
+def test_chunks_must_add_up_to_the_tensor(tmp_path, chunk, error, words):
     tensor = NewTensor("t", np.dtype(np.float32), (4,), lambda: [chunk])
     with pytest.raises(error, match=words):
         write_tensors(tmp_path, [tensor])
 
 
 def test_shards_and_their_index(tmp_path):
-    # In bytes: 400, 600 | 1 more than fits | alone, as it is larger than a shard | 4, 996.
+    # In bytes: 400, 600 | 4 do not fit | larger than a shard | 4, 996.
     sizes = {"a": 100, "b": 150, "c": 1, "d": 300, "e": 1, "f": 249}
     expected = random_tensors(4, {name: (np.float32, (size,)) for name, size in sizes.items()})
     write(tmp_path, expected, shard_bytes=1000)
@@ -153,7 +103,7 @@ def test_shards_and_their_index(tmp_path):
     assert_same_tensors(map_folder(tmp_path), expected)
 
 
-def test_a_large_tensor_comes_first(tmp_path):
+def test_large_tensor_first(tmp_path):
     expected = random_tensors(4, {"a": (np.float32, (300,)), "b": (np.float32, (1,))})
     write(tmp_path, expected, shard_bytes=1000)
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -161,11 +111,8 @@ def test_a_large_tensor_comes_first(tmp_path):
     assert_same_tensors(load_file(tmp_path / names[0]), {"a": expected["a"]})
 
 
-# Folders that hold more than one model's files.
-
-
 def write_as(folder, tensors, shards):
-    """Adds one file, or so many shards and their index, as transformers does: over what is there."""
+    """Adds one file, or a number of shards and their index, over existing files, as transformers does."""
     folder.mkdir(exist_ok=True)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -180,7 +127,9 @@ def write_as(folder, tensors, shards):
 
 
 SHARDS_OF_3 = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-# Saved in so many files, then in so many -> which of the two transformers loads, and what it leaves.
+
+
+# Files of the first and of the second save -> which of them transformers loads, and what it leaves.
 SAVED_TWICE = {
     "sharded, then whole": (3, 1, 1, f"{', '.join(SHARDS_OF_3)}, {safetensors_io.INDEX}"),
     "whole, then sharded": (1, 3, 0, f"{', '.join(SHARDS_OF_3)}, {safetensors_io.INDEX}"),
@@ -189,7 +138,7 @@ SAVED_TWICE = {
 
 
 @pytest.mark.parametrize(("first", "second", "loaded", "unread"), SAVED_TWICE.values(), ids=SAVED_TWICE)
-def test_a_folder_saved_twice(tmp_path, first, second, loaded, unread):
+def test_folder_saved_twice(tmp_path, first, second, loaded, unread):
     saved = random_tensors(5), random_tensors(6)
     write_as(tmp_path, saved[0], first)
     write_as(tmp_path, saved[1], second)
@@ -200,7 +149,7 @@ def test_a_folder_saved_twice(tmp_path, first, second, loaded, unread):
     assert [str(one.message) for one in caught] == [message]
 
 
-def test_an_index_whose_shards_are_gone_is_a_leftover_too(tmp_path):
+def test_index_without_its_shards_is_reported(tmp_path):
     # transformers removes old shards when it saves one file, but not their index.
     write_as(tmp_path, random_tensors(5), 3)
     for name in SHARDS_OF_3:
@@ -214,7 +163,7 @@ def test_an_index_whose_shards_are_gone_is_a_leftover_too(tmp_path):
 @pytest.mark.parametrize(
     "name", ["consolidated.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "other.safetensors"]
 )
-def test_other_copies_beside_the_weights_are_named(tmp_path, shards, name):
+def test_other_copies_of_the_weights_are_reported(tmp_path, shards, name):
     write_as(tmp_path, random_tensors(5), shards)
     save_file(random_tensors(6), tmp_path / name)
     with pytest.warns(UserWarning, match=f"not read: {name}$"):
@@ -222,7 +171,7 @@ def test_other_copies_beside_the_weights_are_named(tmp_path, shards, name):
 
 
 @pytest.mark.filterwarnings("error")
-def test_copies_in_subfolders_are_let_be(tmp_path):
+def test_subfolders_are_ignored(tmp_path):
     write_as(tmp_path, random_tensors(5), 1)
     for inner in ("original", "metal"):
         write_as(tmp_path / inner, random_tensors(6), 2)
@@ -253,7 +202,7 @@ def test_config_json_may_name_the_file(tmp_path, name):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_file_that_the_index_names_in_two_ways_is_opened_once(sharded):
+def test_file_with_two_spellings_in_the_index_is_opened_once(sharded):
     index = json.loads((sharded / safetensors_io.INDEX).read_text())
     first = next(iter(index["weight_map"]))
     index["weight_map"][first] = f"./{index['weight_map'][first]}"
@@ -264,7 +213,7 @@ def test_a_file_that_the_index_names_in_two_ways_is_opened_once(sharded):
 @pytest.mark.parametrize(
     "home", ["../secret.safetensors", "/secret.safetensors", "a/../../b.safetensors", ""]
 )
-def test_an_index_that_leaves_its_folder(sharded, home):
+def test_index_must_stay_in_its_folder(sharded, home):
     (sharded / safetensors_io.INDEX).write_text(json.dumps({"weight_map": {"t": home}}))
     assert_refused(
         sharded, re.escape(f"names {home!r} as a file of weights, which must be in the same folder")
@@ -302,14 +251,11 @@ def test_folders_of_other_formats(tmp_path, name, words):
         (None, "an adapter, not a whole model; its base model is not named"),
     ],
 )
-def test_a_folder_with_only_an_adapter(tmp_path, config, words):
+def test_folder_with_only_an_adapter(tmp_path, config, words):
     save_file(random_tensors(5), tmp_path / "adapter_model.safetensors")
     if config is not None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert_refused(tmp_path, words)
-
-
-# Damaged files.
 
 
 def with_header(path, header, data=b"\0" * 64):
@@ -371,7 +317,7 @@ def test_no_safetensors_file(one_file, content):
     assert_refused(one_file.parent, str(one_file), "not a safetensors file")
 
 
-def test_unknown_type(one_file):
+def test_unsupported_dtype(one_file):
     with_header(one_file, entry("F8_E5M2", (24,)), b"\0" * 24)
     assert_refused(one_file.parent, str(one_file), "t is of type 'F8_E5M2'", "U8, F16, BF16, F32, F64")
 
@@ -411,7 +357,7 @@ def test_malformed_headers(one_file, header):
     assert_refused(one_file.parent, str(one_file))
 
 
-def test_any_broken_byte_of_the_header_is_read_or_refused(tmp_path):
+def test_any_broken_header_byte_is_read_or_refused(tmp_path):
     path = (
         write(tmp_path, random_tensors(9, {"t": (np.float32, (2, 3)), "u": (BFLOAT16, (11,))}))
         / "model.safetensors"
@@ -446,7 +392,7 @@ def test_many_missing_shards_are_not_all_listed(sharded):
     assert_refused(sharded, "0.safetensors, 1.safetensors, 2.safetensors, 3.safetensors and 5 more")
 
 
-def test_index_that_places_a_tensor_where_it_is_not(sharded):
+def test_index_must_agree_with_its_files(sharded):
     index = json.loads((sharded / safetensors_io.INDEX).read_text())
     index["weight_map"]["more"] = "model-00001-of-00005.safetensors"
     (sharded / safetensors_io.INDEX).write_text(json.dumps(index))
@@ -468,12 +414,12 @@ def test_index_that_places_a_tensor_where_it_is_not(sharded):
         b"\xff\xfe",
     ],
 )
-def test_no_index(sharded, content):
+def test_invalid_index(sharded, content):
     (sharded / safetensors_io.INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_refused(sharded, str(sharded / safetensors_io.INDEX), "not an index of safetensors files")
 
 
-def test_the_same_tensor_twice(tmp_path):
+def test_duplicate_tensor(tmp_path):
     save_file(random_tensors(0), tmp_path / "one.safetensors")
     save_file({"e.single": np.ones(3)}, tmp_path / "two.safetensors")
     assert_refused(tmp_path, "two.safetensors", "e.single", "one.safetensors")
@@ -484,12 +430,12 @@ def test_no_files_at_all(tmp_path):
 
 
 def resident_kilobytes(path):
-    """How much of a mapped file counts as this process's memory."""
+    """Resident memory of this process that belongs to a mapped file."""
     mappings = pathlib.Path("/proc/self/smaps").read_text().split(f" {path}\n")[1:]
     return sum(int(re.search(r"^Rss: +(\d+)", part, re.MULTILINE)[1]) for part in mappings)
 
 
-def test_released_views_still_read_right(tmp_path):
+def test_released_views_can_be_read_again(tmp_path):
     expected = random_tensors(7, {"small": (np.uint8, (5,)), "large": (np.float32, (1 << 19, 2))})
     tensors = map_folder(write(tmp_path, expected))
     assert_same_tensors(tensors, expected)
@@ -497,7 +443,7 @@ def test_released_views_still_read_right(tmp_path):
     for view in (large, large[1000:300000], large.T, large[7:8], large[:0], tensors["small"]):
         release_pages(view)
         assert_same_tensors(tensors, expected)
-    # Something that is no view of a file is let be.
+    # Other arrays are left as they are.
     release_pages(np.ones(5000))
 
 
@@ -509,164 +455,3 @@ def test_released_memory_goes_back(tmp_path):
     assert resident_kilobytes(path) > 4000
     release_pages(tensors["t"])
     assert resident_kilobytes(path) < 100
-
-
-def listing(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.mark.parametrize("made", [False, True], ids=["new", "empty"])
-def test_a_whole_folder_appears(tmp_path, made):
-    target = tmp_path / "deep" / "model"
-    if made:
-        target.mkdir(parents=True)
-    with atomic_folder(target, 10) as partial:
-        (partial / "one").write_text("1")
-        assert not target.exists() or listing(target) == []
-    assert listing(target) == ["one"] and listing(target.parent) == ["model"]
-
-
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_target_with_content_is_left_alone(tmp_path, kind):
-    target = tmp_path / "model"
-    if kind == "folder":
-        target.mkdir()
-    precious = target / "precious" if kind == "folder" else target
-    precious.write_text("content")
-    with pytest.raises(ValueError, match=f"{target}: exists already"), atomic_folder(target, 10):
-        raise AssertionError("must not be reached")
-    assert precious.read_text() == "content" and listing(tmp_path) == ["model"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-def test_what_goes_wrong_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), atomic_folder(tmp_path / "model", 10) as partial:
-        (partial / "one").write_text("1")
-        raise error
-    assert listing(tmp_path) == []
-    with atomic_folder(tmp_path / "model", 10):
-        pass
-    assert listing(tmp_path) == ["model"]
-
-
-def test_a_failing_chunk_leaves_nothing(tmp_path):
-    def chunks():
-        yield np.zeros(2, np.float32)
-        raise KeyboardInterrupt
-
-    tensor = NewTensor("t", np.dtype(np.float32), (4,), chunks)
-    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "model", 10) as partial:
-        write_tensors(partial, [tensor])
-    assert listing(tmp_path) == []
-
-
-def test_what_a_killed_process_left_is_removed(tmp_path):
-    stale = tmp_path / ".model.partial"
-    (stale / "deep").mkdir(parents=True)
-    (stale / "model.safetensors").write_text("half")
-    (tmp_path / ".model.lock").touch()
-    with atomic_folder(tmp_path / "model", 10) as partial:
-        assert listing(partial) == []
-        (partial / "one").write_text("1")
-    assert listing(tmp_path) == ["model"] and listing(tmp_path / "model") == ["one"]
-
-
-def test_two_at_the_same_time(tmp_path):
-    target = tmp_path / "model"
-    with atomic_folder(target, 10) as partial:
-        (partial / "one").write_text("1")
-        with (
-            pytest.raises(ValueError, match=f"{target}: another process is writing it"),
-            atomic_folder(target, 10),
-        ):
-            raise AssertionError("must not be reached")
-        # Another target is another matter.
-        with atomic_folder(tmp_path / "other", 10):
-            pass
-        assert listing(partial) == ["one"]
-    assert listing(tmp_path) == ["model", "other"] and listing(target) == ["one"]
-
-
-def test_a_lock_that_its_owner_has_removed_keeps_nobody_out(tmp_path, monkeypatch):
-    # The first fails between the moments at which the second opens the lock and takes it.
-    real, target = fcntl.flock, tmp_path / "model"
-    first = contextlib.ExitStack()
-    first.enter_context(atomic_folder(target, 10))
-
-    def flock(file, operation):
-        with contextlib.suppress(RuntimeError):
-            first.__exit__(RuntimeError, RuntimeError(), None)
-        return real(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with contextlib.ExitStack() as stack:
-        try:
-            partial = stack.enter_context(atomic_folder(target, 10))
-        except ValueError:
-            return
-        (partial / "one").write_text("half")
-        with pytest.raises(ValueError, match="another process is writing it"):
-            stack.enter_context(atomic_folder(target, 10))
-        assert listing(partial) == ["one"]
-
-
-def test_a_link_to_an_empty_folder(tmp_path):
-    (tmp_path / "large disk").mkdir()
-    (tmp_path / "model").symlink_to(tmp_path / "large disk")
-    with atomic_folder(tmp_path / "model", 10) as partial:
-        (partial / "one").write_text("1")
-    assert listing(tmp_path / "large disk") == ["one"] and listing(tmp_path / "model") == ["one"]
-
-
-def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3_000_000_000))
-    with (
-        pytest.raises(OSError, match=r"model: 3\.5 GB are needed, the disk has 3\.0 GB left"),
-        atomic_folder(tmp_path / "model", 3_500_000_000),
-    ):
-        raise AssertionError("must not be reached")
-    assert listing(tmp_path) == []
-    with atomic_folder(tmp_path / "model", 3_000_000_000):
-        pass
-
-
-# Writes a tensor of which the second half never comes.
-HANGING = """
-import sys, time
-import numpy as np
-from gptoss_jax.checkpoints.export import atomic_folder
-from gptoss_jax.checkpoints.safetensors_io import NewTensor, write_tensors
-
-def chunks():
-    yield np.zeros(1 << 20, np.float32)
-    print("half", flush=True)
-    time.sleep(600)
-
-first = NewTensor("first", np.dtype(np.float32), (8,), lambda: [np.ones(8, np.float32)])
-second = NewTensor("second", np.dtype(np.float32), (2 << 20,), chunks)
-with atomic_folder(sys.argv[1], 1) as partial:
-    write_tensors(partial, [first, second], shard_bytes=1000)
-"""
-
-
-def test_a_killed_save(tmp_path):
-    target = tmp_path / "model"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HANGING, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline() == "half\n"
-        # While it lives, nobody else may write there.
-        with pytest.raises(ValueError, match="another process is writing it"), atomic_folder(target, 1):
-            raise AssertionError("must not be reached")
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(60) == -signal.SIGKILL
-    finally:
-        process.kill()
-        process.stdout.close()
-    assert not target.exists() and listing(tmp_path / ".model.partial")
-    expected = random_tensors()
-    with atomic_folder(target, 1) as partial:
-        write(partial, expected)
-    assert_same_tensors(map_folder(target), expected)
-    assert listing(tmp_path) == ["model"] and listing(target) == ["model.safetensors"]

@@ -1,4 +1,4 @@
-"""Checkpoints in folders of any name, which one is the best, and what is said of damaged ones."""
+"""Run checkpoints: folders of any name, the best one, and damaged ones."""
 
 import asyncio
 import concurrent.futures
@@ -46,7 +46,7 @@ def restore(folder, report=print):
         "x.orbax-checkpoint-tmp", "7",
     ],
 )  # fmt: skip
-def test_a_folder_may_have_any_name(tmp_path, name):
+def test_folder_may_have_any_name(tmp_path, name):
     save(tmp_path / name, [2.0])
     step, params, training, record = restore(tmp_path / name)
     assert (step, record, int(training["step"])) == (1, {"step": 1}, 7)
@@ -68,14 +68,14 @@ def test_names_that_tensorstore_cannot_write(tmp_path, name, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_under_a_scheme_is_local():
+def test_path_that_looks_like_a_bucket_is_local():
     for root in ("gs", "s3", "az", "hf"):
         path = LocalPath(f"/{root}/runs") / "x"
         assert str(path) == f"/{root}/runs/x" and not path.exists()
 
 
-def test_the_first_checkpoint_is_checked(tmp_path, monkeypatch):
-    # What Orbax does where it cannot find the parts of a checkpoint: it warns and merges nothing.
+def test_first_checkpoint_is_verified(tmp_path, monkeypatch):
+    # Where Orbax does not find the parts of a checkpoint, it warns and merges nothing.
     monkeypatch.setattr(LocalPath, "glob", lambda self, pattern: iter(()))
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(OSError, match="the checkpoint of step 1 was written but is not complete: "):
@@ -93,21 +93,21 @@ def test_the_first_checkpoint_is_checked(tmp_path, monkeypatch):
         ([None, math.nan, None], [2, 3], None),
     ],
 )
-def test_a_loss_that_is_not_finite_is_the_worst(tmp_path, losses, kept, best):
+def test_non_finite_loss_is_the_worst(tmp_path, losses, kept, best):
     save(tmp_path, losses)
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert (checkpoints.steps, checkpoints.best_step) == (kept, best)
     checkpoints.close()
 
 
-def test_metrics_as_older_runs_stored_them(tmp_path):
+def test_metrics_of_older_runs(tmp_path):
     save(tmp_path, [3.0, 4.0, 5.0], keep=3)
     for step, text in ((2, '{"val_loss": NaN}'), (3, '{"val_loss": -Infinity}')):
         (tmp_path / f"checkpoints/{step}/metrics/metrics").write_text(text)
     assert Checkpoints(tmp_path, read_only=True).best_step == 1
     (tmp_path / "checkpoints/1/metrics/metrics").write_text('{"val_loss": NaN}')
     assert Checkpoints(tmp_path, read_only=True).best_step is None
-    # A damaged file costs its checkpoint the loss, not the others their use.
+    # With a damaged file, a checkpoint loses its loss and the others stay usable.
     for text in ('{"val_l', "[]", '{"loss": 2}'):
         (tmp_path / "checkpoints/3/metrics/metrics").write_text(text)
         with pytest.warns(UserWarning, match="3/metrics: damaged .*; its validation loss is ignored"):
@@ -120,7 +120,7 @@ def files_of(folder):
 
 @pytest.mark.parametrize("item", ["params", "training", "record"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
-def test_damage_is_one_line_with_the_item(tmp_path, capfd, item, damage):
+def test_damage_is_reported_on_one_line_with_the_item(tmp_path, capfd, item, damage):
     save(tmp_path, [2.0, 1.0])
     for path in files_of(tmp_path / "checkpoints/2" / item):
         if damage == "gone":
@@ -141,7 +141,7 @@ def type_of_new_loop():
     return type(loop)
 
 
-def test_event_loops_of_other_code_are_left_alone(tmp_path):
+def test_event_loops_of_other_code_are_untouched(tmp_path):
     save(tmp_path, [2.0])
     before = type_of_new_loop()
     first, second = (Checkpoints(tmp_path, read_only=True) for _ in range(2))
@@ -183,7 +183,7 @@ def test_many_damaged_arrays_print_nothing(tmp_path, monkeypatch, caplog, capfd)
     assert (unraisable, caplog.records, capfd.readouterr().err) == ([], [], "")
 
 
-def test_a_record_is_json(tmp_path):
+def test_record_must_be_a_json_object(tmp_path):
     save(tmp_path, [None])
     path = tmp_path / "checkpoints/1/record/metadata"
     assert json.loads(path.read_text()) == {"step": 1}
