@@ -66,7 +66,7 @@ def keep(row: dict) -> None:
 def measure(preset: str, devices: str, mesh: str, batch_size: int, compiled: bool = True) -> dict:
     from gptoss_jax.config.preset import read_preset
     from gptoss_jax.hardware import parse_topology
-    from gptoss_jax.planning.report import make_plan
+    from gptoss_jax.planning.plan import make_plan
 
     config = read_preset(HERE.parent / "configs" / f"{preset}.py")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))

@@ -6,11 +6,11 @@ scores lower the MFU.
 """
 
 import dataclasses
-import difflib
 import math
 import re
 
 from gptoss_jax.config import SLIDING, ModelConfig
+from gptoss_jax.config.base import nearest
 
 GIB = 1 << 30
 
@@ -78,8 +78,8 @@ def find_chip(name: str, field: str = "chip") -> Chip:
     """Returns the chip of a name. Raises ValueError, naming `field`, with the names there are."""
     if name.lower() in CHIPS:
         return CHIPS[name.lower()]
-    near = difflib.get_close_matches(name.lower(), CHIPS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = nearest(name.lower(), CHIPS)
+    hint = f"did you mean {near}? " if near else ""
     raise ValueError(f"{field} is {name!r}: {hint}known are {', '.join(CHIPS)}")
 
 

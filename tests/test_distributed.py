@@ -139,10 +139,10 @@ def test_two_processes_compute_what_one_does(runs):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_with_a_message(runs):
+def test_a_killed_process_ends_the_other(runs):
     (code, out, err), (killed, silent, _) = runs["killed"]
-    assert (code, killed) == (1, -signal.SIGKILL) and runs["seconds"] < 60
-    assert err.startswith(f"train.py: error: {LOST.format(0, 2)}") and len(err.splitlines()) == 1
+    assert killed == -signal.SIGKILL and runs["seconds"] < 60
+    assert_lost(code, err, 0)
     assert "on     8 × cpu" in out and "Gloo" not in out and silent == ""
 
 
@@ -239,10 +239,18 @@ def test_an_error_of_one_ends_the_others(demos):
 
 def test_process_0_killed_ends_the_others(demos):
     (_, (code, _, err)) = demos["kill"]
-    # Gloo and JAX's coordination service notice it at the same time, and either may be the first.
     assert (code == 1 and LOST.format(1, 2) in err) or (
         code == -signal.SIGABRT and "another task died" in err
     )
+
+
+def assert_lost(code, err, index):
+    """Checks how a process ended that has lost the other one: an error of gloo's, which notices a closed
+    connection, or JAX's coordination service, which aborts. Either may be the first."""
+    if code == -signal.SIGABRT:
+        assert "another task died" in err
+    else:
+        assert code == 1 and LOST.format(index, 2) in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.slow

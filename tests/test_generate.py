@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
+from helpers.tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
 
 from gptoss_jax.checkpoints import load
 from gptoss_jax.config import MeshConfig, ModelConfig

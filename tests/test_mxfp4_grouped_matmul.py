@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from grouped import sizes_within
 from helpers.cuda_lowering import kernels_for_cuda
+from helpers.tpu_compiler import BYTES_MADE, TPUS, needs_libtpu, tpu_devices
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.layout import Format, Layout
-from tpu_compiler import BYTES_MADE, TPUS, needs_libtpu, tpu_devices
 
 from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias

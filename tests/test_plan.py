@@ -1,4 +1,4 @@
-"""What `gptoss plan` says: exact bytes against a real sharded state, a reader of HLO, ranking, the command
+"""`gptoss plan`: exact bytes against a real sharded state, collectives read from HLO, ranking, the command
 line, and a small step through the real TPU compiler."""
 
 import dataclasses
@@ -7,19 +7,18 @@ import math
 
 import jax
 import pytest
+from helpers.tpu_compiler import needs_libtpu
 from rich.console import Console
-from tpu_compiler import needs_libtpu
 
 from gptoss_jax.cli import main
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.hardware import CHIPS, GIB, flops_per_token, parameter_counts
 from gptoss_jax.parallel.mesh import AXES, make_mesh
-from gptoss_jax.planning.compiled import Compiled, compile_step, read_refusal
+from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step, read_refusal
 from gptoss_jax.planning.estimate import estimate, transfer_seconds
 from gptoss_jax.planning.hlo import collectives, mesh_axes, parse_groups, shape_bytes
-from gptoss_jax.planning.meshes import all_meshes, compare, parse_mesh, rank
-from gptoss_jax.planning.report import make_plan
-from gptoss_jax.planning.table import show
+from gptoss_jax.planning.plan import all_meshes, make_plan, parse_mesh, rank
+from gptoss_jax.planning.report import show, with_prefix
 from gptoss_jax.training.state import create_state
 
 # Sizes that all differ, and that 2 and 4 divide where an axis asks for it.
@@ -92,15 +91,15 @@ def test_activations_follow_remat():
     assert kept["none"] > kept["dots"]
 
 
-def test_exchanges_counted_by_hand():
+def test_collectives_counted_by_hand():
     one = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 1, 4, 1))
-    sent = {(t.what, t.axes): t.sent for t in one.traffic}
+    sent = {(t.purpose, t.axes): t.sent for t in one.collectives}
     # A device's 512 tokens to 3 experts each, there and back, in three passes of 2 layers; 3 of 4 rows leave.
     rows = 512 * 3 * 64 * 2 * 2 * 3 * 2 * 3 / 4
-    assert sent["exchange expert rows", ("expert",)] == rows
+    assert sent["dispatch and combine", ("expert",)] == rows
     assert {axes for _, axes in sent} == {("expert",)}
     one = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 2, 1, 1))
-    sent = {t.what: t.sent for t in one.traffic}
+    sent = {t.purpose: t.sent for t in one.collectives}
     D, F, E, H = 64, 40, 12, 16
     # Matrices alone are split over fsdp.
     block = D * 8 * H + 2 * D * 4 * H + 8 * H * D + D * E + E * 3 * D * F
@@ -109,7 +108,7 @@ def test_exchanges_counted_by_hand():
     assert sent["gather parameters"] == (2 * 2 * 2 * block + 4 * 96 * D + 2 * 96 * D) / 2
     assert sent["scatter gradients"] == (2 * 2 * block + 4 * vocabulary) / 2
     alone = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 1, 1, 1))
-    assert alone.traffic == () and alone.communication_seconds == 0
+    assert alone.collectives == () and alone.communication_seconds == 0
     assert alone.overlapped_seconds == alone.serial_seconds == alone.compute_seconds
 
 
@@ -148,22 +147,22 @@ def test_meshes():
             parse_mesh(text, 8)
 
 
-def test_ranking():
-    found = compare(SMALL, CHIPS["v5e"], 8, [])
+def test_ranking(monkeypatch):
+    found = make_plan(SMALL, chip="v5e", devices=8).estimates
     assert found == rank(found[::-1])
     seconds = [one.serial_seconds for one in found]
     assert seconds == sorted(seconds) and all(one.fits for one in found)
     # 8 divides neither the heads of keys nor the experts.
     assert all(one.mesh["tensor"] <= 4 and one.mesh["expert"] <= 4 for one in found)
-    chip = dataclasses.replace(CHIPS["v5e"], memory=5e6)
-    tight = compare(SMALL, chip, 8, [])
+    monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=5e6))
+    tight = make_plan(SMALL, chip="v5e", devices=8).estimates
     fits = [one.fits for one in tight]
     assert fits == sorted(fits, reverse=True) and set(fits) == {True, False}
     assert all(one.memory.total <= 0.9 * 5e6 for one in tight if one.fits)
     with pytest.raises(ValueError, match=r"no mesh of 7 devices can split .*must be a multiple of the 7"):
-        compare(SMALL, CHIPS["v5e"], 7, [])
+        make_plan(SMALL, chip="v5e", devices=7)
     with pytest.raises(ValueError, match="mesh.tensor is 8: must divide 4"):
-        compare(SMALL, CHIPS["v5e"], 8, [mesh_of(1, 1, 1, 8)])
+        make_plan(SMALL, chip="v5e", devices=8, meshes=["tensor=8"])
 
 
 HLO = """\
@@ -348,9 +347,25 @@ def test_given_meshes(capsys, preset):
     assert main.main([*args, "--mesh", "fsdp=8", "--mesh", "fsdp=4,expert=2"]) == 0
     shown = capsys.readouterr().out
     assert "fsdp=8 " in shown and "fsdp=4, expert=2 " in shown and "more meshes" not in shown
-    # The config's own flags for it mean one mesh.
+    # The config's own flags for it select one mesh.
     assert main.main([*args, "--mesh.fsdp", "2", "--mesh.data", "-1"]) == 0
     assert "Best: data=4,fsdp=2," in capsys.readouterr().out
+
+
+def test_nothing_fits(capsys, monkeypatch, preset):
+    monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=2e4))
+    with pytest.raises(SystemExit) as left:
+        main.main(["plan", preset, "--chip", "v5e", "--devices", "8"])
+    assert left.value.code == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "more meshes, which do not fit" in shown and "Best:" not in shown
+    assert "Nothing fits in 90% of the memory. The nearest is " in shown and " times too much." in shown
+
+
+def test_small_quantities_keep_their_digits():
+    assert [with_prefix(value, "FLOPs") for value in (0, 7.5, 999.7e9, 1.234e12, 4.29e15, 1.2e19)] == [
+        "0 FLOPs", "7.5 FLOPs", "1 TFLOPs", "1.23 TFLOPs", "4.29 PFLOPs", "1.2e+04 PFLOPs",
+    ]  # fmt: skip
 
 
 def test_what_the_compiler_says_is_shown(capsys):
@@ -364,12 +379,12 @@ def test_what_the_compiler_says_is_shown(capsys):
     ]
     sizes = dict(arguments=4_000_000_000, outputs=3_000_000_000, aliased=2_900_000_000, code=70_000_000)
     results = (
-        (Compiled(mesh, seconds=65.0, **read_refusal(message)), ["in 65 s", "21.5", "16.9", message]),
+        (CompiledStep(mesh, seconds=65.0, **read_refusal(message)), ["in 65 s", "21.5", "16.9", message]),
         (
-            Compiled(mesh, True, 65.0, **sizes, temporaries=8_000_000_000, collectives=entries),
+            CompiledStep(mesh, True, 65.0, **sizes, temporaries=8_000_000_000, collectives=entries),
             ["all-gather, sent", "24   3.50", "7+   2.00", "others, under 5 MB each", "12.2", "fsdp=8 fits"],
         ),
-        (Compiled(mesh, True, 65.0, **sizes), ["this jaxlib cannot read"]),
+        (CompiledStep(mesh, True, 65.0, **sizes), ["this jaxlib cannot read"]),
     )
     for compiled, words in results:
         show(dataclasses.replace(plan, topology="v5e:2x4", compiled=[compiled]), Console(width=80))
@@ -397,7 +412,7 @@ def test_errors_are_one_line(capsys, preset, args, words):
 
 
 def test_without_libtpu(capsys, monkeypatch, preset):
-    monkeypatch.setattr("gptoss_jax.planning.compiled.has_tpu_compiler", lambda: False)
+    monkeypatch.setattr("gptoss_jax.planning.compile_tpu.has_tpu_compiler", lambda: False)
     assert main.main(["plan", preset, "--topology", "v5e:2x2"]) == 2
     assert "pip install -e '.[tpu-compile]'" in capsys.readouterr().err
 
@@ -414,7 +429,7 @@ def test_a_step_is_compiled(topology, mesh, exchange):
     # A width that the compiler does not have to pad.
     model = dataclasses.replace(SMALL.model, hidden_size=256, remat="none")
     config = dataclasses.replace(SMALL, model=model, data=DataConfig(seq_len=64, batch_size=16))
-    plan = make_plan(config, topology, meshes=[mesh])
+    plan = make_plan(config, topology=topology, meshes=[mesh])
     (one,), (guess,) = plan.compiled, plan.estimates
     assert one.fits and one.mesh == guess.mesh and one.refusal == ""
     # The state and four arrays of numbers, up to the padding of the compiler's tiles.

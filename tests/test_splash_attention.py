@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tpu_compiler import needs_libtpu, on_tpus
+from helpers.tpu_compiler import needs_libtpu, on_tpus
 
 from gptoss_jax.kernels.attention.api import reference_attention, visible
 from gptoss_jax.kernels.attention.pallas_tpu import _block, splash_attention

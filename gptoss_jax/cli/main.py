@@ -296,7 +296,8 @@ def plan(
         mesh = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(settings.mesh).items()),)
     from gptoss_jax.planning import report
 
-    report.run(settings, topology, chip, devices, mesh, json)
+    if not report.run(settings, topology, chip, devices, mesh, json):
+        raise SystemExit(1)
 
 
 def _writer(file: TextIO) -> Callable[..., None]:

@@ -1,82 +1,21 @@
-"""The command `gptoss plan`: from a preset and devices to estimates, compiled steps and their report."""
+"""The report of `gptoss plan`: which meshes fit, what they cost, and which one to take."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from gptoss_jax.config import TrainConfig, require
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.base import write_json
 from gptoss_jax.config.paths import output_file
-from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology
-from gptoss_jax.planning.compiled import Compiled, compile_step
-from gptoss_jax.planning.estimate import Estimate
-from gptoss_jax.planning.meshes import compare, parse_mesh
+from gptoss_jax.hardware import parameter_counts
+from gptoss_jax.planning.compile_tpu import CompiledStep
+from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, Estimate
+from gptoss_jax.planning.plan import Plan, make_plan, mesh_name
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is known of a step on some devices."""
-
-    config: TrainConfig
-    chip: Chip
-    devices: int
-    topology: str | None
-    # Best first.
-    estimates: list[Estimate]
-    # One for each mesh that was compiled.
-    compiled: list[Compiled]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON-ready values; bytes, seconds and operations of one device."""
-        total, active = parameter_counts(self.config.model)
-        estimates = []
-        for one in self.estimates:
-            extra = {"fits": one.fits, "communication_seconds": one.communication_seconds}
-            extra["memory"] = {**dataclasses.asdict(one.memory), "total": one.memory.total}
-            estimates.append(dataclasses.asdict(one) | extra)
-        return {
-            "config": self.config.to_dict(),
-            "parameters": total,
-            "active_parameters": active,
-            "chip": dataclasses.asdict(self.chip),
-            "devices": self.devices,
-            "topology": self.topology,
-            "estimates": estimates,
-            "compiled": [dataclasses.asdict(one) | {"total": one.total} for one in self.compiled],
-        }
-
-
-def make_plan(
-    config: TrainConfig,
-    topology: str | None = None,
-    chip: str | None = None,
-    devices: int | None = None,
-    meshes: Sequence[str] = (),
-    compiling: Callable[[dict[str, int]], None] = lambda mesh: None,
-) -> Plan:
-    """Estimates for the meshes given, or for all there are; with a topology, the meshes given (or the best by
-    the estimate) are compiled too. `compiling` is told of each before it begins.
-
-    Raises ValueError, in one line, for arguments that are not allowed; OSError where the compiler fails.
-    """
-    if topology is not None:
-        require(chip is None and devices is None, "topology", topology, "says chip and devices already")
-        kind, count = parse_topology(topology)
-    else:
-        require(
-            chip is not None and devices is not None,
-            "topology",
-            topology,
-            "give one, such as --topology v5p:4x4x4, or --chip h200 --devices 64",
-        )
-        require(devices > 0, "devices", devices, "must be above 0")
-        kind, count = find_chip(chip), devices
-    estimates = compare(config, kind, count, [parse_mesh(mesh, count) for mesh in meshes])
-    compiled = []
-    for one in (estimates if meshes else estimates[:1]) if topology else ():
-        compiling(one.mesh)
-        compiled.append(compile_step(config, topology, one.mesh))
-    return Plan(config, kind, count, topology, estimates, compiled)
+# Meshes that the table has rows for.
+MAX_ROWS = 6
 
 
 def run(
@@ -86,19 +25,181 @@ def run(
     devices: int | None,
     meshes: Sequence[str],
     json_file: str | None,
-) -> None:
-    """Makes the plan, prints it, and writes it where asked."""
-    from rich.console import Console
-
-    from gptoss_jax.planning import table
-
+) -> bool:
+    """Makes a plan (see `make_plan`), prints it, writes it to a file, and returns whether a mesh fits."""
     path = None if json_file is None else output_file(json_file, "json")
-    errors = Console(stderr=True)
-    with errors.status("Estimating") as status:
+    with Console(stderr=True).status("Estimating") as status:
         plan = make_plan(
-            config, topology, chip, devices, meshes,
-            lambda mesh: status.update(f"Compiling {table.mesh_name(mesh)} for {topology}: minutes"),
-        )  # fmt: skip
-    table.show(plan, Console())
+            config,
+            topology=topology,
+            chip=chip,
+            devices=devices,
+            meshes=meshes,
+            on_compile=lambda mesh: status.update(f"Compiling {mesh_name(mesh)} for {topology}: minutes"),
+        )
+    show(plan, Console())
     if path is not None:
         write_json(path, plan.to_dict())
+    return plan.fits
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints a plan."""
+    model, data, best = plan.config.model, plan.config.data, plan.estimates[0]
+    total, active = parameter_counts(model)
+    step = f"{data.batch_size:,} rows of {data.seq_len:,} tokens: "
+    step += f"{with_prefix(best.useful_flops * plan.devices, 'FLOPs')} useful"
+    if best.flops > best.useful_flops:
+        step += f", {with_prefix(best.flops * plan.devices, 'FLOPs')} with remat {model.remat}"
+    memory, peak = gigabytes(plan.chip.memory), with_prefix(plan.chip.peak, "FLOP/s")
+    for name, text in (
+        ("Model", f"{count(total)} parameters, {count(active)} active per token"),
+        ("Step", step),
+        ("Devices", f"{plan.devices:,} of {plan.topology or plan.chip.name}, each {memory} GB and {peak}"),
+    ):
+        console.print(f"[bold]{name:8}[/]{text}", highlight=False)
+    for table in (
+        _estimates(plan),
+        _collectives(best),
+        *(_compiled(one, plan) for one in plan.compiled),
+    ):
+        # Printed here, because the table would wrap them at its own width.
+        title, caption, table.title, table.caption = table.title, table.caption, None, None
+        console.print(f"\n[bold]{title}[/]", highlight=False)
+        console.print(table)
+        if caption:
+            console.print(caption, highlight=False)
+    console.print()
+    console.print(_verdict(plan), highlight=False)
+
+
+def with_prefix(value: float, unit: str) -> str:
+    """Three digits with an SI prefix: 4.29 PFLOPs."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * factor:
+            return f"{value / factor:,.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in units of 1e9, without the unit."""
+    size /= 1e9
+    if 0 < size < 0.005:
+        return "<.01"
+    return f"{size:,.2f}" if size < 9.995 else f"{size:,.1f}" if size < 99.95 else f"{size:,.0f}"
+
+
+def count(number: int) -> str:
+    return f"{number / 1e9:,.2f}B" if number >= 1e9 else f"{number / 1e6:,.2f}M"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.3f}" if seconds == 0 or seconds >= 0.0005 else f"{seconds:.0e}"
+
+
+def _table(title: str, left: Sequence[str], right: Sequence[str], widths: Sequence[int] = ()) -> Table:
+    """A table without borders, with columns aligned to the left and to the right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    widths = (*widths, *(None for _ in (*left, *right)))
+    for name, width in zip((*left, *right), widths, strict=False):
+        justify = "left" if name in left else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "mesh", min_width=width)
+    return table
+
+
+def _estimates(plan: Plan) -> Table:
+    title = "Estimate from shapes, one device: GB (1e9 bytes), seconds at published rates"
+    names = ("param", "optim", "grad", "activ", "temp", "total", "", "compute", "send")
+    table = _table(title, ["mesh"], names)
+    for i, one in enumerate(plan.estimates[:MAX_ROWS]):
+        memory = one.memory
+        sizes = (memory.parameters, memory.optimizer, memory.gradients, memory.activations)
+        table.add_row(
+            mesh_name(one.mesh, ", "),
+            *map(gigabytes, (*sizes, memory.temporaries, memory.total)),
+            "[green]fits[/]" if one.fits else "[red]no[/]",
+            _seconds(one.compute_seconds),
+            _seconds(one.communication_seconds),
+            style="bold" if i == 0 else "",
+        )
+    rest = plan.estimates[MAX_ROWS:]
+    if rest:
+        fitting = sum(one.fits for one in rest)
+        others = f"and {len(rest)} more meshes"
+        table.caption = f"{others}, {fitting} of which fit" if fitting else f"{others}, which do not fit"
+    return table
+
+
+def _collectives(one: Estimate) -> Table:
+    title = f"Sent by one device in a step with {mesh_name(one.mesh)}"
+    table = _table(title, ["purpose  ", "collective  ", "axes  "], ["GB", "seconds"])
+    for cost in one.collectives:
+        table.add_row(
+            f"{cost.purpose}  ", f"{cost.kind}  ", f"{' '.join(cost.axes)}  ",
+            gigabytes(cost.sent), _seconds(cost.seconds),
+        )  # fmt: skip
+    if not one.collectives:
+        table.add_row("nothing")
+    return table
+
+
+def _compiled(one: CompiledStep, plan: Plan) -> Table:
+    title = f"Compiled for {plan.topology}, {mesh_name(one.mesh)}, in {one.seconds:,.0f} s: one device"
+    table = _table(title, ["compiler's figures", "axes"], ["times", "GB"], widths=[26, 12, 6, 6])
+    if not one.fits:
+        if one.needed:
+            table.add_row("needed", "", "", gigabytes(one.needed))
+        table.add_row("available", "", "", gigabytes(one.available or plan.chip.memory))
+        table.caption = one.refusal
+        return table
+    for name, size in (
+        ("arguments", one.arguments),
+        ("outputs in new memory", one.outputs - one.aliased),
+        ("temporaries", one.temporaries),
+        ("program", one.code),
+        ("[bold]sum of these", one.total),
+        ("in use at once", one.peak),
+        ("available", plan.chip.memory),
+    ):
+        table.add_row(name, "", "", gigabytes(size))
+    table.add_section()
+    if one.collectives is None:
+        table.caption = "Collectives: this jaxlib cannot read what this libtpu wrote."
+        return table
+    if any(not entry["trips_known"] for entry in one.collectives):
+        table.caption = "+: in loops that run as often as the data asks; each counts once."
+    small = [entry for entry in one.collectives if entry["sent"] < 5e6]
+    for entry in one.collectives:
+        if entry not in small:
+            times = f"{entry['times']:,}" + ("" if entry["trips_known"] else "+")
+            table.add_row(f"{entry['kind']}, sent", " ".join(entry["axes"]), times, gigabytes(entry["sent"]))
+    if small:
+        times, sent = (sum(entry[name] for entry in small) for name in ("times", "sent"))
+        table.add_row("others, under 5 MB each", "", f"{times:,}", gigabytes(sent))
+    return table
+
+
+def _verdict(plan: Plan) -> str:
+    best = plan.estimates[0]
+    name, needed = mesh_name(best.mesh), f"{gigabytes(best.memory.total)} of {gigabytes(best.capacity)} GB"
+    if best.fits:
+        useful = best.useful_flops / plan.chip.peak
+        soonest, latest = best.overlapped_seconds, best.serial_seconds
+        verdict = (
+            f"[bold green]Best: {name}[/], {needed}; {duration(soonest)} a step if all overlaps "
+            f"({useful / soonest:.0%} MFU), {duration(latest)} if nothing does ({useful / latest:.0%})."
+        )
+    else:
+        factor = best.memory.total / (MEMORY_UTILIZATION * best.capacity)
+        verdict = (
+            f"[bold red]Nothing fits[/] in {MEMORY_UTILIZATION:.0%} of the memory. The nearest is {name}: "
+            f"{needed}, {factor:.2g} times too much."
+        )
+    for one in plan.compiled:
+        fits = "[bold green]fits[/]" if one.fits else "[bold red]does not fit[/]"
+        verdict += f"\nCompiled: {mesh_name(one.mesh)} {fits}."
+    return verdict

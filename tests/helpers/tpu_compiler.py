@@ -8,7 +8,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from gptoss_jax.planning.compiled import INSTALL, has_tpu_compiler
+from gptoss_jax.planning.compile_tpu import INSTALL, has_tpu_compiler
 
 TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 needs_libtpu = pytest.mark.skipif(not has_tpu_compiler(), reason=f"libtpu is not installed: {INSTALL}")

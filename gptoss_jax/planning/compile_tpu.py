@@ -1,7 +1,7 @@
-"""The real train step through the real TPU compiler (libtpu), for devices that need not be here.
+"""The real train step compiled by the real TPU compiler (libtpu), on a machine without a TPU.
 
-The compiler writes to stderr what only its makers can read, and takes a whole process for itself: it runs in
-a child, `python -m gptoss_jax.planning.compiled`, which is this file.
+libtpu prints to stderr and takes a whole process for itself, so it runs in a child process,
+`python -m gptoss_jax.planning.compile_tpu`, which is this file.
 """
 
 import dataclasses
@@ -22,32 +22,32 @@ INSTALL = "pip install -e '.[tpu-compile]'"
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of one step; bytes of one device."""
+class CompiledStep:
+    """What the compiler reports about one step; bytes of one device."""
 
     mesh: dict[str, int]
     fits: bool
     seconds: float
-    # The compiler's own words, where it ran out of memory; and what it had and asked for, as far as it says.
+    # The compiler's message if it ran out of memory, and the bytes it names.
     refusal: str = ""
     available: float | None = None
     needed: float | None = None
     arguments: int = 0
     outputs: int = 0
     temporaries: int = 0
-    # Outputs that lie where arguments lay.
+    # Outputs that reuse the memory of arguments.
     aliased: int = 0
     code: int = 0
-    # The most that is alive at once, as the compiler counts it; below the sum of these, which has gaps.
+    # Largest amount in use at once; less than `total`, which has gaps.
     peak: int = 0
-    # One for each kind and axes: kind, axes, executions in a step, bytes a device sends, trips_known; those
-    # in loops that run as often as the data asks, each counted once, stand apart (trips_known is False).
-    # None where this jaxlib cannot read what this libtpu wrote.
+    # By kind and axes: kind, axes, executions in a step, bytes a device sends, trips_known (False for those
+    # in loops that run as often as the data asks, each counted once). None if this jaxlib cannot read what
+    # this libtpu wrote.
     collectives: list[dict] | None = None
 
     @property
     def total(self) -> int:
-        """Memory the program claims: arguments, new outputs, temporaries and code."""
+        """Bytes that the program reserves: arguments, new outputs, temporaries and code."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
@@ -56,11 +56,11 @@ def has_tpu_compiler() -> bool:
     return importlib.machinery.PathFinder.find_spec("libtpu") is not None
 
 
-def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) -> Compiled:
-    """Compiles a step of `config` for a slice such as "v5p:4x4x4", in a process of its own.
+def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) -> CompiledStep:
+    """Compiles a step of `config` for a slice such as "v5p:4x4x4" in a separate process; takes minutes.
 
-    A step that is too large for the memory is a result; that takes the compiler as long as any other. Raises
-    ValueError where libtpu is not installed or does not know the topology, and OSError where it fails.
+    A step that needs too much memory is a result, not an error. Raises ValueError if libtpu is not installed
+    or does not know the topology, and OSError if the compiler fails.
     """
     if not has_tpu_compiler():
         raise ValueError(
@@ -69,19 +69,19 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
         )
     parse_topology(topology)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
-    # Programs that compile side by side would wait for each other's lock.
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
+        # Compilations in parallel would wait for each other's lock.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # The last line of an error is then what went wrong, not a word on what is not shown.
+        # The last line of a traceback is then the error, not a remark on hidden frames.
         "JAX_TRACEBACK_FILTERING": "off",
     }
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "result.json")
         child = subprocess.run(
-            [sys.executable, "-m", "gptoss_jax.planning.compiled", topology, result],
+            [sys.executable, "-m", "gptoss_jax.planning.compile_tpu", topology, result],
             input=json.dumps(config.to_dict()),
             encoding="utf-8",
             errors="replace",
@@ -89,34 +89,32 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
             env=environment,
         )
         if child.returncode or not os.path.exists(result):
-            lines = [line for line in child.stderr.splitlines() if line.strip()]
-            last = lines[-1] if lines else "no word"
-            raise OSError(f"the compiler of {topology} ended with {child.returncode}: {last}")
+            lines = [line for line in child.stderr.splitlines() if line.strip()] or ["no message"]
+            raise OSError(f"the compiler of {topology} ended with {child.returncode}: {lines[-1]}")
         with open(result, encoding="utf-8") as file:
             values = json.load(file)
     if "error" in values:
         raise ValueError(f"topology is {topology!r}: {values['error']}")
-    return Compiled(mesh=dict(mesh), **values)
+    return CompiledStep(mesh=dict(mesh), **values)
 
 
 def read_refusal(message: str) -> dict:
-    """The figures in the compiler's "Ran out of memory" message, as fields of `Compiled`."""
+    """Returns the fields of `CompiledStep` that the compiler's "Ran out of memory" message holds."""
     line = message.strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
-    found = re.search(r"\(([\d.]+)G\) exceeds available \w+ \(([\d.]+)G\)", line) or re.search(
-        r"[Uu]sed ([\d.]+)G of ([\d.]+)G", message
-    )
+    found = re.search(r"\(([\d.]+)G\) exceeds available \w+ \(([\d.]+)G\)", line)
+    found = found or re.search(r"[Uu]sed ([\d.]+)G of ([\d.]+)G", message)
     needed, available = (float(size) * GIB for size in found.groups()) if found else (None, None)
     return {"fits": False, "refusal": line, "needed": needed, "available": available}
 
 
 def _compile(config: TrainConfig, topology: str) -> dict:
+    """Returns the fields of `CompiledStep`, JSON-ready; only an error if the topology is unknown."""
     import jax
     from jax.experimental import topologies
 
     from gptoss_jax.data.batches import abstract_batch
     from gptoss_jax.parallel.mesh import make_mesh
     from gptoss_jax.parallel.rules import batch_sharding
-    from gptoss_jax.planning.hlo import collectives
     from gptoss_jax.training.state import abstract_state
     from gptoss_jax.training.step import make_train_step
 
@@ -136,7 +134,11 @@ def _compile(config: TrainConfig, topology: str) -> dict:
                 raise
             return {"seconds": time.monotonic() - began, **read_refusal(str(error))}
     memory = program.memory_analysis()
-    values = {
+    try:
+        collectives = _sum_collectives(program.as_text(), mesh.shape)
+    except jax.errors.JaxRuntimeError:
+        collectives = None  # a libtpu that is newer than jaxlib writes instructions that jaxlib cannot read
+    return {
         "fits": True,
         "seconds": time.monotonic() - began,
         "arguments": memory.argument_size_in_bytes,
@@ -145,28 +147,25 @@ def _compile(config: TrainConfig, topology: str) -> dict:
         "aliased": memory.alias_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
+        "collectives": collectives,
     }
-    try:
-        text = program.as_text()
-    except jax.errors.JaxRuntimeError:
-        # A libtpu that is newer than jaxlib writes instructions which that does not know.
-        return values
+
+
+def _sum_collectives(hlo_text: str, mesh: Mapping[str, int]) -> list[dict]:
+    """Returns executions and bytes sent in a step by kind and axes of the mesh, the most bytes first."""
+    from gptoss_jax.planning.hlo import collectives
+
     sums: dict[tuple, dict] = {}
-    for one in collectives(text):
-        axes = one.axes(mesh.shape)
-        entry = {"kind": one.kind, "axes": axes, "times": 0, "sent": 0.0, "trips_known": one.trips_known}
-        entry = sums.setdefault((one.kind, axes, one.trips_known), entry)
+    for one in collectives(hlo_text):
+        key = {"kind": one.kind, "axes": one.axes(mesh), "trips_known": one.trips_known}
+        entry = sums.setdefault(tuple(key.values()), {**key, "times": 0, "sent": 0.0})
         entry["times"] += one.times
         entry["sent"] += one.times * one.sent
-    return values | {"collectives": sorted(sums.values(), key=lambda entry: -entry["sent"])}
-
-
-def main() -> None:
-    topology, result = sys.argv[1:]
-    values = _compile(TrainConfig.from_dict(json.load(sys.stdin)), topology)
-    with open(result, "w", encoding="utf-8") as file:
-        json.dump(values, file)
+    return sorted(sums.values(), key=lambda entry: -entry["sent"])
 
 
 if __name__ == "__main__":
-    main()
+    _topology, _result = sys.argv[1:]
+    _values = _compile(TrainConfig.from_dict(json.load(sys.stdin)), _topology)
+    with open(_result, "w", encoding="utf-8") as _file:
+        json.dump(_values, _file)

@@ -1,0 +1,152 @@
+"""A plan: the estimates of a training step on all meshes of some devices, and compiled steps."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from gptoss_jax.config import MeshConfig, TrainConfig, require
+from gptoss_jax.config.base import nearest
+from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology
+from gptoss_jax.parallel.mesh import AXES, divisors
+from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step
+from gptoss_jax.planning.estimate import Estimate, estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known about a training step on some devices."""
+
+    config: TrainConfig
+    chip: Chip
+    devices: int
+    topology: str | None
+    # Best first.
+    estimates: list[Estimate]
+    # One for each mesh that was compiled.
+    compiled: list[CompiledStep]
+
+    @property
+    def fits(self) -> bool:
+        """Whether any mesh fits, according to the compiler where it was asked."""
+        return any(one.fits for one in self.compiled or self.estimates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as JSON-ready values; bytes, seconds and FLOPs are those of one device."""
+        total, active = parameter_counts(self.config.model)
+        estimates = []
+        for one in self.estimates:
+            extra = {"fits": one.fits, "communication_seconds": one.communication_seconds}
+            extra["memory"] = {**dataclasses.asdict(one.memory), "total": one.memory.total}
+            estimates.append(dataclasses.asdict(one) | extra)
+        return {
+            "config": self.config.to_dict(),
+            "parameters": total,
+            "active_parameters": active,
+            "chip": dataclasses.asdict(self.chip),
+            "devices": self.devices,
+            "topology": self.topology,
+            "fits": self.fits,
+            "estimates": estimates,
+            "compiled": [dataclasses.asdict(one) | {"total": one.total} for one in self.compiled],
+        }
+
+
+def make_plan(
+    config: TrainConfig,
+    *,
+    topology: str | None = None,
+    chip: str | None = None,
+    devices: int | None = None,
+    meshes: Sequence[str] = (),
+    on_compile: Callable[[dict[str, int]], None] = lambda mesh: None,
+) -> Plan:
+    """Estimates the given meshes, or all that are possible; with a topology, also compiles the given meshes,
+    or the best one.
+
+    Args:
+      topology: a TPU slice such as "v5p:4x4x4"; in its place, `chip` (a name of `hardware.CHIPS`) and
+        `devices` (as JAX counts them) plan without compiling.
+      meshes: such as "fsdp=16,expert=4".
+      on_compile: called with each mesh before it is compiled, which takes minutes.
+
+    Raises:
+      ValueError: an argument is not allowed, a given mesh cannot split model or batch, or no mesh can.
+      OSError: the compiler fails.
+    """
+    if topology is not None:
+        require(chip is None and devices is None, "topology", topology, "says chip and devices already")
+        kind, count = parse_topology(topology)
+    else:
+        allowed = "give one, such as --topology v5p:4x4x4, or --chip h200 --devices 64"
+        require(chip is not None and devices is not None, "topology", topology, allowed)
+        require(devices > 0, "devices", devices, "must be above 0")
+        kind, count = find_chip(chip), devices
+    if meshes:
+        estimates = [estimate(config, kind, parse_mesh(mesh, count)) for mesh in meshes]
+    else:
+        estimates = _estimate_all(config, kind, count)
+    estimates = rank(estimates)
+    compiled = []
+    if topology is not None:
+        for one in estimates if meshes else estimates[:1]:
+            on_compile(one.mesh)
+            compiled.append(compile_step(config, topology, one.mesh))
+    return Plan(config, kind, count, topology, estimates, compiled)
+
+
+def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
+    """Sorts estimates, best first: those that fit by their duration without overlap, then the rest by
+    memory."""
+    fitting = sorted((one for one in estimates if one.fits), key=lambda one: one.serial_seconds)
+    return fitting + sorted((one for one in estimates if not one.fits), key=lambda one: one.memory.total)
+
+
+def mesh_name(mesh: dict[str, int], separator: str = ",") -> str:
+    """Returns a mesh as `--mesh` takes it, such as "fsdp=16,expert=4"; axes of size 1 are left out."""
+    return separator.join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """Returns sizes by axis from text such as "fsdp=16,expert=4"; other axes are 1, and one may be -1.
+
+    Raises ValueError for an unknown axis, and if the sizes do not multiply to the number of devices.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        near = nearest(name, AXES)
+        hint = f"did you mean {near}? " if near else ""
+        require(name in sizes, "mesh", text, f"{hint}axes are {', '.join(AXES)}")
+        is_number = size.removeprefix("-").isdecimal()
+        require(is_number, "mesh", text, "must be axis=number, such as fsdp=16,expert=4")
+        sizes[name] = int(size)
+    MeshConfig(**sizes)
+    product = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: devices // product if size == -1 else size for name, size in sizes.items()}
+    allowed = f"the axes must multiply to the {devices} devices there are"
+    require(math.prod(sizes.values()) == devices, "mesh", text, allowed)
+    return sizes
+
+
+def all_meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Yields every way to lay out the devices along the four axes."""
+    for fsdp in divisors(devices, devices):
+        for expert in divisors(devices // fsdp, devices):
+            for tensor in divisors(devices // fsdp // expert, devices):
+                data = devices // fsdp // expert // tensor
+                yield dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+
+
+def _estimate_all(config: TrainConfig, chip: Chip, devices: int) -> list[Estimate]:
+    """Returns the estimates of all meshes that can split model and batch. Raises ValueError if none can."""
+    found, refusal = [], None
+    for mesh in all_meshes(devices):
+        try:
+            found.append(estimate(config, chip, mesh))
+        except ValueError as error:
+            refusal = error
+    if not found:
+        reason = f"no mesh of {devices} devices can split this model and batch"
+        raise ValueError(f"{reason}; the last tried: {refusal}")
+    return found
