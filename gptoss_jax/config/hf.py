@@ -25,8 +25,7 @@ REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "num_local_experts",
 )  # fmt: skip
-# Values of both released models and of every version of transformers: used, with a warning, for a missing
-# field.
+# Values of both released models and all versions of transformers, used with a warning for a missing field.
 DEFAULTS = {
     "num_experts_per_tok": 4,
     "sliding_window": 128,
@@ -308,15 +307,14 @@ def _read_yarn(name: str, rope: Values, values: Values, notes: list[str]) -> Val
     if "factor" not in rope:
         raise _missing(f"{name}.factor", (), "YaRN needs it")
     key, longest = "original_max_position_embeddings", values["max_position_embeddings"]
-    initial = _pick(values, "initial_context_length")
+    initial = {name: n for name, n in _pick(values, "initial_context_length").items() if n is not None}
     lengths = {f"{name}.{key}": rope[key]} if key in rope else {}
     lengths |= _pick(values, key)
     if not lengths:
         # transformers does this as well. It does not know initial_context_length, which must not differ then.
         lengths = {f"max_position_embeddings (for want of {name}.{key})": longest, **initial}
     length = _agreed(lengths)
-    if initial.get("initial_context_length") is not None:
-        _first({next(iter(lengths)): length, **initial}, notes)
+    _first({next(iter(lengths)): length, **initial}, notes)
     factor = rope["factor"]
     if factor is None:
         factor = _finite("max_position_embeddings", longest) / _finite(key, length)
