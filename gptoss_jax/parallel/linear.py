@@ -62,9 +62,10 @@ def _einsum_on_mesh(equation, x, weights, result_type):
     compute = compute_spec(letters)
     split = {letter: entry for letter, entry in zip(letters, compute, strict=True) if entry}
     is_summed = any(letter not in y_letters for letter in split)
+    splits_result = bool(split) and not is_summed
 
     def one_device(x, *shards):
-        if split and not is_summed:
+        if splits_result:
             x = jax.lax.pcast(x, "tensor", to="varying")
         results = []
         for shard, stored in zip(shards, storage, strict=True):
