@@ -79,8 +79,8 @@ def _einsum_on_mesh(equation, x, weights, result_type):
 
     if any(gathered_dimensions(stored, compute) for stored in storage):
         one_device = jax.checkpoint(one_device, prevent_cse=False)
-    split |= {x_letters[0]: BATCH}
-    x_spec, y_spec = (P(*map(split.get, letters)) for letters in (x_letters, y_letters))
+    axes_of = split | {x_letters[0]: BATCH}
+    x_spec, y_spec = (P(*map(axes_of.get, letters)) for letters in (x_letters, y_letters))
     return jax.shard_map(one_device, in_specs=(x_spec, *storage), out_specs=y_spec)(x, *weights)
 
 
