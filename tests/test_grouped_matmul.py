@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped import by_loop, sizes_within
+from helpers.grouped_matmul import by_loop, sizes_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -96,7 +96,7 @@ def test_quantizing_while_loading(hf_folder, form):
         if name.endswith(("gate_up", "down")):
             rows = np.asarray(leaf).swapaxes(2, -1).astype(np.float32)
             # The rows of gate and up, [layers, E, F, 2, D], alternate.
-            parts = codec.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), xp=np)
+            parts = codec.quantize(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]), xp=np)
             expected |= {f"{name}_blocks": parts[0], f"{name}_scales": parts[1]}
         else:
             expected[name] = leaf

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped import by_loop
+from helpers.grouped_matmul import by_loop
 from helpers.tpu_compiler import needs_libtpu, on_tpus
 
 from gptoss_jax.kernels.grouped_matmul.pallas_tpu import _parts, _tiles, megablox_grouped_matmul

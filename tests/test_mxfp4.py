@@ -17,8 +17,8 @@ INF, NAN = np.inf, np.nan
 TINIEST = 2.0**-149  # the smallest float32
 LARGEST = float(np.finfo(np.float32).max)
 
-unpack = jax.jit(codec.unpack, static_argnames="dtype")
-pack = jax.jit(codec.pack)
+dequantize = jax.jit(codec.dequantize, static_argnames="dtype")
+quantize = jax.jit(codec.quantize)
 
 
 def codes_of(blocks):
@@ -63,8 +63,8 @@ def assert_same_numbers(found, expected):
 
 
 def assert_packed(values, codes, scales):
-    """Both ways to pack [..., 32] give these bytes."""
-    for blocks, found in (pack(values), codec.pack(values, xp=np)):
+    """Both ways to quantize [..., 32] give these bytes."""
+    for blocks, found in (quantize(values), codec.quantize(values, xp=np)):
         assert blocks.dtype == found.dtype == np.uint8
         np.testing.assert_array_equal(found[..., 0], scales)
         known = np.asarray(scales) < 255
@@ -84,7 +84,7 @@ def test_the_published_example():
     blocks = np.zeros((1, 16), np.uint8)
     blocks[0, :2] = 0x21, 0xF7
     for dtype in (jnp.bfloat16, jnp.float32):
-        found = unpack(blocks, np.array([128], np.uint8), dtype)
+        found = dequantize(blocks, np.array([128], np.uint8), dtype)
         assert found.dtype == dtype and found.shape == (32,)
         np.testing.assert_array_equal(wide(found), group(1, 2, 12, -12))
 
@@ -92,7 +92,10 @@ def test_the_published_example():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
 def test_every_byte_under_every_scale(dtype):
     expected = decode(EVERY_BYTE, EVERY_SCALE).reshape(256, 512)
-    for found in (unpack(EVERY_BYTE, EVERY_SCALE, dtype), codec.unpack(EVERY_BYTE, EVERY_SCALE, dtype)):
+    for found in (
+        dequantize(EVERY_BYTE, EVERY_SCALE, dtype),
+        codec.dequantize(EVERY_BYTE, EVERY_SCALE, dtype),
+    ):
         assert found.dtype == dtype
         assert_same_numbers(wide(found), expected)
     # 2, 3, 4 and 6 overflow under scale 254, 4 and 6 under 253.
@@ -114,10 +117,10 @@ def test_axes_stand_where_they_are_asked_for():
     blocks = rng.integers(0, 256, (3, 5, 2, 16), np.uint8)
     scales = rng.integers(100, 140, (3, 5, 2), np.uint8)
     expected = decode(blocks, scales).reshape(3, 5, 64)
-    np.testing.assert_array_equal(unpack(blocks, scales, jnp.float32), expected)
-    again, powers = pack(expected.astype(np.float32))
+    np.testing.assert_array_equal(dequantize(blocks, scales, jnp.float32), expected)
+    again, powers = quantize(expected.astype(np.float32))
     assert again.shape == blocks.shape and powers.shape == scales.shape
-    np.testing.assert_array_equal(codec.pack_scales(expected.astype(np.float32), xp=np), powers)
+    np.testing.assert_array_equal(codec.quantize_scales(expected.astype(np.float32), xp=np), powers)
 
 
 def test_packing_what_was_unpacked_gives_the_same_values():
@@ -125,15 +128,15 @@ def test_packing_what_was_unpacked_gives_the_same_values():
     alone = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 256, 16))
     for blocks in (alone, EVERY_BYTE):
         scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], blocks.shape[:2])
-        values = np.asarray(unpack(blocks, scales, jnp.float32))
+        values = np.asarray(dequantize(blocks, scales, jnp.float32))
         finite = np.isfinite(values).reshape(*scales.shape, 32).all(axis=-1)
         assert finite.mean() > 0.98
-        for found, powers in (pack(values), codec.pack(values, xp=np)):
-            again = np.asarray(unpack(found, powers, jnp.float32)).reshape(*scales.shape, 32)
+        for found, powers in (quantize(values), codec.quantize(values, xp=np)):
+            again = np.asarray(dequantize(found, powers, jnp.float32)).reshape(*scales.shape, 32)
             assert_same_numbers(again[finite], values.reshape(again.shape)[finite])
             # A group that overflowed is known no more.
             np.testing.assert_array_equal(np.asarray(powers)[~finite], 255)
-            twice, powers_of_twice = pack(again.reshape(values.shape))
+            twice, powers_of_twice = quantize(again.reshape(values.shape))
             np.testing.assert_array_equal(np.asarray(twice)[finite], np.asarray(found)[finite])
             np.testing.assert_array_equal(powers_of_twice, powers)
 
@@ -179,10 +182,10 @@ def test_ties_go_to_the_even_code(exponent):
         for values, expected in ((exact, even), (above, upper), (below, lower)):
             # The first value of the group sets the scale.
             numbers = group(6 * power, *(sign * values))
-            blocks, scales = pack(numbers)
+            blocks, scales = quantize(numbers)
             assert np.asarray(scales).tolist() == [127 + exponent]
-            assert_same_numbers(wide(unpack(blocks, scales, jnp.float32))[1:8], sign * expected)
-            np.testing.assert_array_equal(codec.pack(numbers, xp=np)[0], blocks)
+            assert_same_numbers(wide(dequantize(blocks, scales, jnp.float32))[1:8], sign * expected)
+            np.testing.assert_array_equal(codec.quantize(numbers, xp=np)[0], blocks)
 
 
 @pytest.mark.parametrize(
@@ -207,13 +210,13 @@ def test_ties_go_to_the_even_code(exponent):
 def test_the_ends_of_the_range(values, codes, scale):
     assert_packed(group(*values), group(*codes, dtype=np.uint8), scale)
     assert int(encode(group(*values))[1]) == scale
-    found = unpack(*pack(group(*values)), jnp.float32)
+    found = dequantize(*quantize(group(*values)), jnp.float32)
     assert np.isnan(found).all() == (scale == 255)
 
 
 def test_the_largest_float32_rounds_to_infinity_as_it_does_in_bfloat16():
     # 2^128 is the nearest code under its scale, and no float has it.
-    assert np.isposinf(unpack(*pack(group(LARGEST)), jnp.float32)[0])
+    assert np.isposinf(dequantize(*quantize(group(LARGEST)), jnp.float32)[0])
     assert np.isposinf(np.float32(np.array(LARGEST).astype(BFLOAT16)))
     largest = float(ml_dtypes.finfo(BFLOAT16).max)
     assert_packed(group(largest, dtype=BFLOAT16), group(6, dtype=np.uint8), 253)
@@ -237,9 +240,9 @@ def test_every_bfloat16_packs_as_the_same_float32(order):
         bits = np.random.default_rng(0).permutation(bits)
     narrow = bits.reshape(64, 1024).view(BFLOAT16)
     same = (bits.astype(np.uint32) << 16).reshape(64, 1024).view(np.float32)
-    expected = [np.asarray(part) for part in pack(same)]
+    expected = [np.asarray(part) for part in quantize(same)]
     assert 0 < (expected[1] == 255).sum() < expected[1].size
-    for found in (pack(narrow), codec.pack(narrow, xp=np), codec.pack(same, xp=np)):
+    for found in (quantize(narrow), codec.quantize(narrow, xp=np), codec.quantize(same, xp=np)):
         for part, values in zip(found, expected, strict=True):
             np.testing.assert_array_equal(part, values)
 
@@ -250,16 +253,20 @@ def test_groups_run_along_any_axis(axis, dtype):
     values = np.random.default_rng(0).standard_normal((64, 96, 32)).astype(dtype)
     place = axis % 3
     last = np.ascontiguousarray(np.moveaxis(values, place, -1))
-    blocks, scales = codec.pack(last, xp=np)
+    blocks, scales = codec.quantize(last, xp=np)
     blocks = np.moveaxis(blocks, (-2, -1), (place, place + 1))
     scales = np.moveaxis(scales, -1, place)
     # What lies in another order in memory, too.
     turned = np.moveaxis(last, -1, place)
-    pack_along = jax.jit(codec.pack, static_argnames="axis")
-    for found in (pack_along(values, axis=axis), codec.pack(values, axis, np), codec.pack(turned, axis, np)):
+    pack_along = jax.jit(codec.quantize, static_argnames="axis")
+    for found in (
+        pack_along(values, axis=axis),
+        codec.quantize(values, axis, np),
+        codec.quantize(turned, axis, np),
+    ):
         np.testing.assert_array_equal(found[0], blocks)
         np.testing.assert_array_equal(found[1], scales)
-    np.testing.assert_array_equal(codec.pack_scales(values, axis, np), scales)
+    np.testing.assert_array_equal(codec.quantize_scales(values, axis, np), scales)
 
 
 @pytest.mark.parametrize("size", [1, 31, 33, 48])
@@ -267,9 +274,9 @@ def test_other_sizes_are_refused(size):
     for values in (np.ones((2, size), np.float32), np.ones((2, size), BFLOAT16)):
         for xp in (jnp, np):
             with pytest.raises(ValueError, match=f"axis 1 has {size} values: must be a multiple of 32"):
-                codec.pack(values, xp=xp)
+                codec.quantize(values, xp=xp)
             with pytest.raises(ValueError, match=f"axis 0 has {size} values: must be a multiple of 32"):
-                codec.pack_scales(values.T, axis=-2, xp=xp)
+                codec.quantize_scales(values.T, axis=-2, xp=xp)
 
 
 GROUPS = (6, 32)
@@ -293,7 +300,7 @@ def test_any_numbers_pack_by_the_rule(bits):
     assert_packed(bits.view(np.float32), *encode(wide(bits.view(np.float32))))
     # Not a byte differs, of groups that are not known either.
     values = bits.reshape(2, -1).view(np.float32)
-    for host, device in zip(codec.pack(values, xp=np), pack(values), strict=True):
+    for host, device in zip(codec.quantize(values, xp=np), quantize(values), strict=True):
         np.testing.assert_array_equal(host, device)
 
 
@@ -304,8 +311,8 @@ def test_the_error_is_at_most_half_a_gap_and_a_fifth_of_the_largest(bits):
     largest = np.abs(values).max(axis=-1, keepdims=True)
     # From here on the nearest code may be one that no float has.
     usual = (largest < 1.75 * 2.0**127)[:, 0]
-    blocks, scales = pack(bits.view(np.float32))
-    error = np.abs(wide(unpack(blocks, scales, jnp.float32)) - values)[usual]
+    blocks, scales = quantize(bits.view(np.float32))
+    error = np.abs(wide(dequantize(blocks, scales, jnp.float32)) - values)[usual]
     power = np.ldexp(1.0, np.asarray(scales)[usual].astype(int) - 127)
     values, largest = values[usual], largest[usual]
     size = np.abs(values) / power
@@ -317,4 +324,4 @@ def test_the_error_is_at_most_half_a_gap_and_a_fifth_of_the_largest(bits):
 
 def test_the_error_bound_is_met():
     # 5 lies half-way between 4 and 6, and is its group's largest.
-    assert wide(unpack(*pack(group(5.0)), jnp.float32))[0] == 4.0
+    assert wide(dequantize(*quantize(group(5.0)), jnp.float32))[0] == 4.0

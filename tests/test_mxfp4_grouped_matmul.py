@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped import sizes_within
 from helpers.cuda_lowering import kernels_for_cuda
+from helpers.grouped_matmul import sizes_within
 from helpers.tpu_compiler import BYTES_MADE, TPUS, needs_libtpu, tpu_devices
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -44,7 +44,7 @@ def packed(E, F, G, seed=0):
 
 
 def by_loop(x, blocks, scales, sizes):
-    w = np.asarray(codec.unpack(blocks, scales, jnp.float32), np.float64)
+    w = np.asarray(codec.dequantize(blocks, scales, jnp.float32), np.float64)
     y, start = np.zeros((x.shape[0], w.shape[1])), 0
     for e, size in enumerate(sizes):
         y[start : start + size] = x[start : start + size].astype(np.float64) @ w[e].T
@@ -105,7 +105,7 @@ def test_every_byte_under_every_scale(form, dtype):
     blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 1, 1, 16), (16, 256, 1, 16))
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
     x = jnp.tile(jnp.eye(32, dtype=dtype), (16, 1))
-    expected = np.asarray(codec.unpack(blocks, scales, dtype), np.float64).swapaxes(1, 2)
+    expected = np.asarray(codec.dequantize(blocks, scales, dtype), np.float64).swapaxes(1, 2)
     found = np.asarray(multiply(form, x, blocks, scales, np.full(16, 32, np.int32)), np.float64)
     found = found.reshape(16, 32, 256)
     # Infinite times zero is no number: one such weight spoils all of its output.
@@ -124,7 +124,7 @@ def test_every_code_under_every_scale(form, dtype):
     # Group e has code e alone, and its output f the scale f.
     blocks = np.broadcast_to(17 * np.arange(16, dtype=np.uint8).reshape(16, 1, 1, 1), (16, 256, 1, 16))
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
-    expected = np.asarray(codec.unpack(blocks, scales, dtype), np.float64)[:, :, 0]
+    expected = np.asarray(codec.dequantize(blocks, scales, dtype), np.float64)[:, :, 0]
     x = jnp.full((16, 32), 1 / 32, dtype)
     found = np.asarray(multiply(form, x, blocks, scales, np.ones(16, np.int32)), np.float64)
     # A 32nd of smaller ones is no normal float.
@@ -158,7 +158,7 @@ def test_gradients_of_rows_and_bias(form):
     sizes = jnp.array([10, 0, 20, 4], jnp.int32)
     blocks, scales = packed(E, F, G)
     x, bias, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(R, D), (E, F), (R, F)]))
-    w_EFD = codec.unpack(blocks, scales, jnp.float32)
+    w_EFD = codec.dequantize(blocks, scales, jnp.float32)
     group = np.repeat(np.arange(E), sizes)
 
     def plain(x, bias):

@@ -87,13 +87,13 @@ class DequantizedTensor:
     def shape(self) -> tuple[int, ...]:
         experts, rows, groups = self.scales.shape
         outputs = (rows // 2, 2) if self.interleaved else (rows,)
-        return _swap_in_out((experts, *outputs, codec.GROUP * groups))
+        return _swap_in_out((experts, *outputs, codec.BLOCK_SIZE * groups))
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
         experts, rows, *pair, inputs = _swap_in_out(index)
         if pair:
             rows = slice(2 * rows.start, 2 * rows.stop)
-        first, last = inputs.start // codec.GROUP, -(-inputs.stop // codec.GROUP)
+        first, last = inputs.start // codec.BLOCK_SIZE, -(-inputs.stop // codec.BLOCK_SIZE)
         stored = blocks, scales = [array[experts, rows, first:last] for array in (self.blocks, self.scales)]
         if pair:
             blocks, scales = (
@@ -102,12 +102,12 @@ class DequantizedTensor:
         for e in range(len(blocks)):
             # Transpose the bytes, not the values, which are four times as large.
             transposed = _transpose(blocks[e].reshape(*blocks.shape[1:-2], -1))
-            codes = transposed.reshape(last - first, codec.BYTES, *transposed.shape[1:])
+            codes = transposed.reshape(last - first, codec.BLOCK_BYTES, *transposed.shape[1:])
             exponents = np.ascontiguousarray(scales[e].T)[:, None]
             step = max(1, DEQUANTIZE_BYTES // max(1, codes[0].nbytes))
             for g in range(0, last - first, step):
                 values = _dequantize(codes[g : g + step], exponents[g : g + step])
-                start = (first + g) * codec.GROUP
+                start = (first + g) * codec.BLOCK_SIZE
                 low, high = max(inputs.start, start), min(inputs.stop, start + len(values))
                 copy_cast(
                     out[e, low - inputs.start : high - inputs.start], values[low - start : high - start]
@@ -161,15 +161,15 @@ class QuantizedTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         experts, *rows, inputs = _swap_in_out(self.source.shape)
-        shape = (experts, math.prod(rows), inputs // codec.GROUP)
-        return (*shape, codec.BYTES) if self.part == "blocks" else shape
+        shape = (experts, math.prod(rows), inputs // codec.BLOCK_SIZE)
+        return (*shape, codec.BLOCK_BYTES) if self.part == "blocks" else shape
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
         experts, rows, groups = index[:3]
         # Interleaved rows have an axis of their own in the source: both of a pair are asked for.
         pair = self.source.shape[2:-1]
         rows = slice(rows.start // math.prod(pair), rows.stop // math.prod(pair))
-        inputs = slice(groups.start * codec.GROUP, groups.stop * codec.GROUP)
+        inputs = slice(groups.start * codec.BLOCK_SIZE, groups.stop * codec.BLOCK_SIZE)
         dense_index = _swap_in_out((experts, rows, *(slice(0, size) for size in pair), inputs))[1:]
         dtype = BFLOAT16 if self.source.dtype == BFLOAT16 else np.float32
         values = np.empty((1, *(part.stop - part.start for part in dense_index)), dtype)
@@ -258,7 +258,7 @@ def _value_bits(codes, exponents, xp=jnp):
 
 
 def _quantize(values, part):
-    blocks, scales = codec.pack(values, axis=0)
+    blocks, scales = codec.quantize(values, axis=0)
     return blocks if part == "blocks" else scales
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.kernels.mxfp4.codec import BYTES, GROUP
+from gptoss_jax.kernels.mxfp4.codec import BLOCK_BYTES, BLOCK_SIZE
 from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params
 
@@ -101,7 +101,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     )  # fmt: skip
     return {
         "V": config.vocab_size, "D": D, "N": N, "K": K, "Q": N + 2 * K, "H": config.head_dim, "U": 2 * F,
-        "E": config.num_local_experts, "F": F, "P": 2, "I": D // GROUP, "J": F // GROUP, "Y": BYTES,
+        "E": config.num_local_experts, "F": F, "P": 2, "I": D // BLOCK_SIZE, "J": F // BLOCK_SIZE,
+        "Y": BLOCK_BYTES,
     }  # fmt: skip
 
 

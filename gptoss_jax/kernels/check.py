@@ -214,7 +214,7 @@ def _mxfp4_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
 
     def arrays() -> Arrays:
         (x_RD,) = _normal(3, dtype, (R, D))
-        return x_RD, *codec.pack(*_normal(4, "float32", (E, F, D))), _group_sizes()
+        return x_RD, *codec.quantize(*_normal(4, "float32", (E, F, D))), _group_sizes()
 
     def run(x, blocks, scales, sizes):
         if backend == "cpu":
@@ -235,8 +235,8 @@ def _cpu_decode_cases() -> Iterator[Case]:
         return _normal(5, "float32", (rows, D), (2, D, N, H), (2, N, H, D))
 
     def matmul(x, w, transposed):
-        (y_MNH,) = decode.products("MD,DNH->MNH", x, [LayerView(w, 1)])
-        (z_MNH,) = decode.products("MD,NHD->MNH", x, [LayerView(transposed, 1)])
+        (y_MNH,) = decode.einsum("MD,DNH->MNH", x, [LayerView(w, 1)])
+        (z_MNH,) = decode.einsum("MD,NHD->MNH", x, [LayerView(transposed, 1)])
         return jnp.stack([y_MNH, z_MNH])
 
     def plain_matmul(x, w, transposed):
@@ -273,7 +273,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         weights_MX = jnp.full((M, X), 0.5, jnp.float32)
         gate_up, down = _normal(8, "float32", (2 * E, 2 * F, D), (2 * E, D, F))
         if is_packed:
-            matrices = *codec.pack(gate_up), *codec.pack(down)
+            matrices = *codec.quantize(gate_up), *codec.quantize(down)
         else:
             # Packed rows take turns between gate and up; plain matrices hold them apart.
             gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
@@ -290,7 +290,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
 
     def plain(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         if is_packed:
-            gate_up, down = (codec.unpack(*matrices[i : i + 2], jnp.float32) for i in (0, 2))
+            gate_up, down = (codec.dequantize(*matrices[i : i + 2], jnp.float32) for i in (0, 2))
             gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
             matrices = gate_up, down.swapaxes(1, 2)
         gate_up, down = (matrix[E:][experts_MX] for matrix in matrices)

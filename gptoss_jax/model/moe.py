@@ -31,7 +31,7 @@ class MoE(nnx.Module):
         if config.expert_format == "mxfp4":
             E, D, P, F = gate_up_EDPF.shape
             gate_up_EUD = gate_up_EDPF.swapaxes(1, -1).reshape(E, F * P, D)
-            gate_up, down = codec.pack(gate_up_EUD), codec.pack(down_EFD.swapaxes(1, 2))
+            gate_up, down = codec.quantize(gate_up_EUD), codec.quantize(down_EFD.swapaxes(1, 2))
             self.gate_up_blocks, self.gate_up_scales = map(nnx.Param, gate_up)
             self.down_blocks, self.down_scales = map(nnx.Param, down)
         else:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.layer_view import LayerView
-from gptoss_jax.kernels.mxfp4 import codec
+from gptoss_jax.kernels.mxfp4.codec import BLOCK_BYTES, BLOCK_SIZE
 from gptoss_jax.parallel.rules import storage_spec
 
 # The last two names of a parameter's path -> its letters, without the leading dimension of stacked layers.
@@ -48,7 +48,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
     """Returns the size of every letter."""
     D, E, F = config.hidden_size, config.num_local_experts, config.intermediate_size
     heads = {"N": config.num_attention_heads, "K": config.num_key_value_heads, "H": config.head_dim}
-    packed = {"U": 2 * F, "O": D, "g": D // codec.GROUP, "f": F // codec.GROUP, "y": codec.BYTES}
+    packed = {"U": 2 * F, "O": D, "g": D // BLOCK_SIZE, "f": F // BLOCK_SIZE, "y": BLOCK_BYTES}
     return heads | packed | {"V": config.vocab_size, "D": D, "d": D, "E": E, "e": E, "P": 2, "F": F}
 
 

@@ -46,8 +46,8 @@ def sharded_einsum(
     weights = weights if several else [weights]
     x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
     rows = math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
-    if result_type in (None, x.dtype) and decode.suits("decode_matmul", rows, x.dtype):
-        results = decode.products(equation, x, [as_view(cast(weight, x.dtype)) for weight in weights])
+    if result_type in (None, x.dtype) and decode.is_supported("decode_matmul", rows, x.dtype):
+        results = decode.einsum(equation, x, [as_view(cast(weight, x.dtype)) for weight in weights])
     elif not current_axes():
         results = [_einsum(equation, x, read(w).astype(x.dtype), result_type) for w in weights]
     else:

@@ -145,7 +145,7 @@ def decode_attention(
     itself included; a count of 0 gives zeros."""
     B, _, N, H = q_BTNH.shape
     K, S = keys.shape[1:3]
-    if decode.suits("decode_attention", B, q_BTNH.dtype) and keys.dtype == jnp.float32:
+    if decode.is_supported("decode_attention", B, q_BTNH.dtype) and keys.dtype == jnp.float32:
         return decode.attention(q_BTNH[:, 0], keys, values, counts_B, sinks_N)[:, None]
     sum_type = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q_BKGH = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, K, N // K, H)

@@ -18,15 +18,15 @@ from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.layer_view import LayerView, read
 
 # With more rows than this, products that share what they read among rows in the cache are faster.
-FEW_ROWS = 16
+MAX_DECODE_TOKENS = 16
 NOTHING = np.zeros(0, np.float32)
 
 
-def suits(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
-    """Returns True if a kernel of this file applies: float32 on one CPU device, at most FEW_ROWS rows, not
-    turned off (`selection.is_enabled`), and compiled."""
+def is_supported(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
+    """Returns True if a kernel of this file applies: float32 on one CPU device, at most MAX_DECODE_TOKENS
+    rows, not turned off (`selection.is_enabled`), and compiled."""
     here = backend.platform() == "cpu" and not backend.is_spread()
-    fits = here and rows <= FEW_ROWS and dtype == jnp.float32
+    fits = here and rows <= MAX_DECODE_TOKENS and dtype == jnp.float32
     return fits and selection.is_enabled(kernel) and build.is_available()
 
 
@@ -38,7 +38,7 @@ def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | Layer
         isinstance(value, LayerView) and value.dtype in (x_MD.dtype, jnp.uint8) for value in matrices
     )
     kernel = "decode_mxfp4_experts" if "down_blocks" in parameters else "decode_experts"
-    return is_view and suits(kernel, x_MD.shape[0], x_MD.dtype)
+    return is_view and is_supported(kernel, x_MD.shape[0], x_MD.dtype)
 
 
 def _call(name: str, results):
@@ -50,7 +50,7 @@ def _result(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def products(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax.Array]:
+def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax.Array]:
     """`einsum(equation, x, weight)` for the weight of each layer, all at once; float32.
 
     The letters that are summed over stand last in `x`, and first or last in the weights. Differentiable.
@@ -86,7 +86,7 @@ def _products_bwd(equation, kept, gradients):
     return dx, [LayerView(stack, index) for stack, index in zip(d_stacks, no_index, strict=True)]
 
 
-products.defvjp(lambda equation, x, layers: (products(equation, x, layers), (x, layers)), _products_bwd)
+einsum.defvjp(lambda equation, x, layers: (einsum(equation, x, layers), (x, layers)), _products_bwd)
 
 
 def experts(

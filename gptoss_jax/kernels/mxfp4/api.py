@@ -40,7 +40,7 @@ def mxfp4_grouped_matmul(
     Args:
       x_RD: bfloat16 or float32: rows, those of group 0 first, then those of group 1, and so on.
       blocks_EFGC: uint8, the codes of weights, as in `mxfp4`. That of output f and input d is
-        `unpack(blocks, scales)[e, f, d]`.
+        `codec.dequantize(blocks, scales)[e, f, d]`.
       scales_EFG: uint8.
       group_sizes_E: int32, rows in each group, possibly none; the sum may be below R.
       bias_EF: one row per group, or none.
@@ -107,7 +107,7 @@ _product.defvjp(_product_fwd, _product_bwd)
 def _looped(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, turned=False):
     """[R, D] x [E, F, D] -> [R, F] or, turned, [R, F] x [E, F, D] -> [R, D]."""
     rows, (_, outputs, G, _) = x_RD.shape[0], blocks_EFGC.shape
-    width, equation = (codec.GROUP * G, "RF,FD->RD") if turned else (outputs, "RD,FD->RF")
+    width, equation = (codec.BLOCK_SIZE * G, "RF,FD->RD") if turned else (outputs, "RD,FD->RF")
     block = min(rows, BLOCK)
     ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows)
     starts_E = ends_E - group_sizes_E
@@ -116,7 +116,7 @@ def _looped(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, turned=False):
 
     def one_group(n, y_R):
         group = jnp.sum(nth_E <= n, dtype=jnp.int32)
-        w_FD = codec.unpack(blocks_EFGC[group], scales_EFG[group], x_RD.dtype)
+        w_FD = codec.dequantize(blocks_EFGC[group], scales_EFG[group], x_RD.dtype)
 
         def one_tile(t, y_R):
             tile = Tile.at(group, starts_E[group] + t * block, ends_E[group], block, rows)

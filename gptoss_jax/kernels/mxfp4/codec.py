@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GROUP = 32
-BYTES = GROUP // 2  # of codes, in one group
+BLOCK_SIZE = 32
+BLOCK_BYTES = BLOCK_SIZE // 2  # of codes, in one group
 # Code c (0 … 7) stands for MAGNITUDES[c]; bit 3 is the sign.
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Half-way between neighbours: where a value of such a size goes to the lower code, the tie is to even.
@@ -23,7 +23,7 @@ NAN_SCALE = 255
 TPU_LAYOUTS = {"blocks": (0, 2, 3, 1), "scales": (0, 2, 1)}
 
 
-def unpack(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Packed weights as numbers, exact in bfloat16 and float32 alike.
 
     Args:
@@ -42,7 +42,7 @@ def unpack(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
         bits = jnp.stack([low, high], axis=-1).astype(jnp.uint32) << 16
     kind = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
     values = jax.lax.bitcast_convert_type(bits, kind)
-    return values.reshape(*scales.shape[:-1], GROUP * scales.shape[-1]).astype(dtype)
+    return values.reshape(*scales.shape[:-1], BLOCK_SIZE * scales.shape[-1]).astype(dtype)
 
 
 def bfloat16_bits(blocks, scales, xp=jnp):
@@ -67,11 +67,11 @@ def bfloat16_bits(blocks, scales, xp=jnp):
     return bits(byte & 15), bits(byte >> 4)
 
 
-def pack(values, axis=-1, xp=jnp):
+def quantize(values, axis=-1, xp=jnp):
     """The nearest packed weights, with the publisher's rule: the smallest scale under which nothing is
     clipped, 2^ceil(log2(largest / 6)), then round to nearest, ties to even.
 
-    `pack(unpack(x))` gives the values of x again, in codes that need not be those of x.
+    `quantize(dequantize(x))` gives the values of x again, in codes that need not be those of x.
 
     Args:
       values: float32 or bfloat16, [..., 32 * G].
@@ -95,17 +95,17 @@ def pack(values, axis=-1, xp=jnp):
     return code[(*before, slice(0, None, 2))] | (code[(*before, slice(1, None, 2))] << 4), scales
 
 
-def pack_scales(values, axis=-1, xp=jnp):
-    """The scales of `pack` alone."""
+def quantize_scales(values, axis=-1, xp=jnp):
+    """The scales of `quantize` alone."""
     axis %= values.ndim
     return _scales(_float32_bits(values, axis, xp) & 0x7FFFFFFF, axis, xp)
 
 
 def _float32_bits(values, axis, xp):
     size = values.shape[axis]
-    if size % GROUP:
-        raise ValueError(f"axis {axis} has {size} values: must be a multiple of {GROUP}")
-    groups = values.reshape(*values.shape[:axis], size // GROUP, GROUP, *values.shape[axis + 1 :])
+    if size % BLOCK_SIZE:
+        raise ValueError(f"axis {axis} has {size} values: must be a multiple of {BLOCK_SIZE}")
+    groups = values.reshape(*values.shape[:axis], size // BLOCK_SIZE, BLOCK_SIZE, *values.shape[axis + 1 :])
     if values.dtype == jnp.bfloat16:
         # By its bits: a conversion may flush what is subnormal.
         narrow = groups.view(np.int16) if xp is np else jax.lax.bitcast_convert_type(groups, np.int16)

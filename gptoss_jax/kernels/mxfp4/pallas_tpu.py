@@ -105,7 +105,7 @@ def _kernel(tile_V, group_V, start_V, end_V, x_ref, blocks_ref, scales_ref, y_re
 
 
 def _unpack(blocks_ref, scales_ref, w_ref, scale_ref, one_ref):
-    """A tile of one group's weights as numbers: `mxfp4.unpack` with fewer operations.
+    """A tile of one group's weights as numbers: `codec.dequantize` with fewer operations.
 
     Numbers that are not normal in float32, below 2^-126, may become zero.
     """
@@ -126,7 +126,7 @@ def _unpack(blocks_ref, scales_ref, w_ref, scale_ref, one_ref):
             size = jnp.minimum(size, size + size - one) * scale
             bits = lax.bitcast_convert_type(size, jnp.int32) | (top & -0x80000000)
             number = lax.bitcast_convert_type(bits, jnp.float32)
-            w_ref[part, pl.ds(g * codec.BYTES, codec.BYTES), :] = number.astype(w_ref.dtype)
+            w_ref[part, pl.ds(g * codec.BLOCK_BYTES, codec.BLOCK_BYTES), :] = number.astype(w_ref.dtype)
         return 0
 
     lax.fori_loop(0, blocks_ref.shape[0], one_group, 0)

@@ -96,6 +96,6 @@ def triton_mxfp4_matmul(
 
 
 def _numbers(byte, scale, dtype):
-    """The numbers of the low and of the high nibbles, as `mxfp4.unpack`."""
+    """The numbers of the low and of the high nibbles, as `codec.dequantize`."""
     for bits in codec.bfloat16_bits(byte, scale[:, :, None]):
         yield lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)

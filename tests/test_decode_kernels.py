@@ -48,7 +48,7 @@ def test_products(rows, equation, inner, outer):
     x = normal(0, *kept, *inner)
     turned = not w_letters.startswith(x_letters[-len(inner) :])
     stacks = [normal(i, 3, *(out + inner if turned else inner + out)) for i, out in enumerate(outer)]
-    found = decode.products(equation, x, [LayerView(stack, jnp.int32(2)) for stack in stacks])
+    found = decode.einsum(equation, x, [LayerView(stack, jnp.int32(2)) for stack in stacks])
     for y, stack in zip(found, stacks, strict=True):
         assert_near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
 
@@ -57,7 +57,7 @@ def test_gradients_of_products():
     x, w, g = normal(0, 2, 3, 20), normal(1, 4, 20, 3, 5), normal(2, 2, 3, 3, 5)
 
     def ours(x, w, index):
-        return jnp.sum(decode.products("BTD,DNH->BTNH", x, [LayerView(w, index)])[0] * g)
+        return jnp.sum(decode.einsum("BTD,DNH->BTNH", x, [LayerView(w, index)])[0] * g)
 
     def plain(x, w):
         return jnp.sum(jnp.einsum("BTD,DNH->BTNH", x, w[3], precision="highest") * g)
@@ -76,9 +76,9 @@ def matrices(E, D, F, packed, seed=0):
         return {"gate_up": jnp.einsum("EFgD->EDgF", gate_up), "down": down.swapaxes(1, 2)}, gate_up, down
     parameters = {}
     for name, values in (("gate_up", gate_up.reshape(E, 2 * F, D)), ("down", down)):
-        parameters[f"{name}_blocks"], parameters[f"{name}_scales"] = codec.pack(values)
+        parameters[f"{name}_blocks"], parameters[f"{name}_scales"] = codec.quantize(values)
     numbers = [
-        codec.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)
+        codec.dequantize(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)
         for name in ("gate_up", "down")
     ]
     return parameters, numbers[0].reshape(E, F, 2, D), numbers[1]
@@ -133,7 +133,7 @@ def test_extreme_numbers_of_packed_experts():
     for scale in (20, 64, 127, 190):
         parameters["gate_up_scales"] = jnp.full((1, 2 * F, 1), scale, jnp.uint8)
         numbers = {
-            name: codec.unpack(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)[0]
+            name: codec.dequantize(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)[0]
             for name in ("gate_up", "down")
         }
         h = numbers["gate_up"] @ one_MD[0]
@@ -184,7 +184,7 @@ def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
             for name, value in stacks.items()
         }
         assert_near(run(layers)[0], alone, 5e-6)
-        if M <= decode.FEW_ROWS and decode.supports_experts(x_MD, layers):
+        if M <= decode.MAX_DECODE_TOKENS and decode.supports_experts(x_MD, layers):
             assert_near(decode.experts(x_MD, chosen_MX, weights_MX, layers, activation), alone, 5e-6)
 
 
@@ -195,9 +195,9 @@ def packed_and_unpacked(block):
     for name, held, turned in (("gate_up", "LEDgF", "LEFgD"), ("down", "LEFD", "LEDF")):
         rows = jnp.einsum(f"{held}->{turned}", packed.pop(name))
         # The rows of gate and up take turns.
-        blocks, scales = codec.pack(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]))
+        blocks, scales = codec.quantize(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]))
         packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        rows = codec.unpack(blocks, scales, jnp.float32).reshape(rows.shape)
+        rows = codec.dequantize(blocks, scales, jnp.float32).reshape(rows.shape)
         numbers[name] = jnp.einsum(f"{turned}->{held}", rows)
     return block | {"moe": packed}, block | {"moe": numbers}
 
