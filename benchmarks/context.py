@@ -29,7 +29,7 @@ from common import (
 )
 
 from gptoss_jax import startup
-from gptoss_jax.kernels.attention.api import flash_attention
+from gptoss_jax.kernels.attention.api import AttentionSpec, attention
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LONGEST_STEP = 8192
@@ -47,7 +47,8 @@ def attention_call(T: int, window: int | None):
 
     def total(arguments, g_BTNH, positions_BT, segment_ids_BT):
         q, k, v, sinks = arguments
-        return jnp.vdot(flash_attention(q, k, v, positions_BT, segment_ids_BT, window, 0, sinks), g_BTNH)
+        where = segment_ids_BT, positions_BT
+        return jnp.vdot(attention(q, k, v, *where, AttentionSpec(window), sinks_N=sinks), g_BTNH)
 
     inputs = (arguments, g_BTNH, positions_BT, jnp.ones_like(positions_BT))
     program = jax.jit(jax.value_and_grad(total)).lower(*inputs).compile()

@@ -28,12 +28,13 @@ BLOCKS = (
 
 
 def _attention_forms(run: Run, window: int | None) -> dict:
-    """Name -> function of (q, k, v, sinks, positions, segments)."""
+    """Name -> function of (q, k, v, sinks, segments, positions)."""
     # Here, so that what is missing fails this section only.
     from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 
     def with_sinks(attend):
-        return lambda q, k, v, sinks, *places: attend(q, k, v, *places, window, 0, sinks)
+        spec = api.AttentionSpec(window)
+        return lambda q, k, v, sinks, *places: attend(q, k, v, *places, spec, sinks_N=sinks)
 
     def cudnn(q, k, v, *_):
         # The window counts the keys before the query's own.
@@ -42,17 +43,17 @@ def _attention_forms(run: Run, window: int | None) -> dict:
             q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"
         )
 
-    forms = {OURS: with_sinks(api), BLOCKWISE: with_sinks(blockwise_attention)}
+    forms = {OURS: with_sinks(api.attention), BLOCKWISE: with_sinks(blockwise_attention)}
     return forms if run.smoke else forms | {CUDNN: cudnn}
 
 
 def _attention_inputs(B, T, N, K, H, dtype):
-    """(q, k, v, sinks), the cotangent, and (positions, segments) of one document a row."""
+    """(q, k, v, sinks), the cotangent, and (segments, positions) of one document a row."""
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
     q, k, v, g = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=False))
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    return (q, k, v, jax.random.normal(keys[4], (N,))), g, (positions_BT, jnp.ones_like(positions_BT))
+    return (q, k, v, jax.random.normal(keys[4], (N,))), g, (jnp.ones_like(positions_BT), positions_BT)
 
 
 def attention(run: Run) -> dict:
@@ -121,10 +122,10 @@ def _attention_exactness(run: Run, N, K, H, window) -> list[dict]:
     """The largest difference from the plain form in float32, of the output and of each gradient."""
     T = 48 if run.smoke else 1024
     arguments, g, places = _attention_inputs(1, T, N, K, H, jnp.bfloat16)
-    mask_BTS = api.visible(*places, *places, window)
+    mask_BTS = api.attention_mask(*places, api.AttentionSpec(window))
 
     def plain(q, k, v, sinks):
-        return api.reference_attention(q, k, v, mask_BTS, sinks)
+        return api.reference_attention(q, k, v, mask_BTS, sinks_N=sinks)
 
     wide = [jax.tree.map(lambda a: a.astype(jnp.float32), a) for a in (g, arguments)]
     expected = with_gradients(plain)(*wide)

@@ -27,9 +27,9 @@ from common import PEAK, percent, spread, with_gradients
 from loss_memory import loss
 
 from gptoss_jax import startup
-from gptoss_jax.kernels.attention.api import flash_attention, reference_attention
+from gptoss_jax.kernels.attention.api import AttentionSpec, attention_mask, reference_attention
+from gptoss_jax.kernels.attention.api import attention as chosen_attention
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
-from gptoss_jax.kernels.attention.mask import visible
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.grouped_matmul import api
 
@@ -94,16 +94,17 @@ def attention(rounds: int, quick: bool) -> dict:
         shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (N,))
         arguments, g = tuple(_normal(i, *shape) for i, shape in enumerate(shapes)), _normal(4, B, T, N, H)
         positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
-        places = (positions_BT, jnp.ones_like(positions_BT))
+        places = (jnp.ones_like(positions_BT), positions_BT)
         for window in (128, None):
+            spec = AttentionSpec(window)
 
-            def blocks(q, k, v, sinks, *places, attend=blockwise_attention, window=window):
-                return attend(q, k, v, *places, window, 0, sinks)
+            def blocks(q, k, v, sinks, *places, attend=blockwise_attention, spec=spec):
+                return attend(q, k, v, *places, spec, sinks_N=sinks)
 
-            def plain(q, k, v, sinks, *places, window=window):
-                return reference_attention(q, k, v, visible(*places, *places, window), sinks)
+            def plain(q, k, v, sinks, *places, spec=spec):
+                return reference_attention(q, k, v, attention_mask(*places, spec), sinks_N=sinks)
 
-            forms = {"chosen": functools.partial(blocks, attend=flash_attention), "blocks": blocks}
+            forms = {"chosen": functools.partial(blocks, attend=chosen_attention), "blocks": blocks}
             expected, key = None, ("full" if window is None else f"window {window}", T)
             if T <= 2048:
                 forms["plain"] = plain

@@ -31,6 +31,7 @@ from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.inference import engine
 from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
+from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
 from gptoss_jax.model.kv_cache import KVCache, init_cache
 from gptoss_jax.parallel.mesh import make_mesh
@@ -44,7 +45,7 @@ TOKENS, X = 16384, 4  # rows of the grouped product: so many tokens, four expert
 
 def attention(window):
     def forward(q, k, v, segments, sinks, _):
-        return splash_attention(q, k, v, segments, segments, window, 0, sinks)
+        return splash_attention(q, k, v, segments, segments, AttentionSpec(window), sinks_N=sinks)
 
     shapes = [(1, T, n, H) for n in (N, K, K)]
     return forward, [*shapes, ((1, T), "int32"), ((N,), "float32"), (1, T, N, H)], (0, 1, 2, 4)

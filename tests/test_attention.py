@@ -1,4 +1,4 @@
-"""The mask rule, grouped heads, learned sinks, and the blocked form against the plain one."""
+"""The mask rule, grouped heads, learned sinks, and the XLA implementations against the reference."""
 
 import functools
 import re
@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.kernels.attention.api import flash_attention, reference_attention, strip_attention
+from gptoss_jax.kernels.attention.api import attention, query_chunked_attention
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
-from gptoss_jax.kernels.attention.mask import visible
+from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 
 B, N, K, H = 2, 6, 2, 5
 G = N // K
@@ -26,34 +26,33 @@ def heads(length, seed=0, dtype=np.float32):
 
 
 def in_order(length):
+    """Segment ids and positions of one document."""
     positions = jnp.broadcast_to(jnp.arange(length), (B, length))
-    return positions, jnp.ones_like(positions)
+    return jnp.ones_like(positions), positions
 
 
 SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0, -0.3, 5.0])
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def through_reference(q, k, v, window, sink_tokens):
-    positions, segments = in_order(q.shape[1])
-    mask = visible(positions, segments, positions, segments, window, sink_tokens)
-    return reference_attention(q, k, v, mask, SINKS)
+def reference(q, k, v, segments, positions, spec, *, sinks_N):
+    """The reference with the signature of the implementations."""
+    return reference_attention(q, k, v, attention_mask(segments, positions, spec), sinks_N=sinks_N)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def through_strips(q, k, v, window, sink_tokens):
-    return strip_attention(q, k, v, *in_order(q.shape[1]), window, sink_tokens, SINKS)
+def of_one_document(attend):
+    return jax.jit(
+        lambda q, k, v, spec: attend(q, k, v, *in_order(q.shape[1]), spec, sinks_N=SINKS), static_argnums=3
+    )
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def through_blocks(q, k, v, window, sink_tokens):
-    return blockwise_attention(q, k, v, *in_order(q.shape[1]), window, sink_tokens, SINKS, block=64)
+by_reference, by_chunks = of_one_document(reference), of_one_document(query_chunked_attention)
+by_blocks = of_one_document(functools.partial(blockwise_attention, block=64))
 
 
 def test_mask_by_hand():
     positions, segments = jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32)
     causal = np.tril(np.ones((6, 6), int))
-    np.testing.assert_array_equal(visible(positions, segments, positions, segments, None)[0], causal)
+    np.testing.assert_array_equal(attention_mask(segments, positions, AttentionSpec())[0], causal)
     windowed = [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -62,20 +61,21 @@ def test_mask_by_hand():
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 1, 1, 1],
     ]
-    np.testing.assert_array_equal(visible(positions, segments, positions, segments, 3)[0], windowed)
+    np.testing.assert_array_equal(attention_mask(segments, positions, AttentionSpec(3))[0], windowed)
     with_first = np.array(windowed)
     with_first[:, 0] = 1
     with_first[1:, 1] = 1
-    np.testing.assert_array_equal(visible(positions, segments, positions, segments, 3, 2)[0], with_first)
+    np.testing.assert_array_equal(attention_mask(segments, positions, AttentionSpec(3, 2))[0], with_first)
     # Full layers have no use for sink tokens.
-    np.testing.assert_array_equal(visible(positions, segments, positions, segments, None, 2)[0], causal)
+    assert AttentionSpec(None, 2) == AttentionSpec()
+    np.testing.assert_array_equal(attention_mask(segments, positions, AttentionSpec(None, 2))[0], causal)
 
 
 def test_mask_of_a_packed_row_by_hand():
     # Two documents and padding; each starts from position 0, and so has its own sink token.
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0]])
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
-    mask = visible(positions, segments, positions, segments, 2, 1)
+    mask = attention_mask(segments, positions, AttentionSpec(2, 1))
     np.testing.assert_array_equal(
         mask[0].astype(int),
         [
@@ -106,7 +106,7 @@ def test_mask_rule(lengths, steps, window, sink_tokens):
         new = t == 0 or row[t - 1] != segment
         positions.append(0 if new else positions[-1] + steps[t])
     segments_BT, positions_BT = jnp.array([row]), jnp.array([positions])
-    mask = np.asarray(visible(positions_BT, segments_BT, positions_BT, segments_BT, window, sink_tokens))
+    mask = np.asarray(attention_mask(segments_BT, positions_BT, AttentionSpec(window, sink_tokens)))
     for i in range(9):
         for j in range(9):
             expected = row[i] == row[j] and positions[j] <= positions[i]
@@ -115,46 +115,46 @@ def test_mask_rule(lengths, steps, window, sink_tokens):
             assert mask[0, i, j] == expected, (i, j)
 
 
-def queries_that_change(attend, window, sink_tokens, key, length=11):
+def queries_that_change(attend, spec, key, length=11):
     """Which queries' results move when one key and its value do."""
     q, k, v = heads(length)
-    before = attend(q, k, v, window, sink_tokens)
-    after = attend(q, k.at[:, key].add(1.0), v.at[:, key].add(1.0), window, sink_tokens)
+    before = attend(q, k, v, spec)
+    after = attend(q, k.at[:, key].add(1.0), v.at[:, key].add(1.0), spec)
     changed = np.abs(np.asarray(after - before)).max(axis=(0, 2, 3)) > 0
     return np.flatnonzero(changed).tolist()
 
 
-@pytest.mark.parametrize("attend", [through_reference, through_strips, through_blocks])
+@pytest.mark.parametrize("attend", [by_reference, by_chunks, by_blocks])
 def test_window_holds_w_keys_with_the_query_itself(attend):
-    assert queries_that_change(attend, 4, 0, 0) == [0, 1, 2, 3]
-    assert queries_that_change(attend, 4, 0, 5) == [5, 6, 7, 8]
-    assert queries_that_change(attend, 4, 0, 9) == [9, 10]
-    assert queries_that_change(attend, 1, 0, 6) == [6]
-    assert queries_that_change(attend, None, 0, 6) == [6, 7, 8, 9, 10]
+    assert queries_that_change(attend, AttentionSpec(4), 0) == [0, 1, 2, 3]
+    assert queries_that_change(attend, AttentionSpec(4), 5) == [5, 6, 7, 8]
+    assert queries_that_change(attend, AttentionSpec(4), 9) == [9, 10]
+    assert queries_that_change(attend, AttentionSpec(1), 6) == [6]
+    assert queries_that_change(attend, AttentionSpec(), 6) == [6, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("attend", [through_reference, through_strips, through_blocks])
+@pytest.mark.parametrize("attend", [by_reference, by_chunks, by_blocks])
 def test_sink_tokens_stay_visible(attend):
-    assert queries_that_change(attend, 3, 2, 0) == list(range(11))
-    assert queries_that_change(attend, 3, 2, 1) == list(range(1, 11))
-    assert queries_that_change(attend, 3, 2, 2) == [2, 3, 4]
+    assert queries_that_change(attend, AttentionSpec(3, 2), 0) == list(range(11))
+    assert queries_that_change(attend, AttentionSpec(3, 2), 1) == list(range(1, 11))
+    assert queries_that_change(attend, AttentionSpec(3, 2), 2) == [2, 3, 4]
 
 
-@pytest.mark.parametrize("attend", [through_strips, through_blocks])
+@pytest.mark.parametrize("attend", [by_chunks, by_blocks])
 def test_window_edge_across_blocks(attend):
     # The window reaches over the edge between the first block of 64 queries and the second.
-    assert queries_that_change(attend, 70, 0, 3, length=T) == list(range(3, 73))
+    assert queries_that_change(attend, AttentionSpec(70), 3, length=T) == list(range(3, 73))
     # 60 is the earliest key that the second block's first query sees.
-    assert queries_that_change(attend, 5, 0, 60, length=T) == [60, 61, 62, 63, 64]
-    assert queries_that_change(attend, 5, 0, 59, length=T) == [59, 60, 61, 62, 63]
-    assert queries_that_change(attend, 5, 1, 0, length=T) == list(range(T))
+    assert queries_that_change(attend, AttentionSpec(5), 60, length=T) == [60, 61, 62, 63, 64]
+    assert queries_that_change(attend, AttentionSpec(5), 59, length=T) == [59, 60, 61, 62, 63]
+    assert queries_that_change(attend, AttentionSpec(5, 1), 0, length=T) == list(range(T))
 
 
 def test_query_head_n_uses_key_head_n_over_g():
     q, k, v = heads(7)
-    before = through_reference(q, k, v, None, 0)
+    before = by_reference(q, k, v, AttentionSpec())
     for moved in (k.at[:, :, 1].mul(-1), v), (k, v.at[:, :, 1].add(1.0)):
-        after = through_reference(q, *moved, None, 0)
+        after = by_reference(q, *moved, AttentionSpec())
         changed = np.abs(np.asarray(after - before)).max(axis=(0, 1, 3)) > 0
         np.testing.assert_array_equal(changed, [False, False, False, True, True, True])
 
@@ -165,27 +165,27 @@ def test_two_keys_by_hand():
     k = jnp.log(jnp.array([3.0, 1.0])).reshape(1, 2, 1, 1)
     v = jnp.array([10.0, 1.0]).reshape(1, 2, 1, 1)
     mask = jnp.ones((1, 1, 2), bool)
-    out = reference_attention(q, k, v, mask, jnp.log(jnp.array([2.0])))
+    out = reference_attention(q, k, v, mask, sinks_N=jnp.log(jnp.array([2.0])))
     assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 6 + 1 / 6, rel=1e-6)
     out = reference_attention(q, k, v, mask)
     assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 4 + 1 / 4, rel=1e-6)
     # The scale is on the scores, not on the sink: head size 4 halves them.
     out = reference_attention(
         jnp.full((1, 1, 1, 4), 0.5), jnp.repeat(k, 4, axis=3), jnp.repeat(v, 4, axis=3), mask,
-        jnp.log(jnp.array([2.0])),
+        sinks_N=jnp.log(jnp.array([2.0])),
     )  # fmt: skip
     assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 6 + 1 / 6, rel=1e-6)
 
 
 def test_a_very_large_sink_or_score_is_no_nan():
     q, k, v = heads(4)
-    positions, segments = in_order(4)
-    mask = visible(positions, segments, positions, segments, None)
-    out = reference_attention(q, k, v, mask, jnp.full(N, 1e4))
+    segments, positions = in_order(4)
+    mask = attention_mask(segments, positions, AttentionSpec())
+    out = reference_attention(q, k, v, mask, sinks_N=jnp.full(N, 1e4))
     np.testing.assert_array_equal(out, 0)
-    out = reference_attention(1e3 * q, 1e3 * k, v, mask, SINKS)
+    out = reference_attention(1e3 * q, 1e3 * k, v, mask, sinks_N=SINKS)
     assert np.isfinite(out).all()
-    assert np.isfinite(reference_attention(q, k, v, jnp.zeros_like(mask), SINKS)).all()
+    assert np.isfinite(reference_attention(q, k, v, jnp.zeros_like(mask), sinks_N=SINKS)).all()
 
 
 def by_the_formulas(q, k, v, sinks, d_out, mask):
@@ -217,14 +217,14 @@ def test_sink_identity_and_backward_formulas(window):
     rng = np.random.default_rng(3)
     with jax.enable_x64():
         q, k, v = heads(11, seed=4, dtype=np.float64)
-        positions, segments = in_order(11)
-        mask = visible(positions, segments, positions, segments, window)
+        segments, positions = in_order(11)
+        mask = attention_mask(segments, positions, AttentionSpec(window))
         sinks = jnp.asarray(SINKS, jnp.float64)
         d_out = rng.standard_normal(q.shape)
 
         @jax.jit
         def attend(d_out, *inputs):
-            out, vjp = jax.vjp(lambda q, k, v, s: reference_attention(q, k, v, mask, s), *inputs)
+            out, vjp = jax.vjp(lambda q, k, v, s: reference_attention(q, k, v, mask, sinks_N=s), *inputs)
             return out, *vjp(d_out)
 
         found = attend(jnp.asarray(d_out), q, k, v, sinks)
@@ -234,26 +234,24 @@ def test_sink_identity_and_backward_formulas(window):
         np.testing.assert_allclose(f, e, rtol=1e-9, atol=1e-11, err_msg=name)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def with_gradients(form, window, sink_tokens, inputs, d_out, positions, segments):
-    def attend(q, k, v, sinks):
-        if form is not None:
-            return form(q, k, v, positions, segments, window, sink_tokens, sinks)
-        mask = visible(positions, segments, positions, segments, window, sink_tokens)
-        return reference_attention(q, k, v, mask, sinks)
-
-    out, vjp = jax.vjp(attend, *inputs)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(attend, spec, inputs, d_out, segments, positions):
+    *qkv, sinks = inputs
+    out, vjp = jax.vjp(lambda *a: attend(*a[:3], segments, positions, spec, sinks_N=a[3]), *qkv, sinks)
     return out, *vjp(d_out)
 
 
 # Blocks of 38 tokens, the last one filled up; a window may reach over one of them and over two.
-FORMS = {"strips": strip_attention, "blocks": functools.partial(blockwise_attention, block=40)}
+IMPLEMENTATIONS = {
+    "chunks": query_chunked_attention,
+    "blocks": functools.partial(blockwise_attention, block=40),
+}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 @pytest.mark.parametrize("window", [None, 5, 70])
-def test_a_form_equals_the_reference(form, window, sink_tokens):
+def test_implementations_equal_the_reference(name, window, sink_tokens):
     inputs = (*heads(T, seed=5), SINKS)
     d_out = jnp.asarray(np.random.default_rng(6).standard_normal((B, T, N, H)), jnp.float32)
     one_document = in_order(T)
@@ -261,20 +259,24 @@ def test_a_form_equals_the_reference(form, window, sink_tokens):
     lengths = [(40, 24, 80, 6), (3, 100, 47, 0)]
     segments = jnp.array([np.repeat([1, 2, 3, 0], row) for row in lengths])
     positions = jnp.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
-    for where in (one_document, (positions, segments)):
-        plain = with_gradients(None, window, sink_tokens, inputs, d_out, *where)
-        fast = with_gradients(FORMS[form], window, sink_tokens, inputs, d_out, *where)
-        for name, p, f in zip(("out", "dq", "dk", "dv", "ds"), plain, fast, strict=True):
-            np.testing.assert_allclose(f, p, rtol=0, atol=1e-5 * np.abs(p).max(), err_msg=name)
-            assert np.abs(p).max() > 0.1, name
+    spec = AttentionSpec(window, sink_tokens)
+    # Positions may start anywhere, as in a document that continues from another row: it has no sink tokens.
+    for where in (one_document, (segments, positions), (segments, positions + 5000)):
+        plain = with_gradients(reference, spec, inputs, d_out, *where)
+        fast = with_gradients(IMPLEMENTATIONS[name], spec, inputs, d_out, *where)
+        for array, p, f in zip(("out", "dq", "dk", "dv", "ds"), plain, fast, strict=True):
+            np.testing.assert_allclose(f, p, rtol=0, atol=1e-5 * np.abs(p).max(), err_msg=array)
+            assert np.abs(p).max() > 0.1, array
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_another_document_is_not_seen(form):
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_another_document_is_not_seen(name):
     q, k, v = heads(T, seed=7)
     segments = jnp.broadcast_to(jnp.where(jnp.arange(T) < 61, 1, 2), (B, T))
     positions = jnp.broadcast_to(jnp.where(jnp.arange(T) < 61, jnp.arange(T), jnp.arange(T) - 61), (B, T))
-    attend = jax.jit(lambda q, k, v: FORMS[form](q, k, v, positions, segments, None, 0, SINKS))
+    attend = jax.jit(
+        lambda q, k, v: IMPLEMENTATIONS[name](q, k, v, segments, positions, AttentionSpec(), sinks_N=SINKS)
+    )
     before = np.asarray(attend(q, k, v))
     after = np.asarray(attend(q.at[:, :61].add(1), k.at[:, :61].add(1), v.at[:, :61].add(1)))
     np.testing.assert_array_equal(before[:, 61:], after[:, 61:])
@@ -283,11 +285,13 @@ def test_another_document_is_not_seen(form):
 
 def test_dropout_keeps_the_mean_and_the_sinks_share():
     q, k, v = heads(3, seed=8)
-    mask = visible(*in_order(3), *in_order(3), None)
+    mask = attention_mask(*in_order(3), AttentionSpec())
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drop = jax.jit(jax.vmap(lambda key: reference_attention(q, k, v, mask, SINKS, 0.4, key)))
+    drop = jax.jit(
+        jax.vmap(lambda key: reference_attention(q, k, v, mask, sinks_N=SINKS, dropout=0.4, dropout_key=key))
+    )
     dropped = np.asarray(drop(keys))
-    plain = np.asarray(reference_attention(q, k, v, mask, SINKS))
+    plain = np.asarray(reference_attention(q, k, v, mask, sinks_N=SINKS))
     np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=0.06)
     # The first query sees one key: kept and made larger, or dropped.
     first = dropped[:, 0, 0, 0]
@@ -307,7 +311,8 @@ def test_blocks_drop_the_same_weights_forward_and_backward():
 
     @jax.jit
     def attend(v, q, key):
-        return FORMS["blocks"](q, k, v, *in_order(T), 70, 2, SINKS, 0.3, key)
+        spec = AttentionSpec(70, 2, dropout=0.3)
+        return IMPLEMENTATIONS["blocks"](q, k, v, *in_order(T), spec, sinks_N=SINKS, dropout_key=key)
 
     @jax.jit
     def gradients(v, q, d_out):
@@ -319,7 +324,7 @@ def test_blocks_drop_the_same_weights_forward_and_backward():
     step = heads(T, seed=12)[0]
     difference = (attend(v, q + 1e-3 * step, key) - attend(v, q - 1e-3 * step, key)) / 2e-3
     np.testing.assert_allclose(jnp.vdot(dq, step), jnp.vdot(d_out, difference), rtol=2e-3)
-    plain = through_blocks(q, k, v, 70, 2)
+    plain = by_blocks(q, k, v, AttentionSpec(70, 2))
     dropped = jnp.stack([attend(v, q, jax.random.key(i)) for i in range(8)])
     assert np.abs(dropped - plain).max() > 0.1
     assert abs(float(jnp.vdot(dropped.mean(0), plain) / jnp.vdot(plain, plain)) - 1) < 0.05
@@ -333,9 +338,16 @@ def test_no_array_is_tokens_by_tokens(window):
     positions = jnp.broadcast_to(jnp.arange(length), (1, length))
 
     def loss(q, k, v, sinks):
-        return jnp.sum(flash_attention(q, k, v, positions, jnp.ones_like(positions), window, 0, sinks) ** 2)
+        spec = AttentionSpec(window)
+        return jnp.sum(attention(q, k, v, jnp.ones_like(positions), positions, spec, sinks_N=sinks) ** 2)
 
     text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*inputs).as_text()
     sizes = [[int(n) for n in found.split("x")[:-1]] for found in re.findall(r"tensor<([0-9x]+x)f32>", text)]
     assert any(size.count(length) == 1 for size in sizes)
     assert not any(sum(n >= length for n in size) > 1 for size in sizes)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    q, k, v = heads(7)
+    with pytest.raises(AssertionError, match=r"\(2, 6, 2, 5\) is not BTKH with B=2, T=7, N=6, H=5, K=2"):
+        attention(q, k, v[:, 1:], *in_order(7), AttentionSpec())

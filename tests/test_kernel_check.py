@@ -314,7 +314,7 @@ def test_plain_attention_on_a_gpu_is_the_blockwise_one(monkeypatch):
     x = jnp.ones((1, 4, 2, 16))
     places = jnp.zeros((1, 4), jnp.int32)
     with selection.using("plain:attention"):
-        text = jax.make_jaxpr(lambda x: api.flash_attention(x, x, x, places, places, None))(x)
+        text = jax.make_jaxpr(lambda x: api.attention(x, x, x, places, places, api.AttentionSpec()))(x)
     assert "pallas_call" not in str(text)
     with selection.using("plain:grouped_matmul"):
         assert api._form() is api.blocked_grouped_matmul

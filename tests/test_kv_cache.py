@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.attention import cached
-from gptoss_jax.kernels.attention.api import reference_attention
-from gptoss_jax.kernels.attention.mask import visible
+from gptoss_jax.kernels.attention.cached import LayerCacheView
+from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.model.kv_cache import init_cache, resize
 from gptoss_jax.model.parameters import tree_bytes
@@ -104,8 +104,9 @@ def test_a_ring_holds_the_latest_tokens_and_the_first(sink_tokens, window, count
     keys = jnp.full((1, 1, 1, slots, 1), -1.0)
     for count in counts:
         layer, new = LayerView(keys, 0), length + jnp.arange(9.0)[None, :, None, None]
-        arguments = jnp.array([length]), jnp.array([count]), sink_tokens
-        keys, values = cached.update_cache(layer, layer, new, new, *arguments)
+        view = LayerCacheView(layer, layer, jnp.array([length]), jnp.array([count]))
+        view = cached.update_cache(view, new, new, AttentionSpec(window, sink_tokens))
+        keys, values = view.keys.stack, view.values.stack
         length += count
         np.testing.assert_array_equal(keys, values)
         found = sorted(keys[keys >= 0].tolist())
@@ -130,22 +131,21 @@ def test_attention_to_a_cache_equals_the_reference(cpu_form, monkeypatch, window
     # What is in the other layer, or in slots that were never written, must not count.
     stacks = [jnp.full((L, B, K, slots, H), np.nan) for _ in range(2)]
     row_BT = np.broadcast_to(np.arange(total), (B, total))
-    expected = reference_attention(
-        q_BTNH, k_BTKH, v_BTKH, visible(row_BT, row_BT * 0, row_BT, row_BT * 0, window, sink_tokens), sinks_N
-    )
+    spec = AttentionSpec(window, sink_tokens)
+    mask_BTS = attention_mask(row_BT * 0, row_BT, spec)
+    expected = reference_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS, sinks_N=sinks_N)
     stacks = [stack.at[1].set(0) for stack in stacks]
-    layers = (LayerView(stack, 1) for stack in stacks)
-    stacks = cached.update_cache(*layers, k_BTKH, v_BTKH, jnp.zeros(B, int), lengths_B, sink_tokens)
+    empty = LayerCacheView(*(LayerView(stack, 1) for stack in stacks), jnp.zeros(B, int), lengths_B)
+    before = cached.update_cache(empty, k_BTKH, v_BTKH, spec)
     at_BT = lengths_B[:, None] + np.arange(new)
     parts = [jnp.take_along_axis(x, at_BT[:, :, None, None], axis=1) for x in (q_BTNH, k_BTKH, v_BTKH)]
     counts_B = np.array([1, 0, 1]) if new == 1 else np.array([9, 4, 0])
-    before = [LayerView(stack, 1) for stack in stacks]
-    after = cached.update_cache(*before, *parts[1:], lengths_B, counts_B, sink_tokens)
+    before = dataclasses.replace(before, lengths_B=lengths_B, counts_B=counts_B)
+    after = cached.update_cache(before, *parts[1:], spec)
     if new == 1:
-        seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, slots), 0)
-        y_BTNH = cached.decode_attention(parts[0], *(LayerView(stack, 1) for stack in after), seen_B, sinks_N)
+        y_BTNH = cached.decode_attention(parts[0], after, sinks_N=sinks_N)
     else:
-        y_BTNH = cached.prefill_attention(*parts, *before, lengths_B, counts_B, window, sink_tokens, sinks_N)
+        y_BTNH = cached.prefill_attention(*parts, before, spec, sinks_N=sinks_N)
     for b, count in enumerate(counts_B):
         wanted = expected[b, lengths_B[b] : lengths_B[b] + count]
         np.testing.assert_allclose(y_BTNH[b, :count], wanted, atol=2e-6)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers.tpu_compiler import needs_libtpu, on_tpus
 
-from gptoss_jax.kernels.attention.api import reference_attention, visible
-from gptoss_jax.kernels.attention.pallas_tpu import _block, splash_attention
+from gptoss_jax.kernels.attention.pallas_tpu import _block_size, splash_attention
+from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 
 N, K, H = 4, 2, 24
 SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0])
@@ -22,19 +22,20 @@ def heads(batch, length, seed):
 
 
 def packed(*rows):
-    """Positions and segment ids of rows of documents; the last length of each is padding."""
+    """Segment ids and positions of rows of documents; the last length of each is padding."""
     segments = [np.repeat([*range(1, len(row)), 0], row) for row in rows]
     positions = [np.concatenate([np.arange(n) for n in row]) for row in rows]
-    return jnp.array(positions), jnp.array(segments)
+    return jnp.array(segments), jnp.array(positions)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def with_gradients(fast, window, q, k, v, d_out, positions, segments, sinks):
+def with_gradients(fast, window, q, k, v, d_out, segments, positions, sinks):
+    spec = AttentionSpec(window)
+
     def attend(q, k, v, sinks):
         if fast:
-            return splash_attention(q, k, v, positions, segments, window, 0, sinks, interpret=True)
-        mask = visible(positions, segments, positions, segments, window)
-        return reference_attention(q, k, v, mask, sinks)
+            return splash_attention(q, k, v, segments, positions, spec, sinks_N=sinks, interpret=True)
+        return reference_attention(q, k, v, attention_mask(segments, positions, spec), sinks_N=sinks)
 
     out, vjp = jax.vjp(attend, q, k, v, sinks)
     return out, *vjp(d_out)
@@ -67,12 +68,13 @@ def test_several_blocks():
 
 
 def test_window_holds_w_keys_with_the_query_itself():
-    positions, segments = packed((260, 0))
+    segments, positions = packed((260, 0))
     q, k, v, _ = heads(1, 260, 2)
 
     @functools.partial(jax.jit, static_argnums=0)
     def attend(window, k, v):
-        return splash_attention(q, k, v, positions, segments, window, 0, SINKS, interpret=True)
+        spec = AttentionSpec(window)
+        return splash_attention(q, k, v, segments, positions, spec, sinks_N=SINKS, interpret=True)
 
     for window, last in ((128, 132), (129, 133), (1, 5)):
         before = attend(window, k, v)
@@ -83,9 +85,9 @@ def test_window_holds_w_keys_with_the_query_itself():
 
 def test_blocks():
     sizes = {1: 128, 128: 128, 129: 256, 1024: 1024, 1025: 640, 4096: 1024, 4097: 896, 8192: 1024}
-    assert {length: _block(length, None, jnp.bfloat16) for length in sizes} == sizes
-    assert [_block(length, 128, jnp.bfloat16) for length in (100, 600, 4096)] == [128, 384, 512]
-    assert _block(4096, None, jnp.float32) == 512
+    assert {length: _block_size(length, None, jnp.bfloat16) for length in sizes} == sizes
+    assert [_block_size(length, 128, jnp.bfloat16) for length in (100, 600, 4096)] == [128, 384, 512]
+    assert _block_size(4096, None, jnp.float32) == 512
 
 
 def test_bfloat16():
@@ -102,10 +104,10 @@ def test_bfloat16():
 def test_sink_tokens_beyond_a_window_are_refused():
     q, k, v, _ = heads(1, 7, 4)
     where = packed((7, 0))
-    with pytest.raises(ValueError, match="sink_tokens is 4: .* give 0"):
-        splash_attention(q, k, v, *where, 3, 4)
-    out = splash_attention(q, k, v, *where, None, 4, interpret=True)
-    mask = visible(*where, *where, None)
+    with pytest.raises(ValueError, match="sink_tokens is 4: .* must be 0"):
+        splash_attention(q, k, v, *where, AttentionSpec(3, 4))
+    out = splash_attention(q, k, v, *where, AttentionSpec(None, 4), interpret=True)
+    mask = attention_mask(*where, AttentionSpec())
     np.testing.assert_allclose(out, reference_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
 
 
@@ -113,8 +115,8 @@ def test_sink_tokens_beyond_a_window_are_refused():
 def test_compiles_for_tpus():
     def both(q, k, v, segments, sinks, d_out):
         def attend(q, k, v, sinks):
-            one = splash_attention(q, k, v, segments, segments, 128, 0, sinks)
-            return one + splash_attention(one, k, v, segments, segments, None, 0, sinks)
+            one = splash_attention(q, k, v, segments, segments, AttentionSpec(128), sinks_N=sinks)
+            return one + splash_attention(one, k, v, segments, segments, AttentionSpec(), sinks_N=sinks)
 
         out, vjp = jax.vjp(attend, q, k, v, sinks)
         return out, *vjp(d_out)

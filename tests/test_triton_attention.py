@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers.cuda_lowering import kernels_for_cuda
 
-from gptoss_jax.kernels.attention.api import reference_attention, visible
 from gptoss_jax.kernels.attention.pallas_triton import Block, Blocks, triton_attention
+from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 
 B, T, N, K, H = 3, 150, 6, 2, 24  # neither T nor H fits the blocks
 SMALL = Blocks(Block(16, 16, 4, 2), Block(32, 16, 4, 2), Block(16, 32, 4, 2))
@@ -23,7 +23,7 @@ def heads(seed=0, dtype=np.float32):
 
 
 def packed():
-    """Positions and segment ids: documents that start inside of blocks and end on their edges, and padding;
+    """Segment ids and positions: documents that start inside of blocks and end on their edges, and padding;
     positions that begin late; positions that rise by one to three."""
     lengths = [(40, 24, 80, 6), (3, 100, 47, 0), (90, 22, 38, 0)]
     segments = np.array([np.repeat([1, 2, 3, 0], row) for row in lengths])
@@ -33,18 +33,16 @@ def packed():
     for document in (1, 2, 3):
         at = segments[2] == document
         positions[2, at] = np.cumsum(steps[at]) - steps[at][0]
-    return jnp.array(positions), jnp.array(segments)
+    return jnp.array(segments), jnp.array(positions)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def with_gradients(fast, window, sink_tokens, inputs, d_out, positions, segments):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def with_gradients(fast, spec, inputs, d_out, segments, positions):
     def attend(q, k, v, sinks=None):
         if fast:
-            return triton_attention(
-                q, k, v, positions, segments, window, sink_tokens, sinks, interpret=True, blocks=SMALL
-            )
-        mask = visible(positions, segments, positions, segments, window, sink_tokens)
-        return reference_attention(q, k, v, mask, sinks)
+            settings = {"interpret": True, "blocks": SMALL}
+            return triton_attention(q, k, v, segments, positions, spec, sinks_N=sinks, **settings)
+        return reference_attention(q, k, v, attention_mask(segments, positions, spec), sinks_N=sinks)
 
     out, vjp = jax.vjp(attend, *inputs)
     return out, *vjp(d_out)
@@ -58,8 +56,8 @@ NAMES = ("out", "dq", "dk", "dv", "ds")
 def test_equals_the_reference(window, sink_tokens):
     *inputs, d_out = heads()
     inputs = (*inputs, SINKS)
-    plain = with_gradients(False, window, sink_tokens, inputs, d_out, *packed())
-    fast = with_gradients(True, window, sink_tokens, inputs, d_out, *packed())
+    plain = with_gradients(False, AttentionSpec(window, sink_tokens), inputs, d_out, *packed())
+    fast = with_gradients(True, AttentionSpec(window, sink_tokens), inputs, d_out, *packed())
     for name, p, f in zip(NAMES, plain, fast, strict=True):
         assert np.abs(f - p).max() < 1e-5 * np.abs(p).max(), name
 
@@ -67,8 +65,8 @@ def test_equals_the_reference(window, sink_tokens):
 @pytest.mark.parametrize("window, sink_tokens", [(None, 0), (5, 2)])
 def test_without_learned_sinks(window, sink_tokens):
     *inputs, d_out = heads(seed=2)
-    plain = with_gradients(False, window, sink_tokens, tuple(inputs), d_out, *packed())
-    fast = with_gradients(True, window, sink_tokens, tuple(inputs), d_out, *packed())
+    plain = with_gradients(False, AttentionSpec(window, sink_tokens), tuple(inputs), d_out, *packed())
+    fast = with_gradients(True, AttentionSpec(window, sink_tokens), tuple(inputs), d_out, *packed())
     for name, p, f in zip(NAMES[:4], plain, fast, strict=True):
         assert np.abs(f - p).max() < 1e-5 * np.abs(p).max(), name
 
@@ -76,9 +74,9 @@ def test_without_learned_sinks(window, sink_tokens):
 def test_narrow_types_are_kept_and_close():
     *inputs, d_out = heads(seed=3, dtype=jnp.bfloat16)
     inputs = (*inputs, SINKS.astype(jnp.bfloat16))
-    fast = with_gradients(True, 5, 2, inputs, d_out, *packed())
+    fast = with_gradients(True, AttentionSpec(5, 2), inputs, d_out, *packed())
     wide = [x.astype(jnp.float32) for x in (*inputs, d_out)]
-    plain = with_gradients(False, 5, 2, tuple(wide[:4]), wide[4], *packed())
+    plain = with_gradients(False, AttentionSpec(5, 2), tuple(wide[:4]), wide[4], *packed())
     for name, p, f in zip(NAMES, plain, fast, strict=True):
         assert f.dtype == jnp.bfloat16, name
         assert np.abs(f.astype(jnp.float32) - p).max() < 2e-2 * np.abs(p).max(), name
@@ -88,14 +86,14 @@ def in_order(spoilt=slice(0)):
     """One document; q, k, v and the result's gradient that are not a number at some tokens."""
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     arrays = [x.at[:, spoilt].set(jnp.nan) for x in heads(seed=4)]
-    return arrays[:3], arrays[3], positions, jnp.ones_like(positions)
+    return arrays[:3], arrays[3], jnp.ones_like(positions), positions
 
 
 def finite_tokens(window, sink_tokens, spoilt):
     """Tokens with finite out, dq, dk and dv where those of `spoilt` are not a number: a zero weight does not
     save what was read."""
     inputs, d_out, *where = in_order(spoilt)
-    results = with_gradients(True, window, sink_tokens, (*inputs, SINKS), d_out, *where)[:4]
+    results = with_gradients(True, AttentionSpec(window, sink_tokens), (*inputs, SINKS), d_out, *where)[:4]
     return [np.flatnonzero(np.isfinite(x).all(axis=(0, 2, 3))).tolist() for x in results]
 
 
@@ -114,21 +112,22 @@ def test_far_blocks_are_not_read():
 
 
 def test_another_document_is_not_read():
-    (q, k, v), _, positions, _ = in_order(slice(0, 48))
+    (q, k, v), _, _, positions = in_order(slice(0, 48))
     segments = jnp.where(positions < 48, 1, 2)
-    out = triton_attention(q, k, v, positions, segments, None, 0, SINKS, interpret=True, blocks=SMALL)
+    out = triton_attention(
+        q, k, v, segments, positions, AttentionSpec(), sinks_N=SINKS, interpret=True, blocks=SMALL
+    )
     assert np.isfinite(out[:, 48:]).all() and np.isnan(out[:, :48]).all()
 
 
 def test_padding_whose_positions_stand_still():
     # Segments and positions 0, as packing makes it: the documents' results are not touched by it.
-    inputs, d_out, positions, segments = in_order()
+    inputs, d_out, segments, positions = in_order()
     kept = jnp.arange(T) < 100
-    found = with_gradients(
-        True, 5, 2, (*inputs, SINKS), d_out * kept[:, None, None], positions * kept, segments * kept
-    )
-    short = [x[:, :100] for x in (*inputs, d_out, positions, segments)]
-    alone = with_gradients(True, 5, 2, (*short[:3], SINKS), *short[3:])
+    d_kept, spec = d_out * kept[:, None, None], AttentionSpec(5, 2)
+    found = with_gradients(True, spec, (*inputs, SINKS), d_kept, segments * kept, positions * kept)
+    short = [x[:, :100] for x in (*inputs, d_out, segments, positions)]
+    alone = with_gradients(True, AttentionSpec(5, 2), (*short[:3], SINKS), *short[3:])
     for name, f, a in zip(NAMES, found, alone, strict=True):
         assert np.isfinite(f).all(), name
         f = f if name == "ds" else f[:, :100]
@@ -141,9 +140,9 @@ def training_step(dtype, window, length=1024):
     where = jax.ShapeDtypeStruct((2, length), jnp.int32)
     sinks = jax.ShapeDtypeStruct((8,), dtype)
 
-    def forward_and_backward(q, k, v, sinks, positions, segments, d_out):
+    def forward_and_backward(q, k, v, sinks, segments, positions, d_out):
         def attend(q, k, v, sinks):
-            return triton_attention(q, k, v, positions, segments, window, 0, sinks)
+            return triton_attention(q, k, v, segments, positions, AttentionSpec(window), sinks_N=sinks)
 
         out, vjp = jax.vjp(attend, q, k, v, sinks)
         return out, *vjp(d_out)

@@ -206,6 +206,7 @@ def accelerator_kernels():
     """The Pallas kernels with inputs of small shapes: (function of float arrays, their shapes)."""
     from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
     from gptoss_jax.kernels.attention.pallas_triton import triton_attention
+    from gptoss_jax.kernels.attention.reference import AttentionSpec
     from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
     from gptoss_jax.kernels.grouped_matmul.pallas_triton import triton_grouped_matmul
     from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
@@ -216,7 +217,7 @@ def accelerator_kernels():
     blocks, scales = np.zeros((3, 40, 2, 16), np.uint8), np.full((3, 40, 2), 127, np.uint8)
     heads = (2, 64, 6, 16), (2, 64, 2, 16), (2, 64, 2, 16)
     for attention in (triton_attention, splash_attention):
-        yield lambda q, k, v, call=attention: call(q, k, v, rows, segments, 7), heads
+        yield lambda q, k, v, call=attention: call(q, k, v, segments, rows, AttentionSpec(7)), heads
     for matmul in (triton_grouped_matmul, megablox_grouped_matmul):
         yield lambda x, w, call=matmul: call(x, w, sizes), ((16, 64), (3, 64, 40))
     for matmul in (triton_mxfp4_matmul, mosaic_mxfp4_matmul):

@@ -1,10 +1,14 @@
-"""What a program is compiled for: the one place where code asks, so that it can choose its kernels."""
+"""The backend that a program is compiled for: the one place where code asks, to choose its kernels."""
 
 import jax
 
+# A decorator that traces a function as if `jax_enable_x64` were off. Under that setting Pallas kernels would
+# compute indices in int64, which neither Mosaic nor Triton accepts. Narrower arguments are not affected.
+without_x64 = jax.enable_x64(False)
+
 
 def platform() -> str:
-    """That of the mesh in use (`jax.set_mesh`), else of the default device: "cpu", "gpu" or "tpu".
+    """The platform of the mesh in use (`jax.set_mesh`), else of the default device: "cpu", "gpu" or "tpu".
 
     A mesh may be of devices that are not here, as when a step is compiled for a TPU on a machine without one.
     """
@@ -13,14 +17,16 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """What JAX calls the device, "TPU v5 lite" for one."""
+    """JAX's name of the device, such as "TPU v5 lite"."""
     device = _device_of_mesh()
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
-def is_spread() -> bool:
-    """Whether a program is for several devices, which the compiler shares its arrays among: it cannot cut a
-    call into a kernel of ours in parts, and would bring all of them to every device."""
+def is_multi_device() -> bool:
+    """Returns True if a program is for several devices, which the compiler partitions its arrays over.
+
+    It cannot partition a call of our kernels, and would gather all of their operands on every device.
+    """
     return jax.sharding.get_abstract_mesh().size > 1
 
 

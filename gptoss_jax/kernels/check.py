@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jaxlib
 
 from gptoss_jax.config.base import one_line
-from gptoss_jax.kernels.attention.api import fits_triton, reference_attention
+from gptoss_jax.kernels.attention.api import AttentionSpec, fits_triton, reference_attention
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.cpu import build, decode
 from gptoss_jax.kernels.grouped_matmul.api import (
@@ -169,13 +169,13 @@ def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case
         qkv = _normal(0, dtype, (B, T, N, H), (B, T, K, H), (B, T, K, H))
         return *qkv, *_normal(1, "float32", (N,)), positions_BT, segment_ids_BT
 
-    for variant, window in (("full", None), ("sliding", 77)):
+    for variant, spec in (("full", AttentionSpec()), ("sliding", AttentionSpec(77))):
 
-        def run(q, k, v, sinks, positions, segments, window=window):
-            return attention(q, k, v, positions, segments, window, 0, sinks, interpret=interpret)
+        def run(q, k, v, sinks, positions, segments, spec=spec):
+            return attention(q, k, v, segments, positions, spec, sinks_N=sinks, interpret=interpret)
 
-        def plain(q, k, v, sinks, positions, segments, window=window):
-            return blockwise_attention(q, k, v, positions, segments, window, 0, sinks)
+        def plain(q, k, v, sinks, positions, segments, spec=spec):
+            return blockwise_attention(q, k, v, segments, positions, spec, sinks_N=sinks)
 
         yield Case("attention", variant, dtype, arrays, run, plain, num_differentiable=4)
 
@@ -258,7 +258,7 @@ def _cpu_decode_cases() -> Iterator[Case]:
     def plain_attention(q, keys, values, sinks, counts):
         k_BSKH, v_BSKH = (stack[1].transpose(0, 2, 1, 3) for stack in (keys, values))
         mask_BTS = (jnp.arange(S) < counts[:, None])[:, None]
-        return reference_attention(q[:, None], k_BSKH, v_BSKH, mask_BTS, sinks)[:, 0]
+        return reference_attention(q[:, None], k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks)[:, 0]
 
     yield Case("decode_attention", "", "float32", cache, attention, plain_attention)
 

@@ -1,17 +1,18 @@
 """Grouped-query attention with alternating sliding windows and learned sinks."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import SLIDING, ModelConfig
-from gptoss_jax.kernels.attention import cached
-from gptoss_jax.kernels.attention.api import flash_attention
-from gptoss_jax.kernels.layer_view import LayerView
-from gptoss_jax.model.kv_cache import LayerCacheView
+from gptoss_jax.kernels.attention.api import AttentionSpec, attention
+from gptoss_jax.kernels.attention.cached import (
+    LayerCacheView,
+    decode_attention,
+    prefill_attention,
+    update_cache,
+)
 from gptoss_jax.model.parameters import normal, zeros
 from gptoss_jax.model.rope import apply_rope
 from gptoss_jax.parallel.linear import shard_map_heads, sharded_einsum
@@ -40,7 +41,8 @@ class Attention(nnx.Module):
         if config.learned_sinks:
             self.sinks = zeros(config, "attention.sinks")
         self.config = config
-        self.window = config.sliding_window if layer_type == SLIDING else None
+        window = config.sliding_window if layer_type == SLIDING else None
+        self.spec = AttentionSpec(window, config.sink_tokens, config.attention_dropout)
 
     def __call__(
         self,
@@ -64,34 +66,17 @@ class Attention(nnx.Module):
         sinks_N = self.sinks[...] if config.learned_sinks else None
         if cache is None:
             y_BTNH = shard_map_heads(
-                lambda q, k, v, sinks, key, positions, ids: flash_attention(
-                    q, k, v, positions, ids, self.window, config.sink_tokens, sinks,
-                    config.attention_dropout, key,
+                lambda q, k, v, sinks, key, ids, positions: attention(
+                    q, k, v, ids, positions, self.spec, sinks_N=sinks, dropout_key=key
                 ),
-                (q_BTNH, k_BTKH, v_BTKH), sinks_N, dropout_key, segments.positions_BT, segments.ids_BT,
+                (q_BTNH, k_BTKH, v_BTKH), sinks_N, dropout_key, segments.ids_BT, segments.positions_BT,
             )  # fmt: skip
         else:
-            y_BTNH, cache = self._attend_to_cache(q_BTNH, k_BTKH, v_BTKH, cache, sinks_N)
+            before, cache = cache, update_cache(cache, k_BTKH, v_BTKH, self.spec)
+            if q_BTNH.shape[1] > 1:
+                # From the cache of before: the last new tokens may overwrite keys that the first ones see.
+                y_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, before, self.spec, sinks_N=sinks_N)
+            else:
+                y_BTNH = decode_attention(q_BTNH, cache, sinks_N=sinks_N)
         y_BTD = sharded_einsum("BTNH,NHD->BTD", y_BTNH, self.out.get_value())
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache
-
-    def _attend_to_cache(self, q_BTNH, k_BTKH, v_BTKH, cache, sinks_N) -> tuple[jax.Array, LayerCacheView]:
-        """Attention of new tokens to themselves and the cache, and the cache with them. With one token for
-        each sequence, as in decoding, padding gives zeros."""
-        sink_tokens = self.config.sink_tokens if self.window is not None else 0
-        lengths_B, counts_B = cache.lengths_B, cache.counts_B
-        keys, values = cached.update_cache(
-            cache.keys, cache.values, k_BTKH, v_BTKH, lengths_B, counts_B, sink_tokens
-        )
-        index = cache.keys.index
-        updated = dataclasses.replace(cache, keys=LayerView(keys, index), values=LayerView(values, index))
-        if q_BTNH.shape[1] > 1:
-            # From the cache of before: the last new tokens may overwrite keys that the first ones see.
-            y_BTNH = cached.prefill_attention(
-                q_BTNH, k_BTKH, v_BTKH, cache.keys, cache.values, lengths_B, counts_B,
-                self.window, sink_tokens, sinks_N,
-            )  # fmt: skip
-        else:
-            seen_B = jnp.where(counts_B > 0, jnp.minimum(lengths_B + 1, cache.keys.shape[2]), 0)
-            y_BTNH = cached.decode_attention(q_BTNH, updated.keys, updated.values, seen_B, sinks_N)
-        return y_BTNH, updated

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import SLIDING, ModelConfig
-from gptoss_jax.kernels.layer_view import LayerView
 
 
 @jax.tree_util.register_dataclass
@@ -25,26 +24,6 @@ class KVCache:
     layers: list[dict[str, jax.Array]]
     # int32 [B]: tokens read so far.
     lengths: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCacheView:
-    """One layer of the cache, and the state of its sequences."""
-
-    keys: LayerView  # [B, K, slots, H]
-    values: LayerView
-    lengths_B: jax.Array  # int32, tokens read before
-    counts_B: jax.Array  # int32, how many of a row's first tokens are not padding
-
-    @classmethod
-    def of(cls, stacks: dict[str, jax.Array], index, lengths_B, counts_B) -> "LayerCacheView":
-        """Views layer `index` of stacks of `keys` and `values`."""
-        return cls(LayerView(stacks["keys"], index), LayerView(stacks["values"], index), lengths_B, counts_B)
-
-    @property
-    def stacks(self) -> dict[str, jax.Array]:
-        return {"keys": self.keys.stack, "values": self.values.stack}
 
 
 def slots_of_layers(config: ModelConfig, length: int) -> list[int]:

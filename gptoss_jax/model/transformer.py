@@ -9,9 +9,10 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.kernels import backend, selection
-from gptoss_jax.kernels.attention.mask import segment_starts
+from gptoss_jax.kernels.attention.cached import LayerCacheView
+from gptoss_jax.kernels.attention.reference import segment_starts
 from gptoss_jax.model.attention import Attention, Segments
-from gptoss_jax.model.kv_cache import KVCache, LayerCacheView
+from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.moe import MoE, RouterStats
 from gptoss_jax.model.parameters import normal, view_layer
 from gptoss_jax.model.rope import rope_cos_sin

@@ -1,170 +1,159 @@
-"""Attention to a cache of keys and values: where a token's slot is, and what a piece of a sequence sees.
+"""Attention to a cache of keys and values, for several new tokens (prefill) or one (decode).
 
 A cache has S slots for each sequence. The first `sink_tokens` tokens keep theirs; all others share a ring of
-the rest, which a sequence that is shorter does not fill. A full layer has a slot for every token, so that its
-ring never closes.
+the rest. A full layer has a slot for every token, so that its ring never wraps around.
 
-Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, G = N / K, H head size.
+Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, H head size, R = T N / K rows.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptoss_jax.kernels.attention.mask import MASKED
+from gptoss_jax.kernels.attention.blockwise import init_softmax, update_softmax
+from gptoss_jax.kernels.attention.reference import (
+    AttentionSpec,
+    einsum,
+    group_heads,
+    is_near,
+    masked,
+    reference_attention,
+    ungroup_heads,
+)
 from gptoss_jax.kernels.cpu import decode
 from gptoss_jax.kernels.layer_view import LayerView
+from gptoss_jax.kernels.shapes import assert_shapes
 
-# Slots that are looked at together: a piece's scores are as many numbers for each query and head.
-BLOCK = 512
+BLOCK = 512  # slots whose scores are in memory together
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCacheView:
+    """One layer of the cache, and the state of its sequences."""
+
+    keys: LayerView  # [B, K, slots, H]
+    values: LayerView
+    lengths_B: jax.Array  # int32, tokens read before
+    counts_B: jax.Array  # int32, how many of a row's first tokens are not padding
+
+    @classmethod
+    def of(cls, stacks: dict[str, jax.Array], index, lengths_B, counts_B) -> "LayerCacheView":
+        """Views layer `index` of stacks of `keys` and `values`."""
+        return cls(LayerView(stacks["keys"], index), LayerView(stacks["values"], index), lengths_B, counts_B)
+
+    @property
+    def stacks(self) -> dict[str, jax.Array]:
+        return {"keys": self.keys.stack, "values": self.values.stack}
 
 
 def slot_index(positions: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
-    """The slot of the token at each position."""
+    """The slot of the token at each position, in a cache of `slots`."""
     ring = slots - sink_tokens
     return jnp.where(positions < slots, positions, sink_tokens + (positions - sink_tokens) % ring)
 
 
-def slot_positions(lengths_B: jax.Array, slots: jax.Array, size: int, sink_tokens: int) -> jax.Array:
-    """The position of the token in each slot after `lengths_B` tokens, [B, slots]; -1 where there is none.
-
-    Args:
-      slots: numbers of slots of a cache that has `size` of them.
-    """
+def slot_positions(lengths_B: jax.Array, index_S: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
+    """The position of the token in each slot of `index_S` after `lengths_B` tokens, [B, S]; -1 if empty."""
     last_B1 = lengths_B[:, None] - 1
-    ring_BS = last_B1 - (last_B1 - slots) % (size - sink_tokens)
+    ring_BS = last_B1 - (last_B1 - index_S) % (slots - sink_tokens)
     ring_BS = jnp.where(ring_BS >= sink_tokens, ring_BS, -1)
-    return jnp.where(slots < sink_tokens, jnp.where(slots <= last_B1, slots, -1), ring_BS)
+    return jnp.where(index_S < sink_tokens, jnp.where(index_S <= last_B1, index_S, -1), ring_BS)
 
 
 def update_cache(
-    keys: LayerView,
-    values: LayerView,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    lengths_B,
-    counts_B,
-    sink_tokens: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The stacks of keys and values with the first `counts_B` of T new tokens in their slots of one layer."""
-    B, T = k_BTKH.shape[:2]
-    slots = keys.shape[2]
-    positions_BT = lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-    # Of those that share a slot the last one counts.
-    stays_BT = (positions_BT < sink_tokens) | (
-        positions_BT >= (lengths_B + counts_B)[:, None] - (slots - sink_tokens)
+    cache: LayerCacheView, k_BTKH: jax.Array, v_BTKH: jax.Array, spec: AttentionSpec
+) -> LayerCacheView:
+    """The cache with the first `counts_B` of T new tokens in their slots. `lengths_B` and `counts_B` stay."""
+    sizes = assert_shapes(
+        "BKSH BKSH BTKH BTKH B B", cache.keys, cache.values, k_BTKH, v_BTKH, cache.lengths_B, cache.counts_B
     )
-    is_new_BT = jnp.arange(T, dtype=jnp.int32) < counts_B[:, None]
-    slots_BT = jnp.where(stays_BT & is_new_BT, slot_index(positions_BT, slots, sink_tokens), slots)
-    rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    new_T = jnp.arange(sizes.T, dtype=jnp.int32)
+    positions_BT = cache.lengths_B[:, None] + new_T
+    # The last of those that share a slot stays.
+    ring_start_B = cache.lengths_B + cache.counts_B - (sizes.S - spec.sink_tokens)
+    stays_BT = (positions_BT < spec.sink_tokens) | (positions_BT >= ring_start_B[:, None])
+    slots_BT = slot_index(positions_BT, sizes.S, spec.sink_tokens)
+    slots_BT = jnp.where(stays_BT & (new_T < cache.counts_B[:, None]), slots_BT, sizes.S)
+    rows_B1 = jnp.arange(sizes.B, dtype=jnp.int32)[:, None]
 
-    def put(layer, new_BTKH):
-        return layer.stack.at[layer.index, rows_B1, :, slots_BT].set(
-            new_BTKH.astype(layer.dtype), mode="drop"
-        )
+    def update(layer, new_BTKH):
+        at = layer.stack.at[layer.index, rows_B1, :, slots_BT]
+        return LayerView(at.set(new_BTKH.astype(layer.dtype), mode="drop"), layer.index)
 
-    return put(keys, k_BTKH), put(values, v_BTKH)
+    keys, values = update(cache.keys, k_BTKH), update(cache.values, v_BTKH)
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def prefill_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    keys: LayerView,
-    values: LayerView,
-    lengths_B: jax.Array,
-    counts_B: jax.Array,
-    window: int | None,
-    sink_tokens: int,
-    sinks_N: jax.Array | None,
+    cache: LayerCacheView,
+    spec: AttentionSpec,
+    *,
+    sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """T new tokens of each sequence, the first `counts_B` of them real, over themselves and the `lengths_B`
-    tokens before them, which are in the cache; the mask rule is that of `mask.visible`.
+    """T new tokens of each sequence over themselves and the tokens before them, which are in the cache.
 
-    Slots are looked at in blocks, as many as the longest sequence has filled, so memory does not grow with
-    the cache. Returns [B, T, N, H]; softmax in float32.
+    Slots are read in blocks, as many as the longest sequence has filled, so memory does not grow with the
+    cache. Returns [B, T, N, H]; softmax in float32. The results of padding are finite.
+
+    Args:
+      cache: before the new tokens, whose slots may be those of tokens that the first of them see.
     """
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BTKH.shape[2], keys.shape[2]
-    queries_BT = lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-    sum_type = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
-    q_BKRH = q.transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+    sizes = assert_shapes(
+        "BTNH BTKH BTKH BKSH BKSH N", q_BTNH, k_BTKH, v_BTKH, cache.keys, cache.values, sinks_N
+    )
+    new_T = jnp.arange(sizes.T, dtype=jnp.int32)
+    positions_BT = cache.lengths_B[:, None] + new_T
+    q_BKRH = group_heads(q_BTNH, sizes.K)
 
-    def block(carry, k_BKSH, v_BKSH, positions_BS):
-        """Takes more keys into account, whose positions are -1 where there is none."""
-        ahead_BTS = queries_BT[:, :, None] - positions_BS[:, None]
-        mask_BTS = (ahead_BTS >= 0) & (positions_BS >= 0)[:, None]
-        if window is not None:
-            mask_BTS &= (ahead_BTS < window) | (positions_BS < sink_tokens)[:, None]
-        k_BKSH, v_BKSH = k_BKSH.astype(q_BTNH.dtype), v_BKSH.astype(q_BTNH.dtype)
-        scores = _product("bkrh,bksh->bkrs", q_BKRH, k_BKSH, sum_type)
-        scores = jnp.where(mask_BTS[:, None, None], scores.reshape(B, K, N // K, T, -1), MASKED)
-        largest, total, out = carry
-        now = jnp.maximum(largest, jnp.max(scores, axis=-1))
-        weights, before = jnp.exp(scores - now[..., None]), jnp.exp(largest - now)
-        # What sees nothing in this block: exp(0) is not its weight.
-        weights = jnp.where(mask_BTS[:, None, None], weights, 0)
-        more = weights.astype(q_BTNH.dtype).reshape(B, K, N // K * T, -1)
-        more = _product("bkrs,bksh->bkrh", more, v_BKSH, sum_type).reshape(out.shape)
-        return now, total * before + jnp.sum(weights, axis=-1), out * before[..., None] + more
+    def update(state, k_BKSH, v_BKSH, positions_BS):
+        """The state after more keys, whose positions are -1 where there is none."""
+        distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
+        is_key_BTS = (distance_BTS >= 0) & (positions_BS >= 0)[:, None]
+        mask_BTS = is_key_BTS & is_near(distance_BTS, positions_BS[:, None], spec)
+        scores_BKRS = einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH.astype(q_BKRH.dtype))
+        return update_softmax(state, masked(scores_BKRS, mask_BTS), v_BKSH.astype(q_BKRH.dtype))
 
-    shape = (B, K, N // K, T)
-    carry = jnp.full(shape, MASKED, sum_type), jnp.zeros(shape, sum_type), jnp.zeros((*shape, H), sum_type)
-    if sinks_N is not None:
-        sinks = jnp.broadcast_to(sinks_N.astype(sum_type).reshape(K, N // K, 1), shape)
-        carry = sinks, jnp.ones(shape, sum_type), carry[2]
+    block = min(BLOCK, sizes.S)
+    blocks = -(-jnp.minimum(jnp.max(cache.lengths_B), sizes.S) // block)
 
-    size = min(BLOCK, S)
-    blocks = -(-jnp.minimum(jnp.max(lengths_B), S) // size)
-
-    def cached(i, carry):
-        # The last block may begin earlier, so that it ends with the slots; what was seen is left out.
-        start, zero = jnp.minimum(i * size, S - size), jnp.int32(0)
-        slots = start + jnp.arange(size, dtype=jnp.int32)
-        positions_BS = slot_positions(lengths_B, slots, S, sink_tokens)
-        positions_BS = jnp.where(slots >= i * size, positions_BS, -1)
-        parts = (
-            lax.dynamic_slice(p.stack, (p.index, zero, zero, start, zero), (1, B, K, size, H))
-            for p in (keys, values)
+    def update_from_cache(i, state):
+        # The last block may begin earlier, so that it ends with the slots; those seen before are left out.
+        start, zero = jnp.minimum(i * block, sizes.S - block), jnp.int32(0)
+        index_S = start + jnp.arange(block, dtype=jnp.int32)
+        positions_BS = slot_positions(cache.lengths_B, index_S, sizes.S, spec.sink_tokens)
+        k_BKSH, v_BKSH = (
+            lax.dynamic_slice(
+                x.stack, (x.index, zero, zero, start, zero), (1, sizes.B, sizes.K, block, sizes.H)
+            )[0]
+            for x in (cache.keys, cache.values)
         )
-        return block(carry, *(part[0] for part in parts), positions_BS)
+        return update(state, k_BKSH, v_BKSH, jnp.where(index_S >= i * block, positions_BS, -1))
 
-    carry = lax.fori_loop(0, blocks, cached, carry)
-    new_BT = jnp.where(jnp.arange(T, dtype=jnp.int32) < counts_B[:, None], queries_BT, -1)
-    _, total, out = block(carry, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), new_BT)
-    # A query that sees nothing is padding: zeros.
-    out = out / jnp.where(total > 0, total, 1)[..., None]
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+    state = lax.fori_loop(0, blocks, update_from_cache, init_softmax(q_BKRH, sinks_N))
+    positions_BT = jnp.where(new_T < cache.counts_B[:, None], positions_BT, -1)
+    state = update(state, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), positions_BT)
+    out_BKRH = state.out_BKRH / state.total_BKR[..., None]
+    return ungroup_heads(out_BKRH, sizes.T).astype(q_BTNH.dtype)
 
 
 def decode_attention(
-    q_BTNH: jax.Array, keys: LayerView, values: LayerView, counts_B: jax.Array, sinks_N: jax.Array | None
+    q_BTNH: jax.Array, cache: LayerCacheView, *, sinks_N: jax.Array | None = None
 ) -> jax.Array:
-    """One new token of each sequence, T = 1, over the first `counts_B` slots, which hold all that it sees,
-    itself included; a count of 0 gives zeros."""
-    B, _, N, H = q_BTNH.shape
-    K, S = keys.shape[1:3]
-    if decode.is_supported("decode_attention", B, q_BTNH.dtype) and keys.dtype == jnp.float32:
-        return decode.attention(q_BTNH[:, 0], keys, values, counts_B, sinks_N)[:, None]
-    sum_type = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q_BKGH = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, K, N // K, H)
-    k_BKSH, v_BKSH = (part.read().astype(q_BTNH.dtype) for part in (keys, values))
-    scores = _product("bkgh,bksh->bkgs", q_BKGH, k_BKSH, sum_type)
-    mask_BS = jnp.arange(S, dtype=jnp.int32) < counts_B[:, None]
-    scores = jnp.where(mask_BS[:, None, None], scores, MASKED)
-    largest = jnp.max(scores, axis=-1, keepdims=True)
-    sinks = None if sinks_N is None else sinks_N.astype(sum_type).reshape(1, K, N // K, 1)
-    if sinks is not None:
-        largest = jnp.maximum(largest, sinks)
-    weights = jnp.where(mask_BS[:, None, None], jnp.exp(scores - largest), 0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
-        total = total + jnp.exp(sinks - largest)
-    out = _product("bkgs,bksh->bkgh", weights.astype(q_BTNH.dtype), v_BKSH, sum_type)
-    out = out / jnp.where(total > 0, total, 1)
-    return out.reshape(B, 1, N, H).astype(q_BTNH.dtype)
+    """One new token of each sequence, T = 1, over the cache, which already has it and only has what it sees.
 
-
-def _product(equation: str, a: jax.Array, b: jax.Array, result_type: jnp.dtype) -> jax.Array:
-    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=result_type)
+    Returns [B, 1, N, H], zeros for padding.
+    """
+    sizes = assert_shapes("B1NH BKSH BKSH N", q_BTNH, cache.keys, cache.values, sinks_N)
+    seen_B = jnp.where(cache.counts_B > 0, jnp.minimum(cache.lengths_B + 1, sizes.S), 0)
+    if decode.is_supported("decode_attention", sizes.B, q_BTNH.dtype) and cache.keys.dtype == jnp.float32:
+        return decode.attention(q_BTNH[:, 0], cache.keys, cache.values, seen_B, sinks_N)[:, None]
+    k_BSKH, v_BSKH = (x.read().astype(q_BTNH.dtype).transpose(0, 2, 1, 3) for x in (cache.keys, cache.values))
+    mask_BTS = (jnp.arange(sizes.S, dtype=jnp.int32) < seen_B[:, None])[:, None]
+    out_BTNH = reference_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks_N)
+    return jnp.where((seen_B > 0)[:, None, None, None], out_BTNH, 0)

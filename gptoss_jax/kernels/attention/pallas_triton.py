@@ -1,13 +1,13 @@
-"""Flash attention for GPUs, forward and backward: Pallas kernels that Triton compiles. Never a [T, T] array.
+"""Flash attention for GPUs, forward and backward, without a [T, T] array: Pallas kernels for Triton.
 
 Letters: B batch, T tokens, N query heads, K key/value heads, G = N / K, H head size. The G query heads of a
-key/value head are worked through together: a *row* is one query of one of them, and the R = T * G rows are
-ordered by token, then by head. So keys are read once for all G, a block of rows spans few tokens and needs
-few keys outside of its window, and the gradient of a key is one sum over rows.
+key/value head are processed together: a row is one query of one of them, and the R = T * G rows are ordered
+by token, then by head. So keys are read once for all G, a block of rows spans few tokens and needs few keys
+outside of its window, and the gradient of a key is one sum over rows.
 
-Segments are contiguous and positions rise in them, so places in the row say most of the mask rule: the query
-at place t sees no key after t and none before its segment begins. The bounds of all loops follow: work is
-half of T^2 in full layers, less where documents are packed, and T * window in sliding ones.
+Segments are contiguous and positions rise in them, so indices in the row bound the mask rule: query t sees no
+key after t and none before its segment starts. The bounds of all loops follow: work is half of T^2 in full
+layers, less for packed documents, and T * window in sliding ones.
 
 Formulas: MATH.md, "Learned sink"; FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2. Exponents are of
 base 2: `lse` is log2 of the softmax's denominator, the sink's share included.
@@ -23,14 +23,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gptoss_jax.kernels.attention.mask import MASKED, segment_starts
-from gptoss_jax.kernels.x32 import without_x64
+from gptoss_jax.kernels.attention.reference import MASK_VALUE, AttentionSpec, is_near, segment_starts
+from gptoss_jax.kernels.backend import without_x64
 
 LOG2_E = math.log2(math.e)
 
 
 class Block(NamedTuple):
-    """Rows and keys that meet in one step, powers of two of at least 16, and how Triton runs it."""
+    """The rows and keys of one step, powers of two from 16, and how Triton compiles it."""
 
     rows: int
     keys: int
@@ -45,9 +45,9 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(dtype: jnp.dtype, head_size: int) -> Blocks:
-    """For the H100, whose blocks of threads have 227 KiB of shared memory; not yet tuned on hardware.
+    """Blocks for the H100, which has 227 KiB of shared memory per block of threads; not tuned on hardware.
 
-    What they take in KiB, as Triton 3.6 compiles them for sm_90 (sliding or not makes no difference of 1):
+    Shared memory in KiB, as Triton 3.6 compiles them for sm_90 (a window makes no difference of more than 1):
 
     |               | forward | d_queries | d_keys |
     | bfloat16, 64  |      65 |        64 |     49 |
@@ -57,98 +57,98 @@ def block_sizes(dtype: jnp.dtype, head_size: int) -> Blocks:
 
     No registers are spilled, but 4 bytes in two of float32, and 396 in its forward of 128 with sink tokens.
     """
-    narrow, small = jnp.dtype(dtype).itemsize < 4, head_size <= 64
-    if narrow:
-        return Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 64, 4 if small else 8, 2))
-    # Float32 is not for tensor cores: sums are held, and operands gathered, in registers.
-    return Blocks(Block(64 if small else 32, 32, 8, 2), Block(64, 32, 8, 2), Block(64, 32, 8, 2))
+    is_small = head_size <= 64
+    if jnp.dtype(dtype).itemsize < 4:
+        return Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 64, 4 if is_small else 8, 2))
+    # Float32 does not run on tensor cores: sums and gathered operands are in registers.
+    return Blocks(Block(64 if is_small else 32, 32, 8, 2), Block(64, 32, 8, 2), Block(64, 32, 8, 2))
 
 
-class Rule(NamedTuple):
-    """What is fixed when a kernel is compiled."""
+class _Static(NamedTuple):
+    """What a kernel is compiled for."""
 
-    window: int | None
-    sink_tokens: int
-    scale: float  # H ** -0.5, of the head size before it is padded
+    spec: AttentionSpec
+    scale: float  # H ** -0.5, of the head size before padding
     blocks: Blocks
     interpret: bool
+
+
+class _Arrays(NamedTuple):
+    """Inputs of the kernels; inside of a kernel, references to the part of its head K and batch row B."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    starts: jax.Array  # the index at which each token's segment starts
+    lasts: jax.Array  # the index of the last query that may see each token
+    sinks: jax.Array
+    d_out: jax.Array | None = None
+    lse: jax.Array | None = None
+    delta: jax.Array | None = None
+
+
+LETTERS = _Arrays("BTKGH", "BTKH", "BTKH", "BT", "BT", "BT", "KG", "BTKGH", "BKR", "BKR")
 
 
 def triton_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-    window: int | None,
-    sink_tokens: int = 0,
-    sinks_N: jax.Array | None = None,
+    positions_BT: jax.Array,
+    spec: AttentionSpec,
     *,
+    sinks_N: jax.Array | None = None,
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """Attention of rows to themselves under the mask rule, `mask.visible`; differentiable in q, k, v
-    and sinks. Returns [B, T, N, H] in the type of `q_BTNH`.
+    """See `api.attention`. Positions may rise by more than one from token to token of a segment.
 
-    Segments must be contiguous in a row and positions rise by one or more from token to token of a segment.
-    Where they do not, as in padding whose positions are all 0, a query still sees none but its own segment's
-    keys up to its own place.
+    Where they do not rise, as in padding whose positions are all 0, a query still sees only keys of its own
+    segment, up to its own index.
 
     A length that is no multiple of the blocks, or a head size that is no power of two from 16, costs a padded
     copy. Float32 is multiplied as float32, narrower types on tensor cores; sums and softmax are in float32.
     `interpret` runs the kernels as plain JAX, and `blocks` replaces `block_sizes`: both for tests.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    if blocks is None:
-        blocks = block_sizes(q_BTNH.dtype, H)
-    rule = Rule(window, sink_tokens, H**-0.5, blocks, interpret)
-
-    more_T = -T % max(max(block.rows, block.keys) for block in blocks)
-    more_H = max(16, pl.next_power_of_2(H)) - H
-    q, k, v = (jnp.pad(x, ((0, 0), (0, more_T), (0, 0), (0, more_H))) for x in (q_BTNH, k_BTKH, v_BTKH))
-    positions_BT = jnp.pad(positions_BT, ((0, 0), (0, more_T)))
-    # What is added is a segment of its own.
-    segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, more_T)), constant_values=-1)
-    if sinks_N is None:
-        sinks_N = jnp.full(N, MASKED, jnp.float32)
-    out = _attention(
-        rule,
-        q.reshape(B, T + more_T, K, N // K, H + more_H),
-        k,
-        v,
-        sinks_N.astype(jnp.float32).reshape(K, N // K),
-        _places(positions_BT, segment_ids_BT, window, sink_tokens),
-    )
-    return out.reshape(q.shape)[:, :T, :, :H]
+    T, N, H = q_BTNH.shape[1:]
+    blocks = blocks or block_sizes(q_BTNH.dtype, H)
+    static = _Static(spec, H**-0.5, blocks, interpret)
+    pad_T = 0, -T % max(max(block.rows, block.keys) for block in blocks)
+    pad_H = 0, max(16, pl.next_power_of_2(H)) - H
+    q, k, v = (jnp.pad(x, ((0, 0), pad_T, (0, 0), pad_H)) for x in (q_BTNH, k_BTKH, v_BTKH))
+    positions_BT = jnp.pad(positions_BT, ((0, 0), pad_T))
+    # The padding is a segment of its own.
+    segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), pad_T), constant_values=-1)
+    sinks_N = jnp.full(N, MASK_VALUE, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
+    q_BTKGH, sinks_KG = q.reshape(*k.shape[:3], -1, k.shape[3]), sinks_N.reshape(k.shape[2], -1)
+    arrays = _Arrays(q_BTKGH, k, v, positions_BT, *_bounds(segment_ids_BT, spec), sinks_KG)
+    return _attention(static, arrays).reshape(q.shape)[:, :T, :, :H]
 
 
-def _places(positions_BT, segment_ids_BT, window, sink_tokens):
-    """Positions; per token, the place where its segment begins and that of the last query that may see it."""
-    T = positions_BT.shape[1]
-    place_T = jnp.arange(T, dtype=jnp.int32)
-    begins_BT = segment_starts(segment_ids_BT)
-    # A segment ends where, seen from behind, it begins.
-    ends_BT = T - 1 - segment_starts(segment_ids_BT[:, ::-1])[:, ::-1]
-    if window is None:
-        return positions_BT, begins_BT, ends_BT
-    lasts_BT = jnp.minimum(ends_BT, place_T + window - 1)
-    if sink_tokens:
-        first = (positions_BT < sink_tokens) & (place_T - begins_BT < sink_tokens)
-        lasts_BT = jnp.where(first, ends_BT, lasts_BT)
-    return positions_BT, begins_BT, lasts_BT
+def _bounds(segment_ids_BT, spec):
+    """`starts` and `lasts` of `_Arrays`."""
+    T = segment_ids_BT.shape[1]
+    index_T = jnp.arange(T, dtype=jnp.int32)
+    starts_BT = segment_starts(segment_ids_BT)
+    # A segment ends where it starts when it is read backward.
+    lasts_BT = ends_BT = T - 1 - segment_starts(segment_ids_BT[:, ::-1])[:, ::-1]
+    if spec.window is not None:
+        lasts_BT = jnp.minimum(ends_BT, index_T + spec.window - 1)
+    if spec.sink_tokens:
+        lasts_BT = jnp.where(index_T - starts_BT < spec.sink_tokens, ends_BT, lasts_BT)
+    return starts_BT, lasts_BT
 
 
-def _visible(rule, query, query_position, begin, key, key_position):
-    """The mask rule. Where positions rise as they should, the bounds on places add nothing to those on
-    positions. Where they do not, no pair that the loops of one kernel pass by may count in another's."""
-    mask = (key <= query) & (key >= begin)
-    if rule.window is None:
+def _visible(spec, query, query_position, start, key, key_position):
+    """The mask rule. Where positions rise as they should, the rule for indices adds nothing to that for
+    positions. Where they do not, it excludes pairs that the loops of some kernels do not visit."""
+    mask = (key <= query) & (key >= start)
+    if spec.window is None:
         return mask
-    near = (query - key < rule.window) & (query_position - key_position < rule.window)
-    if rule.sink_tokens:
-        near |= (key - begin < rule.sink_tokens) & (key_position < rule.sink_tokens)
-    return mask & near
+    mask &= is_near(query - key, key - start, spec)
+    return mask & is_near(query_position - key_position, key_position, spec)
 
 
 def _dot(a, b, a_axis, b_axis):
@@ -162,201 +162,168 @@ def _span(block, size):
     return block * size + lax.iota(jnp.int32, size)
 
 
-def _places_and_heads(block, rows, G):
-    """Of each row of a block of rows."""
-    row = _span(block, rows)
-    return lax.div(row, G), lax.rem(row, G)
+def _rows(block, size, G):
+    """The query and the head of each row of a block, and the slice of its rows."""
+    row = _span(block, size)
+    return lax.div(row, G), lax.rem(row, G), pl.ds(block * size, size)
 
 
-def _over_keys(rule, keys, begins_ref, first, last, step, carry):
-    """Runs `step` over the blocks of keys that the queries at places first ... last may see."""
-    begin = begins_ref[first]
-    low = begin if rule.window is None else jnp.maximum(begin, first - rule.window + 1)
-    low, high = lax.div(low, keys), lax.div(last, keys) + 1
-    if rule.window is not None and rule.sink_tokens:
-        # Only the first query's segment can begin before what is near.
-        far_high = lax.div(begin + rule.sink_tokens - 1, keys) + 1
-        carry = lax.fori_loop(lax.div(begin, keys), jnp.minimum(far_high, low), step, carry)
-    return lax.fori_loop(low, high, step, carry)
+def _over_keys(static, refs, size, block, step, carry):
+    """Folds `step(keys, scores, carry)` over the blocks of keys that a block of rows may see.
 
+    `keys` slices the references of keys and values; scores are masked, and exponents of base 2.
+    """
+    spec, G = static.spec, refs.q.shape[1]
+    query, head, _ = _rows(block, size.rows, G)
+    q, start, position = refs.q[query, head], refs.starts[query], refs.positions[query]
 
-def _forward_kernel(rule, q_ref, k_ref, v_ref, sinks_ref, positions_ref, begins_ref, out_ref, lse_ref):
-    T, G, H = q_ref.shape
-    rows, keys, _, _ = rule.blocks.forward
-    block = T * G // rows - 1 - pl.program_id(0)  # the last rows have the most keys: first
-    query, head = _places_and_heads(block, rows, G)
-    q = q_ref[query, head]
-    begin, query_position = begins_ref[query], positions_ref[query]
-
-    def step(j, carry):
-        out, largest, total = carry
-        span = pl.ds(j * keys, keys)
-        scores = _dot(q, k_ref[span], 1, 1) * (rule.scale * LOG2_E)
+    def one_block(j, carry):
+        keys = pl.ds(j * size.keys, size.keys)
+        scores = _dot(q, refs.k[keys], 1, 1) * (static.scale * LOG2_E)
         mask = _visible(
-            rule, query[:, None], query_position[:, None], begin[:, None],
-            _span(j, keys)[None], positions_ref[span][None],
+            spec, query[:, None], position[:, None], start[:, None],
+            _span(j, size.keys)[None], refs.positions[keys][None],
         )  # fmt: skip
-        scores = jnp.where(mask, scores, MASKED)
-        # While a row has seen no key, what it gathers is wrong, and is multiplied by 0 when it sees one.
+        return step(keys, jnp.where(mask, scores, MASK_VALUE), carry)
+
+    first, last = lax.div(block * size.rows, G), lax.div(block * size.rows + size.rows - 1, G)
+    near = segment_start = refs.starts[first]
+    if spec.window is not None:
+        near = jnp.maximum(segment_start, first - spec.window + 1)
+    low, high = lax.div(near, size.keys), lax.div(last, size.keys) + 1
+    if spec.sink_tokens:
+        # Only the first query's segment can start before what is near.
+        end = lax.div(segment_start + spec.sink_tokens - 1, size.keys) + 1
+        carry = lax.fori_loop(lax.div(segment_start, size.keys), jnp.minimum(end, low), one_block, carry)
+    return lax.fori_loop(low, high, one_block, carry)
+
+
+def _forward_kernel(static, refs, out_ref, lse_ref):
+    T, G, H = refs.q.shape
+    size = static.blocks.forward
+    block = T * G // size.rows - 1 - pl.program_id(0)  # the last rows have the most keys: first
+    query, head, rows = _rows(block, size.rows, G)
+
+    def step(keys, scores, carry):
+        out, largest, total = carry
+        # While a row has seen no key, it gathers wrong weights, which are multiplied by 0 when it sees one.
         larger = jnp.maximum(largest, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - larger[:, None])
         shrink = jnp.exp2(largest - larger)
-        v = v_ref[span]
+        v = refs.v[keys]
         out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v, 1, 0)
         return out, larger, total * shrink + jnp.sum(weights, axis=1)
 
     # The sink is the first logit that a row sees; its value is 0.
-    start = jnp.zeros((rows, H), jnp.float32), sinks_ref[head] * LOG2_E, jnp.ones(rows, jnp.float32)
-    first, last = lax.div(block * rows, G), lax.div(block * rows + rows - 1, G)
-    out, largest, total = _over_keys(rule, keys, begins_ref, first, last, step, start)
+    largest, total = refs.sinks[head] * LOG2_E, jnp.ones(size.rows, jnp.float32)
+    carry = jnp.zeros((size.rows, H), jnp.float32), largest, total
+    out, largest, total = _over_keys(static, refs, size, block, step, carry)
     out_ref[query, head] = (out / total[:, None]).astype(out_ref.dtype)
-    lse_ref[pl.ds(block * rows, rows)] = largest + jnp.log2(total)
+    lse_ref[rows] = largest + jnp.log2(total)
 
 
-def _d_queries_kernel(
-    rule, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, positions_ref, begins_ref, dq_ref
-):
-    T, G, H = q_ref.shape
-    rows, keys, _, _ = rule.blocks.d_queries
-    block = T * G // rows - 1 - pl.program_id(0)
-    query, head = _places_and_heads(block, rows, G)
-    q, d_out = q_ref[query, head], d_out_ref[query, head]
-    begin, query_position = begins_ref[query], positions_ref[query]
-    lse, delta = (ref[pl.ds(block * rows, rows)][:, None] for ref in (lse_ref, delta_ref))
+def _d_queries_kernel(static, refs, dq_ref):
+    T, G, H = refs.q.shape
+    size = static.blocks.d_queries
+    block = T * G // size.rows - 1 - pl.program_id(0)
+    query, head, rows = _rows(block, size.rows, G)
+    d_out, lse, delta = refs.d_out[query, head], refs.lse[rows][:, None], refs.delta[rows][:, None]
 
-    def step(j, dq):
-        span = pl.ds(j * keys, keys)
-        k = k_ref[span]
-        scores = _dot(q, k, 1, 1) * (rule.scale * LOG2_E)
-        mask = _visible(
-            rule, query[:, None], query_position[:, None], begin[:, None],
-            _span(j, keys)[None], positions_ref[span][None],
-        )  # fmt: skip
-        weights = jnp.exp2(jnp.where(mask, scores, MASKED) - lse)
-        d_scores = weights * (_dot(d_out, v_ref[span], 1, 1) - delta)
+    def step(keys, scores, dq):
+        d_scores = jnp.exp2(scores - lse) * (_dot(d_out, refs.v[keys], 1, 1) - delta)
+        k = refs.k[keys]
         return dq + _dot(d_scores.astype(k.dtype), k, 1, 0)
 
-    first, last = lax.div(block * rows, G), lax.div(block * rows + rows - 1, G)
-    dq = _over_keys(rule, keys, begins_ref, first, last, step, jnp.zeros((rows, H), jnp.float32))
-    dq_ref[query, head] = (dq * rule.scale).astype(dq_ref.dtype)
+    dq = _over_keys(static, refs, size, block, step, jnp.zeros((size.rows, H), jnp.float32))
+    dq_ref[query, head] = (dq * static.scale).astype(dq_ref.dtype)
 
 
-def _d_keys_kernel(
-    rule,
-    q_ref,
-    k_ref,
-    v_ref,
-    d_out_ref,
-    lse_ref,
-    delta_ref,
-    positions_ref,
-    begins_ref,
-    lasts_ref,
-    dk_ref,
-    dv_ref,
-):
-    G, H = q_ref.shape[1:]
-    rows, keys, _, _ = rule.blocks.d_keys
-    block = pl.program_id(0)
-    span = pl.ds(block * keys, keys)
-    k, v, key, key_position = k_ref[span], v_ref[span], _span(block, keys), positions_ref[span]
+def _d_keys_kernel(static, refs, dk_ref, dv_ref):
+    G, H = refs.q.shape[1:]
+    size, block = static.blocks.d_keys, pl.program_id(0)
+    keys = pl.ds(block * size.keys, size.keys)
+    k, v, key, position = refs.k[keys], refs.v[keys], _span(block, size.keys), refs.positions[keys]
 
     def step(i, carry):
         # Keys down, rows across: the products' left sides need not be transposed.
         dk, dv = carry
-        query, head = _places_and_heads(i, rows, G)
-        q, d_out = q_ref[query, head], d_out_ref[query, head]
-        lse, delta = (ref[pl.ds(i * rows, rows)][None] for ref in (lse_ref, delta_ref))
-        scores = _dot(k, q, 1, 1) * (rule.scale * LOG2_E)
+        query, head, rows = _rows(i, size.rows, G)
+        q, d_out = refs.q[query, head], refs.d_out[query, head]
+        scores = _dot(k, q, 1, 1) * (static.scale * LOG2_E)
         mask = _visible(
-            rule, query[None], positions_ref[query][None], begins_ref[query][None],
-            key[:, None], key_position[:, None],
+            static.spec, query[None], refs.positions[query][None], refs.starts[query][None],
+            key[:, None], position[:, None],
         )  # fmt: skip
-        weights = jnp.exp2(jnp.where(mask, scores, MASKED) - lse)
+        weights = jnp.exp2(jnp.where(mask, scores, MASK_VALUE) - refs.lse[rows][None])
         dv += _dot(weights.astype(d_out.dtype), d_out, 1, 0)
-        d_scores = weights * (_dot(v, d_out, 1, 1) - delta)
+        d_scores = weights * (_dot(v, d_out, 1, 1) - refs.delta[rows][None])
         return dk + _dot(d_scores.astype(q.dtype), q, 1, 0), dv
 
-    first, last = block * keys * G, jnp.max(lasts_ref[span]) * G + G - 1
-    nothing = jnp.zeros((keys, H), jnp.float32)
-    dk, dv = lax.fori_loop(lax.div(first, rows), lax.div(last, rows) + 1, step, (nothing, nothing))
-    dk_ref[span] = (dk * rule.scale).astype(dk_ref.dtype)
-    dv_ref[span] = dv.astype(dv_ref.dtype)
+    first, last = block * size.keys * G, jnp.max(refs.lasts[keys]) * G + G - 1
+    zeros = jnp.zeros((size.keys, H), jnp.float32)
+    dk, dv = lax.fori_loop(lax.div(first, size.rows), lax.div(last, size.rows) + 1, step, (zeros, zeros))
+    dk_ref[keys] = (dk * static.scale).astype(dk_ref.dtype)
+    dv_ref[keys] = dv.astype(dv_ref.dtype)
 
 
-def _call(rule, kernel, block, programs, inputs, outputs):
-    """Runs `kernel` for each block (there are `programs`), key/value head and batch row. Inputs are pairs of
-    axes and array, outputs of axes and type; a kernel gets its own head's and batch row's part of each."""
-    own = {"K": 1, "B": 2}  # axes of the grid
+def _call(static, kernel, block, programs, arrays, outputs):
+    """Runs `kernel` for each block (there are `programs`), key/value head and batch row.
 
-    def spec(axes, array):
-        shape = tuple(None if axis in own else size for axis, size in zip(axes, array.shape, strict=True))
-        return pl.BlockSpec(shape, lambda *ids: tuple(ids[own[axis]] if axis in own else 0 for axis in axes))
+    Args:
+      outputs: pairs of letters and shape and type.
+    """
+    grid_axis = {"K": 1, "B": 2}
 
-    B, _, K, _ = inputs[1][1].shape
+    def spec(letters, array):
+        if array is None:
+            return None
+        shape = (None if x in grid_axis else size for x, size in zip(letters, array.shape, strict=True))
+        axes = [grid_axis.get(x) for x in letters]
+        return pl.BlockSpec(
+            tuple(shape), lambda *ids: tuple(0 if axis is None else ids[axis] for axis in axes)
+        )
+
+    B, _, K, _ = arrays.k.shape
     return pl.pallas_call(
-        functools.partial(kernel, rule),
+        functools.partial(kernel, static),
         grid=(programs, K, B),
-        in_specs=[spec(*pair) for pair in inputs],
+        in_specs=[_Arrays(*map(spec, LETTERS, arrays))],
         out_specs=[spec(*pair) for pair in outputs],
-        out_shape=[shape for _, shape in outputs],
+        out_shape=[jax.ShapeDtypeStruct(array.shape, array.dtype) for _, array in outputs],
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
-        interpret=rule.interpret,
-    )(*(array for _, array in inputs))
-
-
-def _like(axes, array):
-    return axes, jax.ShapeDtypeStruct(array.shape, array.dtype)
+        interpret=static.interpret,
+    )(arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @without_x64
-def _attention(rule, q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places):
-    return _attention_fwd(rule, q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places)[0]
+def _attention(static, arrays):
+    return _forward(static, arrays)[0]
 
 
 @without_x64
-def _attention_fwd(rule, q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places):
-    B, T, K, G, _ = q_BTKGH.shape
-    positions_BT, begins_BT, _ = places
-    block = rule.blocks.forward
-    out_BTKGH, lse_BKR = _call(
-        rule,
-        _forward_kernel,
-        block,
-        T * G // block.rows,
-        [
-            ("BTKGH", q_BTKGH), ("BTKH", k_BTKH), ("BTKH", v_BTKH), ("KG", sinks_KG),
-            ("BT", positions_BT), ("BT", begins_BT),
-        ],
-        [_like("BTKGH", q_BTKGH), ("BKR", jax.ShapeDtypeStruct((B, K, T * G), jnp.float32))],
-    )  # fmt: skip
-    return out_BTKGH, (q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places, out_BTKGH, lse_BKR)
+def _forward(static, arrays):
+    B, T, K, G, _ = arrays.q.shape
+    block, lse_BKR = static.blocks.forward, jax.ShapeDtypeStruct((B, K, T * G), jnp.float32)
+    outputs = [("BTKGH", arrays.q), ("BKR", lse_BKR)]
+    out_BTKGH, lse_BKR = _call(static, _forward_kernel, block, T * G // block.rows, arrays, outputs)
+    return out_BTKGH, (arrays, out_BTKGH, lse_BKR)
 
 
 @without_x64
-def _attention_bwd(rule, residuals, d_out_BTKGH):
-    q_BTKGH, k_BTKH, v_BTKH, sinks_KG, places, out_BTKGH, lse_BKR = residuals
-    B, T, K, G, _ = q_BTKGH.shape
-    positions_BT, begins_BT, lasts_BT = places
+def _backward(static, residuals, d_out_BTKGH):
+    arrays, out_BTKGH, lse_BKR = residuals
+    B, T, K, G, _ = out_BTKGH.shape
     delta_BTKG = jnp.sum(d_out_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32), axis=-1)
     delta_BKR = delta_BTKG.transpose(0, 2, 1, 3).reshape(B, K, T * G)
-    inputs = [
-        ("BTKGH", q_BTKGH), ("BTKH", k_BTKH), ("BTKH", v_BTKH), ("BTKGH", d_out_BTKGH),
-        ("BKR", lse_BKR), ("BKR", delta_BKR), ("BT", positions_BT), ("BT", begins_BT),
-    ]  # fmt: skip
-
-    block = rule.blocks.d_queries
-    outputs = [_like("BTKGH", q_BTKGH)]
-    (dq_BTKGH,) = _call(rule, _d_queries_kernel, block, T * G // block.rows, inputs, outputs)
-
-    block = rule.blocks.d_keys
-    inputs, outputs = [*inputs, ("BT", lasts_BT)], [_like("BTKH", k_BTKH), _like("BTKH", v_BTKH)]
-    dk_BTKH, dv_BTKH = _call(rule, _d_keys_kernel, block, T // block.keys, inputs, outputs)
-
-    share_BKTG = jnp.exp2(sinks_KG[:, None] * LOG2_E - lse_BKR.reshape(B, K, T, G))
-    d_sinks_KG = -jnp.sum(share_BKTG * delta_BKR.reshape(B, K, T, G), axis=(0, 2))
-    return dq_BTKGH, dk_BTKH, dv_BTKH, d_sinks_KG, None
+    arrays = arrays._replace(d_out=d_out_BTKGH, lse=lse_BKR, delta=delta_BKR)
+    block, outputs = static.blocks.d_queries, [("BTKGH", arrays.q)]
+    (dq_BTKGH,) = _call(static, _d_queries_kernel, block, T * G // block.rows, arrays, outputs)
+    block, outputs = static.blocks.d_keys, [("BTKH", arrays.k), ("BTKH", arrays.v)]
+    dk_BTKH, dv_BTKH = _call(static, _d_keys_kernel, block, T // block.keys, arrays, outputs)
+    weights_BKTG = jnp.exp2(arrays.sinks[:, None] * LOG2_E - lse_BKR.reshape(B, K, T, G))
+    d_sinks_KG = -jnp.sum(weights_BKTG * delta_BKR.reshape(B, K, T, G), axis=(0, 2))
+    return (_Arrays(dq_BTKGH, dk_BTKH, dv_BTKH, None, None, None, d_sinks_KG),)
 
 
-_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_forward, _backward)

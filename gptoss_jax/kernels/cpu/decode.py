@@ -25,7 +25,7 @@ NOTHING = np.zeros(0, np.float32)
 def is_supported(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
     """Returns True if a kernel of this file applies: float32 on one CPU device, at most MAX_DECODE_TOKENS
     rows, not turned off (`selection.is_enabled`), and compiled."""
-    here = backend.platform() == "cpu" and not backend.is_spread()
+    here = backend.platform() == "cpu" and not backend.is_multi_device()
     fits = here and rows <= MAX_DECODE_TOKENS and dtype == jnp.float32
     return fits and selection.is_enabled(kernel) and build.is_available()
 

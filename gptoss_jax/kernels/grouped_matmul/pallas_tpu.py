@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from gptoss_jax.kernels.backend import without_x64
 from gptoss_jax.kernels.grouped_matmul.api import is_in_group
-from gptoss_jax.kernels.x32 import without_x64
 
 LANES = 128
 MIB = 1 << 20

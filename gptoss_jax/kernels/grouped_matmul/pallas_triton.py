@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from gptoss_jax.kernels.x32 import without_x64
+from gptoss_jax.kernels.backend import without_x64
 
 # Of float32 operands; narrower ones go to the tensor cores as they are, and add up in float32.
 PRECISION = lax.Precision.HIGHEST

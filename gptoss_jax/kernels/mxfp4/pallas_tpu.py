@@ -22,10 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from gptoss_jax.kernels.backend import without_x64
 from gptoss_jax.kernels.grouped_matmul.api import PRECISION, is_in_group
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import visits
-from gptoss_jax.kernels.x32 import without_x64
 
 # Rows in a tile, at most.
 ROWS = 128

@@ -13,10 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from gptoss_jax.kernels.backend import without_x64
 from gptoss_jax.kernels.grouped_matmul.api import PRECISION, is_in_group
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import visits
-from gptoss_jax.kernels.x32 import without_x64
 
 # Beyond, each byte would become numbers so many times, once for each tile of rows, that unpacking whole
 # matrices is quicker. By reasoning, as all sizes here: none was tuned by timing.

@@ -1,0 +1,145 @@
+"""Attention by its definition: the settings of a layer, the mask rule, and the plain softmax.
+
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size, R = G * T.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+MASK_VALUE = -1e30  # finite, so that a query that sees no key gives no NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """The static settings of an attention layer; another value compiles another program.
+
+    Attributes:
+      window: number of latest keys that a query sees, its own included; None, a full layer, for all of them.
+      sink_tokens: number of a document's first tokens that stay visible beyond the window; always 0 in a full
+        layer, which has no use for them.
+      dropout: fraction of the attention weights that are dropped where a `dropout_key` is given.
+    """
+
+    window: int | None = None
+    sink_tokens: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.window is None:
+            object.__setattr__(self, "sink_tokens", 0)
+
+
+def is_near(distance: jax.Array, key_position: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """The window's part of the mask rule, elementwise; `distance` is from the key to a later query.
+
+    In a sliding layer a query sees the `window` latest keys and the first `sink_tokens`.
+    """
+    if spec.window is None:
+        return jnp.ones_like(distance, bool)
+    near = distance < spec.window
+    return near | (key_position < spec.sink_tokens) if spec.sink_tokens else near
+
+
+def attention_mask(
+    segment_ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    spec: AttentionSpec,
+    key_segment_ids_BS: jax.Array | None = None,
+    key_positions_BS: jax.Array | None = None,
+) -> jax.Array:
+    """The mask rule: bool [B, T, S], True where a query sees a key. Keys are the queries' tokens by default.
+
+    A key is visible in its own segment, at or before the query, and where `is_near` says so.
+    """
+    if key_segment_ids_BS is None:
+        key_segment_ids_BS, key_positions_BS = segment_ids_BT, positions_BT
+    distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
+    is_same_BTS = segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None]
+    return (distance_BTS >= 0) & is_same_BTS & is_near(distance_BTS, key_positions_BS[:, None], spec)
+
+
+def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
+    """The index in its row at which each token's segment begins, int32 [B, T]."""
+    index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    is_start_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
+    return jax.lax.cummax(jnp.where(is_start_BT, index_T, 0), axis=1)
+
+
+def reference_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    sinks_N: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention with the whole score matrix. Query head n uses key/value head n // G.
+
+    A sink is one more logit in each head's softmax, unscaled, unmasked and without a value, so the weights of
+    the keys add up to less than one. Softmax in float32. Returns [B, T, N, H] in the type of `q_BTNH`.
+    """
+    K = k_BSKH.shape[2]
+    q_BKRH, k_BKHS, v_BKSH = (
+        group_heads(q_BTNH, K),
+        k_BSKH.transpose(0, 2, 3, 1),
+        v_BSKH.transpose(0, 2, 1, 3),
+    )
+    scores_BKRS = masked(einsum("BKRH,BKHS->BKRS", q_BKRH, k_BKHS), mask_BTS)
+    largest_BKR1 = jnp.max(scores_BKRS, axis=-1, keepdims=True)
+    if sinks_N is not None:
+        sinks_KR1 = sinks_of_rows(sinks_N, K, scores_BKRS.shape[2])[..., None].astype(scores_BKRS.dtype)
+        largest_BKR1 = jnp.maximum(largest_BKR1, sinks_KR1)
+    largest_BKR1 = jax.lax.stop_gradient(largest_BKR1)
+    weights_BKRS = jnp.exp(scores_BKRS - largest_BKR1)
+    total_BKR1 = jnp.sum(weights_BKRS, axis=-1, keepdims=True)
+    if sinks_N is not None:
+        total_BKR1 += jnp.exp(sinks_KR1 - largest_BKR1)
+    weights_BKRS = drop(weights_BKRS, dropout, dropout_key).astype(v_BSKH.dtype)
+    out_BKRH = einsum("BKRS,BKSH->BKRH", weights_BKRS, v_BKSH) / total_BKR1
+    return ungroup_heads(out_BKRH, q_BTNH.shape[1]).astype(q_BTNH.dtype)
+
+
+def group_heads(q_BTNH: jax.Array, K: int) -> jax.Array:
+    """Scaled queries [B, K, R, H]: the rows of a key/value head are its G query heads' tokens, head by head.
+
+    Then all products are batched matrix products over [B, K]: XLA for CPU is slow with any other arrangement.
+    """
+    B, T, N, H = q_BTNH.shape
+    q_BTKGH = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
+    return q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+
+
+def ungroup_heads(out_BKRH: jax.Array, T: int) -> jax.Array:
+    """[B, T, N, H]: undoes the arrangement of `group_heads`."""
+    B, K, R, H = out_BKRH.shape
+    return out_BKRH.reshape(B, K, R // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
+
+
+def sinks_of_rows(sinks_N: jax.Array, K: int, R: int) -> jax.Array:
+    """The sink of each row's head, [K, R]."""
+    return jnp.repeat(sinks_N.reshape(K, -1), R * K // sinks_N.size, axis=1)
+
+
+def masked(scores_BKRS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
+    """Scores with `MASK_VALUE` where a query does not see a key."""
+    shape, (T, S) = scores_BKRS.shape, mask_BTS.shape[1:]
+    scores_BKGTS = scores_BKRS.reshape(*shape[:2], -1, T, S)
+    return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASK_VALUE).reshape(shape)
+
+
+def drop(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; without a key, the weights as they are."""
+    if key is None:
+        return weights
+    is_kept = jax.random.bernoulli(key, jnp.float32(1 - rate), weights.shape)
+    return jnp.where(is_kept, weights / (1 - rate), 0)
+
+
+def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product in full precision, with sums and result in float32 or wider."""
+    result_type = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=result_type)
