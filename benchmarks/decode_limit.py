@@ -101,8 +101,8 @@ def measure(sizes, forms, batches, prompt, new, rounds, memory) -> dict:
     from common import alternate, student_model
     from decoding import chosen_experts, longer, mean_step_bytes
 
-    from gptoss_jax.inference.generate import generate_with_params
-    from gptoss_jax.model.transformer import init_params, parameter_count
+    import gptoss_jax as gx
+    from gptoss_jax.model.transformer import bind, init_params, parameter_count
 
     # Weights so large that greedy answers wander through the vocabulary, and so through the experts.
     plain = student_model(**sizes, initializer_range=0.1)
@@ -117,15 +117,21 @@ def measure(sizes, forms, batches, prompt, new, rounds, memory) -> dict:
     for form in forms:
         config = dataclasses.replace(plain, expert_format="plain" if form == "float32" else form)
         params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
+        model = bind(config, params)
         for batch in batches:
-            generate = functools.partial(generate_with_params, config, params, rows[:batch])
-            answers = np.asarray(generate(new), np.int32)
+            calls = {
+                count: functools.partial(
+                    gx.generate, model, rows[:batch], gx.SamplingParams(max_new_tokens=count)
+                )
+                for count in (1, new)
+            }
+            answers = np.asarray([answer.tokens for answer in calls[new]()], np.int32)
             read = np.concatenate([rows[:batch], answers[:, :-1]], axis=1)
             experts = chosen_experts(config, params, read, prompt)
             nbytes = mean_step_bytes(config, batch, prompt, new, experts)
             table.append({"form": form, "batch": batch, "experts_of_a_layer": experts, "step_bytes": nbytes})
             table[-1]["different_tokens"] = len(np.unique(answers))
-            functions |= {(form, batch, count): functools.partial(generate, count) for count in (1, new)}
+            functions |= {(form, batch, count): call for count, call in calls.items()}
     seconds = alternate(functions, rounds)
     for row in table:
         short, long = (seconds[row["form"], row["batch"], count] for count in (1, new))

@@ -68,16 +68,15 @@ def ours(folder: str, experts: int, top_k: int, layers: int, batches: list[int],
     from train_vs_transformers import model_sizes
 
     import gptoss_jax as gx
-    from gptoss_jax.inference.generate import generate_with_params
     from gptoss_jax.model.transformer import bind, init_params
 
     config = student_model(**model_sizes(experts, top_k, layers), initializer_range=0.1)
-    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
-    gx.save_pretrained(bind(config, params), folder, experts="float32")
+    model = bind(config, jax.jit(lambda: init_params(config, jax.random.key(0)))())
+    gx.save_pretrained(model, folder, experts="float32")
     rows = random_prompts(max(batches), prompt)
 
     def generate(side, batch, count):
-        return generate_with_params(config, params, rows[:batch], count)
+        return gx.generate(model, rows[:batch], gx.SamplingParams(max_new_tokens=count))
 
     return abilities([OURS], batches, (1, new), generate)
 

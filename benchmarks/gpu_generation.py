@@ -13,9 +13,10 @@ from gpu_run import REPETITIONS, Run
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.hardware import flops_per_token, parameter_counts
-from gptoss_jax.inference.generate import generate_with_params
+from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.parameters import path_names
-from gptoss_jax.model.transformer import abstract_params, compute_dtype
+from gptoss_jax.model.transformer import abstract_params, bind, compute_dtype
 
 RELEASED = ModelConfig(
     num_hidden_layers=24, num_local_experts=32, num_experts_per_tok=4, compute_dtype="bfloat16"
@@ -113,7 +114,7 @@ def random_parameters(config: ModelConfig) -> dict:
 
 
 def _generate(run: Run, name: str, config: ModelConfig, prompt: int, new: int, rows: list[dict]) -> None:
-    params = jax.block_until_ready(random_parameters(config))
+    model = bind(config, jax.block_until_ready(random_parameters(config)))
     head = 2 * config.hidden_size * config.vocab_size
     prefill_flops = flops_per_token(config, prompt, training=False) - head
     size = compute_dtype(config).itemsize
@@ -123,8 +124,10 @@ def _generate(run: Run, name: str, config: ModelConfig, prompt: int, new: int, r
             run.skip(title, "no time left")
             continue
         prompts = text(batch * prompt).reshape(batch, prompt)
-        generate = functools.partial(generate_with_params, config, params, prompts)
-        calls = {"short": functools.partial(generate, 1), "long": functools.partial(generate, new)}
+        calls = {
+            name: functools.partial(generate, model, prompts, SamplingParams(max_new_tokens=count))
+            for name, count in (("short", 1), ("long", new))
+        }
         seconds = run.attempt(title, alternate, calls, REPETITIONS)
         if seconds is None:
             continue

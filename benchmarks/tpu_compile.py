@@ -22,6 +22,7 @@ import time
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,6 +31,7 @@ from gptoss_jax.checkpoints import load
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.inference import engine
+from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
@@ -124,12 +126,13 @@ def running(mesh, batch, tokens):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))
 
     cache = jax.eval_shape(lambda: init_cache(config, batch, 4096, "bfloat16"))
-    layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=engine.CACHE), cache.layers)
+    layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=engine.CACHE_SPEC), cache.layers)
     cache = KVCache(layers, array(batch))
     if tokens > 1:
         return engine._prefill, (config, params, cache, array(batch, tokens), array(batch))
-    state = array(batch), array(batch, dtype=bool), array(), array(), array(batch), array(batch, 8)
-    return engine._decode, (config, params, cache, *state, array(batch, dtype="uint32"), {}, False)
+    state = engine._initial_state(config, [np.array([0])] * batch, [SamplingParams()] * batch, batch)
+    state = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), state)
+    return engine._decode, (config, params, cache, state, array(), False)
 
 
 def measure(function, arguments) -> dict:

@@ -1,4 +1,4 @@
-"""The loop of `gptoss chat`, with scripted answers; a real base model; and a terminal with Ctrl-C."""
+"""`gptoss chat`: its session, with scripted answers; a real base model; and a terminal with Ctrl-C."""
 
 import dataclasses
 import io
@@ -9,16 +9,20 @@ import select
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from gptoss_jax.checkpoints import load
 from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.cli import main
+from gptoss_jax.cli.chat import HELP
+from gptoss_jax.cli.chat import Session as ChatSession
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import chat
-from gptoss_jax.inference.chat import HELP, Completion, HarmonyConversation, talk
+from gptoss_jax.inference import generate
+from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.transformer import bind
 
 START = "<|start|>assistant"
@@ -27,7 +31,7 @@ USER = "<|start|>user<|message|>"
 
 
 class Session:
-    """Runs `talk` on scripted answers; each is a list of chunks: text, bytes, or an exception to raise."""
+    """A chat session on scripted answers: lists of chunks, each text, bytes, or an exception to raise."""
 
     def __init__(self, tokenizer, conversation):
         self.tokenizer, self.conversation = tokenizer, conversation
@@ -47,13 +51,13 @@ class Session:
         names = {token: name.encode() for name, token in self.tokenizer.special_tokens.items()}
         return b"".join(names.get(one) or self.tokenizer.decode_bytes([one]) for one in tokens).decode()
 
-    def run(self, lines, answers, context=4096, max_new_tokens=1000, **settings):
+    def run(self, lines, answers, context=4096, max_new_tokens=1000, seed=0, show_analysis=True):
         """What is written, with dim text in brackets; notes and prompts are kept apart."""
-        answers = iter(answers)
+        answers, params = iter(answers), SamplingParams(max_new_tokens=max_new_tokens, seed=seed)
 
-        def source(prompt, most, seed):
+        def answer(prompt, params):
             self.prompts.append(self.spell(prompt))
-            self.asked.append((most, seed))
+            self.asked.append((params.max_new_tokens, params.seed))
             for chunk in next(answers):
                 if isinstance(chunk, BaseException):
                     raise chunk
@@ -62,7 +66,9 @@ class Session:
         def write(text, dim):
             self.out += f"[{text}]" if dim else text
 
-        talk(self.conversation, lines, source, write, self.notes.append, context, max_new_tokens, **settings)
+        session = ChatSession(self.conversation, params, context, answer, write, self.notes.append)
+        session.show_analysis = show_analysis
+        session.run(lines)
         return self.out.replace("][", "")
 
     def remarks(self):
@@ -78,7 +84,7 @@ def session(harmony):
 @pytest.fixture
 def plain():
     tokenizer = make_tokenizer("bytes")
-    return Session(tokenizer, Completion(tokenizer))
+    return Session(tokenizer, PlainConversation(tokenizer))
 
 
 def test_a_conversation(session):
@@ -130,7 +136,7 @@ def test_a_call_is_shown(session):
     answers = [[THOUGHT + "t<|end|>", START + header + '{"city": "Oslo"}'], [FINAL + "x"]]
     shown = session.run(["q", "r"], answers, show_analysis=False)
     assert shown == '[to functions.weather: ]{"city": "Oslo"}\nx\n'
-    assert session.remarks()[0].endswith("tokens · a call of functions.weather, but no tools are connected")
+    assert session.remarks()[0].endswith("tokens · calls functions.weather, but no tools are connected")
     assert '<|constrain|>json<|message|>{"city": "Oslo"}<|call|><|start|>user' in session.prompts[1]
 
 
@@ -163,10 +169,10 @@ def test_a_conversation_that_grows_too_long(session):
     assert session.run(lines, answers, context=length + 5) == "a b\nc\n"
     limit = length + 5
     assert session.remarks() == [
-        f"5 tokens · stopped: the model reads at most {limit} tokens; /new starts over",
-        f"not sent: the conversation has {length + 13} tokens with this line, and the model reads at most"
-        f" {limit}; /new starts over",
-        "a new conversation",
+        f"5 tokens · stopped at the model's limit of {limit} tokens; /new starts over",
+        f"not sent: the conversation has {length + 13} tokens with this line; the model's limit is {limit}."
+        " /new starts a new one",
+        "new conversation",
         "4 tokens",
     ]
     assert session.asked == [(5, 0), (5, 1)]
@@ -176,14 +182,14 @@ def test_a_conversation_that_grows_too_long(session):
 def test_commands(plain):
     lines = ["/help", " /new ", "/etc/hosts is", "/exit", "never"]
     assert plain.run(lines, [["x"]]) == "x\n"
-    assert plain.notes[:2] == [HELP, "a new conversation"] and len(plain.notes) == 3
+    assert plain.notes[:2] == [HELP, "new conversation"] and len(plain.notes) == 3
     assert plain.prompts == ["<|endoftext|>/etc/hosts is"]
 
 
 def test_plain_completion_remembers_nothing(plain):
     assert plain.run(["é ", "b"], [[b"\xc3", b"\xa9\xe2"], ["y"]]) == "é\ufffd\ny\n"
     assert plain.prompts == ["<|endoftext|>é ", "<|endoftext|>b"]
-    assert plain.conversation.stop_tokens == (256,)
+    assert plain.conversation.params.stop_tokens == (256,)
 
 
 class Stdin(io.TextIOWrapper):
@@ -196,18 +202,19 @@ def folder(monkeypatch):
     """(tokenizer, config, chunks of each answer) -> a folder that is loaded from nowhere; what is asked."""
     asked = []
 
-    def load(tokenizer, config, answers):
-        monkeypatch.setattr(load, "load_model", lambda folder: (config, {}, tokenizer))
+    def load_folder(tokenizer, config, answers):
+        model = types.SimpleNamespace(config=config)
+        monkeypatch.setattr(load, "load_model", lambda folder: (model, tokenizer))
 
-        def stream(config, params, prompts, *args, **kwargs):
-            asked.append((prompts, args, kwargs))
+        def stream(model, prompts, params):
+            asked.append((prompts, params))
             # The first call only checks the settings.
-            return iter([[list(chunk)] for chunk in answers[len(asked) - 2]])
+            return iter([[Completion(list(chunk), None, None)] for chunk in answers[len(asked) - 2]])
 
-        monkeypatch.setattr(chat, "stream_with_params", stream)
+        monkeypatch.setattr(generate, "stream", stream)
         return asked
 
-    return load
+    return load_folder
 
 
 def test_the_command_with_a_chat_model(folder, harmony, session, monkeypatch, capsys):
@@ -219,9 +226,9 @@ def test_the_command_with_a_chat_model(folder, harmony, session, monkeypatch, ca
     captured = capsys.readouterr()
     assert captured.out == "hé\n"
     assert re.fullmatch(r"\d tokens · – tokens/s\n", captured.err)
-    prompts, args, kwargs = asked[1]
-    assert args == (4096, 1.0, None, 0.9, None)
-    assert kwargs == {"stop_tokens": (200002, 199999, 200012), "seed": 3}
+    prompts, params = asked[1]
+    stops = (200002, 199999, 200012)
+    assert params == SamplingParams(4096, 1.0, top_p=0.9, seed=3, stop_tokens=stops)
     text = session.spell(prompts[0])
     assert "Reasoning: high" in text and "Be kind." in text and "a\ufffd<|end|>" in text
     assert re.search(r"Current date: \d{4}-\d\d-\d\d\n", text)
@@ -236,14 +243,12 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
     assert main.main(["chat", "x", *flags]) == 0
     captured = capsys.readouterr()
     assert captured.out == "b\n\n"
-    assert captured.err.startswith(
-        "plain completion: every line is a text of its own, to continue from\n2 tok"
-    )
-    assert [prompts for prompts, _, _ in asked[1:]] == [
+    assert captured.err.startswith("plain completion: every line is a separate text to continue\n2 tok")
+    assert [prompts for prompts, _ in asked[1:]] == [
         [[tokenizer.bos_id, *tokenizer.encode(text)]] for text in "ac"
     ]
     stops = (200002, 199999, 200012) if flags else (256,)
-    assert asked[1][1:] == ((200, 0.8, None, None, None), {"stop_tokens": stops, "seed": 0})
+    assert asked[1][1] == SamplingParams(200, 0.8, stop_tokens=stops)
 
 
 @pytest.mark.parametrize(
@@ -251,12 +256,13 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
     [
         (["--instructions", "x"], "instructions is 'x': must be left out for plain completion"),
         (["--temperature", "-1"], "temperature is -1.0: must be 0 (greedy) or more, and fit in float32"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0: must be 1 or more"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0: must be above 0"),
         (["--seed", "-1"], "seed is -1: must be from 0 to 4294967295"),
     ],
 )
 def test_bad_settings_are_said_before_the_first_line(monkeypatch, capsys, flags, message):
-    loaded = (ModelConfig(vocab_size=260), {}, make_tokenizer("bytes"))
+    model = types.SimpleNamespace(config=ModelConfig(vocab_size=260))
+    loaded = (model, make_tokenizer("bytes"))
     monkeypatch.setattr(load, "load_model", lambda folder: loaded)
     monkeypatch.setattr(sys, "stdin", Stdin(b""))
     assert main.main(["chat", "x", *flags]) == 2
@@ -288,20 +294,24 @@ import fcntl, itertools, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 # Whoever started the tests may have told them to ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from gptoss_jax.cli import main as cli
+from gptoss_jax.checkpoints import load
+from gptoss_jax.cli.main import main
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import chat
-from gptoss_jax.weights import pretrained
+from gptoss_jax.inference import generate
+from gptoss_jax.inference.sampling_params import Completion
 
-def stream(config, params, prompts, *args, **kwargs):
+class Model:
+    config = ModelConfig(vocab_size=260)
+
+def stream(model, prompts, params):
     for number in itertools.count():
         time.sleep(0.01)
-        yield [b"%d " % number]
+        yield [Completion(list(b"%d " % number), None, None)]
 
-chat.stream_with_params = stream
-pretrained.load_model = lambda folder: (ModelConfig(vocab_size=260), {}, make_tokenizer("bytes"))
-sys.exit(cli.main(["chat", "x", "--max-new-tokens", "10000"]))
+generate.stream = stream
+load.load_model = lambda folder: (Model, make_tokenizer("bytes"))
+sys.exit(main(["chat", "x", "--max-new-tokens", "10000"]))
 """
 
 

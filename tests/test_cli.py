@@ -17,7 +17,7 @@ from gptoss_jax.cli import main
 from gptoss_jax.config import ModelConfig, preset
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as generation
-from gptoss_jax.inference.detokenizer import StreamingDetokenizer
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 
 
 class Terminal(io.StringIO):
@@ -29,34 +29,19 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_text_is_never_broken_inside_a_character():
-    tokenizer = make_tokenizer("bytes")
-    text = "aé€\U0001f642z\u0301"
-    stream, parts = StreamingDetokenizer(tokenizer.decode_bytes), []
-    for token in tokenizer.encode(text):
-        parts.append(stream.feed([token]))
-        assert text.startswith("".join(parts))
-    assert "".join(parts) == text and stream.close() == ""
-    # A character that breaks off, before another one and at the end.
-    stream = StreamingDetokenizer(tokenizer.decode_bytes)
-    assert stream.feed([0xE2, 0x82]) == ""
-    assert stream.feed([0x41, 0xF0, 0x9F]) == "\ufffdA"
-    assert stream.close() == "\ufffd"
-
-
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--help"], ["usage: gptoss", "chat", "convert", "report", "Continue a text", "Draw the curves"]),
+        (["--help"], ["usage: gptoss", "chat", "convert", "report", "Generate text", "Plot the training"]),
         (
             ["generate", "--help"],
-            ["RUN", "--prompt", "--max-new-tokens", "Default: 200,", "--top-k", "--top-p",
-             "--min-p", "--seed", "likeliest"],
+            ["FOLDER", "--prompt", "--max-new-tokens", "Default: 200,", "--top-k", "--top-p",
+             "--min-p", "--stop-strings", "--seed", "most likely"],
         ),
         (
             ["chat", "--help"],
             ["FOLDER", "--reasoning", "{low,medium,high}", "--instructions", "--analysis", "{show,hide}",
-             "--plain", "200 of a base one", "--temperature", "--seed"],
+             "--plain", "or 4096 in", "--temperature", "--seed"],
         ),
         (
             ["eval", "--help"],
@@ -125,19 +110,19 @@ def test_other_faults_keep_their_traceback(monkeypatch):
 @pytest.fixture
 def run(monkeypatch):
     """A run that is loaded from nowhere, and an engine that answers with given chunks of bytes."""
-    tokenizer = make_tokenizer("bytes")
-    config = ModelConfig(vocab_size=260)
-    monkeypatch.setattr(load, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
-    seen = types.SimpleNamespace(chunks=[])
+    seen = types.SimpleNamespace(chunks=[], tokenizer=make_tokenizer("bytes"))
+    seen.model = types.SimpleNamespace(config=ModelConfig(vocab_size=260))
+    monkeypatch.setattr(load, "load_model", lambda folder: (seen.model, seen.tokenizer))
 
-    def answer(model_config, params, prompts, *args, **kwargs):
-        seen.prompts, seen.args, seen.kwargs = prompts, args, kwargs
+    def stream(model, prompts, params, *, tokenizer):
+        assert model is seen.model and tokenizer is seen.tokenizer
+        seen.prompts, seen.params = prompts, params
         for chunk in seen.chunks:
             if isinstance(chunk, BaseException):
                 raise chunk
-            yield [list(chunk)]
+            yield [Completion(list(chunk), None, None)]
 
-    monkeypatch.setattr(generation, "stream_with_params", answer)
+    monkeypatch.setattr(generation, "stream", stream)
     return seen
 
 
@@ -149,19 +134,15 @@ def test_generate_to_a_file(run, capsys):
     assert captured.out == "héllo wörld \x1b[31m\ufffd\n"
     assert captured.err.startswith("14 tokens · ") and captured.err.endswith(" tokens/s\n")
     assert run.prompts == [[256, *"héllo ".encode()]]
-    assert run.args == (200, 0.8, 7, None, None)
-    assert run.kwargs.pop("tokenizer").vocab_size == 257
-    assert run.kwargs == {"stop_tokens": (256,), "stop_strings": (), "seed": 3}
+    assert run.params == SamplingParams(200, 0.8, top_k=7, seed=3, stop_tokens=(256,))
 
 
 @pytest.mark.parametrize(("args", "most"), [([], 59), (["--max-new-tokens", "70"], 70)])
-def test_the_default_number_of_tokens_fits_the_context(run, monkeypatch, args, most):
-    config = ModelConfig(vocab_size=260, max_position_embeddings=64, rope_scaling=None)
-    tokenizer = make_tokenizer("bytes")
-    monkeypatch.setattr(load, "load_model", lambda folder: (config, {"w": np.ones(1)}, tokenizer))
+def test_the_default_number_of_tokens_fits_the_context(run, args, most):
+    run.model.config = ModelConfig(vocab_size=260, max_position_embeddings=64, rope_scaling=None)
     run.chunks = [b"a"]
     assert main.main(["generate", "folder", "--prompt", "abcd", *args]) == 0
-    assert run.args[0] == most
+    assert run.params.max_new_tokens == most
 
 
 def test_generate_until_a_string(run, capsys):
@@ -169,7 +150,7 @@ def test_generate_until_a_string(run, capsys):
     stops = ["--stop-strings", "two.", "--stop-strings", "Three"]
     assert main.main(["generate", "folder", "--prompt", "", *stops]) == 0
     assert capsys.readouterr().out == "one, \n"
-    assert run.kwargs["stop_strings"] == ("two.", "Three")
+    assert run.params.stop_strings == ("two.", "Three")
 
 
 def test_generate_at_a_terminal(run, monkeypatch):
@@ -200,9 +181,10 @@ def test_a_reader_that_leaves(tmp_path):
     read, write = os.pipe()
     os.close(read)
     run = subprocess.run(
-        [sys.executable, "-c", "import sys; from gptoss_jax.cli import main as cli\n"
-         "cli.app.command(lambda: print('x' * 100_000, flush=True), name='talk')\n"
-         "sys.exit(cli.main(['talk']))"],
+        [sys.executable, "-c", "import dataclasses, sys; from gptoss_jax.cli import main\n"
+         "@dataclasses.dataclass\nclass Talk:\n"
+         "    def run(self): print('x' * 100_000, flush=True)\n"
+         "main.COMMANDS['talk'] = Talk\nsys.exit(main.main(['talk']))"],
         stdout=write, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     os.close(write)

@@ -3,7 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptoss_jax.inference.detokenizer import StreamingDetokenizer
+from gptoss_jax.data.tokenizer import make_tokenizer
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer, detokenize
+
+BYTES = make_tokenizer("bytes")
 
 
 def pieces(text: bytes, cuts: list[int]) -> list[bytes]:
@@ -12,7 +15,7 @@ def pieces(text: bytes, cuts: list[int]) -> list[bytes]:
 
 
 def through(stops, parts):
-    stream = StreamingDetokenizer(bytes, stops)
+    stream = StreamingDetokenizer(BYTES, stops)
     shown = [stream.feed(list(part)) for part in parts]
     return [*shown, stream.close()], stream.stopped
 
@@ -35,3 +38,23 @@ def test_what_may_begin_a_stop_string_waits():
     assert through(["stop", "end"], [b"a s", b"to", b"ry e", b"n"]) == (["a ", "", "story ", "", "en"], False)
     assert through(["stop"], [b"a st", b"op, and", b" more"]) == (["a ", "", "", ""], True)
     assert through([], [b"a\xc3", b"\xb6", b"\xe2"]) == (["a", "ö", "", "\ufffd"], False)
+
+
+def test_text_is_never_broken_inside_a_character():
+    text = "aé€\U0001f642z\u0301"
+    stream, parts = StreamingDetokenizer(BYTES), []
+    for token in BYTES.encode(text):
+        parts.append(stream.feed([token]))
+        assert text.startswith("".join(parts))
+    assert "".join(parts) == text and stream.close() == ""
+    # A character that breaks off, before another one and at the end.
+    stream = StreamingDetokenizer(BYTES)
+    assert stream.feed([0xE2, 0x82]) == ""
+    assert stream.feed([0x41, 0xF0, 0x9F]) == "\ufffdA"
+    assert stream.close() == "\ufffd"
+
+
+def test_a_whole_answer():
+    # Ids from 257 on are not the tokenizer's, and bos (256) is not text.
+    assert detokenize(BYTES, [0x61, 256, 300, 0xC3]) == "a\ufffd"
+    assert detokenize(BYTES, [*b"one. two"], ["."]) == "one"

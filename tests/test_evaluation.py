@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_plain_loops(
     expected = brute_force(TEXTS, reach)
     shown = []
     score = evaluate_text(
-        config, random_params(config), BYTES, corpus(TEXTS), settings, lambda *now: shown.append(now)
+        bind(config, random_params(config)), BYTES, corpus(TEXTS), settings, lambda *now: shown.append(now)
     )
     # Of each document all bytes and eos.
     assert (score.documents, score.tokens, score.bytes) == (4, sum(SIZES) + 4, sum(SIZES))
@@ -117,20 +117,19 @@ def test_the_numbers_are_those_of_plain_loops(
 
 def test_stride_one_sees_a_whole_context(config, random_params, corpus, brute_force):
     text = TEXTS[2]
-    score = evaluate_text(config, random_params(config), BYTES, corpus([text]), TextSettings(5, 1))
+    score = evaluate_text(bind(config, random_params(config)), BYTES, corpus([text]), TextSettings(5, 1))
     assert score.loss == pytest.approx(brute_force([text], lambda t: max(0, t - 5)).mean(), rel=1e-6)
 
 
 def test_it_stops_early(config, random_params, corpus, brute_force):
     settings = TextSettings(8, 8, max_tokens=21)
-    score = evaluate_text(config, random_params(config), BYTES, corpus(TEXTS), settings)
+    score = evaluate_text(bind(config, random_params(config)), BYTES, corpus(TEXTS), settings)
     expected = brute_force(TEXTS, lambda t: (t - 1) // 8 * 8)[:21]
     # The 21st byte is the third of four of a character.
     assert (score.documents, score.tokens, score.bytes) == (1, 21, 21)
     assert score.loss == pytest.approx(expected.mean(), rel=1e-6)
-    more = evaluate_text(
-        config, random_params(config), BYTES, corpus(TEXTS), dataclasses.replace(settings, max_tokens=25)
-    )
+    settings = dataclasses.replace(settings, max_tokens=25)
+    more = evaluate_text(bind(config, random_params(config)), BYTES, corpus(TEXTS), settings)
     # All of the first document, its eos too, and two bytes of the second.
     assert (more.documents, more.tokens, more.bytes) == (2, 25, 24)
 
@@ -149,7 +148,7 @@ def test_the_numbers_are_those_of_training(config, random_params, tmp_path):
     held = [text for text, is_held in split(open_corpus(data.source).documents(), 0.3) if is_held]
     (tmp_path / "held.txt").write_text("\n<|endoftext|>\n".join(held))
     held_corpus = open_corpus(f"text:{tmp_path}/held.txt")
-    score = evaluate_text(config, random_params(config), BYTES, held_corpus, TextSettings(32, 32))
+    score = evaluate_text(bind(config, random_params(config)), BYTES, held_corpus, TextSettings(32, 32))
     assert score.documents == len(held) > 1
     assert (score.tokens, score.bytes) == (tokens, cache.meta["held_out_bytes"])
     assert score.loss == pytest.approx(nats / tokens, rel=1e-6)
@@ -192,16 +191,16 @@ def test_scores_in_chunks(either_config, random_params, apply_model, monkeypatch
 )
 def test_settings_that_are_not_allowed(config, settings, words):
     with pytest.raises(ValueError) as caught:
-        TextSettings(**settings).chosen_for(config)
+        TextSettings(**settings).resolve(config)
     assert str(caught.value) == words
 
 
 def test_text_that_is_not_allowed(config, random_params, corpus):
     with pytest.raises(ValueError, match="^data.source is .*: holds no text$"):
-        evaluate_text(config, random_params(config), BYTES, corpus([" ", ""]), TextSettings(8))
+        evaluate_text(bind(config, random_params(config)), BYTES, corpus([" ", ""]), TextSettings(8))
     small = dataclasses.replace(config, vocab_size=255)
     with pytest.raises(ValueError, match="^token id is 256: must be below the model's vocab_size, 255$"):
-        evaluate_text(small, random_params(small), BYTES, corpus(["a"]), TextSettings(8))
+        evaluate_text(bind(small, random_params(small)), BYTES, corpus(["a"]), TextSettings(8))
 
 
 # The command.
@@ -256,7 +255,7 @@ def test_command_with_packed_experts(packed, text, tmp_path, capsys):
     assert lines[2] == f"bits per byte  {result['bits_per_byte']:.4f}"
     assert lines[3:5] == [
         "text           57 tokens, 55 bytes, 2 documents",
-        "windows        96 tokens, 48 apart",
+        "windows        96 tokens, stride 48",
     ]
     assert len(lines) == 6 and shown.err == ""
 
@@ -276,7 +275,7 @@ def test_command_reads_a_run_in_rows_of_its_training(run_folder, text, capsys):
     ]
     assert main.main(args) == 0
     shown = capsys.readouterr().out
-    assert "windows        24 tokens, 24 apart\n" in shown and "9 tokens, 9 bytes, 1 document\n" in shown
+    assert "windows        24 tokens, stride 24\n" in shown and "9 tokens, 9 bytes, 1 document\n" in shown
 
 
 def test_command_reports_skipped_records(run_folder, corpus, tmp_path, capsys):
@@ -295,9 +294,9 @@ def test_command_reports_skipped_records(run_folder, corpus, tmp_path, capsys):
     ("args", "words"),
     [
         ([], "source is None: give one, such as text:FILE, or a task"),
-        (["--source", "stdlib", "--task", "a"], "task is ['a']: must be left out where there is a source"),
-        (["--source", "stdlib", "--limit", "3"], "limit is 3: belongs to a task"),
-        (["--task", "a", "--stride", "3"], "stride is 3: belongs to a source"),
+        (["--source", "stdlib", "--task", "a"], "task is ['a']: must be left out if there is a source"),
+        (["--source", "stdlib", "--limit", "3"], "limit is 3: applies only to a task"),
+        (["--task", "a", "--stride", "3"], "stride is 3: applies only to a source"),
         (["--task", "a", "--limit", "0"], "limit is 0: must be 1 or more"),
         (["--source", "stdlib", "--json", "/nowhere/a"], "json is '/nowhere/a': its folder does not exist"),
         (["--source", "text:/nowhere"], "data.source is 'text:/nowhere': no file matches /nowhere"),

@@ -96,7 +96,10 @@ def test_importing_these_imports_no_jax(name):
     assert run(code) == "[]"
 
 
-@pytest.mark.parametrize("name", ["ModelConfig", "Transformer", "from_pretrained", "generate", "train"])
+@pytest.mark.parametrize(
+    "name",
+    ["Completion", "ModelConfig", "SamplingParams", "Transformer", "from_pretrained", "generate", "train"],
+)
 def test_public_names(name):
     assert callable(getattr(gptoss_jax, name))
     assert name in dir(gptoss_jax)

@@ -11,6 +11,7 @@ from helpers.checkpoints import original_layout, random_checkpoint, weights_dige
 
 from gptoss_jax import from_pretrained
 from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import get_params
 
 # With "mxfp4" the experts stay packed and are unpacked layer by layer.
@@ -70,7 +71,8 @@ def test_loss_and_the_gradient_of_every_parameter(name, load, record_property):
 def test_greedy_continuations_of_a_ragged_batch(name, experts, load):
     arrays = golden(name)
     expected = arrays["continuations"].tolist()
-    answers = generate(load(name, experts), prompts(arrays), max_new_tokens=len(expected[0]))
+    params = SamplingParams(max_new_tokens=len(expected[0]))
+    answers = [answer.tokens for answer in generate(load(name, experts), prompts(arrays), params)]
     assert answers == expected
 
 

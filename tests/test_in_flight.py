@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from gptoss_jax.inference import engine
-from gptoss_jax.inference.generate import generate_with_params
+from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.sampling_params import SamplingParams
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import in_flight
 
 
@@ -71,13 +73,13 @@ def test_a_prompt_of_many_pieces_waits_for_each(tiny_config, random_params, monk
     def decode(*args):
         raise Prefilled
 
-    monkeypatch.setattr(engine, "PIECES", (8, 4))
+    monkeypatch.setattr(engine, "PREFILL_CHUNKS", (8, 4))
     monkeypatch.setattr(engine, "_prefill", prefill)
     monkeypatch.setattr(engine, "_decode", decode)
     monkeypatch.setattr(jax, "block_until_ready", wait)
     prompt = [(7 * i) % 97 for i in range(90)]
     with pytest.raises(Prefilled):
-        generate_with_params(tiny_config, random_params(tiny_config), [prompt], 2)
+        generate(bind(tiny_config, random_params(tiny_config)), [prompt], SamplingParams(max_new_tokens=2))
     assert sizes == [8] * 11 + [4] and queue.most == 1
 
 

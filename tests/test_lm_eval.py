@@ -15,12 +15,13 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
 from gptoss_jax.checkpoints.export import save_pretrained  # noqa: E402
-from gptoss_jax.cli.main import main  # noqa: E402
+from gptoss_jax.cli import main  # noqa: E402
 from gptoss_jax.config import ModelConfig  # noqa: E402
 from gptoss_jax.data.tokenizer import make_tokenizer  # noqa: E402
 from gptoss_jax.evaluation.lm_eval import GptOss, evaluate_tasks  # noqa: E402
 from gptoss_jax.evaluation.logprobs import token_logprobs  # noqa: E402
-from gptoss_jax.inference.generate import generate_with_params  # noqa: E402
+from gptoss_jax.inference.generate import generate  # noqa: E402
+from gptoss_jax.inference.sampling_params import SamplingParams  # noqa: E402
 from gptoss_jax.model.transformer import bind, init_params  # noqa: E402
 
 BYTES = make_tokenizer("bytes")
@@ -73,6 +74,18 @@ def config():
 @pytest.fixture(scope="module")
 def params(config):
     return init_params(config, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def complete(config, params):
+    """(texts, max_new_tokens, stop tokens) -> the greedy tokens that continue each."""
+
+    def tokens(texts, max_new_tokens, stop_tokens=()):
+        sampling = SamplingParams(max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
+        answers = generate(bind(config, params), [[BOS, *text.encode()] for text in texts], sampling)
+        return [answer.tokens for answer in answers]
+
+    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +148,8 @@ def test_few_programs_are_compiled(folder):
     assert token_logprobs._cache_size() == 2
 
 
-def test_what_greedy_decoding_would_give(config, params, folder):
-    (tokens,) = generate_with_params(config, params, [[BOS, 97]], 5)
+def test_what_greedy_decoding_would_give(complete, folder):
+    (tokens,) = complete(["a"], 5)
     model = GptOss(str(folder))
     requests = [(None, [BOS, 97], tokens), (None, [BOS, 97], [*tokens[:4], (tokens[4] + 1) % 256])]
     assert [is_greedy for _, is_greedy in model._loglikelihood_tokens(requests, True)] == [True, False]
@@ -154,11 +167,9 @@ def test_rolling_log_likelihoods(folder, log_probs):
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_answers_end_before_the_strings(config, params, folder, batch_size):
+def test_answers_end_before_the_strings(complete, folder, batch_size):
     prompts = ["one", "another prompt", "x"]
-    tokens = generate_with_params(
-        config, params, [[BOS, *p.encode()] for p in prompts], 12, stop_tokens=[BOS]
-    )
+    tokens = complete(prompts, 12, [BOS])
     texts = [BYTES.decode([t for t in row if t < 257]) for row in tokens]
     # A character of the first answer that stands in it once.
     until = next(c for c in texts[0] if c != "\ufffd" and texts[0].index(c) > 0)
@@ -170,8 +181,8 @@ def test_answers_end_before_the_strings(config, params, folder, batch_size):
     assert found == [text.split(until)[0] for text in texts]
 
 
-def test_answers_end_at_every_stop_token(config, params, folder, tmp_path):
-    (tokens,) = generate_with_params(config, params, [[BOS, *b"one"]], 12)
+def test_answers_end_at_every_stop_token(complete, folder, tmp_path):
+    (tokens,) = complete(["one"], 12)
     text = next(token for token in tokens if token < 128)
     end = tokens.index(text)
     shutil.copytree(folder, tmp_path / "model")
@@ -185,8 +196,9 @@ def test_answers_end_at_every_stop_token(config, params, folder, tmp_path):
 def test_the_default_number_of_tokens_leaves_room_for_the_question(config, folder):
     assert config.max_position_embeddings == 64
     model = GptOss(str(folder))
-    prompt, settings = model._generation("a question", {"until": ["."]})
-    assert settings["max_new_tokens"] == 32 and prompt == [BOS, *b"a question"]
+    prompt, sampling = model._prepare(3, "a question", {"until": [".", ""]})
+    assert sampling == SamplingParams(max_new_tokens=32, seed=3, stop_tokens=[BOS], stop_strings=".")
+    assert prompt == [BOS, *b"a question"]
 
 
 def test_drawn_answers(folder):
@@ -235,11 +247,9 @@ def test_a_task_of_choices_from_a_file(folder, log_probs, task, tmp_path, capfd)
     assert few["n-shot"] == {"a_task_of_mine": 2}
 
 
-def test_a_task_of_answers_from_a_file(config, params, folder, task):
+def test_a_task_of_answers_from_a_file(complete, folder, task):
     questions = ["one", "two and three"]
-    tokens = generate_with_params(
-        config, params, [[BOS, *q.encode()] for q in questions], 9, stop_tokens=[BOS]
-    )
+    tokens = complete(questions, 9, [BOS])
     texts = [BYTES.decode([t for t in row if t < 257]) for row in tokens]
     rows = [{"question": q, "answer": a} for q, a in zip(questions, (texts[0], "never"), strict=True)]
     found = evaluate_tasks(str(folder), [task(GENERATION, rows, until="never there")])

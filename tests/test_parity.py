@@ -15,6 +15,7 @@ from golden.compare import CASES, golden, prompts, relative  # noqa: E402
 
 from gptoss_jax import from_pretrained, save_pretrained  # noqa: E402
 from gptoss_jax.inference.generate import generate  # noqa: E402
+from gptoss_jax.inference.sampling_params import SamplingParams  # noqa: E402
 
 # Tokens that transformers reads at a time: its attention holds all scores of a piece at once.
 PIECE = 128
@@ -97,7 +98,8 @@ def test_greedy_continuations_of_a_ragged_batch(name, checkpoint, theirs, figure
     expected, margin = reference.greedy(theirs(name), ragged, new_tokens=64)
     figure("smallest margin of a token / largest logit", margin)
     model = from_pretrained(checkpoint(name), dtype="float32", experts="float32")
-    assert generate(model, ragged, max_new_tokens=64) == expected.tolist()
+    answers = generate(model, ragged, SamplingParams(max_new_tokens=64))
+    assert [answer.tokens for answer in answers] == expected.tolist()
 
 
 def test_greedy_continuations_of_sixteen_prompts_about_the_window(tmp_path, figure):
@@ -110,7 +112,8 @@ def test_greedy_continuations_of_sixteen_prompts_about_the_window(tmp_path, figu
     expected, margin = reference.greedy(reference.load(folder), ragged, new_tokens=128)
     figure("smallest margin of a token / largest logit", margin)
     assert len(set(expected.flatten().tolist())) > 40
-    assert generate(from_pretrained(folder), ragged, max_new_tokens=128) == expected.tolist()
+    answers = generate(from_pretrained(folder), ragged, SamplingParams(max_new_tokens=128))
+    assert [answer.tokens for answer in answers] == expected.tolist()
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(checkpoint, theirs, figure):

@@ -7,14 +7,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptoss_jax.inference.sampling import filtered_log_probs, sample, sequence_keys, step_keys
+from gptoss_jax.inference.sampling import filter_logits, sample, sequence_keys, step_keys
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, out of order, with a shift that must not matter.
 LOGITS = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.3]])) + 5
 TIED = jnp.array([[1.0, 3.0, 3.0, 3.0]])
 
-compiled_log_probs = jax.jit(filtered_log_probs)
+compiled_filter = jax.jit(filter_logits)
 compiled_sample = jax.jit(sample)
+
+
+def probabilities(filtered_BV):
+    return jnp.exp(jax.nn.log_softmax(filtered_BV))
 
 
 @pytest.mark.parametrize(
@@ -22,7 +26,6 @@ compiled_sample = jax.jit(sample)
     [
         (LOGITS, {}, [0.2, 0.4, 0.1, 0.3]),
         (LOGITS, {"temperature": 0.5}, [4 / 30, 16 / 30, 1 / 30, 9 / 30]),
-        (LOGITS, {"temperature": 0.0}, [0, 1, 0, 0]),
         (LOGITS, {"temperature": 1e-30}, [0, 1, 0, 0]),
         (LOGITS, {"top_k": 1}, [0, 1, 0, 0]),
         (LOGITS, {"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
@@ -47,15 +50,22 @@ compiled_sample = jax.jit(sample)
         (TIED, {"top_k": 1}, [0, 1, 0, 0]),
         (TIED, {"top_k": 2}, [0, 0.5, 0.5, 0]),
         (TIED, {"top_p": 0.5}, [0, 0.5, 0.5, 0]),
-        (TIED, {"temperature": 0.0}, [0, 1, 0, 0]),
     ],
 )
 def test_what_is_left(logits, settings, expected):
-    static = filtered_log_probs(logits, **settings)
-    np.testing.assert_allclose(jnp.exp(static), [expected], atol=1e-6)
-    np.testing.assert_array_equal(jnp.exp(static) == 0, [np.equal(expected, 0)])
-    traced = compiled_log_probs(logits, **settings)
-    np.testing.assert_allclose(jnp.exp(traced), [expected], atol=1e-6)
+    static = probabilities(filter_logits(logits, **settings))
+    np.testing.assert_allclose(static, [expected], atol=1e-6)
+    np.testing.assert_array_equal(static == 0, [np.equal(expected, 0)])
+    traced = probabilities(compiled_filter(logits, **settings))
+    np.testing.assert_allclose(traced, [expected], atol=1e-6)
+
+
+@pytest.mark.parametrize("logits", [LOGITS, TIED])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3, "top_p": 0.9, "min_p": 0.01}])
+def test_temperature_zero_is_greedy(logits, settings):
+    logits_BV, keys_B = jnp.tile(logits, (64, 1)), sequence_keys(jnp.arange(64, dtype=jnp.uint32))
+    assert set(sample(logits_BV, keys_B, 0.0, **settings).tolist()) == {1}
+    assert set(compiled_sample(logits_BV, keys_B, 0.0, **settings).tolist()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +85,7 @@ def test_what_is_left(logits, settings, expected):
 def test_draws_follow_the_filtered_distribution(settings):
     draws, V = 20_000, 13
     logits_V = 2 * jax.random.normal(jax.random.key(1), (V,))
-    expected_V = np.exp(np.asarray(filtered_log_probs(logits_V[None], **settings)[0], np.float64))
+    expected_V = np.asarray(probabilities(filter_logits(logits_V[None], **settings))[0], np.float64)
     tokens_B = compiled_sample(
         jnp.tile(logits_V, (draws, 1)), sequence_keys(jnp.arange(draws, dtype=jnp.uint32)), **settings
     )
@@ -90,15 +100,14 @@ def test_draws_follow_the_filtered_distribution(settings):
 
 def test_settings_of_each_sequence():
     logits_BV = jnp.tile(LOGITS, (3, 1))
-    probabilities_BV = jnp.exp(
-        filtered_log_probs(logits_BV, jnp.array([1.0, 0.0, 1.0]), top_k=jnp.array([4, 4, 2]))
-    )
-    expected = [[0.2, 0.4, 0.1, 0.3], [0, 1, 0, 0], [0, 4 / 7, 0, 3 / 7]]
-    np.testing.assert_allclose(probabilities_BV, expected, atol=1e-6)
-    tokens_B = sample(
-        jnp.tile(LOGITS, (2, 1)), sequence_keys(jnp.zeros(2, jnp.uint32)), jnp.array([0.0, 0.0])
-    )
-    np.testing.assert_array_equal(tokens_B, [1, 1])
+    filtered_BV = filter_logits(logits_BV, jnp.array([1.0, 0.5, 1.0]), top_k=jnp.array([4, 4, 2]))
+    expected = [[0.2, 0.4, 0.1, 0.3], [4 / 30, 16 / 30, 1 / 30, 9 / 30], [0, 4 / 7, 0, 3 / 7]]
+    np.testing.assert_allclose(probabilities(filtered_BV), expected, atol=1e-6)
+    # Greedy ones beside one that is drawn: at 1e6 the draws are uniform.
+    logits_BV, keys_B = jnp.tile(LOGITS, (99, 1)), sequence_keys(jnp.arange(99, dtype=jnp.uint32))
+    tokens_B = np.asarray(sample(logits_BV, keys_B, jnp.array([0.0, 1e6, 0.0] * 33)))
+    assert set(tokens_B[0::3].tolist()) == set(tokens_B[2::3].tolist()) == {1}
+    assert set(tokens_B[1::3].tolist()) == {0, 1, 2, 3}
 
 
 def test_keys():

@@ -14,7 +14,8 @@ from gptoss_jax.config import DataConfig, TrainConfig
 from gptoss_jax.data import token_cache
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptoss_jax.inference.chat import HarmonyConversation
-from gptoss_jax.inference.generate import generate, generate_with_params
+from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.training import setup
 
@@ -34,11 +35,11 @@ def model(config, random_params):
 
 
 @pytest.fixture(scope="module")
-def answer(config, random_params):
+def answer(model):
     """The tokens that follow the prompt, if nothing ends them."""
     prompt = [BYTES.bos_id, *PROMPT.encode()]
-    (tokens,) = generate_with_params(config, random_params(config), [prompt], 16)
-    return tokens
+    (completion,) = generate(model, [prompt], SamplingParams(max_new_tokens=16))
+    return completion.tokens
 
 
 @pytest.fixture
@@ -72,8 +73,9 @@ def test_every_id_ends_an_answer(folder, answer, file, monkeypatch, capsys):
     assert main.main(["chat", str(place), *greedy]) == 0
     assert capsys.readouterr().out == text.removesuffix("\n") + "\n"
     # In Python they are passed on.
-    prompts, stops = [[256, *PROMPT.encode()]], load_tokenizer(place).stop_ids
-    assert generate(from_pretrained(place), prompts, stop_tokens=stops) == [answer[:end]]
+    params = SamplingParams(stop_tokens=load_tokenizer(place).stop_ids)
+    (completion,) = generate(from_pretrained(place), [[256, *PROMPT.encode()]], params)
+    assert completion.tokens == answer[:end]
 
 
 def test_bad_ids_are_one_line(folder, capsys):
@@ -87,7 +89,7 @@ def test_bad_ids_are_one_line(folder, capsys):
 def test_a_harmony_chat_ends_at_them_too(harmony):
     assert list(harmony.stop_ids) == HARMONY_STOPS
     named = dataclasses.replace(harmony, _named_stop_ids=(97, 200002))
-    assert HarmonyConversation(named).stop_tokens == (97, 200002, 199999, 200012)
+    assert HarmonyConversation(named).params.stop_tokens == (97, 200002, 199999, 200012)
 
 
 def test_a_folder_names_what_ends_an_answer(model, tmp_path, harmony):

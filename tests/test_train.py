@@ -31,6 +31,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.data.token_cache import build_cache
+from gptoss_jax.inference.sampling_params import Completion
 from gptoss_jax.training import logging, loop, resume, setup
 from gptoss_jax.training.console import Console, read_metrics
 from gptoss_jax.training.logging import RunLog, generate_command
@@ -330,11 +331,11 @@ def test_a_resumed_run_needs_no_init_from_and_remembers_a_jump(
     # As a start from weights that name these stop tokens has written it.
     (run_dir / "generation_config.json").write_text('{"eos_token_id": [97, 98, 256]}')
 
-    def sample(*args, stop_tokens, **kwargs):
-        stops.append(stop_tokens)
-        return [[97]]
+    def sample(model, prompts, params):
+        stops.append(params.stop_tokens)
+        return [Completion([97], None, "length")]
 
-    monkeypatch.setattr(logging, "generate_with_params", sample)
+    monkeypatch.setattr(logging, "generate", sample)
     monkeypatch.setattr(setup, "check_steps", lambda *args: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     train(make_config(run_dir, init_from="hf:nobody/nothing", steps=STEPS + 1))

@@ -14,8 +14,9 @@ from gptoss_jax.config import SLIDING, DataConfig, MeshConfig, ModelConfig, Opti
 from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.evaluation.logprobs import token_logprobs
 from gptoss_jax.inference import engine
-from gptoss_jax.inference.generate import generate_with_params
-from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
+from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.sampling_params import SamplingParams
+from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
 from gptoss_jax.parallel import all_to_all
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
@@ -37,12 +38,11 @@ SMALL = dataclasses.replace(CONFIG.model, num_hidden_layers=1, layer_types=None)
 PACKED = dataclasses.replace(SMALL, expert_format="mxfp4")
 ONE, SPREAD = MeshConfig(data=1), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
 PROMPTS = [[5], [11, 3, 96, 0, 7, 8, 9], list(range(40, 63))]
-SAMPLERS = {
-    "temperature": [0.0, 0.9, 1.1],
-    "top_k": [None, 20, None],
-    "top_p": 0.9,
-    "min_p": [None, 0.01, 0.02],
-}
+SAMPLING = [
+    SamplingParams(12, 0.0, top_p=0.9, seed=7, logprobs=True),
+    SamplingParams(12, 0.9, top_k=20, top_p=0.9, min_p=0.01, seed=4294967295, logprobs=True),
+    SamplingParams(12, 1.1, top_p=0.9, min_p=0.02, logprobs=True),
+]
 
 
 def changed(model: dict, optim: dict) -> TrainConfig:
@@ -125,23 +125,21 @@ def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch)
     def shape(*sizes, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    floats, ints = shape(rows, dtype=jnp.float32), shape(rows)
-    settings = {"temperature": floats, "top_k": ints, "top_p": floats, "min_p": floats}
     scored = abstract_batch(rows, 16)
     with jax.enable_x64(True), jax.set_mesh(mesh_of(mesh)):
         params = abstract_params(config)
-        cache = jax.eval_shape(lambda: engine._empty_cache(config, rows, 256))
+        cache = jax.eval_shape(lambda: engine._init_cache(config, rows, 256))
         assert {str(leaf.dtype) for leaf in jax.tree.leaves(cache)} == {"float32", "int32"}
         programs = [
-            (engine._prefill, (params, cache, shape(rows, 32), ints)),
+            (engine._prefill, (params, cache, shape(rows, 32), shape(rows))),
             (token_logprobs, (params, scored)),
         ]
-        step = (ints, shape(rows, dtype=bool), shape(), shape(), ints, shape(rows, 8))
-        step += (shape(rows, dtype=jnp.uint32), settings)
         for function, arguments in programs:
             traced = jax.make_jaxpr(function, static_argnums=0)(config, *arguments)
             assert wide_arrays(traced.jaxpr) == []
-        decode = jax.make_jaxpr(engine._decode, static_argnums=(0, 11))(config, params, cache, *step, True)
+        state = engine._initial_state(config, [np.array(p) for p in PROMPTS], SAMPLING, rows)
+        arguments = config, params, cache, state, np.int32(4), True
+        decode = jax.make_jaxpr(engine._decode, static_argnums=(0, 5))(*arguments)
         assert wide_arrays(decode.jaxpr) == []
 
 
@@ -152,11 +150,8 @@ def test_answers_are_the_same(config, native, monkeypatch):
         monkeypatch.setattr(kernels.cpu.build, "is_available", lambda: False)
 
     def answers():
-        params = init_params(config, jax.random.key(3))
-        tokens, scores = generate_with_params(
-            config, params, PROMPTS, 12, **SAMPLERS, seed=[7, 4294967295, 0], log_probs=True
-        )
-        return tokens, scores
+        found = generate(bind(config, init_params(config, jax.random.key(3))), PROMPTS, SAMPLING)
+        return [answer.tokens for answer in found], [answer.logprobs for answer in found]
 
     narrow, wide = in_both_modes(answers)
     assert narrow[0] == wide[0]

@@ -152,10 +152,10 @@ def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Pa
     warn_non_finite(non_finite, origin)
 
 
-def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict, Tokenizer]:
-    """Loads config, parameters and tokenizer of any folder that `from_pretrained` reads.
+def load_model(folder: str | os.PathLike) -> tuple[Transformer, Tokenizer]:
+    """Loads the model of any folder that `from_pretrained` reads, and its tokenizer.
 
-    Raises ValueError as that does, and when the folder holds no tokenizer.
+    Raises ValueError as that does, and if the folder holds no tokenizer.
     """
     local = local_folder(folder)
     if not is_run(local) and not (local / "original").is_dir():
@@ -164,5 +164,4 @@ def load_model(folder: str | os.PathLike) -> tuple[ModelConfig, dict, Tokenizer]
     tokenizer = find_tokenizer(local)
     if tokenizer is None:
         raise ValueError(f"{folder}: must hold tokenizer.json or tokenizer_name.txt")
-    config, params, _ = load_pretrained(local)
-    return config, params, tokenizer
+    return from_pretrained(local), tokenizer

@@ -117,6 +117,8 @@ def _spelled(kind: Any) -> str:
         return " or ".join(repr(choice) for choice in typing.get_args(kind))
     if typing.get_origin(kind) is types.UnionType:
         return " or ".join(_spelled(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"a sequence, each item {_spelled(typing.get_args(kind)[0])}"
     return {
         type(None): "None",
         float: "a finite number",

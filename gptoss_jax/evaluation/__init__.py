@@ -1,1 +1,1 @@
-"""How good a model is: on long text, and at the tasks of lm_eval."""
+"""Perplexity on text, and the tasks of lm_eval."""

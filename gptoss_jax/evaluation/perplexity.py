@@ -1,9 +1,9 @@
-"""Loss, perplexity and bits per byte over text of any length, in windows that slide over each document.
+"""Loss, perplexity and bits per byte of long text, in sliding windows over each document.
 
-A document is what training makes of it: bos, its tokens, eos. Every token but bos is predicted exactly once,
-eos too, and none of its predictions sees another document. Loss is the mean over these tokens; bits per byte
-is their sum over the UTF-8 bytes of the text. So with windows of `data.seq_len` that do not overlap, the
-numbers are those of training's evaluations of the same text.
+A document is tokenized as in training: bos, its tokens, eos. Every token but bos is predicted exactly once,
+eos included, from tokens of its own document only. The loss is the mean over these tokens; bits per byte is
+their sum divided by the UTF-8 bytes of the text. Windows of `data.seq_len` without overlap give the loss that
+training reports for the same text.
 """
 
 import collections
@@ -21,10 +21,11 @@ from gptoss_jax.data.sources import Corpus
 from gptoss_jax.data.token_cache import encode_documents, group_documents
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.evaluation.logprobs import Batch, batch_rows, token_logprobs
+from gptoss_jax.model.transformer import Transformer, get_params
 from gptoss_jax.training.losses import bits_per_byte
 
-# Tokens of a window, where the model takes as many and nobody asks for others.
-CONTEXT = 2048
+# Tokens of a window, unless the model has a smaller context.
+DEFAULT_CONTEXT = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +37,12 @@ class TextScore:
     bits_per_byte: float
     documents: int
     null_records: int  # skipped, because their field is null
-    # Tokens that were predicted, and UTF-8 bytes of their text.
-    tokens: int
-    bytes: int
+    tokens: int  # that were predicted
+    bytes: int  # UTF-8 bytes of their text
     context: int
     stride: int
     batch_size: int
-    # Without those of compiling.
-    seconds: float
+    seconds: float  # without compiling
     compile_seconds: float
 
     @property
@@ -53,18 +52,15 @@ class TextScore:
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
-    """How text is read; what is None is chosen for the model.
+    """How text is cut into windows. Raises ValueError for a value out of range."""
 
-    Raises ValueError for a setting outside its range.
-    """
-
-    # Tokens that the model sees at once. Default: `CONTEXT`, or all it takes if that is fewer.
+    # Tokens that the model sees at once. Default: DEFAULT_CONTEXT, or the model's context if that is smaller.
     context: int | None = None
-    # Tokens that a window is ahead of the one before it. Default: half the context.
+    # Tokens between the starts of two windows. Default: half the context.
     stride: int | None = None
-    # Windows in one call of the model. Default: as many as have 16,384 tokens.
+    # Rows per forward pass. Default: as many as have 16,384 tokens.
     batch_size: int | None = None
-    # Tokens to predict at most; None: all there are.
+    # Predict at most this many tokens. Default: all.
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,96 +68,92 @@ class TextSettings:
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"must be {least} or more")
         if self.context is not None and self.stride is not None:
-            self._check_stride()
+            allowed = f"must be at most the context, {self.context}"
+            require(self.stride <= self.context, "stride", self.stride, allowed)
 
-    def _check_stride(self) -> None:
-        allowed = f"must be at most the context, {self.context}"
-        require(self.stride <= self.context, "stride", self.stride, allowed)
-
-    def chosen_for(self, config: ModelConfig) -> "TextSettings":
-        """The settings with the defaults filled in. Raises ValueError for a context that is too long."""
+    def resolve(self, config: ModelConfig) -> "TextSettings":
+        """Fills in the defaults. Raises ValueError for a context that the model does not have."""
         limit = config.max_position_embeddings
-        context = min(CONTEXT, limit) if self.context is None else self.context
+        context = min(DEFAULT_CONTEXT, limit) if self.context is None else self.context
         allowed = f"must be at most the model's max_position_embeddings, {limit}"
         require(context <= limit, "context", context, allowed)
-        chosen = dataclasses.replace(
+        return dataclasses.replace(
             self,
             context=context,
             stride=self.stride or context // 2,
             batch_size=self.batch_size or batch_rows(context),
         )
-        chosen._check_stride()
-        return chosen
 
-    def windows(self, pairs: int) -> np.ndarray:
-        """Where a document of so many (input, target) pairs is read: int64 [windows, 3].
+    def windows(self, num_targets: int) -> np.ndarray:
+        """Windows over a document: int64 [windows, 3] of first target, number of targets, and number scored.
 
-        A row has a window's first pair, its pairs, and how many of these, the last, are scored. The first
-        window scores all of its pairs; each of the others has context - stride of them in front of those.
+        The last ones of a window are scored: all in the first window, afterwards those after the first
+        context - stride, which the window before has scored.
         """
-        count = 1 + -(-max(pairs - self.context, 0) // self.stride)
+        count = 1 + -(-max(num_targets - self.context, 0) // self.stride)
         start = np.arange(count) * self.stride
-        length = np.minimum(self.context, pairs - start)
+        length = np.minimum(self.context, num_targets - start)
         scored = np.where(start > 0, length - (self.context - self.stride), length)
         return np.stack([start, length, scored], axis=1)
 
 
 def evaluate_text(
-    config: ModelConfig,
-    params: dict,
+    model: Transformer,
     tokenizer: Tokenizer,
     corpus: Corpus,
     settings: TextSettings = TextSettings(),  # noqa: B008 (it is frozen)
-    show: Callable[[int, int | None, float], None] = lambda done, total, loss: None,
+    on_progress: Callable[[int, int | None, float], None] = lambda done, total, loss: None,
 ) -> TextScore:
-    """Reads a corpus and says how well the model predicts it. Memory does not grow with the text's length.
+    """Evaluates a model on a corpus. Memory does not grow with the length of the text.
 
     Args:
-      show: gets the tokens done, those of all text (None while that is not known), and the loss so far.
+      on_progress: is called with the tokens done, those of the whole text (None until known), and the loss so
+        far.
 
     Raises ValueError for settings that do not fit the model, text that cannot be read, a corpus without text,
-    and tokens that the model does not know.
+    and tokens outside the model's vocabulary.
     """
-    chosen = settings.chosen_for(config)
-    began, compile_seconds, score = time.monotonic(), 0.0, None
-    nats, done, documents, total, size = 0.0, 0, 0, 0, 0
+    config, params = model.config, get_params(model)
+    settings = settings.resolve(config)
+    began, compile_seconds, compiled = time.monotonic(), 0.0, None
+    nats, done, documents, total, num_bytes = 0.0, 0, 0, 0, 0
     skipped = collections.Counter()
-    groups = itertools.chain(_groups(tokenizer, corpus.documents(skipped), chosen.max_tokens), (None,))
-    # One group ahead, to know the number of tokens before the last of them.
+    groups = itertools.chain(_groups(tokenizer, corpus.documents(skipped), settings.max_tokens), (None,))
+    # One group ahead, to know the total before the last one.
     for group, following in itertools.pairwise(groups):
         documents += len(group)
         total += sum(len(tokens) - 1 for tokens, _ in group)
-        size += sum(count for _, count in group)
-        if score is None:
-            # A text of few windows does not need a whole batch.
-            count = sum(len(chosen.windows(len(tokens) - 1)) for tokens, _ in group)
-            chosen = dataclasses.replace(chosen, batch_size=min(chosen.batch_size, count))
-        for batch, scored_BT in _batches([tokens for tokens, _ in group], chosen):
-            top = int(batch["tokens"].max())
+        num_bytes += sum(count for _, count in group)
+        if compiled is None:
+            # A short text does not need a whole batch.
+            count = sum(len(settings.windows(len(tokens) - 1)) for tokens, _ in group)
+            settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, count))
+        for batch, scored_BT in _batches([tokens for tokens, _ in group], settings):
+            largest = int(batch["tokens"].max())
             allowed = f"must be below the model's vocab_size, {config.vocab_size}"
-            require(top < config.vocab_size, "token id", top, allowed)
-            if score is None:
-                compiling = time.monotonic()
-                score = token_logprobs.lower(config, params, batch).compile()
-                compile_seconds = time.monotonic() - compiling
-            log_probs_BT, _ = score(params, batch)
-            nats -= np.sum(np.asarray(log_probs_BT)[scored_BT], dtype=np.float64)
+            require(largest < config.vocab_size, "token id", largest, allowed)
+            if compiled is None:
+                before = time.monotonic()
+                compiled = token_logprobs.lower(config, params, batch).compile()
+                compile_seconds = time.monotonic() - before
+            logprobs_BT, _ = compiled(params, batch)
+            nats -= np.sum(np.asarray(logprobs_BT)[scored_BT], dtype=np.float64)
             done += int(np.count_nonzero(scored_BT))
-            show(done, total if following is None else None, nats / done)
+            on_progress(done, total if following is None else None, nats / done)
     loss = float(nats / done)
     return TextScore(
         loss=loss,
-        # The largest exponent whose power is finite is 709.
+        # exp(710) overflows.
         perplexity=math.exp(loss) if not loss > 709 else math.inf,
-        # The first tokens of a document that was cut may stand for no bytes.
-        bits_per_byte=bits_per_byte(float(nats), size) if size else math.nan,
+        # The first tokens of a document that was cut may have no bytes.
+        bits_per_byte=bits_per_byte(float(nats), num_bytes) if num_bytes else math.nan,
         documents=documents,
         null_records=skipped["null"],
         tokens=done,
-        bytes=size,
-        context=chosen.context,
-        stride=chosen.stride,
-        batch_size=chosen.batch_size,
+        bytes=num_bytes,
+        context=settings.context,
+        stride=settings.stride,
+        batch_size=settings.batch_size,
         seconds=time.monotonic() - began - compile_seconds,
         compile_seconds=compile_seconds,
     )
@@ -170,7 +162,7 @@ def evaluate_text(
 def _groups(
     tokenizer: Tokenizer, documents: Iterable[str], max_tokens: int | None
 ) -> Iterator[list[tuple[np.ndarray, int]]]:
-    """The stored tokens of documents, with the bytes of their texts, some megabytes at a time."""
+    """Yields groups of documents, some megabytes each: the tokens, and the number of bytes of the text."""
     left = math.inf if max_tokens is None else max_tokens
     for batch in group_documents((text, False) for text in documents):
         texts, group = [text for text, _ in batch], []
@@ -188,15 +180,15 @@ def _groups(
 
 
 def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[tuple[Batch, np.ndarray]]:
-    """The documents' windows in batches, and which positions are scored, bool [B, T].
+    """Yields batches of windows, and which positions are scored, bool [B, T].
 
-    Windows that are short share a row, as segments of their own.
+    Short windows share a row as separate segments.
     """
-    found, first = [], 0
+    windows, offset = [], 0
     for tokens in documents:
-        found.append(settings.windows(len(tokens) - 1) + [first, 0, 0])
-        first += len(tokens)
-    start, length, scored = np.concatenate(found).T
+        windows.append(settings.windows(len(tokens) - 1) + [offset, 0, 0])
+        offset += len(tokens)
+    start, length, scored = np.concatenate(windows).T
     stored = np.concatenate(documents)
     plan = pack(length, settings.context)
     rows = len(plan.row_offsets) - 1
@@ -206,8 +198,8 @@ def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[tu
         scored_BT = np.zeros(shape, bool)
         for b, row in enumerate(range(first_row, min(first_row + settings.batch_size, rows))):
             end = 0
-            pieces = plan.document[plan.row_offsets[row] : plan.row_offsets[row + 1]]
-            for segment, window in enumerate(pieces, 1):
+            segments = plan.document[plan.row_offsets[row] : plan.row_offsets[row + 1]]
+            for segment, window in enumerate(segments, 1):
                 begin, end = end, end + length[window]
                 part = stored[start[window] : start[window] + length[window] + 1]
                 batch["tokens"][b, begin:end] = part[:-1]

@@ -1,46 +1,55 @@
-"""Tokens to text as they come: characters that are spread over tokens, and strings that end an answer."""
+"""Streaming detokenization: tokens to text, with characters that span tokens and with stop strings."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+
+from gptoss_jax.data.tokenizer import Tokenizer
 
 
 class StreamingDetokenizer:
-    """Tokens to text, piece by piece, where a character may be spread over several tokens.
+    """Turns tokens into text as they arrive; never emits part of a UTF-8 character.
 
-    With stop strings the text ends where the first of them that is complete begins, `stopped` then is true,
-    and text that may be the beginning of one waits until it is known.
+    The text ends before the first stop string that is complete; `stopped` is then true. Text that may be the
+    beginning of a stop string is held back until it is known not to be. Ids that the tokenizer does not have
+    (the model's vocabulary may be larger) stand for no text.
     """
 
-    def __init__(self, decode_bytes: Callable[[Sequence[int]], bytes], stop_strings: Sequence[str] = ()):
-        """`decode_bytes`: that of a Tokenizer."""
-        self._decode_bytes = decode_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stops = tuple(stop_strings)
-        self._held = ""
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
         self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop_strings = tuple(stop_strings)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """The text that is complete with these tokens; the bytes of an unfinished character wait."""
-        return self._until_stop(self._utf8.decode(self._decode_bytes(tokens)))
+        """Returns the text that these tokens complete; the bytes of an unfinished character wait."""
+        known = [token for token in tokens if token < self._tokenizer.vocab_size]
+        return self._until_stop(self._utf8.decode(self._tokenizer.decode_bytes(known)))
 
     def close(self) -> str:
-        """What is left at the end: what waited, and U+FFFD for a character that broke off."""
+        """Returns the text that was held back, with U+FFFD for a character that broke off."""
         rest = self._until_stop(self._utf8.decode(b"", final=True)) + self._held
         self._held = ""
         return rest
 
-    def _until_stop(self, more: str) -> str:
+    def _until_stop(self, new: str) -> str:
         if self.stopped:
             return ""
-        text = self._held + more
-        places = ((text.find(stop), stop) for stop in self._stops)
-        # The first to be complete, so that it does not matter in what pieces the text comes.
-        found = min(((place + len(stop), place) for place, stop in places if place >= 0), default=None)
-        if found is not None:
+        text = self._held + new
+        starts = ((text.find(stop), stop) for stop in self._stop_strings)
+        # The first to be complete, so that the result does not depend on how the text is cut.
+        first = min(((start + len(stop), start) for start, stop in starts if start >= 0), default=None)
+        if first is not None:
             self.stopped, self._held = True, ""
-            return text[: found[1]]
-        # The longest end of the text that begins a stop string.
-        lengths = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        known = len(text) - max(lengths, default=0)
-        self._held = text[known:]
-        return text[:known]
+            return text[: first[1]]
+        # The longest suffix that begins a stop string.
+        lengths = (n for stop in self._stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        end = len(text) - max(lengths, default=0)
+        self._held = text[end:]
+        return text[:end]
+
+
+def detokenize(tokenizer: Tokenizer, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
+    """Returns the text of a whole answer, up to the first stop string."""
+    detokenizer = StreamingDetokenizer(tokenizer, stop_strings)
+    return detokenizer.feed(tokens) + detokenizer.close()

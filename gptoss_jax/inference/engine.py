@@ -1,11 +1,12 @@
-"""The engine: prompts are read into a cache in pieces, and continued by a jitted loop.
+"""The engine: chunked prefill into a KV cache, then a jitted decode loop.
 
-The prompts but for their last tokens are read into the cache. From there on every step is the same: feed the
-latest token, sample the next one. Between two compiled calls the cache stays on the device; all else is a few
-numbers that the host holds.
+A prefill reads all tokens of the prompts but the last. From there on every step is the same: read the latest
+token, sample the next one. Between calls only the cache stays on the devices.
 """
 
+import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
@@ -14,243 +15,327 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.checkpoints.readers import find_tokenizer
+from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
-from gptoss_jax.inference.sampling_params import Request
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.kv_cache import KVCache, init_cache, resize
-from gptoss_jax.model.transformer import bind, compute_dtype
+from gptoss_jax.model.transformer import Transformer, bind, compute_dtype, get_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
 from gptoss_jax.parallel.rules import constrain
 
-# Tokens of a sequence in one call that reads a prompt: a prompt is cut into pieces of these sizes.
-PIECES = (512, 128, 32)
-# Most tokens of all sequences in such a call, unless the smallest pieces are more: their activations and
-# scores are what memory it takes.
-PIECE_TOKENS = 4096
-# Most tokens of a sequence in one call of the decoder.
-STEPS = 64
-# Room for tokens in the smallest cache; the others are twice as large as the one before.
-SMALLEST_CACHE = 256
-# The same of a stream in several processes.
-SHARED_STEPS = 8
-# Seconds between the chunks of a stream, and between two looks for stop strings.
-INTERVAL = 0.1
+# Tokens of each sequence that one prefill call reads.
+PREFILL_CHUNKS = (512, 128, 32)
+# Bounds the memory of a prefill call: tokens of all sequences, unless the smallest chunks have more.
+MAX_PREFILL_TOKENS = 4096
+# Tokens of each sequence that one decode call samples.
+MAX_STEPS = 64
+# The same when several processes stream: their clocks differ, so time cannot decide.
+MULTI_HOST_STEPS = 8
+# Slots of the smallest cache; each other size doubles the one before.
+MIN_CACHE_LEN = 256
+# Seconds between the parts of a stream, and between searches for stop strings.
+STREAM_INTERVAL = 0.1
 
-CACHE = P(None, BATCH, "tensor", None, None)
+CACHE_SPEC = P(None, BATCH, "tensor", None, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The sequences of a batch, one row each, without their cache."""
+
+    token_B: jax.Array  # int32, the latest token, which is not in the cache yet
+    done_B: jax.Array  # bool
+    num_generated: jax.Array  # int32, tokens sampled so far
+    max_new_tokens_B: jax.Array  # int32
+    is_stop_BV: jax.Array  # bool
+    seed_B: jax.Array  # uint32
+    filters: dict[str, jax.Array]  # [B] each, arguments of `sampling.sample`
+
+
+class Engine:
+    """Decodes batches of prompts with one model."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer` finds stop strings; default: that of the folder that the model was loaded from."""
+        self._config, self._params, self._origin = model.config, get_params(model), model.origin
+        self._tokenizer = tokenizer
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        streaming: bool,
+    ) -> Iterator[list[Completion]]:
+        """Yields the parts of the answers as they are decoded; see `generate.stream`.
+
+        Without `streaming`, and without stop strings to look for, each part is all that one call decodes.
+        """
+        prompts = list(prompts)
+        require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        allowed = f"must be one for all prompts, or {len(prompts)}, one for each"
+        require(len(params) == len(prompts), "number of sampling params", len(params), allowed)
+        checked = [self._check(i, *pair) for i, pair in enumerate(zip(prompts, params, strict=True))]
+        stop_strings = next((one.stop_strings for one in params if one.stop_strings), ())
+        if stop_strings and self._tokenizer is None and self._origin is not None:
+            self._tokenizer = find_tokenizer(pathlib.Path(self._origin))
+        found = not stop_strings or self._tokenizer is not None
+        require(found, "stop_strings", stop_strings, "must come with a tokenizer to find them, tokenizer=…")
+        return self._run(checked, params, streaming or bool(stop_strings))
+
+    def _check(self, i: int, prompt: Sequence[int], params: SamplingParams) -> np.ndarray:
+        """Returns a prompt as int32 [T]; raises ValueError if the model cannot continue it."""
+        name, vocab_size = f"prompts[{i}]", self._config.vocab_size
+        try:
+            tokens = np.asarray(prompt)
+        except ValueError:  # rows of several lengths
+            tokens = np.empty((0, 0))
+        require(tokens.ndim == 1, name, prompt, "must be a sequence of token ids")
+        require(tokens.size > 0, name, prompt, "must hold at least one token")
+        is_known = tokens.dtype.kind in "iu" and (tokens >= 0) & (tokens < vocab_size)
+        first = int(np.argmin(is_known))
+        allowed = f"must be an integer from 0 to {vocab_size - 1}"
+        require(np.all(is_known), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
+        stops = params.stop_tokens
+        require(all(0 <= t < vocab_size for t in stops), "stop_tokens", stops, f"each {allowed}")
+        limit = self._config.max_position_embeddings
+        left, has = limit - len(tokens), f"{name} has {len(tokens)} tokens"
+        has = f"{has} and model.max_position_embeddings is {limit}"
+        require(left > 0, "prompts", f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
+        wanted = params.max_new_tokens
+        require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
+        return tokens.astype(np.int32)
+
+    def _run(
+        self, prompts: list[np.ndarray], params: list[SamplingParams], streaming: bool
+    ) -> Iterator[list[Completion]]:
+        config = self._config
+        distributed.agree_on_kernels(config.kernels)
+        shards = batch_shards(current_axes())
+        # Rows without a sequence fill the batch up to what the mesh splits evenly.
+        batch = next_power_of_two(-(-len(prompts) // shards)) * shards
+        state = _initial_state(config, prompts, params, batch)
+        prefill_len_B = np.zeros(batch, np.int32)
+        prefill_len_B[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
+        max_new_tokens, max_prefill = int(state.max_new_tokens_B.max()), int(prefill_len_B.max())
+        cache_len = _cache_len(config, max_prefill + min(max_new_tokens, MAX_STEPS))
+        cache = _init_cache(config, batch, cache_len)
+        for start, size in _prefill_chunks(max_prefill, batch):
+            tokens_BT = np.zeros((batch, size), np.int32)
+            for row, prompt in zip(tokens_BT, prompts, strict=False):
+                chunk = prompt[start : min(start + size, len(prompt) - 1)]
+                row[: len(chunk)] = chunk
+            # One chunk in flight (see `parallel/in_flight.py`): a long prompt has hundreds. The next call
+            # donates the cache, so nothing older could be waited for.
+            jax.block_until_ready(cache)
+            cache = _prefill(config, self._params, cache, tokens_BT, np.clip(prefill_len_B - start, 0, size))
+
+        answers = [_Answer(one, self._tokenizer) for one in params]
+        logprobs = any(one.logprobs for one in params)
+        num_generated, num_steps = 0, 1 if streaming else MAX_STEPS
+        while not state.done_B.all():
+            num_steps = min(num_steps, max_new_tokens - num_generated)
+            end_B = prefill_len_B + np.minimum(num_generated + num_steps, state.max_new_tokens_B)
+            needed = int(np.max(np.where(state.done_B, 0, end_B)))
+            if needed > cache_len:
+                cache_len = _cache_len(config, needed)
+                cache = _grow(config, cache, cache_len)
+            began = time.monotonic()
+            cache, tokens_BC, logprobs_BC = _decode(
+                config, self._params, cache, state, np.int32(num_steps), logprobs
+            )
+            tokens_BC, logprobs_BC = np.asarray(tokens_BC)[:, :num_steps], np.asarray(logprobs_BC)
+            yield [answer.add(tokens_BC[b], logprobs_BC[b]) for b, answer in enumerate(answers)]
+            num_generated += num_steps
+            done_B = np.ones(batch, bool)
+            done_B[: len(answers)] = [answer.finish_reason is not None for answer in answers]
+            state = dataclasses.replace(
+                state, token_B=tokens_BC[:, -1], done_B=done_B, num_generated=np.int32(num_generated)
+            )
+            if streaming:
+                num_steps = _next_num_steps(num_steps, time.monotonic() - began)
+
+
+class _Answer:
+    """The answer to one prompt, on the host: finds stop strings and knows why it ended."""
+
+    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+        self.finish_reason = None
+        self._params = params
+        self._num_generated = 0
+        self._detokenizer = None
+        if params.stop_strings:
+            self._detokenizer = StreamingDetokenizer(tokenizer, params.stop_strings)
+
+    def add(self, tokens_C: np.ndarray, logprobs_C: np.ndarray) -> Completion:
+        """Takes what one call has decoded for this prompt: -1 marks the end and all after it."""
+        tokens = [] if self.finish_reason else [int(token) for token in tokens_C if token >= 0]
+        if self.finish_reason is None and len(tokens) < len(tokens_C):
+            self.finish_reason = "stop"
+        self._num_generated += len(tokens)
+        if self._num_generated == self._params.max_new_tokens:
+            self.finish_reason = "length"
+        for i, token in enumerate(tokens if self._detokenizer else ()):
+            self._detokenizer.feed([token])
+            if self._detokenizer.stopped:
+                tokens, self.finish_reason = tokens[: i + 1], "stop"
+                break
+        logprobs = logprobs_C[: len(tokens)].tolist() if self._params.logprobs else None
+        return Completion(tokens, logprobs, self.finish_reason)
 
 
 def max_compilations(config: ModelConfig, decoders: int = 1) -> int:
-    """The most programs that any prompts of one rounded number compile, with so many choices of settings."""
-    lengths = len({_room(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
-    return lengths * (2 + len(PIECES) + decoders)
+    """Upper bound on the programs compiled for one number of prompts (rounded up to a power of two).
 
-
-def _next_steps(steps: int, seconds: float) -> int:
-    """Steps of the next call of a steady stream, from those of the last one and how long it took."""
-    if jax.process_count() > 1:
-        # Their clocks differ, and all of them must take the same steps.
-        return min(2 * steps, SHARED_STEPS)
-    if seconds < INTERVAL:
-        return min(2 * steps, STEPS)
-    return max(steps // 2, 1) if seconds > 2 * INTERVAL else steps
-
-
-def _bucket(count: int, smallest: int = 1) -> int:
-    """The first power of two times `smallest` that is at least `count`."""
-    return smallest << max(-(-count // smallest) - 1, 0).bit_length()
-
-
-def _room(config: ModelConfig, tokens: int) -> int:
-    """The length of the smallest cache with room for so many tokens."""
-    return min(_bucket(tokens, SMALLEST_CACHE), config.max_position_embeddings)
-
-
-def _filters(asked: Sequence[Request], batch: int, vocabulary: int) -> dict[str, np.ndarray]:
-    """The samplers' settings of every sequence [B], of those alone that anybody asks for."""
-
-    def column(values, neutral, dtype):
-        filled = [neutral if value is None else value for value in values]
-        return np.array(filled + [neutral] * (batch - len(filled)), dtype)
-
-    if all(one.temperature == 0 for one in asked):
-        return {}
-    settings = {"temperature": column([one.temperature for one in asked], 0, np.float32)}
-    if any(one.top_k is not None for one in asked):
-        kept = [None if one.top_k is None else min(one.top_k, vocabulary) for one in asked]
-        settings["top_k"] = column(kept, vocabulary, np.int32)
-    for name, neutral in (("top_p", 1.0), ("min_p", 0.0)):
-        values = [getattr(one, name) for one in asked]
-        if any(value is not None for value in values):
-            settings[name] = column(values, neutral, np.float32)
-    return settings
-
-
-def chunks(
-    config: ModelConfig,
-    params: dict,
-    requests: Sequence[Request],
-    log_probs: bool,
-    tokenizer: Tokenizer | None,
-    steady: bool,
-) -> Iterator[tuple[list[list[int]], list[list[float]]]]:
-    """The answers' tokens as they are made, and their log-probabilities where they are asked for.
-
-    `steady`: a first token as soon as it is there, then some about every 0.1 s; else as many at a time as one
-    call of the decoder makes.
+    `decoders` is the number of combinations of sampling settings that are used.
     """
-    distributed.agree_on_kernels(config.kernels)
-    count, shards = len(requests), batch_shards(current_axes())
-    # Empty sequences, done before they begin, fill the batch up to what the mesh splits evenly.
-    batch = _bucket(-(-count // shards)) * shards
-    prompts = [one.prompt for one in requests]
-    fed_B = np.zeros(batch, np.int32)
-    fed_B[:count] = [len(prompt) - 1 for prompt in prompts]
-    limits_B = np.zeros(batch, np.int32)
-    limits_B[:count] = [one.max_new_tokens for one in requests]
-    stops = [one.stop_tokens for one in requests]
-    stops_BK = np.full((batch, _bucket(max(map(len, stops)), 8)), -1, np.int32)
-    for row, tokens in zip(stops_BK, stops, strict=False):
-        row[: len(tokens)] = tokens
-    seeds_B = np.zeros(batch, np.uint32)
-    seeds_B[:count] = [one.seed for one in requests]
-    settings = _filters(requests, batch, config.vocab_size)
-    matchers = [
-        StreamingDetokenizer(tokenizer.decode_bytes, one.stop_strings) if one.stop_strings else None
-        for one in requests
-    ]
-
-    most, longest = int(limits_B.max()), int(fed_B.max())
-    length = _room(config, longest + min(most, STEPS))
-    cache = _empty_cache(config, batch, length)
-    for start, size in _pieces(longest, batch):
-        tokens_BT = np.zeros((batch, size), np.int32)
-        for row, prompt in zip(tokens_BT, prompts, strict=False):
-            part = prompt[start : min(start + size, len(prompt) - 1)]
-            row[: len(part)] = part
-        counts_B = np.clip(fed_B - start, 0, size)
-        # One piece in flight (see `parallel/in_flight.py`): a long prompt has hundreds of them. The next one
-        # donates the cache, so nothing older could be waited for.
-        jax.block_until_ready(cache)
-        cache = _prefill(config, params, cache, tokens_BT, counts_B)
-
-    latest_B, done_B = np.zeros(batch, np.int32), np.ones(batch, bool)
-    latest_B[:count] = [prompt[-1] for prompt in prompts]
-    done_B[:count] = False
-    made, steps = 0, 1 if steady else STEPS
-    while made < most and not done_B.all():
-        steps = min(steps, most - made)
-        reach = int(np.max(np.where(done_B, 0, fed_B + np.minimum(made + steps, limits_B))))
-        if reach > length:
-            length = _room(config, reach)
-            cache = _grown(config, cache, length)
-        began = time.monotonic()
-        cache, tokens_BC, log_probs_BC = _decode(
-            config, params, cache, latest_B, done_B, np.int32(made), np.int32(steps), limits_B, stops_BK,
-            seeds_B, settings, log_probs,
-        )  # fmt: skip
-        tokens_BC = np.asarray(tokens_BC)[:, :steps]
-        latest_B, done_B = tokens_BC[:, -1], tokens_BC[:, -1] < 0
-        parts = [[int(token) for token in row if token >= 0] for row in tokens_BC[:count]]
-        for b, matcher in enumerate(matchers):
-            if matcher is not None:
-                parts[b] = _until_stop(matcher, parts[b], tokenizer.vocab_size)
-                done_B[b] |= matcher.stopped
-        values = np.asarray(log_probs_BC) if log_probs else None
-        scores = [[] if values is None else values[b, : len(part)].tolist() for b, part in enumerate(parts)]
-        yield parts, scores
-        made += steps
-        done_B |= made >= limits_B
-        if steady:
-            steps = _next_steps(steps, time.monotonic() - began)
+    lengths = {_cache_len(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)}
+    return len(lengths) * (2 + len(PREFILL_CHUNKS) + decoders)
 
 
-def _until_stop(matcher: StreamingDetokenizer, tokens: list[int], known: int) -> list[int]:
-    """The tokens up to the one in which a stop string is complete."""
-    for i, token in enumerate(tokens):
-        if matcher.stopped:
-            return tokens[:i]
-        # The model's table may have more rows than the tokenizer has tokens.
-        matcher.feed([token] if token < known else [])
-    return tokens
+def next_power_of_two(count: int) -> int:
+    """The smallest power of two that is at least `count`."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
-def _pieces(count: int, batch: int) -> Iterator[tuple[int, int]]:
-    """Cuts `count` tokens into (start, size); the last piece may reach past the end, but not by more than
-    there is in it: a call reads all weights, so fewer calls are worth some padding."""
-    sizes = [size for size in PIECES if size * batch <= PIECE_TOKENS] or PIECES[-1:]
+def _cache_len(config: ModelConfig, tokens: int) -> int:
+    """Slots of the smallest cache that holds `tokens` tokens."""
+    length = MIN_CACHE_LEN * next_power_of_two(-(-tokens // MIN_CACHE_LEN))
+    return min(length, config.max_position_embeddings)
+
+
+def _prefill_chunks(tokens: int, batch: int) -> Iterator[tuple[int, int]]:
+    """Splits `tokens` tokens into chunks (start, size).
+
+    The last chunk may reach past the end by at most its number of tokens: every call reads all weights, so
+    fewer calls are worth some padding.
+    """
+    sizes = [size for size in PREFILL_CHUNKS if size * batch <= MAX_PREFILL_TOKENS] or PREFILL_CHUNKS[-1:]
     start = 0
-    while start < count:
-        left = count - start
+    while start < tokens:
+        left = tokens - start
         size = next((size for size in sizes if size <= left), sizes[-1])
         size = min((wider for wider in sizes if left <= wider <= 2 * left), default=size)
         yield start, size
         start += size
 
 
-def _placed(cache: KVCache) -> KVCache:
-    """The cache as every program hands it over: another placement would compile the next one again."""
-    layers = jax.tree.map(lambda leaf: constrain(leaf, CACHE), cache.layers)
+def _next_num_steps(num_steps: int, seconds: float) -> int:
+    """Steps of a stream's next decode call, given those of the last one and its time."""
+    if jax.process_count() > 1:
+        return min(2 * num_steps, MULTI_HOST_STEPS)
+    if seconds < STREAM_INTERVAL:
+        return min(2 * num_steps, MAX_STEPS)
+    return max(num_steps // 2, 1) if seconds > 2 * STREAM_INTERVAL else num_steps
+
+
+def _initial_state(
+    config: ModelConfig, prompts: list[np.ndarray], params: list[SamplingParams], batch: int
+) -> DecodeState:
+    """The state after the prefill. Rows from `len(prompts)` to `batch` are done."""
+    unused = batch - len(prompts)
+
+    def column(name, neutral, dtype):
+        values = [getattr(one, name) for one in params]
+        return np.array([neutral if value is None else value for value in values] + [neutral] * unused, dtype)
+
+    is_stop_BV = np.zeros((batch, config.vocab_size), bool)
+    for row, one in zip(is_stop_BV, params, strict=False):
+        row[list(one.stop_tokens)] = True
+    # A filter that no prompt asks for is left out: it would cost time.
+    filters = {}
+    if any(one.temperature for one in params):
+        filters["temperature"] = column("temperature", 0.0, np.float32)
+        for name, neutral, dtype in (
+            ("top_k", config.vocab_size, np.int32),
+            ("top_p", 1.0, np.float32),
+            ("min_p", 0.0, np.float32),
+        ):
+            if any(getattr(one, name) is not None for one in params):
+                filters[name] = column(name, neutral, dtype)
+    return DecodeState(
+        token_B=np.array([prompt[-1] for prompt in prompts] + [0] * unused, np.int32),
+        done_B=np.array([False] * len(prompts) + [True] * unused),
+        num_generated=np.int32(0),
+        max_new_tokens_B=column("max_new_tokens", 0, np.int32),
+        is_stop_BV=is_stop_BV,
+        seed_B=column("seed", 0, np.uint32),
+        filters=filters,
+    )
+
+
+def _constrain_cache(cache: KVCache) -> KVCache:
+    """Gives the cache the same shardings after every program; others would recompile the next one."""
+    layers = jax.tree.map(lambda leaf: constrain(leaf, CACHE_SPEC), cache.layers)
     return KVCache(layers, constrain(cache.lengths, P(BATCH)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "length"))
-def _empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
-    return _placed(init_cache(config, batch, length, compute_dtype(config)))
+@functools.partial(jax.jit, static_argnames=("config", "batch", "cache_len"))
+def _init_cache(config: ModelConfig, batch: int, cache_len: int) -> KVCache:
+    return _constrain_cache(init_cache(config, batch, cache_len, compute_dtype(config)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "length"))
-def _grown(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
-    return _placed(resize(config, cache, length))
+@functools.partial(jax.jit, static_argnames=("config", "cache_len"))
+def _grow(config: ModelConfig, cache: KVCache, cache_len: int) -> KVCache:
+    return _constrain_cache(resize(config, cache, cache_len))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _prefill(config, params, cache, tokens_BT, counts_B) -> KVCache:
-    """Reads the first `counts_B` of the tokens of each sequence into the cache."""
-    segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < counts_B[:, None]).astype(jnp.int32)
+def _prefill(
+    config: ModelConfig, params: dict, cache: KVCache, tokens_BT: jax.Array, count_B: jax.Array
+) -> KVCache:
+    """Reads the first `count_B` tokens of each row into the cache."""
+    segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None]).astype(jnp.int32)
     model = bind(config, params)
-    return _placed(model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)[1])
+    return _constrain_cache(model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)[1])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "log_probs"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("config", "logprobs"), donate_argnames="cache")
 def _decode(
-    config, params, cache, latest_B, done_B, made, steps, limits_B, stops_BK, seeds_B, settings, log_probs
-):
-    """Up to `steps` (traced) tokens for every sequence that is not done.
+    config: ModelConfig,
+    params: dict,
+    cache: KVCache,
+    state: DecodeState,
+    num_steps: jax.Array,
+    logprobs: bool,
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """Samples up to `num_steps` (traced, at most MAX_STEPS) tokens for every row that is not done.
 
-    `latest_B` has not been read yet; `made` tokens have been sampled before, and `limits_B` may be in all.
-    Returns the cache, int32 [B, STEPS], where -1 stands for the end of a sequence and all after it, and
-    their log-probabilities, float32 [B, STEPS] or nothing.
+    Returns the cache; the tokens, int32 [B, MAX_STEPS], -1 where a row was done; and, if `logprobs`, their
+    log-probabilities, float32 of the same shape, else [B, 0].
     """
     model = bind(config, params)
-    keys_B = sequence_keys(seeds_B)
+    keys_B = sequence_keys(state.seed_B)
 
-    def going(state):
-        step, _, _, done_B, *_ = state
-        return (step < steps) & ~jnp.all(done_B)
+    def is_running(carry):
+        step, _, _, done_B, *_ = carry
+        return (step < num_steps) & ~jnp.all(done_B)
 
-    def one_step(state):
-        step, cache, latest_B, done_B, tokens_BC, scores_BC = state
+    def one_step(carry):
+        step, cache, token_B, done_B, tokens_BC, logprobs_BC = carry
         hidden_BTD, cache, _ = model.hidden_states(
-            latest_B[:, None], (~done_B).astype(jnp.int32)[:, None], cache=cache
+            token_B[:, None], (~done_B).astype(jnp.int32)[:, None], cache=cache
         )
         logits_BV = model.logits(hidden_BTD)[:, 0]
-        latest_B = sample(logits_BV, step_keys(keys_B, made + step), **settings)
-        done_B |= jnp.any(latest_B[:, None] == stops_BK, axis=1)
-        tokens_BC = tokens_BC.at[:, step].set(jnp.where(done_B, -1, latest_B))
-        if log_probs:
-            chosen_B = jnp.take_along_axis(logits_BV, latest_B[:, None], axis=1)[:, 0]
-            scores_BC = scores_BC.at[:, step].set(chosen_B - jax.nn.logsumexp(logits_BV, axis=1))
-        done_B |= made + step + 1 >= limits_B
-        return step + 1, _placed(cache), latest_B, done_B, tokens_BC, scores_BC
+        token_B = sample(logits_BV, step_keys(keys_B, state.num_generated + step), **state.filters)
+        done_B |= jnp.take_along_axis(state.is_stop_BV, token_B[:, None], axis=1)[:, 0]
+        tokens_BC = tokens_BC.at[:, step].set(jnp.where(done_B, -1, token_B))
+        if logprobs:
+            chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+            logprobs_BC = logprobs_BC.at[:, step].set(chosen_B - jax.nn.logsumexp(logits_BV, axis=1))
+        done_B |= state.num_generated + step + 1 >= state.max_new_tokens_B
+        return step + 1, _constrain_cache(cache), token_B, done_B, tokens_BC, logprobs_BC
 
-    shape = latest_B.shape[0], STEPS
-    tokens_BC = jnp.full(shape, -1, jnp.int32)
-    scores_BC = jnp.zeros(shape if log_probs else (0,), jnp.float32)
-    _, cache, _, _, tokens_BC, scores_BC = jax.lax.while_loop(
-        going, one_step, (jnp.int32(0), cache, latest_B, done_B, tokens_BC, scores_BC)
-    )
+    B = state.token_B.shape[0]
+    tokens_BC = jnp.full((B, MAX_STEPS), -1, jnp.int32)
+    logprobs_BC = jnp.zeros((B, MAX_STEPS if logprobs else 0), jnp.float32)
+    carry = jnp.int32(0), cache, state.token_B, state.done_B, tokens_BC, logprobs_BC
+    _, cache, _, _, tokens_BC, logprobs_BC = jax.lax.while_loop(is_running, one_step, carry)
     # Every process of a mesh reads all of the answers.
-    return _placed(cache), constrain(tokens_BC, P()), constrain(scores_BC, P())
+    return _constrain_cache(cache), constrain(tokens_BC, P()), constrain(logprobs_BC, P())

@@ -6,41 +6,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gptoss_jax.config import TrainConfig
-from gptoss_jax.config.base import write_json
-from gptoss_jax.config.paths import output_file
 from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, Estimate
-from gptoss_jax.planning.plan import Plan, make_plan, mesh_name
+from gptoss_jax.planning.plan import Plan, mesh_name
 
 # Meshes that the table has rows for.
 MAX_ROWS = 6
-
-
-def run(
-    config: TrainConfig,
-    topology: str | None,
-    chip: str | None,
-    devices: int | None,
-    meshes: Sequence[str],
-    json_file: str | None,
-) -> bool:
-    """Makes a plan (see `make_plan`), prints it, writes it to a file, and returns whether a mesh fits."""
-    path = None if json_file is None else output_file(json_file, "json")
-    with Console(stderr=True).status("Estimating") as status:
-        plan = make_plan(
-            config,
-            topology=topology,
-            chip=chip,
-            devices=devices,
-            meshes=meshes,
-            on_compile=lambda mesh: status.update(f"Compiling {mesh_name(mesh)} for {topology}: minutes"),
-        )
-    show(plan, Console())
-    if path is not None:
-        write_json(path, plan.to_dict())
-    return plan.fits
 
 
 def show(plan: Plan, console: Console) -> None:

@@ -16,7 +16,10 @@ from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
-from gptoss_jax.inference.generate import generate_with_params
+from gptoss_jax.inference.detokenizer import detokenize
+from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.sampling_params import SamplingParams
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 from gptoss_jax.training.console import (
     Console,
@@ -162,18 +165,14 @@ class RunLog:
         room = self.config.model.max_position_embeddings - len(prompt)
         if min(config.sample_tokens, room) < 1:
             return
-        (tokens,) = generate_with_params(
-            self.config.model,
-            params,
-            [prompt],
+        sampling_params = SamplingParams(
             max_new_tokens=min(config.sample_tokens, room),
             temperature=config.temperature,
             stop_tokens=self._stop_tokens,
             seed=step,
         )
-        # The model's table may have more rows than the tokenizer has tokens.
-        known = [token for token in tokens if token < tokenizer.vocab_size]
-        self.console.sample(text + tokenizer.decode(known))
+        (answer,) = generate(bind(self.config.model, params), [prompt], sampling_params)
+        self.console.sample(text + detokenize(tokenizer, answer.tokens))
 
     def finish(self, step: int, first_step: int) -> None:
         """The picture and the closing words."""

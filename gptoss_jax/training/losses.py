@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,16 @@ def chunk_length(batch: int, length: int, vocab_size: int, shards: int = 1) -> i
     shards, fit."""
     room = max(1, CHUNK_LOGITS * shards // (batch * vocab_size))
     return max(size for size in range(1, length + 1) if length % size == 0 and size <= room)
+
+
+def split_chunks(tree: Any, chunk: int) -> Any:
+    """Splits arrays [B, T, ...] into chunks of positions to scan over, [T / chunk, B, chunk, ...]."""
+
+    def split(x):
+        B, T, *rest = x.shape
+        return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *rest), 1, 0)
+
+    return jax.tree.map(split, tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -83,9 +94,6 @@ def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_grad
     def over_vocabulary(reduce, x):
         return reduce(x, "tensor") if on_mesh else x
 
-    def split(x):
-        return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
-
     def one_chunk(carry, inputs):
         loss, head_gradient_VD = carry
         x_BCD, target_BC, weight_BC = inputs
@@ -123,7 +131,7 @@ def _over_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, chunk, with_grad
         return (loss, head_gradient_VD), d_x_BCD
 
     start = (jnp.float32(0), jnp.zeros(weight_VD.shape if with_gradient else (), jnp.float32))
-    inputs = (split(hidden_BTD), split(targets_BT), split(weights_BT.astype(jnp.float32)))
+    inputs = split_chunks((hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)), chunk)
     (loss, head_gradient_VD), d_x = jax.lax.scan(one_chunk, start, inputs)
     if with_gradient:
         d_x = over_vocabulary(jax.lax.psum, jnp.moveaxis(d_x, 0, 1).reshape(B, T, D))

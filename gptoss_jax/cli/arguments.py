@@ -1,0 +1,40 @@
+"""Command-line arguments that several commands share. Imports no jax: `--help` should be fast."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from gptoss_jax.inference.sampling_params import SamplingParams
+
+Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+# A field cannot have the name of a module.
+JsonFile = Annotated[str | None, tyro.conf.arg(name="json", metavar="FILE")]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    # Maximum number of new tokens. Default: 200, or 4096 in a Harmony chat.
+    max_new_tokens: OptionalInt = None
+    # Sampling temperature; 0 always takes the most likely token. Default: 0.8, or 1 in a Harmony chat.
+    temperature: OptionalFloat = None
+    # Sample from the K most likely tokens.
+    top_k: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
+    # Sample from the smallest set of most likely tokens whose probabilities add up to P.
+    top_p: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
+    # Ignore tokens less than P times as likely as the most likely one.
+    min_p: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
+    # Random seed.
+    seed: int = 0
+
+    def update(self, params: "SamplingParams") -> "SamplingParams":
+        """Returns the parameters with those that were given on the command line."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(params, **given)
+
+
+Sampling = Annotated[SamplingFlags, tyro.conf.arg(name="")]

@@ -1,0 +1,213 @@
+"""`gptoss chat`: a conversation with a chat model in Harmony, or plain completion with a base model."""
+
+import codecs
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, TextIO
+
+import tyro
+
+from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFlags
+from gptoss_jax.config import require
+
+if TYPE_CHECKING:
+    from gptoss_jax.cli.terminal import Write
+    from gptoss_jax.data.harmony import Part
+    from gptoss_jax.data.tokenizer import Tokenizer
+    from gptoss_jax.inference.chat import Conversation
+    from gptoss_jax.inference.sampling_params import SamplingParams
+
+HELP = "/new starts a new conversation, /exit or Ctrl-D exits, Ctrl-C stops an answer and keeps what it said"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """Chat with a model in Harmony, gpt-oss's format; a base model continues each line. See /help."""
+
+    # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub. A tokenizer with
+    # Harmony's special tokens marks a chat model.
+    folder: Folder
+    # Reasoning effort of a chat model.
+    reasoning: Literal["low", "medium", "high"] = "medium"
+    # Developer instructions for a chat model, such as "Answer in French.".
+    instructions: OptionalText = None
+    # Show a chat model's reasoning, dimmed, or hide it.
+    analysis: Literal["show", "hide"] = "show"
+    # Treat the model as a base model, although its tokenizer has Harmony's special tokens.
+    plain: tyro.conf.FlagCreatePairsOff[bool] = False
+    sampling: Sampling = SamplingFlags()
+
+    def run(self) -> None:
+        from gptoss_jax.checkpoints.load import load_model
+        from gptoss_jax.cli.terminal import writer
+        from gptoss_jax.inference.generate import stream
+
+        model, tokenizer = load_model(self.folder)
+        write_error = writer(sys.stderr)
+
+        def note(text: str) -> None:
+            write_error(text + "\n", True)
+
+        def answer(prompt: list[int], params: "SamplingParams") -> Iterator[list[int]]:
+            chunks = stream(model, [prompt], params)
+            return (part.tokens for (part,) in chunks)
+
+        conversation = self._conversation(tokenizer, note)
+        params = self.sampling.update(conversation.params)
+        max_context = model.config.max_position_embeddings
+        # Checks the settings and the start of the conversation; decodes nothing.
+        start = conversation.prompt("")
+        left = max(max_context - len(start), 1)
+        answer(start, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, left)))
+        # Bytes that are not text must not end the chat. The ASCII of LC_ALL=C is read as UTF-8.
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
+        if sys.stdin.isatty():
+            note(HELP)
+        session = Session(
+            conversation, params, max_context, answer, writer(sys.stdout), note, self.analysis == "show"
+        )
+        session.run(read_lines(sys.stdin, "> " if sys.stdout.isatty() else ""))
+
+    def _conversation(self, tokenizer: "Tokenizer", note: Callable[[str], None]) -> "Conversation":
+        import datetime
+
+        from gptoss_jax.config.paths import user_text
+        from gptoss_jax.data.harmony import is_harmony
+        from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
+
+        if is_harmony(tokenizer) and not self.plain:
+            instructions = None if self.instructions is None else user_text(self.instructions)
+            today = datetime.date.today().isoformat()
+            return HarmonyConversation(tokenizer, self.reasoning, instructions, today)
+        unused = "must be left out for plain completion"
+        require(self.instructions is None, "instructions", self.instructions, unused)
+        note("plain completion: every line is a separate text to continue")
+        return PlainConversation(tokenizer)
+
+
+@dataclasses.dataclass
+class Session:
+    """Answers the user's lines in one conversation."""
+
+    conversation: "Conversation"
+    params: "SamplingParams"  # of the first answer; each later one has the next seed
+    max_context: int  # tokens of a prompt and its answer
+    answer: Callable[[list[int], "SamplingParams"], Iterator[Sequence[int]]]  # streams tokens
+    write: "Write"
+    note: Callable[[str], None]  # prints a line about the chat itself
+    show_analysis: bool = True
+    num_answers: int = 0
+
+    def run(self, lines: Iterable[str]) -> None:
+        """Handles lines until they end or one is /exit. Empty lines are skipped."""
+        for line in lines:
+            command = line.strip()
+            if command == "/exit":
+                return
+            if command == "/help":
+                self.note(HELP)
+            elif command == "/new":
+                self.conversation.clear()
+                self.note("new conversation")
+            elif command:
+                self._answer(line)
+
+    def _answer(self, line: str) -> None:
+        from gptoss_jax.cli.terminal import Throughput
+
+        prompt = self.conversation.prompt(line)
+        left = self.max_context - len(prompt)
+        if left < 1:
+            has = f"{len(prompt):,} tokens with this line; the model's limit is {self.max_context:,}"
+            self.note(f"not sent: the conversation has {has}. /new starts a new one")
+            return
+        params = dataclasses.replace(
+            self.params,
+            max_new_tokens=min(self.params.max_new_tokens, left),
+            seed=(self.params.seed + self.num_answers) % 2**32,
+        )
+        self.num_answers += 1
+        reader, printer = self.conversation.reader(), _Printer(self.write, self.show_analysis)
+        throughput, is_interrupted = Throughput(), False
+        try:
+            for tokens in throughput.count(self.answer(prompt, params)):
+                printer.show(reader.feed(tokens))
+        except KeyboardInterrupt:
+            is_interrupted = True
+        is_full = throughput.num_tokens >= params.max_new_tokens
+        # Of an answer that was cut off, half a character or half a header is shown but not remembered.
+        parts = [dataclasses.replace(part) for part in reader.parts]
+        printer.show(reader.close())
+        printer.end()
+        parts = [part for part in (parts if is_interrupted or is_full else reader.parts) if part.text]
+        self.conversation.add(line, parts)
+        remarks = [str(throughput)]
+        if is_interrupted:
+            remarks.append("stopped")
+        elif is_full and params.max_new_tokens == self.params.max_new_tokens:
+            remarks.append(f"stopped at --max-new-tokens {params.max_new_tokens}")
+        elif is_full:
+            remarks.append(f"stopped at the model's limit of {self.max_context:,} tokens; /new starts over")
+        elif parts and parts[-1].recipient:
+            remarks.append(f"calls {parts[-1].recipient}, but no tools are connected")
+        self.note(" · ".join(remarks))
+
+
+class _Printer:
+    """Prints the parts of one answer, separated by blank lines."""
+
+    def __init__(self, write: "Write", show_analysis: bool) -> None:
+        self._write, self._show_analysis = write, show_analysis
+        self._part: Part | None = None  # the latest one
+        self._tail = ""  # its last two characters
+
+    def show(self, pieces: "Iterable[tuple[Part, str]]") -> None:
+        for part, text in pieces:
+            is_analysis = part.channel == "analysis" and part.recipient is None
+            if not text or (is_analysis and not self._show_analysis):
+                continue
+            if part is not self._part:
+                if self._part is not None:
+                    self._end_lines(2)
+                if part.recipient:
+                    self._write(f"to {part.recipient}: ", True)
+                self._part = part
+            self._write(text, is_analysis)
+            self._tail = (self._tail + text)[-2:]
+
+    def end(self) -> None:
+        self._end_lines(1)
+
+    def _end_lines(self, count: int) -> None:
+        """Completes the text to `count` line feeds at its end."""
+        written = len(self._tail) - len(self._tail.rstrip("\n"))
+        self._write("\n" * (count - written), False)
+        self._tail = ""
+
+
+def read_lines(file: TextIO, prompt: str) -> Iterator[str]:
+    """Yields the lines of a file; on a terminal it prompts for them, with editing and history.
+
+    Ctrl-D ends them, and so does Ctrl-C on an empty line; on a line with text Ctrl-C drops the text.
+    """
+    if not file.isatty():
+        for line in file:
+            yield line.removesuffix("\n")
+        return
+    try:
+        import readline  # input() then uses it
+
+        typed = readline.get_line_buffer
+    except ImportError:
+        typed = str
+    while True:
+        try:
+            line = input(prompt)
+        except (EOFError, KeyboardInterrupt) as error:
+            print()
+            if isinstance(error, KeyboardInterrupt) and typed():
+                continue
+            return
+        yield line

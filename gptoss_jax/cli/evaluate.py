@@ -1,0 +1,142 @@
+"""`gptoss eval`."""
+
+import dataclasses
+import logging
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from gptoss_jax.cli.arguments import Folder, JsonFile, OptionalInt
+from gptoss_jax.config import require
+
+if TYPE_CHECKING:
+    from gptoss_jax.evaluation.perplexity import TextScore
+
+INSTALL_EVAL = "pip install 'gptoss-jax[eval]'"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a model: perplexity on text, or tasks of lm_eval."""
+
+    # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
+    folder: Folder
+    # Text, specified like data.source of train.py: text:GLOB, jsonl:GLOB#field, stdlib, ….
+    source: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
+    # Name of a task of lm_eval, or YAML file of your own; may be repeated.
+    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK")] = ()
+    # Tokens that the model sees at once. Default: data.seq_len of a run, else 2048; for tasks, all that fit.
+    context: OptionalInt = None
+    # Tokens between the starts of two windows of a text. Default: half the context.
+    stride: OptionalInt = None
+    # Rows per forward pass. Default: 16,384 tokens' worth.
+    batch_size: OptionalInt = None
+    # Score at most this many tokens of the text.
+    max_tokens: OptionalInt = None
+    # Use at most this many examples of each task.
+    limit: OptionalInt = None
+    # Number of few-shot examples, unless the task sets it to 0. Default: that of the task.
+    num_fewshot: OptionalInt = None
+    # Also write the results to this file.
+    json_file: JsonFile = None
+
+    def run(self) -> None:
+        from gptoss_jax.config.base import write_json
+        from gptoss_jax.config.paths import output_file
+
+        self._check()
+        path = None if self.json_file is None else output_file(self.json_file, "json")
+        result = self._run_tasks() if self.task else self._run_text()
+        if path is not None:
+            write_json(path, _to_json(result), default=str)
+
+    def _check(self) -> None:
+        source, task = self.source, list(self.task)
+        require(source is None or not task, "task", task, "must be left out if there is a source")
+        require(source is not None or bool(task), "source", source, "give one, such as text:FILE, or a task")
+        other = "source" if task else "task"
+        for name in ("stride", "max_tokens") if task else ("limit", "num_fewshot"):
+            require(getattr(self, name) is None, name, getattr(self, name), f"applies only to a {other}")
+        for name, least in (("limit", 1), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            require(value is None or value >= least, name, value, f"must be {least} or more")
+
+    def _run_text(self) -> dict[str, Any]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from gptoss_jax.checkpoints.load import load_model
+        from gptoss_jax.checkpoints.readers import is_run, local_folder
+        from gptoss_jax.config import TrainConfig
+        from gptoss_jax.data.sources import open_corpus
+        from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
+
+        settings = TextSettings(self.context, self.stride, self.batch_size, self.max_tokens)
+        corpus, folder = open_corpus(self.source), local_folder(self.folder)
+        if self.context is None and is_run(folder):
+            # The model has not been trained on longer rows.
+            seq_len = TrainConfig.load(folder / "config.json").data.seq_len
+            settings = dataclasses.replace(settings, context=seq_len)
+        model, tokenizer = load_model(folder)
+        columns = (
+            TextColumn("{task.fields[loss]}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("", total=None, loss="compiling")
+
+            def show(done: int, total: int | None, loss: float) -> None:
+                progress.update(task, completed=done, total=total, loss=f"loss {loss:.3f}")
+
+            score = evaluate_text(model, tokenizer, corpus, settings, show)
+        print("\n".join(_table(score)))
+        values = dataclasses.asdict(score) | {"tokens_per_second": score.tokens_per_second}
+        return {"folder": self.folder, "source": self.source, **values}
+
+    def _run_tasks(self) -> dict[str, Any]:
+        try:
+            import lm_eval.utils
+
+            from gptoss_jax.evaluation.lm_eval import evaluate_tasks
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] != "lm_eval":
+                raise
+            raise ValueError(f"task is {list(self.task)!r}: needs lm_eval: {INSTALL_EVAL}") from None
+        # It warns of every default that a task relies on.
+        logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
+        result = evaluate_tasks(
+            self.folder, self.task, self.limit, self.num_fewshot, self.batch_size, self.context
+        )
+        print(lm_eval.utils.make_table(result))
+        if result.get("groups"):
+            print(lm_eval.utils.make_table(result, "groups"))
+        return {"folder": self.folder, **result}
+
+
+def _table(score: "TextScore") -> list[str]:
+    documents = f"{score.documents:,} document{'s' * (score.documents != 1)}"
+    records = f"{score.null_records:,} record{'s' * (score.null_records != 1)}"
+    seconds = f"{score.seconds:,.1f} s, plus {score.compile_seconds:,.1f} s to compile"
+    rows = {
+        "loss": f"{score.loss:.4f} nats per token",
+        "perplexity": f"{score.perplexity:,.3f}",
+        "bits per byte": f"{score.bits_per_byte:.4f}",
+        "text": f"{score.tokens:,} tokens, {score.bytes:,} bytes, {documents}",
+        "skipped": f"{records} whose field is null" if score.null_records else "",
+        "windows": f"{score.context:,} tokens, stride {score.stride:,}",
+        "speed": f"{score.tokens_per_second:,.0f} tokens/s ({seconds})",
+    }
+    return [f"{name:<15}{value}" for name, value in rows.items() if value]
+
+
+def _to_json(value: Any) -> Any:
+    """Converts NumPy values to Python's, and NaN and infinities, which JSON does not have, to null."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,55 @@
+"""`gptoss generate`."""
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from gptoss_jax.cli.arguments import Folder, Sampling, SamplingFlags
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Generate text from a prompt."""
+
+    # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
+    folder: Folder
+    # Text to continue; may be "".
+    prompt: str
+    # Stop before this text; may be repeated.
+    stop_strings: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    sampling: Sampling = SamplingFlags()
+
+    def run(self) -> None:
+        from gptoss_jax.checkpoints.load import load_model
+        from gptoss_jax.cli.terminal import Throughput, writer
+        from gptoss_jax.config.paths import user_text
+        from gptoss_jax.inference.chat import PLAIN
+        from gptoss_jax.inference.detokenizer import StreamingDetokenizer
+        from gptoss_jax.inference.generate import stream
+
+        model, tokenizer = load_model(self.folder)
+        prompt = user_text(self.prompt)
+        prompt_tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        # A prompt that leaves no room at all is an error of its own.
+        left = max(model.config.max_position_embeddings - len(prompt_tokens), 1)
+        default = dataclasses.replace(
+            PLAIN,
+            max_new_tokens=min(PLAIN.max_new_tokens, left),
+            stop_tokens=tokenizer.stop_ids,
+            stop_strings=tuple(map(user_text, self.stop_strings)),
+        )
+        params = self.sampling.update(default)
+        chunks = stream(model, [prompt_tokens], params, tokenizer=tokenizer)
+        write, throughput = writer(sys.stdout), Throughput()
+        write(prompt, dim=True)
+        detokenizer = StreamingDetokenizer(tokenizer, params.stop_strings)
+        try:
+            for tokens in throughput.count(part.tokens for (part,) in chunks):
+                write(detokenizer.feed(tokens))
+        except KeyboardInterrupt:
+            write("\n")
+            raise
+        write(detokenizer.close() + "\n")
+        writer(sys.stderr)(f"{throughput}\n", dim=True)

@@ -1,0 +1,51 @@
+"""Text on a terminal: dimmed where it should be, and safe whatever a model wrote."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TextIO
+
+from gptoss_jax.training.console import printable
+
+# (text, whether it is dim)
+Write = Callable[[str, bool], None]
+
+
+def writer(file: TextIO) -> Write:
+    """Returns a function that writes text at once. On a terminal, control characters are spelled out."""
+    is_terminal = file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    encoding = getattr(file, "encoding", None) or "utf-8"
+
+    def write(text: str, dim: bool = False) -> None:
+        text = text.encode(encoding, "replace").decode(encoding)
+        if is_terminal:
+            text = printable(text)
+            text = f"\x1b[2m{text}\x1b[0m" if dim and text else text
+        file.write(text)
+        file.flush()
+
+    return write
+
+
+class Throughput:
+    """Counts tokens as they arrive."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._first: tuple[int, float] | None = None  # number of tokens and time of the first chunk
+        self._last = 0.0
+
+    def count(self, chunks: Iterable[Sequence[int]]) -> Iterator[Sequence[int]]:
+        """Yields the chunks, counted."""
+        for tokens in chunks:
+            self.num_tokens += len(tokens)
+            self._last = time.monotonic()
+            self._first = self._first or (len(tokens), self._last)
+            yield tokens
+
+    def __str__(self) -> str:
+        rate = "–"
+        if self._first and self._last > self._first[1]:
+            # The first chunk waited for the prompt and the compiler.
+            rate = f"{(self.num_tokens - self._first[0]) / (self._last - self._first[1]):,.1f}"
+        return f"{self.num_tokens:,} token{'s' * (self.num_tokens != 1)} · {rate} tokens/s"
