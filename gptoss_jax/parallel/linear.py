@@ -1,7 +1,7 @@
 """Linear layers and embeddings whose weights are sharded: tensor parallelism and FSDP.
 
-Inside `shard_map` every device gathers the weights that its part of the batch is multiplied by, cast first,
-and gathers them again for the gradient rather than keep them.
+Linear layers are einsums with sharding constraints. Where the compiler would shard badly (embeddings, the
+loss, experts) or cannot (Pallas kernels), `shard_map` says what every device does.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax.kernels.cpu import decode
 from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.rules import compute_spec, spec_axes, storage_spec
+from gptoss_jax.parallel.rules import compute_spec, constrain, spec_axes, storage_spec
 
 # The name by which rematerialization can keep the results of `sharded_einsum`.
 LINEAR_OUTPUT = "linear_output"
@@ -57,31 +57,24 @@ def sharded_einsum(
 
 
 def _einsum_on_mesh(equation, x, weights, result_type):
+    """Plain sharding constraints: the compiler inserts FSDP's gathers and reduce-scatters, and the sums over
+    the tensor axis, on TPU the same ones as a hand-written shard_map."""
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
-    storage = [storage_spec(letters, weight.shape, current_axes(), letters) for weight in weights]
-    compute = compute_spec(letters)
-    split = {letter: entry for letter, entry in zip(letters, compute, strict=True) if entry}
-    is_summed = any(letter not in y_letters for letter in split)
-    splits_result = bool(split) and not is_summed
+    used = compute_spec(letters)
+    split = dict(zip(letters, used, strict=True)) | {x_letters[0]: BATCH}
+    x_spec, y_spec = (P(*map(split.get, letters)) for letters in (x_letters, y_letters))
 
-    def one_device(x, *shards):
-        if splits_result:
-            x = jax.lax.pcast(x, "tensor", to="varying")
-        results = []
-        for shard, stored in zip(shards, storage, strict=True):
-            weight = fsdp_all_gather(shard.astype(x.dtype), stored, compute)
-            # Its gradient is summed over the devices that store the same part of it.
-            copies = _batch_axes_not_in(stored)
-            weight = jax.lax.pcast(weight, copies, to="varying") if copies else weight
-            y = _einsum(equation, x, weight, result_type)
-            results.append(jax.lax.psum(y, "tensor") if is_summed else y)
+    def multiply(x, *weights):
+        x, results = constrain(x, x_spec), []
+        for weight in weights:
+            stored = storage_spec(letters, weight.shape, current_axes(), letters)
+            # Cast where it is stored, then gathered.
+            weight = constrain(constrain(weight.astype(x.dtype), stored), used)
+            results.append(constrain(_einsum(equation, x, weight, result_type), y_spec))
         return results
 
-    if any(gathered_dimensions(stored, compute) for stored in storage):
-        one_device = jax.checkpoint(one_device, prevent_cse=False)
-    axes_of = split | {x_letters[0]: BATCH}
-    x_spec, y_spec = (P(*map(axes_of.get, letters)) for letters in (x_letters, y_letters))
-    return jax.shard_map(one_device, in_specs=(x_spec, *storage), out_specs=y_spec)(x, *weights)
+    # The gradient gathers the weights again instead of keeping them.
+    return jax.checkpoint(multiply, prevent_cse=False)(x, *weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
