@@ -21,7 +21,6 @@ from gptoss_jax.checkpoints.mappings import (
     HUGGINGFACE,
     TensorMapping,
     in_file_order,
-    parameter_key,
     parameter_layers,
 )
 from gptoss_jax.checkpoints.readers import ExpertFormat, InMemoryReader, WeightReader, open_weights
@@ -31,7 +30,7 @@ from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.model.parameters import path_names
+from gptoss_jax.model.parameters import parameter_name, path_names
 from gptoss_jax.model.transformer import Transformer, abstract_params, get_params
 
 GENERATION = "generation_config.json"
@@ -111,7 +110,7 @@ def write_folder(
     if jax.process_count() > 1:
         raise ValueError("a model is written by one process: load its checkpoint in one and save it there")
     if experts is None:
-        keys = {parameter_key(path) for path in parameter_layers(reader.config)}
+        keys = {parameter_name(path) for path in parameter_layers(reader.config)}
         is_wide = any(reader.dtype(key) != BFLOAT16 for key in keys)
         experts = "mxfp4" if reader.packed else "float32" if is_wide else "bfloat16"
     check_target(folder)
@@ -145,12 +144,12 @@ def _new_tensors(
 ) -> list[NewTensor]:
     """Every tensor of the Hugging Face folder of a config, layer by layer. While they are written,
     `non_finite` gets the names of those with NaN or infinite values."""
-    present = {parameter_key(path) for path in parameter_layers(reader.config)}
+    present = {parameter_name(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
     leaves = {path_names(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract_params(config))}
     tensors = []
     for path, layer in in_file_order(config):
-        key, leaf = parameter_key(path), leaves[path]
+        key, leaf = parameter_name(path), leaves[path]
         mapping, dtype = HUGGINGFACE[key], leaf.dtype if leaf.dtype == np.uint8 else dense
         if key in NO_EFFECT and key not in present:
             values = np.broadcast_to(np.float32(NO_EFFECT[key]), leaf.shape[1:])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_key, parameter_layers
+from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_layers
 from gptoss_jax.checkpoints.readers import (
     ExpertFormat,
     WeightReader,
@@ -124,7 +124,7 @@ def read_params(reader: WeightReader, config: ModelConfig, target: dict) -> dict
 
     def read(path, leaf):
         path = path_names(path)
-        tensors = [reader.tensor(parameter_key(path), layer) for layer in layers_of[path]]
+        tensors = [reader.tensor(parameter_name(path), layer) for layer in layers_of[path]]
         array, names = load_sharded(leaf, tensors)
         non_finite.update(names)
         return array
@@ -145,7 +145,7 @@ def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Pa
     for path, rows in jax.tree_util.tree_leaves_with_path(finite):
         path = path_names(path)
         rows = rows.all(keepdims=True) if layers_of[path] == [-1] else rows
-        mapping = HUGGINGFACE[parameter_key(path)]
+        mapping = HUGGINGFACE[parameter_name(path)]
         non_finite |= {
             mapping.name(layer) for layer, row in zip(layers_of[path], rows, strict=True) if not row
         }

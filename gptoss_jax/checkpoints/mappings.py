@@ -1,10 +1,7 @@
-"""One table: which checkpoint tensor each parameter is, and how its axes become the model's.
+"""One table: which checkpoint tensor each parameter is, and how its axes become those of the model.
 
-Axes are written as `axes in the file -> axes of the model`, in the letters of the code: V vocabulary, D
-hidden, N query heads, K key/value heads, H head size, E experts, F expert width. (N H) is one axis that runs
-over both. P is the pair of gate and up, which files interleave and the model keeps apart, except in packed
-rows, U. I and J count the blocks of 32 along D and F, and Y the 16 bytes of a block. Q counts the heads of q,
-k and v together.
+The axes of a file are written in the letters of `model.parameters`. (N H) is one axis that runs over both:
+files interleave P, the pair of gate and up, with F. Q counts the heads of q, k and v together.
 """
 
 import dataclasses
@@ -17,8 +14,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.kernels.mxfp4.codec import BLOCK_BYTES, BLOCK_SIZE
-from gptoss_jax.model.parameters import path_names
+from gptoss_jax.model.parameters import LETTERS, parameter_name, path_names, sizes
 from gptoss_jax.model.transformer import abstract_params
 
 
@@ -27,27 +23,27 @@ class TensorMapping:
     """The checkpoint tensors that a parameter of one layer is read from, and what their axes are.
 
     Args:
-      axes: as at the top of this file; without an arrow, the axes are the same on both sides.
+      key: the parameter's key in `LETTERS`.
+      axes: those of the file, such as "(N H) D".
       names: usually one name, in which `{layer}` stands for a number. A name with `{expert}` is that of one
         expert's tensor, which lacks the axis E. Two names are gate and up, which lack the axis P.
-      heads: "q", "k" or "v" for the parameter's heads along the axis Q of the file.
     """
 
+    key: str
     axes: str
     names: tuple[str, ...]
-    heads: str = ""
 
     @functools.cached_property
     def _file_axes(self) -> list[str]:
-        """The letters of each axis of the file: (N H) D is NH, D."""
-        axes = re.findall(r"\([^)]*\)|\w", self.axes.partition(" -> ")[0])
-        return [re.sub(r"\W", "", axis) for axis in axes]
+        """The letters of each axis of the file: "(N H) D" is NH, D."""
+        return [re.sub(r"\W", "", axis) for axis in re.findall(r"\([^)]*\)|\w", self.axes)]
 
     @functools.cached_property
     def _permutation(self) -> list[int]:
         """The place of each axis of the model among the file's letters."""
-        letters = "".join(self._file_axes)
-        return [letters.index(letter) for letter in self.axes.partition(" -> ")[2].split() or letters]
+        letters, ours = "".join(self._file_axes), LETTERS[self.key]
+        ours = re.sub("[NK]", "Q", ours) if "Q" in letters else ours
+        return [letters.index(letter) for letter in ours if letter in letters]
 
     @property
     def is_per_expert(self) -> bool:
@@ -55,8 +51,7 @@ class TensorMapping:
 
     @property
     def keeps_first_axis(self) -> bool:
-        """Whether the first axis is the same on both sides, so that its slices can be converted one by
-        one."""
+        """Whether the first axis is the same on both sides: then slices of it can be converted one by one."""
         return len(self._file_axes[0]) == 1 and self._permutation[0] == 0
 
     def name(self, layer: int) -> str:
@@ -78,10 +73,10 @@ class TensorMapping:
         """A view of the file's tensor with the model's axes."""
         size = axis_sizes(config)
         tensor = tensor.reshape([size[letter] for letter in "".join(self._file_axes)])
-        if self.heads:
+        if "Q" in self.axes:
             N, K = size["N"], size["K"]
-            ranges = {"q": slice(0, N), "k": slice(N, N + K), "v": slice(N + K, N + 2 * K)}
-            tensor = tensor[ranges[self.heads]]
+            heads = {"q": slice(0, N), "k": slice(N, N + K), "v": slice(N + K, N + 2 * K)}
+            tensor = tensor[heads[self.key.removeprefix("attention.")[0]]]
         return tensor.transpose(self._permutation)
 
     def to_file(self, parameter: np.ndarray) -> np.ndarray:
@@ -96,88 +91,95 @@ class TensorMapping:
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """The size of every letter of `TensorMapping.axes`."""
-    D, F, N, K = (
-        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
-    )  # fmt: skip
-    return {
-        "V": config.vocab_size, "D": D, "N": N, "K": K, "Q": N + 2 * K, "H": config.head_dim, "U": 2 * F,
-        "E": config.num_local_experts, "F": F, "P": 2, "I": D // BLOCK_SIZE, "J": F // BLOCK_SIZE,
-        "Y": BLOCK_BYTES,
-    }  # fmt: skip
+    return sizes(config) | {"Q": config.num_attention_heads + 2 * config.num_key_value_heads}
 
 
-# Parameter key -> Hugging Face tensor, tensor in `original/`, axes. @ stands for the prefix of a layer. With
-# packed experts, `_blocks` and `_scales` take the place of the matrices.
+# Parameter -> Hugging Face tensor, tensor in `original/`. @ stands for the prefix of a layer.
 _TENSORS = {
-    "embedding.weight": ("model.embed_tokens.weight", "embedding.weight", "V D"),
-    "attention_norm.scale": ("@input_layernorm.weight", "@attn.norm.scale", "D"),
-    "attention.q": ("@self_attn.q_proj.weight", "@attn.qkv.weight", "(N H) D -> D N H"),
-    "attention.q_bias": ("@self_attn.q_proj.bias", "@attn.qkv.bias", "(N H) -> N H"),
-    "attention.k": ("@self_attn.k_proj.weight", "@attn.qkv.weight", "(K H) D -> D K H"),
-    "attention.k_bias": ("@self_attn.k_proj.bias", "@attn.qkv.bias", "(K H) -> K H"),
-    "attention.v": ("@self_attn.v_proj.weight", "@attn.qkv.weight", "(K H) D -> D K H"),
-    "attention.v_bias": ("@self_attn.v_proj.bias", "@attn.qkv.bias", "(K H) -> K H"),
-    "attention.out": ("@self_attn.o_proj.weight", "@attn.out.weight", "D (N H) -> N H D"),
-    "attention.out_bias": ("@self_attn.o_proj.bias", "@attn.out.bias", "D"),
-    "attention.sinks": ("@self_attn.sinks", "@attn.sinks", "N"),
-    "moe_norm.scale": ("@post_attention_layernorm.weight", "@mlp.norm.scale", "D"),
-    "moe.router": ("@mlp.router.weight", "@mlp.gate.weight", "E D -> D E"),
-    "moe.router_bias": ("@mlp.router.bias", "@mlp.gate.bias", "E"),
-    "moe.gate_up": ("@mlp.experts.gate_up_proj", "@mlp.mlp1_weight", "E D (F P) -> E D P F"),
-    "moe.gate_up_blocks": ("@mlp.experts.gate_up_proj_blocks", "@mlp.mlp1_weight.blocks", "E U I Y"),
-    "moe.gate_up_scales": ("@mlp.experts.gate_up_proj_scales", "@mlp.mlp1_weight.scales", "E U I"),
-    "moe.gate_up_bias": ("@mlp.experts.gate_up_proj_bias", "@mlp.mlp1_bias", "E (F P) -> E P F"),
-    "moe.down": ("@mlp.experts.down_proj", "@mlp.mlp2_weight", "E F D"),
-    "moe.down_blocks": ("@mlp.experts.down_proj_blocks", "@mlp.mlp2_weight.blocks", "E D J Y"),
-    "moe.down_scales": ("@mlp.experts.down_proj_scales", "@mlp.mlp2_weight.scales", "E D J"),
-    "moe.down_bias": ("@mlp.experts.down_proj_bias", "@mlp.mlp2_bias", "E D"),
-    "final_norm.scale": ("model.norm.weight", "norm.scale", "D"),
-    "head.weight": ("lm_head.weight", "unembedding.weight", "V D"),
+    "embedding.weight": ("model.embed_tokens.weight", "embedding.weight"),
+    "attention_norm.scale": ("@input_layernorm.weight", "@attn.norm.scale"),
+    "attention.q": ("@self_attn.q_proj.weight", "@attn.qkv.weight"),
+    "attention.q_bias": ("@self_attn.q_proj.bias", "@attn.qkv.bias"),
+    "attention.k": ("@self_attn.k_proj.weight", "@attn.qkv.weight"),
+    "attention.k_bias": ("@self_attn.k_proj.bias", "@attn.qkv.bias"),
+    "attention.v": ("@self_attn.v_proj.weight", "@attn.qkv.weight"),
+    "attention.v_bias": ("@self_attn.v_proj.bias", "@attn.qkv.bias"),
+    "attention.out": ("@self_attn.o_proj.weight", "@attn.out.weight"),
+    "attention.out_bias": ("@self_attn.o_proj.bias", "@attn.out.bias"),
+    "attention.sinks": ("@self_attn.sinks", "@attn.sinks"),
+    "moe_norm.scale": ("@post_attention_layernorm.weight", "@mlp.norm.scale"),
+    "moe.router": ("@mlp.router.weight", "@mlp.gate.weight"),
+    "moe.router_bias": ("@mlp.router.bias", "@mlp.gate.bias"),
+    "moe.gate_up": ("@mlp.experts.gate_up_proj", "@mlp.mlp1_weight"),
+    "moe.gate_up_blocks": ("@mlp.experts.gate_up_proj_blocks", "@mlp.mlp1_weight.blocks"),
+    "moe.gate_up_scales": ("@mlp.experts.gate_up_proj_scales", "@mlp.mlp1_weight.scales"),
+    "moe.gate_up_bias": ("@mlp.experts.gate_up_proj_bias", "@mlp.mlp1_bias"),
+    "moe.down": ("@mlp.experts.down_proj", "@mlp.mlp2_weight"),
+    "moe.down_blocks": ("@mlp.experts.down_proj_blocks", "@mlp.mlp2_weight.blocks"),
+    "moe.down_scales": ("@mlp.experts.down_proj_scales", "@mlp.mlp2_weight.scales"),
+    "moe.down_bias": ("@mlp.experts.down_proj_bias", "@mlp.mlp2_bias"),
+    "final_norm.scale": ("model.norm.weight", "norm.scale"),
+    "head.weight": ("lm_head.weight", "unembedding.weight"),
 }
-# `original/` stores q, k and v in one tensor, and the matrices of dense experts as [out, in].
+# Axes of files that the model has in another order. `original/` stores q, k and v in one tensor, and the
+# matrices of dense experts as [out, in].
+_AXES = {
+    "attention.q": "(N H) D",
+    "attention.k": "(K H) D",
+    "attention.v": "(K H) D",
+    "attention.out": "D (N H)",
+    "attention.q_bias": "(N H)",
+    "attention.k_bias": "(K H)",
+    "attention.v_bias": "(K H)",
+    "moe.router": "e D",
+    "moe.gate_up": "E D (F P)",
+    "moe.gate_up_bias": "E (F P)",
+}
 _ORIGINAL_AXES = {
-    **{f"attention.{heads}": "(Q H) D -> D Q H" for heads in "qkv"},
-    **{f"attention.{heads}_bias": "(Q H) -> Q H" for heads in "qkv"},
-    "moe.gate_up": "E (F P) D -> E D P F",
-    "moe.down": "E D F -> E F D",
+    **{f"attention.{heads}": "(Q H) D" for heads in "qkv"},
+    **{f"attention.{heads}_bias": "(Q H)" for heads in "qkv"},
+    "moe.gate_up": "E (F P) D",
+    "moe.down": "E D F",
 }
 
 
-def _mapping(key: str, original: bool) -> TensorMapping:
-    *names, axes = _TENSORS[key]
-    if not original:
-        return TensorMapping(axes, (names[0].replace("@", "model.layers.{layer}."),))
-    axes = _ORIGINAL_AXES.get(key, axes)
-    heads = key.removeprefix("attention.")[0] if "Q" in axes else ""
-    return TensorMapping(axes, (names[1].replace("@", "block.{layer}."),), heads)
+def _table(column: int, prefix: str, axes: dict[str, str]) -> dict[str, TensorMapping]:
+    return {
+        key: TensorMapping(key, axes.get(key, LETTERS[key]), (names[column].replace("@", prefix),))
+        for key, names in _TENSORS.items()
+    }
 
 
-HUGGINGFACE = {key: _mapping(key, original=False) for key in _TENSORS}
-ORIGINAL = {key: _mapping(key, original=True) for key in _TENSORS}
+HUGGINGFACE = _table(0, "model.layers.{layer}.", _AXES)
+ORIGINAL = _table(1, "block.{layer}.", _AXES | _ORIGINAL_AXES)
 # The matrices of the experts, which may be stored in MXFP4.
-EXPERT_MATRICES = tuple(key.removesuffix("_blocks") for key in _TENSORS if key.endswith("_blocks"))
+EXPERT_MATRICES = tuple(key.removesuffix("_blocks") for key in LETTERS if key.endswith("_blocks"))
 
 
-def _per_expert(axes: str, *names: str) -> TensorMapping:
-    return TensorMapping(axes, tuple(f"model.layers.{{layer}}.mlp.experts.{name}" for name in names))
+def _per_expert(tensors: dict[str, tuple[str, ...]]) -> dict[str, TensorMapping]:
+    prefix = "model.layers.{layer}.mlp.experts."
+    return {
+        key: TensorMapping(key, axes, tuple(prefix + name for name in names))
+        for key, (axes, *names) in tensors.items()
+    }
 
 
 # Layouts with one tensor per expert, by a name that only they have: gate and up apart (llm-compressor), or
 # both in one matrix with alternating rows, as in the published layout (Unsloth).
 PER_EXPERT = {
-    r"\.mlp\.experts\.\d+\.gate_proj\.weight$": {
-        "moe.gate_up": _per_expert("F D -> D F", "{expert}.gate_proj.weight", "{expert}.up_proj.weight"),
-        "moe.gate_up_bias": _per_expert("F", "{expert}.gate_proj.bias", "{expert}.up_proj.bias"),
-        "moe.down": _per_expert("D F -> F D", "{expert}.down_proj.weight"),
-        "moe.down_bias": _per_expert("D", "{expert}.down_proj.bias"),
-    },
-    r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$": {
-        "moe.gate_up": _per_expert("(F P) D -> D P F", "gate_up_projs.{expert}.weight"),
-        "moe.gate_up_bias": _per_expert("(F P) -> P F", "gate_up_projs.{expert}.bias"),
-        "moe.down": _per_expert("D F -> F D", "down_projs.{expert}.weight"),
-        "moe.down_bias": _per_expert("D", "down_projs.{expert}.bias"),
-    },
-}
+    r"\.mlp\.experts\.\d+\.gate_proj\.weight$": _per_expert({
+        "moe.gate_up": ("F D", "{expert}.gate_proj.weight", "{expert}.up_proj.weight"),
+        "moe.gate_up_bias": ("F", "{expert}.gate_proj.bias", "{expert}.up_proj.bias"),
+        "moe.down": ("D F", "{expert}.down_proj.weight"),
+        "moe.down_bias": ("d", "{expert}.down_proj.bias"),
+    }),
+    r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$": _per_expert({
+        "moe.gate_up": ("(F P) D", "gate_up_projs.{expert}.weight"),
+        "moe.gate_up_bias": ("(F P)", "gate_up_projs.{expert}.bias"),
+        "moe.down": ("D F", "down_projs.{expert}.weight"),
+        "moe.down_bias": ("d", "down_projs.{expert}.bias"),
+    }),
+}  # fmt: skip
 Table = dict[str, TensorMapping]
 
 
@@ -187,11 +189,6 @@ def table_for(names: Collection[str]) -> Table:
         return ORIGINAL
     per_expert = next((t for key, t in PER_EXPERT.items() if any(re.search(key, n) for n in names)), {})
     return HUGGINGFACE | per_expert
-
-
-def parameter_key(path: tuple[str, ...]) -> str:
-    """The key of a parameter in the tables: the last two names of its path."""
-    return ".".join(path[-2:])
 
 
 def parameter_layers(config: ModelConfig) -> dict[tuple[str, ...], list[int]]:
@@ -216,7 +213,7 @@ def expected_shapes(config: ModelConfig, table: Table) -> dict[str, tuple[int, .
     """Name and shape of every tensor in a checkpoint of a config, layer by layer."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, layer in in_file_order(config):
-        shapes |= table[parameter_key(path)].file_shapes(config, layer)
+        shapes |= table[parameter_name(path)].file_shapes(config, layer)
     return shapes
 
 

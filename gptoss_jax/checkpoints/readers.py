@@ -28,13 +28,14 @@ from gptoss_jax.checkpoints.lazy_tensors import (
     common_dtype,
     host_device,
 )
-from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_key, parameter_layers
+from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_layers
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.checkpoints.safetensors_io import map_folder, refuse_other_contents
 from gptoss_jax.checkpoints.sharded_io import layer_on_host
 from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.model.parameters import parameter_name
 from gptoss_jax.model.transformer import abstract_params
 
 ExpertFormat = Literal["bfloat16", "float32", "mxfp4"]
@@ -142,7 +143,7 @@ class InMemoryReader(WeightReader):
             for name in path:
                 leaf = leaf[name]
             rows = {layer: (leaf, None if layer < 0 else row) for row, layer in enumerate(layers)}
-            self._arrays.setdefault(parameter_key(path), {}).update(rows)
+            self._arrays.setdefault(parameter_name(path), {}).update(rows)
 
     def stored(self, key: str, layer: int) -> DenseTensor:
         return DenseTensor(HUGGINGFACE[key].name(layer), layer_on_host(*self._arrays[key][layer]))

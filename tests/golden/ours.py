@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameter_key, parameter_layers
+from gptoss_jax.checkpoints.mappings import HUGGINGFACE, parameter_layers
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.parameters import parameter_name
 from gptoss_jax.model.transformer import Transformer, bind, get_params
 
 
@@ -44,7 +45,7 @@ def loss_and_gradients(
         leaf = gradients
         for name in path:
             leaf = leaf[name]
-        mapping = HUGGINGFACE[parameter_key(path)]
+        mapping = HUGGINGFACE[parameter_name(path)]
         for row, layer in enumerate(layers):
             array = np.asarray(leaf if layer < 0 else leaf[row])
             published[mapping.name(layer)] = mapping.to_file(array)
