@@ -587,7 +587,7 @@ def test_help_explains_every_field():
     assert done.returncode == 0
     for words in (
         "--data.seq-len",
-        "Tokens in a row",
+        "Tokens per row",
         "--model.num-hidden-layers",
         "--optim.learning-rate",
         "--run-dir",
