@@ -1,10 +1,9 @@
-"""How fast released weights are read, and what memory that takes: python benchmarks/load.py [--folder DIR].
+"""Speed and memory of reading released weights: python benchmarks/load.py [--folder DIR].
 
-Makes a checkpoint of gpt-oss-20b's layers, cut to the layers and the vocabulary that make about 3 GB packed,
-with random contents, and loads it in processes of their own: packed as published, and unpacked to bfloat16.
-Peak memory is the most that the process had resident, before and with the weights; a plain read is the same
-files read into fresh memory by Python. Reads alternate, and medians are given. The physical limit is the
-plain read.
+Makes a checkpoint of layers of gpt-oss-20b with random contents, about 3 GB in MXFP4, and loads it in
+separate processes: packed as published, and dequantized to bfloat16. Peak memory is the maximum resident
+memory of the process minus that before loading. The limit is a plain read of the same files into new memory
+by Python. The variants alternate; medians are given.
 """
 
 import argparse
@@ -90,8 +89,8 @@ def run(code: str, *arguments: str) -> dict:
 
 
 def settle(folder: pathlib.Path) -> None:
-    """Brings the files into the system's memory, and from its host what a virtual machine has yet to get:
-    both would be counted as the next reader's time."""
+    """Reads the files into the page cache, and makes the host of a virtual machine provide its memory: both
+    would otherwise count for the next reader."""
     for _ in range(2):
         run("import numpy as np; np.ones(11 << 30, np.uint8); print(0)")
     run(READER, str(folder))

@@ -95,12 +95,6 @@ def quantize(values, axis=-1, xp=jnp):
     return code[(*before, slice(0, None, 2))] | (code[(*before, slice(1, None, 2))] << 4), scales
 
 
-def quantize_scales(values, axis=-1, xp=jnp):
-    """The scales of `quantize` alone."""
-    axis %= values.ndim
-    return _scales(_float32_bits(values, axis, xp) & 0x7FFFFFFF, axis, xp)
-
-
 def _float32_bits(values, axis, xp):
     size = values.shape[axis]
     if size % BLOCK_SIZE:
