@@ -16,7 +16,8 @@ import pytest
 from gptoss_jax.cli import check as check_command
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.config.kernels import KERNELS, plain_kernels
-from gptoss_jax.kernels import backend, check, first_use, selection
+from gptoss_jax.kernels import backend, check, selection
+from gptoss_jax.kernels.attention.api import AttentionSpec, attention
 from gptoss_jax.kernels.check import Case, Result, check_case
 from gptoss_jax.kernels.cpu import build, decode
 from gptoss_jax.kernels.grouped_matmul import api
@@ -64,7 +65,7 @@ def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, t
         return attention(*arguments).at[0, 0, 0].set(jnp.nan)
 
     monkeypatch.setattr(decode, "experts", off_by_a_thousandth)
-    monkeypatch.setattr(decode, "products", does_not_compile)
+    monkeypatch.setattr(decode, "einsum", does_not_compile)
     monkeypatch.setattr(decode, "attention", not_a_number)
     assert not check_command.run(str(tmp_path / "found.json"))
     found = {r["kernel"]: r for r in json.loads((tmp_path / "found.json").read_text("utf-8"))["results"]}
@@ -155,13 +156,13 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(first_use, "_failed_elsewhere", set())
+    monkeypatch.setattr(selection, "_failed_elsewhere", set())
     monkeypatch.delenv(selection.ENVIRONMENT, raising=False)
-    first_use._failed_kernels.cache_clear()
-    record = first_use.record_path("gpu")
+    selection._failed_here.cache_clear()
+    record = selection.record_path("gpu")
     assert tmp_path in record.parents
     yield statuses, checked, record
-    first_use._failed_kernels.cache_clear()
+    selection._failed_here.cache_clear()
 
 
 def test_the_first_use_on_a_gpu_checks_and_remembers(machine, capsys):
@@ -174,14 +175,14 @@ def test_the_first_use_on_a_gpu_checks_and_remembers(machine, capsys):
     assert checked == GPU_KERNELS
     assert "2 of 3 checks passed" in capsys.readouterr().err
     # The next process reads the record, and warns again.
-    first_use._failed_kernels.cache_clear()
+    selection._failed_here.cache_clear()
     with pytest.warns(UserWarning, match="kernel grouped_matmul is off"):
         assert not selection.is_enabled("grouped_matmul")
     assert checked == GPU_KERNELS and capsys.readouterr().err == ""
     # `gptoss check` looks again.
     statuses.clear()
     assert check_command.run()
-    first_use._failed_kernels.cache_clear()
+    selection._failed_here.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert selection.is_enabled("grouped_matmul")
@@ -222,7 +223,7 @@ def test_other_processes_wait_for_the_check(machine):
     _, checked, record = machine
     record.write_text(json.dumps({"kernels": {"attention": ""}, "running": "grouped_matmul"}), "utf-8")
     found = []
-    with first_use._exclusive(record):
+    with selection._exclusive(record):
         waiting = threading.Thread(target=lambda: found.append(selection.is_enabled("grouped_matmul")))
         waiting.start()
         waiting.join(0.3)
@@ -243,7 +244,7 @@ def test_a_check_that_is_interrupted_blames_no_kernel(machine):
         assert selection.is_enabled("grouped_matmul")
     # It is in use, and the next process checks it, and only it.
     statuses.clear()
-    first_use._failed_kernels.cache_clear()
+    selection._failed_here.cache_clear()
     assert selection.is_enabled("grouped_matmul")
     assert checked == ["attention", "grouped_matmul", "grouped_matmul", "mxfp4_matmul", "grouped_matmul"]
 
@@ -260,14 +261,14 @@ def test_a_damaged_record_is_made_again(machine, content):
 def test_a_kernel_that_breaks_the_device_ends_the_process_in_one_line(machine, monkeypatch, tmp_path):
     statuses, checked, record = machine
     statuses["attention"] = "failed"
-    monkeypatch.setattr(first_use, "_device_works", lambda: False)
+    monkeypatch.setattr(selection, "_device_works", lambda: False)
     message = "kernel attention left the device unusable: .* Run the command again"
     with pytest.raises(OSError, match=message):
         check_command.run(str(tmp_path / "found.json"))
     (found,) = json.loads((tmp_path / "found.json").read_text("utf-8"))["results"]
     assert found["kernel"] == "attention" and found["status"] == "failed"
     # The next process starts where this one ended.
-    monkeypatch.setattr(first_use, "_device_works", lambda: True)
+    monkeypatch.setattr(selection, "_device_works", lambda: True)
     with pytest.warns(UserWarning, match="kernel attention is off"):
         assert selection.is_enabled("mxfp4_matmul")
     assert checked == GPU_KERNELS and not selection.is_enabled("attention")
@@ -275,7 +276,7 @@ def test_a_kernel_that_breaks_the_device_ends_the_process_in_one_line(machine, m
 
 def test_a_kernel_that_failed_in_another_process_is_off_here(machine):
     assert selection.is_enabled("mxfp4_matmul")
-    first_use.turn_off(["mxfp4_matmul"])
+    selection.turn_off(["mxfp4_matmul"])
     assert not selection.is_enabled("mxfp4_matmul") and selection.is_enabled("attention")
 
 
@@ -308,13 +309,11 @@ def test_plain_compiles_no_kernel_into_a_model(tiny_config, random_params):
 
 
 def test_plain_attention_on_a_gpu_is_the_blockwise_one(monkeypatch):
-    from gptoss_jax.kernels.attention import api
-
     monkeypatch.setattr(backend, "platform", lambda: "gpu")
     x = jnp.ones((1, 4, 2, 16))
     places = jnp.zeros((1, 4), jnp.int32)
     with selection.using("plain:attention"):
-        text = jax.make_jaxpr(lambda x: api.attention(x, x, x, places, places, api.AttentionSpec()))(x)
+        text = jax.make_jaxpr(lambda x: attention(x, x, x, places, places, AttentionSpec()))(x)
     assert "pallas_call" not in str(text)
     with selection.using("plain:grouped_matmul"):
         assert api._form() is api.blocked_grouped_matmul

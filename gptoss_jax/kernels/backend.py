@@ -1,6 +1,12 @@
 """The backend that a program is compiled for: the one place where code asks, to choose its kernels."""
 
+import contextlib
+import functools
+import pathlib
+import re
+
 import jax
+import jaxlib
 
 # A decorator that traces a function as if `jax_enable_x64` were off. Under that setting Pallas kernels would
 # compute indices in int64, which neither Mosaic nor Triton accepts. Narrower arguments are not affected.
@@ -33,3 +39,16 @@ def is_multi_device() -> bool:
 def _device_of_mesh():
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh.abstract_device
+
+
+@functools.cache
+def describe_device() -> str:
+    """The default device, and the versions of what compiles for it, in one line."""
+    device = jax.local_devices()[0]
+    versions = f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version
+    with contextlib.suppress(OSError):
+        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  …"; CUDA's own version is jaxlib's.
+        text = pathlib.Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        versions += (f"driver {re.search(r'[0-9]+[.][0-9.]+', text)[0]}",) if device.platform == "gpu" else ()
+    names = dict.fromkeys((device.platform, device.device_kind, *versions))  # "cpu" is all three on a CPU
+    return " ".join(", ".join(names).split())

@@ -1,25 +1,23 @@
-"""Every kernel of a backend against the plain XLA code that replaces it, on small inputs: `gptoss check`.
+"""Comparison of every kernel of a backend with the plain XLA code that replaces it, on small inputs.
 
 Sizes differ from each other and fill no block evenly; one group of rows is empty and some rows have no group.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
-import re
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 
 from gptoss_jax.config.base import one_line
-from gptoss_jax.kernels.attention.api import AttentionSpec, fits_triton, reference_attention
+from gptoss_jax.kernels.attention.api import fits_triton
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
+from gptoss_jax.kernels.attention.reference import AttentionSpec, reference_attention, segment_starts
 from gptoss_jax.kernels.cpu import build, decode
 from gptoss_jax.kernels.grouped_matmul.api import (
     add_group_bias,
@@ -30,12 +28,11 @@ from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import looped_mxfp4_matmul, native_mxfp4_matmul
 
-# Largest allowed difference from the plain result in float32, as a share of its largest value. Right kernels
-# are off by up to 5e-6 and 5e-3 (bfloat16 rounds at 4e-3); a float32 product rounded to TF32 by 3e-4 or more.
+# Largest allowed difference from the plain result in float32, as a share of its largest value. Correct
+# kernels are off by up to 5e-6 and 5e-3 (bfloat16 rounds at 4e-3); a float32 product in TF32 by 3e-4 or more.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 1.5e-2}
 REPEATS = 5
 HEAD_SIZE = 64
-LINE = 200  # characters of an error that are shown; compilers' have thousands
 
 Arrays = tuple[jax.Array, ...]
 
@@ -58,8 +55,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The outcome of one case. `detail` says more about any status but "ok"; "unchecked" is one that tells
-    nothing about the kernel, such as a full memory."""
+    """The outcome of one case. `detail` explains any status but "ok"; "unchecked", as when memory is full,
+    says nothing about the kernel."""
 
     kernel: str
     variant: str
@@ -72,39 +69,36 @@ class Result:
     plain_milliseconds: float | None = None
 
 
-def _unavailable(case: Case, backend: str, interpret: bool) -> str:
-    """Why this machine cannot run a kernel; empty where it can."""
-    if backend == "cpu" and not build.is_available():
-        return "no working C++ compiler"
-    if case.kernel == "attention" and backend == "gpu" and not (interpret or fits_triton(HEAD_SIZE)):
-        return "too little shared memory"
-    return ""
-
-
 def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
     """Runs a kernel and its plain form on the default device and compares them."""
     result = functools.partial(Result, case.kernel, case.variant, case.dtype)
-    reason = _unavailable(case, backend, interpret)
-    if reason:
-        return result("unavailable", reason)
+    if backend == "cpu" and not build.is_available():
+        return result("unavailable", "no working C++ compiler")
+    if (case.kernel, backend, interpret) == ("attention", "gpu", False) and not fits_triton(HEAD_SIZE):
+        return result("unavailable", "too little shared memory")
     try:
         arrays = case.arrays()
         wide = tuple(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays)
         expected, _ = _timed(case.plain, wide, case.num_differentiable)
         _, plain_ms = _timed(case.plain, arrays, case.num_differentiable)
     except Exception as error:  # of any class: compilers and drivers have their own
-        return result("unchecked", f"the plain form failed: {one_line(error)[:LINE]}")
-    result = functools.partial(result, tolerance=TOLERANCE[case.dtype], plain_milliseconds=plain_ms)
+        return result("unchecked", f"the plain form failed: {_message(error)}")
+    tolerance = TOLERANCE[case.dtype]
+    result = functools.partial(result, tolerance=tolerance, plain_milliseconds=plain_ms)
     try:
         found, ms = _timed(case.run, arrays, case.num_differentiable)
     except Exception as error:
         # A full memory says nothing about the kernel.
-        return result("unchecked" if "RESOURCE_EXHAUSTED" in str(error) else "failed", one_line(error)[:LINE])
+        return result("unchecked" if "RESOURCE_EXHAUSTED" in str(error) else "failed", _message(error))
     error = max(map(_difference, found, expected))
-    if error <= TOLERANCE[case.dtype]:
+    if error <= tolerance:
         return result("ok", error=error, milliseconds=ms)
-    detail = f"error {error:.1e}, at most {TOLERANCE[case.dtype]:.1e} is allowed"
+    detail = f"error {error:.1e}, at most {tolerance:.1e} is allowed"
     return result("wrong", detail, error=error, milliseconds=ms)
+
+
+def _message(error: Exception) -> str:
+    return one_line(error)[:200]  # those of compilers have thousands of letters
 
 
 def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple[list[jax.Array], float]:
@@ -119,17 +113,16 @@ def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple
 
     with jax.default_matmul_precision("highest"):
         compiled = jax.jit(with_gradients)
-        results = jax.block_until_ready(compiled(arrays))
-        times = []
+        results, times = jax.block_until_ready(compiled(arrays)), []
         for _ in range(REPEATS):
             began = time.perf_counter()
             jax.block_until_ready(compiled(arrays))
             times.append(time.perf_counter() - began)
-    return results, 1000 * sorted(times)[REPEATS // 2]
+    return results, 1000 * statistics.median(times)
 
 
 def _difference(found: jax.Array, expected: jax.Array) -> float:
-    """The largest difference as a share of the largest expected value; infinite where one is not finite."""
+    """The largest difference as a share of the largest expected value; infinite if one is not finite."""
     found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
     if found.shape != expected.shape:
         return math.inf
@@ -143,8 +136,7 @@ def _normal(seed: int, dtype: str, *shapes: tuple[int, ...]) -> Arrays:
 
 
 def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
-    """The cases of a backend, "cpu", "gpu" or "tpu". `interpret` runs Pallas kernels as plain JAX, on any
-    device; for tests."""
+    """Yields the cases of a backend. `interpret` runs Pallas kernels on any device, for tests."""
     if backend == "cpu":
         yield from _cpu_decode_cases()
     for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
@@ -162,20 +154,19 @@ def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case
         from gptoss_jax.kernels.attention.pallas_tpu import splash_attention as attention
 
     def arrays() -> Arrays:
-        lengths = jnp.array([[130, 70], [61, 139]])  # of two segments in each row
-        segment_ids_BT = 1 + (jnp.arange(T) >= lengths[:, :1]).astype(jnp.int32)
-        starts_BT = jnp.where(segment_ids_BT == 1, 0, lengths[:, :1])
-        positions_BT = (jnp.arange(T) - starts_BT).astype(jnp.int32)
+        # Two documents in each row.
+        segment_ids_BT = 1 + (jnp.arange(T) >= jnp.array([[130], [61]])).astype(jnp.int32)
+        positions_BT = jnp.arange(T, dtype=jnp.int32) - segment_starts(segment_ids_BT)
         qkv = _normal(0, dtype, (B, T, N, H), (B, T, K, H), (B, T, K, H))
-        return *qkv, *_normal(1, "float32", (N,)), positions_BT, segment_ids_BT
+        return *qkv, *_normal(1, "float32", (N,)), segment_ids_BT, positions_BT
 
     for variant, spec in (("full", AttentionSpec()), ("sliding", AttentionSpec(77))):
 
-        def run(q, k, v, sinks, positions, segments, spec=spec):
-            return attention(q, k, v, segments, positions, spec, sinks_N=sinks, interpret=interpret)
+        def run(q, k, v, sinks, *where, spec=spec):
+            return attention(q, k, v, *where, spec, sinks_N=sinks, interpret=interpret)
 
-        def plain(q, k, v, sinks, positions, segments, spec=spec):
-            return blockwise_attention(q, k, v, segments, positions, spec, sinks_N=sinks)
+        def plain(q, k, v, sinks, *where, spec=spec):
+            return blockwise_attention(q, k, v, *where, spec, sinks_N=sinks)
 
         yield Case("attention", variant, dtype, arrays, run, plain, num_differentiable=4)
 
@@ -302,16 +293,3 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         return jnp.einsum("MXD,MX->MD", y_MXD, weights_MX)
 
     return Case(kernel, "", "float32", arrays, run, plain)
-
-
-@functools.cache
-def device_name() -> str:
-    """The default device, and the versions of what compiles for it, in one line."""
-    device = jax.local_devices()[0]
-    versions = f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version
-    with contextlib.suppress(OSError):
-        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  …"; CUDA's own version is jaxlib's.
-        text = pathlib.Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        versions += (f"driver {re.search(r'[0-9]+[.][0-9.]+', text)[0]}",) if device.platform == "gpu" else ()
-    names = dict.fromkeys((device.platform, device.device_kind, *versions))  # "cpu" is all three on a CPU
-    return " ".join(", ".join(names).split())

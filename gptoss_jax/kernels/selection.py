@@ -1,17 +1,50 @@
 """Selection between a hand-written kernel and the plain XLA code that replaces it.
 
 A kernel is off if the setting `model.kernels`, the environment variable GPTOSS_JAX_KERNELS or, on GPU and
-TPU, a failed check (`first_use.py`) says so. All three are looked at when a program is traced.
+TPU, a failed check says so. All three are read when a program is traced.
+
+All kernels of a GPU or TPU are checked at their first use. The results are recorded in a file for each
+machine, device kind, version of JAX and of the driver, and source of the kernels. It names the kernel whose
+check is running, and a lock is held meanwhile: a name found while the lock is free is that of a kernel whose
+check ended its process.
 """
 
+import concurrent.futures
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.config.base import write_json
 from gptoss_jax.config.kernels import ENVIRONMENT, KERNELS, kernel_variable, plain_kernels
-from gptoss_jax.kernels import backend, first_use
+from gptoss_jax.config.paths import cache_folder
+from gptoss_jax.kernels import backend
 
+if TYPE_CHECKING:
+    from gptoss_jax.kernels.check import Case, Result
+
+ENDED_THE_PROCESS = "failed (its check ended the process)"
 _setting = contextvars.ContextVar("kernels", default="auto")
+_lock = threading.RLock()
+# Kernels that failed in other processes of this run.
+_failed_elsewhere: set[str] = set()
+
+# The checked kernels, each with what is wrong with it, empty if nothing is.
+Problems = dict[str, str]
 
 
 @contextlib.contextmanager
@@ -25,8 +58,7 @@ def using(setting: str) -> Iterator[None]:
 
 
 def is_enabled(kernel: str) -> bool:
-    """Returns True if a kernel, one of `config.kernels.KERNELS`, exists for the platform compiled for and is
-    not off."""
+    """Returns True if a kernel, one of `config.kernels.KERNELS`, exists for the backend and is not off."""
     if backend.platform() not in KERNELS[kernel]:
         return False
     off = plain_kernels(_setting.get(), "model.kernels") | plain_kernels(kernel_variable(), ENVIRONMENT)
@@ -34,8 +66,160 @@ def is_enabled(kernel: str) -> bool:
 
 
 def failed_kernels() -> frozenset[str]:
-    """The kernels that failed their check on this machine, which is run first if it has not been; empty on
-    CPU and where a setting skips the check or uses no kernel."""
-    if backend.platform() == "cpu" or {"unchecked", "plain"} & {_setting.get(), kernel_variable()}:
+    """The kernels that failed their check on this machine; checks them first if no record says so.
+
+    Empty on CPU, where a setting skips the check or uses no kernel, and where a program is compiled for
+    devices that are not here. Warns of each failed kernel, once in a process. May be called while JAX traces.
+    """
+    here = backend.platform()
+    is_skipped = {"unchecked", "plain"} & {_setting.get(), kernel_variable()}
+    if here == "cpu" or here != jax.default_backend() or is_skipped:
         return frozenset()
-    return first_use.failed_kernels(backend.platform())
+    with _lock:
+        return _failed_here(here) | _failed_elsewhere
+
+
+def turn_off(kernels: Iterable[str]) -> None:
+    """Counts kernels as failed: all processes of a run must compile the same programs."""
+    _failed_elsewhere.update(kernels)
+
+
+@functools.cache
+def _failed_here(platform: str) -> frozenset[str]:
+    path, results = record_path(platform), []
+    with _exclusive(path):
+        problems = _read(path)
+        if any(platform in platforms and kernel not in problems for kernel, platforms in KERNELS.items()):
+            began = time.monotonic()
+            _say(f"checking the kernels on {backend.describe_device()}, once")
+            # In another thread: the caller's may be tracing a program.
+            _in_thread(lambda: _check(platform, path, problems, lambda case: None, results.append))
+            passed = sum(r.status == "ok" for r in results)
+            _say(f"{passed} of {len(results)} checks passed in {time.monotonic() - began:.0f} s")
+    for r in results:
+        if r.status == "unchecked":
+            warnings.warn(f"kernel {r.kernel} could not be checked: {r.detail}", stacklevel=2)
+    failed = {kernel: problem for kernel, problem in problems.items() if problem}
+    for kernel, problem in failed.items():
+        warnings.warn(
+            f"kernel {kernel} is off on this {platform}, plain XLA replaces it: {problem}; `gptoss check` "
+            "checks it again",
+            stacklevel=2,
+        )
+    return frozenset(failed)
+
+
+def check_again(announce: Callable[["Case"], None], report: Callable[["Result"], None]) -> None:
+    """Checks all kernels of the default backend whatever the record says, and writes the record.
+
+    A kernel whose check has ended an earlier process is reported as failed and not run again.
+
+    Args:
+      announce: called with each case before it runs.
+      report: called with each result.
+
+    Raises OSError when a kernel leaves the device unusable for this process.
+    """
+    from gptoss_jax.kernels.check import Result
+
+    path = record_path(jax.default_backend())
+    with _exclusive(path):
+        problems = {kernel: text for kernel, text in _read(path).items() if text == ENDED_THE_PROCESS}
+        for kernel in problems:
+            detail = f"its check ended an earlier process; remove {path} to run it again"
+            report(Result(kernel, "", "", "failed", detail))
+        _check(jax.default_backend(), path, problems, announce, report)
+
+
+def _check(platform, path, problems, announce, report) -> None:
+    """Checks the kernels that `problems` does not have, adds them to it, and writes the record."""
+    from gptoss_jax.kernels import check  # imports every kernel
+
+    for kernel, platforms in KERNELS.items():
+        if platform not in platforms or kernel in problems:
+            continue
+        results = []
+        _write(path, problems, running=kernel)
+        try:
+            for case in check.cases(platform):
+                if case.kernel == kernel:
+                    announce(case)
+                    results.append(check.check_case(case, platform))
+                    report(results[-1])
+        finally:
+            # An exception, such as Ctrl-C, says nothing about the kernel.
+            _write(path, problems)
+        if any(r.status == "unchecked" for r in results):
+            continue
+        found = [f"{r.status} ({r.detail})" for r in results if r.status in ("wrong", "failed")]
+        problems[kernel] = found[0] if found else ""
+        _write(path, problems)
+        if found and not _device_works():
+            raise OSError(
+                f"kernel {kernel} left the device unusable: {found[0]}. It is now off on this machine. Run "
+                "the command again"
+            )
+
+
+def _say(line: str) -> None:
+    print(f"gptoss_jax: {line}", file=sys.stderr, flush=True)
+
+
+def _in_thread(function: Callable[[], None]) -> None:
+    done = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:  # raised again in the caller's thread
+            done.set_exception(error)
+
+    # A daemon, so that Ctrl-C ends the process while a kernel hangs.
+    threading.Thread(target=run, name="kernel-check", daemon=True).start()
+    done.result()
+
+
+def _device_works() -> bool:
+    """Returns True if the device still computes: after an illegal memory access a GPU refuses all work."""
+    try:
+        return float(jnp.sum(jnp.ones(8))) == 8
+    except Exception:
+        return False
+
+
+def record_path(platform: str) -> pathlib.Path:
+    """The file that keeps the results of checking a backend's kernels."""
+    sources = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+    machine = f"{socket.gethostname()}, {backend.describe_device()}"
+    parts = [machine.encode(), *(source.read_bytes() for source in sources)]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    return cache_folder("kernel-check") / f"{platform}-{digest}.json"
+
+
+@contextlib.contextmanager
+def _exclusive(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a record. Other processes of the machine wait, and then read the record."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks
+            file = stack.enter_context(open(path.with_suffix(".lock"), "w", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: pathlib.Path) -> Problems:
+    """Reads a record; a missing or damaged one is empty."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        kernels, running = record["kernels"].items(), record["running"]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return {}
+    problems = {kernel: str(problem) for kernel, problem in kernels if kernel in KERNELS}
+    return problems | ({running: ENDED_THE_PROCESS} if running in KERNELS else {})
+
+
+def _write(path: pathlib.Path, problems: Problems, running: str | None = None) -> None:
+    """Replaces a record atomically. If it cannot be written, the next process checks again."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with contextlib.suppress(OSError):
+        write_json(temporary, {"kernels": problems, "running": running})
+        os.replace(temporary, path)

@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from gptoss_jax import startup
 from gptoss_jax.config import require
 from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable
-from gptoss_jax.kernels import first_use, selection
+from gptoss_jax.kernels import selection
 
 # Environment variables for machines without a launcher that JAX detects.
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -119,7 +119,7 @@ def agree_on_kernels(setting: str) -> None:
         require(other == variables[0], ENVIRONMENT, other, f"of process {index}; {allowed}")
         for kernel in sorted(set(failed[index]) - set(failed[0])):
             warnings.warn(f"kernel {kernel} is off: it failed its check in process {index}", stacklevel=2)
-    first_use.turn_off(itertools.chain(*failed))
+    selection.turn_off(itertools.chain(*failed))
 
 
 def _initialize() -> bool:
