@@ -30,8 +30,8 @@ from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.model.parameters import parameter_name, path_names
-from gptoss_jax.model.transformer import Transformer, abstract_params, get_params
+from gptoss_jax.model.parameters import parameter_name, shape_of
+from gptoss_jax.model.transformer import Transformer, get_params
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -146,13 +146,13 @@ def _new_tensors(
     `non_finite` gets the names of those with NaN or infinite values."""
     present = {parameter_name(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
-    leaves = {path_names(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract_params(config))}
     tensors = []
     for path, layer in in_file_order(config):
-        key, leaf = parameter_name(path), leaves[path]
-        mapping, dtype = HUGGINGFACE[key], leaf.dtype if leaf.dtype == np.uint8 else dense
+        key = parameter_name(path)
+        mapping = HUGGINGFACE[key]
+        dtype = np.dtype(np.uint8) if key.endswith(("_blocks", "_scales")) else dense
         if key in NO_EFFECT and key not in present:
-            values = np.broadcast_to(np.float32(NO_EFFECT[key]), leaf.shape[1:])
+            values = np.broadcast_to(np.float32(NO_EFFECT[key]), shape_of(config, key))
             read = functools.partial(DenseTensor, mapping.name(layer), values)
         else:
             read = functools.partial(reader.tensor, key, layer)
@@ -177,7 +177,7 @@ def _chunks(
 
 
 def _run_tokenizer(origin: pathlib.Path | None) -> Tokenizer | None:
-    """Loads the tokenizer of a run folder, which has not all the files that other programs need."""
+    """Loads the tokenizer of a run folder, which lacks files that other programs need."""
     if origin is None or not (readers.is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
         return None
     return load_tokenizer(origin)
