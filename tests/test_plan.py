@@ -227,6 +227,9 @@ ENTRY %main (x: f32[6], y: f32[8,2]) -> f32[6] {
   %gather-done = f32[48]{0} all-gather-done(%gather-start)
   %permute-start = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=13, source_target_pairs={{0,0},{1,3},{3,1}}
   %permute-done = f32[6]{0} collective-permute-done(%permute-start)
+  %rows = bf16[768,2,128]{2,1,0:T(2,128)(2,1)S(1)} bitcast(%x)
+  %ragged-start = ((bf16[768,2,128]{2,1,0:T(2,128)(2,1)S(1)}, bf16[960,2,128]{2,1,0:T(2,128)(2,1)}, s32[12]{0:T(128)S(1)}, s32[12]{0:T(128)S(1)}, s32[12]{0:T(128)S(1)}, /*index=5*/s32[12]{0:T(128)}), bf16[960,2,128]{2,1,0:T(2,128)(2,1)}, u32[]{:S(2)}, u32[]{:S(2)}) ragged-all-to-all-start(%rows, %x, %x, %x, %x, /*index=5*/%x), channel_id=14, replica_groups={{0,1},{2,3},{4,5},{6,7}}
+  %ragged-done = bf16[960,2,128]{2,1,0:T(2,128)(2,1)} ragged-all-to-all-done(%ragged-start)
   ROOT %fused.3 = f32[8,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
 }
 """  # noqa: E501
@@ -246,6 +249,7 @@ def test_collectives_of_a_program():
         "reduce-scatter.1": ("reduce-scatter", 64, 1, False, ("x",)),
         "gather-start": ("all-gather", 192, 1, False, ("x", "y", "z")),
         "permute-start": ("collective-permute", 24, 1, False, ("y",)),
+        "ragged-start": ("ragged-all-to-all", 768 * 2 * 128 * 2, 1, False, ("z",)),
         "all-reduce.9": ("reduce-scatter", 256, 1, False, ("x",)),
     }
     assert all(one.trips_known for one in found.values())

@@ -227,11 +227,14 @@ def _trip_count(computations, loop: str) -> int | None:
 
 
 def _results(instruction: _Instruction, kind: str) -> tuple[str, ...]:
-    """Arrays that a collective returns. The `-start` of most lists its operands first."""
-    arrays = tuple(match[0] for match in _SHAPE.finditer(instruction.shape))
-    if instruction.opcode == kind or kind in ("all-reduce", "ragged-all-to-all"):
-        return arrays
-    return arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
+    """Arrays that a collective returns. The `-start` of most lists its operands first, and counters last."""
+    shape = re.sub(r"\{[^}]*\}", "", instruction.shape)
+    arrays = [match[0] for match in _SHAPE.finditer(shape)]
+    if instruction.opcode != kind and kind != "all-reduce":
+        # Several operands are a tuple of their own.
+        operands = len(_SHAPE.findall(shape.partition(")")[0])) if shape.startswith("((") else 1
+        arrays = [array for array in arrays[operands:] if array != "u32[]"]
+    return tuple(arrays)
 
 
 def _first_operand_bytes(instructions: list[_Instruction], rest: str) -> int:
