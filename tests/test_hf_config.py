@@ -744,6 +744,7 @@ LIVE = [
 ]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("config", LIVE)
 @pytest.mark.parametrize("experts", ["bfloat16", "float32"])
 def test_transformers_reads_a_written_config(config, experts, tmp_path):
@@ -759,6 +760,7 @@ def test_transformers_reads_a_written_config(config, experts, tmp_path):
     assert {name: theirs[name] for name in values} == values
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("config", LIVE)
 def test_a_config_written_by_transformers_is_read(config, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -785,6 +787,7 @@ def test_a_config_written_by_transformers_is_read(config, tmp_path):
     assert ModelConfig.from_hf(json.loads(theirs.to_json_string(use_diff=False))) == carried(config)
 
 
+@pytest.mark.parity
 def test_transformers_default_is_the_large_model():
     transformers = pytest.importorskip("transformers")
     config = ModelConfig.from_hf(json.loads(transformers.GptOssConfig().to_json_string(use_diff=False)))

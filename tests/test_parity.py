@@ -17,6 +17,8 @@ from gptoss_jax import from_pretrained, save_pretrained  # noqa: E402
 from gptoss_jax.inference.generate import generate  # noqa: E402
 from gptoss_jax.inference.sampling_params import SamplingParams  # noqa: E402
 
+pytestmark = pytest.mark.parity
+
 # Tokens that transformers reads at a time: its attention holds all scores of a piece at once.
 PIECE = 128
 

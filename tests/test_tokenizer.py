@@ -169,6 +169,7 @@ def test_export_of_a_file(tmp_path, names, roles):
     assert load_tokenizer(tmp_path / "out").digest == tokenizer.digest
 
 
+@pytest.mark.parity
 def test_transformers_gives_the_same_ids(tmp_path):
     transformers = pytest.importorskip("transformers")
     file = with_special_tokens(tmp_path / "file", "<s>", "<pad>")

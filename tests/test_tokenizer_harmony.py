@@ -132,6 +132,7 @@ def test_export_gives_the_published_settings(exported):
         assert files[path.stem] == json.loads(path.read_text())
 
 
+@pytest.mark.parity
 def test_transformers_gives_the_same_ids(harmony, exported):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(exported)

@@ -11,7 +11,12 @@ from jax.experimental import topologies
 from gptoss_jax.planning.compile_tpu import INSTALL, has_tpu_compiler
 
 TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-needs_libtpu = pytest.mark.skipif(not has_tpu_compiler(), reason=f"libtpu is not installed: {INSTALL}")
+
+
+def needs_libtpu(test: Callable) -> Callable:
+    """Marks a test as `tpu`, and skips it without libtpu."""
+    skip = pytest.mark.skipif(not has_tpu_compiler(), reason=f"libtpu is not installed: {INSTALL}")
+    return pytest.mark.tpu(skip(test))
 
 
 @contextlib.contextmanager
