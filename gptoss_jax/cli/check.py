@@ -12,7 +12,7 @@ from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable, plain_kernel
 from gptoss_jax.config.paths import output_file
 from gptoss_jax.kernels.backend import describe_device
 from gptoss_jax.kernels.check import Case, Result
-from gptoss_jax.kernels.selection import check_again
+from gptoss_jax.kernels.selection import check_kernels
 
 STYLES = {"ok": "green", "unavailable": "yellow", "unchecked": "yellow"}
 ROW = "{:22}{:20}"
@@ -47,7 +47,7 @@ def run(json_file: str | None = None) -> bool:
         console.print("".join(f"{text:>11}" for text in (*errors, *times)))
 
     try:
-        check_again(announce, report)
+        check_kernels(backend, announce, report, again=True)
     finally:
         if path is not None:
             write_json(path, {"device": describe_device(), "results": list(map(_json_ready, results))})

@@ -66,7 +66,7 @@ def is_enabled(kernel: str) -> bool:
 
 
 def failed_kernels() -> frozenset[str]:
-    """The kernels that failed their check on this machine; checks them first if no record says so.
+    """The kernels that failed their check on this machine, which runs first if no record has its results.
 
     Empty on CPU, where a setting skips the check or uses no kernel, and where a program is compiled for
     devices that are not here. Warns of each failed kernel, once in a process. May be called while JAX traces.
@@ -86,86 +86,83 @@ def turn_off(kernels: Iterable[str]) -> None:
 
 @functools.cache
 def _failed_here(platform: str) -> frozenset[str]:
-    path, results = record_path(platform), []
-    with _exclusive(path):
-        problems = _read(path)
-        if any(platform in platforms and kernel not in problems for kernel, platforms in KERNELS.items()):
-            began = time.monotonic()
+    began, results = time.monotonic(), []
+
+    def announce(case: "Case") -> None:
+        if not results:
             _say(f"checking the kernels on {backend.describe_device()}, once")
-            # In another thread: the caller's may be tracing a program.
-            _in_thread(lambda: _check(platform, path, problems, lambda case: None, results.append))
-            passed = sum(r.status == "ok" for r in results)
-            _say(f"{passed} of {len(results)} checks passed in {time.monotonic() - began:.0f} s")
-    for r in results:
-        if r.status == "unchecked":
-            warnings.warn(f"kernel {r.kernel} could not be checked: {r.detail}", stacklevel=2)
-    failed = {kernel: problem for kernel, problem in problems.items() if problem}
-    for kernel, problem in failed.items():
-        warnings.warn(
-            f"kernel {kernel} is off on this {platform}, plain XLA replaces it: {problem}; `gptoss check` "
-            "checks it again",
-            stacklevel=2,
-        )
-    return frozenset(failed)
+
+    # In another thread: the caller's may be tracing a program.
+    problems = _in_thread(lambda: check_kernels(platform, announce, results.append))
+    if results:
+        passed = sum(result.status == "ok" for result in results)
+        _say(f"{passed} of {len(results)} checks passed in {time.monotonic() - began:.0f} s")
+    for result in results:
+        if result.status == "unchecked":
+            warnings.warn(f"kernel {result.kernel} could not be checked: {result.detail}", stacklevel=2)
+    for kernel, problem in problems.items():
+        if problem:
+            text = f"kernel {kernel} is off on this {platform}, plain XLA replaces it: {problem}"
+            warnings.warn(f"{text}; `gptoss check` checks it again", stacklevel=2)
+    return frozenset(kernel for kernel, problem in problems.items() if problem)
 
 
-def check_again(announce: Callable[["Case"], None], report: Callable[["Result"], None]) -> None:
-    """Checks all kernels of the default backend whatever the record says, and writes the record.
-
-    A kernel whose check has ended an earlier process is reported as failed and not run again.
+def check_kernels(
+    platform: str, announce: Callable[["Case"], None], report: Callable[["Result"], None], again: bool = False
+) -> Problems:
+    """Checks the kernels of a backend that the record does not have, and adds them to it.
 
     Args:
       announce: called with each case before it runs.
       report: called with each result.
+      again: checks all kernels whatever the record says. One whose check ended an earlier process is reported
+        as failed and not run.
 
     Raises OSError when a kernel leaves the device unusable for this process.
     """
-    from gptoss_jax.kernels.check import Result
-
-    path = record_path(jax.default_backend())
+    path = record_path(platform)
     with _exclusive(path):
-        problems = {kernel: text for kernel, text in _read(path).items() if text == ENDED_THE_PROCESS}
-        for kernel in problems:
+        problems = _read(path)
+        if again:
+            problems = {kernel: text for kernel, text in problems.items() if text == ENDED_THE_PROCESS}
+        pending = [
+            name for name, platforms in KERNELS.items() if platform in platforms and name not in problems
+        ]
+        if pending or again:
+            from gptoss_jax.kernels import check  # imports every kernel
+        for kernel in problems if again else ():
             detail = f"its check ended an earlier process; remove {path} to run it again"
-            report(Result(kernel, "", "", "failed", detail))
-        _check(jax.default_backend(), path, problems, announce, report)
-
-
-def _check(platform, path, problems, announce, report) -> None:
-    """Checks the kernels that `problems` does not have, adds them to it, and writes the record."""
-    from gptoss_jax.kernels import check  # imports every kernel
-
-    for kernel, platforms in KERNELS.items():
-        if platform not in platforms or kernel in problems:
-            continue
-        results = []
-        _write(path, problems, running=kernel)
-        try:
-            for case in check.cases(platform):
-                if case.kernel == kernel:
-                    announce(case)
-                    results.append(check.check_case(case, platform))
-                    report(results[-1])
-        finally:
-            # An exception, such as Ctrl-C, says nothing about the kernel.
+            report(check.Result(kernel, "", "", "failed", detail))
+        for kernel in pending:
+            results = []
+            _write(path, problems, running=kernel)
+            try:
+                for case in check.cases(platform):
+                    if case.kernel == kernel:
+                        announce(case)
+                        results.append(check.check_case(case, platform))
+                        report(results[-1])
+            finally:
+                # An exception, such as Ctrl-C, says nothing about the kernel.
+                _write(path, problems)
+            if any(result.status == "unchecked" for result in results):
+                continue
+            found = [f"{r.status} ({r.detail})" for r in results if r.status in ("wrong", "failed")]
+            problems[kernel] = found[0] if found else ""
             _write(path, problems)
-        if any(r.status == "unchecked" for r in results):
-            continue
-        found = [f"{r.status} ({r.detail})" for r in results if r.status in ("wrong", "failed")]
-        problems[kernel] = found[0] if found else ""
-        _write(path, problems)
-        if found and not _device_works():
-            raise OSError(
-                f"kernel {kernel} left the device unusable: {found[0]}. It is now off on this machine. Run "
-                "the command again"
-            )
+            if found and not _device_works():
+                raise OSError(
+                    f"kernel {kernel} left the device unusable: {found[0]}. It is now off on this machine. "
+                    "Run the command again"
+                )
+    return problems
 
 
 def _say(line: str) -> None:
     print(f"gptoss_jax: {line}", file=sys.stderr, flush=True)
 
 
-def _in_thread(function: Callable[[], None]) -> None:
+def _in_thread(function: Callable[[], Problems]) -> Problems:
     done = concurrent.futures.Future()
 
     def run() -> None:
@@ -176,7 +173,7 @@ def _in_thread(function: Callable[[], None]) -> None:
 
     # A daemon, so that Ctrl-C ends the process while a kernel hangs.
     threading.Thread(target=run, name="kernel-check", daemon=True).start()
-    done.result()
+    return done.result()
 
 
 def _device_works() -> bool:
