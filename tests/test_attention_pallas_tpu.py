@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,6 +110,22 @@ def test_sink_tokens_beyond_a_window_are_refused():
     out = splash_attention(q, k, v, *where, AttentionSpec(None, 4), interpret=True)
     mask = attention_mask(*where, AttentionSpec())
     np.testing.assert_allclose(out, reference_attention(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+def precisions(jaxpr):
+    """Of all products in a program, those inside of kernels too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from precisions(inner)
+
+
+def test_float32_is_multiplied_in_full_precision():
+    inputs = heads(1, 7, 5)
+    jaxpr = jax.make_jaxpr(with_gradients, static_argnums=(0, 1))(True, 3, *inputs, *packed((7, 0)), SINKS)
+    found = list(precisions(jaxpr.jaxpr))
+    assert found == [(jax.lax.Precision.HIGHEST,) * 2] * len(found) and len(found) >= 2 + 3 + 4
 
 
 @needs_libtpu
