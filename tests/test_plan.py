@@ -238,32 +238,35 @@ ENTRY %main (x: f32[6], y: f32[8,2]) -> f32[6] {
 def test_collectives_of_a_program():
     mesh = {"x": 2, "y": 2, "z": 2}
     found = {one.name: one for one in collectives(HLO)}
-    assert {
-        name: (one.kind, one.bytes, one.times, one.in_loop, one.axes(mesh)) for name, one in found.items()
-    } == {
+    assert {name: (one.kind, one.bytes, one.times, one.axes(mesh)) for name, one in found.items()} == {
         # Twice in the text, once in the program.
-        "all-gather.1": ("all-gather", 128, 12, True, ("z",)),
-        "all-reduce.2": ("all-reduce", 28, 12, True, ("y",)),
+        "all-gather.1": ("all-gather", 128, 12, ("z",)),
+        "all-reduce.2": ("all-reduce", 28, 12, ("y",)),
         # What stands to be sent, not the room for what may come.
-        "exchange": ("ragged-all-to-all", 80, 12, True, ("y",)),
-        "reduce-scatter.1": ("reduce-scatter", 64, 1, False, ("x",)),
-        "gather-start": ("all-gather", 192, 1, False, ("x", "y", "z")),
-        "permute-start": ("collective-permute", 24, 1, False, ("y",)),
-        "ragged-start": ("ragged-all-to-all", 768 * 2 * 128 * 2, 1, False, ("z",)),
-        "all-reduce.9": ("reduce-scatter", 256, 1, False, ("x",)),
+        "exchange": ("ragged-all-to-all", 80, 12, ("y",)),
+        "reduce-scatter.1": ("reduce-scatter", 64, 1, ("x",)),
+        "gather-start": ("all-gather", 192, 1, ("x", "y", "z")),
+        "permute-start": ("collective-permute", 24, 1, ("y",)),
+        "ragged-start": ("ragged-all-to-all", 768 * 2 * 128 * 2, 1, ("z",)),
+        "all-reduce.9": ("reduce-scatter", 256, 1, ("x",)),
     }
     assert all(one.trips_known for one in found.values())
     assert found["all-reduce.2"].shapes == ("f32[6]", "f32[]")
     assert found["all-gather.1"].sent == 64 and found["all-reduce.2"].sent == 28
     assert found["permute-start"].sent == 24
     bare = HLO.replace('backend_config={"known_trip_count":{"n":"12"}}', "metadata={}")
-    assert [(one.times, one.trips_known) for one in collectives(bare) if one.in_loop] == [(1, False)] * 3
+    in_loop = {"all-gather.1", "all-reduce.2", "exchange"}
+    assert {one.name: one.times for one in collectives(bare) if not one.trips_known} == dict.fromkeys(
+        in_loop, 1
+    )
     counted = bare.replace(
         "ROOT %less = pred[] constant(true)",
         "%i = s32[] get-tuple-element(%carry), index=0\n  %n = s32[]{:T(128)} constant(5)\n"
         "  ROOT %less = pred[] compare(%i, %n), direction=LT",
     )
-    assert [(one.times, one.trips_known) for one in collectives(counted) if one.in_loop] == [(5, True)] * 3
+    repeated = {one.name: one.times for one in collectives(counted) if one.times > 1}
+    assert repeated == dict.fromkeys(in_loop, 5)
+    assert all(one.trips_known for one in collectives(counted))
 
 
 @pytest.mark.parametrize(

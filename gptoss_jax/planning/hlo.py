@@ -40,20 +40,15 @@ class Collective:
     groups: Groups
     # Executions in one run of the program: the product of the trip counts of the loops around it.
     times: int
-    in_loop: bool
     # False if a loop's trip count is not known; it counts once then.
     trips_known: bool
-
-    @property
-    def group_size(self) -> int:
-        return max(map(len, self.groups), default=1)
 
     @property
     def sent(self) -> float:
         """Bytes that one device sends in one execution."""
         if self.kind == "collective-permute":
             return float(self.bytes)
-        return bytes_sent(self.kind, self.bytes, self.group_size)
+        return bytes_sent(self.kind, self.bytes, max(map(len, self.groups), default=1))
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
         """The axes of a mesh (sizes by name, in order) that the groups run along; `("?",)` if none do."""
@@ -75,7 +70,7 @@ def collectives(hlo_text: str) -> list[Collective]:
     """
     computations, entry = _computations(hlo_text)
     found: dict[tuple, Collective] = {}
-    for name, times, in_loop, trips_known in _executions(computations, entry):
+    for name, times, trips_known in _executions(computations, entry):
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in KINDS:
@@ -94,7 +89,7 @@ def collectives(hlo_text: str) -> list[Collective]:
                 size *= max(map(len, groups), default=1)
             elif kind == "ragged-all-to-all":
                 size = min(_first_operand_bytes(computations[name], instruction.rest) or size, size)
-            found[key] = Collective(instruction.name, kind, shapes, size, groups, times, in_loop, trips_known)
+            found[key] = Collective(instruction.name, kind, shapes, size, groups, times, trips_known)
     return list(found.values())
 
 
@@ -186,25 +181,23 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry or next(reversed(computations), "")
 
 
-def _executions(computations, entry: str) -> Iterator[tuple[str, int, bool, bool]]:
-    """Yields (computation, executions, in a loop, all trip counts known), callers first."""
-    waiting = [(entry, 1, False, True)]
+def _executions(computations, entry: str) -> Iterator[tuple[str, int, bool]]:
+    """Yields (computation, executions, whether the trip counts of the loops around it are known), callers
+    first."""
+    waiting = [(entry, 1, True)]
     while waiting:
-        name, times, in_loop, known = waiting.pop(0)
+        name, times, known = waiting.pop(0)
         if name not in computations:
             continue
-        yield name, times, in_loop, known
+        yield name, times, known
         for instruction in computations[name]:
             if instruction.opcode in ("async-update", "async-done"):
                 continue
             called = _CALLED.findall(instruction.rest)
             for listed in _CALLED_LISTS.findall(instruction.rest):
                 called += re.findall(r"%?([\w.\-]+)", listed)
-            context = times, in_loop, known
-            if instruction.opcode == "while":
-                trips = _trip_count(computations, instruction.rest)
-                context = times * (trips or 1), True, known and trips is not None
-            waiting += [(callee, *context) for callee in called]
+            trips = _trip_count(computations, instruction.rest) if instruction.opcode == "while" else 1
+            waiting += [(callee, times * (trips or 1), known and trips is not None) for callee in called]
 
 
 def _trip_count(computations, loop: str) -> int | None:

@@ -10,9 +10,11 @@ from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, Estimate
 from gptoss_jax.planning.plan import Plan, mesh_name
+from gptoss_jax.training.console import format_count
 
 # Meshes that the table has rows for.
 MAX_ROWS = 6
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -25,7 +27,7 @@ def show(plan: Plan, console: Console) -> None:
         step += f", {with_prefix(best.flops * plan.devices, 'FLOPs')} with remat {model.remat}"
     memory, peak = gigabytes(plan.chip.memory), with_prefix(plan.chip.peak, "FLOP/s")
     for name, text in (
-        ("Model", f"{count(total)} parameters, {count(active)} active per token"),
+        ("Model", f"{format_count(total)} parameters, {format_count(active)} active per token"),
         ("Step", step),
         ("Devices", f"{plan.devices:,} of {plan.topology or plan.chip.name}, each {memory} GB and {peak}"),
     ):
@@ -46,11 +48,9 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def with_prefix(value: float, unit: str) -> str:
-    """Three digits with an SI prefix: 4.29 PFLOPs."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:
-            return f"{value / factor:,.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+    """Three digits with an SI prefix: 4.29 PFLOPs, 12.5 ms."""
+    factor, prefix = next((pair for pair in PREFIXES if value >= 0.9995 * pair[0]), (1, ""))
+    return f"{value / factor:,.3g} {prefix}{unit}"
 
 
 def gigabytes(size: float) -> str:
@@ -59,14 +59,6 @@ def gigabytes(size: float) -> str:
     if 0 < size < 0.005:
         return "<.01"
     return f"{size:,.2f}" if size < 9.995 else f"{size:,.1f}" if size < 99.95 else f"{size:,.0f}"
-
-
-def count(number: int) -> str:
-    return f"{number / 1e9:,.2f}B" if number >= 1e9 else f"{number / 1e6:,.2f}M"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:,.2f} s" if seconds >= 0.9995 else f"{seconds * 1e3:.3g} ms"
 
 
 def _seconds(seconds: float) -> str:
@@ -162,8 +154,9 @@ def _verdict(plan: Plan) -> str:
         useful = best.useful_flops / plan.chip.peak
         soonest, latest = best.overlapped_seconds, best.serial_seconds
         verdict = (
-            f"[bold green]Best: {name}[/], {needed}; {duration(soonest)} a step if all overlaps "
-            f"({useful / soonest:.0%} MFU), {duration(latest)} if nothing does ({useful / latest:.0%})."
+            f"[bold green]Best: {name}[/], {needed}; {with_prefix(soonest, 's')} a step if all overlaps "
+            f"({useful / soonest:.0%} MFU), {with_prefix(latest, 's')} if nothing does "
+            f"({useful / latest:.0%})."
         )
     else:
         factor = best.memory.total / (MEMORY_UTILIZATION * best.capacity)
