@@ -1,4 +1,4 @@
-"""What must happen before jax is loaded. Imports nothing but the standard library."""
+"""Process setup before jax is imported, and exit codes of commands. Imports only the standard library."""
 
 import codecs
 import contextlib
@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-# Memory in huge pages, and none given back: XLA for CPU allocates and frees that of every step, some GB.
+# Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step.
 TUNABLES = (
     "glibc.malloc.hugetlb=1",
     "glibc.malloc.mmap_max=0",
@@ -19,12 +19,10 @@ TUNABLES = (
 
 
 def keep_memory() -> None:
-    """Starts this process anew so that it keeps its memory, in huge pages; does nothing where that is done
-    already or not known.
+    """Restarts this process with glibc malloc tunables; a no-op if they are set already or not on Linux.
 
-    XLA for CPU gets and returns the memory of every step, and a third of the step's time goes to touching it
-    for the first time again: with pages of 4 KiB always, and where a virtual machine gives pages back, with
-    any. glibc reads these settings only at the start of a process (hugetlb: 2.35 and later).
+    Without them a third of a CPU training step's time is page faults, in memory that was freed by the step
+    before. glibc reads tunables only at the start of a process (hugetlb: 2.35 and later).
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or "glibc.malloc." in tunables or not sys.executable:
@@ -33,22 +31,21 @@ def keep_memory() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-# Variables of the environment that a TPU machine or its user sets.
+# Environment variables that a TPU machine or its user sets.
 TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "COLAB_TPU_", "JAX_FORCE_TPU_INIT", "LIBTPU_INIT_ARGS")
-# Those that JAX and libtpu set on any machine, and hand on to the processes that a program starts.
+# Those that JAX and libtpu set on any machine; child processes inherit them.
 SET_ON_IMPORT = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
 
 
 def hide_tpu_compiler() -> None:
-    """Hides an installed libtpu from JAX on a machine without a TPU; must run before jax is imported.
+    """Hides an installed libtpu from JAX on a machine without a TPU; call before jax is imported.
 
-    JAX loads libtpu in every process that names no platform, to look for a TPU. Where there is none, libtpu
-    prints several lines of errors first. JAX then acts as if libtpu were not installed: GPUs and the CPU are
-    found as ever. JAX_PLATFORMS, if set, decides alone.
+    JAX loads libtpu to look for a TPU unless JAX_PLATFORMS is set, and libtpu prints errors where there is
+    none. Hidden, it counts as not installed: JAX finds GPUs and the CPU as usual.
     """
     named = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
     if not named and "jax" not in sys.modules and not may_have_tpu():
-        # An import of it raises ModuleNotFoundError.
+        # Makes `import libtpu` raise ModuleNotFoundError.
         sys.modules["libtpu"] = None
         os.environ.pop("TPU_LIBRARY_PATH", None)
 
@@ -60,21 +57,20 @@ def may_have_tpu() -> bool:
     library = os.environ.get("TPU_LIBRARY_PATH")
     if library is not None and not _is_of_package(library):
         return True
-    # Chips are passed to the process as /dev/accel0 or, newer ones, as /dev/vfio/0; /dev/vfio/vfio is the
-    # driver's own and also exists on other machines.
+    # Chips are /dev/accel0 or, newer ones, /dev/vfio/0; /dev/vfio/vfio exists on other machines too.
     if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"):
         return True
     return any(map(_is_tpu, glob.glob("/sys/bus/pci/devices/*")))
 
 
 def _is_of_package(library: str) -> bool:
-    """Returns True if a library belongs to the Python package libtpu, which sets TPU_LIBRARY_PATH to it."""
+    """Returns True for the library of the Python package libtpu, which sets TPU_LIBRARY_PATH to it."""
     package = importlib.machinery.PathFinder.find_spec("libtpu")
     return package is not None and os.path.dirname(library) == os.path.dirname(package.origin or "")
 
 
 def _is_tpu(device: str) -> bool:
-    """Returns True if a PCI device is Google's, and not a disk or network card of its virtual machines."""
+    """Returns True for a PCI device of Google's that is no disk or network card of its virtual machines."""
     try:
         with open(f"{device}/vendor", encoding="ascii") as file:
             vendor = file.read().strip()
@@ -85,16 +81,15 @@ def _is_tpu(device: str) -> bool:
 
 
 def run(command: Callable[[], object], name: str) -> int:
-    """Runs a command and returns its exit code; what a user can mend is one line on stderr, without a
-    traceback, and so is a warning.
+    """Runs a command and returns its exit code: 0, or that of `report`.
 
-    2: a ValueError, input that is not allowed. 1: what went wrong on the way. 130: Ctrl-C.
+    Warnings, and errors that a user can fix, are printed as one line on stderr, without a traceback.
     """
     print_any_text()
     shown: set[str] = set()
 
     def show(message: Warning | str, *_) -> None:
-        # Several steps of a command may open the same folder.
+        # Steps of a command may open the same folder.
         if str(message) not in shown:
             shown.add(str(message))
             say(name, "warning", message)
@@ -109,7 +104,10 @@ def run(command: Callable[[], object], name: str) -> int:
 
 
 def report(error: BaseException, name: str) -> int:
-    """Prints an error that a user can fix as one line on stderr and returns the exit code; raises others."""
+    """Prints an error that a user can fix and returns the exit code; raises any other error.
+
+    2: ValueError, input that is not allowed. 1: a failure on the way. 130: Ctrl-C.
+    """
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, BrokenPipeError):
@@ -123,10 +121,9 @@ def report(error: BaseException, name: str) -> int:
 
 
 def print_any_text() -> None:
-    """Makes stdout and stderr accept every text, whatever the encoding of the locale.
+    """Makes stdout and stderr accept any text, whatever the locale's encoding.
 
-    The bytes of a file name that the locale cannot decode are written as they are. Any other character that
-    has no encoding becomes a question mark.
+    Undecodable bytes of a file name are written unchanged; other characters without an encoding become "?".
     """
     codecs.register_error("gptoss_jax.printed", _encode_unencodable)
     for stream in (sys.stdout, sys.stderr):
@@ -135,7 +132,7 @@ def print_any_text() -> None:
 
 
 def _encode_unencodable(error: UnicodeError) -> tuple[bytes, int]:
-    """Encodes, as an error handler of `codecs`, what the encoding of a stream cannot."""
+    """Error handler of `codecs` for `print_any_text`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     # Python represents an undecodable byte of a file name as one of these surrogates.

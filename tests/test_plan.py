@@ -366,7 +366,7 @@ def test_nothing_fits(capsys, monkeypatch, preset):
     assert left.value.code == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "more meshes, which do not fit" in shown and "Best:" not in shown
-    assert "Nothing fits in 90% of the memory. The nearest is " in shown and " times too much." in shown
+    assert "Nothing fits in 90% of the memory. The nearest is " in shown and " times that limit." in shown
 
 
 def test_small_quantities_keep_their_digits():

@@ -162,7 +162,7 @@ def _verdict(plan: Plan) -> str:
         factor = best.memory.total / (MEMORY_UTILIZATION * best.capacity)
         verdict = (
             f"[bold red]Nothing fits[/] in {MEMORY_UTILIZATION:.0%} of the memory. The nearest is {name}: "
-            f"{needed}, {factor:.2g} times too much."
+            f"{needed}, {factor:,.3g} times that limit."
         )
     for one in plan.compiled:
         fits = "[bold green]fits[/]" if one.fits else "[bold red]does not fit[/]"
