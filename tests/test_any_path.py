@@ -15,7 +15,7 @@ import tokenizers
 import gptoss_jax as gx
 from gptoss_jax.cli import main
 from gptoss_jax.data.tokenizer import load_tokenizer
-from gptoss_jax.training.console import read_metrics
+from gptoss_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]

@@ -25,7 +25,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.parallel import distributed
-from gptoss_jax.training.console import read_metrics
+from gptoss_jax.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
@@ -193,7 +193,7 @@ def main():
         distributed.barrier()
         print(f"{index} of {jax.process_count()}", flush=True)
         if mode == "checks":
-            setup.UNTIL_SEEN = 0.5
+            setup.SHARED_FOLDER_TIMEOUT = 0.5
             (folder / str(index)).mkdir(parents=True, exist_ok=True)
             print(message_of(setup.check_shared, folder), flush=True)
             print(message_of(setup.check_shared, folder / str(index)), flush=True)
@@ -271,7 +271,7 @@ def test_what_has_to_be_the_same_for_all(demos):
     assert (code, other) == (0, 0) and silent == "", err
     first, shared, not_shared, seed = out.splitlines()
     assert (first, shared) == ("0 of 2", "None")
-    assert "does not see what process 0 writes there; it must lie on storage that all" in not_shared
+    assert "does not see files that process 0 writes there; it must be on storage that all" in not_shared
     assert seed == (
         "seed is 1 in process 1 and 0 in process 0: all processes must be started with the same settings"
     )

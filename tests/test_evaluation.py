@@ -143,8 +143,8 @@ def test_the_numbers_are_those_of_training(config, random_params, tmp_path):
     )  # fmt: skip
     cache = build_cache(data)
     step = make_eval_step(config)
-    sums = [step(random_params(config), batch) for batch in held_out_batches(cache, data)]
-    nats, tokens = np.sum(np.asarray(sums, np.float64), axis=0)
+    results = [step(random_params(config), batch) for batch in held_out_batches(cache, data)]
+    nats, tokens = np.sum([(sums["loss"], weight) for sums, weight in results], axis=0, dtype=np.float64)
     held = [text for text, is_held in split(open_corpus(data.source).documents(), 0.3) if is_held]
     (tmp_path / "held.txt").write_text("\n<|endoftext|>\n".join(held))
     held_corpus = open_corpus(f"text:{tmp_path}/held.txt")

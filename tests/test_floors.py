@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 def floor_of(module: str) -> int:
     """The floor of `gptoss_jax.<folder>…`, counted from the ground."""
     first = module.split(".")[1] if "." in module else ""
-    if first == "startup":  # what must happen before jax is loaded: it imports nothing of ours
+    if first in ("startup", "terminal"):  # standard library only
         return -1
     if first == "hardware":  # imports only config
         return FLOORS.index("kernels")

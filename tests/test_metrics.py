@@ -1,6 +1,5 @@
-"""The files of a run after a crash, and what a person gets to see of text that was made to do harm."""
+"""metrics.jsonl after a crash and a restart, and the timing of steps."""
 
-import io
 import json
 import math
 
@@ -8,34 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.training.console import (
-    Console,
-    MetricsLog,
-    format_count,
-    format_duration,
-    format_flops,
-    format_rate,
-    printable,
-    read_metrics,
-)
-
-
-class Clock:
-    """Time that passes when told to."""
-
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
+from gptoss_jax.training import metrics
+from gptoss_jax.training.metrics import MetricsLog, StepTimer, read_metrics
 
 
 def write_rows(run_dir, rows, last_step=-1):
@@ -126,122 +99,25 @@ def test_tensorboard_tags(tmp_path):
     assert b"expert_load" not in content and b"final" not in content
 
 
-def test_formats():
-    assert [format_count(n) for n in (950, 999_950, 105_722_880, 20_914_757_184, None)] == [
-        "950", "1.0M", "105.7M", "20.9B", "–",
-    ]  # fmt: skip
-    assert [format_duration(s) for s in (5.4, 251.6, 3723, None)] == ["0:05", "4:12", "1:02:03", "–"]
-    assert [format_flops(f) for f in (132.4e9, 999.9e9, 1.05e15)] == [
-        "132 GFLOP/s", "1.00 TFLOP/s", "1.05 PFLOP/s",
-    ]  # fmt: skip
-    assert [format_rate(r) for r in (1.2e-3, 3e-4, 0.0, math.nan)] == ["1.2e-3", "3.0e-4", "0", "nan"]
-
-
-def test_printable():
-    assert (
-        printable("a\tb\r\n\x1b[31m\x07\rc\x9b\ud800\u202e") == "a   b\n\\x1b[31m\\x07\\rc\\x9b\\ud800\\u202e"
-    )
-    assert printable("naïve 日本 👩\u200d🚀") == "naïve 日本 👩\u200d🚀"
-
-
-def run_console(stream):
-    clock = Clock()
-    console = Console(stream=stream, clock=clock)
-    console.message("[red]x[/red]")
-    console.start(100, 1300)
-    # The first step compiles for five minutes, the others take 2 s.
-    for step in range(101, 112):
-        clock.now += 300 if step == 101 else 2
-        console.update(step, 4.314, 3950.4, 1.2e-3)
-    console.evaluation(111, 3.5, 1.25, is_best=True)
-    console.sample("[bold]hi[/bold] \x1b[2J\nbye")
-    console.stop()
-    console.comparison(gzip=2.4, xz=2.1, model=1.25)
-    console.summary([("Parameters", "105.7M")], 'gptoss generate runs/x --prompt "[a]"')
-
-
-def test_plain_output(monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    stream = io.StringIO()
-    run_console(stream)
-    assert stream.getvalue().split("\n") == [
-        "[red]x[/red]",
-        "step 101/1300 · loss 4.31 · 3,950 tok/s · lr 1.2e-3 · left –",
-        "step 106/1300 · loss 4.31 · 3,950 tok/s · lr 1.2e-3 · left 39:48",
-        "step 111/1300 · loss 4.31 · 3,950 tok/s · lr 1.2e-3 · left 39:38",
-        "step 111 · held-out loss 3.500 · 1.2500 bits per byte · best so far",
-        "  │ [bold]hi[/bold] \\x1b[2J",
-        "  │ bye",
-        "",
-        "  Bits per byte of held-out text (fewer is better)",
-        "    gzip -9      2.400  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━",
-        "    xz -9        2.100  ━━━━━━━━━━━━━━━━━━━━━━━━━",
-        "    this model   1.250  ━━━━━━━━━━━━━━━ best",
-        "",
-        "  Parameters   105.7M",
-        "",
-        '  Next: gptoss generate runs/x --prompt "[a]"',
-        "",
-    ]
-
-
-def test_plain_output_shows_the_last_step_and_unknown_numbers():
-    stream, clock = io.StringIO(), Clock()
-    console = Console(stream=stream, clock=clock)
-    console.start(0, 2)
-    for step in (1, 2):
-        console.update(step, math.nan, 10.0, 0.0)
-    console.stop()
-    console.comparison(gzip=None, xz=None, model=None)
-    lines = stream.getvalue().split("\n")
-    assert lines[1] == "step 2/2 · loss – · 10 tok/s · lr 0 · left 0:00"
-    assert lines[-2] == "    this model       –  "
-
-
-def test_ascii_streams_do_not_fail():
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    run_console(stream)
-    written = stream.buffer.getvalue()
-    assert b"  ? bye" in written and b"====" in written
-
-
-def test_quiet_prints_nothing(capsys):
-    stream = Terminal()
-    console = Console(quiet=True, stream=stream)
-    console.start(0, 3)
-    console.update(1, 1.0, 1.0, 1.0)
-    console.message("x")
-    console.sample("x")
-    console.evaluation(1, 1.0, 1.0, False)
-    console.comparison(gzip=1.0, xz=1.0, model=1.0)
-    console.summary([("a", "b")], "c")
-    console.stop()
-    assert stream.getvalue() == "" and capsys.readouterr().out == ""
-
-
-def test_terminal_output(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "80")
-    stream = Terminal()
-    run_console(stream)
-    text = stream.getvalue()
-    assert "[red]x[/red]" in text and "[bold]hi[/bold] \\x1b[2J" in text
-    assert "\x1b[2J" not in text
-    # The cursor is back.
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
-
-
-@pytest.mark.parametrize("width", [20, 40, 80, 200])
-def test_progress_fits_in_a_line(width):
-    clock = Clock()
-    console = Console(stream=io.StringIO(), clock=clock)
-    console.start(0, 1_000_000)
-    assert "compiling" in console._line(80).plain
-    for step in (1, 123_456):
-        clock.now += 1e5
-        console.update(step, 10.31, 12_203_950.0, 1.2e-3)
-    line = console._line(width).plain
-    assert len(line) < width
-    assert line.startswith("step 123456/1000000")
-    assert ("left" in line) == (width >= 80)
-    assert ("━" * 40 in line) == (width == 200)
+def test_step_timer_attributes_time(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    timer = StepTimer()
+    now += 6.0
+    with timer.other_work():
+        now += 50.0
+    with timer.waiting_for_data():
+        now += 2.0
+    with timer.logging():
+        now += 1.0
+        timer.steps = 4
+        # The interval ends inside of the block, whose rest belongs to the next one.
+        assert timer.take() == {
+            "seconds": 9.0, "step_seconds": 2.25, "data_wait_share": round(2 / 9, 6), "logging_share": 0.0,
+        }  # fmt: skip
+        now += 3.0
+    now += 1.0
+    timer.steps = 1
+    assert timer.take() == {
+        "seconds": 4.0, "step_seconds": 4.0, "data_wait_share": 0.0, "logging_share": 0.75,
+    }  # fmt: skip

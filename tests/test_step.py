@@ -22,11 +22,12 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.model.parameters import path_names
-from gptoss_jax.model.transformer import abstract_params, segment_positions
+from gptoss_jax.model.transformer import abstract_params, bind, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
-from gptoss_jax.training.optimizer import MATRICES, decay_mask, make_optimizer, make_schedule, muon_dimensions
-from gptoss_jax.training.state import abstract_state, create_state
+from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
+from gptoss_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, muon_dimensions
+from gptoss_jax.training.state import abstract_state, create_state, merge_params, split_params
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
 B, T = 8, 13
@@ -260,9 +261,113 @@ def test_a_batch_of_padding_alone(train_step):
 
 def test_evaluation_agrees_with_training(single):
     batch = make_batch(0)
-    nats, tokens = make_eval_step(CONFIG.model)(start_params(), batch)
-    assert int(tokens) == int((batch["segment_ids"] > 0).sum())
-    assert float(nats) / int(tokens) == pytest.approx(float(single[0][0]["loss"]), rel=1e-5)
+    sums, weight = make_eval_step(CONFIG.model)(start_params(), batch)
+    assert sums.keys() == {"loss"} and float(weight) == int((batch["segment_ids"] > 0).sum())
+    assert float(sums["loss"] / weight) == pytest.approx(float(single[0][0]["loss"]), rel=1e-5)
+
+
+def loss_of(params, batch):
+    """-log p of each target, float64 [B, T]."""
+    logits = bind(CONFIG.model, params)(batch["tokens"], batch["segment_ids"], batch["positions"])
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    return -np.take_along_axis(log_p, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
+
+
+def test_loss_weights_weigh_targets(train_step):
+    batch = make_batch(0)
+    weights = np.random.default_rng(3).choice([0.0, 0.25, 1.0], (B, T)) * np.asarray(batch["segment_ids"] > 0)
+    assert {0.0, 0.25, 1.0} == set(weights[np.asarray(batch["segment_ids"]) > 0])
+    batch["loss_weights"] = jnp.asarray(weights, jnp.float32)
+    expected = (loss_of(start_params(), batch) * weights).sum() / weights.sum()
+    state, metrics = train_step(start(), batch)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert int(metrics["tokens"]) == int((batch["segment_ids"] > 0).sum())
+    sums, weight = make_eval_step(CONFIG.model)(start_params(), batch)
+    assert float(weight) == weights.sum()
+    assert float(sums["loss"] / weight) == pytest.approx(expected, rel=1e-5)
+    # A target of weight 0 has no effect at all; all weights together have no scale.
+    batch["targets"] = jnp.where(weights == 0, -100, batch["targets"])
+    other, _ = train_step(start(), batch)
+    chex.assert_trees_all_equal(on_host(other), on_host(state))
+    doubled, metrics = train_step(start(), batch | {"loss_weights": 2 * batch["loss_weights"]})
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    chex.assert_trees_all_close(on_host(doubled.params), on_host(state.params), rtol=1e-5, atol=1e-6)
+
+
+def test_loss_weights_of_microbatches_count_by_their_sum():
+    config, batch = without_router_losses(4), make_batch(0)
+    # Of the second microbatch, every fourth row, a single target is trained.
+    weights = np.array(batch["segment_ids"] > 0, np.float32)
+    weights[1::4] = 0
+    weights[1, 0] = 1
+    batch["loss_weights"] = jnp.asarray(weights)
+    (metrics,), _ = take_steps(config, None, [batch])
+    expected = (loss_of(start_params(), batch) * weights).sum() / weights.sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def is_router(path):
+    return path[-1] in ("router", "router_bias")
+
+
+@pytest.mark.parametrize(
+    ("optim", "mesh"),
+    [
+        ({}, None),
+        ({"name": "muon", "grad_accum_steps": 2}, None),
+        ({}, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
+    ],
+)
+def test_only_the_router_is_trained(optim, mesh):
+    config = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, **optim))
+    mesh = make_mesh(mesh or MeshConfig(data=1), None if mesh else jax.devices()[:1])
+    batch = jax.device_put(make_batch(0), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
+        params = jax.device_put(start_params(), shardings)
+        trainable, frozen = split_params(params, is_router)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(trainable)]
+        state, abstract = create_state(config, mesh, trainable), abstract_state(config, mesh, is_router)
+        jax.tree.map(lambda a, s: chex.assert_equal(a.sharding, s.sharding), abstract, state)
+        step = make_train_step(config)
+        for _ in range(2):
+            state, metrics = step(state, batch, frozen)
+        whole_state = create_state(config, mesh, jax.device_put(start_params(), shardings))
+        _, whole_metrics = step(whole_state, batch)
+    # Two moments for each of the two parameters, besides counts and constants.
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
+    assert len(shapes) == 2 and len(moments) == 4
+    assert all(leaf.ndim < 2 for leaf in jax.tree.leaves(state.opt_state) if leaf.shape not in shapes)
+    # Frozen parameters were neither donated nor changed; the gradient norm is that of the router only.
+    after = on_host(merge_params(state.params, frozen))
+    for path, before in jax.tree_util.tree_leaves_with_path(start_params()):
+        changed = not np.array_equal(before, leaf_at(after, path))
+        assert changed == is_router(path_names(path)), path
+    assert int(state.step) == 2 and float(metrics["grad_norm"]) < float(whole_metrics["grad_norm"])
+
+
+def leaf_at(tree, path):
+    return functools.reduce(lambda node, name: node[name], path_names(path), tree)
+
+
+def test_selecting_no_parameter_is_an_error():
+    with pytest.raises(ValueError, match="selects no parameter"):
+        split_params(start_params(), lambda path: False)
+
+
+def test_another_objective():
+    def sums(model, batch, **options):
+        sums, stats = LANGUAGE_MODELING.sums(model, batch, **options)
+        return {"loss": 3 * sums["loss"], "nats": sums["loss"]}, stats
+
+    objective = Objective(sums, weight=lambda batch: 2 * LANGUAGE_MODELING.weight(batch))
+    config = without_router_losses(2)
+    _, metrics = make_train_step(config, objective)(start(), make_batch(0))
+    evaluated, weight = make_eval_step(config.model, objective)(start_params(), make_batch(0))
+    expected = loss_of(start_params(), make_batch(0))[np.asarray(make_batch(0)["segment_ids"]) > 0].mean()
+    for found in (metrics, {name: total / weight for name, total in evaluated.items()}):
+        assert float(found["loss"]) == pytest.approx(1.5 * expected, rel=1e-5)
+        assert float(found["nats"]) == pytest.approx(0.5 * expected, rel=1e-5)
 
 
 def test_decay_mask():
@@ -359,17 +464,20 @@ def test_muon_takes_the_matrices_of_the_blocks_and_no_others(tiny_config):
     params = abstract_params(tiny_config)
     dimensions = muon_dimensions(params)["blocks"]["0"]
     chosen = {
-        path_names(path)[-1]: value
+        path_names(path)[-1]: (value.reduction_axis, value.output_axis)
         for path, value in jax.tree_util.tree_leaves_with_path(
             dimensions, is_leaf=lambda x: hasattr(x, "output_axis")
         )
     }
-    assert chosen.keys() == MATRICES - {"weight", "router"}
+    assert chosen == {
+        "q": ((-3,), (-2, -1)),  # D, N H
+        "k": ((-3,), (-2, -1)),
+        "v": ((-3,), (-2, -1)),
+        "out": ((-3, -2), (-1,)),  # N H, D
+        "gate_up": ((-3,), (-1,)),  # of E D 2 F: D, F
+        "down": ((-2,), (-1,)),  # of E F D: F, D
+    }
     assert muon_dimensions(params)["embedding"] == {"weight": None}
-    gate_up = params["blocks"]["0"]["moe"]["gate_up"].shape  # [repetitions, E, D, 2, F]
-    assert [
-        gate_up[axis] for axis in (*chosen["gate_up"].reduction_axis, *chosen["gate_up"].output_axis)
-    ] == [24, 40]
 
 
 def test_a_muon_update_is_near_orthogonal_and_of_adams_size():

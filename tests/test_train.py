@@ -1,6 +1,7 @@
 """Whole runs: the loop, its folder, stopping and going on, and train.py's command line."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -32,10 +33,14 @@ from gptoss_jax.config import (
 )
 from gptoss_jax.data.token_cache import build_cache
 from gptoss_jax.inference.sampling_params import Completion
+from gptoss_jax.model.parameters import path_names
+from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.training import logging, loop, resume, setup
-from gptoss_jax.training.console import Console, read_metrics
+from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog, generate_command
 from gptoss_jax.training.loop import train
+from gptoss_jax.training.metrics import read_metrics
+from gptoss_jax.training.state import create_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
@@ -186,12 +191,44 @@ def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(finished, make
     with pytest.raises(SystemExit) as left:
         train(config)
     assert left.value.code == 143
-    assert "start it again with the same line" in capsys.readouterr().out
+    assert "run the same command again" in capsys.readouterr().out
     stopped_at = read_metrics(metrics)[-1]["step"]
     assert 8 <= stopped_at < STEPS
     assert int(train(config).step) == STEPS
     assert f"Resuming from step {stopped_at}" in capsys.readouterr().out
     assert results(config.run_dir) == results(finished[0].run_dir)
+
+
+def test_a_run_that_trains_only_the_router_resumes(make_config, tmp_path):
+    def is_router(path):
+        return path[-1] in ("router", "router_bias")
+
+    def config(name, steps):
+        optim = OptimConfig(learning_rate=3e-3, warmup_steps=0, schedule="constant")
+        evaluation = EvalConfig(every=2, batches=1, sample_tokens=0)
+        return make_config(tmp_path / name, optim=optim, eval=evaluation, steps=steps)
+
+    whole = train(config("whole", 4), is_trainable=is_router)
+    train(config("resumed", 2), is_trainable=is_router)
+    resumed = train(config("resumed", 4), is_trainable=is_router)
+    losses, resumed_losses = (
+        [row["loss"] for row in results(tmp_path / name) if row["loss"] is not None]
+        for name in ("whole", "resumed")
+    )
+    assert len(losses) == 4 and losses == resumed_losses
+    _, loaded, _ = load_run(tmp_path / "resumed", step=4)
+    untrained = create_params(whole_config := config("whole", 4), make_mesh(whole_config.mesh))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(untrained):
+        one, other, saved = (
+            functools.reduce(lambda node, name: node[name], path_names(path), tree)
+            for tree in (whole.params, resumed.params, loaded)
+        )
+        assert np.array_equal(one, other) and np.array_equal(one, saved)
+        assert np.array_equal(one, leaf) != is_router(path_names(path))
+    # With other parameters the optimizer's state does not fit; the checkpoints stay where they are.
+    with pytest.raises(ValueError, match="no checkpoint can be read; that of step 2: training: "):
+        train(config("resumed", 6))
+    assert sorted(path.name for path in (tmp_path / "resumed/checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(finished, make_config, tmp_path, capfd):
@@ -236,11 +273,11 @@ def in_flight(monkeypatch):
         log_step(self, *args)
         now["steps"] -= 1
 
-    wait, log_step = jax.block_until_ready, RunLog.step
+    wait, log_step = jax.block_until_ready, RunLog._log_step
     monkeypatch.setattr(loop, "make_train_step", counted(loop.make_train_step, "steps"))
     monkeypatch.setattr(loop, "make_eval_step", counted(loop.make_eval_step, "evaluations"))
     monkeypatch.setattr(jax, "block_until_ready", waited)
-    monkeypatch.setattr(RunLog, "step", logged)
+    monkeypatch.setattr(RunLog, "_log_step", logged)
     return most
 
 
@@ -285,7 +322,7 @@ def test_what_a_resumed_run_may_change(finished, make_config):
         "model": dataclasses.replace(config.model, remat="block"),
         "data": dataclasses.replace(config.data, cache_dir="/elsewhere"),
     }  # fmt: skip
-    resume.check_folder(dataclasses.replace(config, **changes))
+    resume.check_run_dir(dataclasses.replace(config, **changes))
     for name, changed in [
         ("seed", {"seed": 1}),
         ("optim.grad_accum_steps", {"optim": dataclasses.replace(config.optim, grad_accum_steps=2)}),
@@ -293,7 +330,7 @@ def test_what_a_resumed_run_may_change(finished, make_config):
         ("data.val_fraction", {"data": dataclasses.replace(config.data, val_fraction=0.2)}),
     ]:
         with pytest.raises(ValueError, match=rf"made with another config: {name} \(was "):
-            resume.check_folder(dataclasses.replace(config, **changes | changed))
+            resume.check_run_dir(dataclasses.replace(config, **changes | changed))
 
 
 @pytest.mark.parametrize(
@@ -336,7 +373,7 @@ def test_a_resumed_run_needs_no_init_from_and_remembers_a_jump(
         return [Completion([97], None, "length")]
 
     monkeypatch.setattr(logging, "generate", sample)
-    monkeypatch.setattr(setup, "check_steps", lambda *args: True)
+    monkeypatch.setattr(resume, "check_steps", lambda *args: True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     train(make_config(run_dir, init_from="hf:nobody/nothing", steps=STEPS + 1))
     said = capsys.readouterr().out
@@ -359,7 +396,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, 
     assert "held-out loss   – nats per token" in capsys.readouterr().out
     run_log = RunLog(config, build_cache(config.data), Console(), STEPS, 0)
     for step, loss in ((1, math.nan), (2, 3.0), (3, math.inf), (4, 2.5), (5, 2.75)):
-        run_log.evaluation(step, loss, loss)
+        run_log.evaluation(step, {"loss": loss})
     run_log.close()
     said = capsys.readouterr().out.splitlines()
     assert [line.endswith("best so far") for line in said] == [False, True, False, True, False]
@@ -456,7 +493,7 @@ def test_published_weights_that_do_not_fit(finished, make_config, tmp_path, caps
         (tmp_path / "published" / file).unlink()
     train(TrainConfig.from_dict(values))
     said = capsys.readouterr().out
-    assert "were trained otherwise: model.rope_theta is 9000.0, theirs 10000.0" in said
+    assert "were trained with a different setting: model.rope_theta is 9000.0, theirs 10000.0" in said
     assert "holds no tokenizer" in said
 
 
@@ -624,7 +661,7 @@ def test_weights_of_another_tokenizer_are_refused(finished, make_config, tmp_pat
 def test_two_processes_do_not_train_in_one_folder(make_config, tmp_path):
     config = make_config(tmp_path / "twice")
     with (
-        setup.only_run_in(tmp_path / "twice"),
+        setup.lock_run_dir(tmp_path / "twice"),
         pytest.raises(ValueError, match="another process is training there"),
     ):
         train(config)

@@ -28,7 +28,7 @@ from gptoss_jax.model.transformer import (
     parameter_count,
     segment_positions,
 )
-from gptoss_jax.training.step import summed_loss
+from gptoss_jax.training.objectives import LANGUAGE_MODELING
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -167,10 +167,10 @@ def test_padding_does_not_matter(either_config, random_params, apply_model):
             "segment_ids": segments,
             "positions": segment_positions(segments),
         }
-        return summed_loss(either_config, params, batch)
+        return LANGUAGE_MODELING.sums(bind(either_config, params), batch)
 
-    (nats, stats), (other_nats, other_stats) = loss(tokens), loss(other)
-    assert float(nats) == float(other_nats) > 31 * 0.5
+    (sums, stats), (other_sums, other_stats) = loss(tokens), loss(other)
+    assert float(sums["loss"]) == float(other_sums["loss"]) > 31 * 0.5
     chex.assert_trees_all_equal(stats, other_stats)
 
 
@@ -253,9 +253,12 @@ def loss_and_gradients(config, params, dropout_key=None):
         "segment_ids": SEGMENTS,
         "positions": segment_positions(SEGMENTS),
     }
-    take = jax.value_and_grad(lambda p: summed_loss(config, p, batch, dropout_key), has_aux=True)
-    (nats, _), grads = jax.jit(take)(params)
-    return nats, grads
+
+    def loss(params):
+        sums, _ = LANGUAGE_MODELING.sums(bind(config, params), batch, dropout_key=dropout_key)
+        return sums["loss"]
+
+    return jax.jit(jax.value_and_grad(loss))(params)
 
 
 @pytest.mark.slow

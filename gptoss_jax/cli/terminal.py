@@ -1,11 +1,10 @@
 """Text on a terminal: dimmed where it should be, and safe whatever a model wrote."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
-from gptoss_jax.training.console import printable
+from gptoss_jax.terminal import encodable, is_terminal, printable
 
 # (text, whether it is dim)
 Write = Callable[[str, bool], None]
@@ -13,12 +12,11 @@ Write = Callable[[str, bool], None]
 
 def writer(file: TextIO) -> Write:
     """Returns a function that writes text at once. On a terminal, control characters are spelled out."""
-    is_terminal = file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    encoding = getattr(file, "encoding", None) or "utf-8"
+    on_terminal = is_terminal(file)
 
     def write(text: str, dim: bool = False) -> None:
-        text = text.encode(encoding, "replace").decode(encoding)
-        if is_terminal:
+        text = encodable(text, file)
+        if on_terminal:
             text = printable(text)
             text = f"\x1b[2m{text}\x1b[0m" if dim and text else text
         file.write(text)

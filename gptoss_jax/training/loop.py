@@ -1,4 +1,4 @@
-"""The run: batch, step, log, evaluate, save."""
+"""The training loop: evaluate, save, step, log."""
 
 import contextlib
 import dataclasses
@@ -24,26 +24,35 @@ from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training import resume, setup
 from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog
-from gptoss_jax.training.losses import bits_per_byte
-from gptoss_jax.training.state import TrainState
+from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
+from gptoss_jax.training.state import IsTrainable, TrainState, merge_params
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
 
-def train(config: TrainConfig) -> TrainState:
+def train(
+    config: TrainConfig,
+    objective: Objective = LANGUAGE_MODELING,
+    is_trainable: IsTrainable | None = None,
+) -> TrainState:
     """Trains a model, or resumes the run of the same folder and config; `train.py` calls it.
 
     Returns the final state. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt and SystemExit(143).
 
+    Args:
+      objective: what is minimized and evaluated.
+      is_trainable: selects the parameters to train by their paths; None trains all. The others stay as they
+        are, and have no optimizer state. Resume a run with the same ones.
+
     Raises:
       ValueError: a setting, the text or the run folder does not fit; the message names it.
       FloatingPointError: loss or gradient was not finite in 20 steps in a row.
-      OSError: something could not be written; checkpoints written before stay.
+      OSError: something could not be written; earlier checkpoints stay.
     """
     config = dataclasses.replace(config, run_dir=str(user_path(config.run_dir, "run_dir")))
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)
-    _check(config, mesh, console)
+    setup.check_settings(config, mesh, console.message)
     cache = setup.open_cache(config.data, console.message)
     setup.check_text(config, cache)
     sharding = batch_sharding(mesh)
@@ -51,125 +60,120 @@ def train(config: TrainConfig) -> TrainState:
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if is_main:
-            stack.enter_context(setup.only_run_in(run_dir))
+            stack.enter_context(setup.lock_run_dir(run_dir))
         setup.check_shared(run_dir)
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(run_dir, config.checkpoint.keep, eval_batches=config.eval.batches)
         stack.callback(checkpoints.close)
-        state, record = setup.first_state(config, mesh, checkpoints, cache, console.message)
-        if record is not None:
-            batches.set_state(record["data"])
+        state, frozen, metadata = resume.init_or_restore_state(
+            config, mesh, checkpoints, cache, console.message, is_trainable
+        )
+        tokens_seen, schedule_jumped = 0, False
+        if metadata is not None:
+            batches.set_state(metadata["data"])
+            tokens_seen, schedule_jumped = metadata["tokens_seen"], metadata["schedule_jumped"]
         if is_main:
-            setup.write_folder(config, cache.tokenizer, is_new=record is None)
+            setup.write_run_dir(config, cache.tokenizer, is_new=metadata is None)
         step = first_step = int(state.step)
-        tokens_seen, jumped = (record["tokens_seen"], record["schedule_jumped"]) if record else (0, False)
         log = RunLog(config, cache, console, first_step, tokens_seen, checkpoints.best_loss)
         stack.callback(log.close)
-        train_step, eval_step = make_train_step(config), make_eval_step(config.model)
-        stop = stack.enter_context(Interruption(console.message))
-        log.greet(mesh, first_step)
-        pending = None
+        train_step = make_train_step(config, objective)
+        evaluate = functools.partial(
+            _evaluate, config, cache, sharding, make_eval_step(config.model, objective)
+        )
+        stop = stack.enter_context(StopSignal(console.message))
+        log.log_header(mesh, first_step)
         while True:
-            last, stopping = step == config.steps, stop.asked(step)
-            evaluate = step > first_step and (last or step % config.eval.every == 0)
-            due = evaluate or stopping or step % config.checkpoint.every == 0
-            save = step > first_step and due
-            if pending is not None and save:
-                log.step(*pending)
-                pending = None
-            with log.clock.other_work():
+            is_last, stopping = step == config.steps, stop.requested(step)
+            is_eval = step > first_step and (is_last or step % config.eval.every == 0)
+            is_save = step > first_step and (is_eval or stopping or step % config.checkpoint.every == 0)
+            if is_save:
+                log.flush()
+            with log.timer.other_work():
                 val_loss = None
-                if evaluate:
-                    held_out = functools.partial(_held_out_loss, config, cache, eval_step, state)
-                    val_loss, bits = held_out(config.eval.batches)
-                    log.evaluation(step, val_loss, bits)
-                if last and evaluate:
-                    log.evaluation(step, *held_out(None), final=True)
-                if save:
+                if is_eval:
+                    params = merge_params(state.params, frozen)
+                    val_loss = log.evaluation(step, evaluate(params, config.eval.batches))
+                    if is_last:
+                        log.evaluation(step, evaluate(params, None), is_final=True)
+                if is_save:
                     position = batches.get_state()
-                    record = setup.checkpoint_record(cache, config, position, log.tokens_seen, jumped)
-                    checkpoints.save(step, *setup.split_state(state), record, val_loss)
-                if evaluate:
-                    log.sample(step, state.params)
-            if last or stopping:
+                    metadata = resume.checkpoint_metadata(
+                        config, cache, position, log.tokens_seen, schedule_jumped
+                    )
+                    checkpoints.save(step, *resume.checkpoint_trees(state, frozen), metadata, val_loss)
+                if is_eval:
+                    log.sample(step, params)
+            if is_last or stopping:
                 break
-            with log.clock.waiting_for_data():
+            with log.timer.waiting_for_data():
                 batch = make_global_batch(next(batches), sharding, config.data.batch_size)
-            state, metrics = train_step(state, batch)
+            state, metrics = train_step(state, batch, frozen)
             step += 1
-            # A step is logged while the next one runs on the device. This also bounds the steps in flight to
-            # two, because logging waits for the metrics of every step, whatever log_every is.
-            if pending is not None:
-                log.step(*pending)
-            pending = (step, metrics)
+            log.step(step, metrics)
         checkpoints.wait()
         log.finish(step, first_step)
     if step < config.steps:
         stop.leave()
-    return state
+    return dataclasses.replace(state, params=merge_params(state.params, frozen))
 
 
-def _check(config: TrainConfig, mesh: jax.sharding.Mesh, console: Console) -> None:
-    """Raises ValueError for a run that cannot be started, before any text is tokenized."""
-    setup.check_same_config(config)
-    setup.check_devices(config, mesh)
-    distributed.agree_on_kernels(config.model.kernels)
-    resume.check_folder(config)
-    setup.check_init_from(config, console.message)
-
-
-def _held_out_loss(
-    config: TrainConfig, cache: TokenCache, eval_step: Callable, state: TrainState, limit: int | None
-) -> tuple[float, float]:
-    """Mean -log p of held-out tokens in nats, and bits per byte of their text."""
-    sharding = batch_sharding(jax.tree.leaves(state.params)[0].sharding.mesh)
+def _evaluate(
+    config: TrainConfig,
+    cache: TokenCache,
+    sharding: jax.sharding.NamedSharding,
+    eval_step: Callable,
+    params: dict,
+    num_batches: int | None,
+) -> dict[str, float]:
+    """The objective's means over held-out text; None evaluates all of it."""
     batch_size = config.data.batch_size
-    sums = bounded(
-        eval_step(state.params, make_global_batch(batch, sharding, batch_size))
-        for batch in held_out_batches(cache, config.data, limit, local_rows(sharding, batch_size))
-    )
-    nats, tokens = np.sum([np.asarray(jax.device_get(pair), np.float64) for pair in sums], axis=0)
-    loss = float(nats / tokens)
-    # A part of the text stands for the whole by its loss per token: bytes are known of whole documents only.
-    targets = cache.meta["held_out_tokens"] - cache.meta["held_out_documents"]
-    return loss, bits_per_byte(loss * targets, cache.meta["held_out_bytes"])
+    batches = held_out_batches(cache, config.data, num_batches, local_rows(sharding, batch_size))
+    results = [
+        jax.device_get(result)
+        for result in bounded(
+            eval_step(params, make_global_batch(batch, sharding, batch_size)) for batch in batches
+        )
+    ]
+    sums, weight = jax.tree.map(lambda *values: np.sum(values, dtype=np.float64), *results)
+    return {name: float(total / weight) for name, total in sums.items()}
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM ask the loop to save and leave; a second Ctrl-C does not wait."""
+class StopSignal:
+    """Asks the loop to save and stop on Ctrl-C and SIGTERM; a second Ctrl-C stops at once."""
 
     def __init__(self, report: Callable[[str], None]):
-        self._report, self._signal, self._before = report, None, {}
+        self._report, self._signal, self._handlers = report, None, {}
+        self._is_single = jax.process_count() == 1
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "StopSignal":
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            # JAX handles SIGTERM of several processes.
-            for number in (signal.SIGINT, signal.SIGTERM)[: 1 if jax.process_count() > 1 else 2]:
-                self._before[number] = signal.signal(number, self._handle)
+            # With several processes, JAX handles SIGTERM.
+            for number in (signal.SIGINT, signal.SIGTERM) if self._is_single else (signal.SIGINT,):
+                self._handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        # Nothing is printed here: the signal may have come in the middle of a print.
+        # Nothing is printed here: the signal may have interrupted a print.
         self._signal = number
-        if jax.process_count() > 1:
+        if not self._is_single:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def asked(self, step: int) -> bool:
-        """Returns True if the run stops before this step: the same answer in all processes."""
-        several = jax.process_count() > 1
-        asked = distributed.stop_requested(step) if several else self._signal is not None
-        if asked:
-            self._report("Stopping: the run is saved first. Ctrl-C leaves at once.")
-        return asked
+    def requested(self, step: int) -> bool:
+        """True to stop before this step: the same answer in all processes, whichever got the signal."""
+        requested = self._signal is not None if self._is_single else distributed.stop_requested(step)
+        if requested:
+            self._report("Stopping after saving the run. Press Ctrl-C again to stop at once.")
+        return requested
 
     def leave(self) -> None:
-        """Ends the program the way the signal asked for."""
-        if jax.process_count() == 1 and self._signal == signal.SIGINT:
+        """Ends the program as the signal asked for."""
+        if self._is_single and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self._signal or signal.SIGTERM))

@@ -1,37 +1,139 @@
-"""Which settings a resumed run may change, and what a change means for its result."""
+"""The first state of a run, and which settings a resumed run may change."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from gptoss_jax.checkpoints.run import check_folder_name
+from gptoss_jax.checkpoints.load import read_params, warn_non_finite_params
+from gptoss_jax.checkpoints.readers import find_tokenizer, is_run, load_run, local_folder, open_weights
+from gptoss_jax.checkpoints.run import Checkpoints, check_folder_name
 from gptoss_jax.config import TrainConfig, require
-from gptoss_jax.training.console import format_rate
+from gptoss_jax.data.token_cache import TokenCache
+from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.terminal import format_rate
 from gptoss_jax.training.optimizer import make_schedule
+from gptoss_jax.training.state import (
+    IsTrainable,
+    TrainState,
+    abstract_state,
+    create_params,
+    create_state,
+    merge_params,
+    place_on_mesh,
+    split_params,
+)
 
 # Sections and fields that a resumed run may change, because they do not change what it computes. `init_from`
-# is read only by a run without a checkpoint; about the number of steps see `check_steps`.
+# is read only by a run without a checkpoint; for `steps` see `check_steps`.
 FREE_FIELDS = (
     "run_dir", "data.cache_dir", "mesh", "model.remat", "model.kernels", "checkpoint", "eval", "log_every",
     "steps", "init_from",
 )  # fmt: skip
 
 
-def check_folder(config: TrainConfig) -> None:
-    """Raises ValueError when no checkpoint could be written to the run folder, or when it was made with a
-    config that computes something else, naming the fields that differ."""
+def init_or_restore_state(
+    config: TrainConfig,
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    cache: TokenCache,
+    report: Callable[[str], None],
+    is_trainable: IsTrainable | None = None,
+) -> tuple[TrainState, dict, dict[str, Any] | None]:
+    """Restores the last checkpoint, or else starts from `init_from` or from random parameters.
+
+    Returns the state, the frozen parameters and the metadata of the checkpoint, None for a new run. Raises
+    ValueError if text or tokenizer are not those of the checkpoint, or `init_from` has another tokenizer.
+    """
+    abstract = place_on_mesh(abstract_params(config.model), mesh)
+    _, rest = checkpoint_trees(abstract_state(config, mesh, is_trainable), {})
+    found = checkpoints.restore(abstract, rest, report)
+    if found is None:
+        params = create_params(config, mesh) if config.init_from is None else None
+        params = _load_init_weights(config, abstract, cache, report) if params is None else params
+        trainable, frozen = split_params(params, is_trainable)
+        return create_state(config, mesh, trainable), frozen, None
+    step, params, rest, metadata = found
+    changed = [name for name, value in _text_of(cache).items() if metadata["text"].get(name) != value]
+    if changed:
+        raise ValueError(
+            f"data.source is {config.data.source!r}: the text has changed since the run in "
+            f"{config.run_dir} began ({', '.join(changed)}); train on it in another --run-dir"
+        )
+    report(f"Resuming from step {step}, the last checkpoint in {config.run_dir}")
+    num_updates = step - int(rest["skipped"])
+    metadata["schedule_jumped"] = check_steps(config, metadata, step, num_updates, report)
+    report_changes(config, metadata, report)
+    trainable, frozen = split_params(params, is_trainable)
+    return TrainState(params=trainable, **rest), frozen, metadata
+
+
+def _load_init_weights(
+    config: TrainConfig, abstract: dict, cache: TokenCache, report: Callable[[str], None]
+) -> dict:
+    """Loads the weights of `init_from`, a run folder or published ones, onto the mesh."""
+    folder = local_folder(config.init_from)
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is None:
+        report(f"{config.init_from} holds no tokenizer: data.tokenizer must be the one of its weights")
+    elif not tokenizer.same_ids_as(cache.tokenizer):
+        raise ValueError(
+            f"data.tokenizer is {config.data.tokenizer!r}: not that of init_from; {tokenizer.name} is"
+        )
+    report(f"Starting from the weights of {config.init_from}")
+    if not is_run(folder):
+        return read_params(open_weights(folder), config.model, abstract)
+    _, params, _ = load_run(folder, abstract=abstract)
+    warn_non_finite_params(config.model, params, folder)
+    return params
+
+
+def checkpoint_trees(state: TrainState, frozen: dict) -> tuple[dict, dict[str, Any]]:
+    """The two trees of a checkpoint: all parameters, frozen ones too, and the rest of the state."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return merge_params(rest.pop("params"), frozen), rest
+
+
+def checkpoint_metadata(
+    config: TrainConfig, cache: TokenCache, data_position: dict, tokens_seen: int, schedule_jumped: bool
+) -> dict[str, Any]:
+    """Everything in a checkpoint besides its arrays, JSON-ready, so that its folder is self-contained."""
+    folder = pathlib.Path(config.run_dir)
+    names = [name for name in ("tokenizer.json", "tokenizer_name.txt") if (folder / name).exists()]
+    return {
+        "data": data_position,
+        "tokens_seen": tokens_seen,
+        "schedule_jumped": schedule_jumped,
+        "text": _text_of(cache),
+        "config": config.to_dict(),
+        "tokenizer": {name: (folder / name).read_text(encoding="utf-8") for name in names},
+    }
+
+
+def _text_of(cache: TokenCache) -> dict[str, Any]:
+    """Identifies a tokenized text: the tokenizer's digest and the counts, not when it was built."""
+    counts = {name: cache.meta[name] for name in ("documents", "tokens", "held_out_bytes")}
+    return counts | {"tokenizer": cache.tokenizer.digest}
+
+
+def check_run_dir(config: TrainConfig) -> None:
+    """Raises ValueError if no checkpoint can be written to the run folder, or if its run was started with
+    a config that computes something else, naming the fields that differ."""
     run_dir = pathlib.Path(config.run_dir)
     check_folder_name(run_dir.absolute(), "run_dir", config.run_dir)
     path = run_dir / "config.json"
     if not path.exists() or not has_checkpoints(run_dir):
         return
-    before, now = flatten(TrainConfig.load(path).to_dict()), flatten(config.to_dict())
+    before, now = (flatten_dict(c.to_dict(), sep=".") for c in (TrainConfig.load(path), config))
     differing = [
         f"{name} (was {before.get(name)!r}, is {now.get(name)!r})"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not _is_free(name)
+        if before.get(name) != now.get(name)
+        and not any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
     ]
     if differing:
         raise ValueError(
@@ -45,47 +147,43 @@ def has_checkpoints(run_dir: pathlib.Path) -> bool:
     return any(path.name.isdigit() for path in run_dir.glob("checkpoints/*"))
 
 
-def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
-
-
 def check_steps(
-    config: TrainConfig, record: dict[str, Any], step: int, updates: int, report: Callable[[str], None]
+    config: TrainConfig, metadata: dict[str, Any], step: int, num_updates: int, report: Callable[[str], None]
 ) -> bool:
     """Reports how a new number of steps changes a run that is resumed at `step`.
 
-    The result is that of a run with the new number from the start if the new schedule gives all `updates`
-    made so far the learning rates that they had.
+    The result is that of a run with the new number from the start if the new schedule gives all updates so
+    far the learning rates that they had.
 
-    Returns True if the schedule has jumped, now or when the run was resumed before. Raises ValueError when
-    the run is already past the new number.
+    Returns True if the schedule has jumped, now or when the run was resumed before. Raises ValueError if the
+    run is already past the new number.
     """
-    steps_before, jumped = record["config"]["steps"], record.get("schedule_jumped", False)
+    steps_before, jumped = metadata["config"]["steps"], metadata.get("schedule_jumped", False)
     if config.steps == steps_before:
         return jumped
     require(config.steps > step, "steps", config.steps, f"must be above {step}, the last step of the run")
     before, now = (make_schedule(config.optim, steps) for steps in (steps_before, config.steps))
-    made = np.arange(updates)
-    changed = f"steps is {config.steps} (was {steps_before})"
-    if np.allclose(before(made), now(made), rtol=1e-6, atol=0):
-        meaning = (
+    updates = np.arange(num_updates)
+    change = f"steps is {config.steps} (was {steps_before})"
+    if np.allclose(before(updates), now(updates), rtol=1e-6, atol=0):
+        result = (
             "the schedule jumped at an earlier change of steps, so the result differs from"
             if jumped
             else "the steps so far are also those of"
         )
-        report(f"{changed}: {meaning} a run of {config.steps} steps")
+        report(f"{change}: {result} a run of {config.steps} steps")
         return jumped
-    rates = [format_rate(float(rate)) for rate in (before(max(updates - 1, 0)), now(updates))]
+    rates = [format_rate(float(rate)) for rate in (before(max(num_updates - 1, 0)), now(num_updates))]
     report(
-        f"{changed}: the {config.optim.schedule} schedule jumps from a learning rate of {rates[0]} at step "
+        f"{change}: the {config.optim.schedule} schedule jumps from a learning rate of {rates[0]} at step "
         f"{step} to {rates[1]} at step {step + 1}; the result differs from a run of {config.steps} steps"
     )
     return True
 
 
-def report_changes(config: TrainConfig, record: dict[str, Any], report: Callable[[str], None]) -> None:
+def report_changes(config: TrainConfig, metadata: dict[str, Any], report: Callable[[str], None]) -> None:
     """Reports settings that a resumed run no longer reads, or that make earlier losses incomparable."""
-    before = record["config"]
+    before = metadata["config"]
     if config.init_from not in (None, before.get("init_from")):
         report(f"init_from is {config.init_from!r}: not read, because the run resumes from its checkpoint")
     batches, batches_before = config.eval.batches, before["eval"]["batches"]
@@ -94,12 +192,3 @@ def report_changes(config: TrainConfig, record: dict[str, Any], report: Callable
             f"eval.batches is {batches} (was {batches_before}): the best checkpoint is chosen among those "
             f"evaluated on {batches} batches"
         )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns nested dicts as one, with the path of each value (`optim.learning_rate`) as its name."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}.{name}".strip(".")).items()
-    }

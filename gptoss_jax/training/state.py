@@ -1,74 +1,113 @@
-"""All that training changes, as one tree, made where it belongs on the mesh."""
+"""The train state, created directly in its final sharding; trainable and frozen parameters."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.model.parameters import parameter_shardings
-from gptoss_jax.model.transformer import init_params
+from gptoss_jax.model.transformer import abstract_params, init_params
 from gptoss_jax.training.optimizer import make_optimizer
+
+# A predicate on the path of a parameter, such as ("blocks", "0", "moe", "router").
+IsTrainable = Callable[[tuple[str, ...]], bool]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a step reads and writes."""
+    """Everything that a step changes."""
 
-    # Steps taken, those that were skipped included; int32.
+    # Steps taken, including skipped ones; int32.
     step: jax.Array
-    # float32 tree of the model.
+    # The trainable parameters, float32.
     params: dict
-    # The optimiser's state over it.
+    # The optimizer's state over them.
     opt_state: optax.OptState
-    # Root of dropout's random numbers; each step folds its number in.
+    # Root key of dropout, which each step folds its number into; uint32.
     key: jax.Array
-    # Steps that changed nothing because loss or gradient was not finite: in all, and the latest in a row;
-    # int32.
+    # Steps that changed nothing because the loss or gradient was not finite: in total, and the latest in a
+    # row; int32.
     skipped: jax.Array
     skipped_in_a_row: jax.Array
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of the state, nothing allocated."""
-    shapes = jax.eval_shape(lambda: _fresh_state(config))
-    shardings = parameter_shardings(shapes, mesh)
+def split_params(params: dict, is_trainable: IsTrainable | None) -> tuple[dict, dict]:
+    """Splits a parameter tree into (trainable, frozen); None trains all.
+
+    Raises ValueError if no parameter is trainable.
+    """
+    if is_trainable is None:
+        return params, {}
+    flat = flatten_dict(params)
+    trainable = {path: leaf for path, leaf in flat.items() if is_trainable(path)}
+    if not trainable:
+        raise ValueError("is_trainable selects no parameter of the model")
+    return unflatten_dict(trainable), unflatten_dict({p: flat[p] for p in flat.keys() - trainable.keys()})
+
+
+def merge_params(trainable: dict, frozen: dict) -> dict:
+    """The parameter tree that `split_params` has split."""
+    return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen)) if frozen else trainable
+
+
+def place_on_mesh(shapes, mesh: Mesh):
+    """Adds shardings to an abstract tree of parameters, or of a train state over them."""
     return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        shardings,
+        parameter_shardings(shapes, mesh),
     )
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh, is_trainable: IsTrainable | None = None) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without allocating it."""
+    params, _ = split_params(abstract_params(config.model), is_trainable)
+    return place_on_mesh(jax.eval_shape(lambda params: _init_state(config, params), params), mesh)
+
+
+def create_params(config: TrainConfig, mesh: Mesh) -> dict:
+    """Random parameters of the whole model. Every device initializes only its own shards."""
+    abstract = place_on_mesh(abstract_params(config.model), mesh)
+    init = jax.jit(
+        lambda: init_params(config.model, _split_seed(config)[0]),
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    )
+    return init()
 
 
 def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) -> TrainState:
-    """The state before the first step. Every device makes its own shards; the whole is nowhere.
+    """The state before the first step. Every device initializes only its own shards.
 
-    `params`: the weights to start from, placed as those of `abstract_state` are; None makes random ones.
+    `params`: the trainable parameters, placed as in `abstract_state`; None trains all, from random ones.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    if params is None:
-        return jax.jit(lambda: _fresh_state(config), out_shardings=shardings)()
-    # The random weights are not computed where nobody asks for them.
-    rest = jax.jit(
-        lambda: dataclasses.replace(_fresh_state(config), params=None),
-        out_shardings=dataclasses.replace(shardings, params=None),
+    params = create_params(config, mesh) if params is None else params
+    abstract = place_on_mesh(jax.eval_shape(lambda params: _init_state(config, params), params), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, dataclasses.replace(abstract, params=None))
+    init = jax.jit(
+        lambda params: dataclasses.replace(_init_state(config, params), params=None), out_shardings=shardings
     )
-    return dataclasses.replace(rest(), params=params)
+    return dataclasses.replace(init(params), params=params)
 
 
-def _fresh_state(config: TrainConfig) -> TrainState:
-    weights_key, dropout_key = jax.random.split(jax.random.key(np.uint32(config.seed % (1 << 32))))
-    params = init_params(config.model, weights_key)
+def _split_seed(config: TrainConfig) -> jax.Array:
+    """The keys of the parameters and of dropout."""
+    return jax.random.split(jax.random.key(np.uint32(config.seed % (1 << 32))))
+
+
+def _init_state(config: TrainConfig, params: dict) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
         params=params,
         opt_state=make_optimizer(config.optim, config.steps).init(params),
-        key=jax.random.key_data(dropout_key),
+        key=jax.random.key_data(_split_seed(config)[1]),
         skipped=zero,
         skipped_in_a_row=zero,
     )

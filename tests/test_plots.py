@@ -77,8 +77,8 @@ def test_a_missing_config_is_said(tmp_path):
 
 def test_load_grid_is_in_units_of_the_uniform_share():
     rows = [training_row(10, expert_load=LOAD), training_row(11), training_row(12, expert_load=LOAD[::-1])]
-    grid, steps, together = load_grid(rows)
-    assert together == 1 and steps.tolist() == [10, 12]
+    grid, steps, group_size = load_grid(rows)
+    assert group_size == 1 and steps.tolist() == [10, 12]
     np.testing.assert_allclose(grid[:, :, 0], [[0.4, 0.8, 1.2, 1.6], [1, 1, 1, 1]], rtol=1e-6)
     np.testing.assert_allclose(grid[:, :, 1], grid[::-1, :, 0])
 
@@ -96,7 +96,7 @@ def test_load_grid_keeps_the_least_even_where_pixels_are_few():
     load = np.full((36, 128), 1 / 128)
     load[35, 100] = 0.0
     load[0, 3] = 8 / 128
-    grid, _, together = load_grid([training_row(1, expert_load=load.tolist())])
-    assert together == 12 and grid.shape == (36, 11, 1)
+    grid, _, group_size = load_grid([training_row(1, expert_load=load.tolist())])
+    assert group_size == 12 and grid.shape == (36, 11, 1)
     assert grid[35, 8, 0] == 0.0 and grid[0, 0, 0] == 8.0
     assert (grid == 1).sum() == 36 * 11 - 2

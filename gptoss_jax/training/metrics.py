@@ -1,0 +1,147 @@
+"""The metrics of a run: metrics.jsonl and TensorBoard, and the timing of steps."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+def _parse_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a metrics file with their rows, except for a last line that a killed process cut off."""
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not an object with a step")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        parsed.append((line, row))
+    return parsed
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, in the order in which they were written.
+
+    Leaves out an incomplete last line, as a process killed while writing leaves behind. Raises ValueError
+    with the number of any other line that is not a JSON object with a step, FileNotFoundError if there is no
+    file.
+    """
+    return [row for _, row in _parse_lines(pathlib.Path(path))]
+
+
+def _to_json(value: Any) -> Any:
+    """A scalar or array as strict JSON: Python numbers, and null for NaN and infinities."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [_to_json(item) for item in value]
+    return value
+
+
+class MetricsLog:
+    """Appends to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`; only one process of a run has one.
+
+    `last_step` is the step of the checkpoint that the run resumes from, -1 for a new run. Rows of later steps
+    are dropped on opening, so that a resumed run's file equals that of an uninterrupted one.
+    """
+
+    def __init__(self, run_dir: str | pathlib.Path, last_step: int = -1) -> None:
+        folder = pathlib.Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line + b"\n" for line, row in _parse_lines(path) if row["step"] <= last_step]
+            temporary = folder / "metrics.jsonl.tmp"
+            temporary.write_bytes(b"".join(kept))
+            os.replace(temporary, path)
+        # Unbuffered: each row is a single write, so a killed process loses at most that one.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        # The name of an event file has a resolution of seconds: the suffix keeps a quick restart from
+        # overwriting it. Absolute, because tensorboardX takes a path that begins with `s3:` for a bucket.
+        options = dict(max_queue=1000, flush_secs=10, filename_suffix=f".{time.time_ns()}")
+        board = folder.absolute() / "tensorboard"
+        self._board = SummaryWriter(str(board), purge_step=last_step + 1, **options)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a row with an integer `step`, or raises ValueError. Values may be Python's, NumPy's or
+        JAX's.
+
+        Floats keep every digit, so that losses can be compared bit for bit; NaN and infinities become null.
+        """
+        plain = {key: _to_json(value) for key, value in row.items()}
+        step = plain.get("step")
+        if not isinstance(step, int):
+            raise ValueError(f"step is {step!r}: a row of metrics must hold an integer step")
+        line = (json.dumps(plain, allow_nan=False) + "\n").encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, "a row could not be written completely", self._file.name)
+        for key, value in plain.items():
+            if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
+                tag = f"eval/{key}" if key.startswith("val_") else f"train/{key}"
+                self._board.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both; may be called twice."""
+        self._file.close()
+        self._board.close()
+
+
+class StepTimer:
+    """Splits the time of the steps since the last `take` into running, waiting for data and logging."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval now."""
+        self._start = time.perf_counter()
+        self.steps = 0
+        self._spent = {"data": 0.0, "logging": 0.0, "other": 0.0}
+
+    @contextlib.contextmanager
+    def _measure(self, kind: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            # Only time since the start of the interval counts: `take` may have been called inside.
+            self._spent[kind] += time.perf_counter() - max(start, self._start)
+
+    def waiting_for_data(self):
+        """Context manager: waiting for a batch."""
+        return self._measure("data")
+
+    def logging(self):
+        """Context manager: writing metrics and console output."""
+        return self._measure("logging")
+
+    def other_work(self):
+        """Context manager: evaluating and saving, which are not part of a step's time."""
+        return self._measure("other")
+
+    def take(self) -> dict[str, float]:
+        """Ends the interval. Returns its seconds, those per step, and the fractions waiting and logging."""
+        spent, steps = self._spent, self.steps
+        seconds = max(time.perf_counter() - self._start - spent["other"], 1e-9)
+        self.restart()
+        return {
+            "seconds": seconds,
+            "step_seconds": round(seconds / steps, 6),
+            "data_wait_share": round(min(spent["data"] / seconds, 1), 6),
+            "logging_share": round(min(spent["logging"] / seconds, 1), 6),
+        }

@@ -1,0 +1,58 @@
+"""Training objectives: what a step minimizes and an evaluation measures."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.model.moe import RouterStats
+from gptoss_jax.model.transformer import Transformer
+from gptoss_jax.training.losses import cross_entropy
+
+# int32 [B, T]: tokens, targets, segment_ids (0 is padding), positions; float32 [B, T]: loss_weights. An
+# objective may ask for more. Axis 0 is split into microbatches and over the mesh.
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Sums over a batch and the weight that turns them into means.
+
+    Sums and weights of microbatches, and of the batches of an evaluation, add up to those of all of them.
+    """
+
+    # (model, batch, *, dropout_key, capacity_factor) -> (float32 scalars by name, router statistics of all layers).
+    # "loss" is the one that is minimized; the others are logged with it. `dropout_key` and `capacity_factor` go to
+    # `Transformer.hidden_states`.
+    sums: Callable[..., tuple[dict[str, jax.Array], RouterStats]]
+    # batch -> float32 scalar.
+    weight: Callable[[Batch], jax.Array]
+
+
+def loss_weights(batch: Batch) -> jax.Array:
+    """The weight of each target in the loss, float32 [B, T]; by default 1, and 0 for padding."""
+    return batch.get("loss_weights", (batch["segment_ids"] > 0).astype(jnp.float32))
+
+
+def _next_token_sums(
+    model: Transformer,
+    batch: Batch,
+    *,
+    dropout_key: jax.Array | None = None,
+    capacity_factor: float | None = None,
+) -> tuple[dict[str, jax.Array], RouterStats]:
+    """The weighted sum of -log p(target) in nats."""
+    hidden_BTD, _, router_stats = model.hidden_states(
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        dropout_key=dropout_key,
+        capacity_factor=capacity_factor,
+    )
+    nats = cross_entropy(hidden_BTD, model.head_weight_VD, batch["targets"], loss_weights(batch))
+    return {"loss": nats}, router_stats
+
+
+# The mean -log p of the next token, for pretraining and, with the prompts' weights 0, supervised fine-tuning.
+LANGUAGE_MODELING = Objective(_next_token_sums, weight=lambda batch: jnp.sum(loss_weights(batch)))
