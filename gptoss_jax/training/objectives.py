@@ -22,9 +22,9 @@ class Objective:
     Sums and weights of microbatches, and of the batches of an evaluation, add up to those of all of them.
     """
 
-    # (model, batch, *, dropout_key, capacity_factor) -> (float32 scalars by name, router statistics of all layers).
-    # "loss" is the one that is minimized; the others are logged with it. `dropout_key` and `capacity_factor` go to
-    # `Transformer.hidden_states`.
+    # (model, batch, *, dropout_key, capacity_factor) -> (float32 scalars by name, statistics of all routers).
+    # "loss" is the one that is minimized; the others are logged with it. The two keywords are those of
+    # `Transformer.hidden_states`, None in an evaluation.
     sums: Callable[..., tuple[dict[str, jax.Array], RouterStats]]
     # batch -> float32 scalar.
     weight: Callable[[Batch], jax.Array]
