@@ -189,7 +189,8 @@ def test_a_very_large_sink_or_score_is_no_nan():
 
 
 def by_the_formulas(q, k, v, sinks, d_out, mask):
-    """MATH.md, "Learned sink", in numpy: the result and the fused kernel's backward, one head at a time."""
+    """docs/math.md, "Forward pass", in numpy: the result and the fused kernel's backward, one head at a
+    time."""
     out, dq, dk, dv, ds = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(N)
     for b in range(B):
         for n in range(N):

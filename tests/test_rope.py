@@ -1,4 +1,4 @@
-"""Rotary embedding against the released model's constants (MATH.md, "Forward") and by hand."""
+"""Rotary embedding against the released model's constants (docs/math.md, "Forward pass") and by hand."""
 
 import dataclasses
 import math

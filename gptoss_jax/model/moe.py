@@ -137,7 +137,7 @@ def expert_outputs(
 
 
 class SwiGLU(NamedTuple):
-    """gpt-oss's gated activation: gate * sigmoid(alpha * gate) * (up + up_offset) (docs/math.md, "Forward").
+    """gpt-oss's gated activation: gate * sigmoid(alpha * gate) * (up + up_offset) (docs/math.md, "Forward pass").
 
     The gate is clamped from above only, the linear half on both sides.
     """

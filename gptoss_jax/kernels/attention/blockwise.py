@@ -1,5 +1,5 @@
 """Attention in blocks of queries and keys, in plain XLA: runs everywhere, forward and backward, without a
-[T, T] array (Dao 2023, arXiv:2307.08691; the sink's gradient: MATH.md, "Forward").
+[T, T] array (Dao 2023, arXiv:2307.08691; the sink's gradient: docs/math.md, "Forward pass").
 
 Letters: B batch, T queries and keys, S keys of a block, N query heads, K key/value heads, G = N / K, H head
 size; C tokens of a block, R = G * C query rows of one key/value head.

@@ -9,8 +9,8 @@ Segments are contiguous and positions rise in them, so indices in the row bound 
 key after t and none before its segment starts. The bounds of all loops follow: work is half of T^2 in full
 layers, less for packed documents, and T * window in sliding ones.
 
-Formulas: MATH.md, "Learned sink"; FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2. Exponents are of
-base 2: `lse` is log2 of the softmax's denominator, the sink's share included.
+Formulas: docs/math.md, "Forward pass"; FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2. Exponents are
+of base 2: `lse` is log2 of the softmax's denominator, the sink's share included.
 """
 
 import functools

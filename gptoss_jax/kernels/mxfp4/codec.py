@@ -1,8 +1,8 @@
 """MXFP4: 32 weights share one power of two, each is a sign and one of eight magnitudes: 4.25 bits a weight.
 
-The format of the released experts (MATH.md, "Released weights"; OCP Microscaling Formats v1.0, section 5).
-A group of 32 values along the last axis is 16 bytes of two codes each, the low nibble first, and one byte of
-scale: value = code * 2^(scale - 127), where scale 255 stands for not-a-number. Everything here is integer
+The format of the released experts (docs/math.md, "Released weights"; OCP Microscaling Formats v1.0, section
+5). A group of 32 values along the last axis is 16 bytes of two codes each, the low nibble first, and one byte
+of scale: value = code * 2^(scale - 127), where scale 255 stands for not-a-number. Everything here is integer
 arithmetic on the bits of floats, exact at both ends of their range whatever a backend makes of subnormal
 numbers. With `xp=numpy` the same lines run on the host.
 """
