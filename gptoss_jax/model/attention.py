@@ -13,6 +13,7 @@ from gptoss_jax.kernels.attention.cached import (
     prefill_attention,
     update_cache,
 )
+from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.model.parameters import normal, zeros
 from gptoss_jax.model.rope import apply_rope
 from gptoss_jax.parallel.linear import shard_map_heads, sharded_einsum
@@ -55,6 +56,7 @@ class Attention(nnx.Module):
 
         Returns [B, T, D], and the cache with the new keys and values.
         """
+        assert_shapes("BTD BT BT", x_BTD, segments.ids_BT, segments.positions_BT)
         config, dtype = self.config, x_BTD.dtype
         weights = (self.q.get_value(), self.k.get_value(), self.v.get_value())
         q_BTNH, k_BTKH, v_BTKH = sharded_einsum("BTD,DNH->BTNH", x_BTD, weights)

@@ -13,6 +13,7 @@ from gptoss_jax.kernels.grouped_matmul.api import add_group_bias, grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import mxfp4_grouped_matmul
+from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.model.parameters import LETTERS, normal, zeros
 from gptoss_jax.parallel.expert_parallel import Routing, apply_experts
 from gptoss_jax.parallel.linear import shard_map_batch, sharded_einsum, tensor_all_gather
@@ -53,6 +54,7 @@ class MoE(nnx.Module):
           capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops no token.
         """
         config = self.config
+        assert_shapes("BTD BT", x_BTD, token_mask_BT)
         B, T, D = x_BTD.shape
         x_MD, token_mask_M = x_BTD.reshape(B * T, D), token_mask_BT.reshape(-1)
         logits_ME = sharded_einsum("MD,De->Me", x_MD.astype(jnp.float32), self.router.get_value())
@@ -97,6 +99,7 @@ def router_stats(logits_ME: jax.Array, experts_MX: jax.Array, token_mask_M: jax.
     Returns `load` [E], the share of assignments of each expert (sums to 1), `probability` [E], the mean
     softmax over all experts, and `z`, the mean squared logsumexp of the logits.
     """
+    assert_shapes("ME MX M", logits_ME, experts_MX, token_mask_M)
     weight_M = token_mask_M.astype(jnp.float32)
     count = jnp.maximum(jnp.sum(weight_M), 1)
     one_hot_ME = jnp.sum(jax.nn.one_hot(experts_MX, logits_ME.shape[1], dtype=jnp.float32), axis=1)
@@ -137,7 +140,7 @@ def expert_outputs(
 
 
 class SwiGLU(NamedTuple):
-    """gpt-oss's gated activation: gate * sigmoid(alpha * gate) * (up + up_offset) (docs/math.md, "Forward pass").
+    """gpt-oss's gated activation: gate * sigmoid(alpha * gate) * (up + up_offset) (docs/math.md).
 
     The gate is clamped from above only, the linear half on both sides.
     """

@@ -11,6 +11,7 @@ from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.attention.cached import LayerCacheView
 from gptoss_jax.kernels.attention.reference import segment_starts
+from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.model.attention import Attention, Segments
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.moe import MoE, RouterStats
@@ -49,6 +50,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = config.rms_norm_eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        assert_shapes("BTD D", x_BTD, self.scale)
         x = x_BTD.astype(jnp.float32)
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         return (normed * self.scale[...]).astype(x_BTD.dtype)
@@ -176,6 +178,7 @@ class Transformer(nnx.Module):
             positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         elif positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
+        assert_shapes("BT BT BT", tokens_BT, segment_ids_BT, positions_BT)
         counts_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
         segments = Segments(segment_ids_BT, positions_BT, rope_cos_sin(config, positions_BT))
         blocks = tuple(self.blocks)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.layer_view import LayerView, cast, read
+from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel import all_to_all
 from gptoss_jax.parallel.linear import fsdp_all_gather, gathered_dimensions, tensor_psum
 from gptoss_jax.parallel.mesh import BATCH, current_axes
@@ -72,6 +73,7 @@ def apply_experts(
     Returns:
       [M, D] in the type of `x_MD`, and the number of rows that were dropped, float32.
     """
+    assert_shapes("MD MX MX", x_MD, *routing)
     axes = current_axes()
     one_device = functools.partial(
         _one_device, expert_function, num_devices=axes.get("expert", 1), capacity_factor=capacity_factor

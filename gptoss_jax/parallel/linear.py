@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.cpu import decode
 from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
+from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import compute_spec, constrain, spec_axes, storage_spec
 
@@ -44,7 +45,9 @@ def sharded_einsum(
     """
     several = isinstance(weights, list | tuple)
     weights = weights if several else [weights]
-    x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
+    x_letters, letters, y_letters = equation.replace("->", ",").split(",")
+    for weight in weights:
+        assert_shapes(f"{x_letters} {letters}", x, weight)
     rows = math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
     if result_type in (None, x.dtype) and decode.is_supported("decode_matmul", rows, x.dtype):
         results = decode.einsum(equation, x, [as_view(cast(weight, x.dtype)) for weight in weights])
@@ -108,6 +111,7 @@ def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     Each device looks up its own rows, and sums only their gradient. Left to itself, the compiler shards rows
     and batch over the same axes, and moves every activation to do so.
     """
+    assert_shapes("VD BT", weight_VD, tokens_BT)
     axes = current_axes()
     if not axes:
         return weight_VD[tokens_BT]
