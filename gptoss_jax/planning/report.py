@@ -10,7 +10,7 @@ from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, Estimate
 from gptoss_jax.planning.plan import Plan, mesh_name
-from gptoss_jax.training.console import format_count
+from gptoss_jax.terminal import format_count
 
 # Meshes that the table has rows for.
 MAX_ROWS = 6
