@@ -151,7 +151,7 @@ def test_a_call_is_shown(session):
         ([], "\n"),
     ],
 )
-def test_other_answers(session, answer, shown):
+def test_answers_outside_the_format(session, answer, shown):
     assert session.run(["q", "r"], [answer, [FINAL + "ok"]]) == shown + "ok\n"
 
 
@@ -260,7 +260,7 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
         (["--seed", "-1"], "seed is -1: must be from 0 to 4294967295"),
     ],
 )
-def test_bad_settings_are_said_before_the_first_line(monkeypatch, capsys, flags, message):
+def test_invalid_settings_fail_before_the_first_line(monkeypatch, capsys, flags, message):
     model = types.SimpleNamespace(config=ModelConfig(vocab_size=260))
     loaded = (model, make_tokenizer("bytes"))
     monkeypatch.setattr(load, "load_model", lambda folder: loaded)

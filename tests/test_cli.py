@@ -77,7 +77,7 @@ def test_bad_arguments(capsys):
 
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["report"]])
-def test_a_folder_that_is_no_run(capsys, tmp_path, command):
+def test_a_folder_without_a_run(capsys, tmp_path, command):
     assert main.main([command[0], str(tmp_path / "none"), *command[1:]]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -98,7 +98,7 @@ def test_errors_are_one_line(capsys, monkeypatch, error, code):
     assert capsys.readouterr() == ("", "gptoss: error: one two\n")
 
 
-def test_other_faults_keep_their_traceback(monkeypatch):
+def test_bugs_keep_their_traceback(monkeypatch):
     def fail(run):
         raise TypeError("a fault of ours")
 
@@ -176,7 +176,7 @@ def test_an_interruption_ends_the_line(run, capsys):
     assert capsys.readouterr() == ("the wor\n", "")
 
 
-def test_a_reader_that_leaves(tmp_path):
+def test_broken_pipe(tmp_path):
     # The help is longer than nothing at all, which is what the reader takes.
     read, write = os.pipe()
     os.close(read)

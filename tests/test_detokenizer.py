@@ -25,7 +25,7 @@ def through(stops, parts):
     st.lists(st.text("aäb€", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 30)),
 )
-def test_text_ends_before_the_first_stop_string_however_it_comes(text, stops, cuts):
+def test_text_ends_before_the_first_stop_string(text, stops, cuts):
     shown, stopped = through(stops, pieces(text.encode(), cuts))
     ends = [text[:n] for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]
     assert stopped == bool(ends)
@@ -34,13 +34,13 @@ def test_text_ends_before_the_first_stop_string_however_it_comes(text, stops, cu
     assert "".join(shown) == (ends[0][: len(ends[0]) - length] if ends else text)
 
 
-def test_what_may_begin_a_stop_string_waits():
+def test_possible_stop_strings_are_held_back():
     assert through(["stop", "end"], [b"a s", b"to", b"ry e", b"n"]) == (["a ", "", "story ", "", "en"], False)
     assert through(["stop"], [b"a st", b"op, and", b" more"]) == (["a ", "", "", ""], True)
     assert through([], [b"a\xc3", b"\xb6", b"\xe2"]) == (["a", "ö", "", "\ufffd"], False)
 
 
-def test_text_is_never_broken_inside_a_character():
+def test_characters_are_never_split():
     text = "aé€\U0001f642z\u0301"
     stream, parts = StreamingDetokenizer(BYTES), []
     for token in BYTES.encode(text):

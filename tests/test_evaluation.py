@@ -70,7 +70,7 @@ def brute_force(config, random_params, apply_model):
 
 
 @given(st.integers(1, 60), st.integers(2, 20), st.data())
-def test_every_pair_is_scored_once_with_enough_before_it(pairs, context, data):
+def test_windows_score_every_target_once_with_enough_context(pairs, context, data):
     stride = data.draw(st.integers(1, context))
     seen = []
     for start, length, scored in TextSettings(context, stride).windows(pairs):
@@ -90,9 +90,7 @@ def test_windows_by_hand():
 @pytest.mark.parametrize(
     ("context", "stride", "batch_size"), [(8, 8, 2), (8, 1, 64), (10, 4, 3), (64, None, None)]
 )
-def test_the_numbers_are_those_of_plain_loops(
-    config, random_params, corpus, brute_force, context, stride, batch_size
-):
+def test_matches_plain_loops(config, random_params, corpus, brute_force, context, stride, batch_size):
     settings = TextSettings(context, stride, batch_size)
     stride = stride or context // 2
 
@@ -121,7 +119,7 @@ def test_stride_one_sees_a_whole_context(config, random_params, corpus, brute_fo
     assert score.loss == pytest.approx(brute_force([text], lambda t: max(0, t - 5)).mean(), rel=1e-6)
 
 
-def test_it_stops_early(config, random_params, corpus, brute_force):
+def test_max_tokens(config, random_params, corpus, brute_force):
     settings = TextSettings(8, 8, max_tokens=21)
     score = evaluate_text(bind(config, random_params(config)), BYTES, corpus(TEXTS), settings)
     expected = brute_force(TEXTS, lambda t: (t - 1) // 8 * 8)[:21]
@@ -134,7 +132,7 @@ def test_it_stops_early(config, random_params, corpus, brute_force):
     assert (more.documents, more.tokens, more.bytes) == (2, 25, 24)
 
 
-def test_the_numbers_are_those_of_training(config, random_params, tmp_path):
+def test_matches_evaluation_during_training(config, random_params, tmp_path):
     words = np.random.default_rng(0).choice(["and", "thé", "a\n", "whale", "see"], (12, 40))
     (tmp_path / "all.txt").write_text("\n<|endoftext|>\n".join(" ".join(row) for row in words))
     data = DataConfig(
@@ -156,7 +154,7 @@ def test_the_numbers_are_those_of_training(config, random_params, tmp_path):
     assert score.bits_per_byte == pytest.approx(expected, rel=1e-6)
 
 
-def test_scores_in_chunks(either_config, random_params, apply_model, monkeypatch):
+def test_token_logprobs_in_chunks(either_config, random_params, apply_model, monkeypatch):
     B, T, V = 3, 14, either_config.vocab_size
     # Chunks of two positions.
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 2 * B * V)
@@ -189,13 +187,13 @@ def test_scores_in_chunks(either_config, random_params, apply_model, monkeypatch
         (dict(max_tokens=0), "max_tokens is 0: must be 1 or more"),
     ],
 )
-def test_settings_that_are_not_allowed(config, settings, words):
+def test_invalid_settings(config, settings, words):
     with pytest.raises(ValueError) as caught:
         TextSettings(**settings).resolve(config)
     assert str(caught.value) == words
 
 
-def test_text_that_is_not_allowed(config, random_params, corpus):
+def test_invalid_text(config, random_params, corpus):
     with pytest.raises(ValueError, match="^data.source is .*: holds no text$"):
         evaluate_text(bind(config, random_params(config)), BYTES, corpus([" ", ""]), TextSettings(8))
     small = dataclasses.replace(config, vocab_size=255)
@@ -260,7 +258,7 @@ def test_command_with_packed_experts(packed, text, tmp_path, capsys):
     assert len(lines) == 6 and shown.err == ""
 
 
-def test_command_reads_a_run_in_rows_of_its_training(run_folder, text, capsys):
+def test_command_defaults_to_the_seq_len_of_a_run(run_folder, text, capsys):
     args = [
         "eval",
         str(run_folder),

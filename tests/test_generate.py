@@ -57,7 +57,7 @@ def join(chunks) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_tokens_are_those_of_the_plain_forward_pass(any_model, apply_model, sampling):
+def test_tokens_match_the_plain_forward_pass(any_model, apply_model, sampling):
     config, params = any_model
     answers = complete(config, params, PROMPTS, dataclasses.replace(sampling, seed=9))
     rows_BT = np.zeros((len(PROMPTS), 64), np.int32)
@@ -88,7 +88,7 @@ def test_a_prompt_has_the_same_answer_alone_and_in_any_batch(any_model, sampling
 
 
 @pytest.mark.slow
-def test_sixteen_of_the_same_prompt(gpt_oss):
+def test_seeds_distinguish_identical_prompts(gpt_oss):
     each = [SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed) for seed in range(16)]
     answers = complete(*gpt_oss, [[5, 6]] * 16, each)
     assert len({tuple(answer) for answer in answers}) > 12
@@ -97,7 +97,7 @@ def test_sixteen_of_the_same_prompt(gpt_oss):
 
 
 @pytest.mark.slow
-def test_a_prompt_in_many_chunks_and_a_cache_that_grows(gpt_oss, monkeypatch):
+def test_many_prefill_chunks_and_a_growing_cache(gpt_oss, monkeypatch):
     # To the very end of the context, whose length is no power of two.
     prompts, sampling = [[(7 * i) % 97 for i in range(170)], [4]], SamplingParams(max_new_tokens=22)
     expected = complete(*gpt_oss, prompts, sampling)
@@ -195,7 +195,7 @@ def test_stop_strings(tiny_config, random_params, monkeypatch):
     jax.clear_caches()
 
 
-def test_tokens_that_the_tokenizer_does_not_know(tiny_config, random_params):
+def test_tokens_outside_the_tokenizer(tiny_config, random_params):
     config = dataclasses.replace(tiny_config, vocab_size=261)
     each = [SamplingParams(max_new_tokens=NEW, temperature=5.0, seed=seed) for seed in range(4)]
     expected = complete(config, random_params(config), PROMPTS, each)
@@ -205,7 +205,7 @@ def test_tokens_that_the_tokenizer_does_not_know(tiny_config, random_params):
     assert complete(config, random_params(config), PROMPTS, each, tokenizer=tokenizer) == expected
 
 
-def test_a_stream_of_several_processes_reads_no_clock(monkeypatch):
+def test_multi_host_streams_ignore_the_clock(monkeypatch):
     # Their clocks differ, and all of them must take the same steps.
     assert (engine._next_num_steps(4, 0.0), engine._next_num_steps(4, 9.0)) == (8, 2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -213,7 +213,7 @@ def test_a_stream_of_several_processes_reads_no_clock(monkeypatch):
         assert engine._next_num_steps(steps, 0.0) == engine._next_num_steps(steps, 9.0) == expected
 
 
-def test_the_tokenizer_of_the_model_s_folder(tiny_config, random_params, tmp_path):
+def test_default_tokenizer_is_that_of_the_model_folder(tiny_config, random_params, tmp_path):
     config = dataclasses.replace(tiny_config, vocab_size=261)
     model = bind(config, random_params(config))
     make_tokenizer("bytes").save(tmp_path)
@@ -290,7 +290,7 @@ def test_on_a_mesh(tiny_config, random_params, form, splits):
     assert programs == []
 
 
-def test_on_a_mesh_no_device_gets_the_whole_cache(tiny_config, random_params):
+def test_cache_is_sharded_on_a_mesh(tiny_config, random_params):
     config = dataclasses.replace(tiny_config, num_local_experts=6, vocab_size=98)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     params = random_params(config)
@@ -353,7 +353,7 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_what_compiles(gpt_oss, monkeypatch):
+def test_compilations(gpt_oss, monkeypatch):
     config, params = gpt_oss
     traces = []
 
@@ -379,7 +379,7 @@ def test_what_compiles(gpt_oss, monkeypatch):
 
 
 @pytest.mark.slow
-def test_any_prompts_compile_a_number_of_programs_that_is_known(tiny_config, random_params, monkeypatch):
+def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, monkeypatch):
     config = dataclasses.replace(tiny_config, num_hidden_layers=2, max_position_embeddings=90)
     params = random_params(config)
     monkeypatch.setattr(engine, "MIN_CACHE_LEN", 16)
@@ -404,7 +404,7 @@ def test_any_prompts_compile_a_number_of_programs_that_is_known(tiny_config, ran
     jax.clear_caches()
 
 
-def test_values_of_all_kinds(gpt_oss):
+def test_numpy_and_jax_values(gpt_oss):
     sampling = SamplingParams(max_new_tokens=6, temperature=0.5, seed=3, stop_tokens=(9,))
     one_by_one = (np.array(prompt) for prompt in ([5, 6], [7]))
     other = SamplingParams(

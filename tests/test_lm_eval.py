@@ -116,7 +116,7 @@ def asked(kind, *arguments):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
-def test_log_likelihoods_are_those_of_the_plain_model(folder, log_probs, batch_size):
+def test_log_likelihoods_match_the_plain_model(folder, log_probs, batch_size):
     found = GptOss(str(folder), batch_size).loglikelihood(
         [asked("loglikelihood", *pair) for pair in PAIRS], True
     )
@@ -126,7 +126,7 @@ def test_log_likelihoods_are_those_of_the_plain_model(folder, log_probs, batch_s
         assert is_greedy == best.all()
 
 
-def test_what_is_too_long_loses_its_beginning(folder, log_probs):
+def test_long_inputs_are_truncated_at_the_start(folder, log_probs):
     context, continuation = PAIRS[2]
     model = GptOss(str(folder), max_length=16)
     ((total, _),) = model.loglikelihood([asked("loglikelihood", context, continuation)], True)
@@ -148,7 +148,7 @@ def test_few_programs_are_compiled(folder):
     assert token_logprobs._cache_size() == 2
 
 
-def test_what_greedy_decoding_would_give(complete, folder):
+def test_is_greedy(complete, folder):
     (tokens,) = complete(["a"], 5)
     model = GptOss(str(folder))
     requests = [(None, [BOS, 97], tokens), (None, [BOS, 97], [*tokens[:4], (tokens[4] + 1) % 256])]
@@ -167,7 +167,7 @@ def test_rolling_log_likelihoods(folder, log_probs):
 
 
 @pytest.mark.parametrize("batch_size", [None, 2])
-def test_answers_end_before_the_strings(complete, folder, batch_size):
+def test_answers_end_before_stop_strings(complete, folder, batch_size):
     prompts = ["one", "another prompt", "x"]
     tokens = complete(prompts, 12, [BOS])
     texts = [BYTES.decode([t for t in row if t < 257]) for row in tokens]
@@ -201,7 +201,7 @@ def test_the_default_number_of_tokens_leaves_room_for_the_question(config, folde
     assert prompt == [BOS, *b"a question"]
 
 
-def test_drawn_answers(folder):
+def test_sampled_answers(folder):
     settings = {"do_sample": True, "temperature": 2.0, "top_k": 40, "max_gen_toks": 9, "until": []}
     requests = [asked("generate_until", prompt, settings) for prompt in ("a", "a", "b c", "a")]
     found = [GptOss(str(folder), batch_size).generate_until(requests, True) for batch_size in (None, 1, 3)]
@@ -266,13 +266,13 @@ def test_a_task_of_answers_from_a_file(complete, folder, task):
         (["--task", "nowhere.yaml"], "task is 'nowhere.yaml': must be a YAML file, or a task"),
     ],
 )
-def test_tasks_that_are_not_there(folder, arguments, words, capsys):
+def test_unknown_tasks(folder, arguments, words, capsys):
     assert main.main(["eval", str(folder), *arguments]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"gptoss: error: {words}") and shown.count("\n") == 1
 
 
-def test_settings_that_are_not_known(folder):
+def test_unsupported_settings(folder):
     model = GptOss(str(folder))
     for settings, words in (
         ({"num_beams": 3}, r"generation_kwargs.num_beams is 3: is not supported"),

@@ -52,7 +52,7 @@ def probabilities(filtered_BV):
         (TIED, {"top_p": 0.5}, [0, 0.5, 0.5, 0]),
     ],
 )
-def test_what_is_left(logits, settings, expected):
+def test_filters(logits, settings, expected):
     static = probabilities(filter_logits(logits, **settings))
     np.testing.assert_allclose(static, [expected], atol=1e-6)
     np.testing.assert_array_equal(static == 0, [np.equal(expected, 0)])
@@ -98,7 +98,7 @@ def test_draws_follow_the_filtered_distribution(settings):
     assert stats.chisquare(observed_V[kept_V], expected_V).pvalue > 1e-3
 
 
-def test_settings_of_each_sequence():
+def test_settings_per_sequence():
     logits_BV = jnp.tile(LOGITS, (3, 1))
     filtered_BV = filter_logits(logits_BV, jnp.array([1.0, 0.5, 1.0]), top_k=jnp.array([4, 4, 2]))
     expected = [[0.2, 0.4, 0.1, 0.3], [4 / 30, 16 / 30, 1 / 30, 9 / 30], [0, 4 / 7, 0, 3 / 7]]

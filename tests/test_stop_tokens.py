@@ -86,13 +86,13 @@ def test_bad_ids_are_one_line(folder, capsys):
     assert capsys.readouterr().err == f"gptoss: error: {expected}\n"
 
 
-def test_a_harmony_chat_ends_at_them_too(harmony):
+def test_a_harmony_chat_stops_at_named_ids(harmony):
     assert list(harmony.stop_ids) == HARMONY_STOPS
     named = dataclasses.replace(harmony, _named_stop_ids=(97, 200002))
     assert HarmonyConversation(named).params.stop_tokens == (97, 200002, 199999, 200012)
 
 
-def test_a_folder_names_what_ends_an_answer(model, tmp_path, harmony):
+def test_export_writes_stop_tokens(model, tmp_path, harmony):
     BYTES.save(tmp_path / "bytes")
     export.save_pretrained(model, tmp_path / "a", tokenizer=tmp_path / "bytes")
     written = json.loads((tmp_path / "a" / "generation_config.json").read_text())
@@ -116,7 +116,7 @@ def test_a_folder_names_what_ends_an_answer(model, tmp_path, harmony):
     assert export._generation_ids(ids, harmony) == ids | {"eos_token_id": HARMONY_STOPS}
 
 
-def test_a_run_keeps_those_of_the_weights_it_starts_from(folder, tmp_path):
+def test_a_run_keeps_the_stop_tokens_of_its_initial_weights(folder, tmp_path):
     place, run_dir = folder("generation_config.json", [97, 98]), tmp_path / "run"
     config = TrainConfig(data=DataConfig(tokenizer="bytes"), run_dir=str(run_dir))
     setup.save_tokenizer(config, BYTES)
@@ -130,7 +130,7 @@ def test_a_run_keeps_those_of_the_weights_it_starts_from(folder, tmp_path):
 
 
 @pytest.mark.parametrize("named", [None, 97])
-def test_the_end_of_a_turn_is_kept_from_the_file_to_the_export_of_a_run(folder, model, tmp_path, named):
+def test_the_end_of_a_turn_survives_training_and_export(folder, model, tmp_path, named):
     # A chat model: its files name as eos what ends a turn, <|im_end|>; <|endoftext|> ends a document.
     place = folder("generation_config.json", named)
     values = json.loads((place / "tokenizer.json").read_text())

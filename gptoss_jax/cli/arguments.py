@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from gptoss_jax.inference.sampling_params import SamplingParams
 
 Folder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
-OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
-# A field cannot have the name of a module.
-JsonFile = Annotated[str | None, tyro.conf.arg(name="json", metavar="FILE")]
+# Optional arguments: help says what None stands for, so "(default: None)" is left out.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+# A field named `json` would shadow the module.
+JsonFile = Annotated[str | None, tyro.conf.arg(name="json", metavar="FILE", help_behavior_hint="")]
+Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +24,12 @@ class SamplingFlags:
     max_new_tokens: OptionalInt = None
     # Sampling temperature; 0 always takes the most likely token. Default: 0.8, or 1 in a Harmony chat.
     temperature: OptionalFloat = None
-    # Sample from the K most likely tokens.
-    top_k: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
-    # Sample from the smallest set of most likely tokens whose probabilities add up to P.
-    top_p: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
-    # Ignore tokens less than P times as likely as the most likely one.
-    min_p: Annotated[float | None, tyro.conf.arg(metavar="P")] = None
+    # Sample from this many of the most likely tokens.
+    top_k: OptionalInt = None
+    # Sample from the smallest set of most likely tokens whose probabilities add up to this.
+    top_p: OptionalFloat = None
+    # Sample from the tokens at least this many times as likely as the most likely one.
+    min_p: OptionalFloat = None
     # Random seed.
     seed: int = 0
 

@@ -17,7 +17,9 @@ class Convert:
     # New folder. It appears only when it is complete.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: that of the source.
-    experts: Literal["bfloat16", "float32", "mxfp4"] | None = None
+    experts: Annotated[
+        Literal["bfloat16", "float32", "mxfp4"] | None, tyro.conf.arg(help_behavior_hint="")
+    ] = None
 
     def run(self) -> None:
         import resource

@@ -3,11 +3,9 @@
 import dataclasses
 import logging
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
-from gptoss_jax.cli.arguments import Folder, JsonFile, OptionalInt
+from gptoss_jax.cli.arguments import Folder, JsonFile, OptionalInt, OptionalText, Texts
 from gptoss_jax.config import require
 
 if TYPE_CHECKING:
@@ -23,9 +21,9 @@ class Evaluate:
     # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
     folder: Folder
     # Text, specified like data.source of train.py: text:GLOB, jsonl:GLOB#field, stdlib, ….
-    source: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    # Name of a task of lm_eval, or YAML file of your own; may be repeated.
-    task: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TASK")] = ()
+    source: OptionalText = None
+    # Name of a task of lm_eval, or a YAML file of your own.
+    task: Texts = ()
     # Tokens that the model sees at once. Default: data.seq_len of a run, else 2048; for tasks, all that fit.
     context: OptionalInt = None
     # Tokens between the starts of two windows of a text. Default: half the context.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from gptoss_jax.cli.arguments import Folder, Sampling, SamplingFlags
+from gptoss_jax.cli.arguments import Folder, Sampling, SamplingFlags, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Generate:
     # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
     folder: Folder
     # Text to continue; may be "".
-    prompt: str
-    # Stop before this text; may be repeated.
-    stop_strings: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = ()
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    # Stop before this text.
+    stop_strings: Texts = ()
     sampling: Sampling = SamplingFlags()
 
     def run(self) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from gptoss_jax.cli.arguments import JsonFile, OptionalInt
+from gptoss_jax.cli.arguments import JsonFile, OptionalInt, OptionalText, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Plan:
     # Preset, such as configs/gpt_oss_20b.py.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     # TPU slice, such as v5p:4x4x4. The step is also compiled for it, which takes minutes.
-    topology: Annotated[str | None, tyro.conf.arg(metavar="SLICE")] = None
+    topology: OptionalText = None
     # v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200, with --devices: estimates without compiling.
-    chip: Annotated[str | None, tyro.conf.arg(metavar="CHIP")] = None
+    chip: OptionalText = None
     # Number of JAX devices. A tpu7x chip has two.
     devices: OptionalInt = None
-    # Mesh, such as fsdp=16,expert=4; may be repeated. Default: all possible meshes, best first.
-    mesh: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="AXES")] = ()
+    # Mesh, such as fsdp=16,expert=4. Default: all possible meshes, best first.
+    mesh: Texts = ()
     # Also write the results to this file.
     json_file: JsonFile = None
     # Override a field of the config; `--model.remat block` is short for `--set model.remat=block`.

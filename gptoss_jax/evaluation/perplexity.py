@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.config.base import ConfigBase
 from gptoss_jax.data.packing import pack
 from gptoss_jax.data.sources import Corpus
 from gptoss_jax.data.token_cache import encode_documents, group_documents
@@ -51,7 +52,7 @@ class TextScore:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSettings:
+class TextSettings(ConfigBase):
     """How text is cut into windows. Raises ValueError for a value out of range."""
 
     # Tokens that the model sees at once. Default: DEFAULT_CONTEXT, or the model's context if that is smaller.
@@ -63,13 +64,13 @@ class TextSettings:
     # Predict at most this many tokens. Default: all.
     max_tokens: int | None = None
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         for name, least in (("context", 2), ("stride", 1), ("batch_size", 1), ("max_tokens", 1)):
             value = getattr(self, name)
-            require(value is None or value >= least, name, value, f"must be {least} or more")
-        if self.context is not None and self.stride is not None:
-            allowed = f"must be at most the context, {self.context}"
-            require(self.stride <= self.context, "stride", self.stride, allowed)
+            self._require(value is None or value >= least, name, f"must be {least} or more")
+        if self.context and self.stride:
+            fits = self.stride <= self.context
+            self._require(fits, "stride", f"must be at most the context, {self.context}")
 
     def resolve(self, config: ModelConfig) -> "TextSettings":
         """Fills in the defaults. Raises ValueError for a context that the model does not have."""
