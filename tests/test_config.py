@@ -20,7 +20,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.config.base import FORMER_NAMES, listed, one_line
-from gptoss_jax.config.preset import optional_sections, read_preset
+from gptoss_jax.config.preset import OPTIONAL_SECTION, TUPLES, read_preset
 
 BAD = [
     *[
@@ -286,14 +286,14 @@ def preset(tmp_path):
     return write
 
 
-def optional_values(cls=TrainConfig, path=()):
-    """The paths and types of the fields that are not sections and may be None."""
+def fields_of(cls=TrainConfig, path=()):
+    """The path, types and section of every field."""
     for name, kind in typing.get_type_hints(cls).items():
-        kinds = typing.get_args(kind) or (kind,)
-        if type(None) in kinds and not any(map(dataclasses.is_dataclass, kinds)):
-            yield (*path, name), kinds[0]
-        for section in filter(dataclasses.is_dataclass, kinds):
-            yield from optional_values(section, (*path, name))
+        kinds = (kind, *typing.get_args(kind))
+        section = next(filter(dataclasses.is_dataclass, kinds), None)
+        yield (*path, name), kinds, section
+        if section:
+            yield from fields_of(section, (*path, name))
 
 
 def value_at(config, path):
@@ -303,7 +303,9 @@ def value_at(config, path):
 
 
 def test_every_optional_value_can_be_set_and_be_none_on_the_command_line(preset):
-    found = dict(optional_values())
+    found = {
+        path: kinds[1] for path, kinds, section in fields_of() if type(None) in kinds and section is None
+    }
     assert {("init_from",), ("model", "layer_types"), ("model", "swiglu_limit")} <= found.keys()
     values = {float: ("2.5", 2.5), str: ("x", "x"), tuple[str, ...]: (FULL, (FULL,))}
     for path, kind in found.items():
@@ -313,21 +315,29 @@ def test_every_optional_value_can_be_set_and_be_none_on_the_command_line(preset)
     assert read_preset(preset(layer_types=(FULL,)), ["--model.layer-types", "None"]).model.layer_types is None
 
 
-def test_every_optional_section_can_be_switched_off_and_on_on_the_command_line(preset):
-    assert optional_sections() == {"model.rope_scaling": RopeScaling}
-    for name, section in optional_sections().items():
-        path = name.split(".")
-        flag = "--" + ".".join(path).replace("_", "-")
-        assert value_at(read_preset(preset(), [flag, "None"]), path) is None
-        off = preset(**{path[-1]: None})
-        assert value_at(read_preset(off), path) is None
-        assert value_at(read_preset(off, [f"{flag}=None", "--steps", "3"]), path) is None
-        for field in dataclasses.fields(section):
-            config = read_preset(off, [f"{flag}.{field.name}={field.default}", "--steps", "3"])
-            assert value_at(config, path) == section() and config.steps == 3
+def test_the_optional_section_can_be_switched_off_and_on_on_the_command_line(preset):
+    found = {
+        ".".join(path): section for path, kinds, section in fields_of() if section and type(None) in kinds
+    }
+    assert found == {OPTIONAL_SECTION: RopeScaling}
+    path, flag = OPTIONAL_SECTION.split("."), "--model.rope-scaling"
+    assert value_at(read_preset(preset(), [flag, "None"]), path) is None
+    off = preset(rope_scaling=None)
+    assert value_at(read_preset(off), path) is None
+    assert value_at(read_preset(off, [f"{flag}=None", "--steps", "3"]), path) is None
+    for field in dataclasses.fields(RopeScaling):
+        config = read_preset(off, [f"{flag}.{field.name}={field.default}", "--steps", "3"])
+        assert value_at(config, path) == RopeScaling() and config.steps == 3
     for given in ({"rope_scaling": None}, {}):
         config = read_preset(preset(**given), ["--model.rope_scaling.factor", "4"])
         assert config.model.rope_scaling == RopeScaling(factor=4.0)
+
+
+def test_the_fields_with_several_values():
+    found = [
+        path for path, kinds, _ in fields_of() if any(typing.get_origin(kind) is tuple for kind in kinds)
+    ]
+    assert [".".join(path) for path in found] == [*TUPLES]
 
 
 @pytest.mark.parametrize(

@@ -513,11 +513,11 @@ BAD = [
     ({**ORIGINAL, "rope_scaling_factor": 0.5}, "model.rope_scaling.factor is 0.5: must be 1 or more"),
     (without(HF4, "model_type", "architectures"), "model_type is missing: must be 'gpt_oss'"),
     ({**HF4, "model_type": "llama"}, "model_type is 'llama': must be 'gpt_oss'"),
-    ({"model": {}, "data": {}, "steps": 3}, "that of a run folder, which TrainConfig.load reads"),
+    ({"model": {}, "data": {}, "steps": 3}, "the config.json of a run folder, which TrainConfig.load reads"),
     ({}, "model_type is missing"),
     (
         {**HF4, "head_dim": None, "hidden_size": 2881},
-        "head_dim is None: must be an integer, as num_attention_",
+        "model.head_dim is None: must be an integer",
     ),
     (
         {**HF4, "quantization_config": {"quant_method": "gptq"}},
@@ -667,8 +667,8 @@ def test_all_inexpressible_fields_are_reported_together():
         "(0); swiglu_up_offset is 0.0, where the format has 1; swiglu_limit is None, where the format has a "
         "number (one far above all activations, such as 1e4, is the same function); hidden_size is 100, "
         "where MXFP4 takes multiples of 32 (experts='bfloat16' takes any); intermediate_size is 68, where "
-        "MXFP4 takes multiples of 32 (experts='bfloat16' takes any). A model that has to stay as it is can "
-        "be kept as a run folder, which this project reads"
+        "MXFP4 takes multiples of 32 (experts='bfloat16' takes any). A run folder, which this project "
+        "reads, keeps it as it is"
     )
     with pytest.raises(ValueError) as caught:
         config.to_hf()

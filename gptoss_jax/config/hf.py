@@ -69,14 +69,10 @@ IGNORED = {
 }  # fmt: skip
 
 # OpenAI's own file has all of these, two of them under another name, and no model_type.
-ORIGINAL = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_experts", "experts_per_token", "sliding_window", "rope_theta",
-)  # fmt: skip
-ORIGINAL_NAMES = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+ORIGINAL = {name: name for name in (*REQUIRED, "sliding_window", "rope_theta")}
+ORIGINAL |= {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 ORIGINAL_ROPE = ("initial_context_length", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
 
-ALTERNATING = ["sliding_attention", "full_attention"]
 PRESENT = "a config.json of gpt-oss has it"
 ROPE_TYPES = "must be 'yarn', or 'default' for plain rotary embedding"
 
@@ -102,30 +98,28 @@ def read(values: Values) -> tuple[Values, list[str]]:
     Raises ValueError as `ModelConfig.from_hf` does, which then checks the types of the fields.
     """
     notes: list[str] = []
-    if "model_type" not in values and values.keys() & {"num_experts", *ORIGINAL_ROPE[1:]}:
-        return _read_original(values, notes), notes
-    return _read_hugging_face(values, notes), notes
+    if "swiglu_limit" in values:  # the format has no null for "no limit"
+        _finite("swiglu_limit", values["swiglu_limit"])
+    is_original = "model_type" not in values and values.keys() & {"num_experts", *ORIGINAL_ROPE[1:]}
+    return (_read_original if is_original else _read_hugging_face)(values, notes), notes
 
 
 def _pick(values: Values, *names: str) -> Values:
     return {name: values[name] for name in names if name in values}
 
 
-def _agreed(said: Values) -> Any:
-    """Returns the one value of several fields that mean the same. Raises ValueError if they differ."""
+def _agreed(said: Values, notes: list[str] | None = None) -> Any:
+    """Returns the value of the first of several fields that mean the same.
+
+    Warns of others that differ; without `notes`, they are a ValueError.
+    """
     (first, value), *others = said.items()
     for name, other in others:
-        allowed = f"but {first} is {value!r}: they mean the same and must agree"
-        if other != value:
+        if other != value and notes is None:
+            allowed = f"but {first} is {value!r}: they mean the same and must agree"
             raise ValueError(f"{name} is {other!r}, {allowed}")
-    return value
-
-
-def _first(said: Values, notes: list[str]) -> Any:
-    """Returns the value of the first of several fields that mean the same. Warns of others that differ."""
-    (first, value), *others = said.items()
-    used = f"but {first} is {value!r}: {value!r} is used"
-    notes += [f"{name} is {other!r}, {used}" for name, other in others if other != value]
+        if other != value:
+            notes.append(f"{name} is {other!r}, but {first} is {value!r}: {value!r} is used")
     return value
 
 
@@ -135,10 +129,12 @@ def _finite(name: str, value: Any) -> float:
     return value
 
 
-def _missing(name: str, unknown: Collection[str] = (), allowed: str = PRESENT) -> ValueError:
-    """Returns the error for a field that must be there; `unknown` may hold it misspelled."""
-    near = nearest(name, unknown)
-    return ValueError(f"{name} is missing: {allowed}" + (f"; the file has {near}" if near else ""))
+def _check_present(values: Values, names: Collection[str], known: Collection[str]) -> None:
+    """Raises ValueError for a field that must be there; one that is not known may be a misspelling of it."""
+    for name in names:
+        if name not in values:
+            near = nearest(name, values.keys() - {*known})
+            raise ValueError(f"{name} is missing: {PRESENT}" + (f"; the file has {near}" if near else ""))
 
 
 def _note_unknown(names: Collection[str], known: Collection[str], notes: list[str], path: str = "") -> None:
@@ -149,67 +145,53 @@ def _note_unknown(names: Collection[str], known: Collection[str], notes: list[st
 
 
 def _read_original(values: Values, notes: list[str]) -> Values:
-    names = (*ORIGINAL, *ORIGINAL_ROPE)
+    names = (*ORIGINAL.values(), *ORIGINAL_ROPE)
     _note_unknown(values, {*names, "swiglu_limit"}, notes)
-    for name in names:
-        if name not in values:
-            raise _missing(name, values.keys() - {*names})
+    _check_present(values, names, names)
     length, factor, slow, fast = (_finite(name, values[name]) for name in ORIGINAL_ROPE)
     # OpenAI's code does not round the ends of the ramp, and leaves YaRN out for a factor of 1.
     yarn = {"factor": factor, "beta_fast": fast, "beta_slow": slow, "truncate": False}
     yarn["original_max_position_embeddings"] = length
-    fields = {ORIGINAL_NAMES.get(name, name): values[name] for name in ORIGINAL}
     # Its RMSNorm has 1e-5 built in, which is the default here too.
-    return fields | {
-        **_swiglu_limit(values),
-        "rope_scaling": None if factor == 1 else yarn,
-        "max_position_embeddings": int(length * factor),
-    }
-
-
-def _swiglu_limit(values: Values) -> Values:
-    """Returns `swiglu_limit`, if the file has it. The format has no null for "no limit"."""
-    return {name: _finite(name, value) for name, value in _pick(values, "swiglu_limit").items()}
+    fields = {field: values[name] for field, name in ORIGINAL.items()} | _pick(values, "swiglu_limit")
+    fields["max_position_embeddings"] = int(length * factor)
+    return fields | {"rope_scaling": None if factor == 1 else yarn}
 
 
 def _read_hugging_face(values: Values, notes: list[str]) -> Values:
+    for name in ("quantization_config", "rope_scaling", "rope_parameters"):
+        value = values.get(name)
+        require(isinstance(value, dict | None), name, value, "must be an object or null")
     _check_kind(values, notes)
     known = {*FIELDS, *SPECIAL}
     _note_unknown(values.keys() - IGNORED, known, notes)
     fields = _pick(values, *FIELDS)
     if "num_experts" in values:
         fields["num_local_experts"] = _agreed(_pick(values, "num_local_experts", "num_experts"))
-    for name in REQUIRED:
-        if name not in fields:
-            raise _missing(name, values.keys() - known - IGNORED)
+    _check_present(values | fields, REQUIRED, known | IGNORED)
     _fill_in(fields, values, notes)
     asked = values.get("output_router_logits", False)
     require(isinstance(asked, bool), "output_router_logits", asked, "must be True or False")
     fields["router_aux_loss_coef"] = values.get("router_aux_loss_coef", 0.0) if asked else 0.0
-    return fields | _swiglu_limit(values) | _read_rope({**values, **fields}, notes)
+    return fields | _read_rope(values | fields, notes)
 
 
 def _check_kind(values: Values, notes: list[str]) -> None:
     """Raises ValueError for a file of another model, and for features that this model does not have."""
-    if "model_type" not in values and isinstance(values.get("model"), dict):
-        raise ValueError(
-            "model_type is missing: this is no published config.json but that of a run folder, which "
-            "TrainConfig.load reads"
-        )
     if "model_type" not in values:
+        if isinstance(values.get("model"), dict):
+            allowed = "this is the config.json of a run folder, which TrainConfig.load reads"
+            raise ValueError(f"model_type is missing: {allowed}")
         if values.get("architectures") != ["GptOssForCausalLM"]:
-            raise _missing("model_type", (), "must be 'gpt_oss'")
+            raise ValueError("model_type is missing: must be 'gpt_oss'")
         notes.append("model_type is missing: 'gpt_oss' is used, as architectures says")
-    kind = values.get("model_type", "gpt_oss")
+    kind, layers = values.get("model_type", "gpt_oss"), values.get("per_layer_config")
     require(kind == "gpt_oss", "model_type", kind, "must be 'gpt_oss'")
-    layers = values.get("per_layer_config")
     require(not layers, "per_layer_config", layers, "must be left out, because all layers have one config")
-    packed = values.get("quantization_config")
+    packed, activation = values.get("quantization_config"), values.get("hidden_act", "silu")
     if packed is not None:
-        require(isinstance(packed, dict), "quantization_config", packed, "must be an object or null")
         method = packed.get("quant_method")
         require(method == "mxfp4", "quantization_config.quant_method", method, "must be 'mxfp4'")
-    activation = values.get("hidden_act", "silu")
     if activation != "silu":
         notes.append(f"hidden_act is {activation!r}: not used, gpt-oss always computes its clamped SwiGLU")
 
@@ -218,41 +200,37 @@ def _fill_in(fields: Values, values: Values, notes: list[str]) -> None:
     """Completes `fields` where the file leaves a field out, has null, or has an older name for it."""
     experts = _pick(values, "num_experts_per_tok", "experts_per_token")
     if experts:
-        used = fields["num_experts_per_tok"] = _first(experts, notes)
+        used = fields["num_experts_per_tok"] = _agreed(experts, notes)
         if "num_experts_per_tok" not in values:
             notes.append(f"num_experts_per_tok is missing: {used!r} is used, as experts_per_token says")
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = heads
         notes.append(f"num_key_value_heads is null: {heads!r} is used, one per query head")
-    if fields["head_dim"] is None:
-        divides = isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads == 0
-        allowed = "must be an integer, as num_attention_heads does not divide hidden_size"
-        require(divides, "head_dim", None, allowed)
+    are_sizes = isinstance(width, int) and isinstance(heads, int) and heads > 0
+    if fields["head_dim"] is None and are_sizes and width % heads == 0:
         fields["head_dim"] = width // heads
         notes.append(f"head_dim is null: hidden_size / num_attention_heads = {width // heads} is used")
     kinds, layers = fields.get("layer_types"), fields["num_hidden_layers"]
     all_full = isinstance(kinds, list) and "sliding_attention" not in kinds
     if all_full and fields.get("sliding_window", 0) is None:
         del fields["sliding_window"]
-    for name, default in DEFAULTS.items():
-        if name not in fields:
-            fields[name] = default
-            unused = ", although no layer slides" if name == "sliding_window" and all_full else ""
-            absent = "null" if name in values else "missing"
-            notes.append(f"{name} is {absent}: {default} is used{unused}")
-    if isinstance(kinds, list) and len(kinds) == layers and kinds == (ALTERNATING * layers)[:layers]:
+    for name in (name for name in DEFAULTS if name not in fields):
+        default = fields[name] = DEFAULTS[name]
+        unused = ", although no layer slides" if name == "sliding_window" and all_full else ""
+        absent = "null" if name in values else "missing"
+        notes.append(f"{name} is {absent}: {default} is used{unused}")
+    alternating = ["sliding_attention", "full_attention"]
+    if isinstance(kinds, list) and len(kinds) == layers and kinds == (alternating * layers)[:layers]:
         fields["layer_types"] = None
 
 
 def _read_rope(values: Values, notes: list[str]) -> Values:
     """Returns `rope_theta` and `rope_scaling` of a Hugging Face file, from wherever it has them."""
     given = _pick(values, "rope_scaling", "rope_parameters")
-    for name, rope in given.items():
-        require(rope is None or isinstance(rope, dict), name, rope, "must be an object or null")
     if not given:
         # transformers 4.55 and 5 have different defaults.
-        raise _missing("rope_parameters", (), f"{PRESENT}, or rope_scaling")
+        raise ValueError(f"rope_parameters is missing: {PRESENT}, or rope_scaling")
     if not any(given.values()):
         # transformers 4.55 writes null for this; to transformers 5 it is the same as a missing field.
         notes.append(f"{next(iter(given))} is null or empty: plain rotary embedding is used, without YaRN")
@@ -260,7 +238,7 @@ def _read_rope(values: Values, notes: list[str]) -> Values:
     name = next((name for name, rope in given.items() if rope), next(iter(given)))
     rope, other = given[name] or {}, given.get("rope_parameters") or {}
     for key in sorted(rope.keys() & other.keys()):
-        _first({f"{name}.{key}": rope[key], f"rope_parameters.{key}": other[key]}, notes)
+        _agreed({f"{name}.{key}": rope[key], f"rope_parameters.{key}": other[key]}, notes)
     scaling = _read_scaling(name, rope, values, notes)
     # transformers 4 takes a null for plain rotary embedding, whatever rope_parameters says.
     contradicted = name == "rope_parameters" and "rope_scaling" in given and scaling is not None
@@ -272,7 +250,7 @@ def _read_rope(values: Values, notes: list[str]) -> Values:
         notes.append("rope_theta is missing: 150000.0 is used")
     theta = _agreed(thetas)
     if "rope_theta" not in rope and other.get("rope_theta") is not None:
-        _first({"rope_theta": theta, "rope_parameters.rope_theta": other["rope_theta"]}, notes)
+        _agreed({"rope_theta": theta, "rope_parameters.rope_theta": other["rope_theta"]}, notes)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -285,12 +263,12 @@ def _read_scaling(name: str, rope: Values, values: Values, notes: list[str]) -> 
     # "type" is the older spelling.
     kinds = {f"{name}.{key}": rope[key] for key in ("rope_type", "type") if key in rope}
     if not kinds and rope.keys() - {"rope_theta", "partial_rotary_factor"}:
-        raise _missing(f"{name}.rope_type", (), ROPE_TYPES)
+        raise ValueError(f"{name}.rope_type is missing: {ROPE_TYPES}")
     kind, field = _agreed(kinds) if kinds else "default", next(iter(kinds), name)
     if kind == "yarn":
         return _read_yarn(name, rope, values, notes)
     if kind == "dynamic":
-        # It stretches the theta only for texts longer than this.
+        # It changes theta only for texts longer than this.
         length = values["max_position_embeddings"]
         plain = f"which it equals up to max_position_embeddings ({length!r})"
         notes.append(f"{field} is 'dynamic': plain rotary embedding is used, {plain}")
@@ -305,24 +283,24 @@ def _read_scaling(name: str, rope: Values, values: Values, notes: list[str]) -> 
 
 def _read_yarn(name: str, rope: Values, values: Values, notes: list[str]) -> Values:
     if "factor" not in rope:
-        raise _missing(f"{name}.factor", (), "YaRN needs it")
+        raise ValueError(f"{name}.factor is missing: YaRN needs it")
     key, longest = "original_max_position_embeddings", values["max_position_embeddings"]
-    initial = {name: n for name, n in _pick(values, "initial_context_length").items() if n is not None}
+    initial = {field: n for field, n in _pick(values, "initial_context_length").items() if n is not None}
     lengths = {f"{name}.{key}": rope[key]} if key in rope else {}
     lengths |= _pick(values, key)
     if not lengths:
-        # transformers does this as well. It does not know initial_context_length, which must not differ then.
+        # transformers does this as well. It ignores initial_context_length, which therefore must not differ.
         lengths = {f"max_position_embeddings (for want of {name}.{key})": longest, **initial}
     length = _agreed(lengths)
-    _first({next(iter(lengths)): length, **initial}, notes)
+    _agreed({next(iter(lengths)): length, **initial}, notes)
     factor = rope["factor"]
     if factor is None:
         factor = _finite("max_position_embeddings", longest) / _finite(key, length)
         notes.append(f"{name}.factor is null: {factor} is used, max_position_embeddings / {key}")
     _check_attention_factor(name, rope, _finite(f"{name}.factor", factor))
-    # `factor` counts as written, as in transformers 5; 4.55 took the ratio of the two lengths in its place.
-    # Both betas and truncate have transformers' defaults. For truncate that is true, though the released
-    # models have it false.
+    # `factor` counts as written, as in transformers 5; 4.55 used the ratio of the two lengths instead.
+    # Both betas and truncate have transformers' defaults: truncate is true there, but false in the released
+    # models.
     return {
         "factor": factor,
         "beta_fast": 32.0 if rope.get("beta_fast") is None else rope["beta_fast"],
@@ -339,12 +317,9 @@ def _check_attention_factor(name: str, rope: Values, factor: float) -> None:
     `mscale_all_dim` are given and not 0.
     """
     keys = ("attention_factor", "mscale", "mscale_all_dim")
-    given = {key: _finite(f"{name}.{key}", rope[key]) for key in keys if rope.get(key) is not None}
+    scale, *mscales = (rope.get(key) and _finite(f"{name}.{key}", rope[key]) for key in keys)
     own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if "attention_factor" in given:
-        allowed = f"must be 0.1 ln(factor) + 1 = {own}, or left out"
-        fits = math.isclose(given["attention_factor"], own, rel_tol=1e-6)
-        require(fits, f"{name}.attention_factor", given["attention_factor"], allowed)
-    elif factor > 1 and given.get("mscale") and given.get("mscale_all_dim"):
-        allowed = f"is not supported with mscale_all_dim ({given['mscale_all_dim']!r}); leave both out"
-        require(False, f"{name}.mscale", given["mscale"], allowed)
+    fits = scale is None or math.isclose(scale, own, rel_tol=1e-6)
+    require(fits, f"{name}.attention_factor", scale, f"must be 0.1 ln(factor) + 1 = {own}, or left out")
+    allowed = f"is not supported with mscale_all_dim ({mscales[1]!r}); leave both out"
+    require(scale is not None or factor <= 1 or not all(mscales), f"{name}.mscale", mscales[0], allowed)

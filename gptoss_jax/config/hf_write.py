@@ -4,8 +4,11 @@ from gptoss_jax.config.base import require
 from gptoss_jax.config.hf import FIELDS, MXFP4_BLOCK_SIZE, Values
 
 # transformers wants a float in these, where `ModelConfig` also takes an integer.
-FLOATS = ("rms_norm_eps", "attention_dropout", "initializer_range", "swiglu_alpha", "swiglu_limit")
-# Weights that are never packed, in the words of transformers.
+FLOATS = (
+    "rms_norm_eps", "attention_dropout", "initializer_range", "router_aux_loss_coef", "swiglu_alpha",
+    "swiglu_limit",
+)  # fmt: skip
+# Weights that are never packed, as transformers names them.
 UNPACKED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 
@@ -30,7 +33,6 @@ def write(fields: Values, experts: str) -> Values:
         "use_cache": True,
         "experts_per_token": fields["num_experts_per_tok"],
         "initial_context_length": (fields if scaling is None else scaling)[length],
-        "router_aux_loss_coef": float(fields["router_aux_loss_coef"]),
         "output_router_logits": False,
         # transformers 5 reads rope_scaling in place of rope_parameters where both are there; 4 knows only the
         # former, and takes its absence, unlike null, for the released models' YaRN.
@@ -47,23 +49,19 @@ def write(fields: Values, experts: str) -> Values:
 
 
 def _refuse_inexpressible(fields: Values, experts: str) -> None:
+    packed = experts == "mxfp4"
+    multiples = f"MXFP4 takes multiples of {MXFP4_BLOCK_SIZE} (experts='bfloat16' takes any)"
+    limit = "the format has a number (one far above all activations, such as 1e4, is the same function)"
     reasons = {
-        "sink_tokens": (fields["sink_tokens"] > 0, "has none (0)"),
-        "swiglu_up_offset": (fields["swiglu_up_offset"] != 1, "has 1"),
-        "swiglu_limit": (
-            fields["swiglu_limit"] is None,
-            "has a number (one far above all activations, such as 1e4, is the same function)",
-        ),
+        "sink_tokens": (fields["sink_tokens"] > 0, "the format has none (0)"),
+        "swiglu_up_offset": (fields["swiglu_up_offset"] != 1, "the format has 1"),
+        "swiglu_limit": (fields["swiglu_limit"] is None, limit),
+        "hidden_size": (packed and fields["hidden_size"] % MXFP4_BLOCK_SIZE, multiples),
+        "intermediate_size": (packed and fields["intermediate_size"] % MXFP4_BLOCK_SIZE, multiples),
     }
-    found = [
-        f"{name} is {fields[name]}, where the format {has}" for name, (bad, has) in reasons.items() if bad
-    ]
-    for name in ("hidden_size", "intermediate_size"):
-        if experts == "mxfp4" and fields[name] % MXFP4_BLOCK_SIZE:
-            takes = f"MXFP4 takes multiples of {MXFP4_BLOCK_SIZE} (experts='bfloat16' takes any)"
-            found.append(f"{name} is {fields[name]}, where {takes}")
+    found = [f"{name} is {fields[name]}, where {why}" for name, (bad, why) in reasons.items() if bad]
     if found:
         raise ValueError(
-            f"this model cannot be written in the published format: {'; '.join(found)}. A model that has "
-            "to stay as it is can be kept as a run folder, which this project reads"
+            f"this model cannot be written in the published format: {'; '.join(found)}. A run folder, which "
+            "this project reads, keeps it as it is"
         )
