@@ -1,8 +1,8 @@
 """Trains a model: python train.py [configs/x.py] [--steps 500 --model.num-hidden-layers 6 …].
 
-The first argument may be a preset, a Python file that ends with `config = TrainConfig(...)`; without one it
-is configs/quickstart.py. Every field can be set with a flag: --help lists them. Running the same line again
-goes on from the run's last checkpoint.
+The first argument may be a preset, a Python file that ends with `config = TrainConfig(...)`; the default is
+configs/quickstart.py. Every field is a flag: --help lists them. Running the same command again resumes from
+the last checkpoint of the run.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from gptoss_jax.config.paths import set_matplotlib_folder
 
 
 def read_arguments(arguments: list[str]):
-    """The `TrainConfig` of a command line."""
+    """Returns the `TrainConfig` of a command line."""
     from gptoss_jax.config.preset import read_preset
 
     preset = pathlib.Path(__file__).parent / "configs" / "quickstart.py"

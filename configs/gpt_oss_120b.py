@@ -1,6 +1,7 @@
 """gpt-oss-120b as published: 36 layers, 128 experts of which each token uses 4.
 
-Full training needs a mesh of many devices: the parameters and AdamW's state alone take 16 bytes a parameter.
+Full training needs a mesh of many devices: parameters and AdamW's state take 16 bytes per parameter, before
+activations.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
-"""A small mixture of experts on the source of Python's standard library: minutes on two CPU cores.
+"""A small mixture of experts on the source code of Python's standard library: minutes on two CPU cores.
 
-Muon learns in these few steps what AdamW needs about three times the tokens for.
+Muon reaches the same loss as AdamW with about a third of the tokens.
 """
 
 from gptoss_jax.config import (
