@@ -17,13 +17,15 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.config.base import ConfigBase
+from gptoss_jax.data.batches import BATCH_FIELDS, Batch
 from gptoss_jax.data.packing import pack
 from gptoss_jax.data.sources import Corpus
 from gptoss_jax.data.token_cache import encode_documents, group_documents
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.evaluation.logprobs import Batch, batch_rows, token_logprobs
+from gptoss_jax.evaluation.logprobs import batch_rows
 from gptoss_jax.model.transformer import Transformer, get_params
 from gptoss_jax.training.losses import bits_per_byte
+from gptoss_jax.training.step import make_eval_step
 
 # Tokens of a window, unless the model has a smaller context.
 DEFAULT_CONTEXT = 2048
@@ -116,7 +118,7 @@ def evaluate_text(
     """
     config, params = model.config, get_params(model)
     settings = settings.resolve(config)
-    began, compile_seconds, compiled = time.monotonic(), 0.0, None
+    began, compile_seconds, eval_step = time.monotonic(), 0.0, None
     nats, done, documents, total, num_bytes = 0.0, 0, 0, 0, 0
     skipped = collections.Counter()
     groups = itertools.chain(_groups(tokenizer, corpus.documents(skipped), settings.max_tokens), (None,))
@@ -125,29 +127,28 @@ def evaluate_text(
         documents += len(group)
         total += sum(len(tokens) - 1 for tokens, _ in group)
         num_bytes += sum(count for _, count in group)
-        if compiled is None:
+        if eval_step is None:
             # A short text does not need a whole batch.
             count = sum(len(settings.windows(len(tokens) - 1)) for tokens, _ in group)
             settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, count))
-        for batch, scored_BT in _batches([tokens for tokens, _ in group], settings):
+        for batch in _batches([tokens for tokens, _ in group], settings):
             largest = int(batch["tokens"].max())
             allowed = f"must be below the model's vocab_size, {config.vocab_size}"
             require(largest < config.vocab_size, "token id", largest, allowed)
-            if compiled is None:
+            if eval_step is None:
                 before = time.monotonic()
-                compiled = token_logprobs.lower(config, params, batch).compile()
+                eval_step = make_eval_step(config).lower(params, batch).compile()
                 compile_seconds = time.monotonic() - before
-            logprobs_BT, _ = compiled(params, batch)
-            nats -= np.sum(np.asarray(logprobs_BT)[scored_BT], dtype=np.float64)
-            done += int(np.count_nonzero(scored_BT))
+            sums, weight = eval_step(params, batch)
+            nats, done = nats + float(sums["loss"]), done + int(weight)
             on_progress(done, total if following is None else None, nats / done)
-    loss = float(nats / done)
+    loss = nats / done
     return TextScore(
         loss=loss,
         # exp(710) overflows.
         perplexity=math.exp(loss) if not loss > 709 else math.inf,
         # The first tokens of a document that was cut may have no bytes.
-        bits_per_byte=bits_per_byte(float(nats), num_bytes) if num_bytes else math.nan,
+        bits_per_byte=bits_per_byte(nats, num_bytes) if num_bytes else math.nan,
         documents=documents,
         null_records=skipped["null"],
         tokens=done,
@@ -180,8 +181,8 @@ def _groups(
         yield group
 
 
-def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yields batches of windows, and which positions are scored, bool [B, T].
+def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[Batch]:
+    """Yields batches of windows; `loss_weights` is 1 where a target is scored.
 
     Short windows share a row as separate segments.
     """
@@ -195,16 +196,16 @@ def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[tu
     rows = len(plan.row_offsets) - 1
     for first_row in range(0, rows, settings.batch_size):
         shape = settings.batch_size, settings.context
-        batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
-        scored_BT = np.zeros(shape, bool)
+        batch = {name: np.zeros(shape, dtype) for name, dtype in BATCH_FIELDS.items()}
         for b, row in enumerate(range(first_row, min(first_row + settings.batch_size, rows))):
             end = 0
             segments = plan.document[plan.row_offsets[row] : plan.row_offsets[row + 1]]
             for segment, window in enumerate(segments, 1):
                 begin, end = end, end + length[window]
-                part = stored[start[window] : start[window] + length[window] + 1]
-                batch["tokens"][b, begin:end] = part[:-1]
-                batch["targets"][b, begin:end] = part[1:]
+                tokens = stored[start[window] : start[window] + length[window] + 1]
+                batch["tokens"][b, begin:end] = tokens[:-1]
+                batch["targets"][b, begin:end] = tokens[1:]
                 batch["segment_ids"][b, begin:end] = segment
-                scored_BT[b, end - scored[window] : end] = True
-        yield batch, scored_BT
+                batch["positions"][b, begin:end] = np.arange(length[window])
+                batch["loss_weights"][b, end - scored[window] : end] = 1
+        yield batch
