@@ -40,50 +40,6 @@ def random_tokens(config, seed=0, shape=(2, 21)):
     return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
 
 
-def test_shapes_and_types_of_every_module(either_config):
-    config = either_config
-    dims = chex.Dimensions(
-        B=2, T=11, D=config.hidden_size, N=config.num_attention_heads, K=config.num_key_value_heads,
-        E=config.num_local_experts, L=config.num_hidden_layers, V=config.vocab_size, H=config.head_dim // 2,
-    )  # fmt: skip
-
-    def everything(tokens_BT):
-        model = Transformer(config, rngs=nnx.Rngs(0))
-        block = Block(config, SLIDING, rngs=nnx.Rngs(1))
-        segments_BT = jnp.ones_like(tokens_BT)
-        positions_BT = segment_positions(segments_BT)
-        cos_sin = rope_cos_sin(config, positions_BT)
-        segments = Segments(segments_BT, positions_BT, cos_sin)
-        x_BTD = jnp.zeros((*tokens_BT.shape, config.hidden_size), jnp.bfloat16)
-        return {
-            "positions": positions_BT,
-            "cos_sin": cos_sin,
-            "norm": block.attention_norm(x_BTD),
-            "attention": block.attention(x_BTD, segments)[0],
-            "moe": block.moe(x_BTD, segments_BT > 0),
-            "block": block(x_BTD, segments)[0],
-            "hidden": model.hidden_states(tokens_BT),
-            "logits": model(tokens_BT),
-        }
-
-    out = jax.eval_shape(everything, jax.ShapeDtypeStruct((2, 11), jnp.int32))
-    chex.assert_shape(out["positions"], dims["BT"])
-    chex.assert_shape(out["cos_sin"], dims["BTH"])
-    for name in ("norm", "attention", "block"):
-        chex.assert_shape(out[name], dims["BTD"])
-        assert out[name].dtype == jnp.bfloat16
-    y_BTD, stats = out["moe"]
-    chex.assert_shape(y_BTD, dims["BTD"])
-    chex.assert_shape([stats["load"], stats["probability"]], dims["E"])
-    hidden_BTD, cache, stats = out["hidden"]
-    chex.assert_shape(hidden_BTD, dims["BTD"])
-    assert cache is None
-    chex.assert_shape([stats["load"], stats["probability"]], dims["LE"])
-    chex.assert_shape(stats["z"], dims["L"])
-    chex.assert_shape(out["logits"], dims["BTV"])
-    assert out["logits"].dtype == hidden_BTD.dtype == jnp.float32
-
-
 def test_shapes_of_the_parameters(tiny_config):
     shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(tiny_config))
     block = {
