@@ -33,12 +33,15 @@ from gptoss_jax.kernels.attention.reference import (
 BLOCK, WINDOW_BLOCK = 256, 64
 
 
-class _Tokens(NamedTuple):
-    """What the mask rule needs of tokens, and the index at which the segment of each begins; int32 [B, T]."""
-
-    segment_ids: jax.Array
-    positions: jax.Array
-    starts: jax.Array
+class _Inputs(NamedTuple):
+    q: jax.Array  # [B, K, blocks, R, H], scaled
+    k_BKTH: jax.Array
+    v_BKTH: jax.Array
+    segment_ids_BT: jax.Array
+    positions_BT: jax.Array
+    starts_BT: jax.Array  # the index at which each token's segment starts
+    sinks_N: jax.Array | None
+    dropout_key: jax.Array | None
 
 
 class _KeyBlock(NamedTuple):
@@ -80,11 +83,11 @@ def blockwise_attention(
 
     # The tokens that fill the last block are a segment of their own.
     segment_ids_BT = pad(segment_ids_BT, -1)
-    tokens = _Tokens(segment_ids_BT, pad(positions_BT), segment_starts(segment_ids_BT))
     group = jax.vmap(functools.partial(group_heads, K=K), in_axes=1, out_axes=2)
-    q = group(pad(q_BTNH).reshape(B, blocks, C, N, H))  # [B, K, blocks, R, H]
+    q = group(pad(q_BTNH).reshape(B, blocks, C, N, H))
     k_BKTH, v_BKTH = (pad(x).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
-    out = _attention(spec, C, q, k_BKTH, v_BKTH, sinks_N, tokens, dropout_key)
+    tokens = segment_ids_BT, pad(positions_BT), segment_starts(segment_ids_BT)
+    out = _attention(spec, C, _Inputs(q, k_BKTH, v_BKTH, *tokens, sinks_N, dropout_key))
     ungroup = jax.vmap(functools.partial(ungroup_heads, T=C), in_axes=2, out_axes=1)
     return ungroup(out).reshape(B, blocks * C, N, H)[:, :T]
 
@@ -124,89 +127,87 @@ def update_softmax(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(spec, C, q, k_BKTH, v_BKTH, sinks_N, tokens, dropout_key):
-    return _forward(spec, C, q, k_BKTH, v_BKTH, sinks_N, tokens, dropout_key)[0]
+def _attention(spec, C, x):
+    return _forward(spec, C, x)[0]
 
 
-def _forward(spec, C, q, k_BKTH, v_BKTH, sinks_N, tokens, dropout_key):
+def _forward(spec, C, x):
     def one_block(i, carry):
-        q_BKRH = _block_of(q, i)
+        q_BKRH = _block_of(x.q, i)
 
         def step(keys, state):
-            dropout = functools.partial(_drop, spec, keys, dropout_key)
+            dropout = functools.partial(_drop, spec, x.dropout_key, keys)
             return update_softmax(state, _scores(q_BKRH, keys), keys.v_BKSH, dropout)
 
-        state = init_softmax(q_BKRH, sinks_N)
-        largest_BKR, total_BKR, out_BKRH = _over_keys(spec, C, tokens, (k_BKTH, v_BKTH), i, step, state)
-        out_BKRH = (out_BKRH / total_BKR[..., None]).astype(q.dtype)
-        results = out_BKRH, largest_BKR + jnp.log(total_BKR)
-        return tuple(lax.dynamic_update_index_in_dim(x, y, i, 2) for x, y in zip(carry, results, strict=True))
+        largest_BKR, total_BKR, out_BKRH = _over_keys(spec, C, x, i, step, init_softmax(q_BKRH, x.sinks_N))
+        results = (out_BKRH / total_BKR[..., None]).astype(x.q.dtype), largest_BKR + jnp.log(total_BKR)
+        return tuple(lax.dynamic_update_index_in_dim(a, b, i, 2) for a, b in zip(carry, results, strict=True))
 
-    empty = jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.promote_types(q.dtype, jnp.float32))
-    out, lse = lax.fori_loop(np.int32(0), np.int32(q.shape[2]), one_block, empty)
-    return out, (q, k_BKTH, v_BKTH, sinks_N, tokens, dropout_key, out, lse)
+    empty = jnp.zeros_like(x.q), jnp.zeros(x.q.shape[:-1], jnp.promote_types(x.q.dtype, jnp.float32))
+    out, lse = lax.fori_loop(np.int32(0), np.int32(x.q.shape[2]), one_block, empty)
+    return out, (x, out, lse)
 
 
 def _backward(spec, C, residuals, d_out):
-    q, k_BKTH, v_BKTH, sinks_N, tokens, dropout_key, out, lse = residuals
+    x, out, lse = residuals
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
 
     def one_block(i, carry):
         dq, dk_BKTH, dv_BKTH = carry
-        q_BKRH, d_out_BKRH = _block_of(q, i), _block_of(d_out, i)
+        q_BKRH, d_out_BKRH = _block_of(x.q, i), _block_of(d_out, i)
         lse_BKR1, delta_BKR1 = _block_of(lse, i)[..., None], _block_of(delta, i)[..., None]
 
         def step(keys, state):
             dq_BKRH, dk_BKTH, dv_BKTH = state
-            dropout = functools.partial(_drop, spec, keys, dropout_key)
+            dropout = functools.partial(_drop, spec, x.dropout_key, keys)
             weights_BKRS = jnp.exp(_scores(q_BKRH, keys) - lse_BKR1)
             d_weights_BKRS = dropout(einsum("BKRH,BKSH->BKRS", d_out_BKRH, keys.v_BKSH))
-            d_scores_BKRS = (weights_BKRS * (d_weights_BKRS - delta_BKR1)).astype(q.dtype)
-            weights_BKRS = dropout(weights_BKRS).astype(q.dtype)
+            d_scores_BKRS = (weights_BKRS * (d_weights_BKRS - delta_BKR1)).astype(dq.dtype)
+            weights_BKRS = dropout(weights_BKRS).astype(dq.dtype)
             dq_BKRH = dq_BKRH + einsum("BKRS,BKSH->BKRH", d_scores_BKRS, keys.k_BKSH)
             dk_BKTH = keys.add(dk_BKTH, einsum("BKRS,BKRH->BKSH", d_scores_BKRS, q_BKRH))
             dv_BKTH = keys.add(dv_BKTH, einsum("BKRS,BKRH->BKSH", weights_BKRS, d_out_BKRH))
             return dq_BKRH, dk_BKTH, dv_BKTH
 
         state = jnp.zeros(q_BKRH.shape, lse.dtype), dk_BKTH, dv_BKTH
-        dq_BKRH, dk_BKTH, dv_BKTH = _over_keys(spec, C, tokens, (k_BKTH, v_BKTH), i, step, state)
-        return lax.dynamic_update_index_in_dim(dq, dq_BKRH.astype(q.dtype), i, 2), dk_BKTH, dv_BKTH
+        dq_BKRH, dk_BKTH, dv_BKTH = _over_keys(spec, C, x, i, step, state)
+        return lax.dynamic_update_index_in_dim(dq, dq_BKRH.astype(dq.dtype), i, 2), dk_BKTH, dv_BKTH
 
-    zeros = jnp.zeros_like(q), *(jnp.zeros(x.shape, lse.dtype) for x in (k_BKTH, v_BKTH))
-    dq, dk_BKTH, dv_BKTH = lax.fori_loop(np.int32(0), np.int32(q.shape[2]), one_block, zeros)
+    zeros = jnp.zeros_like(x.q), *(jnp.zeros(y.shape, lse.dtype) for y in (x.k_BKTH, x.v_BKTH))
+    dq, dk_BKTH, dv_BKTH = lax.fori_loop(np.int32(0), np.int32(x.q.shape[2]), one_block, zeros)
     d_sinks_N = None
-    if sinks_N is not None:
-        B, K, blocks, R, _ = q.shape
-        weights = jnp.exp(sinks_of_rows(sinks_N, K, R).astype(lse.dtype)[:, None] - lse)
-        by_head = (weights * delta).reshape(B, K, blocks, -1, C)
-        d_sinks_N = -jnp.sum(by_head, axis=(0, 2, 4)).reshape(-1).astype(sinks_N.dtype)
-    return dq, dk_BKTH.astype(k_BKTH.dtype), dv_BKTH.astype(v_BKTH.dtype), d_sinks_N, None, None
+    if x.sinks_N is not None:
+        B, K, blocks, R, _ = dq.shape
+        weights = jnp.exp(sinks_of_rows(x.sinks_N, K, R).astype(lse.dtype)[:, None] - lse)
+        d_sinks = jnp.sum((weights * delta).reshape(B, K, blocks, -1, C), axis=(0, 2, 4))
+        d_sinks_N = -d_sinks.reshape(-1).astype(x.sinks_N.dtype)
+    dk_BKTH, dv_BKTH = dk_BKTH.astype(x.k_BKTH.dtype), dv_BKTH.astype(x.v_BKTH.dtype)
+    return (_Inputs(dq, dk_BKTH, dv_BKTH, None, None, None, d_sinks_N, None),)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _over_keys(spec, C, tokens, k_and_v, i, step, state):
+def _over_keys(spec, C, x, i, step, state):
     """Folds `step(keys, state)` over the blocks of keys that queries of block i may see."""
-    T = tokens.positions.shape[1]
-    queries = _Tokens(*(lax.dynamic_slice_in_dim(x, i * C, C, axis=1) for x in tokens))
-    # Only the first query's segment can begin before the block.
-    start_B = queries.starts[:, 0]
+    T = x.positions_BT.shape[1]
+
+    def read(array, block, axis):
+        return lax.dynamic_slice_in_dim(array, block * C, C, axis)
+
+    queries = read(x.segment_ids_BT, i, 1), read(x.positions_BT, i, 1)
+    # Only the first query's segment can start before the block.
+    start_B = read(x.starts_BT, i, 1)[:, 0]
     earliest_B = start_B if spec.window is None else jnp.maximum(start_B, i * C - spec.window + 1)
     first_block = jnp.min(earliest_B) // C
 
-    def mask(segment_ids_BS, positions_BS):
-        return attention_mask(queries.segment_ids, queries.positions, spec, segment_ids_BS, positions_BS)
-
     def one_block(j, state):
-        read = functools.partial(lax.dynamic_slice_in_dim, start_index=j * C, slice_size=C)
-
         def add(total_BKTH, x_BKSH):
-            x_BKSH = read(total_BKTH, axis=2) + x_BKSH
-            return lax.dynamic_update_slice_in_dim(total_BKTH, x_BKSH, j * C, axis=2)
+            return lax.dynamic_update_slice_in_dim(total_BKTH, read(total_BKTH, j, 2) + x_BKSH, j * C, 2)
 
-        k_BKSH, v_BKSH = (read(x, axis=2) for x in k_and_v)
-        mask_BCS = mask(*(read(x, axis=1) for x in tokens[:2]))
+        keys = read(x.segment_ids_BT, j, 1), read(x.positions_BT, j, 1)
+        mask_BCS = attention_mask(*queries, spec, *keys)
+        k_BKSH, v_BKSH = read(x.k_BKTH, j, 2), read(x.v_BKTH, j, 2)
         return step(_KeyBlock(k_BKSH, v_BKSH, mask_BCS, i * (T // C + 1) + j, add), state)
 
     if spec.sink_tokens:
@@ -220,8 +221,9 @@ def _over_keys(spec, C, tokens, k_and_v, i, step, state):
             x_BSKH = jnp.where(is_far_BS[..., None, None], x_BKSH.swapaxes(1, 2), 0)
             return total_BKTH.at[batch_B1, :, index_BS].add(x_BSKH)
 
-        k_BKSH, v_BKSH = (x[batch_B1, :, index_BS].swapaxes(1, 2) for x in k_and_v)
-        mask_BCS = mask(*(jnp.take_along_axis(x, index_BS, axis=1) for x in tokens[:2])) & is_far_BS[:, None]
+        keys = (jnp.take_along_axis(y, index_BS, axis=1) for y in (x.segment_ids_BT, x.positions_BT))
+        mask_BCS = attention_mask(*queries, spec, *keys) & is_far_BS[:, None]
+        k_BKSH, v_BKSH = (y[batch_B1, :, index_BS].swapaxes(1, 2) for y in (x.k_BKTH, x.v_BKTH))
         state = step(_KeyBlock(k_BKSH, v_BKSH, mask_BCS, i * (T // C + 1) + T // C, add_far), state)
     return lax.fori_loop(first_block, i + 1, one_block, state)
 
@@ -234,7 +236,7 @@ def _scores(q_BKRH, keys):
     return masked(einsum("BKRH,BKSH->BKRS", q_BKRH, keys.k_BKSH), keys.mask_BCS)
 
 
-def _drop(spec, keys, dropout_key, weights_BKRS):
+def _drop(spec, dropout_key, keys, weights_BKRS):
     """Dropout of weights, or of their gradient: the same ones for the same pair of blocks."""
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, keys.index)
     return drop(weights_BKRS, spec.dropout, key)

@@ -5,6 +5,7 @@ partition the kernels: on a mesh, call it in a `jax.shard_map`.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,14 @@ LANES = 128  # sequences and blocks are multiples of it
 WINDOW_BLOCK = FLOAT32_BLOCK = 512
 FULL_BLOCK = 1024
 PADDING = -1  # segment of the tokens that fill the last block
+
+
+class _Static(NamedTuple):
+    """What a kernel is compiled for."""
+
+    window: int | None
+    block: int
+    interpret: bool
 
 
 def splash_attention(
@@ -58,7 +67,7 @@ def splash_attention(
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
     # The heads of one key/value head share a kernel; several of them, and rows, are dimensions that the two
     # cores of a v5p can split, which the kernels' own are not in the backward pass.
-    attention = functools.partial(_attention, spec.window, block, interpret)
+    attention = functools.partial(_attention, _Static(spec.window, block, interpret))
     attention = jax.vmap(attention, in_axes=(0, 0, 0, None, None if sinks_N is None else 0))
     attention = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))
     out_BKGTH = attention(q_BKGTH, k_BKTH, v_BKTH, segment_ids_BT, sinks_KG)
@@ -77,9 +86,9 @@ def _precision(dtype):
     return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
 
 
-def _kernel(window, block, interpret, segment_ids_T, sinks_G, G):
+def _kernel(static, segment_ids_T, sinks_G, G):
     """JAX's kernel as a function of q, k and v."""
-    shape = segment_ids_T.shape * 2
+    (window, block, interpret), shape = static, segment_ids_T.shape * 2
     # LocalMask counts the keys to the left of the query's own.
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
     kernel = splash.make_splash_mqa_single_device(
@@ -91,28 +100,28 @@ def _kernel(window, block, interpret, segment_ids_T, sinks_G, G):
     return lambda q_GTH, k_TH, v_TH: kernel(q_GTH, k_TH, v_TH, segment_ids, sinks_G)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @without_x64
-def _attention(window, block, interpret, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
+def _attention(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
     """The query heads of one key/value head.
 
     JAX's own gradient of the sinks is in the type of q, from terms rounded to it, and its backward pass does
     not know the precision that the forward pass was called with.
     """
     with _precision(q_GTH.dtype):
-        return _kernel(window, block, interpret, segment_ids_T, sinks_G, len(q_GTH))(q_GTH, k_TH, v_TH)
+        return _kernel(static, segment_ids_T, sinks_G, len(q_GTH))(q_GTH, k_TH, v_TH)
 
 
 @without_x64
-def _forward(window, block, interpret, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
-    kernel = _kernel(window, block, interpret, segment_ids_T, sinks_G, len(q_GTH))
+def _forward(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
+    kernel = _kernel(static, segment_ids_T, sinks_G, len(q_GTH))
     with _precision(q_GTH.dtype):
         out_GTH, vjp = jax.vjp(kernel, q_GTH, k_TH, v_TH)
     return out_GTH, (vjp, sinks_G, out_GTH)
 
 
 @without_x64
-def _backward(window, block, interpret, residuals, d_out_GTH):
+def _backward(static, residuals, d_out_GTH):
     vjp, sinks_G, out_GTH = residuals
     with _precision(out_GTH.dtype):
         dq_GTH, dk_TH, dv_TH = vjp(d_out_GTH)
