@@ -118,6 +118,14 @@ def mfu(flops_per_second: float, device_kind: str, device_count: int = 1) -> flo
     return None if peak is None else flops_per_second / (peak * device_count)
 
 
+def _matmul_weights(config: ModelConfig) -> tuple[int, int, int, int]:
+    """Weights of one layer's attention projections, of its router, of one expert, and of the head."""
+    hidden = config.hidden_size
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    attention, router = hidden * heads * config.head_dim, hidden * config.num_local_experts
+    return attention, router, 3 * hidden * config.intermediate_size, hidden * config.vocab_size
+
+
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Returns the numbers of parameters, `(total, active)`; norms, biases and sinks are in both.
 
@@ -125,22 +133,17 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     embedding, from which a row is only looked up. Tied weights count once, in both, because the head uses
     them.
     """
-    hidden, width = config.hidden_size, config.intermediate_size
-    q_out = config.num_attention_heads * config.head_dim
-    kv_out = config.num_key_value_heads * config.head_dim
-    attention = 2 * hidden * q_out + 2 * hidden * kv_out
+    attention, router, expert, vocabulary = _matmul_weights(config)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
     if config.attention_bias:
-        attention += q_out + 2 * kv_out + hidden
-    if config.learned_sinks:
-        attention += config.num_attention_heads
-    router = config.num_local_experts * (hidden + config.router_bias)
-    expert = 3 * hidden * width + config.expert_bias * (2 * width + hidden)
-    vocabulary = config.vocab_size * hidden
-
-    outside_experts = config.num_hidden_layers * (attention + router + 2 * hidden) + hidden + vocabulary
-    experts = config.num_hidden_layers * expert
-    total = outside_experts + experts * config.num_local_experts
-    active = outside_experts + experts * config.num_experts_per_tok
+        queries_keys_values = config.num_attention_heads + 2 * config.num_key_value_heads
+        attention += queries_keys_values * config.head_dim + hidden
+    attention += config.learned_sinks * config.num_attention_heads
+    router += config.router_bias * config.num_local_experts
+    expert += config.expert_bias * (2 * config.intermediate_size + hidden)
+    outside_experts = layers * (attention + router + 2 * hidden) + hidden + vocabulary
+    total = outside_experts + layers * expert * config.num_local_experts
+    active = outside_experts + layers * expert * config.num_experts_per_tok
     return (total if config.tie_word_embeddings else total + vocabulary), active
 
 
@@ -168,12 +171,9 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     """
     if seq_len < 1:
         raise ValueError(f"seq_len is {seq_len}: must be 1 or more")
-    hidden, q_out = config.hidden_size, config.num_attention_heads * config.head_dim
-    kv_out = config.num_key_value_heads * config.head_dim
-    projections = 2 * hidden * q_out + 2 * hidden * kv_out
-    router = hidden * config.num_local_experts
-    experts = config.num_experts_per_tok * 3 * hidden * config.intermediate_size
-    every_layer = config.num_hidden_layers * (projections + router + experts)
-    visible = sum(mean_visible_keys(config, kind, seq_len) for kind in config.resolved_layer_types)
-    forward = 2 * (every_layer + 2 * q_out * visible + hidden * config.vocab_size)
+    attention, router, expert, head = _matmul_weights(config)
+    layer = attention + router + config.num_experts_per_tok * expert
+    keys = sum(mean_visible_keys(config, kind, seq_len) for kind in config.resolved_layer_types)
+    scores = 2 * config.num_attention_heads * config.head_dim * keys
+    forward = 2 * (config.num_hidden_layers * layer + scores + head)
     return 3.0 * forward if training else float(forward)
