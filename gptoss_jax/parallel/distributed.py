@@ -59,17 +59,20 @@ def distributed_session(name: str) -> Iterator[None]:
     if not _initialize():
         yield
         return
+    stop = None
     try:
         with warnings.catch_warnings():
             _silence_output()
-            yield
-    except SystemExit:  # the processes have agreed to stop
-        jax.distributed.shutdown()
-        raise
+            try:
+                yield
+            except SystemExit as error:  # on which all processes have agreed
+                stop = error
+        barrier()
     except BaseException as error:
         _exit(name, error)
-    else:
-        jax.distributed.shutdown()
+    jax.distributed.shutdown()
+    if stop is not None:
+        raise stop
 
 
 def allgather_host(value: Any) -> list[Any]:
@@ -123,7 +126,7 @@ def agree_on_kernels(setting: str) -> None:
 
 
 def _initialize() -> bool:
-    """Initializes `jax.distributed` if this is one of several processes, and returns whether it is."""
+    """Initializes `jax.distributed` if this is one of several processes; returns False if it is alone."""
     arguments, launcher = _explicit_processes(), _launcher()
     if arguments is None and launcher is None:
         address = os.environ.get(ADDRESS)
@@ -132,7 +135,11 @@ def _initialize() -> bool:
     if arguments is not None and arguments["num_processes"] == 1:
         return False
     try:
-        jax.distributed.initialize(**(arguments or {}), heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
+        jax.distributed.initialize(
+            **(arguments or {}),
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
     except Exception as error:  # every launcher has its own: HTTP, Kubernetes, a variable that is no number
         if launcher == "Cloud TPU" and isinstance(error, ValueError):
             return False  # a TPU machine that belongs to no cluster
@@ -140,7 +147,7 @@ def _initialize() -> bool:
             f"cannot join the processes that {launcher or 'the environment'} names: {error}. Set {BY_HAND}, "
             f"or {COUNT}=1 for this process alone"
         ) from error
-    return jax.process_count() > 1
+    return True
 
 
 def _explicit_processes() -> dict[str, Any] | None:
@@ -193,7 +200,10 @@ def _silence_output() -> None:
 
 def _exit(name: str, error: BaseException) -> None:
     """Reports an error and ends this process, without the exit handlers that would wait for the others."""
-    index, count = jax.process_index(), jax.process_count()
+    try:
+        index, count = jax.process_index(), jax.process_count()
+    except RuntimeError:  # no backend
+        index, count = 0, 1
     if any(word in str(error) for word in PEER_FAILURE):
         advice = "see its own output, and start all of them again to resume from the last checkpoint"
         lost = f"process {index} of {count} has lost another one, which failed or was killed"
