@@ -1,4 +1,4 @@
-"""Simulated devices, and the tiny models that the tests share: their sizes all differ."""
+"""Eight simulated devices, and fixtures shared by the tests. The sizes of each model all differ."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import pathlib
 import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the tests' time is compilation, which level 0 halves. What the caller has set stands last and wins.
+# Most of the time goes into compilation, which level 0 halves. The caller's flags come last and win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     + os.environ.get("XLA_FLAGS", "")
@@ -33,7 +33,7 @@ RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tik
 
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
-    """gpt-oss proper. Its YaRN ramp ends inside of the four frequencies: 0.37 … 1.58."""
+    """The gpt-oss architecture. YaRN's correction range is 0.37 to 1.58, within the four frequencies."""
     return ModelConfig(
         vocab_size=97,
         hidden_size=24,
@@ -57,7 +57,8 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def notebook_config() -> ModelConfig:
-    """The other dialect: tied, no biases, no learned sinks but sink tokens, plain SwiGLU, no YaRN."""
+    """The other dialect: tied embeddings, no biases, sink tokens instead of learned sinks, plain SwiGLU, no
+    YaRN."""
     return ModelConfig(
         vocab_size=101,
         hidden_size=26,
@@ -105,7 +106,7 @@ def _random_params(config: ModelConfig, seed: int) -> dict:
 
 @pytest.fixture(scope="session")
 def random_params():
-    """(config, seed=0) -> parameters where norms, biases and sinks are random too; logits far from flat."""
+    """(config, seed=0) -> random parameters, even norms, biases and sinks, with logits far from uniform."""
     return lambda config, seed=0: _random_params(config, seed)
 
 
@@ -116,7 +117,7 @@ def _apply(config: ModelConfig):
 
 @pytest.fixture(scope="session")
 def apply_model():
-    """(config, params, tokens, segment ids, positions) -> logits in numpy; compiled once per config."""
+    """(config, params, tokens, segment ids, positions) -> NumPy logits; compiled once per config."""
     return lambda config, params, *inputs: np.asarray(_apply(config)(params, *inputs))
 
 
@@ -140,7 +141,7 @@ def harmony(tmp_path_factory):
 
 @pytest.fixture(params=["native", "plain"])
 def cpu_form(request, monkeypatch):
-    """With the kernels in C++, where they can be compiled, and as a machine without a compiler does it."""
+    """Runs a test with the C++ kernels, if they can be compiled, and as on a machine without a compiler."""
     if request.param == "plain":
         monkeypatch.setattr(build, "is_available", lambda: False)
     jax.clear_caches()
@@ -150,7 +151,7 @@ def cpu_form(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory):
-    """(form) -> a Hugging Face folder, which the tests share: use `edited_folder` to change it."""
+    """(form) -> a Hugging Face folder shared by all tests; to change one, use `edited_folder`."""
 
     @functools.cache
     def make(form):
@@ -161,7 +162,7 @@ def hf_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def original_folder(hf_folder, tmp_path_factory):
-    """(form) -> a folder that holds only `original/`, with the weights of `hf_folder(form)`."""
+    """(form) -> a folder with only `original/`, the weights of `hf_folder(form)`."""
 
     @functools.cache
     def make(form):
@@ -174,7 +175,7 @@ def original_folder(hf_folder, tmp_path_factory):
 
 @pytest.fixture
 def edited_folder(hf_folder, tmp_path):
-    """(form, edit) -> a copy of `hf_folder(form)` after `edit` has changed its dict of tensors."""
+    """(form, edit) -> a copy of `hf_folder(form)`, after `edit` changed its dict of tensors."""
 
     def make(form, edit=lambda tensors: None):
         folder = shutil.copytree(hf_folder(form), tmp_path / f"copy-{form}")

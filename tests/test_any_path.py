@@ -1,4 +1,4 @@
-"""Every command and setting that takes a path, with a folder name full of special characters."""
+"""Every command and setting that takes a path, with special characters in the folder's name."""
 
 import io
 import json
@@ -49,7 +49,7 @@ metric_list:
 
 
 def run(*command: object, **environment: str) -> str:
-    """Runs a process from the folder above the nasty one. Returns what it prints to stdout."""
+    """Runs a process in the parent of the folder with special characters; returns its stdout."""
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", env=environment)
@@ -59,7 +59,7 @@ def run(*command: object, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """The nasty folder: a preset, text in three forms, a tokenizer, a task of lm_eval."""
+    """The folder with special characters: a preset, text in three formats, a tokenizer, an lm_eval task."""
     folder = tmp_path_factory.mktemp("paths") / NASTY
     folder.mkdir()
     (folder / "preset.py").write_text(PRESET, "utf-8")
@@ -67,7 +67,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     (folder / "stories.txt").write_text("<|endoftext|>".join(stories), "utf-8")
     lines = [json.dumps({"text": story}) + "\n" for story in stories]
     (folder / "stories.jsonl").write_text("".join(lines), "utf-8")
-    # lm_eval and datasets take the file that a task names for a pattern.
+    # lm_eval and datasets treat the file name in a task as a glob pattern.
     data = shutil.copy(folder / "stories.jsonl", folder.parent / "stories.jsonl")
     (folder / "task.yaml").write_text(TASK.format(data=json.dumps(str(data))), "utf-8")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -85,7 +85,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> pathlib.Path:
-    """A run that was started, and resumed with more steps; the command that it printed works."""
+    """A run that was started and then resumed with more steps, by the command that it printed."""
     train = [
         sys.executable, ROOT / "train.py", folder / "preset.py",
         "--data.source", f"text:{folder / 'stories.txt'}",
@@ -139,7 +139,7 @@ def test_convert_load_and_train_from(trained, folder):
     kept = gx.from_pretrained(folder / "saved")
     assert gx.generate(model, [tokens]) == gx.generate(kept, [tokens])
     assert gx.ModelConfig.from_hf(out) == gx.ModelConfig.from_hf(folder / "saved" / "config.json")
-    # In another folder, from a jsonl source, with a `~` that the shell did not expand.
+    # In another folder, from a JSONL source, with a `~` that the shell did not expand.
     run(
         sys.executable, ROOT / "train.py", "~/preset.py", "--init-from", "~/out", "--steps", 2,
         "--data.source", "jsonl:~/stories.jsonl#text", "--data.tokenizer", "file:~/tokenizer.json",

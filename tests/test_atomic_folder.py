@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Output folders appear complete or not at all."""
 
 import contextlib
 import fcntl
@@ -139,7 +139,7 @@ def test_disk_that_is_too_small(tmp_path, monkeypatch):
         pass
 
 
-# Writes a tensor whose second half never comes.
+# Writes a tensor whose second half never arrives.
 HANGING = """
 import sys, time
 import numpy as np
@@ -165,7 +165,7 @@ def test_killed_writer(tmp_path):
     )
     try:
         assert process.stdout.readline() == "half\n"
-        # No other process may write there while it runs.
+        # Meanwhile no other process may write there.
         with pytest.raises(ValueError, match="another process is writing it"), atomic_folder(target, 1):
             raise AssertionError("must not be reached")
         process.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The mask rule, grouped heads, learned sinks, and the XLA implementations against the reference."""
+"""The attention mask, grouped heads, learned sinks, and the XLA implementations against the reference."""
 
 import functools
 import re
@@ -16,11 +16,11 @@ from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask
 
 B, N, K, H = 2, 6, 2, 5
 G = N // K
-T = 150  # three blocks of queries, the last one of 22
+T = 150  # three blocks of queries, the last with 22
 
 
 def heads(length, seed=0, dtype=np.float32):
-    """Random q, k, v of one length, scaled so that the weights are far from even."""
+    """Random q, k, v of the same length, scaled so that attention weights are far from uniform."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(2 * rng.standard_normal((B, length, count, H)), dtype) for count in (N, K, K)]
 
@@ -35,7 +35,7 @@ SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0, -0.3, 5.0])
 
 
 def reference(q, k, v, segments, positions, spec, *, sinks_N):
-    """The reference with the signature of the implementations."""
+    """`reference_attention` with the signature of the implementations."""
     return reference_attention(q, k, v, attention_mask(segments, positions, spec), sinks_N=sinks_N)
 
 
@@ -66,13 +66,13 @@ def test_mask_by_hand():
     with_first[:, 0] = 1
     with_first[1:, 1] = 1
     np.testing.assert_array_equal(attention_mask(segments, positions, AttentionSpec(3, 2))[0], with_first)
-    # Full layers have no use for sink tokens.
+    # Full layers do not need sink tokens.
     assert AttentionSpec(None, 2) == AttentionSpec()
     np.testing.assert_array_equal(attention_mask(segments, positions, AttentionSpec(None, 2))[0], causal)
 
 
 def test_mask_of_a_packed_row_by_hand():
-    # Two documents and padding; each starts from position 0, and so has its own sink token.
+    # Two documents and padding. Each starts at position 0, so each has its own sink token.
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0]])
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0]])
     mask = attention_mask(segments, positions, AttentionSpec(2, 1))
@@ -98,7 +98,7 @@ def test_mask_of_a_packed_row_by_hand():
     window=st.none() | st.integers(1, 9),
     sink_tokens=st.integers(0, 4),
 )
-def test_mask_rule(lengths, steps, window, sink_tokens):
+def test_mask_matches_its_definition(lengths, steps, window, sink_tokens):
     row = [segment for segment, length in enumerate(lengths, 1) for _ in range(length)][:9]
     row += [0] * (9 - len(row))
     positions = []
@@ -116,7 +116,7 @@ def test_mask_rule(lengths, steps, window, sink_tokens):
 
 
 def queries_that_change(attend, spec, key, length=11):
-    """Which queries' results move when one key and its value do."""
+    """Returns the queries whose results change when one key and its value change."""
     q, k, v = heads(length)
     before = attend(q, k, v, spec)
     after = attend(q, k.at[:, key].add(1.0), v.at[:, key].add(1.0), spec)
@@ -125,7 +125,7 @@ def queries_that_change(attend, spec, key, length=11):
 
 
 @pytest.mark.parametrize("attend", [by_reference, by_chunks, by_blocks])
-def test_window_holds_w_keys_with_the_query_itself(attend):
+def test_a_window_of_w_keys_includes_the_query(attend):
     assert queries_that_change(attend, AttentionSpec(4), 0) == [0, 1, 2, 3]
     assert queries_that_change(attend, AttentionSpec(4), 5) == [5, 6, 7, 8]
     assert queries_that_change(attend, AttentionSpec(4), 9) == [9, 10]
@@ -142,7 +142,7 @@ def test_sink_tokens_stay_visible(attend):
 
 @pytest.mark.parametrize("attend", [by_chunks, by_blocks])
 def test_window_edge_across_blocks(attend):
-    # The window reaches over the edge between the first block of 64 queries and the second.
+    # The window crosses the boundary between the first and second block of 64 queries.
     assert queries_that_change(attend, AttentionSpec(70), 3, length=T) == list(range(3, 73))
     # 60 is the earliest key that the second block's first query sees.
     assert queries_that_change(attend, AttentionSpec(5), 60, length=T) == [60, 61, 62, 63, 64]
@@ -150,7 +150,7 @@ def test_window_edge_across_blocks(attend):
     assert queries_that_change(attend, AttentionSpec(5, 1), 0, length=T) == list(range(T))
 
 
-def test_query_head_n_uses_key_head_n_over_g():
+def test_query_head_n_attends_with_key_head_n_over_g():
     q, k, v = heads(7)
     before = by_reference(q, k, v, AttentionSpec())
     for moved in (k.at[:, :, 1].mul(-1), v), (k, v.at[:, :, 1].add(1.0)):
@@ -159,7 +159,7 @@ def test_query_head_n_uses_key_head_n_over_g():
         np.testing.assert_array_equal(changed, [False, False, False, True, True, True])
 
 
-def test_two_keys_by_hand():
+def test_attention_to_two_keys_by_hand():
     # Scores ln 3 and ln 1, sink ln 2: weights 3/6 and 1/6.
     q = jnp.array([1.0]).reshape(1, 1, 1, 1)
     k = jnp.log(jnp.array([3.0, 1.0])).reshape(1, 2, 1, 1)
@@ -169,7 +169,7 @@ def test_two_keys_by_hand():
     assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 6 + 1 / 6, rel=1e-6)
     out = reference_attention(q, k, v, mask)
     assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 4 + 1 / 4, rel=1e-6)
-    # The scale is on the scores, not on the sink: head size 4 halves them.
+    # The scores are scaled, halved for head size 4; the sink is not.
     out = reference_attention(
         jnp.full((1, 1, 1, 4), 0.5), jnp.repeat(k, 4, axis=3), jnp.repeat(v, 4, axis=3), mask,
         sinks_N=jnp.log(jnp.array([2.0])),
@@ -177,7 +177,7 @@ def test_two_keys_by_hand():
     assert float(out[0, 0, 0, 0]) == pytest.approx(10 * 3 / 6 + 1 / 6, rel=1e-6)
 
 
-def test_a_very_large_sink_or_score_is_no_nan():
+def test_very_large_sinks_and_scores_give_no_nan():
     q, k, v = heads(4)
     segments, positions = in_order(4)
     mask = attention_mask(segments, positions, AttentionSpec())
@@ -189,8 +189,7 @@ def test_a_very_large_sink_or_score_is_no_nan():
 
 
 def by_the_formulas(q, k, v, sinks, d_out, mask):
-    """docs/math.md, "Forward pass", in numpy: the result and the fused kernel's backward, one head at a
-    time."""
+    """docs/math.md, "Forward pass", in NumPy: the result and the fused backward pass, one head at a time."""
     out, dq, dk, dv, ds = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(N)
     for b in range(B):
         for n in range(N):
@@ -201,7 +200,7 @@ def by_the_formulas(q, k, v, sinks, d_out, mask):
             plain = np.exp(scores - lse[:, None]) @ v[b, :, kv]
             # The sink identity.
             out[b, :, n] = plain / (1 + np.exp(sinks[n] - lse))[:, None]
-            # The usual backward of flash attention, with the lse that has the sink in it.
+            # The usual backward pass of flash attention, with a logsumexp that includes the sink.
             lse = np.logaddexp(lse, sinks[n])
             p = np.exp(scores - lse[:, None])
             delta = (d_out[b, :, n] * out[b, :, n]).sum(axis=1)
@@ -242,7 +241,7 @@ def with_gradients(attend, spec, inputs, d_out, segments, positions):
     return out, *vjp(d_out)
 
 
-# Blocks of 38 tokens, the last one filled up; a window may reach over one of them and over two.
+# Blocks of 38 tokens, the last one padded; windows span up to two or three blocks.
 IMPLEMENTATIONS = {
     "chunks": query_chunked_attention,
     "blocks": functools.partial(blockwise_attention, block=40),
@@ -252,16 +251,16 @@ IMPLEMENTATIONS = {
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 @pytest.mark.parametrize("window", [None, 5, 70])
-def test_implementations_equal_the_reference(name, window, sink_tokens):
+def test_implementations_match_the_reference(name, window, sink_tokens):
     inputs = (*heads(T, seed=5), SINKS)
     d_out = jnp.asarray(np.random.default_rng(6).standard_normal((B, T, N, H)), jnp.float32)
     one_document = in_order(T)
-    # Documents that start inside of blocks and end on their edges, and padding.
+    # Documents that start within blocks and end at block boundaries, and padding.
     lengths = [(40, 24, 80, 6), (3, 100, 47, 0)]
     segments = jnp.array([np.repeat([1, 2, 3, 0], row) for row in lengths])
     positions = jnp.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
     spec = AttentionSpec(window, sink_tokens)
-    # Positions may start anywhere, as in a document that continues from another row: it has no sink tokens.
+    # Positions may start anywhere, as in a document that continues from another row, without sink tokens.
     for where in (one_document, (segments, positions), (segments, positions + 5000)):
         plain = with_gradients(reference, spec, inputs, d_out, *where)
         fast = with_gradients(IMPLEMENTATIONS[name], spec, inputs, d_out, *where)
@@ -271,7 +270,7 @@ def test_implementations_equal_the_reference(name, window, sink_tokens):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_another_document_is_not_seen(name):
+def test_other_documents_are_not_attended_to(name):
     q, k, v = heads(T, seed=7)
     segments = jnp.broadcast_to(jnp.where(jnp.arange(T) < 61, 1, 2), (B, T))
     positions = jnp.broadcast_to(jnp.where(jnp.arange(T) < 61, jnp.arange(T), jnp.arange(T) - 61), (B, T))
@@ -284,7 +283,7 @@ def test_another_document_is_not_seen(name):
     assert (before[:, :61] != after[:, :61]).any()
 
 
-def test_dropout_keeps_the_mean_and_the_sinks_share():
+def test_dropout_keeps_the_mean_and_the_weight_of_the_sinks():
     q, k, v = heads(3, seed=8)
     mask = attention_mask(*in_order(3), AttentionSpec())
     keys = jax.random.split(jax.random.key(0), 20_000)
@@ -294,7 +293,7 @@ def test_dropout_keeps_the_mean_and_the_sinks_share():
     dropped = np.asarray(drop(keys))
     plain = np.asarray(reference_attention(q, k, v, mask, sinks_N=SINKS))
     np.testing.assert_allclose(dropped.mean(axis=0), plain, atol=0.06)
-    # The first query sees one key: kept and made larger, or dropped.
+    # The first query sees one key, which is either kept and scaled up, or dropped.
     first = dropped[:, 0, 0, 0]
     kept = np.abs(first).max(axis=-1) > 0
     assert abs(kept.mean() - 0.6) < 0.02
@@ -303,9 +302,8 @@ def test_dropout_keeps_the_mean_and_the_sinks_share():
     )
 
 
-def test_blocks_drop_the_same_weights_forward_and_backward():
-    """With the same key it is one linear function of the values, so its gradient is known from its
-    results."""
+def test_blocks_drop_the_same_weights_in_forward_and_backward():
+    """With a fixed random key, the output is linear in the values: the outputs determine the gradient."""
     q, k, v = heads(T, seed=9)
     other, d_out = heads(T, seed=10)[2], heads(T, seed=11)[0]
     key = jax.random.key(3)
@@ -321,7 +319,7 @@ def test_blocks_drop_the_same_weights_forward_and_backward():
 
     dv, dq = gradients(v, q, d_out)
     np.testing.assert_allclose(jnp.vdot(dv, other), jnp.vdot(d_out, attend(other, q, key)), rtol=1e-4)
-    # And a small step along a direction of q changes the results as the gradient says.
+    # A finite difference along a direction of q agrees with the gradient.
     step = heads(T, seed=12)[0]
     difference = (attend(v, q + 1e-3 * step, key) - attend(v, q - 1e-3 * step, key)) / 2e-3
     np.testing.assert_allclose(jnp.vdot(dq, step), jnp.vdot(d_out, difference), rtol=2e-3)
@@ -332,7 +330,7 @@ def test_blocks_drop_the_same_weights_forward_and_backward():
 
 
 @pytest.mark.parametrize("window", [None, 128])
-def test_no_array_is_tokens_by_tokens(window):
+def test_no_array_has_the_shape_t_by_t(window):
     length = 2048
     shape = jax.ShapeDtypeStruct
     inputs = [shape((1, length, n, H), jnp.float32) for n in (N, K, K)] + [shape((N,), jnp.float32)]

@@ -1,4 +1,4 @@
-"""Splash attention in interpret mode against the plain reference, and through the TPU compiler."""
+"""Splash attention: in interpret mode against the reference, and compiled for TPUs."""
 
 import functools
 
@@ -17,13 +17,13 @@ SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0])
 
 
 def heads(batch, length, seed):
-    """Random q, k, v, and the result's gradient, scaled so that the weights are far from even."""
+    """Random q, k, v and output gradient, scaled so that attention weights are far from uniform."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(2 * rng.standard_normal((batch, length, n, H)), jnp.float32) for n in (N, K, K, N)]
 
 
 def packed(*rows):
-    """Segment ids and positions of rows of documents; the last length of each is padding."""
+    """Segment ids and positions of packed rows; the last length of each is padding."""
     segments = [np.repeat([*range(1, len(row)), 0], row) for row in rows]
     positions = [np.concatenate([np.arange(n) for n in row]) for row in rows]
     return jnp.array(segments), jnp.array(positions)
@@ -53,8 +53,8 @@ def check(window, where, sinks=SINKS, seed=1):
 
 
 @pytest.mark.parametrize("window", [None, 3, 128])
-def test_equals_the_reference(window):
-    # Documents that start inside of blocks and end on their edges, and padding.
+def test_splash_attention_matches_the_reference(window):
+    # Documents that start within blocks and end at block boundaries, and padding.
     check(window, packed((40, 88, 20, 2), (3, 127, 20, 0)))
 
 
@@ -63,12 +63,12 @@ def test_without_sinks_and_padding():
 
 
 def test_several_blocks():
-    # Two blocks of 384 where the window counts, and one of 640 where it does not: 20 and 40 rows are filled.
+    # With a window, two blocks of 384; without, one block of 640. Padding is 20 and 40 rows.
     check(130, packed((600, 148, 0)))
     check(None, packed((300, 300, 0)))
 
 
-def test_window_holds_w_keys_with_the_query_itself():
+def test_a_window_of_w_keys_includes_the_query():
     segments, positions = packed((260, 0))
     q, k, v, _ = heads(1, 260, 2)
 
@@ -92,7 +92,7 @@ def test_blocks():
 
 
 def test_bfloat16():
-    # The kernels' own gradient of the sinks would come in bfloat16.
+    # JAX's own gradient of the sinks would be bfloat16.
     where = packed((150, 0))
     inputs = [x.astype(jnp.bfloat16) for x in heads(1, 150, 3)]
     plain = with_gradients(False, 40, *[x.astype(jnp.float32) for x in inputs], *where, SINKS)
@@ -102,7 +102,7 @@ def test_bfloat16():
         np.testing.assert_allclose(f.astype(jnp.float32), p, atol=0.02 * np.abs(p).max())
 
 
-def test_sink_tokens_beyond_a_window_are_refused():
+def test_sink_tokens_with_a_window_are_rejected():
     q, k, v, _ = heads(1, 7, 4)
     where = packed((7, 0))
     with pytest.raises(ValueError, match="sink_tokens is 4: .* must be 0"):
@@ -113,7 +113,7 @@ def test_sink_tokens_beyond_a_window_are_refused():
 
 
 def precisions(jaxpr):
-    """Of all products in a program, those inside of kernels too."""
+    """Yields the precision of every matmul in a program, inside kernels too."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield equation.params["precision"]

@@ -1,4 +1,4 @@
-"""The GPU kernels: run as plain JAX against the reference, and lowered to Triton, which needs no GPU."""
+"""Triton attention: in interpret mode against the reference, and lowered for CUDA. Neither needs a GPU."""
 
 import functools
 
@@ -11,20 +11,20 @@ from helpers.cuda_lowering import kernels_for_cuda
 from gptoss_jax.kernels.attention.pallas_triton import Block, Blocks, triton_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 
-B, T, N, K, H = 3, 150, 6, 2, 24  # neither T nor H fits the blocks
+B, T, N, K, H = 3, 150, 6, 2, 24  # neither T nor H is a multiple of a block
 SMALL = Blocks(Block(16, 16, 4, 2), Block(32, 16, 4, 2), Block(16, 32, 4, 2))
 SINKS = jnp.array([-2.0, 0.5, 3.0, 1.0, -0.3, 5.0])
 
 
 def heads(seed=0, dtype=np.float32):
-    """Random q, k, v and the result's gradient."""
+    """Random q, k, v and output gradient."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(2 * rng.standard_normal((B, T, count, H)), dtype) for count in (N, K, K, N)]
 
 
 def packed():
-    """Segment ids and positions: documents that start inside of blocks and end on their edges, and padding;
-    positions that begin late; positions that rise by one to three."""
+    """Segment ids and positions: documents that start within blocks and end at block boundaries, padding, and
+    positions that start late or rise by one to three."""
     lengths = [(40, 24, 80, 6), (3, 100, 47, 0), (90, 22, 38, 0)]
     segments = np.array([np.repeat([1, 2, 3, 0], row) for row in lengths])
     positions = np.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
@@ -53,7 +53,7 @@ NAMES = ("out", "dq", "dk", "dv", "ds")
 
 @pytest.mark.parametrize("sink_tokens", [0, 2])
 @pytest.mark.parametrize("window", [None, 1, 5, 70])
-def test_equals_the_reference(window, sink_tokens):
+def test_kernels_match_the_reference(window, sink_tokens):
     *inputs, d_out = heads()
     inputs = (*inputs, SINKS)
     plain = with_gradients(False, AttentionSpec(window, sink_tokens), inputs, d_out, *packed())
@@ -71,7 +71,7 @@ def test_without_learned_sinks(window, sink_tokens):
         assert np.abs(f - p).max() < 1e-5 * np.abs(p).max(), name
 
 
-def test_narrow_types_are_kept_and_close():
+def test_narrow_dtypes_are_kept_and_close_to_float32():
     *inputs, d_out = heads(seed=3, dtype=jnp.bfloat16)
     inputs = (*inputs, SINKS.astype(jnp.bfloat16))
     fast = with_gradients(True, AttentionSpec(5, 2), inputs, d_out, *packed())
@@ -83,35 +83,35 @@ def test_narrow_types_are_kept_and_close():
 
 
 def in_order(spoilt=slice(0)):
-    """One document; q, k, v and the result's gradient that are not a number at some tokens."""
+    """One document whose q, k, v and output gradient are NaN at some tokens."""
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
     arrays = [x.at[:, spoilt].set(jnp.nan) for x in heads(seed=4)]
     return arrays[:3], arrays[3], jnp.ones_like(positions), positions
 
 
 def finite_tokens(window, sink_tokens, spoilt):
-    """Tokens with finite out, dq, dk and dv where those of `spoilt` are not a number: a zero weight does not
-    save what was read."""
+    """Returns the tokens with finite out, dq, dk and dv when the tokens of `spoilt` are NaN: whatever is read
+    becomes NaN, even with weight zero."""
     inputs, d_out, *where = in_order(spoilt)
     results = with_gradients(True, AttentionSpec(window, sink_tokens), (*inputs, SINKS), d_out, *where)[:4]
     return [np.flatnonzero(np.isfinite(x).all(axis=(0, 2, 3))).tolist() for x in results]
 
 
-def test_far_blocks_are_not_read():
-    # Blocks of 16 keys, and of 16 or 32 rows that are the queries of 3 heads: 6 to 12 tokens.
+def test_blocks_outside_the_window_are_not_read():
+    # Blocks of 16 keys; blocks of 16 or 32 rows hold the queries of 3 heads: 6 to 12 tokens.
     out, dq, dk, dv = finite_tokens(5, 0, slice(64, 80))
     assert set(out) >= {*range(60), *range(90, T)}
     assert set(dq) >= {*range(54), *range(96, T)}
     assert set(dk) & set(dv) >= {*range(32), *range(96, T)}
-    # In full layers later queries read them, and earlier ones still do not.
+    # In full layers later queries read them, but earlier ones still do not.
     assert finite_tokens(None, 0, slice(64, 80))[0] == [*range(64)]
-    # The first tokens' gradients, and those of their block of 32 keys, come from all queries.
+    # The gradients of the first tokens and of their block of 32 keys depend on all queries.
     out, _, dk, dv = finite_tokens(5, 2, slice(64, 80))
     assert set(out) >= {*range(60), *range(90, T)}
     assert dk == dv == [*range(96, T)]
 
 
-def test_another_document_is_not_read():
+def test_blocks_of_other_documents_are_not_read():
     (q, k, v), _, _, positions = in_order(slice(0, 48))
     segments = jnp.where(positions < 48, 1, 2)
     out = triton_attention(
@@ -120,8 +120,8 @@ def test_another_document_is_not_read():
     assert np.isfinite(out[:, 48:]).all() and np.isnan(out[:, :48]).all()
 
 
-def test_padding_whose_positions_stand_still():
-    # Segments and positions 0, as packing makes it: the documents' results are not touched by it.
+def test_padding_with_constant_positions():
+    # Padding from packing has segment 0 and position 0. It does not affect the documents' results.
     inputs, d_out, segments, positions = in_order()
     kept = jnp.arange(T) < 100
     d_kept, spec = d_out * kept[:, None, None], AttentionSpec(5, 2)
@@ -135,7 +135,7 @@ def test_padding_whose_positions_stand_still():
 
 
 def training_step(dtype, window, length=1024):
-    """Forward and backward pass, and the shapes of its arguments."""
+    """Returns the forward and backward pass, and the shapes of its arguments."""
     shape = {count: jax.ShapeDtypeStruct((2, length, count, 64), dtype) for count in (8, 2)}
     where = jax.ShapeDtypeStruct((2, length), jnp.int32)
     sinks = jax.ShapeDtypeStruct((8,), dtype)
@@ -166,7 +166,7 @@ def equations(jaxpr):
 
 
 @pytest.mark.parametrize("window", [None, 128])
-def test_no_score_matrix_and_full_precision(window):
+def test_no_score_matrix_is_stored_and_matmuls_have_full_precision(window):
     products = 0
     function, shapes = training_step(jnp.float32, window)
     for equation in equations(jax.make_jaxpr(function)(*shapes).jaxpr):

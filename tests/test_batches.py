@@ -1,4 +1,4 @@
-"""Packed rows, the order and position of batches, and global batches."""
+"""Packed rows, the order and position of batches, and global batches on a mesh."""
 
 import collections
 import dataclasses
@@ -48,7 +48,7 @@ def same(left, right):
     )
 
 
-def test_rows(cache, config):
+def test_packed_rows_by_hand(cache, config):
     seen = collections.Counter()
     rows = PackedRows(cache, held_out=False, seq_len=config.seq_len)
     for row in rows:
@@ -72,7 +72,7 @@ def test_rows(cache, config):
     assert seen == expected
 
 
-def test_an_epoch_has_each_row_once_and_epochs_differ(cache, config):
+def test_every_epoch_has_each_row_once_in_another_order(cache, config):
     config = dataclasses.replace(config, batch_size=1)
     count = len(PackedRows(cache, held_out=False, seq_len=config.seq_len))
     batches = [batch["tokens"].tobytes() for batch in take(train_batches(cache, config, 0), 2 * count)]
@@ -95,7 +95,7 @@ def test_only_the_selected_rows_of_a_batch_are_read(cache, config, monkeypatch):
     batches = train_batches(cache, config, 3, np.array([5]))
     next(batches)
     time.sleep(0.3)
-    # A few batches are read ahead by a thread; whole ones would be 40 rows.
+    # A thread prefetches a few batches; whole batches would be 40 rows.
     assert 0 < len(read) <= 12
 
 
@@ -122,7 +122,7 @@ def test_position_is_saved_and_restored(cache, config):
     assert same(take(batches, 9), later)
     batches.set_state(start)
     assert same(take(batches, 7), first)
-    # For another part, as with another number of processes, and in a new one.
+    # For another slice of the batch, as with another number of processes, and in a new iterator.
     half = train_batches(cache, config, 5, np.arange(4, 8))
     half.set_state(state)
     assert np.array_equal(next(half)["tokens"], later[0]["tokens"][4:])
@@ -138,7 +138,7 @@ def test_fewer_rows_than_a_batch(cache, config):
     assert next(train_batches(cache, config, 0))["tokens"].shape == (500, 48)
 
 
-def test_text_shorter_than_a_row_is_refused(cache, config):
+def test_text_shorter_than_a_row_is_rejected(cache, config):
     pairs = int((np.diff(cache.offsets)[~cache.held_out] - 1).sum())
     train_batches(cache, dataclasses.replace(config, seq_len=pairs), 0)
     expected = f"data.seq_len is {pairs + 1}: the training text has only {pairs} tokens"
@@ -158,7 +158,7 @@ def test_held_out_batches(cache, config):
     assert np.array_equal(tokens[: len(rows)], [row["tokens"] for row in rows])
     assert not tokens[len(rows) :].any() and not segments[len(rows) :].any()
     assert same(held_out_batches(cache, config), batches)
-    # A limit picks evenly; one that is not reached changes nothing.
+    # A limit picks evenly spaced rows; a limit above the number of rows changes nothing.
     (few,) = held_out_batches(cache, config, limit=1)
     chosen = [i * len(rows) // 4 for i in range(4)]
     assert np.array_equal(few["targets"], [rows[i]["targets"] for i in chosen])
@@ -184,7 +184,7 @@ def test_make_global_batch(cache, config):
 
 
 class Process:
-    """What two of the functions ask a sharding, for a process that has some of the mesh's devices."""
+    """A fake sharding in which a process has only some of the mesh's devices."""
 
     def __init__(self, sharding, devices):
         self._sharding, self._devices = sharding, devices
@@ -198,7 +198,7 @@ class Process:
     "axes, spec, expected",
     [
         ({"data": 2, "tensor": 4}, "data", [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        # Both processes hold parts of the same model: the same rows.
+        # Both processes hold shards of the same model: they need the same rows.
         ({"tensor": 8}, None, [list(range(8))] * 2),
         # The tensor axis spans the processes.
         ({"tensor": 2, "data": 4}, "data", [list(range(8))] * 2),

@@ -1,4 +1,4 @@
-"""Every bad setting is an error that names the field, the value and what is allowed."""
+"""Settings: bad ones are errors that name the field, the value and what is allowed; JSON; flags."""
 
 import dataclasses
 import json
@@ -150,18 +150,18 @@ BAD = [
 
 
 @pytest.mark.parametrize(("cls", "values", "message"), BAD)
-def test_error_names_field_value_and_what_is_allowed(cls, values, message):
+def test_errors_name_the_field_the_value_and_what_is_allowed(cls, values, message):
     with pytest.raises(ValueError) as caught:
         cls(**values)
     assert str(caught.value) == message
 
 
-def test_wrong_layer_types_name_the_field():
+def test_errors_of_layer_types_name_the_field():
     with pytest.raises(ValueError, match=r"^model\.layer_types is \(1, 2\): must be "):
         ModelConfig(num_hidden_layers=2, layer_types=(1, 2))
 
 
-def test_an_integer_is_a_valid_float():
+def test_integers_are_valid_floats():
     assert ModelConfig(rope_theta=10000).rope_theta == 10000
 
 
@@ -222,7 +222,7 @@ def test_from_dict_keeps_defaults():
         ({"data": {"seq_len": [3]}}, "data.seq_len is (3,): must be an integer"),
     ],
 )
-def test_from_dict_refuses(values, message):
+def test_from_dict_rejects_bad_values(values, message):
     with pytest.raises(ValueError) as caught:
         TrainConfig.from_dict(values)
     assert str(caught.value) == message
@@ -260,7 +260,7 @@ def test_period_of_layer_types(layers, layer_types, period):
     assert config.resolved_layer_types == period * (layers // len(period))
 
 
-def test_first_layer_slides_by_default():
+def test_the_first_layer_is_sliding_by_default():
     assert ModelConfig(num_hidden_layers=3).resolved_layer_types == (SLIDING, FULL, SLIDING)
 
 
@@ -273,7 +273,7 @@ def test_configs_are_frozen_and_hashable():
 
 @pytest.fixture
 def preset(tmp_path):
-    """Writes a preset whose model has the given settings; returns its path."""
+    """Writes a preset whose model has these settings; returns its path."""
 
     def write(**model) -> str:
         model = {"num_hidden_layers": 1} | model
@@ -287,7 +287,7 @@ def preset(tmp_path):
 
 
 def fields_of(cls=TrainConfig, path=()):
-    """The path, types and section of every field."""
+    """Yields the path, types and section of every field."""
     for name, kind in typing.get_type_hints(cls).items():
         kinds = (kind, *typing.get_args(kind))
         section = next(filter(dataclasses.is_dataclass, kinds), None)
@@ -333,7 +333,7 @@ def test_the_optional_section_can_be_switched_off_and_on_on_the_command_line(pre
         assert config.model.rope_scaling == RopeScaling(factor=4.0)
 
 
-def test_the_fields_with_several_values():
+def test_fields_with_several_values():
     found = [
         path for path, kinds, _ in fields_of() if any(typing.get_origin(kind) is tuple for kind in kinds)
     ]
@@ -355,14 +355,14 @@ def test_the_fields_with_several_values():
         ),
     ],
 )
-def test_contradictory_flags_are_refused(preset, flags, message):
+def test_contradictory_flags_are_rejected(preset, flags, message):
     with pytest.raises(ValueError) as caught:
         read_preset(preset(), flags)
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
-def test_former_names_are_read_from_json_and_refused_elsewhere(former, name, tmp_path):
+def test_old_names_are_read_from_json_and_rejected_elsewhere(former, name, tmp_path):
     (section, old), new = former.split("."), name.split(".")
     value = 2 if new[1] == "grad_accum_steps" else 0.5
     assert value_at(TrainConfig.from_dict({section: {old: value}}), new) == value

@@ -1,4 +1,4 @@
-"""Runs of several processes: real ones on this machine, with gloo."""
+"""Multi-process runs: real processes on this machine, connected by Gloo."""
 
 import dataclasses
 import os
@@ -49,7 +49,7 @@ def start_all(command, devices=1, count=2):
 
 
 def wait_for_exit(started, timeout=200):
-    """(exit code, stdout, stderr) of each process."""
+    """Returns (exit code, stdout, stderr) of each process."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in started]
     finally:
@@ -59,7 +59,7 @@ def wait_for_exit(started, timeout=200):
 
 
 def losses(folder):
-    """(step, whether of training, whether of all held-out text) -> loss."""
+    """Returns a dict: (step, is training, is the final evaluation) -> loss."""
     rows = read_metrics(folder / "metrics.jsonl")
     return {
         (row["step"], "loss" in row, "final" in row): row.get("loss", row.get("val_loss")) for row in rows
@@ -75,8 +75,8 @@ def wait_for_rows(folder, count, started):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The outputs of a run of one process with 8 devices, and of one that starts on two processes with 4,
-    is killed, resumes on two with 2, is stopped, and ends on one with 4."""
+    """The outputs of a run of one process with 8 devices, and of a run that starts with two processes of 4
+    devices, is killed, resumes with two of 2, is stopped, and ends with one of 4."""
     folder = tmp_path_factory.mktemp("processes")
     words, chosen = ["ka", "lo", "mi", "teru", "sano"], random.Random(0)
     stories = [" ".join(chosen.choices(words, k=chosen.randint(20, 90))) + ".\n" for _ in range(40)]
@@ -116,7 +116,7 @@ def runs(tmp_path_factory):
     found["killed"] = wait_for_exit(pair)
     found["first"] = losses(broken)
     (found["whole"],) = wait_for_exit([reference])
-    # Another size of the axes too.
+    # The axes have other sizes, too.
     pair = start_all(line("broken", mesh=MeshConfig(fsdp=2, expert=2)), devices=2)
     while "Resuming" not in (resumed := pair[0].stdout.readline()):
         assert resumed, wait_for_exit(pair)
@@ -129,7 +129,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(runs):
+def test_two_processes_match_one(runs):
     assert runs["whole"][0] == 0, runs["whole"][2]
     whole = losses(runs["folder"] / "whole")
     assert len(runs["first"]) >= 8
@@ -161,7 +161,7 @@ def test_resumes_on_another_mesh_and_stops_after_a_signal_to_one_process(runs):
 
 
 @pytest.mark.slow
-def test_a_run_of_many_meshes_has_the_losses_of_one(runs):
+def test_a_run_on_many_meshes_has_the_losses_of_one(runs):
     whole = losses(runs["folder"] / "whole")
     assert runs["third"].keys() == whole.keys() and len(whole) == STEPS + 2
     np.testing.assert_allclose(
@@ -216,7 +216,7 @@ def start_demo(mode, folder, count=2):
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
-    """mode -> the processes' (exit code, stdout, stderr)."""
+    """mode -> (exit code, stdout, stderr) of each process."""
     folder = tmp_path_factory.mktemp("demo")
     started = {mode: start_demo(mode, folder) for mode in ("checks", "all", "one", "kill")}
     victim = started["kill"][0]
@@ -231,13 +231,13 @@ def test_every_process_reports_its_own_error(demos):
     assert errors == ["demo: error: wrong everywhere\n", "demo: process 1 of 2: error: wrong everywhere\n"]
 
 
-def test_an_error_of_one_ends_the_others(demos):
+def test_an_error_in_one_process_ends_the_others(demos):
     (code, _, err), (own_code, _, own_err) = demos["one"]
     assert (code, own_code) == (1, 1) and own_err == "demo: process 1 of 2: error: wrong in one\n"
     assert err.startswith(f"demo: error: {LOST.format(0, 2)}") and err.count("\n") == 1
 
 
-def test_process_0_killed_ends_the_others(demos):
+def test_killing_process_0_ends_the_others(demos):
     (_, (code, _, err)) = demos["kill"]
     assert (code == 1 and LOST.format(1, 2) in err) or (
         code == -signal.SIGABRT and "another task died" in err
@@ -245,8 +245,8 @@ def test_process_0_killed_ends_the_others(demos):
 
 
 def assert_lost(code, err, index):
-    """Checks how a process ended that has lost the other one: an error of gloo's, which notices a closed
-    connection, or JAX's coordination service, which aborts. Either may be the first."""
+    """Asserts that a process ended because it lost the other one: by an error from Gloo, which notices a
+    closed connection, or by JAX's coordination service, which aborts. Either may come first."""
     if code == -signal.SIGABRT:
         assert "another task died" in err
     else:
@@ -266,7 +266,7 @@ def test_a_suspended_process_ends_the_others(tmp_path):
     assert "stopped sending heartbeats" in err
 
 
-def test_what_has_to_be_the_same_for_all(demos):
+def test_settings_must_be_the_same_in_all_processes(demos):
     (code, out, err), (other, silent, _) = demos["checks"]
     assert (code, other) == (0, 0) and silent == "", err
     first, shared, not_shared, seed = out.splitlines()
@@ -301,7 +301,7 @@ LAUNCHERS = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_", "TPU_")
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets variables; a None removes one."""
+    """Sets environment variables; None removes one."""
     for name in os.environ:
         if name.startswith(("JAX_COORD", "JAX_NUM_PROC", "JAX_PROCESS", *LAUNCHERS)):
             monkeypatch.delenv(name)
@@ -324,11 +324,11 @@ def environment(monkeypatch):
         # In the batch script itself, without srun.
         SLURM | {"SLURM_STEP_NODELIST": None},
         OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"},
-        # A pod that is no part of a job.
+        # A pod that is not part of a job.
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
     ],
 )
-def test_a_single_process_does_not_initialize(environment, variables):
+def test_a_single_process_does_not_initialize_jax_distributed(environment, variables):
     environment(variables)
     with distributed.distributed_session("demo"):
         assert not jax.distributed.is_initialized()
@@ -346,7 +346,7 @@ def test_a_single_process_does_not_initialize(environment, variables):
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, {}),
     ],
 )
-def test_several_processes_are_initialized(environment, monkeypatch, variables, named):
+def test_several_processes_initialize_jax_distributed(environment, monkeypatch, variables, named):
     environment(variables)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
@@ -357,7 +357,7 @@ def test_several_processes_are_initialized(environment, monkeypatch, variables, 
     assert arguments == named
 
 
-def test_an_open_mpi_that_jax_does_not_know(environment):
+def test_open_mpi_versions_unknown_to_jax(environment):
     environment({"OMPI_COMM_WORLD_SIZE": "2"})
     with (
         pytest.raises(OSError, match="cannot join the processes that Open MPI names: .* Set JAX_COORD"),

@@ -1,4 +1,4 @@
-"""Text files are UTF-8 and any text can be printed, whatever the locale."""
+"""In every locale, text files are UTF-8 and any text can be printed."""
 
 import ast
 import io
@@ -37,7 +37,7 @@ TINY = """
 --data.tokenizer bpe:400 --eval.sample-tokens 4 --steps 2 --run-dir run --data.cache-dir cache
 --data.source text:book.txt
 """
-# Runs train.py and, given a prompt, gptoss. A text file that our code opens without an encoding is an error.
+# Runs train.py and, given a prompt, gptoss. Opening a text file without an encoding is an error.
 STRICT = """
 import runpy, sys, warnings
 warnings.filterwarnings("error", category=EncodingWarning, module=r"gptoss_jax(\\.|$)")
@@ -57,7 +57,7 @@ if prompt:
 
 
 def opened_without_encoding(source):
-    """Lines of the calls that read or write text in the encoding of the locale."""
+    """Returns the lines of calls that read or write text in the locale's encoding."""
     lines = []
     for call in ast.walk(ast.parse(source)):
         if not isinstance(call, ast.Call):
@@ -103,7 +103,7 @@ def test_any_text_can_be_printed(monkeypatch, encoding, printed):
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    # The first character is a file name's, as Python reads it where the locale cannot decode it.
+    # The first character is how Python represents a file name that the locale cannot decode.
     assert startup.run(lambda: print("\udcc3\udca9 \u00df \u2501"), "x") == 0
     assert startup.run(lambda: user_path("~\u2501", "run_dir"), "x") == 2
     out.flush()
@@ -138,7 +138,7 @@ def test_invalid_paths_do_not_exist(tmp_path, monkeypatch):
 
 
 def latin_locale(folder):
-    """The environment of a locale in ISO-8859-1, made here. Skips the test where that is not possible."""
+    """The environment of an ISO-8859-1 locale, which is created here; skips the test if it cannot be."""
     name = "en_US.ISO-8859-1"
     command = ["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(folder / name)]
     if not shutil.which("localedef"):
@@ -151,7 +151,7 @@ def latin_locale(folder):
 
 @pytest.fixture
 def run(tmp_path):
-    """(locale, prompt, options) -> what train.py prints there and, given a prompt, gptoss."""
+    """(locale, prompt, options) -> the output of train.py and, given a prompt, of gptoss."""
     text = "\n<|endoftext|>\n".join(" ".join(WORDS[i % 7 :] + WORDS) + "." for i in range(80))
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
 
@@ -174,7 +174,7 @@ def run(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_in_the_c_locale(tmp_path, run):
-    # The locale's encoding cannot spell the name of the eos token.
+    # The locale cannot encode the name of the eos token.
     model = tokenizers.Tokenizer.from_str(train_bpe(400, [" ".join(WORDS)]))
     model.add_special_tokens(["<\uff5cfin\uff5c>"])
     (tmp_path / "words.json").write_text(model.to_str(), encoding="utf-8")
@@ -182,7 +182,7 @@ def test_a_run_in_the_c_locale(tmp_path, run):
     printed = run(C_LOCALE, "Stra\u00dfe \u65e5\u672c", "--data.tokenizer", spec)
     assert b"xz -9" in printed and b"\nStra?e ??" in printed
     assert b"\nrun/report.png\n" in printed and b"Models of the gpt-oss family" in printed
-    # The spec is printed with the bytes that the command line gave.
+    # The spec is printed with the bytes given on the command line.
     assert printed.replace(spec.encode(), b"").isascii()
     tokenizer = load_tokenizer(tmp_path / "run")
     assert tokenizer.eos_id == tokenizer.special_tokens["<\uff5cfin\uff5c>"]
@@ -193,6 +193,6 @@ def test_a_run_resumes_in_another_locale(tmp_path, run):
     assert b"xz -9" in run(latin_locale(tmp_path), "")
     (made,) = tmp_path.glob("cache/*/tokenizer.json")
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == made.read_bytes()
-    # The record of the checkpoint and the run folder hold the same tokenizer, or this would be refused.
+    # Resuming requires that the checkpoint's record and the run folder have the same tokenizer.
     printed = run(C_LOCALE, "Stra\u00dfe \u65e5\u672c")
     assert b"This run is finished" in printed and b"\nStra?e ??" in printed and printed.isascii()

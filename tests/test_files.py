@@ -1,4 +1,4 @@
-"""Bytes of text files: compressed ones, byte order marks, and what is not text in UTF-8."""
+"""Reading text files: compression, byte order marks, and files that are not UTF-8 text."""
 
 import bz2
 import gzip
@@ -40,7 +40,7 @@ def test_compressed_files_are_read_whatever_their_name(tmp_path, kind):
     assert read(f"text:{path}") == ["one", "tw\u00f6\n"]
     path.write_bytes(compress(ROWS))
     assert read(f"jsonl:{path}") == ["one", "tw\u00f6"]
-    # Two compressed files, one after the other, are one text.
+    # Two concatenated compressed files are one text.
     path.write_bytes(compress(b"one\n") + compress(b"two\n"))
     assert read(f"text:{path}") == ["one\ntwo\n"]
     path.write_bytes(compress(b""))
@@ -81,7 +81,7 @@ def test_zstd_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 def test_a_byte_order_mark_at_the_start_is_left_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(BOM + b"a" + BOM)
     assert read(f"text:{tmp_path}/a.txt") == ["a\ufeff"]
-    # Files that were joined, with a separator between them.
+    # Concatenated files, with a separator in between.
     (tmp_path / "a.txt").write_bytes(BOM + b"one\n<|endoftext|>\n" + BOM + b"two<|endoftext|>" + BOM)
     assert read(f"text:{tmp_path}/a.txt") == ["one", "two"]
     (tmp_path / "b.txt").write_bytes(BOM + b"ab\xff")

@@ -42,7 +42,7 @@ def load(checkpoint):
 
 
 @pytest.mark.parametrize("name, experts", HELD)
-def test_logits_on_both_sides_of_position_5000(name, experts, load, record_property):
+def test_logits_before_and_after_position_5000(name, experts, load, record_property):
     arrays = golden(name)
     # Packing has nothing to do with positions, and a short sequence compiles sooner.
     tokens = arrays["tokens"][: None if experts == "float32" else 28]
@@ -77,7 +77,7 @@ def test_greedy_continuations_of_a_ragged_batch(name, experts, load):
 
 
 @pytest.mark.parametrize("name", ["top2", "mxfp4"])
-def test_the_original_layout_holds_the_same_model(name, checkpoint, tmp_path):
+def test_the_original_layout_gives_the_same_model(name, checkpoint, tmp_path):
     original = from_pretrained(original_layout(checkpoint(name), tmp_path / "original"))
     published = from_pretrained(checkpoint(name))
     assert original.config == published.config

@@ -397,7 +397,7 @@ def test_openai_harmony_needs_no_file(harmony, monkeypatch, before):
     ],
     ids=["other", "empty"],
 )
-def test_other_tables_are_refused(table, reason):
+def test_other_vocabularies_of_the_same_size_are_rejected(table, reason):
     special = {f"<|{name}|>": token for name, token in SPECIAL.items()}
     other = dataclasses.replace(
         make_tokenizer("bytes"), name="mine", vocab_size=200019, special_tokens=special,

@@ -40,7 +40,7 @@ class Result:
 
 
 @pytest.mark.parametrize(("backend", "most"), [("cpu", 1), ("gpu", 2), ("tpu", 2)])
-def test_results_come_in_order_and_few_are_in_flight(monkeypatch, backend, most):
+def test_results_are_in_order_and_few_are_in_flight(monkeypatch, backend, most):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     queue = Queue()
 
@@ -55,7 +55,7 @@ def test_results_come_in_order_and_few_are_in_flight(monkeypatch, backend, most)
     assert list(in_flight.bounded([])) == []
 
 
-def test_a_prompt_of_many_pieces_waits_for_each(tiny_config, random_params, monkeypatch):
+def test_a_prompt_of_many_chunks_waits_for_each(tiny_config, random_params, monkeypatch):
     queue, sizes = Queue(), []
 
     def prefill(config, params, cache, tokens_BT, counts_B):
@@ -83,7 +83,7 @@ def test_a_prompt_of_many_pieces_waits_for_each(tiny_config, random_params, monk
     assert sizes == [8] * 11 + [4] and queue.most == 1
 
 
-def test_a_result_may_be_any_tree():
+def test_results_may_be_any_tree():
     double = jax.jit(lambda x: (2 * x, {"also": x + 1}))
     found = list(in_flight.bounded(double(np.float32(x)) for x in range(3)))
     assert [(float(x), float(rest["also"])) for x, rest in found] == [(0, 1), (2, 2), (4, 3)]

@@ -28,7 +28,7 @@ def read(config, params, cache, tokens_BT, segment_ids_BT=None):
 
 
 @pytest.mark.slow
-def test_logits_in_pieces_of_any_size_equal_those_without_a_cache(
+def test_cached_logits_match_uncached_ones_for_any_chunk_size(
     either_config, random_params, apply_model, cpu_form
 ):
     # Not seed 0, whose model makes more of a rounding than others do.
@@ -49,7 +49,7 @@ def test_logits_in_pieces_of_any_size_equal_those_without_a_cache(
         assert error < 1e-5 * np.max(np.abs(expected))
 
 
-def test_layers_apart(tiny_config, random_params, apply_model):
+def test_cached_logits_of_unstacked_layers_match_uncached_ones(tiny_config, random_params, apply_model):
     config = dataclasses.replace(tiny_config, scan_layers=False)
     params = random_params(config)
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (3, 9))
@@ -62,7 +62,7 @@ def test_layers_apart(tiny_config, random_params, apply_model):
     assert error < 1e-5 * np.max(np.abs(expected))
 
 
-def test_ragged_rows_and_a_cache_that_grows(either_config, random_params, apply_model):
+def test_ragged_rows_and_a_growing_cache(either_config, random_params, apply_model):
     config, params = either_config, random_params(either_config)
     tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (3, 20))
     expected = apply_model(config, params, tokens_BT)
@@ -99,7 +99,7 @@ def test_slots_by_hand():
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 3), st.integers(1, 6), st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_a_ring_holds_the_latest_tokens_and_the_first(sink_tokens, window, counts):
+def test_a_ring_keeps_the_sink_tokens_and_the_latest_tokens(sink_tokens, window, counts):
     slots, length = sink_tokens + window, 0
     keys = jnp.full((1, 1, 1, slots, 1), -1.0)
     for count in counts:
@@ -117,7 +117,7 @@ def test_a_ring_holds_the_latest_tokens_and_the_first(sink_tokens, window, count
 
 @pytest.mark.parametrize(("window", "sink_tokens"), [(None, 0), (7, 0), (7, 3)])
 @pytest.mark.parametrize("new", [1, 9])
-def test_attention_to_a_cache_equals_the_reference(cpu_form, monkeypatch, window, sink_tokens, new):
+def test_attention_to_a_cache_matches_the_reference(cpu_form, monkeypatch, window, sink_tokens, new):
     # More slots than a block, which the last block is no multiple of.
     monkeypatch.setattr(cached, "BLOCK", 4)
     B, N, K, H, L, S = 3, 6, 2, 5, 2, 23
@@ -153,7 +153,7 @@ def test_attention_to_a_cache_equals_the_reference(cpu_form, monkeypatch, window
         assert not np.any(y_BTNH[1])
 
 
-def test_what_the_cache_of_gpt_oss_20b_costs():
+def test_cache_size_of_gpt_oss_20b():
     # 12 full layers of 131,072 slots and 12 rings of 128, 8 heads of 64, keys and values, two bytes each.
     cache = jax.eval_shape(lambda: init_cache(ModelConfig(), 1, 131072, jnp.bfloat16))
     assert tree_bytes(cache.layers) == 12 * (131072 + 128) * 8 * 64 * 2 * 2 == 3224371200

@@ -31,7 +31,7 @@ def value_and_gradients(f, hidden, head):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 12])
-def test_chunks_equal_the_plain_form(chunk):
+def test_chunked_loss_matches_the_plain_loss(chunk):
     hidden, head, targets, weights = inputs()
     expected = value_and_gradients(lambda h, w: 3 * plain(h, w, targets, weights), hidden, head)
     found = value_and_gradients(
@@ -52,7 +52,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("content", [np.nan, np.inf, 1e30])
-def test_positions_of_weight_zero_do_not_matter(content):
+def test_targets_of_weight_zero_have_no_effect(content):
     hidden, head, targets, weights = inputs(1)
     off = weights == 0
     assert 0 < int(off.sum()) < B * T
@@ -67,7 +67,7 @@ def test_positions_of_weight_zero_do_not_matter(content):
         np.testing.assert_allclose(f, e, rtol=1e-6, atol=1e-6)
 
 
-def test_weights_may_be_booleans():
+def test_weights_may_be_boolean():
     hidden, head, targets, weights = inputs(2)
     real = weights > 0
     np.testing.assert_allclose(
@@ -98,7 +98,7 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
     return shapes
 
 
-def test_logits_of_all_positions_never_exist_together():
+def test_logits_of_all_positions_are_never_in_memory_together():
     hidden, head, targets, weights = inputs()
 
     def sizes(chunk):

@@ -149,7 +149,7 @@ QUICK = ("data 8", "fsdp 8", "expert 8", "fsdp 2 x expert 2 x tensor 2")
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
-def test_a_mesh_trains_like_one_device(alone, name):
+def test_every_mesh_trains_like_one_device(alone, name):
     rows, gradients, params = run(CONFIG, MESHES[name], 20)
     expected_rows, expected_gradients, expected_params = alone
     assert rows[0]["loss"] == pytest.approx(expected_rows[0]["loss"], rel=1e-5)
@@ -172,7 +172,7 @@ def uneven_config(**changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1, expert=8), MeshConfig(data=2, expert=2, tensor=2)])
 @pytest.mark.parametrize(("favourites", "ragged"), [(1, True), (3, False)])
-def test_all_tokens_on_one_device_drop_nothing(monkeypatch, mesh, favourites, ragged):
+def test_no_token_is_dropped_when_all_go_to_one_device(monkeypatch, mesh, favourites, ragged):
     """The fullest device gets all rows of its group: eight rounds or two of what it has room for."""
     monkeypatch.setattr(all_to_all, "MIN_BUFFER_ROWS", 1)
     monkeypatch.setattr(all_to_all, "BUFFER_PERCENT", {"ragged": 100, "padded": 100})
@@ -197,7 +197,7 @@ def test_all_tokens_on_one_device_drop_nothing(monkeypatch, mesh, favourites, ra
 
 @pytest.mark.parametrize("room", [1, 3, 16, 57, 200])
 @pytest.mark.parametrize("transport", [all_to_all.RaggedAllToAll, all_to_all.PaddedAllToAll])
-def test_rounds_of_any_room_give_the_same(transport, room):
+def test_any_buffer_size_gives_the_same_result(transport, room):
     """Rows that four devices send to eight experts, some to none, against each with its own matrix."""
     rows, width, n, experts = 29, 5, 4, 8
     rng = np.random.default_rng(room)
@@ -239,7 +239,7 @@ def test_rounds_of_any_room_give_the_same(transport, room):
 
 
 @pytest.mark.slow
-def test_a_capacity_drops_the_last_rows_and_counts_them():
+def test_capacity_drops_and_counts_the_last_rows():
     """One of two experts is every token's: it takes 1.5 times its even share of a group's rows."""
     config = uneven_config(num_experts_per_tok=2, num_local_experts=8, expert_capacity_factor=1.5)
     bias = np.where(np.arange(8) == 2, 60.0, 0)
@@ -300,7 +300,7 @@ def test_each_device_holds_its_share_of_bytes(mesh, parts):
 
 
 @pytest.mark.parametrize("mesh", ["expert 8", "fsdp 2 x expert 4", "data 2 x expert 2 x tensor 2"])
-def test_experts_never_travel(mesh):
+def test_experts_are_not_gathered_over_the_expert_axis(mesh):
     """No all-gather of the compiled step gives a device more experts than it holds."""
     mesh = make_mesh(MESHES[mesh])
     batch = make_batch(0)
@@ -336,7 +336,7 @@ def test_experts_never_travel(mesh):
     ],
     ids=str,
 )
-def test_a_mesh_that_does_not_fit_the_devices(mesh, allowed):
+def test_mesh_must_match_the_number_of_devices(mesh, allowed):
     with pytest.raises(ValueError, match=rf"^mesh is .*{allowed}$"):
         make_mesh(mesh)
 
@@ -350,7 +350,7 @@ def test_a_mesh_that_does_not_fit_the_devices(mesh, allowed):
         ({"tensor": 4}, None),
     ],
 )
-def test_a_mesh_that_does_not_fit_the_model(axes, message):
+def test_mesh_must_divide_the_model(axes, message):
     model = dataclasses.replace(CONFIG.model, num_local_experts=12)
     axes = dict.fromkeys(AXES, 1) | axes
     if message is None:

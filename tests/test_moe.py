@@ -20,7 +20,7 @@ from gptoss_jax.training.losses import load_balance_loss, router_z_loss
 B, T = 2, 9
 
 
-def test_softmax_over_the_chosen_equals_chosen_of_the_softmax():
+def test_softmax_over_the_top_experts_is_the_renormalized_softmax():
     logits = jnp.asarray(3 * np.random.default_rng(0).standard_normal((11, 7)), jnp.float32)
     experts, weights = top_experts(logits, 3)
     assert experts.shape == weights.shape == (11, 3) and weights.dtype == jnp.float32
@@ -31,7 +31,7 @@ def test_softmax_over_the_chosen_equals_chosen_of_the_softmax():
         np.testing.assert_allclose(weights[m], probability[m, best] / probability[m, best].sum(), rtol=1e-5)
 
 
-def test_route_by_hand():
+def test_routing_by_hand():
     experts, weights = top_experts(jnp.log(jnp.array([[1.0, 6.0, 2.0, 3.0]])), 2)
     np.testing.assert_array_equal(experts, [[1, 3]])
     np.testing.assert_allclose(weights, [[2 / 3, 1 / 3]], rtol=1e-6)
@@ -112,7 +112,7 @@ def tokens(config, seed=2):
 REAL = jnp.array([[True] * 7 + [False] * 2, [False] + [True] * 8])
 
 
-def test_experts_equal_a_loop_over_tokens(either_config):
+def test_experts_match_a_loop_over_tokens(either_config):
     # A low clamp, so that it is met.
     config = either_config
     if config.swiglu_limit is not None:
@@ -125,7 +125,7 @@ def test_experts_equal_a_loop_over_tokens(either_config):
     np.testing.assert_array_equal(found[~REAL], 0)
 
 
-def test_down_bias_is_inside_the_weighted_sum(tiny_config):
+def test_down_bias_is_inside_of_the_weighted_sum(tiny_config):
     # Without anything else, the result is the mean of the biases of the two chosen experts, 1 and 3.
     config = tiny_config
     E, D, F = 5, 24, 40
@@ -141,7 +141,7 @@ def test_down_bias_is_inside_the_weighted_sum(tiny_config):
     np.testing.assert_allclose(found[REAL], 2.0, rtol=1e-6)
 
 
-def test_all_tokens_on_the_same_experts(tiny_config):
+def test_all_tokens_may_choose_the_same_experts(tiny_config):
     bias = np.array([-50.0, -50, 50, -50, 60])
     moe, x = make_layer(tiny_config, router_bias=bias), tokens(tiny_config)
     found, stats = run(moe, x, REAL)
@@ -149,7 +149,7 @@ def test_all_tokens_on_the_same_experts(tiny_config):
     np.testing.assert_allclose(stats["load"], [0, 0, 0.5, 0, 0.5], rtol=1e-6)
 
 
-def test_gradients_equal_those_of_every_expert_on_every_token(tiny_config):
+def test_gradients_match_those_of_every_expert_on_every_token(tiny_config):
     config = dataclasses.replace(tiny_config, swiglu_limit=1.5)
     graphdef, state = nnx.split(make_layer(config))
     x, cotangent = tokens(config), tokens(config, seed=3)
@@ -176,7 +176,7 @@ def test_gradients_equal_those_of_every_expert_on_every_token(tiny_config):
         assert np.abs(e).max() > 0.1, path
 
 
-def test_stats_by_hand():
+def test_router_statistics_by_hand():
     # Probabilities (1/2, 1/4, 1/4), (1/8, 1/8, 3/4) and, on padding, one that must not count.
     logits = jnp.log(jnp.array([[2.0, 1.0, 1.0], [1.0, 1.0, 6.0], [1.0, 90.0, 9.0]]))
     chosen = jnp.array([[0, 1], [2, 0], [1, 2]])
@@ -190,13 +190,13 @@ def test_stats_by_hand():
     assert float(router_z_loss(stacked)) == pytest.approx(3.1229446, rel=1e-6)
 
 
-def test_stats_of_padding_alone_are_zero_not_nan():
+def test_router_statistics_of_only_padding_are_zero():
     stats = router_stats(jnp.ones((4, 3)), jnp.zeros((4, 2), jnp.int32), jnp.zeros(4, bool))
     for value in stats.values():
         np.testing.assert_array_equal(value, 0)
 
 
-def test_padding_does_not_count_in_a_layers_stats(tiny_config):
+def test_padding_does_not_count_in_router_statistics(tiny_config):
     x = tokens(tiny_config)
     graphdef, state = nnx.split(make_layer(tiny_config))
     stats_of = jax.jit(lambda x, real: nnx.merge(graphdef, state)(x, real)[1])
@@ -221,7 +221,7 @@ def test_router_is_float32_under_bfloat16(tiny_config):
     np.testing.assert_allclose(stats["load"], [0, 0, 0, 1, 0], rtol=1e-6)
 
 
-def test_few_rows_with_and_without_a_compiler(either_config, monkeypatch):
+def test_few_tokens_with_and_without_a_compiler(either_config, monkeypatch):
     moe = MoE(either_config, rngs=nnx.Rngs(2))
     for name in ("gate_up_bias", "down_bias"):
         if hasattr(moe, name):
@@ -271,7 +271,7 @@ def numbers(moe, name):
     return np.ldexp(CODES[codes], scales[..., None].astype(int) - 127).reshape(*scales.shape[:-1], -1)
 
 
-def test_packed_experts_equal_plain_ones_that_hold_their_weights(packed_config, packed_moe):
+def test_packed_experts_match_their_dequantized_weights(packed_config, packed_moe):
     same = {
         name: getattr(packed_moe, name)[...]
         for name in ("router", "router_bias", "gate_up_bias", "down_bias")
@@ -294,7 +294,7 @@ def test_packed_experts_equal_plain_ones_that_hold_their_weights(packed_config, 
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-def test_packed_leaves(packed_config):
+def test_shapes_and_sizes_of_packed_experts(packed_config):
     E, D, F, L = 5, 96, 64, 4
     config = dataclasses.replace(packed_config, num_hidden_layers=L)
     found = abstract_params(config)["blocks"]["0"]["moe"]
@@ -314,7 +314,7 @@ def test_packed_leaves(packed_config):
     assert held == parameter_count(config) - without + without // 32 * 17
 
 
-def test_packed_leaves_have_a_place_on_the_mesh(packed_config):
+def test_packed_experts_are_split_along_experts_and_rows(packed_config):
     config = dataclasses.replace(packed_config, num_local_experts=6, vocab_size=98)
     tree = abstract_params(config)
     shardings = parameter_shardings(tree, make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2)))
@@ -331,7 +331,7 @@ def test_packed_leaves_have_a_place_on_the_mesh(packed_config):
     assert shards["down_blocks"] == (2, 3, 24, 2, 16) and shards["down_scales"] == (2, 3, 24, 2)
 
 
-def test_random_packed_experts_are_the_plain_ones_rounded(packed_config):
+def test_initial_packed_experts_are_the_plain_ones_quantized(packed_config):
     packed = MoE(packed_config, rngs=nnx.Rngs(3))
     plain = MoE(dataclasses.replace(packed_config, expert_format="plain"), rngs=nnx.Rngs(3))
     np.testing.assert_array_equal(packed.router[...], plain.router[...])

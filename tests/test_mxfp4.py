@@ -102,7 +102,7 @@ def test_every_byte_under_every_scale(dtype):
     assert np.isinf(expected).sum() == 6 * 64 and np.isnan(expected).sum() == 512
 
 
-def test_bits_on_the_host_are_those_on_the_device():
+def test_the_host_and_the_device_give_the_same_bits():
     found = codec.bfloat16_bits(EVERY_BYTE, EVERY_SCALE[..., None], np)
     on_device = jax.jit(codec.bfloat16_bits)(EVERY_BYTE, EVERY_SCALE[..., None])
     for host, device in zip(found, on_device, strict=True):
@@ -112,7 +112,7 @@ def test_bits_on_the_host_are_those_on_the_device():
     assert_same_numbers(values, decode(EVERY_BYTE, EVERY_SCALE))
 
 
-def test_axes_stand_where_they_are_asked_for():
+def test_leading_axes_are_kept():
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (3, 5, 2, 16), np.uint8)
     scales = rng.integers(100, 140, (3, 5, 2), np.uint8)
@@ -122,7 +122,7 @@ def test_axes_stand_where_they_are_asked_for():
     assert again.shape == blocks.shape and powers.shape == scales.shape
 
 
-def test_packing_what_was_unpacked_gives_the_same_values():
+def test_quantizing_dequantized_values_gives_the_same_values():
     # Each byte fills a group of its own, so that every size is once the largest; and all bytes in turn.
     alone = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 256, 16))
     for blocks in (alone, EVERY_BYTE):
@@ -233,7 +233,7 @@ def test_subnormal_bfloat16():
 
 
 @pytest.mark.parametrize("order", ["neighbours", "mixed"])
-def test_every_bfloat16_packs_as_the_same_float32(order):
+def test_every_bfloat16_is_quantized_like_the_same_float32(order):
     bits = np.arange(65536, dtype=np.uint16)
     if order == "mixed":
         bits = np.random.default_rng(0).permutation(bits)
@@ -248,7 +248,7 @@ def test_every_bfloat16_packs_as_the_same_float32(order):
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -2])
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["float32", "bfloat16"])
-def test_groups_run_along_any_axis(axis, dtype):
+def test_blocks_run_along_any_axis(axis, dtype):
     values = np.random.default_rng(0).standard_normal((64, 96, 32)).astype(dtype)
     place = axis % 3
     last = np.ascontiguousarray(np.moveaxis(values, place, -1))
@@ -268,7 +268,7 @@ def test_groups_run_along_any_axis(axis, dtype):
 
 
 @pytest.mark.parametrize("size", [1, 31, 33, 48])
-def test_other_sizes_are_refused(size):
+def test_sizes_that_are_not_multiples_of_32_are_rejected(size):
     for values in (np.ones((2, size), np.float32), np.ones((2, size), BFLOAT16)):
         for xp in (jnp, np):
             with pytest.raises(ValueError, match=f"axis 1 has {size} values: must be a multiple of 32"):
@@ -294,7 +294,7 @@ def of_like_size(draw):
 
 @settings(deadline=None, max_examples=150)
 @given(any_bits | of_like_size())
-def test_any_numbers_pack_by_the_rule(bits):
+def test_any_values_are_quantized_by_the_rule(bits):
     assert_packed(bits.view(np.float32), *encode(wide(bits.view(np.float32))))
     # Not a byte differs, of groups that are not known either.
     values = bits.reshape(2, -1).view(np.float32)
@@ -304,7 +304,7 @@ def test_any_numbers_pack_by_the_rule(bits):
 
 @settings(deadline=None, max_examples=150)
 @given(of_like_size())
-def test_the_error_is_at_most_half_a_gap_and_a_fifth_of_the_largest(bits):
+def test_the_error_is_at_most_half_a_step_and_a_fifth_of_the_largest(bits):
     values = wide(bits.view(np.float32))
     largest = np.abs(values).max(axis=-1, keepdims=True)
     # From here on the nearest code may be one that no float has.

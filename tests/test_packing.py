@@ -43,7 +43,7 @@ def best_fit_decreasing(sizes, seq_len):
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(0, 70), max_size=80), st.integers(2, 40))
-def test_pack_places_each_pair_once(lengths, seq_len):
+def test_every_pair_is_packed_once(lengths, seq_len):
     plan = pack(np.array(lengths, np.int64), seq_len)
     rows = rows_of(plan)
     pairs = collections.Counter(

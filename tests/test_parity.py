@@ -104,7 +104,7 @@ def test_greedy_continuations_of_a_ragged_batch(name, checkpoint, theirs, figure
     assert [answer.tokens for answer in answers] == expected.tolist()
 
 
-def test_greedy_continuations_of_sixteen_prompts_about_the_window(tmp_path, figure):
+def test_greedy_continuations_of_prompts_around_the_window_size(tmp_path, figure):
     folder = random_checkpoint(tmp_path, 4, "float32", seed=2)
     written = json.loads((folder / "config.json").read_text()) | {"sliding_window": 128}
     (folder / "config.json").write_text(json.dumps(written))
@@ -118,7 +118,7 @@ def test_greedy_continuations_of_sixteen_prompts_about_the_window(tmp_path, figu
     assert [answer.tokens for answer in answers] == expected.tolist()
 
 
-def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(checkpoint, theirs, figure):
+def test_bfloat16_is_as_close_to_float32_as_the_reference_in_bfloat16(checkpoint, theirs, figure):
     # No more of it, because a CPU is slow in bfloat16.
     tokens = golden("top4")["tokens"][:500]
     exact = reference.logits(theirs("top4"), tokens, PIECE)
@@ -133,7 +133,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(checkpoint,
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "mxfp4"])
-def test_transformers_reads_what_is_saved_as_it_reads_the_source(form, tmp_path, figure):
+def test_a_saved_model_is_the_same_to_transformers_as_its_source(form, tmp_path, figure):
     source = random_checkpoint(tmp_path / "source", 4, form)
     save_pretrained(from_pretrained(source), tmp_path / "saved")
     tokens = golden("top4")["tokens"][:300]
@@ -145,7 +145,7 @@ def test_transformers_reads_what_is_saved_as_it_reads_the_source(form, tmp_path,
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "mxfp4"])
-def test_transformers_reads_what_is_saved_in_another_form(form, tmp_path, checkpoint, figure):
+def test_transformers_loads_a_model_saved_in_another_format(form, tmp_path, checkpoint, figure):
     held = from_pretrained(checkpoint("top4" if form == "mxfp4" else "mxfp4"))
     save_pretrained(held, tmp_path / "saved", experts=form)
     tokens = golden("top4")["tokens"][:300]

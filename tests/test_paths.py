@@ -20,7 +20,7 @@ from gptoss_jax.config.paths import output_file, user_path
         (pathlib.Path("~/é\n"), "/home/ada/é\n"),
     ],
 )
-def test_the_home_folder_is_expanded_at_the_start_only(given, expanded, monkeypatch):
+def test_only_a_leading_home_folder_is_expanded(given, expanded, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     found = user_path(given, "run_dir")
     assert found == pathlib.Path(expanded)
@@ -35,7 +35,7 @@ def test_the_home_folder_is_expanded_at_the_start_only(given, expanded, monkeypa
         ("a\0b", "must not contain a null character"),
     ],
 )
-def test_invalid_paths_are_refused(given, message):
+def test_invalid_paths_are_rejected(given, message):
     with pytest.raises(ValueError) as error:
         user_path(given, "run_dir")
     assert message in str(error.value)

@@ -52,7 +52,7 @@ def with_model(**changes) -> TrainConfig:
 @pytest.mark.parametrize(
     ("sizes", "optimizer"), [((1, 2, 2, 2), "adamw"), ((2, 4, 1, 1), "muon"), ((8, 1, 1, 1), "adamw")]
 )
-def test_state_bytes_are_those_of_a_real_state(sizes, optimizer):
+def test_state_bytes_match_a_real_state(sizes, optimizer):
     config = dataclasses.replace(SMALL, optim=OptimConfig(name=optimizer))
     state = create_state(config, make_mesh(MeshConfig(*sizes)))
 
@@ -112,7 +112,7 @@ def test_collectives_counted_by_hand():
     assert alone.overlapped_seconds == alone.serial_seconds == alone.compute_seconds
 
 
-def test_time_of_transfers():
+def test_transfer_time():
     chip = CHIPS["h200"]
     inside = mesh_of(1, 1, 8, 1)
     assert transfer_seconds(chip, inside, "all-gather", ("expert",), 450e9) == pytest.approx(1)
@@ -286,11 +286,11 @@ def test_collectives_of_a_program():
         ("source_target_pairs={{0,1},{1,0}}, x", ((0, 1), (1, 0))),
     ],
 )
-def test_groups(text, groups):
+def test_replica_groups(text, groups):
     assert parse_groups(text) == groups
 
 
-def test_axes_of_groups():
+def test_axes_of_replica_groups():
     mesh = {"x": 2, "y": 1, "z": 3}
     assert mesh_axes(((0, 1, 2), (3, 4, 5)), mesh) == ("z",)
     assert mesh_axes(((0, 3), (1, 4), (2, 5)), mesh) == ("x",)
@@ -302,11 +302,11 @@ def test_axes_of_groups():
 @pytest.mark.parametrize(
     ("shape", "size"), [("bf16[2,3]", 12), ("f32[]", 4), ("pred[5]", 5), ("f8e4m3fn[4]", 4), ("s4[6]", 3)]
 )
-def test_bytes_of_shapes(shape, size):
+def test_shape_bytes(shape, size):
     assert shape_bytes(shape) == size
 
 
-def test_a_refusal_is_read():
+def test_out_of_memory_errors_are_parsed():
     message = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
         "(16.13G) exceeds available HBM (15.75G).\nmore"
@@ -375,7 +375,7 @@ def test_small_quantities_keep_their_digits():
     ]  # fmt: skip
 
 
-def test_what_the_compiler_says_is_shown(capsys):
+def test_compiler_messages_are_shown(capsys):
     plan = make_plan(SMALL, chip="v5e", devices=8, meshes=["fsdp=8"])
     mesh = plan.estimates[0].mesh
     message = "Ran out of memory on HBM, temporaries (20.00G) exceeds available HBM (15.75G)."
@@ -463,6 +463,6 @@ def test_a_step_is_compiled(topology, mesh, exchange):
 
 
 @needs_libtpu
-def test_a_topology_that_the_compiler_refuses():
+def test_unknown_topologies():
     with pytest.raises(ValueError, match="topology is 'v5p:3x5x1': .*not divisible"):
         compile_step(SMALL, "v5p:3x5x1", mesh_of(15, 1, 1, 1))

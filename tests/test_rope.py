@@ -27,7 +27,7 @@ def test_golden_constants():
     )
 
 
-def test_frequencies_have_the_last_bit_of_the_reference():
+def test_frequencies_match_the_reference_bit_for_bit():
     # Those of transformers 5.23's GptOssRotaryEmbedding; torch's own powers are not always rounded right.
     expected = [
         0x3f800000, 0x3f306535, 0x3ef316a2, 0x3ea77faa, 0x3e66d3fa, 0x3e1f0cfd, 0x3ddb2f9f, 0x3d970764,
@@ -41,7 +41,7 @@ def test_frequencies_have_the_last_bit_of_the_reference():
     assert np.abs(off).max() <= 1 and np.count_nonzero(off) <= 2
 
 
-def test_truncated_ramp_has_whole_ends():
+def test_truncated_correction_range_is_integral():
     scaling = dataclasses.replace(RELEASED.rope_scaling, truncate=True)
     assert rope.yarn_correction_range(dataclasses.replace(RELEASED, rope_scaling=scaling)) == (8, 18)
 
@@ -60,7 +60,7 @@ def test_a_factor_of_one_changes_nothing():
     assert concentration == 1.0
 
 
-def test_tables():
+def test_cos_and_sin_tables():
     config = ModelConfig(head_dim=6, rope_theta=1000.0, rope_scaling=None)
     cos, sin = rope.rope_cos_sin(config, jnp.array([[0, 3], [5, 7]]))
     assert cos.shape == sin.shape == (2, 2, 3) and cos.dtype == sin.dtype == jnp.float32
@@ -68,14 +68,14 @@ def test_tables():
     np.testing.assert_allclose(sin[1, 0], [math.sin(5), math.sin(0.5), math.sin(0.05)], rtol=1e-6)
 
 
-def test_concentration_is_on_cos_and_sin(tiny_config):
+def test_cos_and_sin_include_the_attention_factor(tiny_config):
     cos, sin = rope.rope_cos_sin(tiny_config, jnp.array([[0, 11]]))
     concentration = 0.1 * math.log(8) + 1
     np.testing.assert_allclose(cos[0, 0], concentration, rtol=1e-6)
     np.testing.assert_allclose(cos**2 + sin**2, concentration**2, rtol=1e-5)
 
 
-def test_halves_turn_together_not_neighbours():
+def test_halves_are_rotated_together_not_neighbors():
     # Head size 6, position 2: the pairs are (0, 3), (1, 4), (2, 5), with angles 2, 0.2, 0.02.
     config = ModelConfig(head_dim=6, rope_theta=1000.0, rope_scaling=None)
     x_BTNH = jnp.array([1.0, 0, 0, 0, 10.0, 0]).reshape(1, 1, 1, 6)
@@ -88,7 +88,7 @@ def test_halves_turn_together_not_neighbours():
     )
 
 
-def test_rotation_by_hand_for_one_pair():
+def test_rotation_of_one_pair_by_hand():
     config = ModelConfig(head_dim=2, rope_theta=1000.0, rope_scaling=None)
     quarter = (jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)))
     turned = rope.apply_rope(jnp.array([3.0, 5.0]).reshape(1, 1, 1, 2), quarter)
@@ -100,7 +100,7 @@ def test_rotation_by_hand_for_one_pair():
     np.testing.assert_allclose(turned.ravel(), [-2.5864480, 5.2259245], rtol=1e-6)
 
 
-def test_scores_depend_on_relative_positions_only(tiny_config):
+def test_scores_depend_only_on_relative_positions(tiny_config):
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 3, 8)), jnp.float32) for _ in range(2))
 
@@ -113,7 +113,7 @@ def test_scores_depend_on_relative_positions_only(tiny_config):
     assert np.abs(scores(9, 4) - scores(9, 5)).max() > 0.1
 
 
-def test_type_is_kept_and_turning_is_float32(tiny_config):
+def test_dtype_is_kept_and_rotation_is_float32(tiny_config):
     x_BTNH = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 5, 8)), jnp.bfloat16)
     tables = rope.rope_cos_sin(tiny_config, jnp.array([[0, 3, 90], [1, 5, 7]]))
     turned = rope.apply_rope(x_BTNH, tables)

@@ -30,7 +30,7 @@ def temporary(tmp_path, monkeypatch):
     paths.private_folder.cache_clear()
 
 
-def test_caches_fall_back_to_a_folder_that_others_cannot_write_to(temporary):
+def test_caches_fall_back_to_a_private_folder(temporary):
     folder = paths.cache_folder("native")
     assert folder == temporary / PRIVATE / "native" and folder.is_dir()
     assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
@@ -38,7 +38,7 @@ def test_caches_fall_back_to_a_folder_that_others_cannot_write_to(temporary):
     assert paths.cache_folder("native") == folder
 
 
-def test_a_home_folder_that_can_be_written_to_comes_first(temporary, monkeypatch):
+def test_a_writable_home_folder_comes_first(temporary, monkeypatch):
     monkeypatch.setenv("HOME", str(temporary / "home"))
     assert next(paths.cache_folders("native")) == paths.cache_folder("native")
     assert paths.cache_folder("native") == temporary / "home" / ".cache" / "gptoss_jax" / "native"
@@ -47,7 +47,7 @@ def test_a_home_folder_that_can_be_written_to_comes_first(temporary, monkeypatch
     assert not (temporary / PRIVATE).exists()
 
 
-def test_a_process_without_a_known_home_folder(temporary, monkeypatch):
+def test_unknown_home_folder(temporary, monkeypatch):
     monkeypatch.delenv("HOME")
     # What it does for a user id that has no account.
     monkeypatch.setattr("os.path.expanduser", lambda text: text)
@@ -55,7 +55,7 @@ def test_a_process_without_a_known_home_folder(temporary, monkeypatch):
 
 
 @pytest.mark.parametrize("plant", ["writable", "link", "file"])
-def test_a_folder_that_another_user_may_have_planted_is_not_used(temporary, plant):
+def test_a_folder_planted_by_another_user_is_not_used(temporary, plant):
     planted = temporary / PRIVATE
     if plant == "link":
         (temporary / "other").mkdir(mode=0o700)
@@ -78,7 +78,7 @@ def test_a_folder_of_another_user_is_not_used(temporary, monkeypatch):
     assert paths.private_folder().name != f"gptoss_jax-{uid}"
 
 
-def test_matplotlib_keeps_its_own_folder_where_that_works(temporary, monkeypatch):
+def test_matplotlib_keeps_its_folder_if_writable(temporary, monkeypatch):
     monkeypatch.setenv("HOME", str(temporary / "home"))
     paths.set_matplotlib_folder()
     assert "MPLCONFIGDIR" not in os.environ
@@ -110,7 +110,7 @@ def is_hidden() -> bool:
 
 
 @pytest.mark.parametrize("files", [[], ["/dev/nvidia0", "/dev/vfio/vfio"]])
-def test_libtpu_is_hidden_where_there_is_no_tpu(no_tpu, files, monkeypatch):
+def test_libtpu_is_hidden_without_a_tpu(no_tpu, files, monkeypatch):
     no_tpu += files
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     package = importlib.machinery.PathFinder.find_spec("libtpu")
@@ -123,13 +123,13 @@ def test_libtpu_is_hidden_where_there_is_no_tpu(no_tpu, files, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["/dev/accel0", "/dev/vfio/0", "/dev/vfio/12"])
-def test_libtpu_is_used_where_a_tpu_is(no_tpu, file):
+def test_libtpu_is_used_with_a_tpu(no_tpu, file):
     no_tpu.append(file)
     assert not is_hidden()
 
 
 @pytest.mark.parametrize("name", ["TPU_WORKER_HOSTNAMES", "TPU_LIBRARY_PATH", "JAX_PLATFORMS"])
-def test_libtpu_is_used_where_the_environment_says_so(no_tpu, name, monkeypatch):
+def test_libtpu_is_used_if_the_environment_says_so(no_tpu, name, monkeypatch):
     monkeypatch.setenv(name, "tpu")
     assert not is_hidden()
 
@@ -143,7 +143,7 @@ def test_libtpu_is_used_where_the_environment_says_so(no_tpu, name, monkeypatch)
         ("0x10de", "0x030200", False),
     ],
 )
-def test_a_chip_on_the_pci_bus(tmp_path, vendor, kind, found):
+def test_tpu_chips_are_found_on_the_pci_bus(tmp_path, vendor, kind, found):
     (tmp_path / "vendor").write_text(vendor + "\n")
     (tmp_path / "class").write_text(kind + "\n")
     assert startup._is_tpu(str(tmp_path)) == found
@@ -151,7 +151,7 @@ def test_a_chip_on_the_pci_bus(tmp_path, vendor, kind, found):
 
 
 @pytest.mark.skipif(startup.may_have_tpu(), reason="libtpu is loaded on a machine with a TPU")
-def test_a_command_prints_nothing_to_stderr(tmp_path):
+def test_commands_print_nothing_to_stderr(tmp_path):
     """Without a usable home folder and without JAX_PLATFORMS, with a libtpu that prints when it is loaded."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "libtpu.py").write_text(LIBTPU)

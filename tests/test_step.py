@@ -129,7 +129,7 @@ def train_step():
     return train_step_of(CONFIG)
 
 
-def test_a_step_changes_every_parameter(single):
+def test_every_parameter_is_updated(single):
     (first, second), state = single
     assert state.step == 2 and state.skipped == 0
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, start_params())
@@ -145,7 +145,7 @@ def test_a_step_changes_every_parameter(single):
     assert {first[name].dtype for name in ("loss", "grad_norm", "learning_rate")} == {np.dtype("float32")}
 
 
-def test_learning_on_one_batch_lowers_the_loss(train_step):
+def test_training_on_one_batch_lowers_the_loss(train_step):
     state, losses = start(), []
     for _ in range(12):
         state, metrics = train_step(state, make_batch(0))
@@ -168,7 +168,7 @@ def whole():
 @pytest.mark.parametrize(
     ("grad_accum_steps", "mesh"), [(4, None), (2, MeshConfig(data=2, expert=2, tensor=2))]
 )
-def test_accumulation_gives_the_whole_batchs_step(whole, grad_accum_steps, mesh):
+def test_gradient_accumulation_matches_the_whole_batch(whole, grad_accum_steps, mesh):
     (expected,), expected_state = whole
     mesh = None if mesh is None else make_mesh(mesh)
     (metrics,), state = take_steps(without_router_losses(grad_accum_steps), mesh, [make_batch(0)])
@@ -179,7 +179,7 @@ def test_accumulation_gives_the_whole_batchs_step(whole, grad_accum_steps, mesh)
     chex.assert_trees_all_close(state.opt_state, expected_state.opt_state, rtol=1e-4, atol=1e-6)
 
 
-def test_state_lies_where_the_table_says():
+def test_state_is_sharded_by_its_letters():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     state = create_state(CONFIG, mesh)
     abstract = abstract_state(CONFIG, mesh)
@@ -197,14 +197,14 @@ def test_state_lies_where_the_table_says():
     chex.assert_trees_all_close(on_host(state.params), on_host(alone.params), atol=1e-7)
 
 
-def test_an_axis_that_does_not_divide_is_named():
+def test_an_axis_that_does_not_divide_a_parameter_is_named():
     expected = r"mesh\.tensor is 4: must divide 2, a size of attention\.k; 1, 2 would do$"
     with pytest.raises(ValueError, match=expected):
         create_state(CONFIG, make_mesh(MeshConfig(tensor=4)))
 
 
 @pytest.mark.parametrize("where", ["params", "gradient"])
-def test_a_bad_step_changes_nothing_and_is_counted(train_step, where):
+def test_a_nonfinite_step_changes_nothing_and_is_counted(train_step, where):
     state = start()
     state, _ = train_step(state, make_batch(0))
     good = on_host(state)
@@ -232,7 +232,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(train_step, where):
     assert float(metrics["learning_rate"]) == pytest.approx(float(schedule(1)), rel=1e-6)
 
 
-def test_after_a_bad_step_training_goes_on_as_if_it_had_not_been(train_step, single):
+def test_training_continues_exactly_after_a_nonfinite_step(train_step, single):
     state, _ = train_step(start(), make_batch(0))
     kept = on_host(state)
     bad = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.params)
@@ -243,14 +243,14 @@ def test_after_a_bad_step_training_goes_on_as_if_it_had_not_been(train_step, sin
     chex.assert_trees_all_close(on_host(state.params), single[1].params, rtol=1e-6, atol=1e-6)
 
 
-def test_the_state_is_donated(train_step):
+def test_state_is_donated(train_step):
     state = start()
     new, _ = train_step(state, make_batch(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
 
-def test_a_batch_of_padding_alone(train_step):
+def test_a_batch_of_only_padding(train_step):
     batch = make_batch(0)
     batch["segment_ids"] = jnp.zeros_like(batch["segment_ids"])
     state, metrics = train_step(start(), batch)
@@ -259,7 +259,7 @@ def test_a_batch_of_padding_alone(train_step):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(on_host(state.params)))
 
 
-def test_evaluation_agrees_with_training(single):
+def test_evaluation_matches_training(single):
     batch = make_batch(0)
     sums, weight = make_eval_step(CONFIG.model)(start_params(), batch)
     assert sums.keys() == {"loss"} and float(weight) == int((batch["segment_ids"] > 0).sum())
@@ -273,7 +273,7 @@ def loss_of(params, batch):
     return -np.take_along_axis(log_p, np.asarray(batch["targets"])[..., None], axis=-1)[..., 0]
 
 
-def test_loss_weights_weigh_targets(train_step):
+def test_loss_weights_scale_the_loss_of_targets(train_step):
     batch = make_batch(0)
     weights = np.random.default_rng(3).choice([0.0, 0.25, 1.0], (B, T)) * np.asarray(batch["segment_ids"] > 0)
     assert {0.0, 0.25, 1.0} == set(weights[np.asarray(batch["segment_ids"]) > 0])
@@ -294,7 +294,7 @@ def test_loss_weights_weigh_targets(train_step):
     chex.assert_trees_all_close(on_host(doubled.params), on_host(state.params), rtol=1e-5, atol=1e-6)
 
 
-def test_loss_weights_of_microbatches_count_by_their_sum():
+def test_microbatches_count_by_the_sum_of_their_loss_weights():
     config, batch = without_router_losses(4), make_batch(0)
     # Of the second microbatch, every fourth row, a single target is trained.
     weights = np.array(batch["segment_ids"] > 0, np.float32)
@@ -436,13 +436,13 @@ def first_update(gradient, **options):
     return [float(updates["head"]["weight"][0]), float(updates["final_norm"]["scale"][0])]
 
 
-def test_the_first_update_by_hand():
+def test_first_update_by_hand():
     # Norm 5, clipped to 1: gradients 0.6 and 0.8. Adam's first step is g / (g + epsilon); decay is 0.5 * 2.
     found = first_update((3.0, 4.0), weight_decay=0.5, max_grad_norm=1.0)
     np.testing.assert_allclose(found, [-0.1 * (0.6 / 1.6 + 1.0), -0.1 * 0.8 / 1.8], rtol=1e-5)
 
 
-def test_no_clipping_below_the_norm_or_at_zero():
+def test_gradients_are_not_clipped_below_the_limit_or_without_one():
     expected = [-0.1 * 3 / 4, -0.1 * 4 / 5]
     np.testing.assert_allclose(
         first_update((3.0, 4.0), weight_decay=0.0, max_grad_norm=5.5), expected, rtol=1e-5
@@ -452,7 +452,7 @@ def test_no_clipping_below_the_norm_or_at_zero():
     )
 
 
-def test_the_gradient_of_a_step_is_clipped(single):
+def test_large_gradients_are_clipped(single):
     (metrics,), state = take_steps(CONFIG, None, [make_batch(0)])
     assert metrics["grad_norm"] == single[0][0]["grad_norm"] > 1
     # Adam's first moment is then a tenth of the clipped gradient, whose norm is the limit.
@@ -460,7 +460,7 @@ def test_the_gradient_of_a_step_is_clipped(single):
     assert float(optax.tree.norm(mean)) == pytest.approx(0.1 * 0.5, rel=1e-5)
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_no_others(tiny_config):
+def test_muon_updates_only_the_matrices_of_the_blocks(tiny_config):
     params = abstract_params(tiny_config)
     dimensions = muon_dimensions(params)["blocks"]["0"]
     chosen = {
@@ -480,7 +480,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_no_others(tiny_config):
     assert muon_dimensions(params)["embedding"] == {"weight": None}
 
 
-def test_a_muon_update_is_near_orthogonal_and_of_adams_size():
+def test_muon_updates_are_nearly_orthogonal_and_as_large_as_those_of_adam():
     rate, D, F = 0.5, 24, 40
     config = OptimConfig(name="muon", learning_rate=rate, warmup_steps=0, weight_decay=0.0, max_grad_norm=0.0)
     rng = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import math
 from gptoss_jax.terminal import format_count, format_duration, format_flops, format_rate, printable
 
 
-def test_formats():
+def test_number_formats():
     assert [format_count(n) for n in (950, 999_950, 105_722_880, 20_914_757_184, None)] == [
         "950", "1.0M", "105.7M", "20.9B", "–",
     ]  # fmt: skip
@@ -16,7 +16,7 @@ def test_formats():
     assert [format_rate(r) for r in (1.2e-3, 3e-4, 0.0, math.nan)] == ["1.2e-3", "3.0e-4", "0", "nan"]
 
 
-def test_printable():
+def test_printable_text():
     assert (
         printable("a\tb\r\n\x1b[31m\x07\rc\x9b\ud800\u202e") == "a   b\n\\x1b[31m\\x07\\rc\\x9b\\ud800\\u202e"
     )

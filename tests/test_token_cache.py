@@ -119,7 +119,7 @@ def test_a_source_that_changes_during_the_build_leaves_no_cache(config, tmp_path
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_names_and_contents_do_not_break_messages(config, tmp_path):
+def test_odd_names_and_contents_give_one_line_messages(config, tmp_path):
     # A file name that is not UTF-8, and a text that is too short to be split.
     (tmp_path / "a\udcff.txt").write_text("x")
     config = dataclasses.replace(
@@ -148,7 +148,7 @@ def test_a_damaged_cache_is_an_error(config, tmp_path):
         build_cache(config)
 
 
-def test_a_cache_folder_that_cannot_be_made_is_an_error(config, tmp_path):
+def test_an_unusable_cache_folder_is_an_error(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="data.cache_dir is '.*/file/cache': Not a directory"):
         build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "file" / "cache")))

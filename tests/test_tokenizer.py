@@ -43,7 +43,7 @@ def test_bpe_vocabulary():
     assert pieces == ["   ", " return", " ", "123", "45"]
 
 
-def test_bpe_is_the_same_each_time():
+def test_bpe_training_is_deterministic():
     assert train()._files == BPE._files
     assert train("bpe:300")._files != BPE._files
 
@@ -218,7 +218,7 @@ def test_same_ids(tmp_path):
     assert load_tokenizer(tmp_path).same_ids_as(BPE)
 
 
-def test_truncation_padding_and_post_processing_are_turned_off(tmp_path):
+def test_truncation_padding_and_post_processing_are_disabled(tmp_path):
     model = tokenizers.Tokenizer.from_str(BPE._files["tokenizer.json"])
     model.enable_truncation(4)
     model.enable_padding(length=8)

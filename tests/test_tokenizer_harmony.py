@@ -95,7 +95,7 @@ def test_special_tokens_are_neither_encoded_nor_decoded(tokenizer):
     assert tokenizer.decode([199998, *tokenizer.encode(SPECIAL), 200002, 199999, 200018]) == SPECIAL
 
 
-def test_any_text_has_the_same_ids_in_both(both):
+def test_any_text_has_the_same_ids_in_both_forms(both):
     ours, theirs = both.values()
 
     def check(text):
@@ -110,7 +110,7 @@ def test_any_text_has_the_same_ids_in_both(both):
     settings(deadline=None, max_examples=300)(given(st.text() | signs)(check))()
 
 
-def test_both_have_the_same_ids(both):
+def test_both_forms_have_the_same_ids(both):
     ours, theirs = both.values()
     assert ours.same_ids_as(theirs) and theirs.same_ids_as(ours)
     assert ours.digest != theirs.digest
@@ -152,7 +152,7 @@ def test_save_and_load(harmony, tmp_path):
     assert loaded.encode("Hello world") == [13225, 2375]
 
 
-def test_without_its_file(tmp_path):
+def test_missing_vocabulary_file(tmp_path):
     nowhere = "http://127.0.0.1:9"
     code = "from gptoss_jax.data.tokenizer import make_tokenizer; make_tokenizer('o200k_harmony')"
     env = {**os.environ, "TIKTOKEN_CACHE_DIR": str(tmp_path), "https_proxy": nowhere, "HTTPS_PROXY": nowhere}

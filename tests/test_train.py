@@ -146,7 +146,7 @@ def test_the_last_and_the_best_checkpoints_are_kept(finished):
     checkpoints.close()
 
 
-def test_a_finished_run_is_said_and_left_alone(finished, capsys):
+def test_a_finished_run_is_reported_and_not_changed(finished, capsys):
     config, state = finished
     before = (pathlib.Path(config.run_dir) / "metrics.jsonl").read_bytes()
     again = train(config)
@@ -168,7 +168,7 @@ def test_the_run_can_be_loaded(finished):
         load_run(config.run_dir, step=7)
 
 
-def test_another_config_in_the_same_folder_names_what_differs(finished, make_config):
+def test_a_different_config_in_the_same_folder_names_what_differs(finished, make_config):
     config, _ = finished
     other = make_config(config.run_dir, optim=dataclasses.replace(config.optim, learning_rate=1e-3), seed=3)
     with pytest.raises(
@@ -178,7 +178,7 @@ def test_another_config_in_the_same_folder_names_what_differs(finished, make_con
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(finished, make_config, tmp_path, capsys):
+def test_sigterm_saves_and_the_run_resumes_exactly(finished, make_config, tmp_path, capsys):
     config = make_config(tmp_path / "stopped")
     metrics = tmp_path / "stopped" / "metrics.jsonl"
 
@@ -231,7 +231,7 @@ def test_a_run_that_trains_only_the_router_resumes(make_config, tmp_path):
     assert sorted(path.name for path in (tmp_path / "resumed/checkpoints").iterdir()) == ["2", "4"]
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(finished, make_config, tmp_path, capfd):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(finished, make_config, tmp_path, capfd):
     config = make_config(tmp_path / "damaged")
     source = pathlib.Path(finished[0].run_dir)
     subprocess.run(["cp", "-r", source, config.run_dir], check=True)
@@ -314,7 +314,7 @@ def test_more_steps_and_free_settings_give_the_same_result(
         train(dataclasses.replace(now, steps=9))
 
 
-def test_what_a_resumed_run_may_change(finished, make_config):
+def test_settings_that_a_resumed_run_may_change(finished, make_config):
     config = finished[0]
     changes = {
         "mesh": MeshConfig(fsdp=8), "eval": EvalConfig(1, 1, "x"), "checkpoint": CheckpointConfig(1, 9),
@@ -345,7 +345,7 @@ def test_what_a_resumed_run_may_change(finished, make_config):
         ("cosine", 20, 20, None),
     ],
 )  # fmt: skip
-def test_what_another_number_of_steps_means(make_config, tmp_path, schedule, before, now, message):
+def test_changing_the_number_of_steps(make_config, tmp_path, schedule, before, now, message):
     optim = OptimConfig(learning_rate=0.1, warmup_steps=4, schedule=schedule, min_lr_ratio=0.5)
     said = []
     config = make_config(tmp_path, optim=optim, steps=now)
@@ -360,7 +360,7 @@ def test_what_another_number_of_steps_means(make_config, tmp_path, schedule, bef
     assert ["the steps so far are also" in line for line in said] == ([] if message is None else [False])
 
 
-def test_a_resumed_run_needs_no_init_from_and_remembers_a_jump(
+def test_a_resumed_run_needs_no_init_from_and_remembers_a_schedule_jump(
     finished, make_config, tmp_path, monkeypatch, capsys
 ):
     run_dir, stops = tmp_path / "run", []
@@ -385,7 +385,7 @@ def test_a_resumed_run_needs_no_init_from_and_remembers_a_jump(
     assert record["schedule_jumped"] is False
 
 
-def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, capsys):
+def test_a_nonfinite_evaluation_is_never_the_best(finished, tmp_path, capsys):
     config = dataclasses.replace(finished[0], run_dir=str(tmp_path / "run"))
     subprocess.run(["cp", "-r", finished[0].run_dir, config.run_dir], check=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -403,7 +403,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(finished, tmp_path, 
 
 
 @pytest.mark.slow
-def test_loss_that_stays_not_finite_stops_the_run(make_config, tmp_path, capsys):
+def test_persistently_nonfinite_loss_stops_the_run(make_config, tmp_path, capsys):
     config = make_config(
         tmp_path / "nan", optim=OptimConfig(learning_rate=1e30, warmup_steps=0, max_grad_norm=0.0), steps=60
     )
@@ -424,7 +424,7 @@ def test_loss_that_stays_not_finite_stops_the_run(make_config, tmp_path, capsys)
         ({"init_from": "nowhere"}, r"nowhere: no such folder"),
     ],
 )
-def test_settings_that_do_not_fit(make_config, tmp_path, changes, message):
+def test_incompatible_settings(make_config, tmp_path, changes, message):
     values = make_config(tmp_path / "bad").to_dict()
     for name, part in changes.items():
         values[name] = values[name] | part if isinstance(part, dict) else part
@@ -433,7 +433,7 @@ def test_settings_that_do_not_fit(make_config, tmp_path, changes, message):
 
 
 @pytest.mark.slow
-def test_what_a_capacity_drops_is_in_the_metrics(finished, make_config, tmp_path):
+def test_dropped_rows_are_in_the_metrics(finished, make_config, tmp_path):
     model = dataclasses.replace(finished[0].model, expert_capacity_factor=0.5)
     train(make_config(tmp_path / "run", model=model, steps=2, eval=EvalConfig(sample_tokens=0)))
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
@@ -444,7 +444,7 @@ def test_what_a_capacity_drops_is_in_the_metrics(finished, make_config, tmp_path
 
 
 @pytest.mark.slow
-def test_starting_from_a_run_s_weights(finished, make_config, tmp_path):
+def test_initialization_from_a_run(finished, make_config, tmp_path):
     config = make_config(
         tmp_path / "second", init_from=finished[0].run_dir, steps=2, eval=EvalConfig(sample_tokens=0)
     )
@@ -461,7 +461,7 @@ def test_starting_from_a_run_s_weights(finished, make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_starting_from_published_weights(finished, make_config, tmp_path):
+def test_initialization_from_published_weights(finished, make_config, tmp_path):
     folder, runs = finished[0].run_dir, {}
     save_pretrained(from_pretrained(folder), tmp_path / "published", experts="float32")
     for name in (folder, str(tmp_path / "published")):
@@ -481,7 +481,7 @@ def test_starting_from_published_weights(finished, make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_published_weights_that_do_not_fit(finished, make_config, tmp_path, capsys):
+def test_published_weights_must_match_the_config(finished, make_config, tmp_path, capsys):
     save_pretrained(from_pretrained(finished[0].run_dir), tmp_path / "published")
     config = make_config(tmp_path / "run", init_from=str(tmp_path / "published"), steps=1)
     values = config.to_dict()
@@ -509,7 +509,7 @@ def command(config, preset, **popen):
 
 
 @pytest.mark.slow
-def test_kill_9_then_the_same_line_gives_the_same_losses(make_config, tmp_path):
+def test_rerunning_after_kill_9_gives_the_same_losses(make_config, tmp_path):
     whole, killed = make_config(tmp_path / "whole"), make_config(tmp_path / "killed")
     reference = command(whole, tmp_path / "whole.py")
     out, err = reference.communicate(timeout=200)
@@ -543,7 +543,7 @@ sys.exit(f"codes {codes}")
 
 
 @pytest.mark.slow
-def test_the_printed_command_works_and_damage_is_one_line_each(make_config, text, tmp_path):
+def test_the_printed_command_works_and_damage_is_one_line(make_config, text, tmp_path):
     # The context of the model, 128, is below the usual number of new tokens.
     run_dir = tmp_path / "it's [x]*\n$(ü) \"&"
     config = make_config(run_dir, steps=2, eval=EvalConfig(prompt="-k'a", sample_tokens=0))
@@ -575,7 +575,7 @@ def test_the_printed_command_works_and_damage_is_one_line_each(make_config, text
         ("-x y", "-n", "gptoss generate './-x y' --prompt=-n"),
     ],
 )
-def test_the_command_to_go_on_with(run_dir, prompt, words):
+def test_generate_command(run_dir, prompt, words):
     assert generate_command(pathlib.Path(run_dir), prompt) == words
 
 
@@ -637,7 +637,7 @@ def test_metrics_are_json_lines(finished):
         assert isinstance(json.loads(line), dict)
 
 
-def test_text_that_has_changed_is_not_trained_on(finished, make_config, text, tmp_path):
+def test_changed_text_is_rejected(finished, make_config, text, tmp_path):
     config = make_config(tmp_path / "copy")
     subprocess.run(["cp", "-r", finished[0].run_dir, config.run_dir], check=True)
     before = (tmp_path / "copy" / "tokenizer_name.txt").read_text()
@@ -650,7 +650,7 @@ def test_text_that_has_changed_is_not_trained_on(finished, make_config, text, tm
     assert (tmp_path / "copy" / "tokenizer_name.txt").read_text() == before
 
 
-def test_weights_of_another_tokenizer_are_refused(finished, make_config, tmp_path):
+def test_weights_of_another_tokenizer_are_rejected(finished, make_config, tmp_path):
     config = make_config(tmp_path / "other", init_from=finished[0].run_dir)
     values = config.to_dict()
     values["data"]["tokenizer"] = "bpe:257"
@@ -668,7 +668,7 @@ def test_two_processes_do_not_train_in_one_folder(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sample_of_ids_that_no_token_has(make_config, tmp_path, capsys):
+def test_samples_of_ids_without_a_token(make_config, tmp_path, capsys):
     model = dataclasses.replace(make_config("x").model, vocab_size=2000)
     sampling = EvalConfig(every=1, batches=1, sample_tokens=12, temperature=5.0)
     config = make_config(tmp_path / "wide", model=model, eval=sampling, steps=1)

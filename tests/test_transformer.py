@@ -40,7 +40,7 @@ def random_tokens(config, seed=0, shape=(2, 21)):
     return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, shape), jnp.int32)
 
 
-def test_shapes_of_the_parameters(tiny_config):
+def test_parameter_shapes(tiny_config):
     shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(tiny_config))
     block = {
         "attention": {
@@ -81,7 +81,7 @@ def test_segment_positions():
 
 
 @pytest.mark.parametrize("changed", [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3)])
-def test_no_document_sees_another(either_config, random_params, apply_model, changed):
+def test_documents_do_not_attend_to_each_other(either_config, random_params, apply_model, changed):
     row, document = changed
     params = random_params(either_config)
     tokens = random_tokens(either_config)
@@ -94,7 +94,7 @@ def test_no_document_sees_another(either_config, random_params, apply_model, cha
     assert (np.abs(after - before)[inside].max(axis=-1) > 1e-3).mean() > 0.9
 
 
-def test_a_document_is_the_same_wherever_it_stands(either_config, random_params, apply_model):
+def test_a_document_has_the_same_logits_anywhere_in_a_row(either_config, random_params, apply_model):
     params = random_params(either_config)
     tokens = random_tokens(either_config)
     packed = apply_model(either_config, params, tokens, SEGMENTS)
@@ -105,7 +105,7 @@ def test_a_document_is_the_same_wherever_it_stands(either_config, random_params,
     np.testing.assert_allclose(found[1, :9], packed[0, 7:16], rtol=1e-4, atol=1e-4)
 
 
-def test_padding_does_not_matter(either_config, random_params, apply_model):
+def test_padding_has_no_effect(either_config, random_params, apply_model):
     params = random_params(either_config)
     tokens = random_tokens(either_config)
     segments = jnp.where(jnp.arange(21) < jnp.array([[13], [18]]), 1, 0)
@@ -130,7 +130,7 @@ def test_padding_does_not_matter(either_config, random_params, apply_model):
     chex.assert_trees_all_equal(stats, other_stats)
 
 
-def test_causality(either_config, random_params, apply_model):
+def test_logits_are_causal(either_config, random_params, apply_model):
     params = random_params(either_config)
     tokens = random_tokens(either_config)
     before = apply_model(either_config, params, tokens)
@@ -179,7 +179,7 @@ def unrolled(config, params, tokens_BT, segments_BT):
         (FULL,) * 2,
     ],
 )
-def test_scanned_layers_equal_a_loop(tiny_config, random_params, apply_model, layer_types):
+def test_scanned_layers_match_a_loop(tiny_config, random_params, apply_model, layer_types):
     config = tiny_config
     if layer_types:
         config = dataclasses.replace(tiny_config, layer_types=layer_types, num_hidden_layers=len(layer_types))
@@ -234,7 +234,7 @@ def test_remat_changes_nothing(tiny_config, random_params):
 
 
 @pytest.mark.slow
-def test_layers_that_are_not_stacked_change_nothing(tiny_config, random_params):
+def test_unstacked_layers_give_the_same_results(tiny_config, random_params):
     params = random_params(tiny_config)
     apart = dataclasses.replace(tiny_config, scan_layers=False)
     period = len(tiny_config.period)
@@ -291,7 +291,7 @@ def test_dropout_follows_its_key(tiny_config, random_params):
     assert np.abs(first - no_key).max() > 0.1
 
 
-def test_each_layer_drops_something_else(tiny_config):
+def test_every_layer_has_its_own_dropout_mask(tiny_config):
     # Four blocks that each add one to everything: the residual stream counts how often a place was kept.
     config = dataclasses.replace(tiny_config, residual_dropout=0.5)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
@@ -328,7 +328,7 @@ def test_bfloat16_is_close_to_float32(tiny_config, random_params, apply_model):
     assert difference.max() > 1e-4
 
 
-def test_norm_is_float32_with_its_scale(tiny_config):
+def test_rms_norm_is_float32_with_its_scale(tiny_config):
     norm = RMSNorm(tiny_config)
     rng = np.random.default_rng(0)
     scale = (1 + rng.standard_normal(24)).astype(np.float32)
@@ -361,7 +361,7 @@ def test_compute_dtype(tiny_config):
         ("gpt_oss_120b", 116_829_156_672),
     ],
 )
-def test_parameter_counts_of_the_presets(preset, count):
+def test_presets_have_the_published_parameter_counts(preset, count):
     assert parameter_count(runpy.run_path(str(CONFIGS / f"{preset}.py"))["config"].model) == count
 
 
@@ -408,7 +408,7 @@ def test_params_round_trip(either_config, random_params):
     chex.assert_trees_all_equal(get_params(model), params)
 
 
-def test_tied_head_is_the_embedding(notebook_config, random_params):
+def test_a_tied_head_is_the_embedding(notebook_config, random_params):
     model = bind(notebook_config, random_params(notebook_config))
     np.testing.assert_array_equal(model.head_weight_VD, model.embedding.weight[...])
     assert not hasattr(model, "head")

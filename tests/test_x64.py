@@ -145,7 +145,7 @@ def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "native"), [(SMALL, False), (PACKED, True)])
-def test_answers_are_the_same(config, native, monkeypatch):
+def test_generated_tokens_are_the_same(config, native, monkeypatch):
     if not native:
         monkeypatch.setattr(kernels.cpu.build, "is_available", lambda: False)
 
@@ -188,7 +188,7 @@ def test_losses_are_the_same():
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(data=1, fsdp=8)])
-def test_weights_are_read_the_same(mesh, tmp_path):
+def test_loaded_weights_are_the_same(mesh, tmp_path):
     folder = random_checkpoint(tmp_path / "model", experts_per_token=2, form="mxfp4")
     mesh = mesh and make_mesh(mesh)
     narrow, wide = in_both_modes(lambda: load_pretrained(folder, mesh=mesh)[1])
