@@ -188,7 +188,7 @@ def grouped(run: Run) -> dict:
             record["rows"].append({"E": E, "largest_of_mean": uneven, "form": form, "seconds": seconds})
         if E == 32:
             calls = {
-                str(blocks): call(functools.partial(triton_grouped_matmul, _blocks=blocks))
+                str(blocks): call(functools.partial(triton_grouped_matmul, blocks=blocks))
                 for blocks in BLOCKS
             }
             for blocks, seconds in run.compare("grouped blocks", calls).items():

@@ -31,7 +31,9 @@ from gptoss_jax.kernels.attention.api import AttentionSpec, attention_mask, refe
 from gptoss_jax.kernels.attention.api import attention as chosen_attention
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.cpu import build
-from gptoss_jax.kernels.grouped_matmul import api
+from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.api import reference_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
 
 
 def _normal(seed: int, *shape: int) -> jax.Array:
@@ -45,11 +47,11 @@ def grouped(rounds: int, quick: bool) -> dict:
     calls, errors = {PEAK: common.square_product()}, {}
     for E in counts:
         sizes, w_EDF = common.uneven_sizes(R, E), _normal(2, E, D, F) * D**-0.5
-        forms = {"XLA blocks": api.blocked_grouped_matmul}
+        forms = {"XLA": xla_grouped_matmul}
         if build.is_available():
-            forms = {"native": api.native_grouped_matmul} | forms
+            forms = {"C++": cpu_grouped_matmul} | forms
         if E <= 8:
-            forms["ragged_dot"] = api.reference_grouped_matmul
+            forms["ragged_dot"] = reference_grouped_matmul
         expected = _grouped_float64(x_RD, w_EDF, g_RF, sizes)
         for form, function in forms.items():
             call = functools.partial(with_gradients(function), g_RF, (x_RD, w_EDF), (jnp.asarray(sizes),))

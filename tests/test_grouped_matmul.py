@@ -1,4 +1,4 @@
-"""The grouped product, in both forms, against a loop in float64."""
+"""Grouped matmul, in every backend of a CPU, against a loop in float64."""
 
 import functools
 
@@ -11,39 +11,37 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.kernels.cpu import build
-from gptoss_jax.kernels.grouped_matmul.api import (
-    add_group_bias,
-    blocked_grouped_matmul,
-    grouped_matmul,
-    native_grouped_matmul,
-    reference_grouped_matmul,
-)
+from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.api import add_group_bias, grouped_matmul, reference_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
+from gptoss_jax.kernels.layer_view import LayerView
 
 E, D, F = 4, 5, 7
-FORMS = {"blocked": blocked_grouped_matmul, "reference": reference_grouped_matmul, "chosen": grouped_matmul}
+BACKENDS = {"xla": xla_grouped_matmul, "reference": reference_grouped_matmul, "default": grouped_matmul}
+needs_compiler = pytest.mark.skipif(not build.is_available(), reason="needs a C++ compiler")
 if build.is_available():
-    FORMS["native"] = native_grouped_matmul
+    BACKENDS["cpu"] = cpu_grouped_matmul
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def with_gradients(form, x, w, g, sizes):
-    y, vjp = jax.vjp(lambda x, w: FORMS[form](x, w, sizes), x, w)
+def with_gradients(backend, x, w, g, sizes):
+    y, vjp = jax.vjp(lambda x, w: BACKENDS[backend](x, w, sizes), x, w)
     return y, *vjp(g)
 
 
-def check(form, rows, sizes, outside):
+def check(backend, rows, sizes, outside):
     rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
     x, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, D), (E, D, F), (rows, F)))
     expected = by_loop(*(a.astype(np.float64) for a in (x, w, g)), sizes)
-    # What stands past the groups must not matter.
+    # The values of rows of no group must not matter.
     x[sum(sizes) :] = outside
     g[sum(sizes) :] = outside
-    found = with_gradients(form, x, w, g, jnp.array(sizes, jnp.int32))
+    found = with_gradients(backend, x, w, g, jnp.array(sizes, jnp.int32))
     for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(sizes=sizes_within(37, E), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
 @example(sizes=[37, 0, 0, 0], outside=0.0)
@@ -51,8 +49,8 @@ def check(form, rows, sizes, outside):
 @example(sizes=[0, 0, 0, 0], outside=np.nan)
 @example(sizes=[1, 1, 1, 1], outside=np.inf)
 @example(sizes=[0, 16, 0, 17], outside=np.nan)
-def test_any_group_sizes(form, sizes, outside):
-    check(form, 37, sizes, outside)
+def test_any_group_sizes(backend, sizes, outside):
+    check(backend, 37, sizes, outside)
 
 
 @pytest.mark.parametrize("rows", [130, 300, 600])
@@ -60,15 +58,14 @@ def test_any_group_sizes(form, sizes, outside):
     "shares", [(0.25, 0.25, 0.25, 0.25), (0.9, 0.0, 0.05, 0.05), (0, 0, 1, 0), (0.5, 0.3, 0, 0)]
 )
 def test_larger_blocks(rows, shares):
-    check("blocked", rows, [int(share * rows) for share in shares], np.nan)
+    check("xla", rows, [int(share * rows) for share in shares], np.nan)
 
 
-@pytest.mark.skipif(not build.is_available(), reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("widths", [(1, 1), (31, 33), (100, 530), (1030, 70)], ids=str)
 @pytest.mark.parametrize("sizes", [(0, 13, 1, 40), (600, 0, 5, 0), (12, 24, 8, 4)], ids=str)
-def test_native_at_every_edge(widths, sizes):
-    """Widths and rows around those of its blocks (32 columns, 480 columns, 512 inner, 12 rows), with a
-    bias."""
+def test_every_edge_of_the_cpu_kernel(widths, sizes):
+    """Sizes around those of its blocks (32 and 480 columns, 512 inner, 12 rows), with a bias."""
     (D, F), E = widths, len(sizes)
     rng = np.random.default_rng(D + sum(sizes))
     shapes = ((sum(sizes) + 3, D), (E, D, F), (E, F), (sum(sizes) + 3, F))
@@ -77,7 +74,7 @@ def test_native_at_every_edge(widths, sizes):
 
     @jax.jit
     def found(x, w, b, g):
-        y, back = jax.vjp(lambda x, w, b: native_grouped_matmul(x, w, jnp.array(sizes), b), x, w, b)
+        y, back = jax.vjp(lambda x, w, b: cpu_grouped_matmul(x, w, jnp.array(sizes), b), x, w, b)
         return y, *back(g)
 
     y, dx, dw, db = found(x, w, b, g)
@@ -92,7 +89,7 @@ def test_native_at_every_edge(widths, sizes):
     np.testing.assert_array_equal(dx[-3:], 0)
 
 
-def test_without_native_kernels_xla_does_it(monkeypatch):
+def test_plain_xla_without_a_compiler(monkeypatch):
     monkeypatch.setattr(build, "is_available", lambda: False)
     x, w, sizes = jnp.ones((5, 2)), jnp.ones((2, 2, 3)), jnp.array([2, 3])
     text = jax.jit(lambda x, w: grouped_matmul(x, w, sizes, jnp.ones((2, 3)))).lower(x, w).as_text()
@@ -100,16 +97,15 @@ def test_without_native_kernels_xla_does_it(monkeypatch):
     np.testing.assert_array_equal(grouped_matmul(x, w, sizes, jnp.ones((2, 3))), 3)
 
 
-def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
+def test_a_failing_compiler_is_a_warning(monkeypatch, tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'x.cc:1: error: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.warns(
-        UserWarning, match="cannot compile the kernels in native/, or .*; XLA does their work: x.cc:1: error"
-    ):
+    message = "cannot compile the kernels in kernels/cpu/, or .*; plain XLA replaces them: x.cc:1: error"
+    with pytest.warns(UserWarning, match=message):
         assert not build.is_available.__wrapped__()
     assert [path for path in tmp_path.rglob("*") if path.suffix == ".so"] == []
 
@@ -117,8 +113,8 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, tmp_path):
 def test_by_hand():
     x = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     w = jnp.array([[[1.0], [0.0]], [[9.0], [9.0]], [[0.0], [10.0]]])
-    for form in FORMS.values():
-        np.testing.assert_array_equal(form(x, w, jnp.array([2, 0, 1]))[:, 0], [1, 3, 60, 0])
+    for matmul in BACKENDS.values():
+        np.testing.assert_array_equal(matmul(x, w, jnp.array([2, 0, 1]))[:, 0], [1, 3, 60, 0])
 
 
 def test_bfloat16_in_and_out():
@@ -126,11 +122,29 @@ def test_bfloat16_in_and_out():
     x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((37, D), (E, D, F)))
     sizes = jnp.array([5, 0, 20, 9])
     g = jnp.ones((37, F), jnp.bfloat16)
-    found = with_gradients("blocked", x, w, g, sizes)
+    found = with_gradients("xla", x, w, g, sizes)
     expected = by_loop(*(np.asarray(a, np.float64) for a in (x, w, g)), [5, 0, 20, 9])
     for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
         assert f.dtype == jnp.bfloat16, name
         np.testing.assert_allclose(np.asarray(f, np.float64), e, rtol=0.02, atol=0.05, err_msg=name)
+
+
+@needs_compiler
+def test_the_view_of_a_layer_equals_the_layer():
+    rng = np.random.default_rng(0)
+    shapes = (37, D), (3, E, D, F), (E, F), (37, F)
+    x, stack, bias, g = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    sizes = jnp.array([5, 0, 20, 9])
+
+    def with_gradients(w):
+        y, vjp = jax.vjp(lambda x, w, bias: grouped_matmul(x, w, sizes, bias), x, w, bias)
+        return y, *vjp(g)
+
+    y, dx, dw, db = with_gradients(stack[1])
+    found_y, found_dx, found_dw, found_db = with_gradients(LayerView(stack, 1))
+    for found, expected in ((found_y, y), (found_dx, dx), (found_dw.stack[1], dw), (found_db, db)):
+        np.testing.assert_array_equal(found, expected)
+    assert not np.any(found_dw.stack[::2])
 
 
 @pytest.mark.parametrize("sizes", [(3, 0, 9, 2), (0, 0, 0, 0), (17, 0, 0, 0), (0, 0, 0, 16)])

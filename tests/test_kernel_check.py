@@ -316,7 +316,7 @@ def test_plain_attention_on_a_gpu_is_the_blockwise_one(monkeypatch):
         text = jax.make_jaxpr(lambda x: attention(x, x, x, places, places, AttentionSpec()))(x)
     assert "pallas_call" not in str(text)
     with selection.using("plain:grouped_matmul"):
-        assert api._form() is api.blocked_grouped_matmul
+        assert api._implementation() is api.xla_grouped_matmul
 
 
 def test_the_gradient_of_a_group_bias_adds_up_in_float32():

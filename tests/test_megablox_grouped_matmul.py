@@ -1,4 +1,4 @@
-"""The grouped product of TPUs in interpret mode against a loop, and through the TPU compiler."""
+"""Grouped matmul on TPUs, in interpret mode against a loop, and through the TPU compiler."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from helpers.grouped_matmul import by_loop
 from helpers.tpu_compiler import needs_libtpu, on_tpus
 
-from gptoss_jax.kernels.grouped_matmul.pallas_tpu import _parts, _tiles, megablox_grouped_matmul
+from gptoss_jax.kernels.grouped_matmul.pallas_tpu import _even_parts, _tiles, megablox_grouped_matmul
 
 E = 4
 
@@ -24,7 +24,7 @@ def check(rows, D, F, sizes, outside):
     rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
     x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((rows, D), (E, D, F), (rows, F)))
     expected, start = by_loop(x, w, g, sizes), sum(sizes)
-    # What stands past the groups must not matter.
+    # The values of rows of no group must not matter.
     x[start:], g[start:] = outside, outside
     found = with_gradients(x, w, g, jnp.array(sizes, jnp.int32))
     for name, f, e in zip(("y", "dx", "dw"), found, expected, strict=True):
@@ -59,7 +59,7 @@ def test_tiles():
     assert _tiles(512, 2880, 5760, 2) == (128, 2880, 768)
     assert _tiles(2048, 2880, 2880, 4) == (128, 1024, 512)
     assert _tiles(2048, 20000, 2880, 2) == (128, 1024, 512)
-    assert [_parts(size, 1024) for size in (7, 1024, 1025, 2880)] == [7, 1024, 640, 1024]
+    assert [_even_parts(size, 1024) for size in (7, 1024, 1025, 2880)] == [7, 1024, 640, 1024]
 
 
 @needs_libtpu

@@ -1,5 +1,6 @@
-"""The product with packed experts, in every form, against unpacking and multiplying in float64; the kernels
-interpreted, and through the TPU compiler and the lowering for CUDA, which need no such device."""
+"""Grouped matmul with MXFP4 weights, in every implementation, against dequantizing and multiplying in
+float64; the kernels interpreted, and through the TPU compiler and the lowering for CUDA, which need no such
+device."""
 
 import functools
 
@@ -14,26 +15,26 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.layout import Format, Layout
 
-from gptoss_jax.kernels import backend
-from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
+from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.mxfp4 import codec
-from gptoss_jax.kernels.mxfp4.api import looped_mxfp4_matmul, mxfp4_grouped_matmul, visits
+from gptoss_jax.kernels.mxfp4.api import mxfp4_grouped_matmul
 from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
 from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul
+from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
 
 R, E, F, G = 37, 4, 7, 3
 D = 32 * G
-FORMS = {
-    "looped": looped_mxfp4_matmul,
+IMPLEMENTATIONS = {
+    "xla": xla_mxfp4_matmul,
     "mosaic": functools.partial(mosaic_mxfp4_matmul, interpret=True),
     "triton": functools.partial(triton_mxfp4_matmul, interpret=True),
-    "chosen": mxfp4_grouped_matmul,
+    "default": mxfp4_grouped_matmul,
 }
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def multiply(form, *inputs):
-    return FORMS[form](*inputs)
+def multiply(implementation, *inputs):
+    return IMPLEMENTATIONS[implementation](*inputs)
 
 
 @functools.cache
@@ -52,20 +53,20 @@ def by_loop(x, blocks, scales, sizes):
     return y
 
 
-def check(form, rows, shape, sizes, outside=0.0, dtype=jnp.float32, tolerance=1e-5):
+def check(implementation, rows, shape, sizes, outside=0.0, dtype=jnp.float32, tolerance=1e-5):
     blocks, scales = packed(*shape)
     rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
     x = np.array(jnp.asarray(rng.standard_normal((rows, 32 * shape[2])), dtype))
     expected = by_loop(x, blocks, scales, sizes)
-    # What stands past the groups must not matter.
+    # The values of rows of no group must not matter.
     x[sum(sizes) :] = outside
-    y = multiply(form, x, blocks, scales, np.array(sizes, np.int32))
+    y = multiply(implementation, x, blocks, scales, np.array(sizes, np.int32))
     assert y.dtype == dtype
     size = np.abs(expected).max(initial=1)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=tolerance, atol=tolerance * size)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=30, deadline=None)
 @given(sizes=sizes_within(R, E), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
 @example(sizes=[R, 0, 0, 0], outside=0.0)
@@ -74,41 +75,41 @@ def check(form, rows, shape, sizes, outside=0.0, dtype=jnp.float32, tolerance=1e
 @example(sizes=[1, 1, 1, 1], outside=np.inf)
 @example(sizes=[5, 9, 12, 11], outside=0.0)
 @example(sizes=[0, 16, 0, 17], outside=np.nan)
-def test_any_group_sizes(form, sizes, outside):
-    check(form, R, (E, F, G), sizes, outside)
+def test_any_group_sizes(implementation, sizes, outside):
+    check(implementation, R, (E, F, G), sizes, outside)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_several_tiles(form):
-    """Of rows, outputs and inputs, with edges: wider than any tile, and no multiple of one."""
-    check(form, 300, (3, 700, 11), [130, 0, 150], np.nan)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_several_tiles(implementation):
+    """Rows, outputs and inputs of several tiles, the last of which is not full."""
+    check(implementation, 300, (3, 700, 11), [130, 0, 150], np.nan)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_bfloat16(form):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16(implementation):
     # Sums are in float32, and rounded once.
-    check(form, R, (E, F, G), [10, 0, 20, 4], np.nan, jnp.bfloat16, tolerance=2.0**-8)
+    check(implementation, R, (E, F, G), [10, 0, 20, 4], np.nan, jnp.bfloat16, tolerance=2.0**-8)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_one_row_in_one_of_many_groups(form):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_one_row_in_one_of_many_groups(implementation):
     sizes = [0] * 600
     sizes[471] = 1
-    check(form, 1, (600, 5, 1), sizes)
+    check(implementation, 1, (600, 5, 1), sizes)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_byte_under_every_scale(form, dtype):
-    """An identity brings out the weights of each input. Those that are no normal floats may be zeros."""
+def test_every_byte_under_every_scale(implementation, dtype):
+    """An identity matrix gives the weights of each input. Subnormal ones may be zeros."""
     # Group e has bytes 16e … 16e + 15, and its output f the scale f.
     blocks = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(16, 1, 1, 16), (16, 256, 1, 16))
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
     x = jnp.tile(jnp.eye(32, dtype=dtype), (16, 1))
     expected = np.asarray(codec.dequantize(blocks, scales, dtype), np.float64).swapaxes(1, 2)
-    found = np.asarray(multiply(form, x, blocks, scales, np.full(16, 32, np.int32)), np.float64)
+    found = np.asarray(multiply(implementation, x, blocks, scales, np.full(16, 32, np.int32)), np.float64)
     found = found.reshape(16, 32, 256)
-    # Infinite times zero is no number: one such weight spoils all of its output.
+    # Infinity times zero is NaN: one such weight spoils all of its output.
     clean = np.broadcast_to(np.isfinite(expected).all(axis=1, keepdims=True), expected.shape)
     normal = np.abs(expected) >= 2.0**-126
     np.testing.assert_array_equal(found[clean & normal], expected[clean & normal])
@@ -117,44 +118,24 @@ def test_every_byte_under_every_scale(form, dtype):
     assert (~clean).sum() == 16 * 3 * 32
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_every_code_under_every_scale(form, dtype):
-    """A mean of 32 equal weights is that weight, be it infinite."""
-    # Group e has code e alone, and its output f the scale f.
+def test_every_code_under_every_scale(implementation, dtype):
+    """The mean of 32 equal weights is that weight, also if it is infinite."""
+    # Group e has only code e, and its output f the scale f.
     blocks = np.broadcast_to(17 * np.arange(16, dtype=np.uint8).reshape(16, 1, 1, 1), (16, 256, 1, 16))
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
     expected = np.asarray(codec.dequantize(blocks, scales, dtype), np.float64)[:, :, 0]
     x = jnp.full((16, 32), 1 / 32, dtype)
-    found = np.asarray(multiply(form, x, blocks, scales, np.ones(16, np.int32)), np.float64)
-    # A 32nd of smaller ones is no normal float.
+    found = np.asarray(multiply(implementation, x, blocks, scales, np.ones(16, np.int32)), np.float64)
+    # A 32nd of smaller ones is subnormal.
     kept = ~(np.abs(expected) < 2.0**-121)
     np.testing.assert_array_equal(found[kept], expected[kept])
     assert np.isinf(expected).sum() == 2 * (2 + 4) and np.isnan(expected).sum() == 16
 
 
-@settings(max_examples=60, deadline=None)
-@given(sizes=sizes_within(R, E))
-@example(sizes=[1, 1, 1, R - 3])
-@example(sizes=[16, 0, 17, 4])
-def test_visits_cover_every_row_of_a_group_once(sizes):
-    count, *tables = map(np.asarray, visits(jnp.array(sizes, jnp.int32), R, 16))
-    found = np.full(R, -1)
-    for tile, group, start, end in zip(*(table[:count] for table in tables), strict=True):
-        rows = slice(max(16 * tile, start), min(16 * tile + 16, end))
-        assert rows.start < rows.stop and np.all(found[rows] == -1)
-        found[rows] = group
-    np.testing.assert_array_equal(found, np.repeat([*range(E), -1], [*sizes, R - sum(sizes)]))
-    assert count <= len(tables[0]) == 3 + E
-
-
-def test_visits_stay_inside_whatever_the_sizes():
-    count, tile, _, _, end = visits(jnp.array([30, 30, 30, 30], jnp.int32), R, 16)
-    assert count == 4 and tile.max() == 2 and end.max() == R
-
-
-@pytest.mark.parametrize("form", ["chosen", "looped"])
-def test_gradients_of_rows_and_bias(form):
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_gradients_of_rows_and_bias(kernels):
     sizes = jnp.array([10, 0, 20, 4], jnp.int32)
     blocks, scales = packed(E, F, G)
     x, bias, g = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(R, D), (E, F), (R, F)]))
@@ -166,9 +147,8 @@ def test_gradients_of_rows_and_bias(form):
         return jnp.pad(y, ((0, 3), (0, 0)))
 
     def ours(x, bias):
-        if form == "chosen":
+        with selection.using(kernels):
             return mxfp4_grouped_matmul(x, blocks, scales, sizes, bias)
-        return add_group_bias(looped_mxfp4_matmul(x, blocks, scales, sizes), bias, sizes)
 
     (y, back), (expected, expected_back) = jax.vjp(jax.jit(ours), x, bias), jax.vjp(plain, x, bias)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
@@ -176,39 +156,39 @@ def test_gradients_of_rows_and_bias(form):
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-4)
 
 
-def through_layers(form, layers, x, blocks, scales, bias, sizes_E):
-    """All layers of a stack, one after the other; F and D are the same."""
+def through_layers(implementation, layers, x, blocks, scales, bias, sizes_E):
+    """Applies all layers of a stack in sequence; F and D are the same."""
     groups = sizes_E.shape[0]
 
     def one(x, layer):
         sizes = jax.lax.dynamic_update_slice(
             jnp.zeros(layers * groups, jnp.int32), sizes_E, (layer * groups,)
         )
-        return form(x, blocks, scales, sizes, *bias), None
+        return implementation(x, blocks, scales, sizes, *bias), None
 
     return jax.lax.scan(one, x, jnp.arange(layers))[0]
 
 
 def test_memory_is_that_of_one_matrix():
-    """Of 8 groups in each of 3 layers, forward and backward."""
+    """In plain XLA, for 8 groups in each of 3 layers, forward and backward."""
     layers, groups, width = 3, 8, 512
     S = jax.ShapeDtypeStruct
     stack = (layers * groups, width, width // 32)
     arguments = S((20, width), jnp.float32), S((*stack, 16), jnp.uint8), S(stack, jnp.uint8), ()
 
     def both(x, *others):
-        y, back = jax.vjp(lambda x: through_layers(looped_mxfp4_matmul, layers, x, *others), x)
+        y, back = jax.vjp(lambda x: through_layers(mxfp4_grouped_matmul, layers, x, *others), x)
         return y, back(y)
 
-    compiled = jax.jit(both).lower(*arguments, S((groups,), jnp.int32)).compile()
+    with selection.using("plain"):
+        compiled = jax.jit(both).lower(*arguments, S((groups,), jnp.int32)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * width * width
 
 
 @needs_libtpu
 @pytest.mark.parametrize("rows", [16, 4096])
 def test_compiles_for_tpus(rows):
-    """The released sizes, down's, of 2 layers of 32 experts; stored as the kernel reads them, they are not
-    copied."""
+    """`down` of the released sizes, 2 layers of 32 experts: stored as the kernel reads it, and not copied."""
     layers, groups, width = 2, 32, 2880
     stack = (layers * groups, width, width // 32)
     for name in TPUS:
@@ -243,10 +223,10 @@ def test_lowers_for_cuda(dtype):
     ("platform", "rows", "is_kernel"),
     [("tpu", 16, True), ("gpu", 16, True), ("gpu", 2048, False), ("cpu", 16, False)],
 )
-def test_each_platform_has_its_form(platform, rows, is_kernel, monkeypatch):
+def test_each_backend_has_its_implementation(platform, rows, is_kernel, monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda: platform)
     x = jnp.zeros((rows, D))
-    # A function of its own, because JAX remembers what it traced.
+    # A new function, because JAX caches traces.
     jaxpr = jax.make_jaxpr(lambda *inputs: mxfp4_grouped_matmul(*inputs))(
         x, *packed(E, F, G), jnp.zeros(E, jnp.int32)
     )

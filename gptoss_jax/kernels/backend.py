@@ -6,11 +6,18 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 
 # A decorator that traces a function as if `jax_enable_x64` were off. Under that setting Pallas kernels would
 # compute indices in int64, which neither Mosaic nor Triton accepts. Narrower arguments are not affected.
 without_x64 = jax.enable_x64(False)
+
+
+def matmul_precision(dtype: jnp.dtype) -> str:
+    """Returns "highest" for float32, which TPUs and GPUs otherwise round to bfloat16 or TF32 before they
+    multiply, and "default" for narrower types, which TPU kernels refuse to multiply in any other way."""
+    return "highest" if dtype == jnp.float32 else "default"
 
 
 def platform() -> str:

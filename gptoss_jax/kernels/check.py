@@ -19,14 +19,12 @@ from gptoss_jax.kernels.attention.api import fits_triton
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, reference_attention, segment_starts
 from gptoss_jax.kernels.cpu import build, decode
-from gptoss_jax.kernels.grouped_matmul.api import (
-    add_group_bias,
-    blocked_grouped_matmul,
-    native_grouped_matmul,
-)
+from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, cpu_mxfp4_matmul
+from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
+from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
-from gptoss_jax.kernels.mxfp4.api import looped_mxfp4_matmul, native_mxfp4_matmul
+from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
 
 # Largest allowed difference from the plain result in float32, as a share of its largest value. Correct
 # kernels are off by up to 5e-6 and 5e-3 (bfloat16 rounds at 4e-3); a float32 product in TF32 by 3e-4 or more.
@@ -182,11 +180,11 @@ def _grouped_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
         return *_normal(2, dtype, (R, D), (E, D, F), (E, F)), _group_sizes()
 
     def plain(x, w, bias, sizes):
-        return add_group_bias(blocked_grouped_matmul(x, w, sizes), bias, sizes)
+        return add_group_bias(xla_grouped_matmul(x, w, sizes), bias, sizes)
 
     def run(x, w, bias, sizes):
         if backend == "cpu":
-            return native_grouped_matmul(x, w, sizes, bias)
+            return cpu_grouped_matmul(x, w, sizes, bias)
         if backend == "tpu":
             from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
 
@@ -209,14 +207,14 @@ def _mxfp4_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
 
     def run(x, blocks, scales, sizes):
         if backend == "cpu":
-            return native_mxfp4_matmul(x, blocks, scales, sizes)
+            return cpu_mxfp4_matmul(x, blocks, scales, sizes)
         if backend == "tpu":
             from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul as matmul
         else:
             from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul as matmul
         return matmul(x, blocks, scales, sizes, interpret=interpret)
 
-    return Case("mxfp4_matmul", "", dtype, arrays, run, looped_mxfp4_matmul)
+    return Case("mxfp4_matmul", "", dtype, arrays, run, xla_mxfp4_matmul)
 
 
 def _cpu_decode_cases() -> Iterator[Case]:

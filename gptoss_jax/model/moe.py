@@ -136,7 +136,7 @@ def expert_outputs(
     a_RF = tensor_all_gather(swiglu(gate_RF, up_RF))
     # The bias is added behind the gather: it is not split, as the rows of `down` are.
     y_RD = tensor_all_gather(mxfp4_grouped_matmul(a_RF, *weights["down"], group_sizes_E))
-    return y_RD if down_bias is None else add_group_bias(y_RD, down_bias, group_sizes_E)
+    return add_group_bias(y_RD, down_bias, group_sizes_E)
 
 
 class SwiGLU(NamedTuple):

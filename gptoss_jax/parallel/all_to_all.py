@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import backend
-from gptoss_jax.kernels.grouped_matmul.api import take
 
 # Row counts and offsets are int32 also where jax_enable_x64 would make sums int64.
 _sum = functools.partial(jnp.sum, dtype=jnp.int32)
@@ -28,6 +27,22 @@ _cumsum = functools.partial(jnp.cumsum, dtype=jnp.int32)
 BUFFER_PERCENT = {"ragged": 125, "padded": 150}
 # A buffer has at least this many rows: decoding then takes one round.
 MIN_BUFFER_ROWS = 256
+
+
+@jax.custom_vjp
+def gather_rows(x_RD: jax.Array, index_C: jax.Array, inverse_R: jax.Array | None = None) -> jax.Array:
+    """Returns `x_RD[index_C]`, zero for an index of -1, where no row is gathered twice.
+
+    `inverse_R` is the index of each row in the result, -1 for none: the gradient is a gather too, not a
+    scatter.
+    """
+    return jnp.where((index_C >= 0)[:, None], x_RD.at[index_C].get(mode="clip"), 0)
+
+
+gather_rows.defvjp(
+    lambda x_RD, index_C, inverse_R: (gather_rows(x_RD, index_C, inverse_R), (index_C, inverse_R)),
+    lambda residuals, g_CD: (gather_rows(g_CD, *residuals[::-1]), None, None),
+)
 
 
 class Round(NamedTuple):
@@ -153,7 +168,7 @@ def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Arra
     read_E, write_E = (
         jax.lax.all_to_all(place, "expert", 0, 0, tiled=True) for place in (sources, slices.write_E)
     )
-    return take(x_RD, _in_slices(rows, write_E, slices.received_E, read_E), None)
+    return gather_rows(x_RD, _in_slices(rows, write_E, slices.received_E, read_E))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,14 +216,14 @@ class PaddedAllToAll:
         )
 
         def dispatch(x_RD):
-            x_CD = take(x_RD, row_of_slot, slot_of_row)
+            x_CD = gather_rows(x_RD, row_of_slot, slot_of_row)
             x_CD = jax.lax.all_to_all(x_CD, "expert", 0, 0, tiled=True)
-            return take(x_CD, slot_of_place, place_of_slot)
+            return gather_rows(x_CD, slot_of_place, place_of_slot)
 
         def combine(y_CD):
-            y_CD = take(y_CD, place_of_slot, slot_of_place)
+            y_CD = gather_rows(y_CD, place_of_slot, slot_of_place)
             y_CD = jax.lax.all_to_all(y_CD, "expert", 0, 0, tiled=True)
-            return take(y_CD, slot_of_row, row_of_slot)
+            return gather_rows(y_CD, slot_of_row, row_of_slot)
 
         return Round(dispatch, combine, _sum(sizes_nL, 0))
 

@@ -36,19 +36,6 @@ class Routing(NamedTuple):
     weights_MX: jax.Array  # float32
 
 
-@jax.custom_vjp
-def permute(x_RD: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """Returns `x_RD[order_R]` for a permutation with a known inverse: its gradient is a gather, not a
-    scatter."""
-    return x_RD[order_R]
-
-
-permute.defvjp(
-    lambda x_RD, order_R, inverse_R: (x_RD[order_R], inverse_R),
-    lambda inverse_R, g_RD: (g_RD[inverse_R], None, None),
-)
-
-
 def apply_experts(
     expert_function: ExpertFunction,
     x_MD: jax.Array,
@@ -149,14 +136,16 @@ def _one_device(expert_function, x_MD, routing, parameters, *, num_devices, capa
     inverse_R = jnp.zeros_like(order_R).at[order_R].set(row_R)
     counts_E = jnp.zeros(E + 1, jnp.int32).at[experts_R].add(1)[:E]
 
-    x_RD = permute(jnp.broadcast_to(x_MD[:, None], (M, X, D)).reshape(M * X, D), order_R, inverse_R)
+    x_RD = all_to_all.gather_rows(
+        jnp.broadcast_to(x_MD[:, None], (M, X, D)).reshape(M * X, D), order_R, inverse_R
+    )
     if num_devices == 1:
         y_RD = expert_function(x_RD, parameters, counts_E)
     else:
         transport = all_to_all.transport(M * X, num_devices, E // num_devices, max_rows)
         counts_nE = jax.lax.all_gather(counts_E, "expert")
         y_RD = _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport)
-    y_MXD = permute(y_RD, inverse_R, order_R).reshape(M, X, D)
+    y_MXD = all_to_all.gather_rows(y_RD, inverse_R, order_R).reshape(M, X, D)
     y_MD = jnp.sum(y_MXD.astype(jnp.float32) * weights_MX[:, :, None], axis=1)
     return y_MD.astype(x_MD.dtype), num_dropped
 

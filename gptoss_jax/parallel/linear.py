@@ -5,7 +5,6 @@ loss, experts) or cannot (Pallas kernels), `shard_map` says what every device do
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -14,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.cpu import decode
-from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
+from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import compute_spec, constrain, spec_axes, storage_spec
@@ -45,12 +44,12 @@ def sharded_einsum(
     """
     several = isinstance(weights, list | tuple)
     weights = weights if several else [weights]
-    x_letters, letters, y_letters = equation.replace("->", ",").split(",")
+    x_letters, letters, _ = equation.replace("->", ",").split(",")
     for weight in weights:
         assert_shapes(f"{x_letters} {letters}", x, weight)
-    rows = math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
-    if result_type in (None, x.dtype) and decode.is_supported("decode_matmul", rows, x.dtype):
-        results = decode.einsum(equation, x, [as_view(cast(weight, x.dtype)) for weight in weights])
+    are_views = all(isinstance(weight, LayerView) and weight.dtype == x.dtype for weight in weights)
+    if are_views and decode.supports_einsum(equation, x, result_type):
+        results = decode.einsum(equation, x, weights)
     elif not current_axes():
         results = [_einsum(equation, x, read(w).astype(x.dtype), result_type) for w in weights]
     else:
@@ -83,6 +82,8 @@ def _einsum_on_mesh(equation, x, weights, result_type):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _einsum(equation: str, x: jax.Array, weight: jax.Array, result_type) -> jax.Array:
     """`einsum` whose weight gradient is computed as x^T g: the other order makes XLA for CPU transpose g."""
+    if decode.supports_einsum(equation, x, result_type):
+        return decode.einsum(equation, x, [as_view(weight)])[0]
     return jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
 
 

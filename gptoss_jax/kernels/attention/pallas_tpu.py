@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from gptoss_jax.kernels.attention.reference import AttentionSpec
-from gptoss_jax.kernels.backend import without_x64
+from gptoss_jax.kernels.backend import matmul_precision, without_x64
 
 LANES = 128  # sequences and blocks are multiples of it
 # The most rows and columns in a block of scores. For 4,096 tokens of the released models (64 heads on 8, of
@@ -81,11 +81,6 @@ def _block_size(length: int, window: int | None, dtype: jnp.dtype) -> int:
     return -(-length // (blocks * LANES)) * LANES
 
 
-def _precision(dtype):
-    # By default the kernels round float32 to bfloat16 before they multiply; narrower types allow only that.
-    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
-
-
 def _kernel(static, segment_ids_T, sinks_G, G):
     """JAX's kernel as a function of q, k and v."""
     (window, block, interpret), shape = static, segment_ids_T.shape * 2
@@ -108,14 +103,14 @@ def _attention(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
     JAX's own gradient of the sinks is in the type of q, from terms rounded to it, and its backward pass does
     not know the precision that the forward pass was called with.
     """
-    with _precision(q_GTH.dtype):
+    with jax.default_matmul_precision(matmul_precision(q_GTH.dtype)):
         return _kernel(static, segment_ids_T, sinks_G, len(q_GTH))(q_GTH, k_TH, v_TH)
 
 
 @without_x64
 def _forward(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
     kernel = _kernel(static, segment_ids_T, sinks_G, len(q_GTH))
-    with _precision(q_GTH.dtype):
+    with jax.default_matmul_precision(matmul_precision(q_GTH.dtype)):
         out_GTH, vjp = jax.vjp(kernel, q_GTH, k_TH, v_TH)
     return out_GTH, (vjp, sinks_G, out_GTH)
 
@@ -123,7 +118,7 @@ def _forward(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
 @without_x64
 def _backward(static, residuals, d_out_GTH):
     vjp, sinks_G, out_GTH = residuals
-    with _precision(out_GTH.dtype):
+    with jax.default_matmul_precision(matmul_precision(out_GTH.dtype)):
         dq_GTH, dk_TH, dv_TH = vjp(d_out_GTH)
     d_sinks_G = None
     if sinks_G is not None:

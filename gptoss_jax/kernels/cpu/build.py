@@ -1,4 +1,4 @@
-"""Kernels for CPU in C++, compiled when they are first used, with the compiler that the machine has."""
+"""C++ kernels for CPU, compiled on first use with the compiler of the machine."""
 
 import ctypes
 import functools
@@ -20,40 +20,38 @@ HERE = pathlib.Path(__file__).parent
 SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "decode.cc", "decode_experts.cc"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
 HANDLERS = (
-    "GroupedForward",
-    "GroupedOuter",
-    "GroupedPacked",
-    "FewRowsProducts",
-    "FewRowsTurnedProducts",
-    "FewRowsExperts",
-    "FewRowsPacked",
-    "FewRowsAttention",
+    "GroupedMatmul",
+    "GroupedMatmulWeightGrad",
+    "GroupedMatmulMxfp4",
+    "DecodeMatmul",
+    "DecodeMatmulTransposed",
+    "DecodeExperts",
+    "DecodeExpertsMxfp4",
+    "DecodeAttention",
 )
 
 
 @functools.cache
 def is_available() -> bool:
-    """Whether the kernels can be called; compiles them, once for a machine, and tells XLA of them.
-
-    Without a C++ compiler they cannot. One that fails is reported as a warning.
-    """
+    """Compiles the kernels, once per machine, and registers them with XLA. Returns False without a C++
+    compiler; one that fails gives a warning."""
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    library, refusal = None, None
+    library, failure = None, None
     for compiler in dict.fromkeys(compilers):
         try:
-            library = ctypes.CDLL(str(_compiled(compiler)))
+            library = ctypes.CDLL(str(_compile(compiler)))
             break
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             lines = (output.decode(errors="replace") if isinstance(output, bytes) else output).splitlines()
-            line = next((line for line in lines if "error" in line), lines[0] if lines else "no word")
-            refusal = (
-                f"{compiler} cannot compile the kernels in {HERE.name}/, or they cannot be loaded; XLA does "
-                f"their work: {line}"
+            line = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+            failure = (
+                f"{compiler} cannot compile the kernels in kernels/cpu/, or they cannot be loaded; plain XLA "
+                f"replaces them: {line}"
             )
     if library is None:
-        if refusal:
-            warnings.warn(refusal, stacklevel=2)
+        if failure:
+            warnings.warn(failure, stacklevel=2)
         return False
     for name in HANDLERS:
         jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
@@ -61,12 +59,12 @@ def is_available() -> bool:
 
 
 def target(name: str) -> str:
-    """What XLA calls a handler."""
+    """Returns the name of a handler in XLA."""
     return f"gptoss_jax.{name}"
 
 
-def _compiled(compiler: str) -> pathlib.Path:
-    """The library for these sources, compiler, jaxlib and processor."""
+def _compile(compiler: str) -> pathlib.Path:
+    """Returns the library for these sources, compiler, jaxlib and processor, from the cache if possible."""
     files = sorted(path for path in HERE.iterdir() if path.suffix in (".cc", ".h"))
     settings = " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode()
     key = hashlib.sha256(b"".join((*(path.read_bytes() for path in files), settings))).hexdigest()[:16]
@@ -78,17 +76,17 @@ def _compiled(compiler: str) -> pathlib.Path:
             break
     # Several processes may compile at once: each writes its own file, and the last one to finish wins.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = pathlib.Path(folder) / library.name
-        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(made)]
+        output = pathlib.Path(folder) / library.name
+        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(output)]
         subprocess.run(
             command, check=True, capture_output=True, encoding="utf-8", errors="replace", timeout=300
         )
-        os.replace(made, library)
+        os.replace(output, library)
     return library
 
 
 def _processor() -> str:
-    """What -march=native stands for here."""
+    """Returns what -march=native depends on."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

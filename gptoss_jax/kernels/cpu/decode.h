@@ -1,157 +1,173 @@
-// Decoding on CPU: a handful of rows times matrices that are far larger than they are, so that time is that of reading
-// the matrices once, line by line, as they lie in memory. Each call gets the matrices of all layers and the number of
-// one: nothing is copied out of a stack.
+// Decoding: a few tokens times matrices that are far larger than they are. Time is that of reading each matrix once, in
+// memory order. Every call takes stacks over layers and the index of one layer: nothing is copied out of a stack.
 
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <vector>
-
-#include "parallel.h"
+#include "common.h"
 
 namespace {
 
-constexpr int kRows = 4;          // worked through together
-constexpr int64_t kInner = 64;    // lines of a matrix that stay in the cache while further rows use them
-constexpr int64_t kAhead = 768;   // numbers that are prefetched ahead of those in use, to the second cache
-constexpr int64_t kLines = 192;   // lines of a task at most, where a matrix is shared out by lines, as they lie in memory
-constexpr int64_t kWide = 2048;   // and columns
-constexpr int64_t kBlock = 512;   // columns of a task at most, where it is shared out by columns
-constexpr int64_t kLeast = 64;    // and at least
+constexpr int kTokenBlock = 4;           // tokens that are multiplied together
+constexpr int64_t kInnerBlock = 64;      // rows of a matrix that stay in cache while further tokens use them
+constexpr int64_t kPrefetchDistance = 768;  // floats ahead of those in use, into the second-level cache
+constexpr int64_t kMaxSplitRows = 192;   // of a WorkSplit's task
+constexpr int64_t kMaxSplitCols = 2048;
+constexpr int64_t kMaxCols = 512;        // of a task, where a matrix is split only by columns
+constexpr int64_t kMinCols = 64;
 
-using Floats = ffi::Buffer<ffi::F32>;
-using Bytes = ffi::Buffer<ffi::U8>;
-using Ints = ffi::Buffer<ffi::S32>;
-
-// So many numbers that somebody is to write.
-std::unique_ptr<float[]> Unset(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
-
-// Columns of a task, where `columns` in all are to be shared among the threads.
-int64_t BlockOf(int64_t columns, int64_t width, ffi::ThreadPool& pool) {
+// Columns of a task, for `columns` in all, in matrices of `width`, that the threads share.
+int64_t TaskColumns(int64_t columns, int64_t width, ffi::ThreadPool& pool) {
   const int64_t share = columns / (3 * std::max<int64_t>(pool.num_threads(), 1)) / kLanes * kLanes;
-  return std::min(std::max(share, kLeast), std::min(kBlock, (width + kLanes - 1) / kLanes * kLanes));
+  return std::min(std::max(share, kMinCols), std::min(kMaxCols, CeilDiv(width, kLanes) * kLanes));
 }
 
-struct Rows {
-  const float* x[kRows];
-  float* y[kRows];
+struct TokenBlock {
+  const float* x[kTokenBlock];
+  float* y[kTokenBlock];
 };
 
-// y[i][0 : columns] += x[i][0 : inner] w[0 : inner, 0 : columns] for each of the rows.
-template <int rows>
-void Add(const Rows& r, const float* w, int64_t w_line, int64_t inner, int64_t columns) {
-  // One row has little to add: a single stream from memory is the fastest. More rows would do nothing but load and store
-  // their sums, so they take four lines at a time.
-  constexpr int lines = rows == 1 ? 1 : 4;
-  const int64_t ahead = rows == 1 ? kAhead : lines * w_line;
+// Calls f(first, n) for at most kTokenBlock of the tokens at a time; n is a std::integral_constant.
+template <typename F>
+void ForEachRowBlock(int64_t tokens, F f) {
+  for (int64_t i = 0; i < tokens; i += kTokenBlock) {
+    switch (tokens - i) {
+      case 1: f(i, std::integral_constant<int, 1>{}); break;
+      case 2: f(i, std::integral_constant<int, 2>{}); break;
+      case 3: f(i, std::integral_constant<int, 3>{}); break;
+      default: f(i, std::integral_constant<int, kTokenBlock>{});
+    }
+  }
+}
+
+// y[i][0 : columns] += x[i][0 : inner] w[0 : inner, 0 : columns] for each token; rows of w are `stride` apart.
+template <int tokens>
+void AddProduct(const TokenBlock& t, const float* w, int64_t stride, int64_t inner, int64_t columns) {
+  // For one token, a single stream from memory is fastest. With more, loads and stores of their sums dominate, so they
+  // take four rows of w at a time.
+  constexpr int rows = tokens == 1 ? 1 : 4;
+  const int64_t prefetch = rows == 1 ? kPrefetchDistance : rows * stride;
   int64_t j = 0;
-  for (; j + lines <= inner; j += lines, w += lines * w_line) {
-    Vector x[rows][lines];
-    for (int i = 0; i < rows; ++i)
-      for (int l = 0; l < lines; ++l) x[i][l] = Vector{} + r.x[i][j + l];
+  for (; j + rows <= inner; j += rows, w += rows * stride) {
+    Vector x[tokens][rows];
+    for (int i = 0; i < tokens; ++i)
+      for (int r = 0; r < rows; ++r) x[i][r] = Broadcast(t.x[i][j + r]);
     int64_t c = 0;
     for (; c + kLanes <= columns; c += kLanes) {
-      Vector one[lines];
-      for (int l = 0; l < lines; ++l) {
-        one[l] = Load(w + l * w_line + c);
-        __builtin_prefetch(w + l * w_line + c + ahead, 0, 2);
+      Vector value[rows];
+      for (int r = 0; r < rows; ++r) {
+        value[r] = Load(w + r * stride + c);
+        __builtin_prefetch(w + r * stride + c + prefetch, 0, 2);
       }
-      for (int i = 0; i < rows; ++i) {
-        Vector sum = Load(r.y[i] + c);
-        for (int l = 0; l < lines; ++l) sum += x[i][l] * one[l];
-        Store(r.y[i] + c, sum);
+      for (int i = 0; i < tokens; ++i) {
+        Vector sum = Load(t.y[i] + c);
+        for (int r = 0; r < rows; ++r) sum += x[i][r] * value[r];
+        Store(t.y[i] + c, sum);
       }
     }
     for (; c < columns; ++c)
-      for (int i = 0; i < rows; ++i)
-        for (int l = 0; l < lines; ++l) r.y[i][c] += r.x[i][j + l] * w[l * w_line + c];
+      for (int i = 0; i < tokens; ++i)
+        for (int r = 0; r < rows; ++r) t.y[i][c] += t.x[i][j + r] * w[r * stride + c];
   }
-  for (; j < inner; ++j, w += w_line)
-    for (int i = 0; i < rows; ++i)
-      for (int64_t c = 0; c < columns; ++c) r.y[i][c] += r.x[i][j] * w[c];
+  for (; j < inner; ++j, w += stride)
+    for (int i = 0; i < tokens; ++i)
+      for (int64_t c = 0; c < columns; ++c) t.y[i][c] += t.x[i][j] * w[c];
 }
 
-float Total(Vector v) {
-  float sum = 0;
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return sum + v[0];
-}
-
-// y[i][0 : columns] = x[i][0 : inner] w[0 : columns, 0 : inner]^T.
-template <int rows>
-void Dot(const Rows& r, const float* w, int64_t w_line, int64_t inner, int64_t columns) {
-  constexpr int together = 4;
-  for (int64_t c = 0; c < columns; c += together) {
-    const int count = std::min<int64_t>(together, columns - c);
-    const float* line[together];
-    for (int l = 0; l < together; ++l) line[l] = w + (c + std::min(l, count - 1)) * w_line;
-    Vector sum[rows][together] = {};
-    int64_t j = 0;
-    for (; j + kLanes <= inner; j += kLanes)
-      for (int l = 0; l < together; ++l) {
-        const Vector one = Load(line[l] + j);
-        for (int i = 0; i < rows; ++i) sum[i][l] += Load(r.x[i] + j) * one;
-      }
-    for (int i = 0; i < rows; ++i)
-      for (int l = 0; l < count; ++l) {
-        float total = Total(sum[i][l]);
-        for (int64_t k = j; k < inner; ++k) total += r.x[i][k] * line[l][k];
-        r.y[i][c + l] = total;
-      }
-  }
-}
-
-// Calls one(first, rows) for at most kRows rows at a time.
-template <typename F>
-void InFours(int64_t rows, F one) {
-  for (int64_t i = 0; i < rows; i += kRows) one(i, std::min<int64_t>(kRows, rows - i));
-}
-
-#define BY_COUNT(count, function, ...)            \
-  switch (count) {                                \
-    case 1: function<1>(__VA_ARGS__); break;      \
-    case 2: function<2>(__VA_ARGS__); break;      \
-    case 3: function<3>(__VA_ARGS__); break;      \
-    default: function<4>(__VA_ARGS__);            \
-  }
-
-// y[R, columns] += x[R, inner] w[inner, columns], any number of rows.
-void AddAll(const std::vector<const float*>& x, const std::vector<float*>& y, const float* w, int64_t w_line,
-            int64_t inner, int64_t columns) {
-  for (int64_t from = 0; from < inner; from += kInner) {
-    InFours(x.size(), [&](int64_t first, int count) {
-      Rows r;
-      for (int i = 0; i < count; ++i) r.x[i] = x[first + i] + from, r.y[i] = y[first + i];
-      BY_COUNT(count, Add, r, w + from * w_line, w_line, std::min(kInner, inner - from), columns)
+// The same for any number of tokens.
+void AddProducts(const std::vector<const float*>& x, const std::vector<float*>& y, const float* w, int64_t stride,
+                 int64_t inner, int64_t columns) {
+  for (int64_t from = 0; from < inner; from += kInnerBlock) {
+    ForEachRowBlock(x.size(), [&](int64_t first, auto n) {
+      TokenBlock t;
+      for (int i = 0; i < n; ++i) t.x[i] = x[first + i] + from, t.y[i] = y[first + i];
+      AddProduct<n()>(t, w + from * stride, stride, std::min(kInnerBlock, inner - from), columns);
     });
   }
 }
 
-// How the matrices [lines, columns] of some groups are shared out: whole lines as far as possible, which lie one
-// after another in memory. The parts do not depend on what else is asked for, so neither does how sums are rounded.
-struct Shares {
-  int64_t groups, lines, columns, parts, blocks;
+// y[i][0 : columns] = x[i][0 : inner] w[0 : columns, 0 : inner]^T for each token.
+template <int tokens>
+void DotRows(const TokenBlock& t, const float* w, int64_t inner, int64_t columns) {
+  constexpr int rows = 4;  // of w, at a time
+  for (int64_t c = 0; c < columns; c += rows) {
+    const int count = std::min<int64_t>(rows, columns - c);
+    const float* row[rows];
+    for (int r = 0; r < rows; ++r) row[r] = w + (c + std::min(r, count - 1)) * inner;
+    Vector sum[tokens][rows] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= inner; j += kLanes)
+      for (int r = 0; r < rows; ++r) {
+        const Vector value = Load(row[r] + j);
+        for (int i = 0; i < tokens; ++i) sum[i][r] += Load(t.x[i] + j) * value;
+      }
+    for (int i = 0; i < tokens; ++i)
+      for (int r = 0; r < count; ++r) {
+        float total = HorizontalSum(sum[i][r]);
+        for (int64_t k = j; k < inner; ++k) total += t.x[i][k] * row[r][k];
+        t.y[i][c + r] = total;
+      }
+  }
+}
 
-  Shares(int64_t groups, int64_t lines, int64_t columns)
-      : groups(groups), lines(lines), columns(columns), parts(std::max<int64_t>(1, (lines + kLines - 1) / kLines)),
-        blocks((columns + kWide - 1) / kWide) {}
+// How the matrices [inner, columns] of some groups are split into tasks: into whole rows as far as possible, which are
+// consecutive in memory. The split depends only on the sizes of the matrices, so the rounding of sums does too.
+struct WorkSplit {
+  int64_t groups, inner, columns, parts, column_blocks;
 
-  int64_t tasks() const { return groups * parts * blocks; }
+  WorkSplit(int64_t groups, int64_t inner, int64_t columns)
+      : groups(groups), inner(inner), columns(columns), parts(std::max<int64_t>(1, CeilDiv(inner, kMaxSplitRows))),
+        column_blocks(CeilDiv(columns, kMaxSplitCols)) {}
 
-  struct One {
-    int64_t group, part, line, count, column, width;
+  int64_t num_tasks() const { return groups * parts * column_blocks; }
+
+  struct Task {
+    int64_t group, part, row, num_rows, column, num_columns;
   };
-  One at(int64_t task) const {
-    const int64_t block = task % blocks, part = task / blocks % parts;
-    const int64_t share = (lines + parts - 1) / parts, width = (columns / blocks + kLanes - 1) / kLanes * kLanes;
-    const int64_t line = part * share, column = block * width;
-    // The last block takes what is left.
-    const int64_t end = block + 1 == blocks ? columns : column + width;
-    return {task / blocks / parts, part, line, std::max<int64_t>(0, std::min(share, lines - line)), column, end - column};
+  Task task(int64_t index) const {
+    const int64_t block = index % column_blocks, part = index / column_blocks % parts;
+    const int64_t max_rows = CeilDiv(inner, parts), row = part * max_rows;
+    const int64_t width = CeilDiv(columns / column_blocks, kLanes) * kLanes, column = block * width;
+    const int64_t end = block + 1 == column_blocks ? columns : column + width;
+    return {index / column_blocks / parts, part, row, std::max<int64_t>(0, std::min(max_rows, inner - row)), column,
+            end - column};
+  }
+};
+
+// y = x w in the tasks of a WorkSplit. The first part of w's rows writes to y, the others to partial sums, which are
+// added in their order.
+struct SplitMatmul {
+  WorkSplit split;
+  int64_t num_rows;
+  float* y;                               // [num_rows, columns]
+  std::unique_ptr<float[]> partial_sums;  // [parts - 1, num_rows, columns]
+
+  SplitMatmul(WorkSplit split, int64_t num_rows, float* y)
+      : split(split), num_rows(num_rows), y(y), partial_sums(Uninitialized((split.parts - 1) * size())) {}
+
+  int64_t size() const { return num_rows * split.columns; }
+
+  // For some rows of y, which w and the bias (or null) are for; x(r) is the row of x that row r of y belongs to.
+  template <typename X>
+  void Multiply(const WorkSplit::Task& t, const float* w, const float* bias, const std::vector<int64_t>& rows,
+                X x) const {
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    for (int64_t r : rows) {
+      float* sums = t.part == 0 ? y : partial_sums.get() + (t.part - 1) * size();
+      from.push_back(x(r) + t.row), to.push_back(sums + r * split.columns + t.column);
+      if (bias && t.part == 0)
+        std::memcpy(to.back(), bias + t.column, t.num_columns * sizeof(float));
+      else
+        std::memset(to.back(), 0, t.num_columns * sizeof(float));
+    }
+    AddProducts(from, to, w + t.row * split.columns + t.column, split.columns, t.num_rows, t.num_columns);
+  }
+
+  void AddPartialSums(int64_t row) const {
+    for (int64_t part = 1; part < split.parts; ++part) {
+      const float* sums = partial_sums.get() + (part - 1) * size() + row * split.columns;
+      for (int64_t c = 0; c < split.columns; ++c) y[row * split.columns + c] += sums[c];
+    }
   }
 };
 

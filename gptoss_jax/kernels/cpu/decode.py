@@ -1,11 +1,9 @@
-"""Decoding on CPU: a handful of rows times matrices far larger than they are, by the kernels of
-`native/few_rows.cc`. Time is that of reading the matrices that are used, once.
+"""Decoding on CPU: a few tokens times matrices far larger than they are, by the kernels of `decode.cc` and
+`decode_experts.cc`. Time is that of reading the matrices that are used once.
 
-The plain references are what runs where these do not: `sharding.products`, `expert_dispatch` and
-`cached_attention`.
+Where they do not apply, `parallel.linear`, `model.moe` and `kernels.attention` compute the same in XLA.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -15,24 +13,30 @@ import numpy as np
 
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
-from gptoss_jax.kernels.layer_view import LayerView, read
+from gptoss_jax.kernels.layer_view import LayerView
 
-# With more rows than this, products that share what they read among rows in the cache are faster.
+# With more tokens, kernels that share what they read among tokens in the cache are faster.
 MAX_DECODE_TOKENS = 16
-NOTHING = np.zeros(0, np.float32)
 
 
-def is_supported(kernel: str, rows: int, dtype: jnp.dtype) -> bool:
+def is_supported(kernel: str, tokens: int, dtype: jnp.dtype) -> bool:
     """Returns True if a kernel of this file applies: float32 on one CPU device, at most MAX_DECODE_TOKENS
-    rows, not turned off (`selection.is_enabled`), and compiled."""
-    here = backend.platform() == "cpu" and not backend.is_multi_device()
-    fits = here and rows <= MAX_DECODE_TOKENS and dtype == jnp.float32
+    tokens, not turned off (`selection.is_enabled`), and compiled."""
+    is_cpu = backend.platform() == "cpu" and not backend.is_multi_device()
+    fits = is_cpu and tokens <= MAX_DECODE_TOKENS and dtype == jnp.float32
     return fits and selection.is_enabled(kernel) and build.is_available()
 
 
+def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
+    """Returns True if `einsum` applies to the tokens of `x`, for a result of its type."""
+    x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
+    tokens = math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
+    return result_type in (None, x.dtype) and is_supported("decode_matmul", tokens, x.dtype)
+
+
 def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | LayerView]) -> bool:
-    """Returns True if `experts` applies to few tokens: the matrices are views of layers, as in decoding, and
-    in the type of `x_MD` or packed. It has no gradient."""
+    """Returns True if `experts` applies: few tokens, and matrices that are views of layers, as in decoding,
+    in the type of `x_MD` or in MXFP4. It has no gradient."""
     matrices = [value for name, value in parameters.items() if not name.endswith("_bias")]
     is_view = all(
         isinstance(value, LayerView) and value.dtype in (x_MD.dtype, jnp.uint8) for value in matrices
@@ -41,52 +45,33 @@ def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | Layer
     return is_view and is_supported(kernel, x_MD.shape[0], x_MD.dtype)
 
 
-def _call(name: str, results):
+def _call(name: str, *shapes: tuple[int, ...]):
+    results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.ffi.ffi_call(build.target(name), results, vmap_method="sequential")
 
 
-def _result(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax.Array]:
-    """`einsum(equation, x, weight)` for the weight of each layer, all at once; float32.
+    """Returns `jnp.einsum(equation, x, weight)`, float32, for the weight of each layer, in one call. It has
+    no gradient.
 
-    The letters that are summed over stand last in `x`, and first or last in the weights. Differentiable.
+    The letters that are summed over are the last of `x`, and the first or last of the weights.
     """
     x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
     summed = "".join(letter for letter in x_letters if letter not in y_letters)
     inner = math.prod(x.shape[x_letters.index(letter)] for letter in summed)
-    rows, turned = x.size // inner, not w_letters.startswith(summed)
-    if not x_letters.endswith(summed) or not (w_letters.endswith(summed) if turned else True):
+    tokens, transposed = x.size // inner, not w_letters.startswith(summed)
+    if not x_letters.endswith(summed) or not (w_letters.endswith(summed) if transposed else True):
         raise ValueError(f"equation is {equation!r}: must sum over the last letters of x")
-    shapes = [_result(rows, math.prod(layer.shape) // inner) for layer in layers]
-    index = jnp.asarray(layers[0].index, jnp.int32)
-    stacks = (layer.stack for layer in layers)
-    name = "FewRowsTurnedProducts" if turned else "FewRowsProducts"
-    results = _call(name, shapes)(x.reshape(rows, inner), index, *stacks)
-    outer = [letter for letter in w_letters if letter not in summed]
-    kept = x.shape[: x.ndim - len(summed)]
+    call = _call(
+        "DecodeMatmulTransposed" if transposed else "DecodeMatmul",
+        *((tokens, math.prod(layer.shape) // inner) for layer in layers),
+    )
+    results = call(x.reshape(tokens, inner), jnp.int32(layers[0].index), *(layer.stack for layer in layers))
+    kept, outer = x.shape[: x.ndim - len(summed)], [letter for letter in w_letters if letter not in summed]
     return [
         y.reshape(*kept, *(layer.shape[w_letters.index(letter)] for letter in outer))
         for y, layer in zip(results, layers, strict=True)
     ]
-
-
-def _products_bwd(equation, kept, gradients):
-    x, layers = kept
-
-    def plain(x, stacks):
-        weights = (LayerView(stack, layer.index) for stack, layer in zip(stacks, layers, strict=True))
-        return [jnp.einsum(equation, x, read(weight), precision="highest") for weight in weights]
-
-    dx, d_stacks = jax.vjp(plain, x, [layer.stack for layer in layers])[1](list(gradients))
-    no_index = [None if isinstance(layer.index, int) else np.zeros((), jax.dtypes.float0) for layer in layers]
-    return dx, [LayerView(stack, index) for stack, index in zip(d_stacks, no_index, strict=True)]
-
-
-einsum.defvjp(lambda equation, x, layers: (einsum(equation, x, layers), (x, layers)), _products_bwd)
 
 
 def experts(
@@ -98,7 +83,7 @@ def experts(
 ) -> jax.Array:
     """Returns the weighted sum of the outputs of each token's experts, float32 [M, D].
 
-    Reads the matrices of the experts that were chosen, each once, and no others.
+    Reads the matrices of the chosen experts once, and no others.
 
     Args:
       experts_MX: 0 … E - 1; others give zero.
@@ -106,38 +91,39 @@ def experts(
         `down_blocks` and `down_scales`; and their biases as arrays, if any.
       swiglu: alpha, limit and up_offset of the activation.
     """
-    operands, packed = [], "down_blocks" in parameters
+    is_mxfp4 = "down_blocks" in parameters
+    operands = []
     for name in ("gate_up", "down"):
-        for part in ("_blocks", "_scales") if packed else ("",):
-            view = parameters[name + part]
-            operands.append(view.stack.reshape(-1, *view.shape[1:]))
-        operands.append(parameters.get(f"{name}_bias", NOTHING))
-    E, index = view.shape[0], view.index
+        views = [parameters[name + part] for part in (("_blocks", "_scales") if is_mxfp4 else ("",))]
+        operands += [view.stack for view in views]
+        operands.append(parameters.get(f"{name}_bias", _no_values()))
     alpha, limit, up_offset = swiglu
-    return _call("FewRowsPacked" if packed else "FewRowsExperts", _result(*x_MD.shape))(
+    (y_MD,) = _call("DecodeExpertsMxfp4" if is_mxfp4 else "DecodeExperts", x_MD.shape)(
         x_MD,
         experts_MX.astype(jnp.int32),
         weights_MX,
-        jnp.asarray(index * E, jnp.int32),
+        jnp.int32(views[0].index),
         *operands,
-        experts=np.int64(E),
         alpha=np.float32(alpha),
         limit=np.float32(math.inf if limit is None else limit),
-        offset=np.float32(up_offset),
+        up_offset=np.float32(up_offset),
     )
+    return y_MD
 
 
 def attention(
     q_BNH: jax.Array, keys: LayerView, values: LayerView, counts_B: jax.Array, sinks_N: jax.Array | None
 ) -> jax.Array:
-    """One query of each sequence over the first `counts_B` slots of its cache; [B, N, H]. A count of 0 gives
-    zeros.
+    """Attends with one query of each sequence to the first `counts_B` slots of its cache, [B, N, H]; a count
+    of 0 gives zeros.
 
     Args:
       keys, values: [B, K, S, H] of one layer; query head n uses key/value head n // G.
     """
-    sinks = NOTHING if sinks_N is None else sinks_N.astype(jnp.float32)
-    index = jnp.asarray(keys.index, jnp.int32)
-    return _call("FewRowsAttention", _result(*q_BNH.shape))(
-        q_BNH, keys.stack, values.stack, index, counts_B.astype(jnp.int32), sinks
-    )
+    sinks_N = _no_values() if sinks_N is None else sinks_N.astype(jnp.float32)
+    operands = q_BNH, keys.stack, values.stack, jnp.int32(keys.index), counts_B.astype(jnp.int32), sinks_N
+    return _call("DecodeAttention", q_BNH.shape)(*operands)[0]
+
+
+def _no_values() -> np.ndarray:
+    return np.zeros(0, np.float32)

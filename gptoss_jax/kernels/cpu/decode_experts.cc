@@ -1,243 +1,210 @@
-// The experts of a few rows, plain and packed, as XLA FFI calls. Matrices of experts that no row goes to are not read.
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <vector>
+// The experts of a few tokens, dense and in MXFP4, as XLA FFI calls. Only experts that some token goes to are read.
+// Letters: M tokens, X experts per token, E experts of a layer, D hidden size, F expert width.
 
 #include "decode.h"
 #include "mxfp4.h"
 
 namespace {
 
-// `Dot` with packed w: x[i] has the even numbers of each group of 32 first, then the odd ones.
-template <int rows>
-void DotPacked(const Rows& r, const uint8_t* blocks, const uint8_t* scales, int64_t groups, int64_t line_groups,
-               int64_t columns) {
-  for (int64_t c = 0; c < columns; ++c, blocks += line_groups * kGroupBytes, scales += line_groups) {
-    Vector sum[rows] = {};
-    for (int64_t g = 0; g < groups; ++g) {
-      Vector low, high;
-      Codes(blocks + g * kGroupBytes, scales[g], &low, &high);
-      const float scale = ScaleOf(scales[g]);
-      for (int i = 0; i < rows; ++i) {
-        const float* x = r.x[i] + g * kGroup;
-        sum[i] += scale * (low * Load(x) + high * Load(x + kLanes));
-      }
-    }
-    for (int i = 0; i < rows; ++i) r.y[i][c] = Total(sum[i]);
-  }
-}
+struct SwiGLU {
+  float alpha, limit, up_offset;
 
-// sum[0 : count] += each further part, which are `step` numbers apart.
-void AddParts(float* sum, int64_t step, int64_t parts, int64_t count) {
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < count; ++i) sum[i] += sum[part * step + i];
-}
-
-// What both forms of the experts' matrices have in common.
-struct Experts {
-  int64_t tokens, width, hidden, experts, chosen;  // M, D, F, E, X
-  int64_t first;                                   // expert 0 of this layer
-  const float *x, *gate_up_bias, *down_bias;       // the biases may be null
-  float alpha, limit, offset;
-
-  struct Group {
-    int64_t number;             // in its layer
-    int64_t expert;             // of all layers
-    std::vector<int64_t> rows;  // token * X + place
-  };
-  std::vector<Group> groups;
-
-  Experts(Floats x, Ints chosen, Ints first, Floats gate_up_bias, Floats down_bias, int64_t experts, int64_t hidden,
-          float alpha, float limit, float offset)
-      : tokens(x.dimensions()[0]), width(x.dimensions()[1]), hidden(hidden), experts(experts),
-        chosen(chosen.dimensions()[1]), first(first.typed_data()[0]), x(x.typed_data()),
-        gate_up_bias(gate_up_bias.element_count() ? gate_up_bias.typed_data() : nullptr),
-        down_bias(down_bias.element_count() ? down_bias.typed_data() : nullptr),
-        alpha(alpha), limit(limit), offset(offset) {
-    std::vector<int64_t> place(experts, -1);
-    for (int64_t r = 0; r < tokens * this->chosen; ++r) {
-      const int32_t expert = chosen.typed_data()[r];
-      if (expert < 0 || expert >= experts) continue;
-      if (place[expert] < 0) place[expert] = groups.size(), groups.push_back({expert, this->first + expert, {}});
-      groups[place[expert]].rows.push_back(r);
-    }
-  }
-
-  int64_t rows() const { return tokens * chosen; }
-
-  // gate[0 : count] becomes the activation of it and of up.
-  void Gate(float* gate, const float* up, int64_t count) const {
+  // gate[0 : count] = gate * sigmoid(alpha * gate) * (up + up_offset), both clamped.
+  void Apply(float* gate, const float* up, int64_t count) const {
     for (int64_t c = 0; c < count; c += kLanes) {
-      const int64_t width = std::min<int64_t>(kLanes, count - c);
-      Vector one[2] = {};
-      std::memcpy(&one[0], gate + c, width * sizeof(float));
-      std::memcpy(&one[1], up + c, width * sizeof(float));
-      const Vector g = Least(Fill(limit), one[0]), u = Most(Fill(-limit), Least(Fill(limit), one[1]));
-      one[0] = g / (1.0f + Exp(-alpha * g)) * (u + offset);
-      std::memcpy(gate + c, &one[0], width * sizeof(float));
-    }
-  }
-
-  // The weighted sum of each token's results z [rows, D].
-  void Sum(const float* z, const Ints& picked, const float* weights, float* y) const {
-    std::memset(y, 0, tokens * width * sizeof(float));
-    for (int64_t r = 0; r < rows(); ++r) {
-      const int32_t expert = picked.typed_data()[r];
-      if (expert < 0 || expert >= experts) continue;
-      for (int64_t d = 0; d < width; ++d) y[r / chosen * width + d] += weights[r] * z[r * width + d];
+      const Vector g = Min(Broadcast(limit), LoadPartial(gate + c, count - c));
+      const Vector u = Max(Broadcast(-limit), Min(Broadcast(limit), LoadPartial(up + c, count - c)));
+      StorePartial(gate + c, g / (1.0f + Exp(-alpha * g)) * (u + up_offset), count - c);
     }
   }
 };
 
-// The weighted sum of the outputs of each token's experts. The matrices are those of all layers' experts, [experts, D,
-// 2, F] and [experts, F, D]; `first` is the layer's first one. The biases are those of the layer alone.
-ffi::Error FewRowsOfExperts(ffi::ThreadPool pool, Floats x, Ints chosen, Floats weights, Ints first, Floats gate_up,
-                            Floats gate_up_bias, Floats down, Floats down_bias, ffi::Result<Floats> y,
-                            int64_t experts, float alpha, float limit, float offset) {
-  const Experts e(x, chosen, first, gate_up_bias, down_bias, experts, down.dimensions()[1], alpha, limit, offset);
-  const int64_t D = e.width, F = e.hidden, rows = e.rows();
-  const Shares up(e.groups.size(), D, 2 * F), down_again(e.groups.size(), F, D);
-  // Each share of the lines has sums of its own, which are added up in their order.
-  const auto h = Unset(up.parts * rows * 2 * F), z = Unset(down_again.parts * rows * D);
+// The tokens of each expert. A row is a pair of a token and one of its experts: token * X + its place.
+struct Routing {
+  int64_t M, X, D, num_experts;
+  const float* weights;  // [M, X]
+  std::vector<int64_t> group_of_row;  // -1 for no expert
 
-  auto multiply = [&](const Shares& shares, int64_t task, const float* w, const float* bias, auto input, float* sums) {
-    const Shares::One one = shares.at(task);
-    const auto& group = e.groups[one.group];
-    std::vector<const float*> from;
-    std::vector<float*> to;
-    for (int64_t r : group.rows) {
-      float* out = sums + (one.part * rows + r) * shares.columns + one.column;
-      if (bias && one.part == 0)
-        std::memcpy(out, bias + group.number * shares.columns + one.column, one.width * sizeof(float));
-      else
-        std::memset(out, 0, one.width * sizeof(float));
-      from.push_back(input(r) + one.line), to.push_back(out);
-    }
-    const float* start = w + (group.expert * shares.lines + one.line) * shares.columns + one.column;
-    AddAll(from, to, start, shares.columns, one.count, one.width);
+  struct Group {
+    int64_t expert;  // in its layer
+    int64_t matrix;  // in the stack of all layers
+    std::vector<int64_t> rows;
   };
-  auto gate = [&](int64_t task) {
-    for (int64_t r : e.groups[task].rows) {
-      float* sum = h.get() + r * 2 * F;
-      AddParts(sum, rows * 2 * F, up.parts, 2 * F);
-      e.Gate(sum, sum + F, F);
+  std::vector<Group> groups;
+
+  Routing(Floats x, Ints experts, Floats weights, Ints layer, int64_t num_experts)
+      : M(x.dimensions()[0]), X(experts.dimensions()[1]), D(x.dimensions()[1]), num_experts(num_experts),
+        weights(weights.typed_data()), group_of_row(M * X, -1) {
+    std::vector<int64_t> group_of(num_experts, -1);
+    for (int64_t r = 0; r < M * X; ++r) {
+      const int32_t e = experts.typed_data()[r];
+      if (e < 0 || e >= num_experts) continue;
+      if (group_of[e] < 0) {
+        group_of[e] = groups.size();
+        groups.push_back({e, layer.typed_data()[0] * num_experts + e, {}});
+      }
+      groups[group_of_row[r] = group_of[e]].rows.push_back(r);
+    }
+  }
+
+  int64_t num_rows() const { return M * X; }
+
+  // y [M, D] = the weighted sum of each token's rows of z [M X, D].
+  void Combine(const float* z, float* y) const {
+    std::memset(y, 0, M * D * sizeof(float));
+    for (int64_t r = 0; r < num_rows(); ++r) {
+      if (group_of_row[r] < 0) continue;
+      for (int64_t d = 0; d < D; ++d) y[r / X * D + d] += weights[r] * z[r * D + d];
+    }
+  }
+};
+
+const float* DataOrNull(Floats& bias) { return bias.element_count() ? bias.typed_data() : nullptr; }
+
+// y [M, D] = the weighted sum of the outputs of each token's experts. gate_up [layers, E, D, 2, F] and down [layers, E,
+// F, D] are those of all layers; the biases [E, 2, F] and [E, D], which may be empty, are those of one.
+ffi::Error Experts(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights, Ints layer, Floats gate_up,
+                   Floats gate_up_bias, Floats down, Floats down_bias, ffi::Result<Floats> y, float alpha, float limit,
+                   float up_offset) {
+  const Routing routing(x, experts, weights, layer, down.dimensions()[1]);
+  const SwiGLU swiglu{alpha, limit, up_offset};
+  const int64_t D = routing.D, F = down.dimensions()[2], rows = routing.num_rows(), groups = routing.groups.size();
+  const auto h = Uninitialized(rows * 2 * F), z = Uninitialized(rows * D);
+  const SplitMatmul up_matmul(WorkSplit(groups, D, 2 * F), rows, h.get());
+  const SplitMatmul down_matmul(WorkSplit(groups, F, D), rows, z.get());
+
+  auto multiply = [&](const SplitMatmul& matmul, int64_t index, const float* w, const float* bias, auto input) {
+    const auto task = matmul.split.task(index);
+    const auto& group = routing.groups[task.group];
+    const int64_t columns = matmul.split.columns;
+    matmul.Multiply(task, w + group.matrix * matmul.split.inner * columns, bias ? bias + group.expert * columns : bias,
+                    group.rows, input);
+  };
+  auto multiply_up = [&](int64_t index) {
+    multiply(up_matmul, index, gate_up.typed_data(), DataOrNull(gate_up_bias),
+             [&](int64_t r) { return x.typed_data() + r / routing.X * D; });
+  };
+  auto activate = [&](int64_t index) {
+    for (int64_t r : routing.groups[index].rows) {
+      up_matmul.AddPartialSums(r);
+      swiglu.Apply(h.get() + r * 2 * F, h.get() + r * 2 * F + F, F);
     }
   };
-  Run({{up.tasks(), [&](int64_t task) {
-          multiply(up, task, gate_up.typed_data(), e.gate_up_bias, [&](int64_t r) { return e.x + r / e.chosen * D; },
-                   h.get());
-        }},
-       {(int64_t)e.groups.size(), gate},
-       {down_again.tasks(), [&](int64_t task) {
-          multiply(down_again, task, down.typed_data(), e.down_bias, [&](int64_t r) { return h.get() + r * 2 * F; },
-                   z.get());
-        }}},
-      pool);
-  for (const auto& group : e.groups)
-    for (int64_t r : group.rows) AddParts(z.get() + r * D, rows * D, down_again.parts, D);
-  e.Sum(z.get(), chosen, weights.typed_data(), y->typed_data());
+  auto multiply_down = [&](int64_t index) {
+    multiply(down_matmul, index, down.typed_data(), DataOrNull(down_bias),
+             [&](int64_t r) { return h.get() + r * 2 * F; });
+  };
+  RunPhases({{up_matmul.split.num_tasks(), multiply_up}, {groups, activate},
+             {down_matmul.split.num_tasks(), multiply_down}}, pool);
+  for (const auto& group : routing.groups)
+    for (int64_t r : group.rows) down_matmul.AddPartialSums(r);
+  routing.Combine(z.get(), y->typed_data());
   return ffi::Error::Success();
 }
 
-// Where number i of a line of x stands for DotPacked.
-int64_t Turned(int64_t i) { return i / kGroup * kGroup + i % 2 * kLanes + i % kGroup / 2; }
+// A matrix [rows, inner] in MXFP4.
+struct Mxfp4Rows {
+  const uint8_t* blocks;
+  const uint8_t* scales;
+  int64_t inner;
 
-// The same with packed matrices, [experts, 2 F, D / 32, 16], where the rows of gate and up take
-// turns, and [experts, D, F / 32, 16], with their scales.
-ffi::Error FewRowsOfPacked(ffi::ThreadPool pool, Floats x, Ints chosen, Floats weights, Ints first, Bytes gate_up,
-                           Bytes gate_up_scales, Floats gate_up_bias, Bytes down, Bytes down_scales, Floats down_bias,
-                           ffi::Result<Floats> y, int64_t experts, float alpha, float limit, float offset) {
-  const Experts e(x, chosen, first, gate_up_bias, down_bias, experts, gate_up.dimensions()[1] / 2, alpha, limit,
-                  offset);
-  const int64_t D = e.width, F = e.hidden, x_groups = D / kGroup, h_groups = F / kGroup;
-  const auto turned = Unset(e.tokens * D);
-  for (int64_t m = 0; m < e.tokens; ++m)
-    for (int64_t d = 0; d < D; ++d) turned[m * D + Turned(d)] = e.x[m * D + d];
-  const auto a = Unset(e.rows() * F), z = Unset(e.rows() * D);
-  const int64_t count = e.groups.size();
-  const int64_t f_block = BlockOf(count * F, F, pool), d_block = BlockOf(count * D, D, pool);
-  const int64_t f_blocks = (F + f_block - 1) / f_block, d_blocks = (D + d_block - 1) / d_block;
+  Mxfp4Rows(Bytes& blocks, Bytes& scales, int64_t row, int64_t inner)
+      : blocks(blocks.typed_data() + row * inner / kBlockSize * kBlockBytes),
+        scales(scales.typed_data() + row * inner / kBlockSize), inner(inner) {}
 
-  auto up = [&](int64_t task) {
-    const auto& group = e.groups[task / f_blocks];
-    const int64_t f = task % f_blocks * f_block, columns = std::min(f_block, F - f);
-    InFours(group.rows.size(), [&](int64_t first, int rows) {
-      float h[kRows][2 * kBlock];  // gate and up take turns
-      Rows r;
-      for (int i = 0; i < rows; ++i)
-        r.x[i] = turned.get() + group.rows[first + i] / e.chosen * D, r.y[i] = h[i];
-      const int64_t line = (group.expert * F + f) * 2;
-      BY_COUNT(rows, DotPacked, r, gate_up.typed_data() + line * x_groups * kGroupBytes,
-               gate_up_scales.typed_data() + line * x_groups, x_groups, x_groups, 2 * columns)
-      for (int i = 0; i < rows; ++i) {
-        float halves[2][kBlock];
+  // DotRows for rows 0 … columns - 1, with x in the order of Deinterleaved.
+  template <int tokens>
+  void Dot(const TokenBlock& t, int64_t columns) const {
+    const int64_t num_blocks = inner / kBlockSize;
+    const uint8_t *block = blocks, *scale = scales;
+    for (int64_t c = 0; c < columns; ++c) {
+      Vector sum[tokens] = {};
+      for (int64_t b = 0; b < num_blocks; ++b, block += kBlockBytes, ++scale) {
+        Vector low, high;
+        LoadCodes(block, *scale, &low, &high);
+        const float power = ScaleOf(*scale);
+        for (int i = 0; i < tokens; ++i) {
+          const float* x = t.x[i] + b * kBlockSize;
+          sum[i] += power * (low * Load(x) + high * Load(x + kLanes));
+        }
+      }
+      for (int i = 0; i < tokens; ++i) t.y[i][c] = HorizontalSum(sum[i]);
+    }
+  }
+};
+
+// The place of value i of a row when, within each block, the even values come first, as LoadCodes has them.
+int64_t Deinterleaved(int64_t i) { return i / kBlockSize * kBlockSize + i % 2 * kLanes + i % kBlockSize / 2; }
+
+// The same in MXFP4: blocks [layers, E, 2 F, D / 32, 16], where rows of gate and up alternate, and [layers, E, D,
+// F / 32, 16], and their scales.
+ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights, Ints layer, Bytes gate_up,
+                        Bytes gate_up_scales, Floats gate_up_bias, Bytes down, Bytes down_scales, Floats down_bias,
+                        ffi::Result<Floats> y, float alpha, float limit, float up_offset) {
+  const Routing routing(x, experts, weights, layer, gate_up.dimensions()[1]);
+  const SwiGLU swiglu{alpha, limit, up_offset};
+  const int64_t D = routing.D, F = gate_up.dimensions()[2] / 2, groups = routing.groups.size();
+  const float *up_bias = DataOrNull(gate_up_bias), *bias = DataOrNull(down_bias);
+  const auto inputs = Uninitialized(routing.M * D);
+  for (int64_t m = 0; m < routing.M; ++m)
+    for (int64_t d = 0; d < D; ++d) inputs[m * D + Deinterleaved(d)] = x.typed_data()[m * D + d];
+  const auto a = Uninitialized(routing.num_rows() * F), z = Uninitialized(routing.num_rows() * D);
+  const int64_t up_cols = TaskColumns(groups * F, F, pool), down_cols = TaskColumns(groups * D, D, pool);
+  const int64_t up_tasks = CeilDiv(F, up_cols), down_tasks = CeilDiv(D, down_cols);
+
+  auto multiply_up = [&](int64_t index) {
+    const auto& group = routing.groups[index / up_tasks];
+    const int64_t f = index % up_tasks * up_cols, columns = std::min(up_cols, F - f);
+    const Mxfp4Rows w(gate_up, gate_up_scales, (group.matrix * F + f) * 2, D);
+    ForEachRowBlock(group.rows.size(), [&](int64_t first, auto n) {
+      float h[kTokenBlock][2 * kMaxCols];  // gate and up alternate
+      TokenBlock t;
+      for (int i = 0; i < n; ++i)
+        t.x[i] = inputs.get() + group.rows[first + i] / routing.X * D, t.y[i] = h[i];
+      w.Dot<n()>(t, 2 * columns);
+      for (int i = 0; i < n; ++i) {
+        float halves[2][kMaxCols];
         for (int half = 0; half < 2; ++half)
           for (int64_t c = 0; c < columns; ++c)
-            halves[half][c] =
-                h[i][2 * c + half] + (e.gate_up_bias ? e.gate_up_bias[(group.number * 2 + half) * F + f + c] : 0);
-        e.Gate(halves[0], halves[1], columns);
-        for (int64_t c = 0; c < columns; ++c) a[group.rows[first + i] * F + Turned(f + c)] = halves[0][c];
+            halves[half][c] = h[i][2 * c + half] + (up_bias ? up_bias[(group.expert * 2 + half) * F + f + c] : 0);
+        swiglu.Apply(halves[0], halves[1], columns);
+        for (int64_t c = 0; c < columns; ++c) a[group.rows[first + i] * F + Deinterleaved(f + c)] = halves[0][c];
       }
     });
   };
-  auto down_again = [&](int64_t task) {
-    const auto& group = e.groups[task / d_blocks];
-    const int64_t d = task % d_blocks * d_block, columns = std::min(d_block, D - d);
-    InFours(group.rows.size(), [&](int64_t first, int rows) {
-      Rows r;
-      for (int i = 0; i < rows; ++i) {
-        r.x[i] = a.get() + group.rows[first + i] * F;
-        r.y[i] = z.get() + group.rows[first + i] * D + d;
-      }
-      const int64_t line = group.expert * D + d;
-      BY_COUNT(rows, DotPacked, r, down.typed_data() + line * h_groups * kGroupBytes,
-               down_scales.typed_data() + line * h_groups, h_groups, h_groups, columns)
-      for (int i = 0; e.down_bias && i < rows; ++i)
-        for (int64_t c = 0; c < columns; ++c) r.y[i][c] += e.down_bias[group.number * D + d + c];
+  auto multiply_down = [&](int64_t index) {
+    const auto& group = routing.groups[index / down_tasks];
+    const int64_t d = index % down_tasks * down_cols, columns = std::min(down_cols, D - d);
+    const Mxfp4Rows w(down, down_scales, group.matrix * D + d, F);
+    ForEachRowBlock(group.rows.size(), [&](int64_t first, auto n) {
+      TokenBlock t;
+      for (int i = 0; i < n; ++i)
+        t.x[i] = a.get() + group.rows[first + i] * F, t.y[i] = z.get() + group.rows[first + i] * D + d;
+      w.Dot<n()>(t, columns);
+      for (int i = 0; bias && i < n; ++i)
+        for (int64_t c = 0; c < columns; ++c) t.y[i][c] += bias[group.expert * D + d + c];
     });
   };
-  Run({{count * f_blocks, up}, {count * d_blocks, down_again}}, pool);
-  e.Sum(z.get(), chosen, weights.typed_data(), y->typed_data());
+  RunPhases({{groups * up_tasks, multiply_up}, {groups * down_tasks, multiply_down}}, pool);
+  routing.Combine(z.get(), y->typed_data());
   return ffi::Error::Success();
+}
+
+// The operands before the matrices: x, the experts of each token, their weights, and the layer.
+auto BindRouting() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Ints>();
+}
+
+template <typename Binding>
+auto BindSwiGLU(Binding binding) {
+  return std::move(binding).template Ret<Floats>().template Attr<float>("alpha").template Attr<float>("limit")
+      .template Attr<float>("up_offset");
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsExperts, FewRowsOfExperts,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<int64_t>("experts")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit")
-                                  .Attr<float>("offset"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(FewRowsPacked, FewRowsOfPacked,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Floats>()
-                                  .Arg<Ints>()
-                                  .Arg<Bytes>()
-                                  .Arg<Bytes>()
-                                  .Arg<Floats>()
-                                  .Arg<Bytes>()
-                                  .Arg<Bytes>()
-                                  .Arg<Floats>()
-                                  .Ret<Floats>()
-                                  .Attr<int64_t>("experts")
-                                  .Attr<float>("alpha")
-                                  .Attr<float>("limit")
-                                  .Attr<float>("offset"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeExperts, Experts,
+                              BindSwiGLU(BindRouting().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeExpertsMxfp4, ExpertsMxfp4,
+                              BindSwiGLU(BindRouting().Arg<Bytes>().Arg<Bytes>().Arg<Floats>().Arg<Bytes>()
+                                             .Arg<Bytes>().Arg<Floats>()));

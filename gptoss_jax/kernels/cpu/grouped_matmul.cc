@@ -1,220 +1,162 @@
-// Grouped matrix products for CPU, as an XLA FFI call: rows sorted by group times one matrix per group, and the two
-// gradients. Work is that of the rows there are; nothing is padded, and no matrix is copied whole.
+// Grouped matrix products, as XLA FFI calls: rows sorted by group times one matrix per group, and the two gradients.
+// Only existing rows are computed; nothing is padded, and no matrix is copied whole.
 //
-// One kernel serves all three products. With C = A B for a group of m rows, k inner and n columns:
-//   forward   y  = x w      A row-major    B row-major
-//   turned    dx = g w^T    A row-major    B column-major
-//   outer     dw = x^T g    A column-major B row-major (k are the group's rows)
-// A block of B is packed into panels of 32 columns that stay in the second-level cache; A is read where it lies, a
-// number at a time, broadcast. A task is a group and a block of columns; threads take the next task when they are done.
+// One microkernel serves all products. With C = A B for a group of m rows, k inner and n columns:
+//   y  = x w      A row-major     B row-major
+//   dx = g w^T    A row-major     B column-major, or MXFP4
+//   dw = x^T g    A column-major  B row-major (k are the group's rows)
+// A block of B is packed into panels of 32 columns that stay in the second-level cache; A is read in place, each float
+// broadcast. A task is a group and a block of columns.
 
-#include <algorithm>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <new>
-#include <utility>
-#include <vector>
 
 #include "mxfp4.h"
-#include "parallel.h"
 
 namespace {
 
-constexpr int kRows = 12;             // of C in a microkernel: 12 x 2 vectors of sums fit the 32 registers of AVX-512
-constexpr int kColumns = 2 * kLanes;  // of C in a microkernel
-constexpr int kInner = 512;           // of k in a packed block
-constexpr int kBlock = 15 * kColumns; // columns of a task: a packed block is 1 MB at most
+constexpr int kPanelCols = 2 * kLanes;    // columns of C in a microkernel
+constexpr int kInnerBlock = 512;          // rows of a packed block of B
+constexpr int kColBlock = 15 * kPanelCols;  // columns of a task: a packed block is 1 MB at most
 
-struct Product {
-  const float* a;
-  const float* b;
-  float* c;
-  const float* bias;  // one number for each column, or null
-  float* sums;        // where the sum of each column of B goes, or null
-  int64_t m, n, k;
-  int64_t a_row, a_inner;  // strides
-  int64_t b_inner, b_column;
-  int64_t c_row;
-  const uint8_t* blocks = nullptr;  // packed B, [columns, k / 32, 16], instead of b
-  const uint8_t* scales = nullptr;  // [columns, k / 32]
+struct Strided {
+  const float* data;
+  int64_t row_stride, col_stride;
 };
 
-// C[rows, 32] += A[rows, k] B[k, 32], with B packed.
+struct Matmul {
+  int64_t m, n, k;
+  Strided a;                         // [m, k]
+  Strided b;                         // [k, n]
+  float* c;                          // [m, n]
+  const float* bias = nullptr;       // [n], or null
+  float* b_sums = nullptr;           // receives the sum of each column of B, unless null
+  const uint8_t* blocks = nullptr;   // B in MXFP4 instead of b: [n, k / 32, 16]
+  const uint8_t* scales = nullptr;   // [n, k / 32]
+};
+
+// C[rows, width] = first + A[rows, inner] B[inner, width], with a packed panel of B. first may be null, for zero.
 template <int rows, bool a_is_row_major>
-void Micro(const Product& p, const float* a, const float* packed, float* c, int64_t inner, const float* first,
-           int64_t first_row, int width) {
-  Vector sum[rows][2];
-  if (first == nullptr) {
-    for (int i = 0; i < rows; ++i) sum[i][0] = sum[i][1] = Vector{};
-  } else if (width == kColumns) {
-    for (int i = 0; i < rows; ++i) {
-      sum[i][0] = *(const Vector*)(first + i * first_row);
-      sum[i][1] = *(const Vector*)(first + i * first_row + kLanes);
-    }
-  } else {
-    for (int i = 0; i < rows; ++i) {
-      alignas(64) float line[kColumns] = {};
-      std::memcpy(line, first + i * first_row, width * sizeof(float));
-      sum[i][0] = *(const Vector*)line;
-      sum[i][1] = *(const Vector*)(line + kLanes);
-    }
-  }
-  const int64_t a_row = a_is_row_major ? p.a_row : 1, a_inner = a_is_row_major ? 1 : p.a_inner;
+void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, int64_t inner, const float* first,
+                 int64_t first_stride, int width) {
+  Vector sum[rows][2] = {};
+  if (first != nullptr)
+    for (int i = 0; i < rows; ++i)
+      for (int half = 0; half < 2; ++half)
+        sum[i][half] = LoadPartial(first + i * first_stride + half * kLanes, width - half * kLanes);
+  const int64_t row_stride = a_is_row_major ? p.a.row_stride : 1, col_stride = a_is_row_major ? 1 : p.a.col_stride;
   for (int64_t j = 0; j < inner; ++j) {
-    const Vector left = *(const Vector*)packed, right = *(const Vector*)(packed + kLanes);
-    packed += kColumns;
+    const Vector left = Load(panel), right = Load(panel + kLanes);
+    panel += kPanelCols;
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i) {
-      const float one = a[i * a_row];
-      sum[i][0] += one * left;
-      sum[i][1] += one * right;
+      const float value = a[i * row_stride];
+      sum[i][0] += value * left;
+      sum[i][1] += value * right;
     }
-    a += a_inner;
+    a += col_stride;
   }
-  for (int i = 0; i < rows; ++i) {
-    if (width == kColumns) {
-      *(Vector*)(c + i * p.c_row) = sum[i][0];
-      *(Vector*)(c + i * p.c_row + kLanes) = sum[i][1];
-    } else {
-      alignas(64) float line[kColumns];
-      *(Vector*)line = sum[i][0];
-      *(Vector*)(line + kLanes) = sum[i][1];
-      std::memcpy(c + i * p.c_row, line, width * sizeof(float));
-    }
-  }
+  for (int i = 0; i < rows; ++i)
+    for (int half = 0; half < 2; ++half)
+      StorePartial(c + i * p.n + half * kLanes, sum[i][half], width - half * kLanes);
 }
 
+// The block of B that is packed: rows row … row + inner, columns column … column + columns.
+struct Block {
+  int64_t row, inner, column, columns;
+};
+
+// All microkernels of `rows` rows of C from `row` on; returns the first row that is left.
 template <int rows, bool a_is_row_major>
-void Rows(const Product& p, int64_t row, const float* packed, int64_t column, int64_t columns, int64_t from,
-          int64_t inner) {
-  const float* a = p.a + row * p.a_row + from * p.a_inner;
-  for (int64_t j = 0; j < columns; j += kColumns) {
-    float* c = p.c + row * p.c_row + column + j;
-    const int width = std::min<int64_t>(kColumns, columns - j);
-    // The sums start from the bias, and in later blocks of k from what is there.
-    const float* first = from > 0 ? c : p.bias == nullptr ? nullptr : p.bias + column + j;
-    Micro<rows, a_is_row_major>(p, a, packed + j * inner, c, inner, first, from > 0 ? p.c_row : 0, width);
-  }
-}
-
-// Turns 16 x 16 numbers: in[i] is a line, out is written a column of lines apart.
-void Turn(const float* in, int64_t in_line, float* out, int64_t out_line) {
-  Vector t[kLanes], u[kLanes];
-  for (int i = 0; i < kLanes; ++i) t[i] = *(const Vector*)(in + i * in_line);
-  for (int i = 0; i < kLanes; i += 2) {
-    u[i] = __builtin_shufflevector(t[i], t[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-    u[i + 1] = __builtin_shufflevector(t[i], t[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  }
-  for (int i = 0; i < kLanes; i += 4) {
-    for (int j = i; j < i + 2; ++j) {
-      t[j] = __builtin_shufflevector(u[j], u[j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-      t[j + 2] = __builtin_shufflevector(u[j], u[j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Block& b) {
+  for (; row + rows <= p.m; row += rows) {
+    const float* a = p.a.data + row * p.a.row_stride + b.row * p.a.col_stride;
+    for (int64_t j = 0; j < b.columns; j += kPanelCols) {
+      float* c = p.c + row * p.n + b.column + j;
+      // Sums start from the bias, and in later blocks from what is there.
+      const float* first = b.row > 0 ? c : p.bias == nullptr ? nullptr : p.bias + b.column + j;
+      Microkernel<rows, a_is_row_major>(p, a, packed + j * b.inner, c, b.inner, first, b.row > 0 ? p.n : 0,
+                                        std::min<int64_t>(kPanelCols, b.columns - j));
     }
   }
-  for (int i = 0; i < kLanes; i += 8) {
-    for (int j = i; j < i + 4; ++j) {
-      u[j] = __builtin_shufflevector(t[j], t[j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-      u[j + 4] = __builtin_shufflevector(t[j], t[j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-  }
-  for (int j = 0; j < 8; ++j) {
-    *(Vector*)(out + j * out_line) =
-        __builtin_shufflevector(u[j], u[j + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    *(Vector*)(out + (j + 8) * out_line) =
-        __builtin_shufflevector(u[j], u[j + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
+  return row;
 }
 
-// The same of packed B, whose columns are whole lines of groups of 32.
-void Unpack(const Product& p, int64_t column, int64_t columns, int64_t from, int64_t inner, float* packed) {
-  const int64_t groups = p.k / kGroup;
-  for (int64_t j = 0; j < columns; j += kColumns, packed += kColumns * inner) {
-    const int width = std::min<int64_t>(kColumns, columns - j);
-    for (int64_t g = from / kGroup, i = 0; i < inner; ++g, i += kGroup) {
-      alignas(64) float lines[kColumns][kGroup] = {};
-      for (int x = 0; x < width; ++x) {
-        const int64_t group = (column + j + x) * groups + g;
-        Vector low, high;
-        Codes(p.blocks + group * kGroupBytes, p.scales[group], &low, &high);
-        low *= ScaleOf(p.scales[group]), high *= ScaleOf(p.scales[group]);
-        for (int lane = 0; lane < kLanes; ++lane) lines[x][2 * lane] = low[lane], lines[x][2 * lane + 1] = high[lane];
-      }
-      for (int64_t down = 0; down < kGroup; down += kLanes)
-        for (int64_t right = 0; right < kColumns; right += kLanes)
-          Turn(&lines[right][down], kGroup, packed + (i + down) * kColumns + right, kColumns);
-    }
-  }
+// A step of a transpose: a[j] and b[j - step] change places for each lane j with the bit `step`.
+template <int step, int... lane>
+void ExchangeLanes(Vector& a, Vector& b, std::integer_sequence<int, lane...>) {
+  const Vector low = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane : lane + step)...);
+  a = low;
 }
 
-// Packs B[from : from + inner, column : column + columns] into panels of 32 columns, filled up with zeros.
-void Pack(const Product& p, int64_t column, int64_t columns, int64_t from, int64_t inner, float* packed) {
-  for (int64_t j = 0; j < columns; j += kColumns, packed += kColumns * inner) {
-    const int width = std::min<int64_t>(kColumns, columns - j);
-    const float* b = p.b + from * p.b_inner + (column + j) * p.b_column;
-    if (p.b_column == 1) {
-      for (int64_t i = 0; i < inner; ++i) {
-        float* line = packed + i * kColumns;
-        if (width == kColumns) {
-          *(Vector*)line = *(const Vector*)(b + i * p.b_inner);
-          *(Vector*)(line + kLanes) = *(const Vector*)(b + i * p.b_inner + kLanes);
-        } else {
-          std::memset(line, 0, kColumns * sizeof(float));
-          std::memcpy(line, b + i * p.b_inner, width * sizeof(float));
-        }
-      }
+template <int step>
+void ExchangeRows(Vector* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & step)) ExchangeLanes<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kLanes>{});
+}
+
+void Transpose16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  Vector rows[kLanes];
+  for (int i = 0; i < kLanes; ++i) rows[i] = Load(in + i * in_stride);
+  ExchangeRows<1>(rows), ExchangeRows<2>(rows), ExchangeRows<4>(rows), ExchangeRows<8>(rows);
+  for (int i = 0; i < kLanes; ++i) Store(out + i * out_stride, rows[i]);
+}
+
+// Packs a block of B into panels of 32 columns, padded with zeros.
+void Pack(const Matmul& p, const Block& block, float* packed) {
+  for (int64_t j = 0; j < block.columns; j += kPanelCols, packed += kPanelCols * block.inner) {
+    const int64_t width = std::min<int64_t>(kPanelCols, block.columns - j);
+    const float* b = p.b.data + block.row * p.b.row_stride + (block.column + j) * p.b.col_stride;
+    if (p.b.col_stride == 1) {
+      for (int64_t i = 0; i < block.inner; ++i)
+        for (int half = 0; half < 2; ++half)
+          Store(packed + i * kPanelCols + half * kLanes,
+                LoadPartial(b + i * p.b.row_stride + half * kLanes, width - half * kLanes));
       continue;
     }
     int64_t done = 0;
-    if (width == kColumns) {
-      for (; done + kLanes <= inner; done += kLanes) {
-        Turn(b + done, p.b_column, packed + done * kColumns, kColumns);
-        Turn(b + done + kLanes * p.b_column, p.b_column, packed + done * kColumns + kLanes, kColumns);
+    for (; width == kPanelCols && done + kLanes <= block.inner; done += kLanes)
+      for (int half = 0; half < 2; ++half)
+        Transpose16x16(b + done + half * kLanes * p.b.col_stride, p.b.col_stride,
+                       packed + done * kPanelCols + half * kLanes, kPanelCols);
+    for (int64_t i = done; i < block.inner; ++i)
+      for (int x = 0; x < kPanelCols; ++x) packed[i * kPanelCols + x] = x < width ? b[i + x * p.b.col_stride] : 0;
+  }
+}
+
+// The same for B in MXFP4, whose columns are stored as rows of blocks of 32.
+void PackMxfp4(const Matmul& p, const Block& block, float* packed) {
+  for (int64_t j = 0; j < block.columns; j += kPanelCols, packed += kPanelCols * block.inner) {
+    const int width = std::min<int64_t>(kPanelCols, block.columns - j);
+    for (int64_t i = 0; i < block.inner; i += kBlockSize) {
+      alignas(64) float values[kPanelCols][kBlockSize] = {};
+      for (int x = 0; x < width; ++x) {
+        const int64_t index = ((block.column + j + x) * p.k + block.row + i) / kBlockSize;
+        Vector low, high;
+        LoadCodes(p.blocks + index * kBlockBytes, p.scales[index], &low, &high);
+        low *= ScaleOf(p.scales[index]), high *= ScaleOf(p.scales[index]);
+        for (int lane = 0; lane < kLanes; ++lane)
+          values[x][2 * lane] = low[lane], values[x][2 * lane + 1] = high[lane];
       }
+      for (int row = 0; row < kBlockSize; row += kLanes)
+        for (int col = 0; col < kPanelCols; col += kLanes)
+          Transpose16x16(&values[col][row], kBlockSize, packed + (i + row) * kPanelCols + col, kPanelCols);
     }
-    for (int64_t i = done; i < inner; ++i)
-      for (int x = 0; x < kColumns; ++x) packed[i * kColumns + x] = x < width ? b[i + x * p.b_column] : 0;
   }
 }
 
-// Adds up the columns of a packed block of B.
-void Sum(const Product& p, int64_t column, int64_t columns, int64_t from, int64_t inner, const float* packed) {
-  for (int64_t j = 0; j < columns; j += kColumns) {
-    const int width = std::min<int64_t>(kColumns, columns - j);
-    float* sums = p.sums + column + j;
-    alignas(64) float line[kColumns] = {};
-    if (from > 0) std::memcpy(line, sums, width * sizeof(float));
-    Vector left = *(const Vector*)line, right = *(const Vector*)(line + kLanes);
-    for (int64_t i = 0; i < inner; ++i, packed += kColumns) {
-      left += *(const Vector*)packed;
-      right += *(const Vector*)(packed + kLanes);
-    }
-    *(Vector*)line = left;
-    *(Vector*)(line + kLanes) = right;
-    std::memcpy(sums, line, width * sizeof(float));
-  }
-}
-
-template <bool a_is_row_major>
-void Columns(const Product& p, int64_t column, float* packed) {
-  const int64_t columns = std::min<int64_t>(kBlock, p.n - column);
-  // Blocks of k of equal size, so that the last one is not a sliver.
-  const int64_t blocks = std::max<int64_t>(1, (p.k + kInner - 1) / kInner);
-  int64_t step = (p.k + blocks - 1) / blocks;
-  if (p.blocks != nullptr) step = (step + kGroup - 1) / kGroup * kGroup;
-  for (int64_t from = 0; from == 0 || from < p.k; from += step) {
-    const int64_t inner = std::min(step, p.k - from);
-    p.blocks == nullptr ? Pack(p, column, columns, from, inner, packed)
-                        : Unpack(p, column, columns, from, inner, packed);
-    if (p.sums != nullptr) Sum(p, column, columns, from, inner, packed);
-    int64_t row = 0;
-#define ROWS(count)                   \
-  for (; row + count <= p.m; row += count) \
-    Rows<count, a_is_row_major>(p, row, packed, column, columns, from, inner);
-    ROWS(12) ROWS(8) ROWS(4) ROWS(2) ROWS(1)
-#undef ROWS
-    if (step == 0) break;
+// Adds the columns of a packed block of B to b_sums.
+void SumColumns(const Matmul& p, const Block& block, const float* packed) {
+  for (int64_t j = 0; j < block.columns; j += kPanelCols) {
+    const int64_t width = block.columns - j;
+    float* sums = p.b_sums + block.column + j;
+    Vector left = {}, right = {};
+    if (block.row > 0) left = LoadPartial(sums, width), right = LoadPartial(sums + kLanes, width - kLanes);
+    for (int64_t i = 0; i < block.inner; ++i, packed += kPanelCols)
+      left += Load(packed), right += Load(packed + kLanes);
+    StorePartial(sums, left, width), StorePartial(sums + kLanes, right, width - kLanes);
   }
 }
 
@@ -223,117 +165,117 @@ float* Scratch() {
     void operator()(float* memory) const { std::free(memory); }
   };
   thread_local std::unique_ptr<float, Free> memory(
-      (float*)std::aligned_alloc(64, (kInner + 1) * kBlock * sizeof(float)));
+      (float*)std::aligned_alloc(64, (kInnerBlock + 1) * kColBlock * sizeof(float)));
   if (memory == nullptr) throw std::bad_alloc();
   return memory.get();
 }
 
-// Runs all column blocks of all products on the threads there are.
-void Multiply(const std::vector<Product>& products, bool a_is_row_major, ffi::ThreadPool pool) {
-  std::vector<std::pair<const Product*, int64_t>> tasks;
-  for (const Product& p : products)
-    for (int64_t column = 0; column < p.n; column += kBlock) tasks.emplace_back(&p, column);
-  // The longest first: what is left at the end is short.
+// One task: kColBlock columns of C.
+template <bool a_is_row_major>
+void MultiplyColumns(const Matmul& p, int64_t column) {
+  float* packed = Scratch();
+  // Blocks of equal size, so that the last one is not a sliver.
+  int64_t step = CeilDiv(p.k, std::max<int64_t>(1, CeilDiv(p.k, kInnerBlock)));
+  if (p.blocks != nullptr) step = CeilDiv(step, kBlockSize) * kBlockSize;
+  for (int64_t from = 0; from == 0 || from < p.k; from += step) {
+    const Block block{from, std::min(step, p.k - from), column, std::min<int64_t>(kColBlock, p.n - column)};
+    p.blocks == nullptr ? Pack(p, block, packed) : PackMxfp4(p, block, packed);
+    if (p.b_sums != nullptr) SumColumns(p, block, packed);
+    int64_t row = MultiplyRows<12, a_is_row_major>(p, 0, packed, block);
+    row = MultiplyRows<8, a_is_row_major>(p, row, packed, block);
+    row = MultiplyRows<4, a_is_row_major>(p, row, packed, block);
+    row = MultiplyRows<2, a_is_row_major>(p, row, packed, block);
+    MultiplyRows<1, a_is_row_major>(p, row, packed, block);
+    if (step == 0) break;
+  }
+}
+
+void Multiply(const std::vector<Matmul>& matmuls, bool a_is_row_major, ffi::ThreadPool pool) {
+  std::vector<std::pair<const Matmul*, int64_t>> tasks;
+  for (const Matmul& p : matmuls)
+    for (int64_t column = 0; p.m > 0 && column < p.n; column += kColBlock) tasks.emplace_back(&p, column);
+  // The longest first, so that threads end at about the same time.
   std::stable_sort(tasks.begin(), tasks.end(),
                    [](auto& x, auto& y) { return x.first->m * x.first->k > y.first->m * y.first->k; });
-  auto one = [&](int64_t task) {
-    const auto [p, column] = tasks[task];
-    a_is_row_major ? Columns<true>(*p, column, Scratch()) : Columns<false>(*p, column, Scratch());
+  auto run = [&](int64_t index) {
+    const auto [p, column] = tasks[index];
+    a_is_row_major ? MultiplyColumns<true>(*p, column) : MultiplyColumns<false>(*p, column);
   };
-  Run({{(int64_t)tasks.size(), one}}, pool);
+  RunPhases({{(int64_t)tasks.size(), run}}, pool);
 }
 
-using Floats = ffi::Buffer<ffi::F32>;
-using Bytes = ffi::Buffer<ffi::U8>;
-using Sizes = ffi::Buffer<ffi::S32>;
-
-// The groups' sizes as they are used: never past the rows there are.
-std::vector<int64_t> Clamped(const Sizes& sizes, int64_t rows) {
-  std::vector<int64_t> found;
-  for (int64_t e = 0, left = rows; e < (int64_t)sizes.element_count(); ++e) {
-    found.push_back(std::min(std::max<int64_t>(sizes.typed_data()[e], 0), left));
-    left -= found.back();
+// The matmul of each group: make(e, row, count) for its `count` rows from `row` on. Sizes are cut at the last row.
+template <typename F>
+std::vector<Matmul> GroupMatmuls(const Ints& sizes, int64_t rows, F make) {
+  std::vector<Matmul> matmuls;
+  int64_t row = 0;
+  for (int64_t e = 0; e < (int64_t)sizes.element_count(); ++e) {
+    const int64_t count = std::min(std::max<int64_t>(sizes.typed_data()[e], 0), rows - row);
+    matmuls.push_back(make(e, row, count));
+    row += count;
   }
-  return found;
+  return matmuls;
 }
 
-// y[R, N] = x[R, K] w[e], or x[R, K] w[e]^T with w [E, N, K]; plus the group's bias [E, N], where there is one.
-ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Sizes sizes, ffi::Result<Floats> y,
-                   bool turned) {
-  const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
-  std::vector<Product> products;
-  int64_t row = 0, e = 0;
-  for (int64_t m : Clamped(sizes, rows)) {
-    const float* start = bias.element_count() ? bias.typed_data() + e * n : nullptr;
-    if (m)
-      products.push_back({x.typed_data() + row * k, w.typed_data() + e * n * k, y->typed_data() + row * n, start,
-                           nullptr, m, n, k, k, 1, turned ? 1 : n, turned ? k : 1, n});
-    row += m, ++e;
-  }
-  Multiply(products, true, pool);
+// y[R, n], zero in rows of no group.
+ffi::Error MultiplyGroups(const std::vector<Matmul>& matmuls, ffi::Result<Floats>& y, ffi::ThreadPool pool) {
+  const int64_t rows = y->dimensions()[0], n = y->dimensions()[1];
+  int64_t row = 0;
+  for (const Matmul& p : matmuls) row += p.m;
   std::memset(y->typed_data() + row * n, 0, (rows - row) * n * sizeof(float));
+  Multiply(matmuls, true, pool);
   return ffi::Error::Success();
 }
 
-// y[R, N] = x[R, K] w[e]^T with packed w, [E, N, K / 32, 16] and [E, N, K / 32].
-ffi::Error Packed(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scales, Sizes sizes,
-                  ffi::Result<Floats> y) {
-  const int64_t rows = x.dimensions()[0], k = x.dimensions()[1], n = y->dimensions()[1];
-  std::vector<Product> products;
-  int64_t row = 0, e = 0;
-  for (int64_t m : Clamped(sizes, rows)) {
-    const int64_t group = e * n * (k / kGroup);
-    if (m)
-      products.push_back({x.typed_data() + row * k, nullptr, y->typed_data() + row * n, nullptr, nullptr, m, n, k, k, 1, 1,
-                          k, n, blocks.typed_data() + group * kGroupBytes, scales.typed_data() + group});
-    row += m, ++e;
-  }
-  Multiply(products, true, pool);
-  std::memset(y->typed_data() + row * n, 0, (rows - row) * n * sizeof(float));
-  return ffi::Error::Success();
+// y[R, n] = x[R, k] w[e], or x[R, k] w[e]^T with w [G, n, k]. The bias [E, n], which may be empty, is that of one layer
+// of E groups; w has the groups of all layers.
+ffi::Error Grouped(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Ints sizes, ffi::Result<Floats> y,
+                   bool transposed) {
+  const int64_t k = x.dimensions()[1], n = y->dimensions()[1];
+  const int64_t num_biases = bias.element_count() ? bias.dimensions()[0] : 0;
+  auto make = [&](int64_t e, int64_t row, int64_t count) {
+    const Strided b{w.typed_data() + e * n * k, transposed ? 1 : n, transposed ? k : 1};
+    Matmul p{count, n, k, {x.typed_data() + row * k, k, 1}, b, y->typed_data() + row * n};
+    if (num_biases) p.bias = bias.typed_data() + e % num_biases * n;
+    return p;
+  };
+  return MultiplyGroups(GroupMatmuls(sizes, x.dimensions()[0], make), y, pool);
 }
 
-// dw[e] = x_e^T g_e, and db[e] the sum of the rows of g_e; zero for a group without rows.
-ffi::Error Outer(ffi::ThreadPool pool, Floats x, Floats g, Sizes sizes, ffi::Result<Floats> dw,
-                 ffi::Result<Floats> db) {
-  const int64_t rows = x.dimensions()[0], m = x.dimensions()[1], n = g.dimensions()[1];
-  std::vector<Product> products;
-  int64_t row = 0, e = 0;
-  for (int64_t k : Clamped(sizes, rows)) {
-    products.push_back({x.typed_data() + row * m, g.typed_data() + row * n, dw->typed_data() + e * m * n, nullptr,
-                         db->typed_data() + e * n, m, n, k, 1, m, n, 1, n});
-    row += k, ++e;
-  }
-  Multiply(products, false, pool);
+// y[R, n] = x[R, k] w[e]^T for w in MXFP4: blocks [G, n, k / 32, 16] and scales [G, n, k / 32].
+ffi::Error GroupedMxfp4(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scales, Ints sizes, ffi::Result<Floats> y) {
+  const int64_t k = x.dimensions()[1], n = y->dimensions()[1];
+  auto make = [&](int64_t e, int64_t row, int64_t count) {
+    Matmul p{count, n, k, {x.typed_data() + row * k, k, 1}, {nullptr, 1, k}, y->typed_data() + row * n};
+    p.blocks = blocks.typed_data() + e * n * k / kBlockSize * kBlockBytes;
+    p.scales = scales.typed_data() + e * n * k / kBlockSize;
+    return p;
+  };
+  return MultiplyGroups(GroupMatmuls(sizes, x.dimensions()[0], make), y, pool);
+}
+
+// dw[e] = x_e^T g_e, and db[e], the sum of the rows of g_e; zero for a group without rows.
+ffi::Error GroupedWeightGrad(ffi::ThreadPool pool, Floats x, Floats g, Ints sizes, ffi::Result<Floats> dw,
+                             ffi::Result<Floats> db) {
+  const int64_t m = x.dimensions()[1], n = g.dimensions()[1];
+  auto make = [&](int64_t e, int64_t row, int64_t count) {
+    const Strided b{g.typed_data() + row * n, n, 1};
+    Matmul p{m, n, count, {x.typed_data() + row * m, 1, m}, b, dw->typed_data() + e * m * n};
+    p.b_sums = db->typed_data() + e * n;
+    return p;
+  };
+  Multiply(GroupMatmuls(sizes, x.dimensions()[0], make), false, pool);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedForward, Forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Sizes>()
-                                  .Ret<Floats>()
-                                  .Attr<bool>("turned"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedPacked, Packed,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Bytes>()
-                                  .Arg<Bytes>()
-                                  .Arg<Sizes>()
-                                  .Ret<Floats>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedOuter, Outer,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()
-                                  .Arg<Floats>()
-                                  .Arg<Sizes>()
-                                  .Ret<Floats>()
-                                  .Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, Grouped,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
+                                  .Arg<Ints>().Ret<Floats>().Attr<bool>("transposed"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmulMxfp4, GroupedMxfp4,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Bytes>().Arg<Bytes>()
+                                  .Arg<Ints>().Ret<Floats>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmulWeightGrad, GroupedWeightGrad,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Ints>()
+                                  .Ret<Floats>().Ret<Floats>());

@@ -1,4 +1,5 @@
-// MXFP4 as numbers: 32 weights are 16 bytes of two codes each, the low one first, and a byte of scale (kernels/mxfp4.py).
+// MXFP4 to floats: a block of 32 values is 16 bytes of two codes each, the low nibble first, and one byte of scale
+// (kernels/mxfp4/codec.py).
 
 #pragma once
 
@@ -9,16 +10,15 @@
 #include <immintrin.h>
 #endif
 
-#include "parallel.h"
+#include "common.h"
 
-constexpr int kGroup = 32;
-constexpr int kGroupBytes = kGroup / 2;
+constexpr int kBlockSize = 32;
+constexpr int kBlockBytes = kBlockSize / 2;
 
 alignas(64) constexpr float kCodes[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
                                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// 2^(scale - 127); 255 stands for not-a-number. The least one, 2^-127, would be flushed to zero: there it is twice that,
-// and `Codes` gives half.
+// 2^(scale - 127); 255 is NaN. The smallest, 2^-127, would be flushed to zero: twice that, and LoadCodes halves.
 inline float ScaleOf(uint8_t scale) {
   const uint32_t bits = scale == 255 ? 0x7fc00000u : (uint32_t)(scale ? scale : 1) << 23;
   float value;
@@ -26,16 +26,16 @@ inline float ScaleOf(uint8_t scale) {
   return value;
 }
 
-// The codes of a group, to be multiplied by ScaleOf: those of the low halves of the bytes, and those of the high ones.
-inline void Codes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* high) {
+// The values of a block before they are multiplied by ScaleOf: those of the low nibbles, and of the high ones.
+inline void LoadCodes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* high) {
 #ifdef __AVX512F__
   const __m512 table = _mm512_load_ps(kCodes);
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
-  // A permutation reads the lowest four bits of an index alone.
+  // A permutation reads only the lowest four bits of an index.
   *low = (Vector)_mm512_permutexvar_ps(wide, table);
   *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
 #else
-  for (int i = 0; i < kGroupBytes; ++i) {
+  for (int i = 0; i < kBlockBytes; ++i) {
     (*low)[i] = kCodes[bytes[i] & 15];
     (*high)[i] = kCodes[bytes[i] >> 4];
   }

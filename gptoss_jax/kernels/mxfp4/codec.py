@@ -1,10 +1,10 @@
-"""MXFP4: 32 weights share one power of two, each is a sign and one of eight magnitudes: 4.25 bits a weight.
+"""MXFP4: blocks of 32 values that share a power of two, each a sign and one of eight magnitudes: 4.25 bits.
 
 The format of the released experts (docs/math.md, "Released weights"; OCP Microscaling Formats v1.0, section
-5). A group of 32 values along the last axis is 16 bytes of two codes each, the low nibble first, and one byte
-of scale: value = code * 2^(scale - 127), where scale 255 stands for not-a-number. Everything here is integer
-arithmetic on the bits of floats, exact at both ends of their range whatever a backend makes of subnormal
-numbers. With `xp=numpy` the same lines run on the host.
+5). A block of 32 values along the last axis is 16 bytes of two codes each, the low nibble first, and one byte
+of scale: value = code * 2^(scale - 127), and scale 255 is NaN. Everything here is integer arithmetic on the
+bits of floats, exact at both ends of their range whatever a backend does with subnormals. With `xp=numpy`
+the same code runs on the host.
 """
 
 import jax
@@ -12,19 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 BLOCK_SIZE = 32
-BLOCK_BYTES = BLOCK_SIZE // 2  # of codes, in one group
-# Code c (0 … 7) stands for MAGNITUDES[c]; bit 3 is the sign.
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Half-way between neighbours: where a value of such a size goes to the lower code, the tie is to even.
+BLOCK_BYTES = BLOCK_SIZE // 2  # of codes
+# The magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, codes 0 … 7; bit 3 is the sign. Half-way between them, and
+# whether a value of that size rounds to the lower code: ties go to even codes.
 TIES = ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5, True), (3.5, False), (5.0, True))
 NAN_SCALE = 255
 # Axes in memory on TPU, from major to minor, as pallas_tpu.py reads blocks [E, F, G, 16] and scales [E, F,
-# G]; further leading axes stay in front.
+# G]; further leading axes come first.
 TPU_LAYOUTS = {"blocks": (0, 2, 3, 1), "scales": (0, 2, 1)}
 
 
 def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Packed weights as numbers, exact in bfloat16 and float32 alike.
+    """Returns the values, exact in bfloat16 and float32 alike.
 
     Args:
       blocks: uint8 [..., G, 16].
@@ -32,29 +31,24 @@ def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Ar
       dtype: bfloat16 or float32.
 
     Returns:
-      [..., 32 * G]. Sizes of 2^128 and more are infinite; a group of scale 255 is NaN.
+      [..., 32 * G]. Magnitudes of 2^128 and more are infinite; a block of scale 255 is NaN.
     """
-    low, high = bfloat16_bits(blocks, scales[..., None])
-    if dtype == jnp.bfloat16:
-        bits = jnp.stack([low, high], axis=-1)
-    else:
-        # A bfloat16 is the upper half of a float32; a conversion might flush what is subnormal.
-        bits = jnp.stack([low, high], axis=-1).astype(jnp.uint32) << 16
-    kind = jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32
-    values = jax.lax.bitcast_convert_type(bits, kind)
+    bits = jnp.stack(bfloat16_bits(blocks, scales[..., None]), axis=-1)
+    if dtype != jnp.bfloat16:
+        # A bfloat16 is the upper half of a float32; a conversion might flush subnormals.
+        bits = bits.astype(jnp.uint32) << 16
+    values = jax.lax.bitcast_convert_type(bits, jnp.bfloat16 if dtype == jnp.bfloat16 else jnp.float32)
     return values.reshape(*scales.shape[:-1], BLOCK_SIZE * scales.shape[-1]).astype(dtype)
 
 
 def bfloat16_bits(blocks, scales, xp=jnp):
-    """The two numbers of each byte as the bits of bfloat16: two uint16 arrays of the shape of `blocks`.
-
-    `scales` must broadcast against `blocks`; the axes may stand in any order.
-    """
+    """Returns the values of the low and of the high nibbles as the bits of bfloat16, two uint16 arrays of the
+    shape of `blocks`; `scales` must broadcast to it."""
     scale, byte = scales.astype(np.int16), blocks.astype(np.int16)
 
     def bits(code):
         size = code & 7
-        # Sizes of 1 and more are (1 + half / 2) * 2^k; one half is 2^-1.
+        # Magnitudes of 1 and more are (1 + half / 2) * 2^k; 0.5 is 2^-1.
         exponent = scale + (size >> 1) - 1
         half = xp.where(size > 1, size & 1, 0).astype(np.int16)
         normal = (exponent << 7) | (half << 6)
@@ -68,28 +62,33 @@ def bfloat16_bits(blocks, scales, xp=jnp):
 
 
 def quantize(values, axis=-1, xp=jnp):
-    """The nearest packed weights, with the publisher's rule: the smallest scale under which nothing is
-    clipped, 2^ceil(log2(largest / 6)), then round to nearest, ties to even.
+    """Returns the nearest MXFP4 values, with the publisher's rule: the smallest scale that clips nothing,
+    2^ceil(log2(largest / 6)), then round to nearest, ties to even.
 
-    `quantize(dequantize(x))` gives the values of x again, in codes that need not be those of x.
+    `quantize(dequantize(...))` keeps the values, though not always their codes.
 
     Args:
       values: float32 or bfloat16, [..., 32 * G].
-      axis: the one that groups run along, if it is not the last; G, and 16 after it, then stand in its place.
+      axis: the axis that blocks run along, if not the last; G, and 16 after it, then take its place.
 
     Returns:
-      blocks, uint8 [..., G, 16], and scales, uint8 [..., G]. A group of zeros has scale 0; one that holds
-      something infinite or not a number has scale 255.
+      blocks, uint8 [..., G, 16], and scales, uint8 [..., G]. A block of zeros has scale 0; one with an inf or
+      NaN has scale 255.
+
+    Raises ValueError for an axis that is no multiple of 32.
     """
     axis %= values.ndim
     bits = _float32_bits(values, axis, xp)
     magnitude = bits & 0x7FFFFFFF
-    scales = _scales(magnitude, axis, xp)
+    largest = xp.max(magnitude, axis=axis + 1)
+    # 6 is 1.5 * 2^2: up to a significand of 1.5 the exponent is two less, above it one less.
+    scales = (largest >> 23) - 2 + ((largest & 0x7FFFFF) > 0x400000)
+    scales = xp.where(largest >= 0x7F800000, NAN_SCALE, xp.maximum(scales, 0)).astype(np.uint8)
     exponent = xp.expand_dims(scales, axis + 1).astype(np.int32) - 127
     code = xp.zeros(magnitude.shape, np.uint8)
-    for tie, goes_down in TIES:
+    for tie, rounds_down in TIES:
         bound = _scaled_bits(tie, exponent, xp)
-        code = code + (magnitude > bound if goes_down else magnitude >= bound).astype(np.uint8)
+        code = code + (magnitude > bound if rounds_down else magnitude >= bound).astype(np.uint8)
     code = code | ((bits >> 28) & 8).astype(np.uint8)
     before = (slice(None),) * (axis + 1)
     return code[(*before, slice(0, None, 2))] | (code[(*before, slice(1, None, 2))] << 4), scales
@@ -99,26 +98,17 @@ def _float32_bits(values, axis, xp):
     size = values.shape[axis]
     if size % BLOCK_SIZE:
         raise ValueError(f"axis {axis} has {size} values: must be a multiple of {BLOCK_SIZE}")
-    groups = values.reshape(*values.shape[:axis], size // BLOCK_SIZE, BLOCK_SIZE, *values.shape[axis + 1 :])
-    if values.dtype == jnp.bfloat16:
-        # By its bits: a conversion may flush what is subnormal.
-        narrow = groups.view(np.int16) if xp is np else jax.lax.bitcast_convert_type(groups, np.int16)
-        return narrow.astype(np.int32) << 16
-    wide = groups.astype(np.float32)
-    return wide.view(np.int32) if xp is np else jax.lax.bitcast_convert_type(wide, np.int32)
-
-
-def _scales(magnitude, axis, xp):
-    """ceil(log2(largest / 6)) + 127 of each group, from the bits of the magnitudes."""
-    largest = xp.max(magnitude, axis=axis + 1)
-    # 6 is 1.5 * 2^2: up to a significand of 1.5 the exponent is two less, above it one less.
-    scale = (largest >> 23) - 2 + ((largest & 0x7FFFFF) > 0x400000)
-    scale = xp.where(largest >= 0x7F800000, NAN_SCALE, xp.maximum(scale, 0))
-    return scale.astype(np.uint8)
+    shape = (*values.shape[:axis], size // BLOCK_SIZE, BLOCK_SIZE, *values.shape[axis + 1 :])
+    # From the bits of a bfloat16: a conversion may flush subnormals.
+    is_narrow = values.dtype == jnp.bfloat16
+    values, kind = (values, np.int16) if is_narrow else (values.astype(np.float32), np.int32)
+    values = values.reshape(shape)
+    bits = values.view(kind) if xp is np else jax.lax.bitcast_convert_type(values, kind)
+    return bits.astype(np.int32) << 16 if is_narrow else bits
 
 
 def _scaled_bits(value, exponent, xp):
-    """The float32 bits of value * 2^exponent, for a value of at most three significant bits."""
+    """Returns the float32 bits of value * 2^exponent, for a value of at most three significant bits."""
     bits = int(np.float32(value).view(np.int32))
     field = (bits >> 23) + exponent
     subnormal = ((bits & 0x7FFFFF) | 0x800000) >> xp.clip(1 - field, 0, 24)

@@ -1,10 +1,10 @@
-"""The product with packed experts as a GPU kernel of our own, for few rows: Pallas, its Triton backend.
+"""Grouped matmul with MXFP4 weights on GPU, for few rows: Pallas with its Triton backend.
 
-A program takes one visit, a tile of rows and a group that has rows there, and some of the outputs. Reading
-the bytes is all that counts, so each is read once and becomes two numbers in registers: that of an even input
-and that of the odd one after it. They are multiplied with the rows' even and odd inputs, which stand apart.
+A program takes one tile of a group's rows and some of the outputs. Reading the bytes dominates, so each is
+read once, and becomes two values in registers: that of an even input and that of the odd one after it. They
+are multiplied by the even and the odd inputs of the rows, which are separate operands.
 
-Letters as in mxfp4_grouped_matmul.py.
+Letters as in api.py.
 """
 
 import jax
@@ -14,16 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from gptoss_jax.kernels.backend import without_x64
-from gptoss_jax.kernels.grouped_matmul.api import PRECISION, is_in_group
+from gptoss_jax.kernels.group_tiles import make_group_metadata, zero_ungrouped
 from gptoss_jax.kernels.mxfp4 import codec
-from gptoss_jax.kernels.mxfp4.api import visits
 
-# Beyond, each byte would become numbers so many times, once for each tile of rows, that unpacking whole
-# matrices is quicker. By reasoning, as all sizes here: none was tuned by timing.
-MOST_ROWS = 1024
-ROWS = 16  # in a tile; no product is smaller on tensor cores
-COLUMNS = 32  # outputs of one program, so that even one group's matrix keeps a whole GPU busy
-GROUPS = 8  # in one turn of the loop: 128 bytes of each output, 256 inputs
+# With more rows, dequantizing each byte again for each tile of rows is slower than dequantizing whole
+# matrices. By reasoning, as all sizes here: none was tuned by timing.
+MAX_ROWS = 1024
+TILE_ROWS = 16  # the smallest product of tensor cores
+TILE_COLS = 32  # outputs of one program, so that even one group's matrix keeps a whole GPU busy
+INNER_BLOCKS = 8  # of MXFP4, in one step of the loop: 128 bytes of each output, 256 inputs
 
 
 @without_x64
@@ -34,68 +33,60 @@ def triton_mxfp4_matmul(
     group_sizes_E: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `mxfp4_grouped_matmul`, without a bias: [R, F]; rows of no group give zero.
-
-    `interpret` runs the kernel as plain JAX, on any device and slowly.
-    """
+    """`mxfp4_grouped_matmul` without a bias. `interpret` runs it on any platform, slowly."""
     rows, D = x_RD.shape
     E, F, G, C = blocks_EFGC.shape
-    count, *tables = visits(group_sizes_E, rows, ROWS)
-    most, column_tiles = tables[0].shape[0], pl.cdiv(F, COLUMNS)
+    _, *tables = make_group_metadata(group_sizes_E, rows, TILE_ROWS)
+    column_tiles = pl.cdiv(F, TILE_COLS)
     even_RD, odd_RD = (x_RD.reshape(rows, D // 2, 2)[:, :, part] for part in (0, 1))
 
-    def kernel(count_ref, tile_V, group_V, start_V, end_V, even_ref, odd_ref, blocks_ref, scales_ref, y_ref):
-        # All columns of a visit before the next.
-        visit, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
-        group = group_V[visit]
-        first_row, first_column = tile_V[visit] * ROWS, column_tile * COLUMNS
-        row = first_row + jnp.arange(ROWS, dtype=jnp.int32)
-        is_mine = (row >= start_V[visit]) & (row < end_V[visit])
-        is_column = first_column + jnp.arange(COLUMNS, dtype=jnp.int32) < F
-        columns = pl.ds(first_column, COLUMNS)
+    def kernel(group_V, row_V, start_V, end_V, even_ref, odd_ref, blocks_ref, scales_ref, y_ref):
+        # All columns of a tile before the next tile.
+        tile, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
+        group, first_row, first_column = group_V[tile], row_V[tile], column_tile * TILE_COLS
+        row_mask = first_row + jnp.arange(TILE_ROWS, dtype=jnp.int32) < end_V[tile]
+        column_mask = first_column + jnp.arange(TILE_COLS, dtype=jnp.int32) < F
+        columns = pl.ds(first_column, TILE_COLS)
 
         def step(i, total):
-            groups = pl.ds(i * GROUPS, GROUPS)
-            is_group = i * GROUPS + jnp.arange(GROUPS, dtype=jnp.int32) < G
-            is_here = is_column[:, None] & is_group[None, :]
-            scale = triton.load(scales_ref.at[group, columns, groups], mask=is_here, other=0)
+            blocks = pl.ds(i * INNER_BLOCKS, INNER_BLOCKS)
+            block_mask = i * INNER_BLOCKS + jnp.arange(INNER_BLOCKS, dtype=jnp.int32) < G
+            mask = column_mask[:, None] & block_mask[None, :]
+            scale = triton.load(scales_ref.at[group, columns, blocks], mask=mask, other=0)
             byte = triton.load(
-                blocks_ref.at[group, columns, groups, pl.ds(0, C)],
-                mask=jnp.broadcast_to(is_here[:, :, None], (COLUMNS, GROUPS, C)),
+                blocks_ref.at[group, columns, blocks, pl.ds(0, C)],
+                mask=jnp.broadcast_to(mask[:, :, None], (TILE_COLS, INNER_BLOCKS, C)),
                 other=0,
             )
-            is_input = i * GROUPS * C + jnp.arange(GROUPS * C, dtype=jnp.int32) < D // 2
-            for x_ref, w in zip((even_ref, odd_ref), _numbers(byte, scale, x_RD.dtype), strict=True):
+            inner = i * INNER_BLOCKS * C + jnp.arange(INNER_BLOCKS * C, dtype=jnp.int32)
+            pairs = zip((even_ref, odd_ref), codec.bfloat16_bits(byte, scale[:, :, None]), strict=True)
+            for x_ref, bits in pairs:
                 x = triton.load(
-                    x_ref.at[pl.ds(first_row, ROWS), pl.ds(i * GROUPS * C, GROUPS * C)],
-                    mask=is_mine[:, None] & is_input[None, :],
+                    x_ref.at[pl.ds(first_row, TILE_ROWS), pl.ds(i * INNER_BLOCKS * C, INNER_BLOCKS * C)],
+                    mask=row_mask[:, None] & (inner < D // 2)[None, :],
                     other=0.0,
                 )
-                total += triton.dot(x, w.reshape(COLUMNS, GROUPS * C).T, precision=PRECISION)
+                w = lax.bitcast_convert_type(bits, jnp.bfloat16).astype(x.dtype)
+                w = w.reshape(TILE_COLS, INNER_BLOCKS * C)
+                total += triton.dot(x, w.T, precision=lax.Precision.HIGHEST)
             return total
 
-        # Programs of visits that there are not have nothing to do.
-        turns = (visit < count_ref[0]).astype(jnp.int32) * pl.cdiv(G, GROUPS)
-        total = lax.fori_loop(0, turns, step, jnp.zeros((ROWS, COLUMNS), jnp.float32))
+        # The metadata has room for more tiles than there are: programs of those have nothing to do.
+        steps = (end_V[tile] > 0).astype(jnp.int32) * pl.cdiv(G, INNER_BLOCKS)
+        total = lax.fori_loop(0, steps, step, jnp.zeros((TILE_ROWS, TILE_COLS), jnp.float32))
         triton.store(
-            y_ref.at[pl.ds(first_row, ROWS), columns],
+            y_ref.at[pl.ds(first_row, TILE_ROWS), columns],
             total.astype(y_ref.dtype),
-            mask=is_mine[:, None] & is_column[None, :],
+            mask=row_mask[:, None] & column_mask[None, :],
         )
 
     y_RF = pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, F), x_RD.dtype),
-        grid=(most * column_tiles,),
+        grid=(tables[0].shape[0] * column_tiles,),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="mxfp4_matmul",
-    )(count[None], *tables, even_RD, odd_RD, blocks_EFGC, scales_EFG)
+    )(*tables, even_RD, odd_RD, blocks_EFGC, scales_EFG)
     # Rows of no group were never written.
-    return jnp.where(is_in_group(rows, group_sizes_E), y_RF, 0)
-
-
-def _numbers(byte, scale, dtype):
-    """The numbers of the low and of the high nibbles, as `codec.dequantize`."""
-    for bits in codec.bfloat16_bits(byte, scale[:, :, None]):
-        yield lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
+    return zero_ungrouped(y_RF, group_sizes_E)

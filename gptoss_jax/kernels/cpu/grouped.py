@@ -1,0 +1,57 @@
+"""Grouped matmul on CPU in float32, dense and MXFP4: the kernels of `grouped_matmul.cc`."""
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.kernels import backend, selection
+from gptoss_jax.kernels.cpu import build
+
+
+def is_supported(kernel: str, dtype: jnp.dtype) -> bool:
+    """Returns True if a kernel of this file applies: float32 on CPU, not turned off, and compiled."""
+    fits = backend.platform() == "cpu" and dtype == jnp.float32
+    return fits and selection.is_enabled(kernel) and build.is_available()
+
+
+def cpu_grouped_matmul(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
+) -> jax.Array:
+    """`grouped_matmul`, also for the matrices of all layers with the biases of the layer that has rows."""
+    bias = jnp.zeros((0, 0), jnp.float32) if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
+    return _matmul(x_RD, w_EDF, bias, group_sizes_E)
+
+
+@jax.custom_vjp
+def _matmul(x_RD, w_EDF, bias_EF, group_sizes_E):
+    call = _call("GroupedMatmul", (x_RD.shape[0], w_EDF.shape[2]))
+    return call(x_RD, w_EDF, bias_EF, group_sizes_E, transposed=False)[0]
+
+
+def _backward(residuals, g_RF):
+    x_RD, w_EDF, bias_EF, group_sizes_E = residuals
+    no_bias = jnp.zeros((0, 0), jnp.float32)
+    (dx_RD,) = _call("GroupedMatmul", x_RD.shape)(g_RF, w_EDF, no_bias, group_sizes_E, transposed=True)
+    weight_grad = _call("GroupedMatmulWeightGrad", w_EDF.shape, (w_EDF.shape[0], w_EDF.shape[2]))
+    dw_EDF, db_EF = weight_grad(x_RD, g_RF, group_sizes_E)
+    return (
+        dx_RD,
+        dw_EDF,
+        jnp.sum(db_EF.reshape(-1, *bias_EF.shape), axis=0) if bias_EF.size else no_bias,
+        None,
+    )
+
+
+_matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)
+
+
+def cpu_mxfp4_matmul(
+    x_RD: jax.Array, blocks_EFGC: jax.Array, scales_EFG: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """`mxfp4_grouped_matmul` without a bias: a block of a matrix is dequantized where it is packed into the
+    cache."""
+    call = _call("GroupedMatmulMxfp4", (x_RD.shape[0], blocks_EFGC.shape[1]))
+    return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E)[0]
+
+
+def _call(name: str, *shapes: tuple[int, ...]):
+    return jax.ffi.ffi_call(build.target(name), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
