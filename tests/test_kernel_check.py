@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 import warnings
 
 import jax
@@ -21,6 +22,7 @@ from gptoss_jax.kernels.attention.api import AttentionSpec, attention
 from gptoss_jax.kernels.check import Case, Result, check_case
 from gptoss_jax.kernels.cpu import build, decode
 from gptoss_jax.kernels.grouped_matmul import api
+from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4 import pallas_triton as triton_mxfp4
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
@@ -109,13 +111,11 @@ def test_the_kernels_of_accelerators(backend):
 
 
 def test_a_broken_kernel_of_an_accelerator(monkeypatch):
-    numbers = triton_mxfp4._numbers
+    def with_nibbles_exchanged(*arguments):
+        return codec.bfloat16_bits(*arguments)[::-1]
 
-    def nibbles_exchanged(*arguments):
-        low, high = numbers(*arguments)
-        yield from (high, low)
-
-    monkeypatch.setattr(triton_mxfp4, "_numbers", nibbles_exchanged)
+    broken = types.SimpleNamespace(bfloat16_bits=with_nibbles_exchanged)
+    monkeypatch.setattr(triton_mxfp4, "codec", broken)
     found = [check_case(c, "gpu", True) for c in check.cases("gpu", True) if c.kernel == "mxfp4_matmul"]
     assert [r.status for r in found] == ["wrong", "wrong"]
 
