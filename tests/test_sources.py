@@ -86,8 +86,8 @@ def test_parquet(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     source = f"parquet:{tmp_path}/a.parquet"
     assert read(f"{source}#body") == ["a", "c\nd"]
-    assert fails(source) == f"{tmp_path}/a.parquet: has no column 'text'; it has id, body"
-    assert "row 0: column 'id' is a int: must be text or null" in fails(f"{source}#id")
+    assert fails(source) == f"{tmp_path}/a.parquet: has no field 'text'; it has id, body"
+    assert "row 0: field 'id' is a int: must be text or null" in fails(f"{source}#id")
     (tmp_path / "a.parquet").write_text("not parquet")
     assert f"{tmp_path}/a.parquet: not a parquet file" in fails(source)
 
@@ -101,7 +101,7 @@ def test_hugging_face_folder(tmp_path, monkeypatch):
     corpus = open_corpus(f"hf:{folder}")
     assert list(corpus.documents()) == ["a", "b"]
     assert list(corpus.documents()) == ["a", "b"]
-    assert "has no column 'body'; it has text, n" in fails(f"hf:{folder}#body")
+    assert "row 0: has no field 'body'; it has text, n" in fails(f"hf:{folder}#body")
     (folder / "train.jsonl").write_text('{"text": "c", "n": 1}\n')
     assert open_corpus(f"hf:{folder}").fingerprint != corpus.fingerprint
     assert fails(f"hf:{tmp_path}/none").startswith(f"data.source is 'hf:{tmp_path}/none': cannot be loaded")

@@ -94,90 +94,63 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     return sizes(config) | {"Q": config.num_attention_heads + 2 * config.num_key_value_heads}
 
 
-# Parameter -> Hugging Face tensor, tensor in `original/`. @ stands for the prefix of a layer.
+# Parameter -> axes and name of the Hugging Face tensor, then those of the tensor in `original/`, which stores
+# q, k and v together and the matrices of dense experts as [out, in]. Empty axes are the model's; @ is the
+# prefix of a layer.
 _TENSORS = {
-    "embedding.weight": ("model.embed_tokens.weight", "embedding.weight"),
-    "attention_norm.scale": ("@input_layernorm.weight", "@attn.norm.scale"),
-    "attention.q": ("@self_attn.q_proj.weight", "@attn.qkv.weight"),
-    "attention.q_bias": ("@self_attn.q_proj.bias", "@attn.qkv.bias"),
-    "attention.k": ("@self_attn.k_proj.weight", "@attn.qkv.weight"),
-    "attention.k_bias": ("@self_attn.k_proj.bias", "@attn.qkv.bias"),
-    "attention.v": ("@self_attn.v_proj.weight", "@attn.qkv.weight"),
-    "attention.v_bias": ("@self_attn.v_proj.bias", "@attn.qkv.bias"),
-    "attention.out": ("@self_attn.o_proj.weight", "@attn.out.weight"),
-    "attention.out_bias": ("@self_attn.o_proj.bias", "@attn.out.bias"),
-    "attention.sinks": ("@self_attn.sinks", "@attn.sinks"),
-    "moe_norm.scale": ("@post_attention_layernorm.weight", "@mlp.norm.scale"),
-    "moe.router": ("@mlp.router.weight", "@mlp.gate.weight"),
-    "moe.router_bias": ("@mlp.router.bias", "@mlp.gate.bias"),
-    "moe.gate_up": ("@mlp.experts.gate_up_proj", "@mlp.mlp1_weight"),
-    "moe.gate_up_blocks": ("@mlp.experts.gate_up_proj_blocks", "@mlp.mlp1_weight.blocks"),
-    "moe.gate_up_scales": ("@mlp.experts.gate_up_proj_scales", "@mlp.mlp1_weight.scales"),
-    "moe.gate_up_bias": ("@mlp.experts.gate_up_proj_bias", "@mlp.mlp1_bias"),
-    "moe.down": ("@mlp.experts.down_proj", "@mlp.mlp2_weight"),
-    "moe.down_blocks": ("@mlp.experts.down_proj_blocks", "@mlp.mlp2_weight.blocks"),
-    "moe.down_scales": ("@mlp.experts.down_proj_scales", "@mlp.mlp2_weight.scales"),
-    "moe.down_bias": ("@mlp.experts.down_proj_bias", "@mlp.mlp2_bias"),
-    "final_norm.scale": ("model.norm.weight", "norm.scale"),
-    "head.weight": ("lm_head.weight", "unembedding.weight"),
-}
-# Axes of files that the model has in another order. `original/` stores q, k and v in one tensor, and the
-# matrices of dense experts as [out, in].
-_AXES = {
-    "attention.q": "(N H) D",
-    "attention.k": "(K H) D",
-    "attention.v": "(K H) D",
-    "attention.out": "D (N H)",
-    "attention.q_bias": "(N H)",
-    "attention.k_bias": "(K H)",
-    "attention.v_bias": "(K H)",
-    "moe.router": "e D",
-    "moe.gate_up": "E D (F P)",
-    "moe.gate_up_bias": "E (F P)",
-}
-_ORIGINAL_AXES = {
-    **{f"attention.{heads}": "(Q H) D" for heads in "qkv"},
-    **{f"attention.{heads}_bias": "(Q H)" for heads in "qkv"},
-    "moe.gate_up": "E (F P) D",
-    "moe.down": "E D F",
+    "embedding.weight": ("", "model.embed_tokens.weight", "", "embedding.weight"),
+    "attention_norm.scale": ("", "@input_layernorm.weight", "", "@attn.norm.scale"),
+    "attention.q": ("(N H) D", "@self_attn.q_proj.weight", "(Q H) D", "@attn.qkv.weight"),
+    "attention.q_bias": ("(N H)", "@self_attn.q_proj.bias", "(Q H)", "@attn.qkv.bias"),
+    "attention.k": ("(K H) D", "@self_attn.k_proj.weight", "(Q H) D", "@attn.qkv.weight"),
+    "attention.k_bias": ("(K H)", "@self_attn.k_proj.bias", "(Q H)", "@attn.qkv.bias"),
+    "attention.v": ("(K H) D", "@self_attn.v_proj.weight", "(Q H) D", "@attn.qkv.weight"),
+    "attention.v_bias": ("(K H)", "@self_attn.v_proj.bias", "(Q H)", "@attn.qkv.bias"),
+    "attention.out": ("D (N H)", "@self_attn.o_proj.weight", "D (N H)", "@attn.out.weight"),
+    "attention.out_bias": ("", "@self_attn.o_proj.bias", "", "@attn.out.bias"),
+    "attention.sinks": ("", "@self_attn.sinks", "", "@attn.sinks"),
+    "moe_norm.scale": ("", "@post_attention_layernorm.weight", "", "@mlp.norm.scale"),
+    "moe.router": ("e D", "@mlp.router.weight", "e D", "@mlp.gate.weight"),
+    "moe.router_bias": ("", "@mlp.router.bias", "", "@mlp.gate.bias"),
+    "moe.gate_up": ("E D (F P)", "@mlp.experts.gate_up_proj", "E (F P) D", "@mlp.mlp1_weight"),
+    "moe.gate_up_blocks": ("", "@mlp.experts.gate_up_proj_blocks", "", "@mlp.mlp1_weight.blocks"),
+    "moe.gate_up_scales": ("", "@mlp.experts.gate_up_proj_scales", "", "@mlp.mlp1_weight.scales"),
+    "moe.gate_up_bias": ("E (F P)", "@mlp.experts.gate_up_proj_bias", "E (F P)", "@mlp.mlp1_bias"),
+    "moe.down": ("", "@mlp.experts.down_proj", "E D F", "@mlp.mlp2_weight"),
+    "moe.down_blocks": ("", "@mlp.experts.down_proj_blocks", "", "@mlp.mlp2_weight.blocks"),
+    "moe.down_scales": ("", "@mlp.experts.down_proj_scales", "", "@mlp.mlp2_weight.scales"),
+    "moe.down_bias": ("", "@mlp.experts.down_proj_bias", "", "@mlp.mlp2_bias"),
+    "final_norm.scale": ("", "model.norm.weight", "", "norm.scale"),
+    "head.weight": ("", "lm_head.weight", "", "unembedding.weight"),
 }
 
 
-def _table(column: int, prefix: str, axes: dict[str, str]) -> dict[str, TensorMapping]:
+def _table(prefix: str, rows: dict[str, tuple[str, ...]]) -> dict[str, TensorMapping]:
+    """The mappings for rows of axes and names."""
     return {
-        key: TensorMapping(key, axes.get(key, LETTERS[key]), (names[column].replace("@", prefix),))
-        for key, names in _TENSORS.items()
+        key: TensorMapping(key, axes or LETTERS[key], tuple(name.replace("@", prefix) for name in names))
+        for key, (axes, *names) in rows.items()
     }
 
 
-HUGGINGFACE = _table(0, "model.layers.{layer}.", _AXES)
-ORIGINAL = _table(1, "block.{layer}.", _AXES | _ORIGINAL_AXES)
+HUGGINGFACE = _table("model.layers.{layer}.", {key: row[:2] for key, row in _TENSORS.items()})
+ORIGINAL = _table("block.{layer}.", {key: row[2:] for key, row in _TENSORS.items()})
 # The matrices of the experts, which may be stored in MXFP4.
 EXPERT_MATRICES = tuple(key.removesuffix("_blocks") for key in LETTERS if key.endswith("_blocks"))
-
-
-def _per_expert(tensors: dict[str, tuple[str, ...]]) -> dict[str, TensorMapping]:
-    prefix = "model.layers.{layer}.mlp.experts."
-    return {
-        key: TensorMapping(key, axes, tuple(prefix + name for name in names))
-        for key, (axes, *names) in tensors.items()
-    }
-
-
 # Layouts with one tensor per expert, by a name that only they have: gate and up apart (llm-compressor), or
 # both in one matrix with alternating rows, as in the published layout (Unsloth).
 PER_EXPERT = {
-    r"\.mlp\.experts\.\d+\.gate_proj\.weight$": _per_expert({
-        "moe.gate_up": ("F D", "{expert}.gate_proj.weight", "{expert}.up_proj.weight"),
-        "moe.gate_up_bias": ("F", "{expert}.gate_proj.bias", "{expert}.up_proj.bias"),
-        "moe.down": ("D F", "{expert}.down_proj.weight"),
-        "moe.down_bias": ("d", "{expert}.down_proj.bias"),
+    r"\.mlp\.experts\.\d+\.gate_proj\.weight$": _table("model.layers.{layer}.mlp.experts.", {
+        "moe.gate_up": ("F D", "@{expert}.gate_proj.weight", "@{expert}.up_proj.weight"),
+        "moe.gate_up_bias": ("F", "@{expert}.gate_proj.bias", "@{expert}.up_proj.bias"),
+        "moe.down": ("D F", "@{expert}.down_proj.weight"),
+        "moe.down_bias": ("d", "@{expert}.down_proj.bias"),
     }),
-    r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$": _per_expert({
-        "moe.gate_up": ("(F P) D", "gate_up_projs.{expert}.weight"),
-        "moe.gate_up_bias": ("(F P)", "gate_up_projs.{expert}.bias"),
-        "moe.down": ("D F", "down_projs.{expert}.weight"),
-        "moe.down_bias": ("d", "down_projs.{expert}.bias"),
+    r"\.mlp\.experts\.gate_up_projs\.\d+\.weight$": _table("model.layers.{layer}.mlp.experts.", {
+        "moe.gate_up": ("(F P) D", "@gate_up_projs.{expert}.weight"),
+        "moe.gate_up_bias": ("(F P)", "@gate_up_projs.{expert}.bias"),
+        "moe.down": ("D F", "@down_projs.{expert}.weight"),
+        "moe.down_bias": ("d", "@down_projs.{expert}.bias"),
     }),
 }  # fmt: skip
 Table = dict[str, TensorMapping]
@@ -261,8 +234,7 @@ FOREIGN = {
 }
 # Modules that wrap others, anywhere in a name: torch.compile, data parallelism, FSDP, activation
 # checkpointing, DeepSpeed.
-WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-PEFT = "base_model.model."
+WRAPPERS = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 
 
 def strip_wrappers(where: str, names: Iterable[str]) -> dict[str, str]:
@@ -270,21 +242,20 @@ def strip_wrappers(where: str, names: Iterable[str]) -> dict[str, str]:
 
     Raises ValueError where two names become the same.
     """
-    stripped = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
-    for name in stripped:
-        while stripped[name].startswith(PEFT):
-            stripped[name] = stripped[name].removeprefix(PEFT)
+    stripped = {name: re.sub(WRAPPERS, "", name) for name in names}
+
+    def rename(pattern: str, new: str = "") -> None:
+        for name, other in stripped.items():
+            stripped[name] = re.sub(pattern, new, other)
+
+    rename(r"^(base_model\.model\.)+")  # PEFT
     short = stripped.values()
     if any(name.startswith("model.model.") for name in short) and all(n.startswith("model.") for n in short):
         # The model is the attribute `model` of a trainer's module.
-        stripped = {name: other.removeprefix("model.") for name, other in stripped.items()}
+        rename(r"^model\.")
     elif any(name.startswith("layers.") for name in short):
         # The base model was saved, without the class that adds the head.
-        base = ("layers", "embed_tokens", "norm")
-        stripped = {
-            name: f"model.{other}" if other.split(".")[0] in base else other
-            for name, other in stripped.items()
-        }
+        rename(r"^(?=(layers|embed_tokens|norm)\.)", "model.")
     first: dict[str, str] = {}
     for name, other in stripped.items():
         if first.setdefault(other, name) != name:

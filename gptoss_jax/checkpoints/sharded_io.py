@@ -41,24 +41,17 @@ def with_layout(
 ) -> jax.ShapeDtypeStruct:
     """Adds a sharding to an abstract parameter and, on TPU, a memory layout where programs read another one
     than XLA's default. `key` is the last two names of the parameter's path."""
-    order = _major_to_minor(key, leaf.ndim) if _platform(sharding) == "tpu" else None
-    place = sharding if order is None else Format(Layout(order), sharding)
+    # XLA's default for the embedding is column-major, and it transposes the whole table before each lookup.
+    order = (0, 1) if key == "embedding.weight" else TPU_LAYOUTS.get(key.rpartition("_")[2])
+    place = sharding
+    if order is not None and _platform(sharding) == "tpu":
+        leading = leaf.ndim - len(order)
+        place = Format(Layout((*range(leading), *(leading + axis for axis in order))), sharding)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _platform(sharding: jax.sharding.Sharding) -> str:
     return next(iter(sharding.device_set)).platform
-
-
-def _major_to_minor(key: str, ndim: int) -> tuple[int, ...] | None:
-    last = TPU_LAYOUTS.get(key.rpartition("_")[2])
-    if key == "embedding.weight":
-        # XLA's default is column-major, and it transposes the whole table before each lookup.
-        last = (0, 1)
-    if last is None:
-        return None
-    leading = ndim - len(last)
-    return (*range(leading), *(leading + axis for axis in last))
 
 
 def load_sharded(leaf: jax.ShapeDtypeStruct, tensors: list[LazyTensor]) -> tuple[jax.Array, set[str]]:

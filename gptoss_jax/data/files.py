@@ -4,12 +4,12 @@ import bz2
 import contextlib
 import glob
 import gzip
-import itertools
 import json
 import lzma
 import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 from gptoss_jax.config import require
@@ -21,6 +21,14 @@ CHUNK = 1 << 20
 HEAD = 512  # bytes that are enough to recognize a format
 BOM = b"\xef\xbb\xbf"
 SEPARATOR = b"<|endoftext|>"
+# First bytes of compressed files. The second kind of bzip2 is empty.
+COMPRESSED = {
+    rb"\x1f\x8b": gzip.open,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
+    rb"\xfd7zXZ\x00": lzma.open,
+}
+# A frame, or the frame to skip that some tools write first.
+ZSTD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"
 # Names in an error message: a record may have thousands.
 SHOWN_NAMES = 20
 
@@ -119,11 +127,7 @@ def read_jsonl(path: str, field: str) -> Iterator[str | None]:
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: must be a JSON object")
-        if field not in record:
-            raise ValueError(f"{where}: has no field {field!r}; it has {listed(record, SHOWN_NAMES)}")
-        value = record[field]
-        if not isinstance(value, str | None):
-            raise ValueError(f"{where}: field {field!r} is a {type(value).__name__}: must be text or null")
+        value = text_of(record, field, where)
         try:
             (value or "").encode()
         except UnicodeEncodeError as error:
@@ -144,21 +148,21 @@ def read_parquet(path: str, field: str) -> Iterator[str | None]:
             file = pyarrow.parquet.ParquetFile(opened)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
             raise ValueError(f"{path}: not a parquet file ({one_line(error)})") from None
-        columns = file.schema_arrow.names
-        if field not in columns:
-            raise ValueError(f"{path}: has no column {field!r}; it has {listed(columns, SHOWN_NAMES)}")
+        text_of(dict.fromkeys(file.schema_arrow.names), field, path)
         batches = file.iter_batches(batch_size=1024, columns=[field])
-        values = guarded((batch.column(0).to_pylist() for batch in batches), path)
-        yield from checked_texts(itertools.chain.from_iterable(values), path, field)
+        rows = guarded((row for batch in batches for row in batch.to_pylist()), path)
+        for number, row in enumerate(rows):
+            yield text_of(row, field, f"{path} row {number}")
 
 
-def checked_texts(values: Iterable[object], name: str, field: str) -> Iterator[str | None]:
-    """Passes on the texts and nulls of a column. Raises ValueError with the row for anything else."""
-    for row, value in enumerate(values):
-        if not isinstance(value, str | None):
-            kind = type(value).__name__
-            raise ValueError(f"{name} row {row}: column {field!r} is a {kind}: must be text or null")
-        yield value
+def text_of(record: Mapping[str, Any], field: str, where: str) -> str | None:
+    """Returns a field of a record. Raises ValueError unless the field is text or null."""
+    if field not in record:
+        raise ValueError(f"{where}: has no field {field!r}; it has {listed(record, SHOWN_NAMES)}")
+    value = record[field]
+    if not isinstance(value, str | None):
+        raise ValueError(f"{where}: field {field!r} is a {type(value).__name__}: must be text or null")
+    return value
 
 
 def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
@@ -192,15 +196,10 @@ def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
 
 def _decompressed(raw: IO[bytes], head: bytes, path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     """Opens the decompressed data of a file by its first bytes, because its name may be wrong."""
-    if head.startswith(b"\x1f\x8b"):
-        return gzip.open(raw)
-    # The second kind of bzip2 is empty.
-    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):
-        return bz2.open(raw)
-    if head.startswith(b"\xfd7zXZ\0"):
-        return lzma.open(raw)
-    # Of zstd, a frame, or the frame to skip that some tools write first.
-    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):
+    for magic, opener in COMPRESSED.items():
+        if re.match(magic, head):
+            return opener(raw)
+    if re.match(ZSTD, head):
         try:
             import pyarrow
         except ImportError:
@@ -213,11 +212,8 @@ def _check_is_text(head: bytearray, path: str) -> None:
     """Raises ValueError for formats that are often mistaken for text. Some of them are valid UTF-8."""
     # Latin letters in UTF-16 are a zero byte and another one each.
     even, odd = (head[start::2].count(0) * 2 / max(len(head), 4) for start in (0, 1))
-    found = {
-        "UTF-16": head.startswith((b"\xff\xfe", b"\xfe\xff")) or abs(even - odd) > 0.7,
-        "a zip archive": head.startswith(b"PK\x03\x04"),
-        "a tar archive": head[257:262] == b"ustar",
-    }
-    for name, is_it in found.items():
-        if is_it:
-            raise ValueError(f"{path}: looks like {name}: must be text in UTF-8, plain or compressed")
+    is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff")) or abs(even - odd) > 0.7
+    is_zip, is_tar = head.startswith(b"PK\x03\x04"), head[257:262] == b"ustar"
+    if is_utf16 or is_zip or is_tar:
+        name = "UTF-16" if is_utf16 else f"a {'zip' if is_zip else 'tar'} archive"
+        raise ValueError(f"{path}: looks like {name}: must be text in UTF-8, plain or compressed")

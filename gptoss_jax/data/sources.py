@@ -13,7 +13,7 @@ import os
 import pathlib
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 from gptoss_jax.config import require
 from gptoss_jax.config.base import listed, one_line
@@ -151,15 +151,11 @@ def _open_dataset(source: str, name: str, field: str) -> Corpus:
         stamps = functools.partial(files.stamps, paths)
         content = stamps()
 
-    def column() -> Iterator[object]:
-        row: Mapping[str, object]
-        for row in files.guarded(splits[split_name], source):
-            allowed = f"has no column {field!r}; it has {listed(row, SHOWN_NAMES)}"
-            require(field in row, "data.source", source, allowed)
-            yield row[field]
+    def read() -> Iterator[str | None]:
+        for number, row in enumerate(files.guarded(splits[split_name], source)):
+            yield files.text_of(row, field, f"{name} row {number}")
 
-    fingerprint = f"{source}\n{builder.config.name} {content}"
-    return Corpus(source, fingerprint, lambda: files.checked_texts(column(), name, field), stamps)
+    return Corpus(source, f"{source}\n{builder.config.name} {content}", read, stamps)
 
 
 def _parse_dataset(source: str, name: str) -> tuple[str, str | None, str | None]:

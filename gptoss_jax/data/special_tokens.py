@@ -7,7 +7,7 @@ have well-known names.
 import dataclasses
 import pathlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import tokenizers
@@ -102,26 +102,24 @@ def read_named_tokens(folder: pathlib.Path) -> NamedTokens:
     Other keys, such as num_image_token, may have values of any type.
     """
     found: dict[str, str | None] = {}
-    special: set[str | None] = set()
+    special: list[Any] = []
     for path in (folder / name for name in SETTINGS):
         values = read_json(path) if path.is_file() else {}
-        for key in values:
+        for key, token in values.items():
+            if key in ROLE_KEYS and not isinstance(_content(token), str | None):
+                raise ValueError(f"{path}: {key} is {token!r}: must be the text of a token, or null")
+            if key in ROLE_KEYS:
+                found[key] = found.get(key) or _content(token) or None
             if key.endswith("_token") and not key.startswith("add_"):
-                name = _name(values[key])
-                if key in ROLE_KEYS and not isinstance(_content(values[key]), str | None):
-                    allowed = "must be the text of a token, or null"
-                    raise ValueError(f"{path}: {key} is {values[key]!r}: {allowed}")
-                found[key] = found.get(key) or name
-                special.add(name)
+                special.append(token)
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            special |= set(map(_name, _items(values.get(key))))
-        tokens = _items(values.get("added_tokens_decoder"))
-        special |= {_name(token) for token in tokens if isinstance(token, dict) and token.get("special")}
-    ids = {key: _token_ids(folder, key) for key in ID_KEYS}
+            special += _items(values.get(key))
+        added = _items(values.get("added_tokens_decoder"))
+        special += [token for token in added if isinstance(token, dict) and token.get("special")]
+    names = {name for name in map(_content, special) if isinstance(name, str) and name}
     roles = Roles(found.get("bos_token"), found.get("eos_token"))
-    without_bos = "bos_token" in found and roles.bos is None
-    ids = {key: tokens for key, tokens in ids.items() if tokens}
-    return NamedTokens(roles, without_bos, frozenset(special - {None}), ids)
+    ids = {key: tokens for key in ID_KEYS if (tokens := _token_ids(folder, key))}
+    return NamedTokens(roles, "bos_token" in found and roles.bos is None, frozenset(names), ids)
 
 
 def _items(values: Any) -> list:
@@ -130,13 +128,8 @@ def _items(values: Any) -> list:
 
 
 def _content(token: Any) -> Any:
+    """Returns the text of a token, which is given as such or as an object."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _name(token: Any) -> str | None:
-    """Returns the text of a token, given as such or as an object; None if it has none."""
-    content = _content(token)
-    return content if isinstance(content, str) and content else None
 
 
 def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
@@ -147,8 +140,8 @@ def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
         value = read_json(path).get(key) if path.is_file() else None
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-                raise ValueError(f"{path}: {key} is {value!r}: must be a token id, or a list of them")
+            are_ids = all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
+            require(are_ids, f"{path}: {key}", value, "must be a token id, or a list of them")
             return tuple(ids)
     return ()
 
@@ -180,25 +173,17 @@ def find_roles(model: tokenizers.Tokenizer, chosen: Roles, named: NamedTokens) -
     names = {token.content for token in added.values()}
     marked = {token.content for token in added.values() if token.special}
 
-    def known(name: str | None) -> str | None:
-        return name if name is not None and model.token_to_id(name) is not None else None
+    def first(candidates: Iterable[str | None]) -> str | None:
+        """The first that is a special token, or else an added token, or else any token."""
+        known = [name for name in candidates if name and model.token_to_id(name) is not None]
+        return next((name for group in (marked, names, known) for name in known if name in group), None)
 
-    def well_known(candidates: Sequence[str]) -> str | None:
-        for is_one in (marked.__contains__, names.__contains__, known):
-            if found := next((name for name in candidates if is_one(name)), None):
-                return found
-        return None
-
-    def by_id(key: str) -> str | None:
-        return next((added[token].content for token in named.ids.get(key, ()) if token in added), None)
-
-    named_eos = known(named.roles.eos)
-    eos = chosen.eos or (named_eos and document_end(named_eos, names)) or well_known(EOS_NAMES)
-    bos = chosen.bos or known(named.roles.bos)
-    if bos is None and not named.without_bos:
-        bos = well_known(BOS_NAMES)
+    named_eos = first([named.roles.eos])
+    eos = chosen.eos or (named_eos and document_end(named_eos, names)) or first(EOS_NAMES)
+    bos = chosen.bos or first([named.roles.bos]) or (None if named.without_bos else first(BOS_NAMES))
     if bos is None and eos is None:
-        bos, eos = by_id("bos_token_id"), by_id("eos_token_id")
+        found = ([added[i].content for i in named.ids.get(key, ()) if i in added] for key in ID_KEYS)
+        bos, eos = (next(iter(names), None) for names in found)
     return Roles(bos or eos, eos or bos)
 
 
@@ -222,7 +207,8 @@ def special_names(model: tokenizers.Tokenizer, roles: Roles, named: NamedTokens)
 
 def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Roles) -> None:
     """Raises ValueError if bos or eos is missing, is not a token, or is a character of text."""
-    candidates = f"its special tokens: {_candidates(model)}"
+    added = sorted(model.get_added_tokens_decoder().values(), key=lambda token: not token.special)
+    candidates = f"its special tokens: {listed((token.content for token in added), 12) or 'none'}"
     if roles.bos is None:
         raise ValueError(
             f"data.tokenizer is {spec!r}: no token of {origin} is known to begin or end a document. Name one "
@@ -234,9 +220,3 @@ def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Role
         require(known, "data.tokenizer", spec, f"{origin} has no token {name!r}; {candidates}")
         allowed = f"text needs {name!r}, so it cannot begin or end a document; {candidates}"
         require(len(name) > 1, "data.tokenizer", spec, allowed)
-
-
-def _candidates(model: tokenizers.Tokenizer) -> str:
-    added = model.get_added_tokens_decoder().values()
-    names = [token.content for token in sorted(added, key=lambda token: not token.special)]
-    return listed(names, 12) or "none"

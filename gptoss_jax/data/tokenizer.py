@@ -184,7 +184,7 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
         fits = rest.isdecimal() and int(rest) >= 257
         require(fits, "data.tokenizer", spec, "must be bpe:SIZE with a SIZE of 257 or more")
         require(training_texts is not None, "data.tokenizer", spec, "needs text to be trained on")
-        return _from_json(spec, train_bpe(int(rest), training_texts()), spec)
+        return _from_json(spec, train_bpe(int(rest), training_texts()).encode(), spec)
     require(kind == "file" and bool(rest), "data.tokenizer", spec, f"must be {KINDS}")
     path, chosen = special.parse_file_spec(spec)
     return _from_file(path, spec, chosen)
@@ -281,18 +281,17 @@ def _harmony() -> Tokenizer:
 
 def _from_file(path: pathlib.Path, spec: str, chosen: Roles) -> Tokenizer:
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"data.tokenizer is {spec!r}: cannot read {path} ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"data.tokenizer is {spec!r}: {path} is not a tokenizer.json (not UTF-8)") from None
     return _from_json(spec, content, str(path), chosen, special.read_named_tokens(path.parent))
 
 
 def _from_json(
-    spec: str, content: str, origin: str, chosen: Roles = NO_ROLES, named: NamedTokens = NOTHING_NAMED
+    spec: str, data: bytes, origin: str, chosen: Roles = NO_ROLES, named: NamedTokens = NOTHING_NAMED
 ) -> Tokenizer:
     try:
+        content = data.decode()
         model = tokenizers.Tokenizer.from_str(content)
     except Exception as error:  # the library raises Exception itself
         allowed = f"{origin} is not a tokenizer.json ({one_line(error)})"
