@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.cpu import decode
-from gptoss_jax.kernels.layer_view import LayerView, as_view, read
+from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import compute_spec, constrain, spec_axes, storage_spec
@@ -22,6 +22,7 @@ from gptoss_jax.parallel.rules import compute_spec, constrain, spec_axes, storag
 LINEAR_OUTPUT = "linear_output"
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def sharded_einsum(
     equation: str,
     x: jax.Array,
@@ -32,78 +33,84 @@ def sharded_einsum(
 
     The letters of the equation say how its arrays are sharded (`parallel/rules.py`): the batch axes split the
     first dimension of `x` and of the result; what the tensor axis splits stays split, or is summed over
-    devices where the equation sums over it. Example: `q, k = sharded_einsum("BTD,DNH->BTNH", x_BTD, (q_DNH,
-    k_DKH))`.
+    devices where the equation sums over it. FSDP's gathers and reduce-scatters are the compiler's, from plain
+    sharding constraints. Example: `q, k = sharded_einsum("BTD,DNH->BTNH", x_BTD, (q_DNH, k_DKH))`.
 
     Args:
       x: multiplied in its own type, to which weights are cast.
-      weights: of the same equation. Several share one gather of `x`'s gradient.
+      weights: one or several, of the same equation. LayerViews are read in place where a kernel can.
       result_type: default the type of `x`.
 
     Returns the result of each weight: a list for a sequence of weights, else one array.
     """
     several = isinstance(weights, list | tuple)
-    weights = weights if several else [weights]
     x_letters, letters, _ = equation.replace("->", ",").split(",")
-    for weight in weights:
+    for weight in weights if several else [weights]:
         assert_shapes(f"{x_letters} {letters}", x, weight)
-    are_views = all(isinstance(weight, LayerView) and weight.dtype == x.dtype for weight in weights)
-    if are_views and decode.supports_einsum(equation, x, result_type):
-        results = decode.einsum(equation, x, weights)
-    elif not current_axes():
-        results = [_einsum(equation, x, read(w).astype(x.dtype), result_type) for w in weights]
+    results = []
+    if decode.supports_einsum(equation, x, result_type):
+        views = [as_view(cast(weight, x.dtype)) for weight in (weights if several else [weights])]
+        results = decode.einsum(equation, x, views)
     else:
-        results = _einsum_on_mesh(equation, x, list(map(read, weights)), result_type)
-    results = [checkpoint_name(y, LINEAR_OUTPUT) for y in results]
+        x_spec, y_spec = activation_specs(equation)
+        x = constrain(x, x_spec)
+        for weight in weights if several else [weights]:
+            weight = gathered_weight(letters, read(weight), x.dtype)
+            y = jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
+            results.append(constrain(y, y_spec))
     return results if several else results[0]
 
 
-def _einsum_on_mesh(equation, x, weights, result_type):
-    """Plain sharding constraints: the compiler inserts FSDP's gathers and reduce-scatters, and the sums over
-    the tensor axis, on TPU the same ones as a hand-written shard_map."""
+def _einsum_forward(equation, x, weights, result_type):
+    results = sharded_einsum(equation, x, weights, result_type)
+    return jax.tree.map(lambda y: checkpoint_name(y, LINEAR_OUTPUT), results), (x, weights)
+
+
+def _einsum_backward(equation, result_type, residuals, gradients):
+    """Gathers the weights again rather than keep them. A weight's gradient is computed as x^T g: the other
+    order makes XLA for CPU transpose g."""
+    x, weights = residuals
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
-    used = compute_spec(letters)
-    split = dict(zip(letters, used, strict=True)) | {x_letters[0]: BATCH}
-    x_spec, y_spec = (P(*map(split.get, letters)) for letters in (x_letters, y_letters))
+    x_spec, _ = activation_specs(equation)
 
-    def multiply(x, *weights):
-        x, results = constrain(x, x_spec), []
-        for weight in weights:
-            stored = storage_spec(letters, weight.shape, current_axes(), letters)
-            # Cast where it is stored, then gathered.
-            weight = constrain(constrain(weight.astype(x.dtype), stored), used)
-            results.append(constrain(_einsum(equation, x, weight, result_type), y_spec))
-        return results
-
-    # The gradient gathers the weights again instead of keeping them.
-    return jax.checkpoint(multiply, prevent_cse=False)(x, *weights)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _einsum(equation: str, x: jax.Array, weight: jax.Array, result_type) -> jax.Array:
-    """`einsum` whose weight gradient is computed as x^T g: the other order makes XLA for CPU transpose g."""
-    if decode.supports_einsum(equation, x, result_type):
-        return decode.einsum(equation, x, [as_view(weight)])[0]
-    return jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
-
-
-def _einsum_bwd(equation, result_type, residuals, g):
-    x, weight = residuals
-    x_letters, letters, y_letters = equation.replace("->", ",").split(",")
-
-    def backward(equation, a, b, dtype):
+    def backward(equation, a, b):
         # A result wider than the operands has a gradient as wide.
-        a, b = (operand.astype(g.dtype) for operand in (a, b))
-        return jnp.einsum(equation, a, b, precision="highest").astype(dtype)
+        dtype = (gradients[0] if isinstance(gradients, list) else gradients).dtype
+        return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision="highest").astype(x.dtype)
 
-    d_weight = backward(f"{x_letters},{y_letters}->{letters}", x, g, weight.dtype)
-    return backward(f"{y_letters},{letters}->{x_letters}", g, weight, x.dtype), d_weight
+    def one_weight(weight, g):
+        d_weight = backward(f"{x_letters},{y_letters}->{letters}", x, g)
+        d_weight = constrain(d_weight, current_storage_spec(letters, weight.shape)).astype(weight.dtype)
+        weight = gathered_weight(letters, weight, x.dtype)
+        return backward(f"{y_letters},{letters}->{x_letters}", g, weight), d_weight
+
+    if not isinstance(weights, list | tuple):
+        dx, d_weight = one_weight(weights, gradients)
+        return constrain(dx, x_spec), d_weight
+    d_xs, d_weights = zip(*map(one_weight, weights, gradients), strict=True)
+    return constrain(functools.reduce(jnp.add, reversed(d_xs)), x_spec), type(weights)(d_weights)
 
 
-_einsum.defvjp(
-    lambda equation, x, weight, result_type: (_einsum(equation, x, weight, result_type), (x, weight)),
-    _einsum_bwd,
-)
+sharded_einsum.defvjp(_einsum_forward, _einsum_backward)
+
+
+def activation_specs(equation: str) -> tuple[P, P]:
+    """Returns how the activations of an equation are split: its first operand and its result."""
+    x_letters, letters, y_letters = equation.replace("->", ",").split(",")
+    split = dict(zip(letters, compute_spec(letters), strict=True)) | {x_letters[0]: BATCH}
+    return P(*map(split.get, x_letters)), P(*map(split.get, y_letters))
+
+
+def current_storage_spec(letters: str, shape: tuple[int, ...]) -> P:
+    """Returns how a parameter is stored on the current mesh."""
+    axes = current_axes()
+    return storage_spec(letters, shape, axes, letters) if axes else P()
+
+
+def gathered_weight(letters: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Casts a weight where it is stored, then gathers it for use: FSDP's all-gather."""
+    weight = constrain(weight.astype(dtype), current_storage_spec(letters, weight.shape))
+    return constrain(weight, compute_spec(letters))
 
 
 def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
