@@ -1,10 +1,15 @@
-"""Eight simulated devices, and fixtures shared by the tests. The sizes of each model all differ."""
+"""Eight simulated devices, and fixtures shared by the tests. The sizes of each model all differ.
+
+Markers (`pytest -m`): `slow` tests are deselected by default; `tpu` tests need libtpu and `parity` tests need
+torch and transformers, and are skipped without. Tests that need published data skip without it, too: it is
+read from `../shared/data`, beside the checkout (`helpers/data.py`), and gpt-oss's vocabulary also from
+tiktoken's cache or the network. No other test needs a network or a file outside the checkout.
+"""
 
 import dataclasses
 import functools
 import hashlib
 import os
-import pathlib
 import shutil
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.checkpoints import SIZES, original_layout, random_checkpoint
+from helpers.data import SHARED_DATA
 from safetensors.numpy import load_file, save_file
 
 from gptoss_jax.checkpoints.run import Checkpoints
@@ -123,10 +129,8 @@ def apply_model():
 
 @pytest.fixture(scope="session")
 def harmony(tmp_path_factory):
-    """gpt-oss's tokenizer, by the ranks beside the checkout if they are there, and else as tiktoken finds
-    them.
-    """
-    ranks = pathlib.Path(__file__).parents[2] / "shared/data/tokenizer/encodings/o200k_base.tiktoken"
+    """gpt-oss's tokenizer: from `shared/data`, else as tiktoken finds it; skips without either."""
+    ranks = SHARED_DATA / "tokenizer" / "encodings" / "o200k_base.tiktoken"
     with pytest.MonkeyPatch.context() as patch:
         if ranks.is_file():
             cache = tmp_path_factory.mktemp("tiktoken")

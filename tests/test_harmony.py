@@ -8,13 +8,13 @@ import re
 
 import openai_harmony as library
 import pytest
+from helpers.data import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.data.harmony import SPECIAL, Harmony, Part, developer, is_harmony, system, user
 from gptoss_jax.data.tokenizer import make_tokenizer
 
-VECTORS = pathlib.Path(__file__).parents[2] / "shared" / "data" / "vectors" / "harmony"
 ROBOT = "Answer the user's questions like a robot."
 CAPITAL = "What is the capital of the largest country in the world?"
 SUM = [
@@ -109,10 +109,7 @@ def byte_ids(tokenizer, data):
 
 
 def vector(name):
-    path = VECTORS / f"test_{name}.txt"
-    if not path.is_file():
-        pytest.skip(f"needs {path}")
-    return path.read_text().removesuffix("\n")
+    return shared_data(f"vectors/harmony/test_{name}.txt").read_text().removesuffix("\n")
 
 
 def parts_of(harmony, tokens, sizes=None):
@@ -132,9 +129,8 @@ def parts_of(harmony, tokens, sizes=None):
 
 
 def test_every_published_vector_is_used():
-    if not VECTORS.is_dir():
-        pytest.skip(f"needs {VECTORS}")
-    names = {path.stem.removeprefix("test_") for path in VECTORS.glob("*.txt")}
+    folder = shared_data("vectors/harmony")
+    names = {path.stem.removeprefix("test_") for path in folder.glob("*.txt")}
     assert names == RENDERINGS.keys() | ANSWERS.keys() | NOT_OURS.keys()
 
 

@@ -6,6 +6,7 @@ import pathlib
 import runpy
 
 import pytest
+from helpers.data import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,6 @@ from gptoss_jax.config import FULL, SLIDING, ModelConfig, RopeScaling
 # A file that says all it should is read without a warning.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 ROOT = pathlib.Path(__file__).parent.parent
-PUBLISHED = ROOT.parent / "shared" / "data" / "configs"
 
 # gpt-oss-20b as transformers 4.55 knows it, as in the released folder.
 HF4 = {
@@ -179,11 +179,7 @@ def test_the_three_dialects():
 
 @pytest.mark.parametrize("size", ["20b", "120b"])
 def test_published_files_are_the_presets(size):
-    path = PUBLISHED / f"gpt-oss-{size}.json"
-    if not path.is_file():
-        pytest.skip(
-            f"needs {path.name}, the published config.json, in shared/data/configs beside the checkout"
-        )
+    path = shared_data(f"configs/gpt-oss-{size}.json")
     preset = runpy.run_path(str(ROOT / "configs" / f"gpt_oss_{size}.py"))["config"].model
     untrained = dataclasses.replace(preset, router_aux_loss_coef=0.0, remat="none")
     assert ModelConfig.from_hf(path) == untrained

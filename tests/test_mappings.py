@@ -3,27 +3,23 @@
 import dataclasses
 import json
 import math
-import pathlib
 
 import numpy as np
 import pytest
 from helpers.checkpoints import SIZES
+from helpers.data import shared_data
 
 from gptoss_jax.checkpoints.mappings import HUGGINGFACE, ORIGINAL, axis_sizes, expected_shapes
 from gptoss_jax.config import ModelConfig
-
-PUBLISHED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "configs"
 
 
 @pytest.mark.parametrize(
     ("name", "total", "count"), [("gpt-oss-20b", 13_761_264_768, 459), ("gpt-oss-120b", 65_248_815_744, 687)]
 )
 def test_expected_tensors_of_the_released_models(name, total, count):
-    listing = PUBLISHED / f"{name}.tensors.json"
-    if not listing.is_file():
-        pytest.skip(f"the published list of tensors is not there: {listing}")
-    expected = json.loads(listing.read_text())["tensors"]
-    config = dataclasses.replace(ModelConfig.from_hf(PUBLISHED / f"{name}.json"), expert_format="mxfp4")
+    expected = json.loads(shared_data(f"configs/{name}.tensors.json").read_text())["tensors"]
+    published = ModelConfig.from_hf(shared_data(f"configs/{name}.json"))
+    config = dataclasses.replace(published, expert_format="mxfp4")
     found = expected_shapes(config, HUGGINGFACE)
     assert {key: list(shape) for key, shape in found.items()} == {
         key: entry["shape"] for key, entry in expected.items()

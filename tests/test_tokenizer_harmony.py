@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from helpers.data import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 # Of openai/gpt-oss-20b's tokenizer.json.
 PUBLISHED = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
 SPECIAL = "a<|endoftext|>b<|startoftext|><|return|>"
@@ -65,11 +65,12 @@ def tokenizer(request, both):
     return both[request.param]
 
 
-def golden_pairs():
-    """The literal pairs, and those of ../shared where it is there."""
-    path = SHARED / "vectors" / "o200k_harmony_golden.json"
-    pairs = json.loads(path.read_text()) if path.is_file() else []
-    return GOLDEN + [(pair["text"], pair["ids"]) for pair in pairs]
+def golden_pairs(where):
+    """Returns the pairs of a text and its ids in this file, or the published ones."""
+    if where == "here":
+        return GOLDEN
+    vectors = json.loads(shared_data("vectors/o200k_harmony_golden.json").read_text())
+    return [(vector["text"], vector["ids"]) for vector in vectors]
 
 
 def test_vocabulary(tokenizer):
@@ -81,8 +82,9 @@ def test_vocabulary(tokenizer):
     assert tokenizer.special_tokens["<|reserved_200017|>"] == 200017
 
 
-def test_published_ids(tokenizer):
-    texts, expected = zip(*golden_pairs(), strict=True)
+@pytest.mark.parametrize("where", ["here", "shared data"])
+def test_published_ids(tokenizer, where):
+    texts, expected = zip(*golden_pairs(where), strict=True)
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == list(expected)
     assert [tokenizer.encode(text) for text in texts] == list(expected)
     for text, ids in zip(texts, expected, strict=True):
@@ -128,17 +130,23 @@ def test_export_gives_the_published_settings(exported):
     roles = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>"}
     assert files["special_tokens_map"] == roles
     assert files["tokenizer_config"].items() >= roles.items()
-    for path in (SHARED / "tokenizer" / "gpt-oss-20b").glob("*token*.json"):
-        assert files[path.stem] == json.loads(path.read_text())
+
+
+def test_export_gives_the_published_files(exported):
+    paths = list(shared_data("tokenizer/gpt-oss-20b").glob("*token*.json"))
+    assert paths
+    for path in paths:
+        assert json.loads((exported / path.name).read_text()) == json.loads(path.read_text())
 
 
 @pytest.mark.parity
-def test_transformers_gives_the_same_ids(harmony, exported):
+@pytest.mark.parametrize("where", ["here", "shared data"])
+def test_transformers_gives_the_same_ids(harmony, exported, where):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(exported)
     assert len(theirs) == 200019
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (199998, 200002, 199999)
-    for text in NASTY + [text for text, _ in golden_pairs()]:
+    for text in NASTY + [text for text, _ in golden_pairs(where)]:
         assert theirs.encode(text, split_special_tokens=True) == harmony.encode(text)
         assert theirs.decode(harmony.encode(text)) == text
     assert theirs.encode("a<|return|>") == [64, 200002]
