@@ -106,7 +106,7 @@ def write_folder(
 
     Calls `on_progress` with the bytes written so far and in total.
     """
-    readers.check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
+    readers.check_formats(experts=experts)
     if jax.process_count() > 1:
         raise ValueError("a model is written by one process: load its checkpoint in one and save it there")
     if experts is None:
@@ -114,9 +114,12 @@ def write_folder(
         is_wide = any(reader.dtype(key) != BFLOAT16 for key in keys)
         experts = "mxfp4" if reader.packed else "float32" if is_wide else "bfloat16"
     check_target(folder)
-    tokenizer = _run_tokenizer(reader.origin)
+    origin = reader.origin
+    # A run folder lacks files that other programs need; its tokenizer writes them.
+    is_ours = origin is not None and (readers.is_run(origin) or (origin / "tokenizer_name.txt").is_file())
+    tokenizer = load_tokenizer(origin) if is_ours else None
     config = dataclasses.replace(reader.config, router_bias=True, expert_bias=True, learned_sinks=True)
-    values = config.to_hf(experts) | _token_ids(reader.origin, tokenizer)
+    values = config.to_hf(experts) | _token_ids(origin, tokenizer)
     non_finite: set[str] = set()
     tensors = _new_tensors(reader, readers.with_experts(config, experts == "mxfp4"), experts, non_finite)
     total, done = sum(tensor.nbytes for tensor in tensors), 0
@@ -128,7 +131,7 @@ def write_folder(
 
     with atomic_folder(folder, total + (64 << 20)) as partial:
         write_tensors(partial, tensors, shard_bytes, on_write)
-        for name, path in readers.sidecar_files(reader.origin).items():
+        for name, path in readers.sidecar_files(origin).items():
             shutil.copyfile(path, partial / name)
         if tokenizer is not None:
             tokenizer.export(partial)
@@ -136,7 +139,7 @@ def write_folder(
         generation = _generation_ids(values, tokenizer)
         if generation and not (partial / GENERATION).exists():
             write_json(partial / GENERATION, generation)
-    readers.warn_non_finite(non_finite, reader.origin)
+    readers.warn_non_finite(non_finite, origin)
 
 
 def _new_tensors(
@@ -174,13 +177,6 @@ def _chunks(
         out = np.empty((rows.stop - start, *rest), dtype)
         non_finite |= read_slices([(out, tensor, (rows, *(slice(0, size) for size in rest)))])
         yield mapping.to_file(out)
-
-
-def _run_tokenizer(origin: pathlib.Path | None) -> Tokenizer | None:
-    """Loads the tokenizer of a run folder, which lacks files that other programs need."""
-    if origin is None or not (readers.is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
-        return None
-    return load_tokenizer(origin)
 
 
 def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:

@@ -14,7 +14,7 @@ from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parame
 from gptoss_jax.checkpoints.readers import (
     ExpertFormat,
     WeightReader,
-    check_choice,
+    check_formats,
     find_tokenizer,
     is_run,
     load_run,
@@ -68,8 +68,7 @@ def load_pretrained(
 ) -> tuple[ModelConfig, dict, pathlib.Path | None]:
     """Loads what `from_pretrained` makes a model of: config, parameters, and the folder with the
     tokenizer."""
-    check_choice("dtype", dtype, ("bfloat16", "float32"))
-    check_choice("experts", experts, ("bfloat16", "float32", "mxfp4"))
+    check_formats(dtype, experts)
     local = local_folder(folder)
     compute = {} if dtype is None else {"compute_dtype": dtype}
     if is_run(local) and experts != "mxfp4":

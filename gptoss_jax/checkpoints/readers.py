@@ -258,6 +258,9 @@ def warn_non_finite(names: set[str], origin: pathlib.Path | None) -> None:
         )
 
 
-def check_choice(name: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    if value is not None:
-        require(value in allowed, name, value, f"must be {', '.join(allowed)} or None")
+def check_formats(dtype: str | None = None, experts: str | None = None) -> None:
+    dtypes = ("bfloat16", "float32")
+    require(dtype in (*dtypes, None), "dtype", dtype, "must be bfloat16, float32 or None")
+    require(
+        experts in (*dtypes, "mxfp4", None), "experts", experts, "must be bfloat16, float32, mxfp4 or None"
+    )

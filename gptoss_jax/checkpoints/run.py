@@ -6,6 +6,7 @@ name when it is complete.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -99,8 +100,12 @@ class Checkpoints:
         )
         has_loss = val_loss is not None and math.isfinite(val_loss)
         metrics = {"val_loss": val_loss} if has_loss else None
-        if jax.process_index() == 0:  # all write to the same disk
-            self._check_disk_space(step, tree_bytes((params, training)) + OVERHEAD)
+        needed = tree_bytes((params, training)) + OVERHEAD
+        if jax.process_index() == 0 and (free := shutil.disk_usage(self.folder).free) < needed:
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {step} could not be written: it needs "
+                f"{needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB left; {self._last()}"
+            )
         self._guarded(step, lambda: self._manager.save(step, args=items, metrics=metrics, force=True))
         if not self._verified:
             self.wait()
@@ -114,7 +119,7 @@ class Checkpoints:
             try:
                 found = self._manager.item_metadata(step)
                 for name, tree in trees.items():
-                    have, expected = len(jax.tree.leaves(found[name].tree)), len(jax.tree.leaves(tree))
+                    have, expected = (len(jax.tree.leaves(one)) for one in (found[name].tree, tree))
                     if have != expected:
                         reason = f"{name} has {have} arrays of {expected}"
                 json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
@@ -125,15 +130,6 @@ class Checkpoints:
             self._set_aside([step])
             raise OSError(
                 f"{self.folder}: the checkpoint of step {step} was written but is not complete: {reason}"
-            )
-
-    def _check_disk_space(self, step: int, needed: int) -> None:
-        """Raises OSError before anything is written when the disk cannot take the checkpoint."""
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise OSError(
-                f"{self.folder}: the checkpoint of step {step} could not be written: it needs "
-                f"{needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB left; {self._last()}"
             )
 
     def _last(self) -> str:
@@ -239,9 +235,7 @@ def _goodness(metrics: dict[str, float]) -> float:
 def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
     """Raises ValueError for a folder whose checkpoints TensorStore could not write, or would write elsewhere.
 
-    Args:
-      folder: the absolute path of the checkpoints.
-      field, value: the setting it comes from, for the error message.
+    `folder` is absolute; `field` and `value` are the setting that it comes from, for the error message.
     """
     path = folder.as_posix()
     require("\\" not in path, field, value, "no folder in its path may have a backslash in its name")
@@ -302,20 +296,17 @@ class _Manager(ocp.CheckpointManager):
             if found is None:
                 return None
             float(found["val_loss"])
-            return found if self._is_comparable(step) else None
         except (ValueError, TypeError, KeyError) as error:
             path = self.directory / str(step) / "metrics"
             warnings.warn(f"{path}: damaged ({error!r}); its validation loss is ignored", stacklevel=2)
             return None
-
-    def _is_comparable(self, step: int) -> bool:
-        if self._eval_batches is None:
-            return True
-        try:
+        with contextlib.suppress(
+            OSError, ValueError, TypeError, KeyError
+        ):  # `restore` reports a damaged record
             record = json.loads((self.directory / str(step) / "record" / "metadata").read_bytes())
-            return record["config"]["eval"]["batches"] == self._eval_batches
-        except (OSError, ValueError, TypeError, KeyError):  # `restore` reports a damaged record
-            return True
+            if self._eval_batches not in (None, record["config"]["eval"]["batches"]):
+                return None
+        return found
 
 
 async def _finish_all_tasks(coroutine: Coroutine[Any, Any, Any]) -> Any:

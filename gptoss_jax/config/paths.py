@@ -1,6 +1,7 @@
 """Paths and text from the user, and cache folders."""
 
 import atexit
+import contextlib
 import functools
 import os
 import pathlib
@@ -8,7 +9,6 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
 
 from gptoss_jax.config.base import require
 
@@ -82,36 +82,21 @@ def user_text(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def cache_folders(name: str) -> Iterator[pathlib.Path]:
-    """Yields folders for a cache in order of preference; they need not exist.
-
-    `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), if the home folder is known, then one in
-    `private_folder()`.
-    """
-    try:
-        home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
-    except ValueError:
-        pass
-    else:
-        yield home / "gptoss_jax" / name
-    yield private_folder() / name
-
-
 def cache_folder(name: str) -> pathlib.Path:
-    """Creates and returns the first of `cache_folders` that is writable."""
-    for folder in cache_folders(name):
-        if is_writable(folder):
-            break
-    return folder
+    """Creates and returns a folder for a cache.
 
-
-def is_writable(folder: pathlib.Path) -> bool:
-    """Creates a folder and returns True if files can be created in it."""
-    try:
+    `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), or one in `private_folder()` if the home folder
+    is unknown or read-only.
+    """
+    with contextlib.suppress(ValueError, OSError):
+        home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
+        folder = home / "gptoss_jax" / name
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    folder = private_folder() / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @functools.cache

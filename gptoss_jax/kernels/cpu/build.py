@@ -14,7 +14,7 @@ import warnings
 import jax
 import jaxlib
 
-from gptoss_jax.config.paths import cache_folders, is_writable
+from gptoss_jax.config.paths import cache_folder
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "decode.cc", "decode_experts.cc"))
@@ -68,12 +68,9 @@ def _compile(compiler: str) -> pathlib.Path:
     files = sorted(path for path in HERE.iterdir() if path.suffix in (".cc", ".h"))
     settings = " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode()
     key = hashlib.sha256(b"".join((*(path.read_bytes() for path in files), settings))).hexdigest()[:16]
-    for folder in cache_folders("native"):
-        library = folder / f"kernels-{key}.so"
-        if library.exists():
-            return library
-        if is_writable(folder):
-            break
+    library = cache_folder("native") / f"kernels-{key}.so"
+    if library.exists():
+        return library
     # Several processes may compile at once: each writes its own file, and the last one to finish wins.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         output = pathlib.Path(folder) / library.name
