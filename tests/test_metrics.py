@@ -104,11 +104,11 @@ def test_step_timer_attributes_time(monkeypatch):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
     timer = StepTimer()
     now += 6.0
-    with timer.other_work():
+    with timer.measure("other"):
         now += 50.0
-    with timer.waiting_for_data():
+    with timer.measure("data"):
         now += 2.0
-    with timer.logging():
+    with timer.measure("logging"):
         now += 1.0
         timer.steps = 4
         # The interval ends inside of the block, whose rest belongs to the next one.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.config import ModelConfig, TrainConfig
-from gptoss_jax.training.plots import draw_report, load_grid
+from gptoss_jax.training.plots import draw_report, expert_load
 
 
 def png_size(path):
@@ -75,28 +75,19 @@ def test_a_missing_config_is_said(tmp_path):
         draw_report(tmp_path)
 
 
-def test_load_grid_is_in_units_of_the_uniform_share():
+def test_expert_load_is_in_units_of_the_uniform_share():
     rows = [training_row(10, expert_load=LOAD), training_row(11), training_row(12, expert_load=LOAD[::-1])]
-    grid, steps, group_size = load_grid(rows)
+    steps, load, group_size = expert_load(rows)
     assert group_size == 1 and steps.tolist() == [10, 12]
-    np.testing.assert_allclose(grid[:, :, 0], [[0.4, 0.8, 1.2, 1.6], [1, 1, 1, 1]], rtol=1e-6)
-    np.testing.assert_allclose(grid[:, :, 1], grid[::-1, :, 0])
+    np.testing.assert_allclose(load[:, :, 0], [[0.4, 0.8, 1.2, 1.6], [1, 1, 1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(load[:, :, 1], load[::-1, :, 0])
 
 
-def test_load_grid_fills_gaps_with_what_was_before():
-    # Steps 0, 1, 2 and 12 in four spans of three steps: the second and third have no row.
-    loads = {0: [0.5, 0.5], 1: [0.3, 0.7], 2: [0.4, 0.6], 12: [0.0, 1.0]}
-    grid, _, _ = load_grid(
-        [training_row(1) | {"step": step, "expert_load": [load]} for step, load in loads.items()]
-    )
-    np.testing.assert_allclose(grid[0, 0], [0.8, 0.8, 0.8, 0.0], rtol=1e-6)
-
-
-def test_load_grid_keeps_the_least_even_where_pixels_are_few():
-    load = np.full((36, 128), 1 / 128)
-    load[35, 100] = 0.0
-    load[0, 3] = 8 / 128
-    grid, _, group_size = load_grid([training_row(1, expert_load=load.tolist())])
-    assert group_size == 12 and grid.shape == (36, 11, 1)
-    assert grid[35, 8, 0] == 0.0 and grid[0, 0, 0] == 8.0
-    assert (grid == 1).sum() == 36 * 11 - 2
+def test_expert_load_keeps_the_least_even_where_pixels_are_few():
+    given = np.full((36, 128), 1 / 128)
+    given[35, 100] = 0.0
+    given[0, 3] = 8 / 128
+    _, load, group_size = expert_load([training_row(1, expert_load=given.tolist())])
+    assert group_size == 12 and load.shape == (36, 11, 1)
+    assert load[35, 8, 0] == 0.0 and load[0, 0, 0] == 8.0
+    assert (load == 1).sum() == 36 * 11 - 2

@@ -99,7 +99,7 @@ class RunLog:
         config = self.config
         self.tokens_seen += int(values["tokens"])
         self._new_tokens += int(values["tokens"])
-        with self.timer.logging():
+        with self.timer.measure("logging"):
             self._check_finite(step, values)
             self.timer.steps += 1
             if step % config.log_every and step != config.steps:

@@ -30,9 +30,7 @@ from gptoss_jax.training.step import make_eval_step, make_train_step
 
 
 def train(
-    config: TrainConfig,
-    objective: Objective = LANGUAGE_MODELING,
-    is_trainable: IsTrainable | None = None,
+    config: TrainConfig, objective: Objective = LANGUAGE_MODELING, is_trainable: IsTrainable | None = None
 ) -> TrainState:
     """Trains a model, or resumes the run of the same folder and config; `train.py` calls it.
 
@@ -53,8 +51,7 @@ def train(
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)
     setup.check_settings(config, mesh, console.message)
-    cache = setup.open_cache(config.data, console.message)
-    setup.check_text(config, cache)
+    cache = setup.open_cache(config, console.message)
     sharding = batch_sharding(mesh)
     batches = train_batches(cache, config.data, config.seed, local_rows(sharding, config.data.batch_size))
     run_dir = pathlib.Path(config.run_dir)
@@ -68,19 +65,15 @@ def train(
         state, frozen, metadata = resume.init_or_restore_state(
             config, mesh, checkpoints, cache, console.message, is_trainable
         )
-        tokens_seen, schedule_jumped = 0, False
-        if metadata is not None:
+        if metadata["data"] is not None:
             batches.set_state(metadata["data"])
-            tokens_seen, schedule_jumped = metadata["tokens_seen"], metadata["schedule_jumped"]
         if is_main:
-            setup.write_run_dir(config, cache.tokenizer, is_new=metadata is None)
+            setup.write_run_dir(config, cache.tokenizer, is_new=metadata["data"] is None)
         step = first_step = int(state.step)
-        log = RunLog(config, cache, console, first_step, tokens_seen, checkpoints.best_loss)
+        log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
         stack.callback(log.close)
         train_step = make_train_step(config, objective)
-        evaluate = functools.partial(
-            _evaluate, config, cache, sharding, make_eval_step(config.model, objective)
-        )
+        evaluate = functools.partial(_evaluate, config, cache, make_eval_step(config.model, objective))
         stop = stack.enter_context(StopSignal(console.message))
         log.log_header(mesh, first_step)
         while True:
@@ -89,7 +82,7 @@ def train(
             is_save = step > first_step and (is_eval or stopping or step % config.checkpoint.every == 0)
             if is_save:
                 log.flush()
-            with log.timer.other_work():
+            with log.timer.measure("other"):
                 val_loss = None
                 if is_eval:
                     params = merge_params(state.params, frozen)
@@ -97,16 +90,14 @@ def train(
                     if is_last:
                         log.evaluation(step, evaluate(params, None), is_final=True)
                 if is_save:
-                    position = batches.get_state()
-                    metadata = resume.checkpoint_metadata(
-                        config, cache, position, log.tokens_seen, schedule_jumped
-                    )
+                    metadata = metadata | resume.describe_run(config, cache)
+                    metadata |= {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
                     checkpoints.save(step, *resume.checkpoint_trees(state, frozen), metadata, val_loss)
                 if is_eval:
                     log.sample(step, params)
             if is_last or stopping:
                 break
-            with log.timer.waiting_for_data():
+            with log.timer.measure("data"):
                 batch = make_global_batch(next(batches), sharding, config.data.batch_size)
             state, metrics = train_step(state, batch, frozen)
             step += 1
@@ -119,22 +110,14 @@ def train(
 
 
 def _evaluate(
-    config: TrainConfig,
-    cache: TokenCache,
-    sharding: jax.sharding.NamedSharding,
-    eval_step: Callable,
-    params: dict,
-    num_batches: int | None,
+    config: TrainConfig, cache: TokenCache, eval_step: Callable, params: dict, num_batches: int | None
 ) -> dict[str, float]:
     """The objective's means over held-out text; None evaluates all of it."""
+    sharding = batch_sharding(jax.tree.leaves(params)[0].sharding.mesh)
     batch_size = config.data.batch_size
     batches = held_out_batches(cache, config.data, num_batches, local_rows(sharding, batch_size))
-    results = [
-        jax.device_get(result)
-        for result in bounded(
-            eval_step(params, make_global_batch(batch, sharding, batch_size)) for batch in batches
-        )
-    ]
+    dispatched = (eval_step(params, make_global_batch(batch, sharding, batch_size)) for batch in batches)
+    results = [jax.device_get(result) for result in bounded(dispatched)]
     sums, weight = jax.tree.map(lambda *values: np.sum(values, dtype=np.float64), *results)
     return {name: float(total / weight) for name, total in sums.items()}
 

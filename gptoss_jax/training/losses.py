@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.parallel.linear import fsdp_all_gather, fsdp_reduce_scatter, local_vocab_index
 from gptoss_jax.parallel.mesh import BATCH, current_axes
@@ -155,6 +156,14 @@ def load_balance_loss(stats: RouterStats) -> jax.Array:
 def router_z_loss(stats: RouterStats) -> jax.Array:
     """Mean squared logsumexp of the router's logits, averaged over layers (Zoph et al. 2022)."""
     return jnp.mean(stats["z"])
+
+
+def router_losses(config: ModelConfig, stats: RouterStats) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The router's losses with the weights of the config, and what is logged of the routers."""
+    balance, z = load_balance_loss(stats), router_z_loss(stats)
+    metrics = {"load_balance_loss": balance, "router_z_loss": z, "expert_load": stats["load"]}
+    metrics["dropped"] = jnp.mean(stats["dropped"])
+    return config.router_aux_loss_coef * balance + config.router_z_loss_coef * z, metrics
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:

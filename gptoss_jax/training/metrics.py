@@ -8,28 +8,9 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from tensorboardX import SummaryWriter
-
-
-def _parse_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The lines of a metrics file with their rows, except for a last line that a killed process cut off."""
-    lines = path.read_bytes().split(b"\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("not an object with a step")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        parsed.append((line, row))
-    return parsed
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -39,18 +20,26 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     with the number of any other line that is not a JSON object with a step, FileNotFoundError if there is no
     file.
     """
-    return [row for _, row in _parse_lines(pathlib.Path(path))]
+    lines, rows = pathlib.Path(path).read_bytes().rstrip().split(b"\n"), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not an object with a step")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        rows.append(row)
+    return rows
 
 
 def _to_json(value: Any) -> Any:
     """A scalar or array as strict JSON: Python numbers, and null for NaN and infinities."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsLog:
@@ -63,12 +52,10 @@ class MetricsLog:
     def __init__(self, run_dir: str | pathlib.Path, last_step: int = -1) -> None:
         folder = pathlib.Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            kept = [line + b"\n" for line, row in _parse_lines(path) if row["step"] <= last_step]
-            temporary = folder / "metrics.jsonl.tmp"
-            temporary.write_bytes(b"".join(kept))
-            os.replace(temporary, path)
+        path, temporary = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
+        rows = read_metrics(path) if path.exists() else []
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
+        os.replace(temporary, path)
         # Unbuffered: each row is a single write, so a killed process loses at most that one.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         # The name of an event file has a resolution of seconds: the suffix keeps a quick restart from
@@ -109,30 +96,18 @@ class StepTimer:
 
     def restart(self) -> None:
         """Starts a new interval now."""
-        self._start = time.perf_counter()
-        self.steps = 0
+        self._start, self.steps = time.perf_counter(), 0
         self._spent = {"data": 0.0, "logging": 0.0, "other": 0.0}
 
     @contextlib.contextmanager
-    def _measure(self, kind: str) -> Iterator[None]:
+    def measure(self, kind: Literal["data", "logging", "other"]) -> Iterator[None]:
+        """Attributes the time inside to waiting for data, to logging, or to other work than the steps."""
         start = time.perf_counter()
         try:
             yield
         finally:
             # Only time since the start of the interval counts: `take` may have been called inside.
             self._spent[kind] += time.perf_counter() - max(start, self._start)
-
-    def waiting_for_data(self):
-        """Context manager: waiting for a batch."""
-        return self._measure("data")
-
-    def logging(self):
-        """Context manager: writing metrics and console output."""
-        return self._measure("logging")
-
-    def other_work(self):
-        """Context manager: evaluating and saving, which are not part of a step's time."""
-        return self._measure("other")
 
     def take(self) -> dict[str, float]:
         """Ends the interval. Returns its seconds, those per step, and the fractions waiting and logging."""

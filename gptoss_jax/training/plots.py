@@ -26,13 +26,13 @@ STYLE = {
     "figure.figsize": (16, 10), "figure.dpi": 100, "figure.facecolor": "white",
     "axes.titlelocation": "left", "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlecolor": TEXT,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.7,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
-    "xtick.labelsize": 9.5, "ytick.labelsize": 9.5, "xtick.major.size": 0, "ytick.major.size": 0,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE, "axes.labelcolor": MUTED,
+    "xtick.color": MUTED, "xtick.labelsize": 9.5, "xtick.major.size": 0,
+    "ytick.color": MUTED, "ytick.labelsize": 9.5, "ytick.major.size": 0,
     "legend.frameon": False, "legend.fontsize": 9.5, "legend.labelcolor": TEXT, "legend.handlelength": 2.4,
     "lines.linewidth": 1.8,
 }  # fmt: skip
-MAX_LOAD_COLUMNS, MAX_LOAD_ROWS = 440, 396  # of the heat map: about its size in pixels
+MAX_LOAD_ROWS = 396  # of the heat map: about its height in pixels
 
 Rows = Sequence[dict[str, Any]]
 
@@ -75,72 +75,70 @@ def _log_scale(axes: Axes, values: np.ndarray, factor: float) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_curve(axes: Axes, training: Rows, key: str, **style) -> np.ndarray:
-    """Draws the rows faintly and their running mean, a dot if there is only one; returns the values."""
+def _draw_curve(axes: Axes, training: Rows, key: str, smooth: bool = True) -> np.ndarray:
+    """Draws a metric of the steps, the faint rows with their running mean; returns the rows' values."""
     steps, values = _series(training, key)
     known = np.isfinite(values).sum()
-    if known:
-        axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=BLUE, marker="o" if known == 1 else "", **style)
-    else:
+    if not known:
         _say_empty(axes, "no training step yet")
+        return values
+    if smooth:
+        axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
+    shown = _smooth(values) if smooth else values
+    axes.plot(steps, shown, color=BLUE, marker="o" if known == 1 else "", label="training, smoothed")
     return values
 
 
-def _draw_evaluations(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    # Not clipped, because the last one is on the edge.
-    axes.plot(steps, values, "o-", color=ORANGE, markersize=5, linewidth=1.3, clip_on=False, label=label)
+def _draw_evaluations(axes: Axes, evaluations: Rows, key: str, label: str) -> np.ndarray:
+    steps, values = _series(evaluations, key)
+    if len(steps):
+        # Not clipped, because the last one is on the edge.
+        axes.plot(steps, values, "o-", color=ORANGE, markersize=5, linewidth=1.3, clip_on=False, label=label)
+    return values
 
 
 def _draw_loss(axes: Axes, training: Rows, evaluations: Rows) -> None:
-    values = _draw_curve(axes, training, "loss", label="training, smoothed")
-    val_steps, val_values = _series(evaluations, "val_loss")
-    if len(val_steps):
-        _draw_evaluations(axes, val_steps, val_values, label="held-out")
+    values = _draw_curve(axes, training, "loss")
+    values = np.append(values, _draw_evaluations(axes, evaluations, "val_loss", "held-out"))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right", fontsize=10)
-    _log_scale(axes, np.concatenate([values, val_values]), factor=2.0)
+    _log_scale(axes, values, factor=2.0)
 
 
 def _draw_bits(axes: Axes, evaluations: Rows) -> None:
-    steps, values = _series(evaluations, "val_bits_per_byte")
-    if not np.isfinite(values).any():
+    known = [row for row in evaluations if row.get("val_bits_per_byte") is not None]
+    if not known:
         return _say_empty(axes, "no evaluation yet")
-    levels = [values[np.isfinite(values)][-1]]
-    _draw_evaluations(axes, steps, values, label=f"this model  {levels[0]:.2f}")
-    for key, dashes in (("gzip", (6, 3)), ("xz", (1.5, 2))):
-        found = [row[f"{key}_bits_per_byte"] for row in evaluations if row.get(f"{key}_bits_per_byte")]
-        if found:
-            style = dict(linestyle=(0, dashes), linewidth=1.3, label=f"{key} -9  {found[-1]:.2f}")
-            axes.axhline(found[-1], color=MUTED, **style)
-            levels.append(found[-1])
+    label = f"this model  {known[-1]['val_bits_per_byte']:.2f}"
+    values = _draw_evaluations(axes, evaluations, "val_bits_per_byte", label)
+    for name, dashes in (("gzip", (6, 3)), ("xz", (1.5, 2))):
+        level = next((row[f"{name}_bits_per_byte"] for row in known if f"{name}_bits_per_byte" in row), None)
+        if level is not None:
+            label, values = f"{name} -9  {level:.2f}", np.append(values, level)
+            axes.axhline(level, color=MUTED, linestyle=(0, dashes), linewidth=1.3, label=label)
     axes.legend(loc="best")
-    _log_scale(axes, np.concatenate([values, levels]), factor=2.0)
+    _log_scale(axes, values, factor=2.0)
 
 
 def _draw_learning_rate(axes: Axes, training: Rows) -> None:
-    steps, values = _series(training, "learning_rate")
-    if not np.isfinite(values).any():
-        return _say_empty(axes, "no training step yet")
-    # Not smoothed, to keep the corners of the schedule.
-    axes.plot(steps, values, color=BLUE, marker="o" if len(steps) == 1 else "")
-    axes.set_ylim(0, 1.1 * np.nanmax(values) or 1)
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_rate(value)))
+    values = _draw_curve(axes, training, "learning_rate", smooth=False)
+    if np.isfinite(values).any():
+        axes.set_ylim(0, 1.1 * np.nanmax(values) or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_rate(value)))
 
 
 def _draw_gradient(axes: Axes, training: Rows, max_norm: float) -> None:
-    values = _draw_curve(axes, training, "grad_norm")
-    _log_scale(axes, values, factor=6.0)
+    _log_scale(axes, _draw_curve(axes, training, "grad_norm"), factor=6.0)
     low, high = axes.get_ylim()
     if low < max_norm < high:
         axes.axhline(max_norm, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.1)
         _note(axes, "dashed: clipped above")
     # `skipped_steps` counts up, so steps were skipped before a row where it has grown.
     counts = [row.get("skipped_steps") or 0 for row in training]
-    grown = np.diff(counts, prepend=0) > 0
     lost = [row.get("loss", 0) is None or row.get("grad_norm", 0) is None for row in training]
-    skipped = [row["step"] for row, bad in zip(training, grown | np.array(lost, bool), strict=True) if bad]
+    is_skipped = (np.diff(counts, prepend=0) > 0) | np.array(lost, bool)
+    skipped = [row["step"] for row, bad in zip(training, is_skipped, strict=True) if bad]
     if skipped:
         axes.plot(skipped, [0.94] * len(skipped), "x", color=RED, transform=axes.get_xaxis_transform())
         _note(axes, f"× not finite, skipped: {max(*counts, len(skipped))}", RED)
@@ -149,67 +147,56 @@ def _draw_gradient(axes: Axes, training: Rows, max_norm: float) -> None:
 def _draw_speed(axes: Axes, training: Rows) -> None:
     values = _draw_curve(axes, training, "tokens_per_second")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
-    known = values[np.isfinite(values)]
-    if len(known):
-        axes.set_ylim(0, 1.15 * max(np.percentile(known, 99), 1e-9))
+    if np.isfinite(values).any():
+        axes.set_ylim(0, 1.15 * max(np.nanpercentile(values, 99), 1e-9))
     used = [row["mfu"] for row in training if row.get("mfu") is not None]
     if used:
         _note(axes, f"median MFU {np.median(used):.1%}")
 
 
-def load_grid(rows: Rows) -> tuple[np.ndarray, np.ndarray, int]:
-    """The heat map of expert load: `(grid, steps, group_size)`.
+def expert_load(rows: Rows) -> tuple[np.ndarray, np.ndarray, int]:
+    """Expert load as a heat map: `(steps [C], load [L, rows of a layer, C], group_size)`.
 
-    `grid` is float32 [L, rows of a layer, columns], in units of the uniform share 1/E. Its columns are equal
-    spans from the first to the last of `steps`, those of the rows with a load; a span holds the mean of its
-    rows, or that of the span before if it has none. With more experts than pixels, each row of the grid shows
-    the one of `group_size` neighbors that is furthest from uniform, so that an average cannot hide an expert
-    that has died or taken over. All are empty if no row has a load.
+    The load is in units of the uniform share 1/E. With more experts than pixels, a row of a layer shows the
+    one of `group_size` neighboring experts that is furthest from uniform, so that an average cannot hide an
+    expert that has died or taken over. C is 0 if no row of the metrics has a load.
     """
     loads = [(row["step"], np.array(row["expert_load"], float)) for row in rows if row.get("expert_load")]
     loads = [(step, load_LE) for step, load_LE in loads if np.isfinite(load_LE).all()]
     if not loads:
-        return np.empty((0, 0, 0), np.float32), np.empty(0), 0
-    L, E = loads[-1][1].shape
-    steps = np.array([step for step, _ in loads], float)
-    num_columns = min(len(loads), MAX_LOAD_COLUMNS)
-    column_of = (steps - steps[0]) / max(steps[-1] - steps[0], 1) * num_columns
-    column_of = np.minimum(column_of, num_columns - 1).astype(int)
-    columns: list[np.ndarray] = []
-    for column in range(num_columns):
-        inside = [loads[i][1] for i in np.flatnonzero(column_of == column)]
-        columns.append(np.mean(inside, axis=0) * E if inside else columns[-1])
-    grid_LEC = np.stack(columns, axis=2).astype(np.float32)
+        return np.empty(0), np.empty((0, 0, 0)), 1
+    load_LEC = np.stack([load_LE for _, load_LE in loads], axis=2)
+    L, E, _ = load_LEC.shape
     group_size = math.ceil(E / max(MAX_LOAD_ROWS // L, 1))
     furthest = []
     for first in range(0, E, group_size):
-        group = grid_LEC[:, first : first + group_size]
-        index = np.argmax(np.abs(group - 1), axis=1, keepdims=True)
-        furthest.append(np.take_along_axis(group, index, axis=1))
-    return np.concatenate(furthest, axis=1), steps, group_size
+        group = load_LEC[:, first : first + group_size] * E
+        furthest.append(np.take_along_axis(group, np.abs(group - 1).argmax(axis=1, keepdims=True), axis=1))
+    return np.array([step for step, _ in loads]), np.concatenate(furthest, axis=1), group_size
 
 
 def _draw_load(axes: Axes, training: Rows) -> None:
-    grid, steps, group_size = load_grid(training)
-    if not grid.size:
+    steps, load, group_size = expert_load(training)
+    if not len(steps):
         return _say_empty(axes, "no expert load recorded")
-    layers, rows, columns = grid.shape
-    top = max(2.0, math.ceil(np.percentile(grid, 99.5) * 2) / 2)
-    start, end = (steps[0], steps[-1]) if columns > 1 else (steps[0] - 0.5, steps[0] + 0.5)
-    image = axes.imshow(
-        grid.reshape(layers * rows, columns), cmap="RdBu_r", norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=top),
-        aspect="auto", interpolation="nearest", extent=(start, end, layers, 0),
+    L, rows, C = load.shape
+    top = max(2.0, math.ceil(np.percentile(load, 99.5) * 2) / 2)
+    # A load holds up to the next one.
+    edges = [*steps, max(axes.get_xlim()[1], steps[-1] + 0.5)]
+    heat_map = axes.pcolormesh(
+        edges, np.linspace(0, L, L * rows + 1), load.reshape(L * rows, C),
+        cmap="RdBu_r", norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=top),
     )  # fmt: skip
     axes.grid(False)
-    axes.hlines(np.arange(1, layers), start, end, color="white", linewidth=1.6 if layers <= 16 else 0.6)
-    labelled = range(0, layers, math.ceil(layers / 12))
+    axes.invert_yaxis()
+    axes.hlines(np.arange(1, L), edges[0], edges[-1], color="white", linewidth=1.6 if L <= 16 else 0.6)
+    labelled = range(0, L, math.ceil(L / 12))
     axes.set_yticks([layer + 0.5 for layer in labelled], [str(layer) for layer in labelled])
     axes.set_ylabel("layer")
-    _note(
-        axes, "one row per expert" if group_size == 1 else f"each row: the least even of {group_size} experts"
-    )
-    bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.015, 0, 0.018, 1)), extend="max", format="{x:g}")
-    bar.set_label("× uniform share")
+    note = "one row per expert" if group_size == 1 else f"each row: the least even of {group_size} experts"
+    _note(axes, note)
+    place = axes.inset_axes((1.015, 0, 0.018, 1))
+    bar = axes.figure.colorbar(heat_map, cax=place, extend="max", format="{x:g}", label="× uniform share")
     bar.set_ticks([0, 0.5, 1, *np.unique(np.round(np.linspace(1, top, 4)[1:] * 2) / 2)])
     bar.outline.set_visible(False)
 
@@ -217,14 +204,13 @@ def _draw_load(axes: Axes, training: Rows) -> None:
 def _subtitle(config: TrainConfig, training: Rows, evaluations: Rows) -> str:
     total, active = parameter_counts(config.model)
     facts = [f"{format_count(total)} parameters ({format_count(active)} active)"]
-    tokens = next((row["tokens_seen"] for row in reversed(training) if row.get("tokens_seen")), None)
+    tokens = [row["tokens_seen"] for row in training if row.get("tokens_seen")]
     if tokens:
-        facts.append(f"{format_count(tokens)} tokens seen")
-    finals = [row for row in evaluations if row.get("final")]
-    best = [row for row in finals or evaluations if row.get("val_bits_per_byte") is not None]
-    if best:
-        when = "final" if finals else f"at step {best[-1]['step']:,}"
-        facts.append(f"{best[-1]['val_bits_per_byte']:.3f} bits per byte held-out ({when})")
+        facts.append(f"{format_count(tokens[-1])} tokens seen")
+    known = [row for row in evaluations if row.get("val_bits_per_byte") is not None]
+    if known:
+        when = "final" if known[-1].get("final") else f"at step {known[-1]['step']:,}"
+        facts.append(f"{known[-1]['val_bits_per_byte']:.3f} bits per byte held-out ({when})")
     return "  ·  ".join(facts)
 
 

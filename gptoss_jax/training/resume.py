@@ -43,20 +43,24 @@ def init_or_restore_state(
     cache: TokenCache,
     report: Callable[[str], None],
     is_trainable: IsTrainable | None = None,
-) -> tuple[TrainState, dict, dict[str, Any] | None]:
+) -> tuple[TrainState, dict, dict[str, Any]]:
     """Restores the last checkpoint, or else starts from `init_from` or from random parameters.
 
-    Returns the state, the frozen parameters and the metadata of the checkpoint, None for a new run. Raises
-    ValueError if text or tokenizer are not those of the checkpoint, or `init_from` has another tokenizer.
+    Returns the state, the frozen parameters and the metadata of the checkpoint: `data`, the position in the
+    data (None for a new run), `tokens_seen`, `schedule_jumped` and those of `describe_run`. Raises ValueError
+    if text or tokenizer are not those of the checkpoint, or `init_from` has another tokenizer.
     """
     abstract = place_on_mesh(abstract_params(config.model), mesh)
     _, rest = checkpoint_trees(abstract_state(config, mesh, is_trainable), {})
     found = checkpoints.restore(abstract, rest, report)
     if found is None:
-        params = create_params(config, mesh) if config.init_from is None else None
-        params = _load_init_weights(config, abstract, cache, report) if params is None else params
+        if config.init_from is None:
+            params = create_params(config, mesh)
+        else:
+            params = _load_init_weights(config, abstract, cache, report)
         trainable, frozen = split_params(params, is_trainable)
-        return create_state(config, mesh, trainable), frozen, None
+        metadata = {"data": None, "tokens_seen": 0, "schedule_jumped": False}
+        return create_state(config, mesh, trainable), frozen, metadata
     step, params, rest, metadata = found
     changed = [name for name, value in _text_of(cache).items() if metadata["text"].get(name) != value]
     if changed:
@@ -98,16 +102,11 @@ def checkpoint_trees(state: TrainState, frozen: dict) -> tuple[dict, dict[str, A
     return merge_params(rest.pop("params"), frozen), rest
 
 
-def checkpoint_metadata(
-    config: TrainConfig, cache: TokenCache, data_position: dict, tokens_seen: int, schedule_jumped: bool
-) -> dict[str, Any]:
-    """Everything in a checkpoint besides its arrays, JSON-ready, so that its folder is self-contained."""
+def describe_run(config: TrainConfig, cache: TokenCache) -> dict[str, Any]:
+    """Config, text and tokenizer, JSON-ready: with them the folder of a checkpoint is self-contained."""
     folder = pathlib.Path(config.run_dir)
     names = [name for name in ("tokenizer.json", "tokenizer_name.txt") if (folder / name).exists()]
     return {
-        "data": data_position,
-        "tokens_seen": tokens_seen,
-        "schedule_jumped": schedule_jumped,
         "text": _text_of(cache),
         "config": config.to_dict(),
         "tokenizer": {name: (folder / name).read_text(encoding="utf-8") for name in names},

@@ -13,7 +13,7 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from gptoss_jax.checkpoints.readers import is_run, local_folder, open_weights
-from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
+from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.config.base import write_json
 from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.token_cache import TokenCache, build_cache
@@ -106,22 +106,22 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
         report(f"The weights of {config.init_from} were trained with a different setting: {difference}")
 
 
-def open_cache(config: DataConfig, report: Callable[[str], None]) -> TokenCache:
-    """The tokenized text, built by process 0 and then, where its folder is not shared, once per machine."""
+def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache:
+    """The tokenized text, built by process 0 and then, where its folder is not shared, once per machine.
+
+    Raises ValueError if the tokenizer has more ids than the model.
+    """
     hosts = distributed.allgather_host(socket.gethostname())
     first_per_host = {hosts.index(host) for host in hosts}
     for builders in [{0}, first_per_host] if len(hosts) > 1 else []:
         if jax.process_index() in builders:
-            build_cache(config, report)
+            build_cache(config.data, report)
         distributed.barrier()
-    return build_cache(config, report)
-
-
-def check_text(config: TrainConfig, cache: TokenCache) -> None:
-    """Raises ValueError if the tokenizer has more ids than the model."""
+    cache = build_cache(config.data, report)
     size, least = config.model.vocab_size, cache.tokenizer.vocab_size
     allowed = f"must be at least {least}, the size of data.tokenizer ({config.data.tokenizer})"
     require(size >= least, "model.vocab_size", size, allowed)
+    return cache
 
 
 @contextlib.contextmanager

@@ -26,8 +26,8 @@ class TrainState:
 
     # Steps taken, including skipped ones; int32.
     step: jax.Array
-    # The trainable parameters, float32.
-    params: dict
+    # The trainable parameters, float32; None stands for parameters that are kept elsewhere.
+    params: dict | None
     # The optimizer's state over them.
     opt_state: optax.OptState
     # Root key of dropout, which each step folds its number into; uint32.
@@ -69,17 +69,14 @@ def place_on_mesh(shapes, mesh: Mesh):
 def abstract_state(config: TrainConfig, mesh: Mesh, is_trainable: IsTrainable | None = None) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating it."""
     params, _ = split_params(abstract_params(config.model), is_trainable)
-    return place_on_mesh(jax.eval_shape(lambda params: _init_state(config, params), params), mesh)
+    state = jax.eval_shape(lambda params: _init_without_params(config, params), params)
+    return place_on_mesh(dataclasses.replace(state, params=params), mesh)
 
 
 def create_params(config: TrainConfig, mesh: Mesh) -> dict:
     """Random parameters of the whole model. Every device initializes only its own shards."""
-    abstract = place_on_mesh(abstract_params(config.model), mesh)
-    init = jax.jit(
-        lambda: init_params(config.model, _split_seed(config)[0]),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
-    )
-    return init()
+    shardings = parameter_shardings(abstract_params(config.model), mesh)
+    return jax.jit(lambda: init_params(config.model, _keys(config)[0]), out_shardings=shardings)()
 
 
 def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) -> TrainState:
@@ -88,26 +85,26 @@ def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) ->
     `params`: the trainable parameters, placed as in `abstract_state`; None trains all, from random ones.
     """
     params = create_params(config, mesh) if params is None else params
-    abstract = place_on_mesh(jax.eval_shape(lambda params: _init_state(config, params), params), mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, dataclasses.replace(abstract, params=None))
-    init = jax.jit(
-        lambda params: dataclasses.replace(_init_state(config, params), params=None), out_shardings=shardings
-    )
-    return dataclasses.replace(init(params), params=params)
+
+    def init(params):
+        return _init_without_params(config, params)
+
+    shardings = parameter_shardings(jax.eval_shape(init, params), mesh)
+    return dataclasses.replace(jax.jit(init, out_shardings=shardings)(params), params=params)
 
 
-def _split_seed(config: TrainConfig) -> jax.Array:
+def _keys(config: TrainConfig) -> jax.Array:
     """The keys of the parameters and of dropout."""
     return jax.random.split(jax.random.key(np.uint32(config.seed % (1 << 32))))
 
 
-def _init_state(config: TrainConfig, params: dict) -> TrainState:
+def _init_without_params(config: TrainConfig, params: dict) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
-        params=params,
+        params=None,
         opt_state=make_optimizer(config.optim, config.steps).init(params),
-        key=jax.random.key_data(_split_seed(config)[1]),
+        key=jax.random.key_data(_keys(config)[1]),
         skipped=zero,
         skipped_in_a_row=zero,
     )

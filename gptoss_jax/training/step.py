@@ -41,18 +41,9 @@ def make_train_step(
             model, batch, dropout_key=key, capacity_factor=model_config.expert_capacity_factor
         )
         means = {name: total / weight for name, total in sums.items()}
-        router = {
-            "load_balance_loss": losses.load_balance_loss(stats),
-            "router_z_loss": losses.router_z_loss(stats),
-            "expert_load": stats["load"],
-            "dropped": jnp.mean(stats["dropped"]),
-        }
-        auxiliary = (
-            model_config.router_aux_loss_coef * router["load_balance_loss"]
-            + model_config.router_z_loss_coef * router["router_z_loss"]
-        )
-        shares = {name: value / num_microbatches for name, value in router.items()}
-        return means["loss"] + auxiliary / num_microbatches, means | shares
+        router_loss, router_metrics = losses.router_losses(model_config, stats)
+        router_metrics = {name: value / num_microbatches for name, value in router_metrics.items()}
+        return means["loss"] + router_loss / num_microbatches, means | router_metrics
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
