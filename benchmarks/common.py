@@ -1,6 +1,6 @@
-"""What the benchmarks share: flags, where they run, what they run, timing, tables and the JSON file.
+"""Shared by the benchmarks: flags, hardware and versions, timing, a small model, tables and JSON files.
 
-Python looks first in the folder of the script it runs, so `import common` finds this from any of them.
+Python puts the folder of the script it runs first on its path, so `import common` works in all of them.
 """
 
 import argparse
@@ -28,29 +28,29 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PEAK = "matmul peak"
 
 
-def flags(description: str, rounds: int) -> argparse.ArgumentParser:
-    """The flags of every benchmark for CPU."""
+def base_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """Returns a parser with the flags of all CPU benchmarks."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds (default: {rounds})")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="smallest sizes, to see that it works: bounds mean nothing, no file",
+        help="tiny sizes, to check that the script works; writes no file",
     )
     return parser
 
 
 def hardware() -> dict:
-    """The devices as JAX names them, and the machine around them."""
+    """Describes the devices, as JAX names them, and the machine."""
     device = jax.devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit")
     return {
         "platform": device.platform,
         "device": device.device_kind,
         "devices": jax.device_count(),
-        # Bytes that a program may use of one device; None where JAX cannot tell.
+        # Bytes of one device that a program may use; None if JAX does not know.
         "device_memory": memory,
         "driver": getattr(device.client, "platform_version", "").split("\n")[0],
         "cpu": _cpu(),
@@ -66,7 +66,7 @@ def _cpu() -> str:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Python, the packages all benchmarks rest on, and those asked for; what is not there is left out."""
+    """Returns the versions of Python, of `PACKAGES` and of `more`, without those that are not installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES + more:
         try:
@@ -77,13 +77,13 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def timed(function: Callable, *args, repetitions: int = 5) -> list[float]:
-    """Seconds of each call, until its result is there. One call before, to compile, is not counted."""
+    """Returns the seconds of each call until its result is ready, after one call that compiles."""
     jax.block_until_ready(function(*args))
     return [_seconds(function, *args) for _ in range(repetitions)]
 
 
 def alternate(functions: dict[str, Callable], rounds: int = 5) -> dict[str, list[float]]:
-    """The same of several functions without arguments, run in turn, so that a slow minute meets all alike."""
+    """Like `timed`, for several functions that alternate, so that a slow minute affects all alike."""
     for function in functions.values():
         jax.block_until_ready(function())
     seconds = {name: [] for name in functions}
@@ -99,21 +99,21 @@ def _seconds(function, *args) -> float:
     return time.perf_counter() - start
 
 
-def square_product(size: int = 2048) -> Callable[[], jax.Array]:
-    """The product of two float32 matrices: what nothing else here can be faster than."""
+def square_matmul(size: int = 2048) -> Callable[[], jax.Array]:
+    """Returns a matmul of two square float32 matrices, which measures the peak FLOP/s."""
     a, b = (jnp.full((size, size), value, jnp.float32) for value in (0.5, 2.0))
     return functools.partial(jax.jit(jnp.matmul), a, b)
 
 
 def flops_per_second(seconds: Sequence[float], flops: float = 2 * 2048**3) -> dict[str, float]:
-    """The spread of so many operations, by default those of `square_product`, in these times."""
+    """Returns the spread of FLOP/s for `flops` operations, by default those of `square_matmul`."""
     return spread([flops / one for one in seconds])
 
 
 def with_gradients(function: Callable) -> Callable:
-    """(cotangent, arguments, others) -> the result and the gradients of the arguments, in one program.
+    """Returns a jitted (cotangent, arguments, others) -> result and gradients of the arguments.
 
-    The others are passed in too: as constants they would let the compiler do work beforehand.
+    The others are arguments too, because with constants the compiler could do work in advance.
     """
 
     def both(g, arguments, others=()):
@@ -124,7 +124,7 @@ def with_gradients(function: Callable) -> Callable:
 
 
 def largest_error(found, expected) -> float:
-    """Largest difference over the largest value of the same array; the worst array's of two trees."""
+    """Returns the largest difference over the largest value of an array, for the worst array of a tree."""
 
     def one(found, expected):
         found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
@@ -134,14 +134,14 @@ def largest_error(found, expected) -> float:
 
 
 def uneven_sizes(rows: int, groups: int) -> np.ndarray:
-    """Group sizes as a router gives them: log-normal shares, the largest about three times the mean."""
+    """Returns group sizes like a router's: log-normal shares, the largest about three times the mean."""
     shares = np.exp(0.5 * np.random.default_rng(0).standard_normal(groups))
     ends = np.round(np.cumsum(shares) / shares.sum() * rows).astype(np.int32)
     return np.diff(ends, prepend=0).astype(np.int32)
 
 
 class Training:
-    """A model in training on one device, always with the same batch of random tokens, one document a row."""
+    """Trains a model on one device, always on the same batch of random tokens, one document per row."""
 
     def __init__(self, model, rows: int, length: int):
         from gptoss_jax.config import DataConfig, MeshConfig, TrainConfig
@@ -162,7 +162,7 @@ class Training:
             self.program = make_train_step(config).lower(self._state, self._batch).compile()
 
     def step(self) -> jax.Array:
-        """Takes one step; returns its loss. The step is over when the loss and all of the state are there."""
+        """Takes one step and returns its loss, when the loss and the whole state are ready."""
         with jax.set_mesh(self._mesh):
             self._state, metrics = self.program(self._state, self._batch)
         jax.block_until_ready(self._state)
@@ -170,7 +170,7 @@ class Training:
 
 
 def random_tokens(vocabulary: int, rows: int, length: int) -> np.ndarray:
-    """Each row with the target of its last token."""
+    """Returns rows of `length` + 1 tokens: the last one is the target of the one before."""
     return np.random.default_rng(0).integers(0, vocabulary, (rows, length + 1)).astype(np.int32)
 
 
@@ -186,11 +186,11 @@ def batch_of(rows: np.ndarray) -> dict[str, jax.Array]:
     }
 
 
-def student_model(**sizes):
-    """The layers of a student's notebook, width 384, as `ModelConfig`; two of them, unless said."""
+def small_model(**sizes):
+    """Returns the `ModelConfig` of a small model: width 384, two layers unless `sizes` says otherwise."""
     from gptoss_jax.config import ModelConfig
 
-    fixed = {
+    defaults = {
         "vocab_size": 4096,
         "hidden_size": 384,
         "intermediate_size": 960,
@@ -205,7 +205,7 @@ def student_model(**sizes):
         "compute_dtype": "float32",
         "scan_layers": False,
     }
-    return ModelConfig(**fixed | sizes)
+    return ModelConfig(**defaults | sizes)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -213,7 +213,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def show(values: dict[str, float], digits: int = 2) -> str:
-    """A spread for people: median (min–max)."""
+    """Formats a spread as median (min–max)."""
     return "{median:,.{d}f} ({min:,.{d}f}–{max:,.{d}f})".format(**values, d=digits)
 
 
@@ -226,29 +226,35 @@ def percent(share: float | None) -> str | None:
 
 
 def bounded(name: str, value: float, most: float = float("inf"), least: float = 0.0) -> dict:
-    """Prints a figure with its bound, and returns both."""
+    """Prints a value with its bound, and returns both."""
     bound = f"at most {most:g}" if most < float("inf") else f"at least {least:g}"
-    kept = least <= value <= most
-    print(f"{name}: {value:.2f} ({bound}: {'kept' if kept else 'MISSED'})", flush=True)
-    return {"name": name, "value": value, "bound": bound, "kept": kept}
+    is_met = least <= value <= most
+    print(f"{name}: {value:.2f} ({bound}: {'met' if is_met else 'MISSED'})", flush=True)
+    return {"name": name, "value": value, "bound": bound, "kept": is_met}
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) -> None:
-    """The first column to the left, the others to the right. None is a dash."""
+    """Prints a table: the first column left-aligned, the others right-aligned, None as a dash."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=not i)
     for row in rows:
         table.add_row(*("–" if cell is None else str(cell) for cell in row))
-    # A file or a pipe has no width of its own: nothing is to be cut there.
-    wide = Console()
-    (wide if wide.is_terminal else Console(width=160)).print(table)
+    # Files and pipes have no width: do not cut the table there.
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def previous_results(name: str) -> list[dict]:
+    """Returns the results in results/NAME.json, so that a run of some cases keeps those of the others."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
 
 
 def write_json(name: str | pathlib.Path, record: dict) -> pathlib.Path:
-    """Writes date, hardware, versions and `record`, whose entries win, to results/NAME.json.
+    """Writes date, hardware, versions and `record`, which may override them, to results/NAME.json.
 
-    A name that ends in .json is the path itself.
+    A name that ends in .json is a path. Returns the path.
     """
     path = user_path(name, "out") if str(name).endswith(".json") else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

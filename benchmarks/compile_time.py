@@ -1,9 +1,9 @@
-"""How long a deep model takes to compile: python benchmarks/compile_time.py [--layers 4 36].
+"""Compile time by depth: python benchmarks/compile_time.py [--layers 4 36].
 
-Seconds to trace, lower and compile the training step of gpt-oss-120b scaled to width 256 and 8 experts,
-with 4 layers and with 36, stacked and scanned over. Nothing is allocated or run, nothing is kept from one
-time to the next, in memory or on disk, and the depths take turns. The ratio of the medians may be 1.3.
-Shown: median (least–most). Writes results/compile_time.json.
+Seconds to trace, lower and compile the training step of gpt-oss-120b scaled down to width 256 and 8 experts,
+with 4 and 36 layers, stacked and scanned. Nothing is allocated or run, caches are cleared before each
+compilation, and the depths alternate. The ratio of the medians should be at most 1.3. Shows medians
+(min–max); writes results/compile_time.json.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import pathlib
 import time
 
 import jax
-from common import bounded, flags, print_table, show, spread, write_json
+from common import base_parser, bounded, print_table, show, spread, write_json
 
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
@@ -33,7 +33,7 @@ BOUND = 1.3
 
 
 def compile_step(config, layers: int) -> float:
-    """Seconds until the program is there."""
+    """Returns the seconds that compilation takes."""
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_hidden_layers=layers, **SCALED),
@@ -45,14 +45,14 @@ def compile_step(config, layers: int) -> float:
     jax.clear_caches()
     with jax.set_mesh(mesh):
         state = abstract_state(config, mesh)
-        began = time.perf_counter()
+        start = time.perf_counter()
         make_train_step(config).lower(state, batch).compile()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def make_parser():
-    parser = flags(__doc__, rounds=5)
-    parser.add_argument("--layers", type=int, nargs=2, default=(4, 36), help="default: 4 36")
+    parser = base_parser(__doc__, rounds=5)
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 36), help="the two depths (default: 4 36)")
     return parser
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     rounds, config = 1 if options.quick else options.rounds, read_preset(PRESET)
-    # The first time also loads what jax loads when it is used.
+    # The first compilation also loads modules of jax.
     compile_step(config, options.layers[0])
     seconds = {layers: [] for layers in options.layers}
     for _ in range(rounds):

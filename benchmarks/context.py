@@ -1,13 +1,12 @@
-"""What longer rows cost, float32 on CPU, one row: python benchmarks/context.py [--rounds N].
+"""Time and memory by row length, float32 on CPU, one row: python benchmarks/context.py [--rounds N].
 
-Attention alone, forward and all gradients, of a sliding layer (128 keys) and of a full one, from 512 to
-16,384 tokens, and a training step of a small model with one layer of each kind (width 384, 8 experts,
-top-2) up to 8,192: seconds, and the temporary memory that the compiler plans. A sliding layer is to cost
-O(T): twice the tokens may take 2.15 times the time and memory, from 1,024 on. A full layer's products are
-O(T^2), its memory is not: the compiled programs for 16,384 tokens are searched for arrays as large as T x
-T, and there may be none.
+Measures attention, forward and backward, of a sliding layer (128 keys) and a full layer with 512 to 16,384
+tokens, and a training step of a small model with one layer of each kind (width 384, 8 experts, top-2) up to
+8,192: seconds, and the temporary memory that the compiler plans. A sliding layer should cost O(T): from 1,024
+tokens on, doubling the tokens may multiply time and memory by 2.15. A full layer computes O(T^2) scores, but
+never stores them: the compiled programs for 16,384 tokens must have no array of T x T elements.
 
-Calls of one kind take turns over all lengths. Shown: median (least–most). Writes results/context.json.
+The lengths alternate. Shows medians (min–max); writes results/context.json.
 """
 
 import itertools
@@ -19,12 +18,12 @@ import jax.numpy as jnp
 from common import (
     Training,
     alternate,
+    base_parser,
     bounded,
-    flags,
     milliseconds,
     print_table,
+    small_model,
     spread,
-    student_model,
     write_json,
 )
 
@@ -40,15 +39,15 @@ N, K, H = 6, 2, 64
 
 
 def attention_call(T: int, window: int | None):
-    """The compiled program of attention's sum with a cotangent and its gradients, and a call of it."""
+    """Returns a compiled program of attention, forward and backward, and a function that calls it."""
     shapes = ((1, T, N, H), (1, T, K, H), (1, T, K, H), (N,), (1, T, N, H))
     *arguments, g_BTNH = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     positions_BT = jnp.arange(T, dtype=jnp.int32)[None]
 
     def total(arguments, g_BTNH, positions_BT, segment_ids_BT):
         q, k, v, sinks = arguments
-        where = segment_ids_BT, positions_BT
-        return jnp.vdot(attention(q, k, v, *where, AttentionSpec(window), sinks_N=sinks), g_BTNH)
+        out_BTNH = attention(q, k, v, segment_ids_BT, positions_BT, AttentionSpec(window), sinks_N=sinks)
+        return jnp.vdot(out_BTNH, g_BTNH)
 
     inputs = (arguments, g_BTNH, positions_BT, jnp.ones_like(positions_BT))
     program = jax.jit(jax.value_and_grad(total)).lower(*inputs).compile()
@@ -56,21 +55,21 @@ def attention_call(T: int, window: int | None):
 
 
 def step_call(T: int):
-    training = Training(student_model(num_local_experts=8, num_experts_per_tok=2), 1, T)
+    training = Training(small_model(num_local_experts=8, num_experts_per_tok=2), 1, T)
     return training.program, training.step
 
 
 def large_arrays(program, T: int) -> list[str]:
-    """Shapes in the optimised program of T x T numbers or more, however their axes are arranged."""
+    """Returns the shapes in the optimized program with at least T x T elements, whatever their axes."""
     shapes = set(re.findall(r"\b[a-z]+\d+\[[\d,]+\]|\bpred\[[\d,]+\]", program.as_text()))
     sizes = {shape: math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in shapes}
     return sorted(shape for shape, size in sizes.items() if size >= T * T)
 
 
 def measure(kind: str, lengths: tuple[int, ...], rounds: int) -> list[dict]:
-    """A row for each length."""
-    made = {T: step_call(T) if kind == STEP else attention_call(T, KINDS[kind]) for T in lengths}
-    seconds = alternate({T: call for T, (_, call) in made.items()}, rounds)
+    """Returns one row per length."""
+    compiled = {T: step_call(T) if kind == STEP else attention_call(T, KINDS[kind]) for T in lengths}
+    seconds = alternate({T: call for T, (_, call) in compiled.items()}, rounds)
     return [
         {
             "kind": kind,
@@ -78,12 +77,12 @@ def measure(kind: str, lengths: tuple[int, ...], rounds: int) -> list[dict]:
             "seconds": spread(seconds[T]),
             "temporaries": program.memory_analysis().temp_size_in_bytes,
         }
-        for T, (program, _) in made.items()
+        for T, (program, _) in compiled.items()
     ]
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """Time and memory over those of half the length."""
+    """Adds to each row its time and memory over those of half the length."""
     for row in rows:
         row["time_ratio"] = row["memory_ratio"] = None
     for short, row in itertools.pairwise(rows):
@@ -93,7 +92,7 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
 
 def make_parser():
-    return flags(__doc__, rounds=5)
+    return base_parser(__doc__, rounds=5)
 
 
 def main() -> None:
@@ -122,13 +121,15 @@ def main() -> None:
     sliding = [row for row in rows if row["kind"] == "sliding layer" and row["T"] > FROM]
     for name, what in (("time_ratio", "time"), ("memory_ratio", "memory")):
         worst = max(row[name] for row in sliding)
-        bounds.append(bounded(f"Sliding layer, T doubled from {FROM} on, {what}, the worst", worst, BOUND))
+        bounds.append(
+            bounded(f"Sliding layer, {what} ratio when T doubles, from {FROM} on, worst", worst, BOUND)
+        )
     longest, large = LENGTHS[-1], {}
     for kind in (*KINDS, STEP):
-        # Compiled, not run.
+        # Only compiled.
         program, _ = step_call(longest) if kind == STEP else attention_call(longest, KINDS[kind])
         large[kind] = large_arrays(program, longest)
-        print(f"{kind}, T {longest}: arrays of T x T numbers or more: {', '.join(large[kind]) or 'none'}")
+        print(f"{kind}, T {longest}: arrays with T x T elements or more: {', '.join(large[kind]) or 'none'}")
     if not options.quick:
         record = {"settings": {"rounds": options.rounds, "N": N, "K": K, "H": H}, "rows": rows}
         print(write_json("context", record | {"bounds": bounds, "arrays_of_T_x_T": large}))

@@ -1,25 +1,24 @@
-"""Decoding against the memory's bandwidth: python benchmarks/decode_limit.py.
+"""Decoding speed against memory bandwidth: python benchmarks/decode_limit.py.
 
-A step of decoding must read the weights that its tokens are multiplied with and the keys and values that
-they see, and does little else: bandwidth over bytes is the most steps a second. Models: a student's
-notebook (6 layers of width 384, window 256, vocabulary 4,096) with 4 experts top-2 and 32 experts top-4 in
-float32, and a large one (4 layers of width 1,024, 32 experts top-4 of width 640: 1.0 GB of experts) in
-float32 and with experts packed in MXFP4, 0.13 GB. 1, 4 and 16 prompts of 128 random tokens, greedy answers;
-decoding is what 128 further tokens take longer than the first. Experts count where the answers' own routing
-goes to them: how many different ones of a layer in a step, on average.
+A decoding step must read the weights that its tokens use and the keys and values that they see, and does
+little else, so bandwidth over bytes is the maximum of steps per second. Models: a small one (6 layers of
+width 384, window 256, vocabulary 4,096) with 4 experts top-2 and with 32 experts top-4 in float32, and a
+large one (4 layers of width 1,024, 32 experts top-4 of width 640: 1.0 GB of experts) in float32 and with
+MXFP4 experts, 0.13 GB. 1, 4 and 16 prompts of 128 random tokens, greedy; decoding time is that of 129 new
+tokens minus that of one. Experts are counted as the completions are routed: distinct ones per layer and step,
+on average.
 
-The bandwidth is measured in the same rounds, on all cores: several readers over 4 GiB, more than caches
-hold, and over as many bytes as the model's weights in float32, which they may hold; the limit takes the
-fastest of all. A copy counts as a read and a write, and can be faster than any read, since a core waits for
-what it reads; so the share of the fastest read of 4 GiB is shown too.
+Bandwidth is measured in the same rounds, on all cores, by several readers: over 4 GiB, more than caches hold,
+and over as many bytes as the model's weights in float32, which may fit in a cache. The limit uses the
+fastest. A copy counts as a read and a write and can beat any read, because a core waits for what it reads; so
+the share of the fastest read of 4 GiB is shown too.
 
-Each model in a process of its own, its answers and the readers alternately. Shown: tokens/s as median
-(least–most), and their shares. Writes every round's seconds to results/decode_limit.json.
+Each model runs in a separate process, where generation and readers alternate. Shows tokens/s as medians
+(min–max), and their shares of the limit; writes the seconds of all rounds to results/decode_limit.json.
 """
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import statistics
@@ -29,8 +28,8 @@ from workers import Worker
 MEMORY = "4 GiB"
 WEIGHTS = "weights' bytes"
 COPY = "copy in threads"
-NOTEBOOK = {"num_hidden_layers": 6, "sliding_window": 256}
-LARGE = {
+SMALL_MODEL = {"num_hidden_layers": 6, "sliding_window": 256}
+LARGE_MODEL = {
     "hidden_size": 1024,
     "intermediate_size": 640,
     "num_hidden_layers": 4,
@@ -39,26 +38,26 @@ LARGE = {
     "sliding_window": 256,
 }
 MODELS = {
-    "4 top-2": (NOTEBOOK | {"num_local_experts": 4, "num_experts_per_tok": 2}, ("float32",)),
-    "32 top-4": (NOTEBOOK | {"num_local_experts": 32, "num_experts_per_tok": 4}, ("float32",)),
-    "large": (LARGE | {"num_local_experts": 32, "num_experts_per_tok": 4}, ("float32", "mxfp4")),
+    "4 top-2": (SMALL_MODEL | {"num_local_experts": 4, "num_experts_per_tok": 2}, ("float32",)),
+    "32 top-4": (SMALL_MODEL | {"num_local_experts": 32, "num_experts_per_tok": 4}, ("float32",)),
+    "large": (LARGE_MODEL | {"num_local_experts": 32, "num_experts_per_tok": 4}, ("float32", "mxfp4")),
 }
-SMALL = {
+TINY_MODEL = {
     "hidden_size": 64,
     "intermediate_size": 32,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "vocab_size": 128,
 }
-QUICK = {"small": (SMALL, ("float32", "mxfp4"))}
+QUICK = {"small": (TINY_MODEL, ("float32", "mxfp4"))}
 BATCHES = (1, 4, 16)
 
 
-# What runs in the workers.
+# Runs in the workers.
 
 
 def readers(nbytes: int, passes: int) -> dict:
-    """Name -> a function that moves `passes` times so many bytes through the cores."""
+    """Returns functions by name that move `nbytes` bytes `passes` times on all cores."""
     from concurrent.futures import ThreadPoolExecutor
 
     import jax
@@ -68,7 +67,7 @@ def readers(nbytes: int, passes: int) -> dict:
     cores = len(os.sched_getaffinity(0))
     threads = ThreadPoolExecutor(cores)
     x, vector = jnp.ones(nbytes // 4096 * 1024, jnp.float32), jnp.ones(1024, jnp.float32)
-    # The same memory.
+    # Views of the same memory.
     parts = np.array_split(np.asarray(x), cores)
     halves = [part[: len(part) // 2] for part in parts]
     copies = [np.zeros_like(half) for half in halves]
@@ -91,21 +90,22 @@ def readers(nbytes: int, passes: int) -> dict:
 def model(
     sizes: dict, forms: list[str], batches: list[int], prompt: int, new: int, rounds: int, memory: int
 ) -> dict:
+    """Starts a worker for one model."""
     return {"measure": lambda: measure(sizes, forms, batches, prompt, new, rounds, memory)}
 
 
 def measure(sizes, forms, batches, prompt, new, rounds, memory) -> dict:
-    """Bytes/s of the readers by what they read, and a row for each form and number of prompts."""
+    """Returns the bandwidth of each reader, and one row per weight format and number of prompts."""
     import jax
     import numpy as np
-    from common import alternate, student_model
-    from decoding import chosen_experts, longer, mean_step_bytes
+    from common import alternate, small_model
+    from decoding import decode_seconds, mean_step_bytes, measured_experts
 
     import gptoss_jax as gx
     from gptoss_jax.model.transformer import bind, init_params, parameter_count
 
-    # Weights so large that greedy answers wander through the vocabulary, and so through the experts.
-    plain = student_model(**sizes, initializer_range=0.1)
+    # Large weights, so that greedy completions use many tokens of the vocabulary, and so many experts.
+    plain = small_model(**sizes, initializer_range=0.1)
     weights = 4 * parameter_count(plain)
     moved = {MEMORY: (memory, 1), WEIGHTS: (weights, max(1, memory // (4 * weights)))}
     functions = {
@@ -125,28 +125,28 @@ def measure(sizes, forms, batches, prompt, new, rounds, memory) -> dict:
                 )
                 for count in (1, new)
             }
-            answers = np.asarray([answer.tokens for answer in calls[new]()], np.int32)
-            read = np.concatenate([rows[:batch], answers[:, :-1]], axis=1)
-            experts = chosen_experts(config, params, read, prompt)
+            completions = np.asarray([completion.tokens for completion in calls[new]()], np.int32)
+            read = np.concatenate([rows[:batch], completions[:, :-1]], axis=1)
+            experts = measured_experts(config, params, read, prompt)
             nbytes = mean_step_bytes(config, batch, prompt, new, experts)
             table.append({"form": form, "batch": batch, "experts_of_a_layer": experts, "step_bytes": nbytes})
-            table[-1]["different_tokens"] = len(np.unique(answers))
+            table[-1]["different_tokens"] = len(np.unique(completions))
             functions |= {(form, batch, count): call for count, call in calls.items()}
     seconds = alternate(functions, rounds)
     for row in table:
         short, long = (seconds[row["form"], row["batch"], count] for count in (1, new))
-        row |= {"seconds_of_one_token": short, "seconds_of_the_others": longer(short, long)}
+        row |= {"seconds_of_one_token": short, "seconds_of_the_others": decode_seconds(short, long)}
     bandwidth = {place: {} for place in moved}
     for place, name in places:
         bandwidth[place][name] = [math.prod(moved[place]) / one for one in seconds[place, name]]
     return {"weights": weights, "bandwidth": bandwidth, "rows": table}
 
 
-# What asks them.
+# Runs in the parent.
 
 
 def report(name: str, result: dict) -> list[tuple]:
-    """Rows of the table, and the figures in them added to the result."""
+    """Returns the rows of the table, and adds their figures to the result."""
     from common import percent, show, spread
 
     medians = {
@@ -159,8 +159,8 @@ def report(name: str, result: dict) -> list[tuple]:
     result["fastest"], result["fastest_read"] = (
         {"of": key[0], "reader": key[1], "bandwidth": medians[key]} for key in (fastest, reading)
     )
-    for what, key in (("moved", fastest), ("read from memory", reading)):
-        print(f"{name}: {what} at most at {medians[key] / 1e9:.1f} GB/s ({key[1]}, {key[0]})", flush=True)
+    for what, key in (("fastest", fastest), ("fastest read from memory", reading)):
+        print(f"{name}: {what}: {medians[key] / 1e9:.1f} GB/s ({key[1]}, {key[0]})", flush=True)
     table = []
     for row in result["rows"]:
         tokens = row["batch"] * (result["new"] - 1)
@@ -194,31 +194,25 @@ def bounds(results: list[dict]) -> list[dict]:
                 found.append(bounded(f"share of the limit, {title}", row["of_limit"], least=0.6))
             if row["form"] == "mxfp4":
                 ratio = speeds["mxfp4", batch] / speeds["float32", batch]
-                found.append(bounded(f"packed over float32, {title}", ratio, least=1))
+                found.append(bounded(f"MXFP4 / float32, {title}", ratio, least=1))
     return found
 
 
-def earlier() -> list[dict]:
-    """What the file has; a run of some models leaves the others' as they are."""
-    from common import RESULTS
-
-    file = RESULTS / "decode_limit.json"
-    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
-
-
 def make_parser():
-    from common import flags
+    from common import base_parser
 
-    parser = flags(__doc__, rounds=5)
+    parser = base_parser(__doc__, rounds=5)
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="default: 1 4 16")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=BATCHES, help="numbers of prompts (default: 1 4 16)"
+    )
     return parser
 
 
 def main() -> None:
-    # Only to say where this runs; the workers do the work.
+    # The parent only describes the hardware; the workers measure.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from common import print_table, write_json
+    from common import previous_results, print_table, write_json
 
     options = make_parser().parse_args()
     quick, results, table = options.quick, [], []
@@ -234,17 +228,17 @@ def main() -> None:
         worker.close()
         table += report(name, results[-1])
     print_table(
-        f"Decoding, prompts of {shape['prompt']} tokens, answers of {shape['new']}, {shape['rounds']} rounds",
-        ("model", "experts a layer", "MB a step", "tokens/s", "limit", "of the limit", "of reading"),
+        f"Decoding, prompts of {shape['prompt']} tokens, {shape['new']} new ones, {shape['rounds']} rounds",
+        ("model", "experts per layer", "MB per step", "tokens/s", "limit", "of the limit", "of reading"),
         table,
     )
     if quick:
         return
-    kept = bounds(results)
+    bound_results = bounds(results)
     done = {result["model"] for result in results}
-    results += [result for result in earlier() if result["model"] not in done]
+    results += [result for result in previous_results("decode_limit") if result["model"] not in done]
     results.sort(key=lambda result: list(MODELS).index(result["model"]))
-    print(write_json("decode_limit", {"bounds": kept, "results": results}))
+    print(write_json("decode_limit", {"bounds": bound_results, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""Answers of us and of transformers, alternately: python benchmarks/decode_vs_transformers.py.
+"""Generation speed against transformers: python benchmarks/decode_vs_transformers.py.
 
-The sizes of a student's notebook (6 layers of width 384, window 256, vocabulary 4,096) with 4 experts top-2
-and 32 experts top-4, float32, all cores for each side, each in a process of its own; what does not have its
-turn waits. Both have the same checkpoint: ours are random weights, large enough that greedy answers wander
-through the vocabulary, and transformers loads the folder that `save_pretrained` made of them. 1, 4 and 16
-prompts of 128 random tokens; greedy answers, of one token and of 129. Prefill: how long the first token
-takes. Decoding: what the 128 further ones take longer.
+A small model (6 layers of width 384, window 256, vocabulary 4,096) with 4 experts top-2 and with 32 experts
+top-4, float32. Each side runs in a separate process on all cores and waits while the other is measured. Both
+load the same checkpoint: random weights, large enough that greedy completions use many tokens, written by
+`save_pretrained`. 1, 4 and 16 prompts of 128 random tokens; greedy completions of 1 and of 129 tokens.
+Prefill is the time to the first token; decoding is the time of 129 tokens minus that of one.
 
-transformers' `generate` with eager attention (its gpt-oss has no sdpa) and the best of its experts, prefill
-and decoding apart: a pilot measures `eager`, `grouped_mm` and `batched_mm`, the last not where its copies of
-each prompt token's experts would take more than a quarter of the memory. A round is both answers of each
-side for each number of prompts. First each side's tokens are compared: how many are the same before a row's
-first difference.
+The peer is `generate` of transformers with eager attention (its gpt-oss has no sdpa) and the best of its
+expert implementations, chosen separately for prefill and decoding: a pilot measures `eager`, `grouped_mm` and
+`batched_mm`, the last only if its copies of each prompt token's experts take at most a quarter of the memory.
+A round measures both completions of each side for each number of prompts. First the tokens of both sides are
+compared: how many are equal before a row's first difference.
 
-Shown: tokens/s as median (least–most), and the ratio of the medians, ours over the peer's. Writes every
-round's seconds and the pilots' to results/decode_vs_transformers.json. Needs pip install -e '.[parity]'.
+Shows tokens/s as medians (min–max), and the ratio of the medians, ours over the peer's; writes the seconds of
+all rounds and pilots to results/decode_vs_transformers.json. Needs pip install -e '.[parity]'.
 """
 
 import functools
 import itertools
-import json
 import os
 import pathlib
 import statistics
@@ -32,11 +30,11 @@ OURS = "gptoss_jax"
 SIZES = ((4, 2), (32, 4))
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 BATCHES = (1, 4, 16)
-# Experts and number of prompts -> what decoding is to be times transformers'.
+# (Experts, prompts) -> minimum ratio of decoding speed to transformers.
 TARGETS = {(4, 1): 2.2, (4, 4): 3.0, (32, 1): 2.0, (32, 4): 1.8}
 
 
-# What runs in the workers. The torch side does not load jax, and this file and its settings are all it gets.
+# Runs in the workers. The torch side does not import jax.
 
 
 def random_prompts(batch: int, prompt: int):
@@ -45,13 +43,14 @@ def random_prompts(batch: int, prompt: int):
     return np.random.default_rng(0).integers(0, 4096, (batch, prompt)).astype(np.int32)
 
 
-def abilities(sides, batches, counts, generate) -> dict:
-    """`SIDE BATCH COUNT` is the seconds of such answers, `SIDE BATCH tokens` are the longest of them."""
+def make_commands(sides, batches, counts, generate) -> dict:
+    """Returns the commands `SIDE BATCH COUNT`, the seconds of completions of COUNT tokens, and
+    `SIDE BATCH tokens`, the longest completions."""
 
     def seconds(*arguments):
-        began = time.perf_counter()
+        start = time.perf_counter()
         generate(*arguments)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     found = {}
     for side, batch in itertools.product(sides, batches):
@@ -62,15 +61,15 @@ def abilities(sides, batches, counts, generate) -> dict:
 
 
 def ours(folder: str, experts: int, top_k: int, layers: int, batches: list[int], prompt: int, new: int):
-    """Writes the checkpoint, too."""
+    """Starts our worker, which also writes the checkpoint."""
     import jax
-    from common import student_model
+    from common import small_model
     from train_vs_transformers import model_sizes
 
     import gptoss_jax as gx
     from gptoss_jax.model.transformer import bind, init_params
 
-    config = student_model(**model_sizes(experts, top_k, layers), initializer_range=0.1)
+    config = small_model(**model_sizes(experts, top_k, layers), initializer_range=0.1)
     model = bind(config, jax.jit(lambda: init_params(config, jax.random.key(0)))())
     gx.save_pretrained(model, folder, experts="float32")
     rows = random_prompts(max(batches), prompt)
@@ -78,7 +77,7 @@ def ours(folder: str, experts: int, top_k: int, layers: int, batches: list[int],
     def generate(side, batch, count):
         return gx.generate(model, rows[:batch], gx.SamplingParams(max_new_tokens=count))
 
-    return abilities([OURS], batches, (1, new), generate)
+    return make_commands([OURS], batches, (1, new), generate)
 
 
 def transformers(
@@ -91,10 +90,10 @@ def transformers(
     disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = GptOssForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    # Into memory of its own, in huge pages, whatever the loader has mapped.
+    # Copied from the mapped file into memory with huge pages.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    # No token ends an answer.
+    # No stop token.
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     rows = torch.as_tensor(random_prompts(max(batches), prompt)).long()
 
@@ -111,27 +110,29 @@ def transformers(
         )
         return tokens[:, prompt:].tolist()
 
-    return abilities(IMPLEMENTATIONS, batches, (1, new), generate)
+    return make_commands(IMPLEMENTATIONS, batches, (1, new), generate)
 
 
-# What asks them.
+# Runs in the parent.
 
 
-def those_that_run(settings: dict, batch: int) -> list[str]:
-    """`batched_mm` copies the matrices of each token's experts, the wider ones of a layer first."""
+def usable_implementations(settings: dict, batch: int) -> list[str]:
+    """Returns the expert implementations whose memory suffices: `batched_mm` copies the matrices of each
+    token's experts."""
     copies = batch * settings["prompt"] * settings["top_k"] * 384 * 2 * 960 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return [name for name in IMPLEMENTATIONS if name != "batched_mm" or copies < memory / 4]
 
 
 def same_before_difference(ours: list[list[int]], theirs: list[list[int]]) -> int:
+    """Returns the number of equal tokens before the first difference, summed over rows."""
     pairs = (zip(a, b, strict=True) for a, b in zip(ours, theirs, strict=True))
     return sum(len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], row))) for row in pairs)
 
 
 def measure(settings: dict, rounds: int, pilots: int) -> list[dict]:
-    """For each number of prompts: the pilots, the peers that they chose, and each side's seconds by count."""
-    from decoding import longer
+    """Returns for each number of prompts the pilots, the peers they select, and the seconds of each side."""
+    from decoding import decode_seconds
 
     counts = (1, settings["new"])
     with tempfile.TemporaryDirectory() as folder:
@@ -141,21 +142,21 @@ def measure(settings: dict, rounds: int, pilots: int) -> list[dict]:
     results = []
     for batch in settings["batches"]:
         pilot = {}
-        for name in those_that_run(settings, batch):
-            # The first call of each is not counted.
+        for name in usable_implementations(settings, batch):
+            # The first call of each is warmup.
             calls = [[them.ask(f"{name} {batch} {count}") for count in counts] for _ in range(1 + pilots)]
             short, long = ([call[i] for call in calls[1:]] for i in (0, 1))
-            pilot[name] = {"prefill": short, "decode": longer(short, long)}
+            pilot[name] = {"prefill": short, "decode": decode_seconds(short, long)}
         peers = {
             stage: min(pilot, key=lambda name: statistics.median(pilot[name][stage]))
             for stage in ("prefill", "decode")
         }
-        answers = us.ask(f"{OURS} {batch} tokens"), them.ask(f"{peers['decode']} {batch} tokens")
+        tokens = us.ask(f"{OURS} {batch} tokens"), them.ask(f"{peers['decode']} {batch} tokens")
         us.ask(f"{OURS} {batch} 1")
         results.append(
             {name: settings[name] for name in ("experts", "top_k", "layers", "prompt", "new")}
-            | {"batch": batch, "same_tokens": same_before_difference(*answers), "pilot": pilot}
-            | {"different_tokens_of_ours": len({token for row in answers[0] for token in row})}
+            | {"batch": batch, "same_tokens": same_before_difference(*tokens), "pilot": pilot}
+            | {"different_tokens_of_ours": len({token for row in tokens[0] for token in row})}
             | {"peers": peers, "seconds": {OURS: {1: [], counts[1]: []}}}
         )
         results[-1]["seconds"] |= {name: {1: [], counts[1]: []} for name in sorted(set(peers.values()))}
@@ -171,9 +172,9 @@ def measure(settings: dict, rounds: int, pilots: int) -> list[dict]:
 
 
 def report(result: dict) -> list[tuple]:
-    """Rows of the table, and the figures in them added to the result."""
+    """Returns the rows of the table, and adds their figures to the result."""
     from common import show, spread
-    from decoding import longer
+    from decoding import decode_seconds
 
     batch, prompt, new = result["batch"], result["prompt"], result["new"]
     title, rows = f"{result['experts']} top-{result['top_k']}, batch {batch}", []
@@ -185,7 +186,7 @@ def report(result: dict) -> list[tuple]:
             if stage == "prefill":
                 speeds.append(spread([batch * prompt / one for one in short]))
             else:
-                speeds.append(spread([batch * (new - 1) / one for one in longer(short, long)]))
+                speeds.append(spread([batch * (new - 1) / one for one in decode_seconds(short, long)]))
         ratio = speeds[0]["median"] / speeds[1]["median"]
         result["tokens_per_second"][stage] = dict(zip((OURS, peer), speeds, strict=True))
         result["ratios"][stage] = ratio
@@ -200,33 +201,27 @@ def bounds(results: list[dict]) -> list[dict]:
     found = []
     for result in results:
         least = TARGETS.get((result["experts"], result["batch"]))
-        name = f"decoding over transformers, {result['experts']} experts, batch {result['batch']}"
+        name = f"decoding / transformers, {result['experts']} experts, batch {result['batch']}"
         if least is not None:
             found.append(bounded(name, result["ratios"]["decode"], least=least))
     return found
 
 
-def earlier() -> list[dict]:
-    """What the file has; a run of some cases leaves the others' as they are."""
-    from common import RESULTS
-
-    file = RESULTS / "decode_vs_transformers.json"
-    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
-
-
 def make_parser():
-    from common import flags
+    from common import base_parser
 
-    parser = flags(__doc__, rounds=7)
+    parser = base_parser(__doc__, rounds=7)
     parser.add_argument("--experts", type=int, nargs="+", help="only these of 4 and 32")
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="default: 1 4 16")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=BATCHES, help="numbers of prompts (default: 1 4 16)"
+    )
     return parser
 
 
 def main() -> None:
-    # Only to say where this runs; the workers do the work.
+    # The parent only describes the hardware; the workers measure.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from common import print_table, versions, write_json
+    from common import previous_results, print_table, versions, write_json
 
     options = make_parser().parse_args()
     quick, results = options.quick, []
@@ -240,18 +235,22 @@ def main() -> None:
         results += measure({"experts": experts, "top_k": top_k} | shape, rounds, pilots=1 if quick else 2)
     table = [row for result in results for row in report(result)]
     print_table(
-        f"Prompts of {shape['prompt']} tokens, answers of {shape['new']}, {rounds} rounds, tokens/s",
-        ("experts", "ours", "transformers", "its experts", "ours / this"),
+        f"Tokens/s, prompts of {shape['prompt']} tokens, {shape['new']} new ones, {rounds} rounds",
+        ("experts", "ours", "transformers", "its implementation", "ratio"),
         table,
     )
     for result in results:
-        asked = result["batch"] * result["new"]
+        total = result["batch"] * result["new"]
         title = f"{result['experts']} experts, batch {result['batch']}"
-        print(f"{title}: {result['same_tokens']} of {asked} greedy tokens are the same on both sides")
+        print(f"{title}: {result['same_tokens']} of {total} greedy tokens are the same on both sides")
     if quick:
         return
     done = {(result["experts"], result["batch"]) for result in results}
-    results += [result for result in earlier() if (result["experts"], result["batch"]) not in done]
+    results += [
+        result
+        for result in previous_results("decode_vs_transformers")
+        if (result["experts"], result["batch"]) not in done
+    ]
     results.sort(key=lambda result: (result["experts"], result["batch"]))
     record = {"versions": versions("torch", "transformers"), "rounds": rounds, "bounds": bounds(results)}
     print(write_json("decode_vs_transformers", record | {"results": results}))

@@ -1,4 +1,4 @@
-"""What the benchmarks of decoding share: what a step reads, what of it the router chose, and the clock."""
+"""Shared by the decoding benchmarks: bytes that a step reads, experts that it uses, and timing."""
 
 import statistics
 
@@ -11,45 +11,49 @@ from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.model.kv_cache import init_cache
 from gptoss_jax.model.transformer import bind, compute_dtype
 
-# Bytes of a packed weight: half of one for its code, and its part of the scale that 32 share.
-PACKED = 1 / 2 + 1 / 32
+# Bytes of an MXFP4 weight: half a byte for its code, and its share of the scale of 32 weights.
+MXFP4_BYTES = 1 / 2 + 1 / 32
 
 
-def step_bytes(config: ModelConfig, batch: int, context: int, experts: float, size: int = 4) -> float:
-    """Bytes that one step of decoding cannot but read: weights, and the keys and values that are visible.
+def step_bytes(config: ModelConfig, batch: int, context: int, experts: float, itemsize: int = 4) -> float:
+    """Returns the bytes that one decoding step must read: weights, and visible keys and values.
 
-    All sequences share the weights. `experts`: how many different ones of a layer the tokens of a step go to.
-    `context`: tokens that a full layer sees, the newest included. `size`: bytes of a number, in the cache and
-    in all weights but packed ones. The embedding's rows, what is written, and activations are not counted.
+    Embedding rows, activations and anything written are not counted.
+
+    Args:
+      batch: sequences, which share the weights.
+      context: tokens that a full layer sees, including the newest.
+      experts: distinct experts of a layer that the tokens of a step are routed to.
+      itemsize: bytes of an element of the cache and of all weights but MXFP4 ones.
     """
     D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     matrices, biases = 3 * D * F, config.expert_bias * (2 * F + D)
     outside = parameter_counts(config)[1] - L * config.num_experts_per_tok * (matrices + biases)
-    expert = matrices * (PACKED if config.expert_format == "mxfp4" else size) + biases * size
-    near = min(context, config.sliding_window + config.sink_tokens)
-    slots = sum(near if kind == SLIDING else context for kind in config.resolved_layer_types)
+    expert = matrices * (MXFP4_BYTES if config.expert_format == "mxfp4" else itemsize) + biases * itemsize
+    window = min(context, config.sliding_window + config.sink_tokens)
+    slots = sum(window if kind == SLIDING else context for kind in config.resolved_layer_types)
     cache = batch * slots * 2 * config.num_key_value_heads * config.head_dim
-    return L * experts * expert + (outside + cache) * size
+    return L * experts * expert + (outside + cache) * itemsize
 
 
 def mean_step_bytes(
-    config: ModelConfig, batch: int, prompt: int, new: int, experts: float, size: int = 4
+    config: ModelConfig, batch: int, prompt: int, new: int, experts: float, itemsize: int = 4
 ) -> float:
-    """The mean of `step_bytes` over the steps for all of `new` tokens but the first."""
+    """Returns the mean of `step_bytes` over the steps of `new` tokens, without the first token."""
     contexts = range(prompt + 1, prompt + new)
-    return statistics.mean(step_bytes(config, batch, context, experts, size) for context in contexts)
+    return statistics.mean(step_bytes(config, batch, context, experts, itemsize) for context in contexts)
 
 
-def uniform_experts(config: ModelConfig, batch: int) -> float:
-    """How many experts of a layer `batch` tokens go to on average, if each is as likely as any other."""
+def expected_experts(config: ModelConfig, batch: int) -> float:
+    """Returns the expected distinct experts per layer for `batch` tokens, if all are equally likely."""
     E, X = config.num_local_experts, config.num_experts_per_tok
     return E * (1 - (1 - X / E) ** batch)
 
 
-def chosen_experts(config: ModelConfig, params: dict, rows_BT: np.ndarray, prompt: int) -> float:
-    """How many experts of a layer a step goes to, on average over the layers and the steps after `prompt`.
+def measured_experts(config: ModelConfig, params: dict, rows_BT: np.ndarray, prompt: int) -> float:
+    """Returns the mean number of distinct experts per layer and step, over the steps after `prompt`.
 
-    The rows, prompts with their answers, are read once more, and the router's statistics tell.
+    Reruns `rows_BT`, prompts with their completions, and counts from the router's statistics.
     """
     B, T = rows_BT.shape
 
@@ -69,7 +73,7 @@ def chosen_experts(config: ModelConfig, params: dict, rows_BT: np.ndarray, promp
     return float(count(params, jnp.asarray(rows_BT, jnp.int32)))
 
 
-def longer(short: list[float], long: list[float]) -> list[float]:
-    """Seconds that long answers take more than those of one token, call by call."""
-    # On a machine where nothing takes long the difference may be noise.
+def decode_seconds(short: list[float], long: list[float]) -> list[float]:
+    """Returns the seconds of long completions minus those of one token, call by call."""
+    # With tiny sizes the difference may be noise.
     return [max(b - a, 1e-9) for a, b in zip(short, long, strict=True)]

@@ -1,13 +1,12 @@
-"""What more experts cost at the same work a token, float32 on CPU: python benchmarks/experts.py [--experts N
+"""Cost of more experts at equal work per token, float32 on CPU: python benchmarks/experts.py [--experts N
 ...].
 
-2,048 tokens of width 384, four experts of width 960 each, from 4 to 128 experts: one layer of experts,
-forward and all gradients (routing is uneven, and given), and a training step of a model of two such layers.
-The limit is the matmul peak of the same run (2,048^3, in turn with the rest). Useful operations are the
-same for all, but for the router's; what grows with E is the optimiser's work, and the number and smallness
-of the products.
+2,048 tokens of width 384, each routed to four experts of width 960, with 4 to 128 experts: one expert layer,
+forward and backward with fixed uneven routing, and a training step of a model with two such layers. The limit
+is the matmul peak of the same run (2,048^3, alternating with the rest). Except for the router's, useful
+operations do not depend on E; what grows is the optimizer's work and the number of ever smaller matmuls.
 
-All sizes take turns, so all are in memory together: 10 GB. Shown: median (least–most). Writes
+All sizes alternate, so all are in memory together: 10 GB. Shows medians (min–max); writes
 results/experts.json.
 """
 
@@ -15,7 +14,7 @@ import functools
 
 import common
 import jax
-from common import PEAK, Training, percent, show, spread, student_model
+from common import PEAK, Training, percent, show, small_model, spread
 
 from gptoss_jax import startup
 from gptoss_jax.hardware import flops_per_token
@@ -29,13 +28,13 @@ LAYER, STEP = "layer", "training step"
 
 
 def layer_call(model, M: int):
-    """The experts of one layer: gradients reach tokens, routing weights, matrices and biases."""
+    """Returns a call of one expert layer, with gradients of tokens, routing weights, matrices and biases."""
     D, E, F = model.hidden_size, model.num_local_experts, model.intermediate_size
     shapes = {"gate_up": (E, D, 2, F), "down": (E, F, D), "gate_up_bias": (E, 2, F), "down_bias": (E, D)}
     keys = iter(jax.random.split(jax.random.key(0), 8))
     parameters = {name: 0.02 * jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
     x_MD, g_MD = (jax.random.normal(next(keys), (M, D)) for _ in range(2))
-    # Some experts are liked by all tokens.
+    # A bias per expert makes the routing uneven.
     logits_ME = jax.random.normal(next(keys), (M, E)) + 0.5 * jax.random.normal(next(keys), (E,))
     experts_MX, weights_MX = top_experts(logits_ME, model.num_experts_per_tok)
 
@@ -53,8 +52,14 @@ def layer_call(model, M: int):
 
 
 def make_parser():
-    parser = common.flags(__doc__, rounds=7)
-    parser.add_argument("--experts", type=int, nargs="+", default=EXPERTS, help="default: 4 … 128")
+    parser = common.base_parser(__doc__, rounds=7)
+    parser.add_argument(
+        "--experts",
+        type=int,
+        nargs="+",
+        default=EXPERTS,
+        help="numbers of experts (default: 4 8 16 32 64 128)",
+    )
     return parser
 
 
@@ -63,10 +68,10 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     rows, length = (1, 128) if options.quick else (4, 512)
     counts, M = options.experts[:2] if options.quick else options.experts, rows * length
-    calls, flops = {PEAK: common.square_product()}, {}
+    calls, flops = {PEAK: common.square_matmul()}, {}
     for E in counts:
-        model = student_model(num_local_experts=E, num_experts_per_tok=TOP_K)
-        # Three products of D x F for each expert of a token; backward is twice forward.
+        model = small_model(num_local_experts=E, num_experts_per_tok=TOP_K)
+        # Three D x F matmuls for each expert of a token; backward is twice forward.
         flops[LAYER, E] = 3 * 2 * 3 * M * TOP_K * model.hidden_size * model.intermediate_size
         flops[STEP, E] = M * flops_per_token(model, length)
         calls[LAYER, E] = layer_call(model, M)

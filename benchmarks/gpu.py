@@ -1,10 +1,10 @@
-"""What matters on one GPU, in under twelve minutes: python benchmarks/gpu.py [--only NAME ...] [--smoke].
+"""Kernels, training and generation on one GPU, in under twelve minutes: python benchmarks/gpu.py [--only NAME
+...] [--smoke].
 
-Prints tables with the median (least–most) of at least five repetitions, next to the physical limit that the
-same run measures, and writes all of it to results/gpu-DEVICE.json (with --only: gpu-DEVICE-NAMES.json).
-What fails is told in a line and written down, the rest goes on, and the exit code is then 1. Optional peer:
-pip install tokamax. --smoke runs everything with toy sizes on CPU, to see that the script works; its figures
-mean nothing and are written only where --out says.
+Prints medians (min–max) of at least five repetitions, next to the limit that the same run measures, and
+writes results/gpu-DEVICE.json (with --only: gpu-DEVICE-NAMES.json). A section that fails is reported and
+recorded, the others still run, and the exit code is 1. Optional peer: pip install tokamax. --smoke runs
+everything with tiny sizes on CPU, to check that the script works; it writes results only to --out.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from gptoss_jax.config.paths import user_path
 
 
 def peaks(run: Run) -> dict:
-    """The limits that the other sections are held against."""
+    """Measures the limits for the other sections."""
     scaled = {
         "bfloat16 matmul, TFLOP/s": {k: v / 1e12 for k, v in run.peaks["matmul_flops"].items()},
         "memory, read + write, GB/s": {k: v / 1e9 for k, v in run.peaks["bandwidth"].items()},
     }
-    print_table("What the device reaches", ("", "measured"), [(n, show(v, 1)) for n, v in scaled.items()])
+    print_table("Limits of the device", ("", "measured"), [(n, show(v, 1)) for n, v in scaled.items()])
     return run.peaks
 
 
-# Name -> function and the seconds it may take; what it has begun it finishes.
+# Name -> function and its time limit in seconds; it finishes what it has started.
 SECTIONS = {
     "peaks": (peaks, 30),
     "attention": (attention, 130),
@@ -49,17 +49,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="NAME", help=", ".join(SECTIONS))
-    parser.add_argument("--smoke", action="store_true", help="toy sizes on CPU")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SECTIONS,
+        metavar="NAME",
+        help=f"only these sections of {', '.join(SECTIONS)}",
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on CPU")
     parser.add_argument("--out", help="the JSON file to write")
     options = parser.parse_args(arguments)
     if options.smoke:
         jax.config.update("jax_platforms", "cpu")
     else:
-        # Three quarters are the default; the larger model wants more.
+        # The default is three quarters; the larger model needs more.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
         if jax.default_backend() != "gpu":
-            parser.error(f"needs a GPU and there is {jax.default_backend()!r}; --smoke tries it on CPU")
+            parser.error(f"needs a GPU and there is {jax.default_backend()!r}; --smoke runs it on CPU")
     run, names = Run(options.smoke), options.only or list(SECTIONS)
     slug = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
     out = options.out and str(user_path(options.out, "out").with_suffix(".json"))
@@ -74,14 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     for name in names:
         print(f"\n{name}", flush=True)
         function, seconds = SECTIONS[name]
-        # The compiler for CPU takes what it takes, and the smoke run is to reach every line.
-        run.give(math.inf if options.smoke else seconds)
+        # A smoke run must reach every line, however long compilation takes on CPU.
+        run.start_clock(math.inf if options.smoke else seconds)
         start = time.monotonic()
         record[name] = run.attempt(name, function, run)
         record["seconds"][name] = time.monotonic() - start
-        # What a section has compiled and loaded holds memory.
+        # Programs of a section hold memory.
         jax.clear_caches()
-        # All sections but the first rest on it, and it may not be among those asked for.
+        # Every section measures the limits if "peaks" was not selected.
         record["peaks"] = run.__dict__.get("peaks")
         record |= {"failures": run.failures, "skipped": run.skipped}
         if out:

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 from common import alternate, percent, print_table, show, spread
-from decoding import longer, mean_step_bytes, uniform_experts
+from decoding import decode_seconds, expected_experts, mean_step_bytes
 from gpu_model import MODELS, TINY, text
 from gpu_run import REPETITIONS, Run
 
@@ -22,20 +22,20 @@ RELEASED = ModelConfig(
     num_hidden_layers=24, num_local_experts=32, num_experts_per_tok=4, compute_dtype="bfloat16"
 )
 TINY_PACKED = dataclasses.replace(TINY, hidden_size=64, intermediate_size=32)
-# What the parameters must leave of the memory: cache, activations, and a layer's experts when unpacked.
-REST = 8 << 30
+# Memory for the cache, activations, and the experts of a dequantized layer, besides the parameters.
+RESERVED = 8 << 30
 COLUMNS = ("model", "batch", "prefill", "of matmul peak", "decode", "limit by bandwidth", "of the limit")
 
 
 def generation(run: Run) -> dict:
-    """Greedy answers to prompts of text from random bfloat16 weights. Prefill: a prompt and one token.
-    Decoding: what more tokens take longer; its limit is the measured bandwidth over `decoding.step_bytes`,
-    where each expert counts as likely as any other."""
+    """Measures greedy generation for prompts of text, with random bfloat16 weights. Prefill: the time of one
+    new token; decoding: the additional time of more. The limit of decoding is the measured bandwidth over
+    `decoding.step_bytes`, with all experts equally likely."""
     return _sections(run, {"tiny": TINY} if run.smoke else {"3B": MODELS["3B"]})
 
 
 def released(run: Run) -> dict:
-    """The same at the sizes of gpt-oss-20b, in bfloat16 and with experts packed in MXFP4."""
+    """Measures the same with the sizes of gpt-oss-20b, in bfloat16 and with MXFP4 experts."""
     config, name = (TINY_PACKED, "tiny") if run.smoke else (RELEASED, "20b")
     packed = dataclasses.replace(config, expert_format="mxfp4")
     return _sections(run, {f"{name}, packed": packed, name: config})
@@ -48,14 +48,14 @@ def _sections(run: Run, models: dict[str, ModelConfig]) -> dict:
     for name, config in models.items():
         record["models"][name] = config.to_dict()
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract(config)))
-        if needed + REST > limit:
+        if needed + RESERVED > limit:
             run.skip(f"generation {name}", f"{needed / 1e9:.1f} GB of parameters in {limit / 1e9:.1f} GB")
             continue
         run.attempt(f"generation {name}", _generate, run, name, config, prompt, new, record["rows"])
-        # Its parameters and programs are gone from here on, and the next model may need their memory.
+        # Frees its programs: the next model may need their memory.
         jax.clear_caches()
     print_table(
-        f"Generation, prompts of {prompt}, answers of {new}, tokens/s",
+        f"Generation, tokens/s, prompts of {prompt} tokens, {new} new ones",
         COLUMNS,
         [
             (
@@ -74,7 +74,7 @@ def _sections(run: Run, models: dict[str, ModelConfig]) -> dict:
 
 
 def _abstract(config: ModelConfig) -> dict:
-    """The parameters in the type of the computation; packed ones as they are."""
+    """Returns the abstract parameters in the compute type; MXFP4 ones stay uint8."""
     dtype = compute_dtype(config)
 
     def typed(leaf):
@@ -84,7 +84,7 @@ def _abstract(config: ModelConfig) -> dict:
 
 
 def random_parameters(config: ModelConfig) -> dict:
-    """Parameters as they are initialised, never wide: made layer by layer in the type they stay in."""
+    """Returns random parameters, created layer by layer in their final type, never in float32."""
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def layers(key, shape, dtype):
@@ -104,7 +104,7 @@ def random_parameters(config: ModelConfig) -> dict:
             return jnp.ones(leaf.shape, leaf.dtype)
         if name.endswith("bias") or name == "sinks":
             return jnp.zeros(leaf.shape, leaf.dtype)
-        # The vocabulary's rows are made at once.
+        # Embedding and head are created at once.
         shape = leaf.shape if leaf.ndim > 2 else (1, *leaf.shape)
         return layers(key, shape, leaf.dtype).reshape(leaf.shape)
 
@@ -120,7 +120,7 @@ def _generate(run: Run, name: str, config: ModelConfig, prompt: int, new: int, r
     size = compute_dtype(config).itemsize
     for batch in (1, 2) if run.smoke else (1, 8, 32):
         title = f"generation {name}, batch {batch}"
-        if run.left <= 0:
+        if run.time_left <= 0:
             run.skip(title, "no time left")
             continue
         prompts = text(batch * prompt).reshape(batch, prompt)
@@ -131,10 +131,10 @@ def _generate(run: Run, name: str, config: ModelConfig, prompt: int, new: int, r
         seconds = run.attempt(title, alternate, calls, REPETITIONS)
         if seconds is None:
             continue
-        further = longer(seconds["short"], seconds["long"])
+        seconds_decode = decode_seconds(seconds["short"], seconds["long"])
         prefill = spread([batch * prompt / s for s in seconds["short"]])
-        decode = spread([batch * (new - 1) / s for s in further])
-        experts = uniform_experts(config, batch)
+        decode = spread([batch * (new - 1) / s for s in seconds_decode])
+        experts = expected_experts(config, batch)
         nbytes = mean_step_bytes(config, batch, prompt, new, experts, size)
         limit = batch * run.bandwidth / nbytes
         rows.append(

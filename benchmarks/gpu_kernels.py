@@ -1,4 +1,4 @@
-"""Sections of gpu.py: attention and the grouped product, alone, against others and against the limits."""
+"""Sections of gpu.py: attention and grouped matmul against other implementations and the limits."""
 
 import functools
 import importlib.util
@@ -14,7 +14,7 @@ from gptoss_jax.kernels.grouped_matmul.api import reference_grouped_matmul
 from gptoss_jax.kernels.grouped_matmul.pallas_triton import WIDE, Blocks, triton_grouped_matmul
 
 OURS, BLOCKWISE, CUDNN = "ours", "XLA blockwise", "cuDNN, no sinks"
-# Ways to cut the grouped product that compile for an H100 without spilling registers.
+# Block sizes of the grouped matmul that compile for an H100 without spilling registers.
 BLOCKS = (
     WIDE,
     Blocks(128, 256, 64, warps=8, stages=3),
@@ -28,8 +28,8 @@ BLOCKS = (
 
 
 def _attention_forms(run: Run, window: int | None) -> dict:
-    """Name -> function of (q, k, v, sinks, segments, positions)."""
-    # Here, so that what is missing fails this section only.
+    """Returns functions of (q, k, v, sinks, segments, positions) by name."""
+    # Imported here, so that a missing module fails only this section.
     from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 
     def with_sinks(attend):
@@ -37,7 +37,7 @@ def _attention_forms(run: Run, window: int | None) -> dict:
         return lambda q, k, v, sinks, *places: attend(q, k, v, *places, spec, sinks_N=sinks)
 
     def cudnn(q, k, v, *_):
-        # The window counts the keys before the query's own.
+        # cuDNN's window does not count the query's own key.
         near = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"
@@ -48,7 +48,7 @@ def _attention_forms(run: Run, window: int | None) -> dict:
 
 
 def _attention_inputs(B, T, N, K, H, dtype):
-    """(q, k, v, sinks), the cotangent, and (segments, positions) of one document a row."""
+    """Returns (q, k, v, sinks), the cotangent, and (segments, positions) of one document per row."""
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = [(B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)]
     q, k, v, g = (jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=False))
@@ -57,9 +57,9 @@ def _attention_inputs(B, T, N, K, H, dtype):
 
 
 def attention(run: Run) -> dict:
-    """bfloat16, one document a row, the heads of gpt-oss. FLOPs are of the visible pairs alone: two products
-    forward, five backward. The limit is the slower of these at the matmul peak and of reading and writing
-    each array once."""
+    """Measures attention in bfloat16 with the heads of gpt-oss, one document per row. FLOPs count only
+    visible pairs: two matmuls forward, five backward. The limit is the slower of these at the matmul peak and
+    of reading and writing each array once."""
     if run.smoke:
         run.skip(CUDNN, "needs a GPU")
     B, N, K, H = (2, 4, 2, 16) if run.smoke else (4, 64, 8, 64)
@@ -75,14 +75,14 @@ def attention(run: Run) -> dict:
             forms = _attention_forms(run, window)
             near = min(window or T, T)
             pairs = B * N * (near * (near + 1) / 2 + (T - near) * near)
-            for what, products, passes in (("forward", 2, 1), ("forward + backward", 7, 3)):
+            for what, matmuls, passes in (("forward", 2, 1), ("forward + backward", 7, 3)):
                 calls = {}
                 for form, function in forms.items():
                     if passes == 1:
                         calls[form] = functools.partial(jax.jit(function), *arguments, *places)
                     else:
                         calls[form] = functools.partial(with_gradients(function), g, arguments, places)
-                flops = 2 * products * H * pairs
+                flops = 2 * matmuls * H * pairs
                 moved = passes * 2 * B * T * H * (2 * N + 2 * K)
                 limit = max(flops / run.peak, moved / run.bandwidth)
                 found = run.compare(f"attention T {T} window {window} {what}", calls)
@@ -119,7 +119,7 @@ def attention(run: Run) -> dict:
 
 
 def _attention_exactness(run: Run, N, K, H, window) -> list[dict]:
-    """The largest difference from the plain form in float32, of the output and of each gradient."""
+    """Returns the largest difference of the output and of each gradient from plain softmax in float32."""
     T = 48 if run.smoke else 1024
     arguments, g, places = _attention_inputs(1, T, N, K, H, jnp.bfloat16)
     mask_BTS = api.attention_mask(*places, api.AttentionSpec(window))
@@ -145,11 +145,11 @@ def _attention_exactness(run: Run, N, K, H, window) -> list[dict]:
     return rows
 
 
-# Grouped product
+# Grouped matmul
 
 
 def _grouped_forms(run: Run) -> dict:
-    """Name -> function of (x, w, group sizes)."""
+    """Returns functions of (x, w, group sizes) by name."""
     forms = {"triton": functools.partial(triton_grouped_matmul, interpret=run.smoke)}
     forms["XLA ragged_dot"] = reference_grouped_matmul
     if run.smoke:
@@ -165,7 +165,7 @@ def _grouped_forms(run: Run) -> dict:
 
 
 def grouped(run: Run) -> dict:
-    """Forward and both gradients, bfloat16, uneven groups. The limit is the products at the matmul peak."""
+    """Measures the grouped matmul in bfloat16, forward and backward, with uneven groups, against the peak."""
     R, D, F = (96, 48, 40) if run.smoke else (16384 * 4, 2880, 2880)
     flops = 3 * 2 * R * D * F
     record = {"shape": {"R": R, "D": D, "F": F}, "flops": flops}
@@ -196,7 +196,7 @@ def grouped(run: Run) -> dict:
     for title, rows in (("", record["rows"]), (", by blocks", record["blocks"])):
         if rows:
             print_table(
-                f"Grouped product{title}: {R} rows, D {D}, F {F}, bfloat16, forward + backward",
+                f"Grouped matmul{title}: {R} rows, D {D}, F {F}, bfloat16, forward + backward",
                 ("E, form", "ms", "TFLOP/s", "of the matmul peak"),
                 [
                     (
@@ -212,7 +212,8 @@ def grouped(run: Run) -> dict:
 
 
 def _grouped_exactness(run: Run) -> dict:
-    """Largest difference of y, dx and dw from float64, over the largest value, with NaN past the groups."""
+    """Returns the largest difference of y, dx and dw from float64, over the largest value, with NaN in the
+    rows past the groups."""
     E, D, F = (3, 40, 24) if run.smoke else (5, 2880, 1000)
     sizes = np.array([70, 0, 9, 0, 300][:E], np.int32)
     R, total = int(sizes.sum()) + 11, int(sizes.sum())
@@ -237,7 +238,7 @@ def _grouped_exactness(run: Run) -> dict:
                     f"{name} in {jnp.dtype(dtype).name} is off by {error:.1e} of the largest"
                 )
     print_table(
-        "Grouped product: largest difference from float64, of the largest value",
+        "Grouped matmul: largest difference from float64, of the largest value",
         ("", *found),
         [("triton", *(f"{error:.1e}" for error in found.values()))],
     )

@@ -1,4 +1,4 @@
-"""Sections of gpu.py: the whole model, trained."""
+"""Section of gpu.py: training of the whole model."""
 
 import dataclasses
 import itertools
@@ -48,36 +48,36 @@ TINY = dataclasses.replace(
     sliding_window=8,
     compute_dtype="float32",
 )
-# Rows of a step and what the backward pass recomputes, the most desired first; the first that fits is taken.
-# They begin with what `gptoss plan` takes to be close to 80 GB, since each that does not fit is compiled too.
+# (Rows per step, remat), in order of preference; the first that fits is used. Each one that does not fit is
+# compiled too, so the first ones are close to 80 GB by `gptoss plan`.
 CHOICES = {
     "1B": ((4, "none"), (16, "block"), (8, "block"), (4, "block")),
     "3B": ((8, "block"), (4, "block"), (2, "block")),
     "tiny": ((2, "none"),),
 }
-WARM_UP, STEPS = 3, 10
-# Share of the memory that a compiled step may fill: the rest goes to the allocator's fragments.
-ROOM = 0.97
+WARMUP, STEPS = 3, 10
+# Share of the memory that a compiled step may use; the allocator fragments the rest.
+MEMORY_UTILIZATION = 0.97
 
 
 def text(count: int) -> np.ndarray:
-    """Bytes of Python's standard library as tokens. Random ones would make routing even, or one-sided."""
+    """Returns bytes of Python's standard library as tokens; random tokens would make routing unrealistic."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
-    pieces, length = [], 0
+    parts, length = [], 0
     for path in itertools.cycle(sorted(folder.glob("*.py"))):
-        pieces.append(np.frombuffer(path.read_bytes(), np.uint8))
-        length += len(pieces[-1])
+        parts.append(np.frombuffer(path.read_bytes(), np.uint8))
+        length += len(parts[-1])
         if length >= count:
-            return np.concatenate(pieces)[:count].astype(np.int32)
+            return np.concatenate(parts)[:count].astype(np.int32)
 
 
 def training(run: Run) -> dict:
-    """The real step with AdamW on text, from random weights: the router starts as it is initialised and has
-    the balance loss. `load`: the fullest expert's rows over the mean, of all layers and measured steps."""
+    """Measures the real training step with AdamW on text, from random weights and with the load-balance loss.
+    `load`: rows of the fullest expert over the mean, over all layers and measured steps."""
     models = {"tiny": TINY} if run.smoke else MODELS
     record = {"seq_len": 32 if run.smoke else 4096, "rows": []}
     for name, model in models.items():
-        if run.left <= 0:
+        if run.time_left <= 0:
             run.skip(f"training {name}", "no time left")
             continue
         row = run.attempt(f"training {name}", _train, run, name, model, record["seq_len"])
@@ -105,7 +105,7 @@ def training(run: Run) -> dict:
                 show(row["tokens_per_second"], 0),
                 percent(row["mfu"]),
                 percent(row["of_matmul_peak"]),
-                f"{row['load']['mean']:.2f}, at most {row['load']['max']:.2f}",
+                f"{row['load']['mean']:.2f}, max {row['load']['max']:.2f}",
                 f"{row['compile_seconds']:.0f}",
             )
             for row in record["rows"]
@@ -132,7 +132,7 @@ def _train(run: Run, name: str, model: ModelConfig, seq_len: int) -> dict:
             try:
                 step = make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
                 seconds, needed = time.perf_counter() - start, _memory(step)
-                if limit is None or needed <= ROOM * limit:
+                if limit is None or needed <= MEMORY_UTILIZATION * limit:
                     row = _steps(config, mesh, step)
                     break
             except jax.errors.JaxRuntimeError as error:
@@ -161,7 +161,7 @@ def _train(run: Run, name: str, model: ModelConfig, seq_len: int) -> dict:
 
 
 def _memory(compiled) -> int:
-    """Bytes that a compiled step needs at once; what it gives back in place of its arguments counts once."""
+    """Returns the bytes that a compiled step needs; donated arguments count once."""
     sizes = compiled.memory_analysis()
     return (
         sizes.argument_size_in_bytes
@@ -172,15 +172,15 @@ def _memory(compiled) -> int:
 
 
 def _steps(config: TrainConfig, mesh, step) -> dict:
-    """Tokens a second, the losses and the experts' loads of the steps after the first few."""
+    """Returns tokens/s, losses and expert loads of the steps after the warmup."""
     rows, seq_len = config.data.batch_size, config.data.seq_len
     state = create_state(config, mesh)
-    tokens = text((WARM_UP + STEPS) * rows * seq_len + 1)
+    tokens = text((WARMUP + STEPS) * rows * seq_len + 1)
     place = batch_sharding(mesh)
     ones = jax.device_put(np.ones((rows, seq_len), np.int32), place)
     positions = jax.device_put(np.broadcast_to(np.arange(seq_len, dtype=np.int32), (rows, seq_len)), place)
     seconds, losses, loads = [], [], []
-    for i in range(WARM_UP + STEPS):
+    for i in range(WARMUP + STEPS):
         first = i * rows * seq_len
         batch = {
             "tokens": jax.device_put(tokens[first : first + rows * seq_len].reshape(rows, -1), place),
@@ -195,7 +195,7 @@ def _steps(config: TrainConfig, mesh, step) -> dict:
         start = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready((state, metrics))
-        if i >= WARM_UP:
+        if i >= WARMUP:
             seconds.append(time.perf_counter() - start)
             losses.append(float(metrics["loss"]))
             loads.append(np.asarray(metrics["expert_load"]))

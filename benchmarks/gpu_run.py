@@ -1,4 +1,4 @@
-"""What the sections of gpu.py share: the clock, what failed, comparisons, and the GPU's own limits."""
+"""Shared by the sections of gpu.py: time limits, failures, comparisons, and the limits of the GPU."""
 
 import functools
 import math
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from common import alternate, spread, timed
 
 REPETITIONS = 5
-# Calls are queued until so many seconds are full: the host's part in one call would be seen otherwise.
+# Calls are queued to take this long together, so that the overhead of the host does not count.
 QUEUE_SECONDS = 0.02
 
 
 class Run:
-    """One run of the script: its settings, its clock and what it has found so far."""
+    """One run of the script: settings, remaining time, failures."""
 
     def __init__(self, smoke: bool):
         self.smoke = smoke
@@ -23,19 +23,19 @@ class Run:
         self.skipped: list[str] = []
         self._end = math.inf
 
-    def give(self, seconds: float) -> None:
-        """The time that the next section has."""
+    def start_clock(self, seconds: float) -> None:
+        """Starts the time limit of the next section."""
         self._end = time.monotonic() + seconds
 
     @property
-    def left(self) -> float:
+    def time_left(self) -> float:
         return self._end - time.monotonic()
 
     def attempt(self, name: str, function: Callable, *args):
-        """The function's result; where it fails, None, and the run goes on but counts as failed."""
+        """Returns the function's result, or None if it fails, which is recorded."""
         try:
             return function(*args)
-        except Exception as error:  # Whatever it is, the other figures are wanted.
+        except Exception as error:  # The other figures still matter.
             words = " ".join(str(error).split())
             self.failures.append(f"{name}: {type(error).__name__}: {words[:300]}")
             print(f"failed: {self.failures[-1]}", flush=True)
@@ -46,20 +46,20 @@ class Run:
         print(f"skipped: {self.skipped[-1]}", flush=True)
 
     def compare(self, name: str, functions: dict[str, Callable]) -> dict[str, dict[str, float]]:
-        """Seconds of one call of each function as a spread; the calls take turns.
+        """Returns the spread of seconds of one call of each function; the functions alternate.
 
-        A function that fails, or that there is no time for, is left out of the result.
+        A function that fails or for which no time is left is missing in the result.
         """
         queues, calls = {}, {}
         for form, function in functions.items():
-            if self.left <= 0:
+            if self.time_left <= 0:
                 self.skip(f"{name}, {form}", "no time left")
                 continue
             seconds = self.attempt(f"{name}, {form}", functools.partial(timed, function, repetitions=2))
             if seconds is None:
                 continue
             once = min(seconds)
-            if once * (REPETITIONS + 1) > self.left:
+            if once * (REPETITIONS + 1) > self.time_left:
                 self.skip(f"{name}, {form}", f"no time left; one call takes {once:.2f} s")
                 continue
             calls[form] = max(1, min(50, round(QUEUE_SECONDS / once)))
@@ -69,15 +69,15 @@ class Run:
 
     @functools.cached_property
     def peaks(self) -> dict[str, dict[str, float]]:
-        """What this GPU reaches in its best cases: bfloat16 FLOP/s and bytes/s, each as a spread."""
+        """The bfloat16 FLOP/s and bytes/s of this GPU at best, as spreads."""
         size, length = (64, 1 << 12) if self.smoke else (16384, 1 << 31)
         a, b = (jnp.ones((size, size), jnp.bfloat16) for _ in range(2))
-        product = timed(jax.jit(jnp.matmul), a, b, repetitions=2 * REPETITIONS)
+        matmul = timed(jax.jit(jnp.matmul), a, b, repetitions=2 * REPETITIONS)
         x = jnp.ones(length, jnp.float32)
-        # Reads and writes each number once.
+        # Reads and writes each element once.
         copy = timed(jax.jit(lambda x: x + 1), x, repetitions=2 * REPETITIONS)
         return {
-            "matmul_flops": spread([2 * size**3 / seconds for seconds in product]),
+            "matmul_flops": spread([2 * size**3 / seconds for seconds in matmul]),
             "bandwidth": spread([2 * x.nbytes / seconds for seconds in copy]),
         }
 

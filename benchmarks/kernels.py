@@ -1,20 +1,20 @@
-"""Each kernel against its plain reference, float32 on CPU: python benchmarks/kernels.py [--only PART ...].
+"""Kernels against their plain references, float32 on CPU: python benchmarks/kernels.py [--only PART ...].
 
-grouped: the experts' grouped product, forward and both gradients, 2,048 tokens x top-4 with uneven groups.
-The limit is the matmul peak of the same run (2,048^3, in turn with the rest), and 128 experts may take 1.5
-times what 8 take, since the work is the same. `lax.ragged_dot` does every expert's work for every row on
-CPU, so it runs only for 8. Error: from float64 in numpy.
+grouped: the experts' grouped matmul, forward and backward, 2,048 tokens x top-4 with uneven groups. The limit
+is the matmul peak of the same run (2,048^3, alternating with the rest). 128 experts may take 1.5 times as
+long as 8, because the work is the same. On CPU `lax.ragged_dot` multiplies every row by every expert's
+matrix, so it runs only for 8. Error: against float64 in numpy.
 
-attention: forward and all gradients, with sinks, a sliding and a full layer. FLOPs are those of the visible
-pairs, two products forward and five backward. Error: from the plain form with a whole score matrix, which
+attention: forward and backward, with sinks, a sliding and a full layer. FLOPs are those of the visible pairs,
+two matmuls forward and five backward. Error: against the plain softmax with the whole score matrix, which
 runs up to 2,048 tokens.
 
-loss: the memory that the loss and its gradients take at gpt-oss's vocabulary, in chunks and with all logits
-at once, each in a process of its own: the most it had resident, less what it had before. The difference
-must be one array of logits at least.
+loss: peak memory of the loss and its gradients with gpt-oss's vocabulary, in chunks and with all logits at
+once, each in a separate process: peak resident bytes minus those before. The difference must be at least one
+array of logits.
 
-Errors are the largest difference over the largest value of the array, the worst array's. Shown: median
-(least–most). Writes results/kernels.json (with --only: kernels-PARTS.json).
+Errors are the largest difference over the largest value of an array, for the worst array. Shows medians
+(min–max); writes results/kernels.json (with --only: kernels-PARTS.json).
 """
 
 import functools
@@ -44,7 +44,7 @@ def grouped(rounds: int, quick: bool) -> dict:
     R, D, F = (256, 384, 1920) if quick else (2048 * 4, 384, 1920)
     counts = (8, 32) if quick else (8, 32, 128)
     x_RD, g_RF = _normal(0, R, D), _normal(1, R, F)
-    calls, errors = {PEAK: common.square_product()}, {}
+    calls, errors = {PEAK: common.square_matmul()}, {}
     for E in counts:
         sizes, w_EDF = common.uneven_sizes(R, E), _normal(2, E, D, F) * D**-0.5
         forms = {"XLA": xla_grouped_matmul}
@@ -63,7 +63,7 @@ def grouped(rounds: int, quick: bool) -> dict:
         row |= {"largest_of_mean": float(common.uneven_sizes(R, E).max() * E / R)}
         rows.append(row | {"of_peak": flops / row["seconds"]["median"] / peak["median"]})
     common.print_table(
-        f"Grouped product: {R} rows, D {D}, F {F}; matmul peak {peak['median'] / 1e9:,.0f} GFLOP/s",
+        f"Grouped matmul: {R} rows, D {D}, F {F}; matmul peak {peak['median'] / 1e9:,.0f} GFLOP/s",
         ("E, form", "ms", "of the peak", "error", "largest group / mean"),
         [
             (f"{row['E']}, {row['form']}", common.milliseconds(row["seconds"]), percent(row["of_peak"]),
@@ -81,7 +81,7 @@ def grouped(rounds: int, quick: bool) -> dict:
 
 
 def _grouped_float64(x_RD, w_EDF, g_RF, sizes):
-    """(y, (dx, dw))"""
+    """Returns (y, (dx, dw))."""
     x_RD, w_EDF, g_RF = (np.asarray(a, np.float64) for a in (x_RD, w_EDF, g_RF))
     parts = [slice(end - size, end) for end, size in zip(np.cumsum(sizes), sizes, strict=True)]
     y_RF = np.concatenate([x_RD[part] @ w for part, w in zip(parts, w_EDF, strict=True)])
@@ -91,7 +91,7 @@ def _grouped_float64(x_RD, w_EDF, g_RF, sizes):
 
 def attention(rounds: int, quick: bool) -> dict:
     B, N, K, H = 1, 6, 2, 64
-    calls, errors = {PEAK: common.square_product()}, {}
+    calls, errors = {PEAK: common.square_matmul()}, {}
     for T in (512,) if quick else (512, 1024, 2048, 4096):
         shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (N,))
         arguments, g = tuple(_normal(i, *shape) for i, shape in enumerate(shapes)), _normal(4, B, T, N, H)
@@ -128,7 +128,7 @@ def attention(rounds: int, quick: bool) -> dict:
         reference = medians.get((row["layer"], row["T"], "plain"))
         row["times_as_fast"] = reference and reference / row["seconds"]["median"]
     common.print_table(
-        f"Attention: {N} heads of {H}, {K} of keys; matmul peak {peak['median'] / 1e9:,.0f} GFLOP/s",
+        f"Attention: {N} query, {K} key/value heads of {H}; matmul peak {peak['median'] / 1e9:,.0f} GFLOP/s",
         ("layer, T, form", "ms", "plain / this", "of the peak", "error"),
         [
             (f"{row['layer']}, {row['T']}, {row['form']}", common.milliseconds(row["seconds"]),
@@ -144,7 +144,7 @@ PARTS = {"grouped": grouped, "attention": attention, "loss": loss}
 
 
 def make_parser():
-    parser = common.flags(__doc__, rounds=7)
+    parser = common.base_parser(__doc__, rounds=7)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     return parser
 

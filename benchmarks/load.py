@@ -53,7 +53,7 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 
 
 def make_checkpoint(folder: pathlib.Path) -> int:
-    """Writes the checkpoint; returns its largest tensor's bytes."""
+    """Writes the checkpoint; returns the bytes of its largest tensor."""
     from gptoss_jax.checkpoints.export import atomic_folder
     from gptoss_jax.checkpoints.mappings import HUGGINGFACE, expected_shapes
     from gptoss_jax.checkpoints.safetensors_io import NewTensor, write_tensors
@@ -89,8 +89,8 @@ def run(code: str, *arguments: str) -> dict:
 
 
 def settle(folder: pathlib.Path) -> None:
-    """Reads the files into the page cache, and makes the host of a virtual machine provide its memory: both
-    would otherwise count for the next reader."""
+    """Reads the files into the page cache and touches the memory of a virtual machine, so that neither
+    counts for the next reader."""
     for _ in range(2):
         run("import numpy as np; np.ones(11 << 30, np.uint8); print(0)")
     run(READER, str(folder))
@@ -101,9 +101,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--folder", help="where the checkpoint is, or is made and kept; default: a temporary one"
+        "--folder", help="folder of the checkpoint, created if missing (default: a temporary one)"
     )
-    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=f"measured runs (default: {REPEATS})")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = user_path(options.folder or f"{temporary}/checkpoint", "folder")

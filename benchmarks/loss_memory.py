@@ -1,4 +1,4 @@
-"""The part "loss" of kernels.py: memory that the loss and its gradients take, in processes of their own."""
+"""The part "loss" of kernels.py: memory of the loss and its gradients, measured in separate processes."""
 
 import pathlib
 
@@ -13,14 +13,14 @@ from gptoss_jax.training.losses import chunk_length, cross_entropy
 CHUNKS, PLAIN = "in chunks", "all logits"
 
 
-def most_resident() -> int:
-    """Bytes. `getrusage` knows them too, but begins with what the parent had."""
+def peak_resident() -> int:
+    """Returns the peak resident bytes. (`getrusage` would start from those of the parent.)"""
     lines = pathlib.Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def worker(form: str, B: int, T: int, D: int, V: int) -> dict:
-    """What a worker can do: the loss and its gradients, once, and the bytes that took."""
+    """Starts a worker that computes the loss and its gradients once and returns the bytes that took."""
 
     def plain(hidden_BTD, head_VD, targets_BT, weights_BT, _):
         logits_BTV = jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD)
@@ -28,7 +28,7 @@ def worker(form: str, B: int, T: int, D: int, V: int) -> dict:
         return jnp.sum((jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT) * weights_BT)
 
     def smooth(*shape):
-        # Made in place: what random numbers need on the way would count as memory had before.
+        # Computed in place: temporaries of random numbers would count as memory from before.
         return jax.jit(lambda: jnp.sin(1.0 + jax.lax.iota(jnp.float32, np.prod(shape))).reshape(shape))()
 
     loss, chunk = cross_entropy if form == CHUNKS else plain, chunk_length(B, T, V)
@@ -39,11 +39,11 @@ def worker(form: str, B: int, T: int, D: int, V: int) -> dict:
     ).lower(*arguments).compile()  # fmt: skip
 
     def peak_memory():
-        # From here on, the most is counted anew.
+        # Resets the peak.
         pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-        before = most_resident()
+        before = peak_resident()
         value, _ = jax.block_until_ready(program(*arguments))
-        return {"bytes": most_resident() - before, "loss": float(value) / (B * T)}
+        return {"bytes": peak_resident() - before, "loss": float(value) / (B * T)}
 
     return {"peak_memory": peak_memory}
 
@@ -64,7 +64,7 @@ def loss(rounds: int, quick: bool) -> dict:
     common.print_table(
         "Loss and gradients, {B} x {T} tokens, D {D}, V {V:,}: ".format(**sizes)
         + f"one array of logits is {logits / 1e9:.2f} GB",
-        ("", "GB more", "nats a token"),
+        ("", "additional GB", "nats per token"),
         [
             (row["form"], common.show({k: v / 1e9 for k, v in row["bytes"].items()}), f"{row['loss']:.5f}")
             for row in rows

@@ -1,9 +1,8 @@
-"""Which slices and nodes full training fits on: python benchmarks/scaling.py [--only TEXT ...] [--table].
+"""Slices and nodes that full training fits on: python benchmarks/scaling.py [--only TEXT ...] [--table].
 
-For each line of PLANS: the estimate from shapes, and for a TPU slice the real train step through libtpu's
-compiler (minutes to an hour each, and several GB of memory). Each result goes to results/scaling.json as soon
-as it is there, and what is there already is not done again; --again does it anew. Prints the table of
-docs/scaling.md; --table does nothing else.
+For each line of PLANS: the estimate from shapes and, for a TPU slice, the real train step compiled by libtpu
+(minutes to an hour each, and several GB of memory). Each result is written to results/scaling.json at once;
+results that are there are not repeated, except with --again. Prints the table of docs/scaling.md.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import pathlib
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "scaling.json"
 
-# Preset, slice or GPUs, mesh, rows of 4,096 tokens in a step: one for each device that shares the batch.
+# Preset, slice or GPUs, mesh, rows of 4,096 tokens per step: one for each device that splits the batch.
 PLANS = (
     ("gpt_oss_20b", "v5e:8x8", "fsdp=8,expert=8", 64),
     ("gpt_oss_20b", "v5e:8x8", "fsdp=16,expert=4", 64),
@@ -53,7 +52,7 @@ def read() -> list[dict]:
 
 
 def keep(row: dict) -> None:
-    """Puts a row into the file, in place of an older one of the same plan."""
+    """Writes a row to the file, replacing an older one of the same plan."""
     rows = [other for other in read() if key(other) != key(row)] + [row]
     order = {plan: i for i, plan in enumerate(PLANS)}
     rows.sort(key=lambda other: order.get(key(other), len(PLANS)))
@@ -82,8 +81,8 @@ def measure(preset: str, devices: str, mesh: str, batch_size: int, compiled: boo
     else:
         *counts, chip = devices.split("x")
         count = 1
-        for number in counts:
-            count *= int(number)
+        for text in counts:
+            count *= int(text)
         plan = make_plan(config, chip=chip.lower(), devices=count, meshes=[mesh])
     values = plan.to_dict()
     row |= {"count": plan.devices, "memory": plan.chip.memory, "estimate": values["estimates"][0]}
@@ -91,9 +90,9 @@ def measure(preset: str, devices: str, mesh: str, batch_size: int, compiled: boo
 
 
 def table(rows: list[dict]) -> str:
-    """GB of one device. Compiled: what is alive at once, or what was needed where it did not fit."""
+    """Returns the table, in GB of one device. Compiled: the peak, or the need of a step that is too large."""
     lines = [
-        "| model | devices | mesh | rows | GB there are | estimated | compiled | fits | compute + network |",
+        "| model | devices | mesh | rows | HBM (GB) | estimated | compiled | fits | compute + network |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for row in rows:
@@ -114,10 +113,14 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="plans whose line holds all these words")
-    parser.add_argument("--again", action="store_true", help="do anew what is in the file")
-    parser.add_argument("--estimates", action="store_true", help="only work the estimates out anew")
-    parser.add_argument("--table", action="store_true", help="print the table of what is in the file")
+    parser.add_argument("--only", nargs="*", default=[], help="only plans whose line contains all of these")
+    parser.add_argument("--again", action="store_true", help="repeat results that are in the file")
+    parser.add_argument(
+        "--estimates", action="store_true", help="only update the estimates of the results in the file"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="only print the table of the results in the file"
+    )
     options = parser.parse_args()
     done = set() if options.again else {key(row) for row in read()}
     for row in read() if options.estimates else ():

@@ -1,11 +1,11 @@
-"""What the TPU compiler says of the kernels: python benchmarks/tpu_compile.py [--only TEXT].
+"""Figures of the TPU compiler for the kernels: python benchmarks/tpu_compile.py [--only TEXT].
 
-Needs libtpu and no TPU. Compiles the attention and the grouped product of gpt-oss-20b, and a sliding and a
-full layer on these kernels, for one device of each kind; and what runs the whole of gpt-oss-20b, packed, in
-bfloat16, with a cache of 4,096 tokens, on one device and on four of the tensor axis: the decoder and the
-reader of prompts. Prints the compiler's own figures and puts them into results/tpu_compile.json. A dash
-stands for what it could not work out. It does not look into the kernels: operations of attention are not in
-its count, and the reads of the grouped products' kernels are an upper bound, which the least time follows.
+Needs libtpu but no TPU. Compiles attention and the grouped matmul of gpt-oss-20b, and a sliding and a full
+layer with these kernels, for one device of each kind; and decoding and prefill of all of gpt-oss-20b with
+MXFP4 experts in bfloat16 and a cache of 4,096 tokens, on one device and on four of the tensor axis. Prints
+the compiler's figures and writes them to results/tpu_compile.json; a dash is a figure that it could not
+compute. The compiler does not look into kernels: operations of attention are not counted, and the bytes of
+grouped matmul kernels are an upper bound, as is the time derived from them.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import os
 import pathlib
 import time
 
-# For one process beside others, on a machine without TPUs.
+# Lets several processes use libtpu on a machine without TPUs.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
@@ -42,7 +42,7 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "tpu_compile.json"
 TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 T, N, K, H, D, F, W = 4096, 64, 8, 64, 2880, 2880, 128  # of the released models
-TOKENS, X = 16384, 4  # rows of the grouped product: so many tokens, four experts each
+TOKENS, X = 16384, 4  # rows of the grouped matmul: TOKENS times X
 
 
 def attention(window):
@@ -53,16 +53,16 @@ def attention(window):
     return forward, [*shapes, ((1, T), "int32"), ((N,), "float32"), (1, T, N, H)], (0, 1, 2, 4)
 
 
-def grouped(form, experts, width, outputs):
+def grouped(implementation, experts, width, outputs):
     def forward(x, w, sizes, _):
-        return form(x, w, sizes)
+        return implementation(x, w, sizes)
 
     R = TOKENS * X
     return forward, [(R, width), (experts, width, outputs), ((experts,), "int32"), (R, outputs)], (0, 1)
 
 
 def with_gradients(forward, arguments):
-    """The result and the gradients of some arguments; the last argument is the result's gradient."""
+    """Returns a function of the result and the gradients of `arguments`; its last input is the cotangent."""
 
     def both(*inputs):
         def of(*chosen):
@@ -76,7 +76,7 @@ def with_gradients(forward, arguments):
 
 
 def programs() -> dict:
-    """Name to (function, shapes, useful operations): those of the grouped product, exactly."""
+    """Returns (function, shapes, useful operations) by name; operations only of the grouped matmul."""
     found = {}
     for window in (W, None):
         forward, shapes, arguments = attention(window)
@@ -85,9 +85,9 @@ def programs() -> dict:
         found[name + ", + gradients"] = with_gradients(forward, arguments), shapes, None
     for experts in (32, 16):
         for name, width, outputs in (("gate_up", D, 2 * F), ("down", F, D)):
-            for form in (megablox_grouped_matmul, jax.lax.ragged_dot):
-                forward, shapes, arguments = grouped(form, experts, width, outputs)
-                line = f"{name}, {experts} experts, {form.__name__.split('_')[0]}"
+            for implementation in (megablox_grouped_matmul, jax.lax.ragged_dot):
+                forward, shapes, arguments = grouped(implementation, experts, width, outputs)
+                line = f"{name}, {experts} experts, {implementation.__name__.split('_')[0]}"
                 work = 2 * TOKENS * X * width * outputs
                 found[line] = forward, shapes, work
                 found[line + ", + gradients"] = with_gradients(forward, arguments), shapes, 3 * work
@@ -95,7 +95,7 @@ def programs() -> dict:
 
 
 def pair_of_layers(place):
-    """A sliding and a full layer of gpt-oss-20b on one row, forward and backward, in bfloat16 throughout."""
+    """Returns a step of a sliding and a full layer of gpt-oss-20b on one row, bfloat16, and its arguments."""
     from flax import nnx
 
     from gptoss_jax.model.transformer import Transformer
@@ -116,8 +116,9 @@ def pair_of_layers(place):
     return jax.jit(step), (jax.tree.map(shaped, params), tokens, d_out)
 
 
-def running(mesh, batch, tokens):
-    """gpt-oss-20b, placed as `from_pretrained` does: a call that reads tokens or, for one, makes some."""
+def generation(mesh, batch, tokens):
+    """Returns a prefill of gpt-oss-20b or, for one token, a decode call, and arguments placed as
+    `from_pretrained` does."""
     published = read_preset(HERE.parent / "configs" / "gpt_oss_20b.py").model
     config = dataclasses.replace(published, expert_format="mxfp4", compute_dtype="bfloat16")
     params = load.load_target(config, mesh, "bfloat16")
@@ -136,32 +137,32 @@ def running(mesh, batch, tokens):
 
 
 def measure(function, arguments) -> dict:
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         program = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         return {"refusal": str(error).splitlines()[0]}
     cost, memory = program.cost_analysis(), program.memory_analysis()
 
-    def given(name):
-        # A negative one stands for something that the compiler could not work out.
+    def positive(name):
+        # A negative cost is one that the compiler could not compute.
         value = cost.get(name)
         return value if value is not None and value > 0 else None
 
     return {
-        "flops": given("flops"),
-        "bytes": given("bytes accessed"),
-        "optimal_seconds": given("optimal_seconds"),
+        "flops": positive("flops"),
+        "bytes": positive("bytes accessed"),
+        "optimal_seconds": positive("optimal_seconds"),
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "peak": memory.peak_memory_in_bytes,
         "code": memory.generated_code_size_in_bytes,
-        "compile_seconds": round(time.monotonic() - began, 1),
+        "compile_seconds": round(time.monotonic() - start, 1),
     }
 
 
 def keep(row: dict) -> None:
-    """Puts a row into the file, in place of an older one of the same program."""
+    """Writes a row to the file, replacing an older one of the same program."""
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib", "libtpu")}
     row = row | {"date": time.strftime("%Y-%m-%d"), "versions": versions}
     rows = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
@@ -170,7 +171,7 @@ def keep(row: dict) -> None:
 
 
 def show(row: dict) -> str:
-    def number(name, unit):
+    def in_unit(name, unit):
         value = row.get(name)
         return "–" if value is None else f"{value / unit:,.2f}"
 
@@ -183,14 +184,14 @@ def show(row: dict) -> str:
         ("temporaries", 1e9),
         ("peak", 1e9),
     )
-    cells = [number(name, unit) for name, unit in columns] + [number("code", 1e6)]
+    cells = [in_unit(name, unit) for name, unit in columns] + [in_unit("code", 1e6)]
     cells = [cells[0], work, *cells[1:]] if "refusal" not in row else [row["refusal"]]
     return f"| {row['chip']} | {row['program']} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="chips and programs whose line holds this")
+    parser.add_argument("--only", default="", help="only chips and programs whose line contains this")
     options = parser.parse_args()
     print(
         "| chip | program | TFLOP | of useful | GB accessed | least ms "
@@ -215,12 +216,12 @@ def main() -> None:
         for what, batch, tokens in (("decoding", 1, 1), ("decoding", 8, 1), ("prefill of 512", 1, 512)):
             for mesh in (one, four):
                 key = f"gpt-oss-20b, {what}, batch {batch}, {mesh.size} device{'s' * (mesh.size > 1)}"
-                jobs[key] = functools.partial(running, mesh, batch, tokens), None, mesh
+                jobs[key] = functools.partial(generation, mesh, batch, tokens), None, mesh
         for key, (job, work, mesh) in jobs.items():
             row = {"chip": name.split(":")[0], "program": key, "useful_flops": work}
             if options.only not in f"{row['chip']} {key}":
                 continue
-            # The kernels do not need the mesh; the model asks it what it is compiled for.
+            # The model asks the mesh for the backend; the kernels do not need it.
             with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
                 row |= measure(*job())
             keep(row)

@@ -1,21 +1,19 @@
-"""Training steps of us and of transformers, alternately: python benchmarks/train_vs_transformers.py.
+"""Training speed against transformers: python benchmarks/train_vs_transformers.py.
 
-The sizes of a student's notebook (6 layers of width 384, window 256) with 4, 32 and 128 experts, batch 4 x
-512, float32, AdamW with clipping, all cores for each side, each in a process of its own; what does not have
-its turn waits. Two steps before are not counted. A round is one step of each side, and a matmul of 2,048^3
-in our process: the peak that our useful operations are held against. For 128 experts the sides do not fit
-in memory together: there each turn starts a fresh process, which builds the model, takes two steps, then
-three that count, and ends; there are fewer rounds.
+A small model (6 layers of width 384, window 256) with 4, 32 and 128 experts, batch 4 x 512, float32, AdamW
+with clipping. Each side runs in a separate process on all cores and waits while the other is measured, after
+two steps of warmup. A round is one step of each side and, in our process, a matmul of 2,048^3, the peak for
+our useful operations. With 128 experts the sides do not fit in memory together: each turn starts a new
+process, which builds the model, takes two steps of warmup and three measured ones; there are fewer rounds.
 
-Against transformers' `eager` and `grouped_mm` experts. Its `batched_mm` is left out: it copies the
-matrices of each token's experts, 18 GB a layer at top-2 and 36 GB at top-4, gradients not counted, which is
-more than the 24 GB of the machine this is for.
+The peers are the `eager` and `grouped_mm` experts of transformers. Its `batched_mm` is left out: it copies
+the matrices of each token's experts, 18 GB per layer at top-2 and 36 GB at top-4 without gradients, and the
+machine has 24 GB.
 
-Shown: tokens/s as median (least–most), and the ratio of the medians, ours over the peer's. Writes every
-round's seconds to results/train_vs_transformers.json. Needs pip install -e '.[parity]'.
+Shows tokens/s as medians (min–max), and the ratio of the medians, ours over the peer's; writes the seconds of
+all rounds to results/train_vs_transformers.json. Needs pip install -e '.[parity]'.
 """
 
-import json
 import os
 import statistics
 import time
@@ -23,18 +21,18 @@ import time
 from workers import Worker
 
 OURS = "gptoss_jax"
-# Experts, experts per token, and whether each turn has a fresh process.
+# Experts, experts per token, and True if each turn starts a new process.
 SIZES = ((4, 2, False), (32, 4, False), (128, 4, True))
 QUICK = ((4, 2, False), (8, 4, True))
 IMPLEMENTATIONS = ("eager", "grouped_mm")
-STEPS_OF_A_TURN = 3
+STEPS_PER_TURN = 3
 
 
-# What runs in the workers. The torch side does not load jax, and this file and its settings are all it gets.
+# Runs in the workers. The torch side does not import jax.
 
 
 def model_sizes(experts: int, top_k: int, layers: int) -> dict:
-    """What both sides call by the same names."""
+    """Returns the settings that have the same names on both sides."""
     return {
         "vocab_size": 4096,
         "hidden_size": 384,
@@ -50,25 +48,25 @@ def model_sizes(experts: int, top_k: int, layers: int) -> dict:
     }
 
 
-def clocked(action) -> float:
-    began = time.perf_counter()
+def seconds_of(action) -> float:
+    start = time.perf_counter()
     action()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def ours(experts: int, top_k: int, layers: int, rows: int, length: int) -> dict:
-    from common import Training, square_product, student_model
+    from common import Training, small_model, square_matmul
 
     from gptoss_jax.hardware import flops_per_token
 
-    model = student_model(**model_sizes(experts, top_k, layers))
-    training, multiply = Training(model, rows, length), square_product()
+    model = small_model(**model_sizes(experts, top_k, layers))
+    training, multiply = Training(model, rows, length), square_matmul()
     multiply().block_until_ready()
     for _ in range(2):
         training.step()
     return {
-        "step": lambda: clocked(lambda: training.step().block_until_ready()),
-        "peak": lambda: 2 * 2048**3 / clocked(lambda: multiply().block_until_ready()),
+        "step": lambda: seconds_of(lambda: training.step().block_until_ready()),
+        "peak": lambda: 2 * 2048**3 / seconds_of(lambda: multiply().block_until_ready()),
         "flops": lambda: flops_per_token(model, length),
     }
 
@@ -101,14 +99,14 @@ def transformers(experts: int, top_k: int, layers: int, rows: int, length: int, 
 
     for _ in range(2):
         step()
-    return {"step": lambda: clocked(step)}
+    return {"step": lambda: seconds_of(step)}
 
 
-# What asks them.
+# Runs in the parent.
 
 
 def measure(settings: dict, fresh: bool, rounds: int, peers: list[str]) -> dict:
-    """Seconds of each side's steps, a list for each round, and the peaks beside them."""
+    """Returns the seconds of the steps of each side, one list per round, and the peaks."""
 
     def start(name):
         if name == OURS:
@@ -124,7 +122,7 @@ def measure(settings: dict, fresh: bool, rounds: int, peers: list[str]) -> dict:
             if name == OURS:
                 peaks.append(worker.ask("peak"))
                 flops = worker.ask("flops")
-            seconds[name].append([worker.ask("step") for _ in range(STEPS_OF_A_TURN if fresh else 1)])
+            seconds[name].append([worker.ask("step") for _ in range(STEPS_PER_TURN if fresh else 1)])
             if fresh:
                 worker.close()
     for worker in workers.values():
@@ -133,7 +131,7 @@ def measure(settings: dict, fresh: bool, rounds: int, peers: list[str]) -> dict:
 
 
 def report(result: dict) -> list[tuple]:
-    """Rows of the table, and the figures in it added to the result."""
+    """Returns the rows of the table, and adds their figures to the result."""
     from common import percent, show, spread
 
     tokens = result["rows"] * result["length"]
@@ -151,27 +149,21 @@ def report(result: dict) -> list[tuple]:
     ]
 
 
-def earlier() -> list[dict]:
-    """What the file has; a run of some numbers of experts leaves the others' as they are."""
-    from common import RESULTS
-
-    file = RESULTS / "train_vs_transformers.json"
-    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
-
-
 def make_parser():
-    from common import flags
+    from common import base_parser
 
-    parser = flags(__doc__, rounds=7)
+    parser = base_parser(__doc__, rounds=7)
     parser.add_argument("--experts", type=int, nargs="+", help="only these of 4, 32 and 128")
-    parser.add_argument("--peers", nargs="+", default=IMPLEMENTATIONS, help="default: eager grouped_mm")
+    parser.add_argument(
+        "--peers", nargs="+", default=IMPLEMENTATIONS, help="its implementations (default: eager grouped_mm)"
+    )
     return parser
 
 
 def main() -> None:
-    # Only to say where this runs; the workers do the work.
+    # The parent only describes the hardware; the workers measure.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from common import print_table, versions, write_json
+    from common import previous_results, print_table, versions, write_json
 
     options = make_parser().parse_args()
     quick, results, table = options.quick, [], []
@@ -182,17 +174,19 @@ def main() -> None:
         settings = {"experts": experts, "top_k": top_k, "layers": 2 if quick else 6}
         settings |= {"rows": shape[0], "length": shape[1]}
         print(f"{experts} experts, top-{top_k}", flush=True)
-        # A fresh process takes a minute to be ready.
+        # A new process takes a minute to start.
         results.append(measure(settings, fresh, 1 + rounds // 5 if fresh else rounds, options.peers))
         table += report(results[-1])
     print_table(
         f"Training, {shape[0]} x {shape[1]} tokens, {rounds} rounds",
-        ("experts", "tokens/s", "ours / this", "ours, of the matmul peak"),
+        ("experts", "tokens/s", "ours / this", "our share of the matmul peak"),
         table,
     )
     if not quick:
         done = {result["experts"] for result in results}
-        results += [result for result in earlier() if result["experts"] not in done]
+        results += [
+            result for result in previous_results("train_vs_transformers") if result["experts"] not in done
+        ]
         results.sort(key=lambda result: result["experts"])
         record = {"versions": versions("torch", "transformers"), "rounds": rounds, "results": results}
         print(write_json("train_vs_transformers", record))

@@ -1,8 +1,8 @@
-"""Peers in processes of their own, measured alternately: while one works, the others wait for their turn.
+"""Workers: peers in separate processes that are measured alternately, one working while the others wait.
 
-A worker is this file run with the name of a module and a function of it: the function gets its settings,
-makes ready, and returns a `dict` of name -> function without arguments. `Worker.ask(name)` calls one there
-and returns what it returns, as JSON.
+A worker runs this file with the names of a module and a function. The function takes the settings, prepares,
+and returns a dict of commands: functions without arguments, by name. `Worker.ask(name)` runs one in the
+worker and returns its result, as JSON.
 """
 
 import importlib
@@ -15,12 +15,12 @@ import sys
 from gptoss_jax import startup
 
 HERE = pathlib.Path(__file__).parent
-# What train.py starts itself with; the peers get it too.
+# The settings that train.py restarts itself with; the peers get them too.
 MEMORY = ":".join(startup.TUNABLES)
 
 
 class Worker:
-    """A process that runs `module.function(**settings)` and then does what it is asked."""
+    """A process that runs `module.function(**settings)` and then its commands."""
 
     def __init__(self, module: str, function: str, settings: dict, **environment: str):
         environment = os.environ | {"GLIBC_TUNABLES": MEMORY, "JAX_PLATFORMS": "cpu"} | environment
@@ -39,7 +39,7 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
-        raise RuntimeError(f"{' '.join(self._process.args[2:])} has ended with {self._process.wait()}")
+        raise RuntimeError(f"{' '.join(self._process.args[2:])} exited with {self._process.wait()}")
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -48,10 +48,10 @@ class Worker:
 
 def main(module: str, function: str, settings: str) -> None:
     sys.path.insert(0, str(HERE))
-    abilities = getattr(importlib.import_module(module), function)(**json.loads(settings))
+    commands = getattr(importlib.import_module(module), function)(**json.loads(settings))
     print("answer null", flush=True)
     for line in sys.stdin:
-        print("answer", json.dumps(abilities[line.strip()]()), flush=True)
+        print("answer", json.dumps(commands[line.strip()]()), flush=True)
 
 
 if __name__ == "__main__":
