@@ -85,7 +85,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> pathlib.Path:
-    """A run that was started and then resumed with more steps, by the command that it printed."""
+    """A run that was started and then resumed with more steps; the command that it prints works."""
     train = [
         sys.executable, ROOT / "train.py", folder / "preset.py",
         "--data.source", f"text:{folder / 'stories.txt'}",

@@ -241,7 +241,7 @@ def with_gradients(attend, spec, inputs, d_out, segments, positions):
     return out, *vjp(d_out)
 
 
-# Blocks of 38 tokens, the last one padded; windows span up to two or three blocks.
+# Blocks of 38 tokens, the last one padded; windows reach into one or two earlier blocks.
 IMPLEMENTATIONS = {
     "chunks": query_chunked_attention,
     "blocks": functools.partial(blockwise_attention, block=40),

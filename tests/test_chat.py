@@ -1,4 +1,4 @@
-"""`gptoss chat`: its session, with scripted answers; a real base model; and a terminal with Ctrl-C."""
+"""`gptoss chat`: sessions with scripted answers, a real base model, and Ctrl-C at a terminal."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ USER = "<|start|>user<|message|>"
 
 
 class Session:
-    """A chat session on scripted answers: lists of chunks, each text, bytes, or an exception to raise."""
+    """A chat session with scripted answers: lists of chunks, each text, bytes, or an exception to raise."""
 
     def __init__(self, tokenizer, conversation):
         self.tokenizer, self.conversation = tokenizer, conversation
@@ -52,7 +52,7 @@ class Session:
         return b"".join(names.get(one) or self.tokenizer.decode_bytes([one]) for one in tokens).decode()
 
     def run(self, lines, answers, context=4096, max_new_tokens=1000, seed=0, show_analysis=True):
-        """What is written, with dim text in brackets; notes and prompts are kept apart."""
+        """Returns the written text, with dim text in brackets; notes and prompts are recorded separately."""
         answers, params = iter(answers), SamplingParams(max_new_tokens=max_new_tokens, seed=seed)
 
         def answer(prompt, params):
@@ -72,7 +72,7 @@ class Session:
         return self.out.replace("][", "")
 
     def remarks(self):
-        """The notes without the speed, which is never the same."""
+        """The notes without the speed, which varies."""
         return [re.sub(r"^(\d+ tokens?) · (–|[\d,.]+) tokens/s", r"\1", note) for note in self.notes]
 
 
@@ -116,7 +116,7 @@ def test_ctrl_c_keeps_what_was_said(session):
         [THOUGHT + "t<|end|>" + START + FINAL + "one tw", stop],
         [THOUGHT + "hm", stop],
         [stop],
-        # In the middle of a character, and of a header.
+        # Within a character, and within a header.
         [FINAL + "a", "é".encode()[:1], stop],
         [FINAL + "b<|end|>" + START + "<|channel|>fi", stop],
         [FINAL + "c"],
@@ -199,7 +199,7 @@ class Stdin(io.TextIOWrapper):
 
 @pytest.fixture
 def folder(monkeypatch):
-    """(tokenizer, config, chunks of each answer) -> a folder that is loaded from nowhere; what is asked."""
+    """(tokenizer, config, chunks of each answer) -> a fake folder, and the list of requests."""
     asked = []
 
     def load_folder(tokenizer, config, answers):
@@ -334,7 +334,7 @@ def test_ctrl_c_at_a_terminal():
             seen = seen[seen.index(word) + len(word) :]
 
     def type(text):
-        # readline misses a signal that comes while it reads a key.
+        # readline misses signals that arrive while it reads a key.
         time.sleep(0.2)
         os.write(terminal, text)
 

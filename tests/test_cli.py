@@ -1,4 +1,4 @@
-"""The command line: its help, its errors, and text that arrives in broken pieces."""
+"""The command line: help, errors, and text that arrives in arbitrary chunks."""
 
 import io
 import os
@@ -21,7 +21,7 @@ from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     encoding = "utf-8"
 
@@ -61,7 +61,7 @@ def test_help(capsys, args, words):
 
 
 def test_help_does_not_wait_for_jax():
-    # Under -m the first module that is imported is the package itself.
+    # With -m, the package itself is the first module imported.
     run = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "gptoss_jax", "--help"], capture_output=True, text=True
     )
@@ -109,7 +109,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch):
-    """A run that is loaded from nowhere, and an engine that answers with given chunks of bytes."""
+    """A fake run, and an engine that answers with the given chunks of bytes."""
     seen = types.SimpleNamespace(chunks=[], tokenizer=make_tokenizer("bytes"))
     seen.model = types.SimpleNamespace(config=ModelConfig(vocab_size=260))
     monkeypatch.setattr(load, "load_model", lambda folder: (seen.model, seen.tokenizer))
@@ -127,7 +127,7 @@ def run(monkeypatch):
 
 
 def test_generate_to_a_file(run, capsys):
-    # 259 is in the model's table alone.
+    # 259 is only in the model's vocabulary, not in the tokenizer's.
     run.chunks = [b"w", b"\xc3", [0xB6, 259], b"rld \x1b[31m", b"\xe2"]
     assert main.main(["generate", "folder", "--prompt", "héllo ", "--top-k", "7", "--seed", "3"]) == 0
     captured = capsys.readouterr()
@@ -177,7 +177,7 @@ def test_an_interruption_ends_the_line(run, capsys):
 
 
 def test_broken_pipe(tmp_path):
-    # The help is longer than nothing at all, which is what the reader takes.
+    # The reader closes the pipe without reading anything.
     read, write = os.pipe()
     os.close(read)
     run = subprocess.run(

@@ -10,7 +10,7 @@ from gptoss_jax.training.console import Console
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that advances only when told to."""
 
     now = 0.0
 
@@ -19,7 +19,7 @@ class Clock:
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     encoding = "utf-8"
 
@@ -32,7 +32,7 @@ def run_console(stream):
     console = Console(stream=stream, clock=clock)
     console.message("[red]x[/red]")
     console.start(100, 1300)
-    # The first step compiles for five minutes, the others take 2 s.
+    # The first step compiles for five minutes; the others take 2 s.
     for step in range(101, 112):
         clock.now += 300 if step == 101 else 2
         console.update(step, 4.314, 3950.4, 1.2e-3)
@@ -110,7 +110,7 @@ def test_terminal_output(monkeypatch):
     text = stream.getvalue()
     assert "[red]x[/red]" in text and "[bold]hi[/bold] \\x1b[2J" in text
     assert "\x1b[2J" not in text
-    # The cursor is back.
+    # The cursor is visible again.
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
 
 
@@ -126,7 +126,7 @@ def test_progress_fits_in_a_line(monkeypatch, width):
         console.update(step, 10.31, 12_203_950.0, 1.2e-3)
         clock.now += 600
     console.stop()
-    # Each redraw goes back to the start of the line.
+    # Each redraw returns to the start of the line.
     drawn = [
         re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip()
         for line in re.split("[\r\n]+", stream.getvalue())

@@ -1,4 +1,4 @@
-"""Text as it comes, and where it ends."""
+"""Streaming detokenization: complete characters, stop strings, and the end of the text."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +29,7 @@ def test_text_ends_before_the_first_stop_string(text, stops, cuts):
     shown, stopped = through(stops, pieces(text.encode(), cuts))
     ends = [text[:n] for n in range(len(text) + 1) if any(text[:n].endswith(stop) for stop in stops)]
     assert stopped == bool(ends)
-    # The longest of the strings that are complete there counts.
+    # If several strings are complete there, the longest counts.
     length = max((len(stop) for stop in stops if ends and ends[0].endswith(stop)), default=0)
     assert "".join(shown) == (ends[0][: len(ends[0]) - length] if ends else text)
 
@@ -47,7 +47,7 @@ def test_characters_are_never_split():
         parts.append(stream.feed([token]))
         assert text.startswith("".join(parts))
     assert "".join(parts) == text and stream.close() == ""
-    # A character that breaks off, before another one and at the end.
+    # A truncated character, before another one and at the end.
     stream = StreamingDetokenizer(BYTES)
     assert stream.feed([0xE2, 0x82]) == ""
     assert stream.feed([0x41, 0xF0, 0x9F]) == "\ufffdA"
@@ -55,6 +55,6 @@ def test_characters_are_never_split():
 
 
 def test_a_whole_answer():
-    # Ids from 257 on are not the tokenizer's, and bos (256) is not text.
+    # The tokenizer has no ids from 257 on, and bos (256) is not text.
     assert detokenize(BYTES, [0x61, 256, 300, 0xC3]) == "a\ufffd"
     assert detokenize(BYTES, [*b"one. two"], ["."]) == "one"

@@ -1,4 +1,4 @@
-"""Evaluation of text: its windows, its numbers against plain loops over the model and against training."""
+"""Evaluation of text: windows, and losses against plain loops over the model and against training."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from gptoss_jax.training import losses
 from gptoss_jax.training.step import make_eval_step
 
 BYTES = make_tokenizer("bytes")
-# With characters of one to four bytes.
+# Characters of one to four bytes.
 TEXTS = ["the cat sat, é€\U0001f642", "aé", "a longer line, and then the end.\t", "\U0001f642"]
 SIZES = [22, 3, 33, 4]
 
@@ -39,7 +39,7 @@ def config(tiny_config) -> ModelConfig:
 
 @pytest.fixture
 def corpus(tmp_path):
-    """(texts) -> a corpus with a document of each."""
+    """(texts) -> a corpus with one document for each."""
 
     def make(texts):
         (tmp_path / "some.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -50,7 +50,7 @@ def corpus(tmp_path):
 
 @pytest.fixture(scope="module")
 def brute_force(config, random_params, apply_model):
-    """(texts, reach) -> -log p of all tokens, where `reach(t)` is the first that the prediction of t sees."""
+    """(texts, reach) -> -log p of all tokens, where the prediction of token t attends from `reach(t)` on."""
 
     def nats(texts, reach):
         rows, targets = [], []
@@ -103,7 +103,7 @@ def test_matches_plain_loops(config, random_params, corpus, brute_force, context
     score = evaluate_text(
         bind(config, random_params(config)), BYTES, corpus(TEXTS), settings, lambda *now: shown.append(now)
     )
-    # Of each document all bytes and eos.
+    # Every byte of each document, and eos.
     assert (score.documents, score.tokens, score.bytes) == (4, sum(SIZES) + 4, sum(SIZES))
     assert score.loss == pytest.approx(expected.mean(), rel=1e-6)
     assert score.perplexity == pytest.approx(math.exp(expected.mean()), rel=1e-5)
@@ -128,7 +128,7 @@ def test_max_tokens(config, random_params, corpus, brute_force):
     assert score.loss == pytest.approx(expected.mean(), rel=1e-6)
     settings = dataclasses.replace(settings, max_tokens=25)
     more = evaluate_text(bind(config, random_params(config)), BYTES, corpus(TEXTS), settings)
-    # All of the first document, its eos too, and two bytes of the second.
+    # All of the first document with its eos, and two bytes of the second.
     assert (more.documents, more.tokens, more.bytes) == (2, 25, 24)
 
 
@@ -220,7 +220,7 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_folder(config, random_params, tmp_path_factory):
-    """A run folder as train.py leaves it."""
+    """A run folder as written by train.py."""
     folder = tmp_path_factory.mktemp("runs")
     TrainConfig(model=config, data=DataConfig(seq_len=24), run_dir=str(folder)).save(folder / "config.json")
     BYTES.save(folder)
@@ -243,7 +243,7 @@ def test_command_with_packed_experts(packed, text, tmp_path, capsys):
     result = json.loads(written.read_text())
     assert (result["folder"], result["source"]) == (str(packed), text)
     assert (result["documents"], result["tokens"], result["bytes"]) == (2, 57, 55)
-    # All that the model takes; two short windows.
+    # The whole context of the model; two short windows.
     assert (result["context"], result["stride"], result["batch_size"]) == (96, 48, 2)
     assert result["perplexity"] == pytest.approx(math.exp(result["loss"]))
     assert result["bits_per_byte"] == pytest.approx(result["loss"] * 57 / 55 / math.log(2))

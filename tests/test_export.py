@@ -1,4 +1,4 @@
-"""Saving and converting models: bytes, formats, meshes, sidecar files, and what is refused."""
+"""Saving and converting models: bytes, formats, meshes, sidecar files, and errors."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def test_non_finite_values_warn(edited_folder, form, name, value, experts, tmp_p
     found = re.findall(r"model\.[\w.]+\w", message.removeprefix(str(folder)))
     stem = re.sub("_(scales|blocks)$", "", LAYER_2 + name)
     assert len(found) == 1 and found[0].startswith(stem) and str(folder) in message, message
-    # Saving writes the value as it is, and warns again.
+    # Saving writes the value unchanged, and warns again.
     _, message = warned(lambda: save_pretrained(model, tmp_path / "again"))
     assert stem in message
     if experts is None:
@@ -151,7 +151,7 @@ def test_shards(hf_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def bare_config(tiny_config):
-    """A model without the parameters that the published format always has, and with tied embeddings."""
+    """A model with tied embeddings and without the optional parameters that the published format requires."""
     return dataclasses.replace(
         tiny_config,
         attention_bias=False,
@@ -215,7 +215,7 @@ def test_sidecar_files_are_copied(edited_folder, tmp_path):
     assert found == sorted([*SIDECAR_FILES, "config.json", "model.safetensors"])
     for name in SIDECAR_FILES:
         assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes()
-    # config.json names no tokens here, so those of generation_config.json are used.
+    # config.json names no tokens here, so those in generation_config.json are used.
     assert json.loads((tmp_path / "new" / "config.json").read_text())["bos_token_id"] == 198
 
 
@@ -260,7 +260,7 @@ def test_run_folder_is_written_with_its_tokenizer(run_folder, tmp_path):
     assert load_tokenizer(tmp_path / "new").same_ids_as(make_tokenizer("bytes"))
     again = from_pretrained(tmp_path / "new")
     assert_same_leaves(leaves(get_params(again)), leaves(get_params(model)))
-    # A saved folder's own tokenizer is copied in turn.
+    # The tokenizer of a saved folder is copied, too.
     save_pretrained(again, tmp_path / "third")
     assert load_tokenizer(tmp_path / "third").same_ids_as(make_tokenizer("bytes"))
     assert_same_tensors(tensors_of(tmp_path / "third"), tensors_of(tmp_path / "new"))
@@ -320,7 +320,7 @@ def test_nonempty_target_is_refused(hf_folder, tmp_path):
     with pytest.raises(ValueError, match="taken: exists already") as caught:
         save_pretrained(from_pretrained(hf_folder("mxfp4")), tmp_path / "taken")
     one_line(caught)
-    # Nor is the model's own folder overwritten.
+    # The model's own folder is not overwritten, either.
     folder = shutil.copytree(hf_folder("mxfp4"), tmp_path / "model")
     with pytest.raises(ValueError, match="exists already"):
         save_pretrained(from_pretrained(folder), folder)

@@ -1,4 +1,5 @@
-"""Folders of other programs: wrapped names, one tensor per expert, adapters, and tensors of other models."""
+"""Folders written by other programs: wrapped names, one tensor per expert, adapters, other models'
+tensors."""
 
 import json
 import re
@@ -27,7 +28,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def written(published, tmp_path):
-    """(tensors, config) -> a folder that holds these tensors, and the config with these changes."""
+    """(tensors, config) -> a folder with these tensors, and the config with these changes."""
 
     def write(tensors, **config):
         folder = tmp_path / "folder"
@@ -124,7 +125,7 @@ def test_two_tensors_with_the_same_name(published, written):
     assert "holds both model.norm.weight and module.model.norm.weight, which are the same tensor" in message
 
 
-# Experts one by one.
+# One tensor per expert.
 
 
 def one_by_one(tensors, names):
@@ -202,7 +203,7 @@ def test_non_finite_expert_warns(published, written):
 
 # Foreign tensors.
 
-# Names that are added, or a function that renames; and words of the message.
+# Names to add, or a function that renames; and words of the message.
 FOREIGN = {
     "lora": (
         {f"{LAYER_1}self_attn.q_proj.lora_A.default.weight"},
@@ -253,7 +254,7 @@ def test_adapter_folder_is_recognized_before_its_config_and_tokenizer(tmp_path):
         with pytest.raises(ValueError, match=r"an adapter \(LORA\), not a whole model"):
             action(tmp_path)
     assert not (tmp_path / "new").exists()
-    # Beside a whole model, it is a leftover.
+    # Beside a complete model, it is a leftover.
     random_checkpoint(tmp_path, 3, "bfloat16")
     with pytest.warns(UserWarning, match="not applied: adapter_config.json, adapter_model.safetensors$"):
         load_pretrained(tmp_path)
@@ -265,7 +266,7 @@ def test_command_prints_each_warning_once_on_one_line(published, written, capsys
 
     def command():
         for _ in range(2):
-            # Libraries change the filters, after which Python shows the same warning again.
+            # Libraries change the warning filters, after which Python repeats the same warning.
             warnings.simplefilter("always")
             load_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""Answers against the plain forward pass, batches against single prompts, and what compiles how often."""
+"""Generation: against the plain forward pass, batches against single prompts, meshes, and compilations."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ PROMPTS = [[5], [11, 3, 96, 0, 7, 8, 9], list(range(40, 63)), [1, 2]]
 NEW = 40
 GREEDY = SamplingParams(max_new_tokens=NEW)
 SAMPLED = SamplingParams(max_new_tokens=NEW, temperature=0.9, top_k=30, top_p=0.95, min_p=0.01)
-# One of each kind, in one batch.
+# One of each kind in one batch.
 MIXED = [
     SamplingParams(max_new_tokens=40, top_p=0.5, seed=3),
     SamplingParams(max_new_tokens=3, temperature=1.2, top_k=20, seed=4294967295),
@@ -47,12 +47,12 @@ def gpt_oss(tiny_config, random_params):
 
 
 def complete(config, params, prompts, sampling=GREEDY, **kwargs) -> list[list[int]]:
-    """The tokens of `generate`."""
+    """Returns the tokens of `generate`."""
     return [answer.tokens for answer in generate(bind(config, params), prompts, sampling, **kwargs)]
 
 
 def join(chunks) -> list[list[int]]:
-    """The tokens of a stream's chunks."""
+    """Concatenates the tokens of a stream's chunks."""
     return [sum((part.tokens for part in parts), []) for parts in zip(*chunks, strict=True)]
 
 
@@ -63,7 +63,7 @@ def test_tokens_match_the_plain_forward_pass(any_model, apply_model, sampling):
     rows_BT = np.zeros((len(PROMPTS), 64), np.int32)
     for b, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
         rows_BT[b, : len(prompt) + NEW] = prompt + answer
-    # All at once: if the first t tokens are right, then the logits of the next one are those of a loop.
+    # In one forward pass: if the first t tokens are right, the next logits are those of a loop.
     logits_BTV = apply_model(config, params, rows_BT)
     keys = jnp.stack([jax.random.fold_in(jax.random.key(9), t) for t in range(NEW)])
     filters = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
@@ -98,7 +98,7 @@ def test_seeds_distinguish_identical_prompts(gpt_oss):
 
 @pytest.mark.slow
 def test_many_prefill_chunks_and_a_growing_cache(gpt_oss, monkeypatch):
-    # To the very end of the context, whose length is no power of two.
+    # To the end of the context, whose length is not a power of two.
     prompts, sampling = [[(7 * i) % 97 for i in range(170)], [4]], SamplingParams(max_new_tokens=22)
     expected = complete(*gpt_oss, prompts, sampling)
     assert [len(answer) for answer in expected] == [22, 22]
@@ -124,7 +124,7 @@ def test_prefill_chunks():
     assert sizes(0) == [] and sizes(1) == sizes(32) == [32] and sizes(33) == [32, 32]
     assert sizes(63) == [32, 32] and sizes(64) == sizes(127) == [128] and sizes(200) == [128, 128]
     assert sizes(256) == [512] and sizes(1200) == [512, 512, 128, 32, 32]
-    # Many sequences take shorter chunks.
+    # Many sequences use shorter chunks.
     assert sizes(300, batch=16) == [128, 128, 32, 32] and sizes(100, batch=500) == [32] * 4
     for tokens in range(1, 1500):
         chunks = list(engine._prefill_chunks(tokens, 1))
@@ -145,7 +145,7 @@ def test_stop_tokens(gpt_oss):
     assert expected[2] == [] and 0 < len(expected[1]) <= 4
     reasons = ["length" if len(answer) == NEW else "stop" for answer in expected]
     assert [answer.finish_reason for answer in answers] == reasons
-    # Different ones for each prompt; any token ends its answer at once.
+    # Different ones for each prompt; with every token a stop token, the answer ends immediately.
     each = [(), (whole[1][4],), [], range(97)]
     expected = [until(answer, stops) for answer, stops in zip(whole, each, strict=True)]
     assert complete(*gpt_oss, PROMPTS, [dataclasses.replace(GREEDY, stop_tokens=t) for t in each]) == expected
@@ -153,12 +153,12 @@ def test_stop_tokens(gpt_oss):
 
 
 def test_stop_strings(tiny_config, random_params, monkeypatch):
-    # Four ids that the tokenizer does not know.
+    # Four ids unknown to the tokenizer.
     config = dataclasses.replace(tiny_config, vocab_size=261)
     params, tokenizer = random_params(config), make_tokenizer("bytes")
     sampling = SamplingParams(max_new_tokens=NEW, temperature=1.0)
     whole = complete(config, params, PROMPTS, sampling)
-    # Bytes of an answer that are text: one that two tokens make, and one that never comes.
+    # Stop strings in an answer's text: one that spans two tokens, and one that does not occur.
     texts = [tokenizer.decode_bytes([t for t in answer if t < 256]) for answer in whole]
     b, i = next(
         (b, i)
@@ -179,7 +179,7 @@ def test_stop_strings(tiny_config, random_params, monkeypatch):
     reasons = ["stop" if j == b else "length" for j in range(len(PROMPTS))]
     assert [answer.finish_reason for answer in answers] == reasons
     assert join(stream(bind(config, params), PROMPTS, each, tokenizer=tokenizer)) == found
-    # A prompt that is done is not continued.
+    # A finished prompt is not continued.
     calls, decode = [], engine._decode
 
     def counted(config, params, cache, state, num_steps, logprobs):
@@ -206,7 +206,7 @@ def test_tokens_outside_the_tokenizer(tiny_config, random_params):
 
 
 def test_multi_host_streams_ignore_the_clock(monkeypatch):
-    # Their clocks differ, and all of them must take the same steps.
+    # Clocks differ between hosts, which must all take the same steps.
     assert (engine._next_num_steps(4, 0.0), engine._next_num_steps(4, 9.0)) == (8, 2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for steps, expected in ((1, 2), (4, 8), (8, 8)):
@@ -240,7 +240,7 @@ def test_logprobs(gpt_oss, apply_model, sampling):
         wanted = jax.nn.log_softmax(logits_TV)[np.arange(NEW), answer.tokens]
         np.testing.assert_allclose(answer.logprobs, wanted, atol=1e-4)
     stop = dataclasses.replace(sampling, stop_tokens=[answers[1].tokens[3]])
-    # Only who asks gets them.
+    # Only prompts that ask for logprobs get them.
     stopped = generate(bind(*gpt_oss), PROMPTS, [dataclasses.replace(stop, logprobs=False), stop, stop, stop])
     assert stopped[0].logprobs is None
     assert all(len(answer.tokens) == len(answer.logprobs) for answer in stopped[1:])
@@ -256,7 +256,7 @@ def test_stream_is_generate_in_parts(gpt_oss):
     assert len(chunks) > 2
     assert join(chunks) == [answer.tokens for answer in expected]
     assert len({len(answer.tokens) for answer in expected}) > 1
-    # An answer has a reason from its last part on.
+    # An answer has a finish reason from its last part on.
     for answer, parts in zip(expected, zip(*chunks, strict=True), strict=True):
         reasons = [part.finish_reason for part in parts]
         first = reasons.index(answer.finish_reason)
@@ -270,8 +270,8 @@ def test_stream_is_generate_in_parts(gpt_oss):
 @pytest.mark.parametrize("form", ["plain", "mxfp4"])
 @pytest.mark.parametrize("splits", ["data", "fsdp"])
 def test_on_a_mesh(tiny_config, random_params, form, splits):
-    # Three prompts over four shards of the batch; experts and heads are split as well. Only what is stored as
-    # it is used, without fsdp, is read in its stack.
+    # Three prompts on four shards of the batch; experts and heads are split as well. Weights are only read in
+    # their stack if they are stored as they are used, without FSDP.
     config = dataclasses.replace(tiny_config, num_local_experts=6, vocab_size=98)
     if form == "mxfp4":
         config = dataclasses.replace(config, hidden_size=32, intermediate_size=64, expert_format=form)
@@ -307,13 +307,13 @@ def test_cache_is_sharded_on_a_mesh(tiny_config, random_params):
 @needs_libtpu
 @pytest.mark.parametrize(("topology", "tensor"), [("v5e:2x2", 1), ("v5p:2x2x1", 4)])
 def test_on_tpus_no_packed_bytes_are_copied(topology, tensor, monkeypatch):
-    """Layers of gpt-oss-20b, placed as `from_pretrained` does, and the whole decoding step."""
+    """Layers of gpt-oss-20b, placed as by `from_pretrained`, and the whole decoding step."""
     config = ModelConfig(
         vocab_size=1024, num_hidden_layers=6, expert_format="mxfp4", compute_dtype="bfloat16"
     )
     with tpu_devices(topology) as devices, contextlib.ExitStack() as stack:
         if tensor == 1:
-            # Without a mesh the default device would be asked.
+            # Without a mesh the default device would decide.
             monkeypatch.setattr(backend, "platform", lambda: "tpu")
             monkeypatch.setattr(backend, "device_kind", lambda: devices[0].device_kind)
             monkeypatch.setattr(jax, "local_devices", lambda: devices)
@@ -333,13 +333,13 @@ def test_on_tpus_no_packed_bytes_are_copied(topology, tensor, monkeypatch):
         lowered = engine._decode.lower(config, params, *arguments, False)
         compiled = lowered.compile()
     text = compiled.as_text()
-    # Two products of the experts in each of the two layers of a period.
+    # Two expert matmuls in each of the two layers of a period.
     assert text.count('custom_call_target="tpu_custom_call"') == 4 and not BYTES_MADE.search(text)
 
 
 @contextlib.contextmanager
 def compilations():
-    """Counts what jax compiles; the list holds one entry for each program."""
+    """A list with one entry for each program that JAX compiles."""
     events = []
 
     def listen(event, duration, **kwargs):
@@ -391,7 +391,7 @@ def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, mo
     with compilations() as programs:
         done = 0
         while done < 1000:
-            # A batch of 13 … 16 is one of 16.
+            # Batches of 13 to 16 are padded to 16.
             lengths = rng.integers(1, 80, rng.integers(13, 17))
             prompts = [rng.integers(0, 97, length).tolist() for length in lengths]
             sampling = SamplingParams(
@@ -399,7 +399,7 @@ def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, mo
             )
             complete(config, params, prompts, sampling)
             done += len(prompts)
-    # Nothing else compiles, eager operations included.
+    # Nothing else is compiled, not even eager operations.
     assert 8 <= len(programs) <= max_compilations(config, decoders=2)
     jax.clear_caches()
 
@@ -474,7 +474,7 @@ def test_errors(gpt_oss, prompts, settings, message):
         generate(model, prompts, sampling)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=message):
-        stream(model, prompts, sampling)  # at once, not at the first next
+        stream(model, prompts, sampling)  # immediately, not at the first `next`
 
 
 def test_sampling_params_for_each_prompt(gpt_oss):

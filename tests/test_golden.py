@@ -1,4 +1,4 @@
-"""The package against arrays that transformers computed (golden/make_golden.py). Needs no torch."""
+"""The package against arrays computed with transformers (golden/make_golden.py). Does not need torch."""
 
 import functools
 
@@ -14,13 +14,13 @@ from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import get_params
 
-# With "mxfp4" the experts stay packed and are unpacked layer by layer.
+# With "mxfp4", experts stay packed and are dequantized layer by layer.
 HELD = [*((name, "float32") for name in CASES), ("mxfp4", "mxfp4")]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """name of a case -> its folder."""
+    """name of a case -> its checkpoint folder."""
 
     @functools.cache
     def make(name):
@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(checkpoint):
-    """(name of a case, how the experts are held) -> the model, in float32."""
+    """(name of a case, format of the experts) -> the model, in float32."""
     return functools.cache(
         lambda name, experts: from_pretrained(checkpoint(name), dtype="float32", experts=experts)
     )
@@ -44,7 +44,7 @@ def load(checkpoint):
 @pytest.mark.parametrize("name, experts", HELD)
 def test_logits_before_and_after_position_5000(name, experts, load, record_property):
     arrays = golden(name)
-    # Packing has nothing to do with positions, and a short sequence compiles sooner.
+    # Packing does not depend on positions, and a short sequence compiles faster.
     tokens = arrays["tokens"][: None if experts == "float32" else 28]
     kept = arrays["places"] < len(tokens)
     logits = ours.logits(load(name, experts), tokens)[arrays["places"][kept]]

@@ -1,4 +1,4 @@
-"""Parameter counts against the published ones, and FLOPs counted by hand where all sizes differ."""
+"""Chips, parameter counts against the published ones, and FLOPs by hand with sizes that all differ."""
 
 import dataclasses
 

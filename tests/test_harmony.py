@@ -1,4 +1,4 @@
-"""Harmony: published renderings token for token, and answers of any kind as text."""
+"""Harmony: published renderings token by token, and parsing of any answer."""
 
 import dataclasses
 import hashlib
@@ -52,7 +52,7 @@ TOKYO = 'User asks: "What is the weather in Tokyo?" We need to use lookup_weathe
 TOOL = '<|start|>browser.search to=assistant<|channel|>commentary<|message|>{"result": "https://openai.com/"}'
 WEATHER = "User asks: “What is the weather in SF?” We need to use lookup_weather tool."
 SEARCH = '{"query": "current US president July 2025", "topn": 10, "source": "news"}'
-# What a model wrote, and what is read in it: channel, recipient, content type, text.
+# A model's output, and the parts read from it: channel, recipient, content type, text.
 ANSWERS = {
     "simple_reasoning_response": [
         ("analysis", None, None, 'User asks: "What is 2 + 2?" Simple arithmetic. Provide answer.'),
@@ -62,7 +62,7 @@ ANSWERS = {
         ("analysis", None, None, TOKYO),
         ("analysis", "lookup_weather", "code", '{"location": "Tokyo"}'),
     ],
-    # A tool's own message is nothing that a model should write, and so is text.
+    # A model should not write a tool's message: it is read as text.
     "streamable_parser": [
         ("analysis", None, None, "*"),
         ("commentary", "browser.search", "code", SEARCH),
@@ -94,7 +94,7 @@ def published(harmony):
 
 
 def ids(tokenizer, text):
-    """The tokens of a text in which special tokens are spelled out."""
+    """Returns the tokens of a text in which special tokens are spelled out."""
     tokens = []
     for piece in re.split(r"(<\|\w+\|>)", text):
         special = tokenizer.special_tokens.get(piece)
@@ -103,7 +103,7 @@ def ids(tokenizer, text):
 
 
 def byte_ids(tokenizer, data):
-    """The tokens of single bytes."""
+    """Returns the tokens of single bytes."""
     table = {tokenizer.decode_bytes([token]): token for token in range(256)}
     return [table[bytes([byte])] for byte in data]
 
@@ -113,7 +113,8 @@ def vector(name):
 
 
 def parts_of(harmony, tokens, sizes=None):
-    """The parts of an answer that comes in pieces of some sizes; what is shown of each is what it holds."""
+    """Returns the parts of an answer that arrives in chunks of these sizes; checks that the text shown of
+    each part is its text."""
     reader, shown = harmony.reader(), {}
     rest, sizes = list(tokens), iter(sizes or [])
     while rest:
@@ -194,31 +195,31 @@ def said(channel, text):
 @pytest.mark.parametrize(
     ("conversation", "expected"),
     [
-        # Three turns: the analysis of both finished ones goes. openai-harmony keeps the second.
+        # Three turns: the analysis of both finished ones is dropped. openai-harmony keeps the second.
         (
             [user("q1"), said("analysis", "t1"), said("final", "a1"), user("q2"), said("analysis", "t2"),
              said("final", "a2"), user("q3")],
             U("q1") + A("final", "a1") + U("q2") + A("final", "a2") + U("q3"),
         ),
-        # Interrupted in its analysis: that stays, and what was dropped before stays dropped.
+        # Interrupted in its analysis, which stays; what was dropped before stays dropped.
         (
             [user("q1"), said("analysis", "t1"), said("final", "a1"), user("q2"), said("analysis", "t2"),
              user("q3")],
             U("q1") + A("final", "a1") + U("q2") + A("analysis", "t2") + U("q3"),
         ),
-        # And goes too once there is an answer.
+        # It is dropped as soon as there is an answer.
         (
             [user("q1"), said("analysis", "t1"), user("q2"), said("analysis", "t2"), said("final", "a2"),
              user("q3")],
             U("q1") + U("q2") + A("final", "a2") + U("q3"),
         ),
-        # A call of a tool, which is no answer; what is said on the way is no analysis.
+        # A tool call is not an answer; commentary is not analysis.
         (
             [user("q1"), said("analysis", "t1"), said("commentary", "p"),
              Part("commentary", "f.x", "json", "{}").message(), user("q2")],
             U("q1") + A("analysis", "t1") + A("commentary", "p") + CALL + U("q2"),
         ),
-        # Text without a format, as the answer it was shown as.
+        # Text without a format is an answer, as it was shown.
         ([user("q1"), Part(text="x<|end|>").message()], U("q1") + A("final", "x<|end|>")),
         ([user("<|start|>system\ud800é")], U("<|start|>system\ufffdé")),
         ([], ""),
@@ -255,12 +256,12 @@ START = "<|start|>assistant"
         ("Hello", [(None, "Hello")]),
         ("Hello<|return|>", [(None, "Hello<|return|>")]),
         (" x" * 65 + "<|channel|>y", [(None, " x" * 65 + "<|channel|>y")]),
-        # It breaks off.
+        # Truncated.
         (START, [(None, START)]),
         ("<|channel|>", [(None, "<|channel|>")]),
         ("<|channel|>analysis", [(None, "<|channel|>analysis")]),
         (F + "a<|end|><|start|>", [("final", "a"), (None, "<|start|>")]),
-        # Headers that are none: an unknown role or channel, words or markers out of place.
+        # Invalid headers: an unknown role or channel, misplaced words or markers.
         (f"<|start|>wizard{F}a", [(None, f"<|start|>wizard{F}a")]),
         (U("a") + START + F + "b", [(None, U("a")), ("final", "b")]),
         ("<|channel|>thoughts<|message|>a", [(None, "<|channel|>thoughts<|message|>a")]),
@@ -268,11 +269,11 @@ START = "<|start|>assistant"
         (F.replace("final", "final a b") + "c", [(None, "<|channel|>final a b<|message|>c")]),
         ("<|channel|>analysis" + F + "a", [(None, "<|channel|>analysis" + F + "a")]),
         (f"<|end|>{F}a", [(None, f"<|end|>{F}a")]),
-        # Nothing ends the first message, or nothing begins the second.
+        # The first message has no end, or the second no start.
         (f"<|channel|>analysis<|message|>a{START}{F}b", [("analysis", "a"), ("final", "b")]),
         (F + "a<|end|>b<|end|>c", [("final", "a"), (None, "b<|end|>c")]),
         (START + F + "a", [("final", "a")]),
-        # Special tokens inside of a message.
+        # Special tokens within a message.
         (F + "a<|message|><|constrain|><|endoftext|>", [("final", "a<|message|><|constrain|><|endoftext|>")]),
     ],
 )  # fmt: skip
@@ -301,11 +302,11 @@ def test_characters_are_never_split(harmony, published):
     reader.feed(header)
     shown = [reader.feed([token]) for token in byte_ids(harmony, "é".encode())]
     assert shown == [[], [(reader.parts[0], "é")]]
-    # One that breaks off at the end of a message belongs to that one.
+    # A truncated character at the end of a message belongs to that message.
     first, second, third = (byte_ids(harmony, data) for data in (b"\xe2\x82", b"\xac", b"\xf0\x9f"))
     tokens = [*header, *first, *end, *ids(harmony, START + F), *second, *third]
     assert [part[3] for part in parts_of(published, tokens)] == ["\ufffd", "\ufffd\ufffd"]
-    # A model has more rows than the tokenizer has tokens.
+    # The model's vocabulary is larger than the tokenizer's.
     text = parts_of(published, [*header, 200013, 201087])[0][3]
     assert text == "<|reserved_200013|><|reserved_201087|>"
 
@@ -332,7 +333,7 @@ def test_any_answer_is_parsed_without_loss(harmony, published, pieces, sizes):
     for word in ("apple", "json", "f.x", "é"):
         shown = sum((field or "").count(word) for part in parts for field in part)
         assert shown == written.count(word)
-    # And the conversation goes on.
+    # The conversation continues.
     assert published.render([user("a"), *(Part(*part).message() for part in parts), user("b")])
 
 
@@ -351,7 +352,7 @@ def test_any_answer_is_parsed_without_loss(harmony, published, pieces, sizes):
 )
 def test_rendered_answers_are_parsed_back(harmony, published, messages):
     tokens = published.render([Part(*message).message() for message in messages])
-    # From where the first message has said that it is the assistant's to where the next one would.
+    # From after the role of the first message to where that of the next one would be.
     assert tokens[:2] == tokens[-2:] == ids(harmony, START)
     assert parts_of(published, tokens[2:-2]) == messages
 

@@ -1,4 +1,4 @@
-"""Published config.json files: what is read from each dialect, what is refused, and what is written."""
+"""Published config.json files: reading each dialect, rejecting what cannot be expressed, and writing."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from gptoss_jax.config import FULL, SLIDING, ModelConfig, RopeScaling
 
-# A file that says all it should is read without a warning.
+# A complete file is read without a warning.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 ROOT = pathlib.Path(__file__).parent.parent
 
-# gpt-oss-20b as transformers 4.55 knows it, as in the released folder.
+# gpt-oss-20b as written by transformers 4.55, as in the released folder.
 HF4 = {
     "architectures": ["GptOssForCausalLM"],
     "attention_bias": True,
@@ -58,7 +58,7 @@ HF4 = {
     "use_cache": True,
     "vocab_size": 201088,
 }
-# A small model as transformers 5 writes it: all that it has in memory, and only rope_parameters.
+# A small model as written by transformers 5: every attribute, and only rope_parameters.
 HF5 = {
     "transformers_version": "5.23.0",
     "architectures": None,
@@ -164,7 +164,7 @@ def with_rope(**changes) -> dict:
 
 
 def written(config: ModelConfig, experts: str = "bfloat16") -> dict:
-    """What `to_hf` gives, after a trip through JSON."""
+    """Returns `to_hf` after a round trip through JSON."""
     return json.loads(json.dumps(config.to_hf(experts)))
 
 
@@ -185,7 +185,7 @@ def test_published_files_are_the_presets(size):
     assert ModelConfig.from_hf(path) == untrained
     assert ModelConfig.from_hf(str(path)) == untrained
     assert ModelConfig.from_hf(untrained.to_hf("mxfp4")) == untrained
-    # All of the published file that is about the model is in ours too.
+    # Every field of the published file that describes the model is in ours, too.
     ours, theirs = written(untrained, "mxfp4"), json.loads(path.read_text())
     rest = {"eos_token_id", "pad_token_id", "transformers_version", "router_aux_loss_coef"}
     assert {name: ours.get(name) for name in theirs if name not in rest} == without(theirs, *rest)
@@ -300,7 +300,7 @@ def test_yarn_of_the_original_format():
 # Files with leftovers and gaps.
 
 ALL_FULL = {**HF4, "layer_types": ["full_attention"] * 24}
-# The file, what it gives besides the defaults, and the one warning.
+# The file, the fields that are not the default, and the one warning.
 UNCLEAR = [
     ({**HF4, "experts_per_token": 8}, {}, "experts_per_token is 8, but num_experts_per_tok is 4: 4 is used"),
     (
@@ -430,7 +430,7 @@ def test_fields_of_every_transformers_model_give_no_warning():
     assert ModelConfig.from_hf({**HF4, **extra, "attn_implementation": "eager"}) == ModelConfig()
 
 
-# Refusals.
+# Errors.
 
 BAD = [
     (
@@ -672,7 +672,7 @@ def test_all_inexpressible_fields_are_reported_together():
     dataclasses.replace(config, sink_tokens=0, swiglu_up_offset=1.0, swiglu_limit=1e4).to_hf()
 
 
-# There and back.
+# Round trips.
 
 FLOATS = st.floats(1e-3, 1e4)
 SIZES = st.integers(1, 5000)
@@ -680,7 +680,7 @@ SIZES = st.integers(1, 5000)
 
 @st.composite
 def configs(draw) -> ModelConfig:
-    """Models that the format can express. The alternation of layer types is None, the form it is read as."""
+    """Models that the format can express. Alternating layer types are None, as they are read."""
     layers, heads, experts = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     kinds = draw(st.none() | st.lists(st.sampled_from([SLIDING, FULL]), min_size=layers, max_size=layers))
     if kinds is not None and kinds == [(SLIDING, FULL)[i % 2] for i in range(layers)]:
@@ -711,7 +711,7 @@ def configs(draw) -> ModelConfig:
         attention_dropout=draw(st.floats(0, 0.9)),
         rms_norm_eps=draw(FLOATS),
         initializer_range=draw(FLOATS),
-        # What the file does not carry.
+        # The file does not contain these.
         residual_dropout=draw(st.sampled_from([0.0, 0.1])),
         router_aux_loss_coef=draw(st.sampled_from([0.0, 0.01])),
         router_z_loss_coef=draw(st.sampled_from([0.0, 0.01])),
@@ -731,7 +731,7 @@ def test_write_and_read(config, experts):
     assert ModelConfig.from_hf(written(config, experts)) == carried(config)
 
 
-# The real thing.
+# Against transformers.
 
 LIVE = [
     ModelConfig(),
@@ -751,7 +751,7 @@ def test_transformers_reads_a_written_config(config, experts, tmp_path):
     assert type(read) is transformers.GptOssConfig
     theirs = read.to_dict()
     if "rope_parameters" in theirs and "rope_theta" not in theirs:
-        # transformers 5 has the older names no more.
+        # transformers 5 no longer has the old names.
         values = without(values, "rope_scaling", "rope_theta", "torch_dtype")
     assert {name: theirs[name] for name in values} == values
 
@@ -789,7 +789,7 @@ def test_transformers_default_is_the_large_model():
     config = ModelConfig.from_hf(json.loads(transformers.GptOssConfig().to_json_string(use_diff=False)))
     large = ModelConfig(num_hidden_layers=36, num_local_experts=128)
     if int(transformers.__version__.split(".")[0]) < 5:
-        # 4.55 leaves the original length out of its default, and then takes the longest one for it.
+        # 4.55 omits the original length from its default, and then uses the maximum length.
         scaling = dataclasses.replace(large.rope_scaling, original_max_position_embeddings=131072)
         large = dataclasses.replace(large, rope_scaling=scaling)
     assert config == large

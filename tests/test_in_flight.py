@@ -1,4 +1,4 @@
-"""No loop queues more programs than the bound."""
+"""Loops keep a bounded number of programs in flight."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from gptoss_jax.parallel import in_flight
 
 
 class Queue:
-    """Counts the programs that have been dispatched and not waited for."""
+    """Counts the programs that were dispatched and not waited for."""
 
     def __init__(self):
         self.now = self.most = 0
@@ -29,7 +29,7 @@ class Queue:
 
 @dataclasses.dataclass(eq=False)
 class Result:
-    """What a program returns, as far as JAX cares: something that can be waited for."""
+    """A fake result of a program, which can be waited for."""
 
     queue: Queue
     number: int

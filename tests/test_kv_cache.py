@@ -1,4 +1,4 @@
-"""The cache: where tokens lie, what it costs, and that with it the model is the same model."""
+"""The KV cache: slots of tokens, size, and cached logits against uncached ones."""
 
 import dataclasses
 import functools
@@ -31,12 +31,12 @@ def read(config, params, cache, tokens_BT, segment_ids_BT=None):
 def test_cached_logits_match_uncached_ones_for_any_chunk_size(
     either_config, random_params, apply_model, cpu_form
 ):
-    # Not seed 0, whose model makes more of a rounding than others do.
+    # Not seed 0: that model amplifies rounding more than others.
     config, params = either_config, random_params(either_config, 1)
     tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (3, 31))
     expected = apply_model(config, params, tokens_BT)
     assert np.std(expected) > 1, "logits too flat to show a mistake"
-    # The window is 4, the ring 4 or, with sink tokens, 6.
+    # The window is 4; the ring has 4 slots or, with sink tokens, 6.
     for sizes in ([1] * 31, [5] * 6 + [1], [13, 1, 1, 16]):
         cache, got, start = init_cache(config, 3, 33, jnp.float32), [], 0
         for size in sizes:
@@ -44,7 +44,7 @@ def test_cached_logits_match_uncached_ones_for_any_chunk_size(
             got.append(logits)
             start += size
         assert start == 31 and cache.lengths.tolist() == [31, 31, 31]
-        # The largest logit sets the scale: that of the rounding in the sums that all of them are.
+        # Relative to the largest logit, because all logits are sums with rounding errors of that scale.
         error = np.max(np.abs(np.concatenate(got, axis=1) - expected))
         assert error < 1e-5 * np.max(np.abs(expected))
 
@@ -67,7 +67,7 @@ def test_ragged_rows_and_a_growing_cache(either_config, random_params, apply_mod
     tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (3, 20))
     expected = apply_model(config, params, tokens_BT)
     read_B, cache = np.zeros(3, int), init_cache(config, 3, 5, jnp.float32)
-    # Each turn every sequence reads another number of its tokens, none among them.
+    # Each time, every sequence reads another number of tokens, possibly none.
     for room, counts_B in ((5, [1, 3, 0]), (5, [4, 1, 0]), (12, [1, 5, 6]), (20, [6, 0, 1]), (20, [1, 1, 1])):
         cache = resize(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
         T = 1 if max(counts_B) == 1 else 6
@@ -118,7 +118,7 @@ def test_a_ring_keeps_the_sink_tokens_and_the_latest_tokens(sink_tokens, window,
 @pytest.mark.parametrize(("window", "sink_tokens"), [(None, 0), (7, 0), (7, 3)])
 @pytest.mark.parametrize("new", [1, 9])
 def test_attention_to_a_cache_matches_the_reference(cpu_form, monkeypatch, window, sink_tokens, new):
-    # More slots than a block, which the last block is no multiple of.
+    # More slots than a block, and not a multiple of it.
     monkeypatch.setattr(cached, "BLOCK", 4)
     B, N, K, H, L, S = 3, 6, 2, 5, 2, 23
     rng = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_attention_to_a_cache_matches_the_reference(cpu_form, monkeypatch, windo
     )
     sinks_N = jnp.asarray(rng.standard_normal(N), jnp.float32)
     slots = S if window is None else sink_tokens + window
-    # What is in the other layer, or in slots that were never written, must not count.
+    # The other layer, and slots that were never written, must have no effect.
     stacks = [jnp.full((L, B, K, slots, H), np.nan) for _ in range(2)]
     row_BT = np.broadcast_to(np.arange(total), (B, total))
     spec = AttentionSpec(window, sink_tokens)
@@ -159,7 +159,7 @@ def test_cache_size_of_gpt_oss_20b():
     assert tree_bytes(cache.layers) == 12 * (131072 + 128) * 8 * 64 * 2 * 2 == 3224371200
     shapes = [layer["keys"].shape for layer in cache.layers]
     assert shapes == [(12, 1, 8, 128, 64), (12, 1, 8, 131072, 64)]
-    # Every layer whole would be twice as much.
+    # With full-length caches in every layer it would be twice as much.
     assert 24 * 131072 * 8 * 64 * 2 * 2 == 6442450944
-    # A short cache has no more slots in a ring than in a full layer.
+    # In a short cache, a ring has no more slots than a full layer.
     assert init_cache(ModelConfig(num_hidden_layers=2), 1, 64, jnp.bfloat16).layers[0]["keys"].shape[3] == 64

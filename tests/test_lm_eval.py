@@ -1,4 +1,4 @@
-"""The adapter to lm_eval: its numbers against the plain model, and tasks from files."""
+"""The lm_eval adapter: log-likelihoods against the plain model, and tasks from files."""
 
 import json
 import math
@@ -78,7 +78,7 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def complete(config, params):
-    """(texts, max_new_tokens, stop tokens) -> the greedy tokens that continue each."""
+    """(texts, max_new_tokens, stop tokens) -> the greedy continuation of each."""
 
     def tokens(texts, max_new_tokens, stop_tokens=()):
         sampling = SamplingParams(max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
@@ -99,7 +99,8 @@ def folder(config, params, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def log_probs(config, params, apply_model):
-    """(tokens before, tokens) -> the log-probability of each of them, and whether it is the likeliest."""
+    """(context tokens, tokens) -> the log-probability of each token, and whether it is the most likely
+    one."""
 
     def score(before, tokens):
         row_BT = np.array([(before + tokens)[:-1]])
@@ -130,7 +131,7 @@ def test_long_inputs_are_truncated_at_the_start(folder, log_probs):
     context, continuation = PAIRS[2]
     model = GptOss(str(folder), max_length=16)
     ((total, _),) = model.loglikelihood([asked("loglikelihood", context, continuation)], True)
-    # Sixteen tokens are read: all but the last of the continuation, and those before it.
+    # Sixteen tokens are read: all but the last of the continuation, and the end of the context.
     tokens = list((context + continuation).encode())[-17:]
     count = len(continuation)
     assert total == pytest.approx(log_probs(tokens[:-count], tokens[-count:])[0].sum(), rel=1e-5)
@@ -171,7 +172,7 @@ def test_answers_end_before_stop_strings(complete, folder, batch_size):
     prompts = ["one", "another prompt", "x"]
     tokens = complete(prompts, 12, [BOS])
     texts = [BYTES.decode([t for t in row if t < 257]) for row in tokens]
-    # A character of the first answer that stands in it once.
+    # A character that occurs once in the first answer.
     until = next(c for c in texts[0] if c != "\ufffd" and texts[0].index(c) > 0)
     settings = {"until": [until], "max_gen_toks": 12}
     found = GptOss(str(folder), batch_size).generate_until(
@@ -189,7 +190,7 @@ def test_answers_end_at_every_stop_token(complete, folder, tmp_path):
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [text, BOS]}))
     requests = [asked("generate_until", "one", {"until": [], "max_gen_toks": 12})]
     (found,) = GptOss(str(tmp_path / "model")).generate_until(requests, True)
-    # The token is text, which lm_eval's own adapters count as such.
+    # The token is text, and counts as such in lm_eval's own adapters.
     assert found == BYTES.decode([token for token in tokens[: end + 1] if token < 257])
 
 
@@ -206,13 +207,13 @@ def test_sampled_answers(folder):
     requests = [asked("generate_until", prompt, settings) for prompt in ("a", "a", "b c", "a")]
     found = [GptOss(str(folder), batch_size).generate_until(requests, True) for batch_size in (None, 1, 3)]
     assert found[0] == found[1] == found[2]
-    # The same prompt again is asked for another answer.
+    # Repeating a prompt asks for another answer.
     assert len({found[0][i] for i in (0, 1, 3)}) == 3
 
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    """(template, rows, others) -> a YAML file of a task, with its data beside it; nothing is downloaded."""
+    """(template, rows, others) -> the YAML file of a task, with its data beside it; nothing is downloaded."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
@@ -235,7 +236,7 @@ def test_a_task_of_choices_from_a_file(folder, log_probs, task, tmp_path, capfd)
         totals = [log_probs([BOS, *question.encode()], list(c.encode()))[0].sum() for c in choices]
         right += int(np.argmax(totals)) == answer
         rows.append({"question": question, "choices": choices, "answer": answer})
-    # lm_eval puts a space between question and choice itself.
+    # lm_eval inserts a space between question and choice.
     file = task(CHOICE + 'target_delimiter: ""\n', rows)
     written = tmp_path / "result.json"
     assert main.main(["eval", str(folder), "--task", file, "--json", str(written)]) == 0

@@ -1,4 +1,4 @@
-"""Loading models: parameters by hand, dtypes, meshes, memory, and what is refused."""
+"""Loading models: parameters by hand, dtypes, meshes, memory, and errors."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ def test_original_layout_gives_the_same_parameters(hf_folder, original_folder, f
     expected_config, expected, _ = load_pretrained(hf_folder(form))
     assert config == expected_config and origin == original_folder(form) / "original"
     assert_same_leaves(leaves(params), leaves(expected))
-    # `original/` itself can be named too.
+    # The path of `original/` itself works, too.
     _, params, _ = load_pretrained(original_folder(form) / "original")
     assert_same_leaves(leaves(params), leaves(expected))
 
@@ -84,7 +84,7 @@ def test_packed_logits_match_dequantized_weights(hf_folder):
     packed = logits(from_pretrained(hf_folder("mxfp4"), dtype="float32"))
     plain = logits(from_pretrained(hf_folder("mxfp4"), dtype="float32", experts="float32"))
     assert packed.shape == (*TOKENS.shape, SIZES["vocab_size"]) and np.abs(packed).max() > 1
-    # Another kernel, another order of summation.
+    # Different kernels sum in different orders.
     np.testing.assert_allclose(packed, plain, rtol=0, atol=5e-6 * np.abs(plain).max())
 
 
@@ -104,7 +104,7 @@ def test_quantizing_while_loading(hf_folder, form):
 
 
 TYPES = [
-    # Form of the file, dtype, experts -> dtype of all but the experts, dtype of the experts.
+    # Format of the file, dtype, experts -> dtype of all but the experts, dtype of the experts.
     ("bfloat16", None, None, "bfloat16", "bfloat16"),
     ("bfloat16", "float32", None, "float32", "float32"),
     ("float32", None, None, "float32", "float32"),
@@ -140,7 +140,7 @@ def test_float16_files(edited_folder, tmp_path):
     assert {leaf.dtype.name for leaf in found.values()} == {"float16"}
     found = leaves(load_pretrained(folder, dtype="float32")[1])
     assert_same_leaves(found, tree_by_hand(load_file(folder / "model.safetensors")))
-    # Quantized from the same float32 values, and saved as float32, which the format has.
+    # Quantized from the same float32 values, and saved as float32, which the format supports.
     write_folder(open_weights(folder), tmp_path / "float32", "float32")
     packed = leaves(load_pretrained(folder, "float32", "mxfp4")[1])
     assert_same_leaves(packed, leaves(load_pretrained(tmp_path / "float32", experts="mxfp4")[1]))
@@ -285,7 +285,7 @@ def test_missing_folders(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache of the hub, offline."""
+    """An empty Hugging Face cache, offline."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -329,7 +329,7 @@ def large(tmp_path_factory):
 
 @contextlib.contextmanager
 def traced_peak():
-    """Yields a list that gets the peak of the bytes allocated by numpy."""
+    """Yields a list that receives the peak of the bytes allocated by NumPy."""
     found = []
     tracemalloc.start()
     try:
@@ -341,7 +341,7 @@ def traced_peak():
 
 @pytest.mark.parametrize(("experts", "dtype"), [(None, None), ("bfloat16", None), ("float32", "float32")])
 def test_loading_needs_less_than_half_a_tensor_besides_the_result(large, monkeypatch, experts, dtype):
-    # Each thread holds a few MB.
+    # Each thread uses a few MB.
     monkeypatch.setattr(sharded_io.os, "sched_getaffinity", lambda process: {0, 1})
     load_pretrained(large, dtype, experts)
     with traced_peak() as peak:
@@ -349,12 +349,12 @@ def test_loading_needs_less_than_half_a_tensor_besides_the_result(large, monkeyp
     arrays = leaves(params)
     total = sum(array.nbytes for array in arrays.values())
     one = max(array.nbytes // len(array) for name, array in arrays.items() if "moe" in name)
-    # The peak includes the result: on CPU, the arrays are in numpy's memory.
+    # The peak includes the result: on CPU, the arrays share NumPy's memory.
     assert total <= peak[0] < total + one / 2
 
 
 def test_accelerators_are_filled_layer_by_layer(hf_folder):
-    # As for a GPU or TPU; on CPU the device takes over the host's array.
+    # As for a GPU or TPU; on CPU the device would share the host's array.
     source = open_weights(hf_folder("mxfp4"))
     layers = [source.tensor("moe.gate_up", layer) for layer in (0, 2)]
     index = (slice(1, 3), slice(0, None), slice(0, 2), slice(3, 9))

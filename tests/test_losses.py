@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks against the plain one, and units by hand."""
+"""Losses: chunked cross-entropy against the plain one, and values by hand."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_targets_of_weight_zero_have_no_effect(content):
         return value_and_gradients(lambda h, w: losses.cross_entropy(h, w, targets, weights, 4), hidden, head)
 
     expected = loss(hidden, targets)
-    # An id outside of the vocabulary, as some pipelines mark what is not to be learned.
+    # An id outside the vocabulary, which some pipelines use for targets to ignore.
     for f, e in zip(loss(spoilt, jnp.where(off, -100, targets)), expected, strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-6, atol=1e-6)
 
@@ -89,7 +89,7 @@ def test_bfloat16_hidden_states():
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """The shapes of all values of a program, those inside of its loops included."""
+    """Yields the shapes of all values in a program, inside its loops too."""
     shapes = set()
     for equation in jaxpr.eqns:
         shapes |= {v.aval.shape for v in equation.outvars}
@@ -119,7 +119,7 @@ def test_logits_of_all_positions_are_never_in_memory_together():
         (32, 512, 4096, 1, 256),
         (4, 100, 201088, 1, 25),  # 41.7 positions have room
         (4, 101, 201088, 1, 1),  # a prime number
-        (4096, 64, 201088, 1, 1),  # not even one has
+        (4096, 64, 201088, 1, 1),  # not even room for one
     ],
 )
 def test_chunk_length(batch, length, vocab, shards, chunk):
@@ -127,7 +127,7 @@ def test_chunk_length(batch, length, vocab, shards, chunk):
 
 
 def test_bits_per_byte():
-    # Two tokens of probability 1/8 are 6 bits; over 4 bytes, 1.5 a byte.
+    # Two tokens with probability 1/8 are 6 bits: 1.5 per byte for 4 bytes.
     assert losses.bits_per_byte(2 * math.log(8), 4) == pytest.approx(1.5)
 
 

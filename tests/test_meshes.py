@@ -1,4 +1,4 @@
-"""Every mesh of eight devices trains like one device, however uneven the routing, and holds its share."""
+"""Meshes of eight devices: training matches one device, however uneven the routing, and memory is shared."""
 
 import collections as containers
 import dataclasses
@@ -55,8 +55,8 @@ CONFIG = TrainConfig(
         compute_dtype="float32",
     ),
     data=DataConfig(seq_len=T, batch_size=B),
-    # A large epsilon keeps the update in proportion to the gradient, so that a wrong gradient shows. Small
-    # steps keep differences of rounding from growing until a router's near tie falls the other way.
+    # With a large epsilon, updates are proportional to gradients, so wrong gradients show. With small steps,
+    # rounding errors do not grow until they flip a near tie of the router.
     optim=OptimConfig(learning_rate=5e-3, warmup_steps=2, epsilon=0.05, max_grad_norm=0.0),
     steps=20,
 )
@@ -79,7 +79,7 @@ MESHES = {
 
 
 def make_batch(seed, config=CONFIG):
-    """Rows of one or two documents and some padding."""
+    """Returns rows of one or two documents and some padding."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, config.model.vocab_size, (B, T + 1))
     ends = rng.integers(T - 4, T + 1, (B, 1))
@@ -91,7 +91,7 @@ def make_batch(seed, config=CONFIG):
 
 
 def start_params(config, router_bias=None):
-    """Random everywhere, norms, biases and sinks too, and a router that decides."""
+    """Random parameters, even norms, biases and sinks, and a router with clear decisions."""
     rng = np.random.default_rng(7)
 
     def one(path, leaf):
@@ -110,7 +110,7 @@ def alone_with(config, steps, router_bias):
 
 
 def run(config, mesh_config, steps, router_bias=None):
-    """The metrics of some steps, the gradients of the first, and the parameters after the last."""
+    """Returns the metrics of some steps, the gradients of the first, and the parameters after the last."""
     devices = jax.devices()[:1] if mesh_config is None else None
     mesh = make_mesh(mesh_config or MeshConfig(data=1), devices)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
@@ -127,7 +127,7 @@ def run(config, mesh_config, steps, router_bias=None):
 
 
 def furthest(found, expected):
-    """The largest difference of a leaf, as a share of the leaf's largest number; and which leaf that is."""
+    """Returns the largest difference in a leaf, relative to its largest value, and the name of that leaf."""
     worst = (0.0, "")
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
@@ -142,7 +142,7 @@ def alone():
     return run(CONFIG, None, 20)
 
 
-# Every axis is in one of these; the other meshes are slow tests.
+# Together these use every axis; the other meshes are slow tests.
 QUICK = ("data 8", "fsdp 8", "expert 8", "fsdp 2 x expert 2 x tensor 2")
 
 
@@ -173,7 +173,7 @@ def uneven_config(**changes):
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1, expert=8), MeshConfig(data=2, expert=2, tensor=2)])
 @pytest.mark.parametrize(("favourites", "ragged"), [(1, True), (3, False)])
 def test_no_token_is_dropped_when_all_go_to_one_device(monkeypatch, mesh, favourites, ragged):
-    """The fullest device gets all rows of its group: eight rounds or two of what it has room for."""
+    """The fullest device receives all rows of its group, in eight or two rounds of its buffer."""
     monkeypatch.setattr(all_to_all, "MIN_BUFFER_ROWS", 1)
     monkeypatch.setattr(all_to_all, "BUFFER_PERCENT", {"ragged": 100, "padded": 100})
     if ragged:
@@ -198,7 +198,8 @@ def test_no_token_is_dropped_when_all_go_to_one_device(monkeypatch, mesh, favour
 @pytest.mark.parametrize("room", [1, 3, 16, 57, 200])
 @pytest.mark.parametrize("transport", [all_to_all.RaggedAllToAll, all_to_all.PaddedAllToAll])
 def test_any_buffer_size_gives_the_same_result(transport, room):
-    """Rows that four devices send to eight experts, some to none, against each with its own matrix."""
+    """Four devices send rows to eight experts, some to none; compared with each row times its own
+    matrices."""
     rows, width, n, experts = 29, 5, 4, 8
     rng = np.random.default_rng(room)
     mesh = make_mesh(MeshConfig(data=1, expert=n), jax.devices()[:n])
@@ -240,7 +241,7 @@ def test_any_buffer_size_gives_the_same_result(transport, room):
 
 @pytest.mark.slow
 def test_capacity_drops_and_counts_the_last_rows():
-    """One of two experts is every token's: it takes 1.5 times its even share of a group's rows."""
+    """All tokens choose one of two experts, which accepts 1.5 times its even share of a group's rows."""
     config = uneven_config(num_experts_per_tok=2, num_local_experts=8, expert_capacity_factor=1.5)
     bias = np.where(np.arange(8) == 2, 60.0, 0)
     rows, *_ = run(config, None, 1, bias)
@@ -251,20 +252,20 @@ def test_capacity_drops_and_counts_the_last_rows():
     beyond = np.maximum(asked - most, 0).sum(axis=1).mean()
     assert rows[0]["dropped"] == pytest.approx(beyond / (2 * real), rel=1e-5)
     assert beyond >= real - most
-    # Where all devices exchange tokens, they drop the same ones.
+    # If all devices exchange tokens, they drop the same ones as one device.
     spread, gradients, _ = run(config, MeshConfig(data=1, expert=8), 1, bias)
     assert spread[0]["dropped"] == pytest.approx(rows[0]["dropped"], rel=1e-6)
     assert spread[0]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
     error, leaf = furthest(gradients, run(config, None, 1, bias)[1])
     assert error <= 1e-5, leaf
-    # Two groups each have half the rows, and half the room.
+    # Each of two groups has half of the rows and half of the capacity.
     halves, *_ = run(config, MeshConfig(data=2, expert=4), 1, bias)
     assert halves[0]["dropped"] == pytest.approx(rows[0]["dropped"], rel=0.2)
     plain, *_ = run(uneven_config(num_experts_per_tok=2, num_local_experts=8), None, 1, bias)
     assert plain[0]["dropped"] == 0 and plain[0]["loss"] != rows[0]["loss"]
 
 
-# A model of which norms and biases are a small part.
+# A model whose norms and biases are a small part.
 QUICKSTART = read_preset(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 
 
@@ -310,15 +311,15 @@ def test_experts_are_not_gathered_over_the_expert_axis(mesh):
     }
     with jax.set_mesh(mesh):
         text = make_train_step(CONFIG).lower(abstract_state(CONFIG, mesh), batch).compile().as_text()
-    # Numbers that each all-gather gives, by the axes it runs along.
+    # Output sizes of the all-gathers, in values, by mesh axes.
     sizes = containers.defaultdict(list)
     for one in collectives(text):
         if one.kind == "all-gather":
             sizes[one.axes(mesh.shape)] += [shape_bytes(shape) // 4 for shape in one.shapes]
-    # By their sizes, which no other array here has.
+    # Recognized by their sizes, which no other array here has.
     D, F, here = 40, 28 // mesh.shape["tensor"], E // mesh.shape["expert"]
     if mesh.shape["fsdp"] > 1:
-        # The matrices of the experts here are seen, gathered over fsdp in both passes: none are kept.
+        # Local experts are gathered over FSDP in both passes, so none are kept.
         gathered = sizes["fsdp",]
         assert gathered.count(here * D * 2 * F) >= 2 and gathered.count(here * D * F) >= 2
     along_expert = [size for axes, found in sizes.items() if "expert" in axes for size in found]

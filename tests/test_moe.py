@@ -1,4 +1,4 @@
-"""The router, the gated activation and the experts, each against a slow and plain form."""
+"""The router, SwiGLU and the experts, each against a slow and plain implementation."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ def test_plain_swiglu_by_hand():
 
 
 def make_layer(config, **replaced):
-    """A layer whose parameters are all random, or the ones given."""
+    """Returns an MoE layer with random parameters, except the given ones."""
     rng = np.random.default_rng(1)
     moe = MoE(config, rngs=nnx.Rngs(0))
     for name, value in nnx.to_pure_dict(nnx.state(moe)).items():
@@ -74,7 +74,7 @@ def make_layer(config, **replaced):
 
 
 def by_tokens(moe, x_BTD, real_BT):
-    """Each token through each of its experts, in float64."""
+    """Applies its experts to each token, in float64."""
     config = moe.config
     p = {name: np.asarray(v, np.float64) for name, v in nnx.to_pure_dict(nnx.state(moe)).items()}
     x_BTD = np.asarray(x_BTD, np.float64)
@@ -113,7 +113,7 @@ REAL = jnp.array([[True] * 7 + [False] * 2, [False] + [True] * 8])
 
 
 def test_experts_match_a_loop_over_tokens(either_config):
-    # A low clamp, so that it is met.
+    # A low limit, so that some values are clamped.
     config = either_config
     if config.swiglu_limit is not None:
         config = dataclasses.replace(config, swiglu_limit=1.5)
@@ -126,7 +126,7 @@ def test_experts_match_a_loop_over_tokens(either_config):
 
 
 def test_down_bias_is_inside_of_the_weighted_sum(tiny_config):
-    # Without anything else, the result is the mean of the biases of the two chosen experts, 1 and 3.
+    # With all else zero, the result is the mean of the biases of the two chosen experts, 1 and 3.
     config = tiny_config
     E, D, F = 5, 24, 40
     moe = make_layer(
@@ -177,7 +177,7 @@ def test_gradients_match_those_of_every_expert_on_every_token(tiny_config):
 
 
 def test_router_statistics_by_hand():
-    # Probabilities (1/2, 1/4, 1/4), (1/8, 1/8, 3/4) and, on padding, one that must not count.
+    # Probabilities (1/2, 1/4, 1/4), (1/8, 1/8, 3/4), and padding, which must not count.
     logits = jnp.log(jnp.array([[2.0, 1.0, 1.0], [1.0, 1.0, 6.0], [1.0, 90.0, 9.0]]))
     chosen = jnp.array([[0, 1], [2, 0], [1, 2]])
     stats = router_stats(logits, chosen, jnp.array([True, True, False]))
@@ -242,7 +242,7 @@ CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, 
 
 @pytest.fixture(scope="module")
 def packed_config(tiny_config):
-    """With sizes that MXFP4 can pack."""
+    """A config with sizes that MXFP4 supports."""
     return dataclasses.replace(
         tiny_config, hidden_size=96, intermediate_size=64, swiglu_limit=1.5, expert_format="mxfp4"
     )
@@ -250,7 +250,7 @@ def packed_config(tiny_config):
 
 @pytest.fixture(scope="module")
 def packed_moe(packed_config):
-    """Any bytes in the experts, and all else random."""
+    """An MoE layer with random bytes in its packed experts, and other parameters random."""
     rng = np.random.default_rng(4)
     moe = nnx.eval_shape(lambda: MoE(packed_config, rngs=nnx.Rngs(0)))
     for name, value in nnx.to_pure_dict(nnx.state(moe)).items():
@@ -265,7 +265,7 @@ def packed_moe(packed_config):
 
 
 def numbers(moe, name):
-    """The packed rows [..., in] as float32."""
+    """Returns the dequantized rows [..., in] as float32."""
     blocks, scales = (np.asarray(getattr(moe, f"{name}_{part}")[...]) for part in ("blocks", "scales"))
     codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
     return np.ldexp(CODES[codes], scales[..., None].astype(int) - 127).reshape(*scales.shape[:-1], -1)
@@ -288,7 +288,7 @@ def test_packed_experts_match_their_dequantized_weights(packed_config, packed_mo
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_array_equal(stats["load"], expected_stats["load"])
     np.testing.assert_allclose(found, by_tokens(plain, x, REAL), rtol=1e-4, atol=1e-4 * np.abs(found).max())
-    # The way of few rows, as in decoding.
+    # Few rows, as in decoding.
     found, _ = run(packed_moe, x[:, :3], REAL[:, :3])
     expected = by_tokens(plain, x[:, :3], REAL[:, :3])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
@@ -306,7 +306,7 @@ def test_shapes_and_sizes_of_packed_experts(packed_config):
         "down_scales": (L // 2, E, D, F // 32),
     }
     assert found.keys() - packed.keys() == {"router", "router_bias", "gate_up_bias", "down_bias"}
-    # Weights are counted, not bytes: a layer has 3 D F of them in each expert.
+    # Weights are counted, not bytes: 3 D F in each expert of a layer.
     without = L * 3 * E * D * F
     plain = dataclasses.replace(config, expert_format="plain")
     assert parameter_count(config) == parameter_count(plain) > without
@@ -326,7 +326,7 @@ def test_packed_experts_are_split_along_experts_and_rows(packed_config):
             strict=True,
         )
     }
-    # Experts by 2 and rows by 4; a group of 32 stays whole.
+    # Experts are split by 2 and rows by 4; blocks of 32 stay whole.
     assert shards["gate_up_blocks"] == (2, 3, 32, 3, 16) and shards["gate_up_scales"] == (2, 3, 32, 3)
     assert shards["down_blocks"] == (2, 3, 24, 2, 16) and shards["down_scales"] == (2, 3, 24, 2)
 
@@ -338,7 +338,7 @@ def test_initial_packed_experts_are_the_plain_ones_quantized(packed_config):
     gate_up, down = np.asarray(plain.gate_up[...]), np.asarray(plain.down[...])
     rows = np.stack([gate_up[:, :, 0], gate_up[:, :, 1]], axis=-1).reshape(*gate_up.shape[:2], -1)
     for name, exact in (("gate_up", rows.swapaxes(1, 2)), ("down", down.swapaxes(1, 2))):
-        # The largest error of a group is a fifth of its largest number.
+        # The error in a block is at most a fifth of its largest value.
         groups = np.abs(exact.reshape(*exact.shape[:-1], -1, 32))
         bound = np.repeat(groups.max(axis=-1) / 5, 32, axis=-1)
         error = np.abs(numbers(packed, name) - exact)

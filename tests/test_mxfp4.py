@@ -1,4 +1,4 @@
-"""MXFP4 there and back, against float64 in numpy: every byte under every scale, and numbers of all sizes."""
+"""MXFP4 in both directions against float64 in NumPy: every byte with every scale, and values of all sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -27,28 +27,28 @@ def codes_of(blocks):
 
 
 def decode(blocks, scales):
-    """What a packed group stands for, [..., G, 32] in float64, where all of it is exact."""
+    """Dequantizes to [..., G, 32] in float64, where every value is exact."""
     values = np.ldexp(CODES[codes_of(blocks)], scales.astype(int)[..., None] - 127)
     values = np.where(np.abs(values) >= 2.0**128, np.copysign(INF, values), values)
     return np.where((scales == 255)[..., None], NAN, values)
 
 
 def encode(values):
-    """The publisher's rule on groups [..., 32] of float64: (codes, scales)."""
+    """Quantizes blocks [..., 32] of float64 by the publisher's rule; returns (codes, scales)."""
     values = np.asarray(values, np.float64)
     largest = np.abs(values).max(axis=-1)
     finite = np.isfinite(largest)
     bounds = 6 * np.ldexp(1.0, np.arange(255) - 127)
     scales = np.where(finite, np.searchsorted(bounds, np.where(finite, largest, 0)), 255)
     scaled = np.ldexp(np.abs(np.where(np.isfinite(values), values, 0)), 127 - scales[..., None])
-    # argmin takes the first of equals: even codes go first.
+    # argmin returns the first of equals: even codes come first.
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
     codes = order[np.abs(scaled[..., None] - CODES[order]).argmin(axis=-1)]
     return (codes + 8 * np.signbit(values)).astype(np.uint8), scales.astype(np.uint8)
 
 
 def wide(values):
-    """Any float array as float64, without a conversion that could flush what is subnormal."""
+    """Returns a float array as float64, without a conversion that could flush subnormals."""
     values = np.asarray(values)
     if values.dtype == BFLOAT16:
         values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -56,14 +56,14 @@ def wide(values):
 
 
 def assert_same_numbers(found, expected):
-    """Equal with the sign of zero; any NaN is as good as another."""
+    """Asserts equal values, including the sign of zero; all NaNs are equal."""
     np.testing.assert_array_equal(found, expected)
     known = ~np.isnan(expected)
     np.testing.assert_array_equal(np.signbit(found)[known], np.signbit(expected)[known])
 
 
 def assert_packed(values, codes, scales):
-    """Both ways to quantize [..., 32] give these bytes."""
+    """Asserts that quantizing [..., 32] gives these bytes, on the device and on the host."""
     for blocks, found in (quantize(values), codec.quantize(values, xp=np)):
         assert blocks.dtype == found.dtype == np.uint8
         np.testing.assert_array_equal(found[..., 0], scales)
@@ -72,7 +72,7 @@ def assert_packed(values, codes, scales):
 
 
 def group(*values, dtype=np.float32):
-    """One group that begins with these numbers; the rest is zero."""
+    """Returns one block that starts with these values; the rest is zero."""
     return np.array([*values] + [0.0] * (32 - len(values)), dtype)
 
 
@@ -98,7 +98,7 @@ def test_every_byte_under_every_scale(dtype):
     ):
         assert found.dtype == dtype
         assert_same_numbers(wide(found), expected)
-    # 2, 3, 4 and 6 overflow under scale 254, 4 and 6 under 253.
+    # 2, 3, 4 and 6 overflow with scale 254, 4 and 6 with 253.
     assert np.isinf(expected).sum() == 6 * 64 and np.isnan(expected).sum() == 512
 
 
@@ -123,7 +123,7 @@ def test_leading_axes_are_kept():
 
 
 def test_quantizing_dequantized_values_gives_the_same_values():
-    # Each byte fills a group of its own, so that every size is once the largest; and all bytes in turn.
+    # Each byte fills a block, so that every magnitude is the largest once; then all bytes in order.
     alone = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 256, 16))
     for blocks in (alone, EVERY_BYTE):
         scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], blocks.shape[:2])
@@ -133,7 +133,7 @@ def test_quantizing_dequantized_values_gives_the_same_values():
         for found, powers in (quantize(values), codec.quantize(values, xp=np)):
             again = np.asarray(dequantize(found, powers, jnp.float32)).reshape(*scales.shape, 32)
             assert_same_numbers(again[finite], values.reshape(again.shape)[finite])
-            # A group that overflowed is known no more.
+            # A block that overflowed cannot be recovered.
             np.testing.assert_array_equal(np.asarray(powers)[~finite], 255)
             twice, powers_of_twice = quantize(again.reshape(values.shape))
             np.testing.assert_array_equal(np.asarray(twice)[finite], np.asarray(found)[finite])
@@ -152,7 +152,7 @@ def test_the_scale_is_the_smallest_that_clips_nothing(exponent):
         np.stack([group(code, dtype=np.uint8) for code in (7, 15, 5, 13, 7, 5)]),
         [scale, scale, scale + 1, scale + 1, scale, scale],
     )
-    # The last of them is 3 and a little, which the scale below would clip.
+    # The last is slightly above 3, which the next lower scale would clip.
     assert encode(wide(values))[1].tolist() == [scale, scale, scale + 1, scale + 1, scale, scale]
 
 
@@ -179,7 +179,7 @@ def test_ties_go_to_the_even_code(exponent):
     even = np.array([even for _, even in TIES]) * power
     for sign in (1, -1):
         for values, expected in ((exact, even), (above, upper), (below, lower)):
-            # The first value of the group sets the scale.
+            # The first value of the block determines the scale.
             numbers = group(6 * power, *(sign * values))
             blocks, scales = quantize(numbers)
             assert np.asarray(scales).tolist() == [127 + exponent]
@@ -193,7 +193,7 @@ def test_ties_go_to_the_even_code(exponent):
         ([], [], 0),
         ([-0.0, 0.0], [8, 0], 0),
         ([1.0, -0.0], [6, 8], 125),
-        # The far ends of float32: all that is smaller than a quarter of the smallest scale is lost.
+        # The limits of float32: values below a quarter of the smallest scale become zero.
         ([TINIEST, -TINIEST], [0, 8], 0),
         ([2.0**-129, 2.0**-129 + TINIEST, 2.0**-128], [0, 1, 1], 0),
         ([2.0**-126, -(2.0**-127)], [4, 10], 0),
@@ -214,7 +214,7 @@ def test_the_ends_of_the_range(values, codes, scale):
 
 
 def test_the_largest_float32_rounds_to_infinity_as_it_does_in_bfloat16():
-    # 2^128 is the nearest code under its scale, and no float has it.
+    # 2^128 is the nearest code with its scale, but not a finite float.
     assert np.isposinf(dequantize(*quantize(group(LARGEST)), jnp.float32)[0])
     assert np.isposinf(np.float32(np.array(LARGEST).astype(BFLOAT16)))
     largest = float(ml_dtypes.finfo(BFLOAT16).max)
@@ -255,7 +255,7 @@ def test_blocks_run_along_any_axis(axis, dtype):
     blocks, scales = codec.quantize(last, xp=np)
     blocks = np.moveaxis(blocks, (-2, -1), (place, place + 1))
     scales = np.moveaxis(scales, -1, place)
-    # What lies in another order in memory, too.
+    # Another memory order gives the same.
     turned = np.moveaxis(last, -1, place)
     pack_along = jax.jit(codec.quantize, static_argnames="axis")
     for found in (
@@ -283,7 +283,7 @@ any_bits = arrays(np.uint32, GROUPS, elements=st.integers(0, 2**32 - 1))
 
 @st.composite
 def of_like_size(draw):
-    """Groups whose numbers lie within a few powers of two, many at a tie or one step beside it."""
+    """Blocks whose values are within a few powers of two, many at a tie or one step beside it."""
     exponents = draw(st.integers(0, 254)) - draw(arrays(np.int64, GROUPS, elements=st.integers(0, 5)))
     signs = draw(arrays(np.uint32, GROUPS, elements=st.integers(0, 1)))
     eighths = draw(arrays(np.uint32, GROUPS, elements=st.integers(0, 7)))
@@ -296,7 +296,7 @@ def of_like_size(draw):
 @given(any_bits | of_like_size())
 def test_any_values_are_quantized_by_the_rule(bits):
     assert_packed(bits.view(np.float32), *encode(wide(bits.view(np.float32))))
-    # Not a byte differs, of groups that are not known either.
+    # All bytes are equal, even in blocks with NaN.
     values = bits.reshape(2, -1).view(np.float32)
     for host, device in zip(codec.quantize(values, xp=np), quantize(values), strict=True):
         np.testing.assert_array_equal(host, device)
@@ -307,7 +307,7 @@ def test_any_values_are_quantized_by_the_rule(bits):
 def test_the_error_is_at_most_half_a_step_and_a_fifth_of_the_largest(bits):
     values = wide(bits.view(np.float32))
     largest = np.abs(values).max(axis=-1, keepdims=True)
-    # From here on the nearest code may be one that no float has.
+    # From here on the nearest code may not be a finite float.
     usual = (largest < 1.75 * 2.0**127)[:, 0]
     blocks, scales = quantize(bits.view(np.float32))
     error = np.abs(wide(dequantize(blocks, scales, jnp.float32)) - values)[usual]
@@ -316,10 +316,10 @@ def test_the_error_is_at_most_half_a_step_and_a_fifth_of_the_largest(bits):
     size = np.abs(values) / power
     gap = np.where(size <= 2, 0.5, np.where(size <= 4, 1.0, 2.0)) * power
     assert (error <= gap / 2).all()
-    # Below the smallest scale, the gap does not shrink with the numbers.
+    # At the smallest scale, the step does not shrink with the values.
     assert (error <= np.maximum(largest / 5, 2.0**-129)).all()
 
 
 def test_the_error_bound_is_met():
-    # 5 lies half-way between 4 and 6, and is its group's largest.
+    # 5 is halfway between 4 and 6, and the largest of its block.
     assert wide(dequantize(*quantize(group(5.0)), jnp.float32))[0] == 4.0

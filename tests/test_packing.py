@@ -18,7 +18,7 @@ def rows_of(plan):
 
 
 def test_pack_by_hand():
-    # 23 = 2 * 10 + 3. From long to short: 7 and 6 open rows, 4 fits the second, 3 the first, 2 fits none.
+    # 23 = 2 * 10 + 3. In decreasing order: 7 and 6 open rows, 4 fits the second, 3 the first, 2 neither.
     plan = pack(np.array([2, 23, 4, 0, 6, 7]), 10)
     assert rows_of(plan) == [
         [(1, 0, 10)],
@@ -31,7 +31,7 @@ def test_pack_by_hand():
 
 
 def best_fit_decreasing(sizes, seq_len):
-    """The room left in each row, one document at a time."""
+    """Returns the free space of each row, placing one document at a time."""
     rooms = []
     for size in sorted(sizes, reverse=True):
         fitting = [room for room in rooms if room >= size]
@@ -53,7 +53,7 @@ def test_every_pair_is_packed_once(lengths, seq_len):
     used = [sum(n for _, _, n in row) for row in rows]
     assert all(0 < n <= seq_len for n in used)
     assert len(rows) <= 2 * sum(lengths) / seq_len + 1
-    # No document is cut that would fit a row.
+    # Documents that fit a row are not split.
     assert all(
         n == min(lengths[i], seq_len) or start + n == lengths[i] for row in rows for i, start, n in row
     )

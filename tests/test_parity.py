@@ -1,4 +1,4 @@
-"""The package against transformers' GptOssForCausalLM on the same checkpoints, both run here."""
+"""The package against transformers' GptOssForCausalLM, both run here on the same checkpoints."""
 
 import functools
 import json
@@ -19,14 +19,14 @@ from gptoss_jax.inference.sampling_params import SamplingParams  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-# Tokens that transformers reads at a time: its attention holds all scores of a piece at once.
+# Tokens per forward pass of transformers, whose attention stores all scores of a pass.
 PIECE = 128
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """name of a case -> its folder, with the golden arrays' seed: no choice of an expert is a matter of
-    rounding."""
+    """name of a case -> its checkpoint folder, with the seed of the golden arrays: rounding decides no
+    choice of experts."""
 
     @functools.cache
     def make(name):
@@ -45,7 +45,7 @@ def theirs(checkpoint):
 
 @pytest.fixture
 def figure(record_property):
-    """Says a measured figure: in the report's properties and, with -rA, in the output."""
+    """Reports a measured value: in the report's properties and, with -rA, in the output."""
 
     def say(name, value):
         record_property(name, f"{value:.2e}")
@@ -60,7 +60,7 @@ def log_softmax(logits_TV):
 
 
 def mean_kl(p_TV, q_TV):
-    """KL(p || q) of a token's next one, in nats, from logits; the mean over the tokens."""
+    """KL(p || q) of the next token in nats, from logits; the mean over tokens."""
     p_TV, q_TV = log_softmax(p_TV), log_softmax(q_TV)
     return np.mean(np.sum(np.exp(p_TV) * (p_TV - q_TV), axis=-1))
 
@@ -119,7 +119,7 @@ def test_greedy_continuations_of_prompts_around_the_window_size(tmp_path, figure
 
 
 def test_bfloat16_is_as_close_to_float32_as_the_reference_in_bfloat16(checkpoint, theirs, figure):
-    # No more of it, because a CPU is slow in bfloat16.
+    # Only a few tokens, because bfloat16 is slow on CPU.
     tokens = golden("top4")["tokens"][:500]
     exact = reference.logits(theirs("top4"), tokens, PIECE)
     rounded = reference.logits(reference.load(checkpoint("top4"), torch.bfloat16), tokens, PIECE)

@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Paths given by users."""
 
 import os
 import pathlib
@@ -43,7 +43,7 @@ def test_invalid_paths_are_rejected(given, message):
 
 def test_a_process_without_a_home_folder(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
-    # What it does for a user id that has no account.
+    # As for a user id without an account.
     monkeypatch.setattr("os.path.expanduser", lambda text: text)
     with pytest.raises(ValueError, match="data.cache_dir is '~/.cache': the home folder is not known"):
         user_path("~/.cache", "data.cache_dir")

@@ -1,5 +1,5 @@
-"""`gptoss plan`: exact bytes against a real sharded state, collectives read from HLO, ranking, the command
-line, and a small step through the real TPU compiler."""
+"""`gptoss plan`: bytes against a real sharded state, collectives read from HLO, ranking, the command line,
+and a small step compiled for TPUs."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from gptoss_jax.planning.plan import all_meshes, make_plan, parse_mesh, rank
 from gptoss_jax.planning.report import show, with_prefix
 from gptoss_jax.training.state import create_state
 
-# Sizes that all differ, and that 2 and 4 divide where an axis asks for it.
+# Sizes that all differ, and are divisible by 2 and 4 where a mesh axis splits them.
 SMALL = TrainConfig(
     model=ModelConfig(
         vocab_size=96,
@@ -71,7 +71,7 @@ def test_flops_and_time_of_compute():
     assert plain.useful_flops == pytest.approx(flops_per_token(SMALL.model, 128) * tokens / 8)
     assert plain.flops == plain.useful_flops
     assert plain.compute_seconds == pytest.approx(plain.flops / 459e12)
-    # The forward pass of the blocks once more: a third of all but the head.
+    # One more forward pass of the blocks: a third of all but the head.
     head = 6 * 64 * 96 * tokens / 8
     block = estimate(SMALL, chip, mesh_of(1, 2, 2, 2))
     assert block.flops - block.useful_flops == pytest.approx((plain.flops - head) / 3)
@@ -86,7 +86,7 @@ def test_activations_follow_remat():
     }
     tokens = 8 * 128
     assert kept["block"] == 2 * tokens * 64 * 2
-    # Besides: output of attention, q, k and v in bfloat16, the router's logits in float32.
+    # Also the attention output, q, k and v in bfloat16, and the router's logits in float32.
     assert kept["dots"] == kept["block"] + 2 * tokens * ((64 + 16 * 16) * 2 + 12 * 4)
     assert kept["none"] > kept["dots"]
 
@@ -94,17 +94,18 @@ def test_activations_follow_remat():
 def test_collectives_counted_by_hand():
     one = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 1, 4, 1))
     sent = {(t.purpose, t.axes): t.sent for t in one.collectives}
-    # A device's 512 tokens to 3 experts each, there and back, in three passes of 2 layers; 3 of 4 rows leave.
+    # A device's 512 tokens to 3 experts each, in both directions, in three passes of 2 layers; 3 of 4 rows
+    # leave.
     rows = 512 * 3 * 64 * 2 * 2 * 3 * 2 * 3 / 4
     assert sent["dispatch and combine", ("expert",)] == rows
     assert {axes for _, axes in sent} == {("expert",)}
     one = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 2, 1, 1))
     sent = {t.purpose: t.sent for t in one.collectives}
     D, F, E, H = 64, 40, 12, 16
-    # Matrices alone are split over fsdp.
+    # Only matrices are split over FSDP.
     block = D * 8 * H + 2 * D * 4 * H + 8 * H * D + D * E + E * 3 * D * F
     vocabulary = 2 * 96 * D
-    # The embedding travels in float32, all else in bfloat16.
+    # The embedding is sent in float32, all else in bfloat16.
     assert sent["gather parameters"] == (2 * 2 * 2 * block + 4 * 96 * D + 2 * 96 * D) / 2
     assert sent["scatter gradients"] == (2 * 2 * block + 4 * vocabulary) / 2
     alone = estimate(SMALL, CHIPS["v5e"], mesh_of(1, 1, 1, 1))
@@ -116,14 +117,14 @@ def test_transfer_time():
     chip = CHIPS["h200"]
     inside = mesh_of(1, 1, 8, 1)
     assert transfer_seconds(chip, inside, "all-gather", ("expert",), 450e9) == pytest.approx(1)
-    # Two nodes: eight devices share the way out around the rings.
+    # Two nodes: eight devices share the network for the rings.
     across = mesh_of(1, 16, 1, 1)
     assert transfer_seconds(chip, across, "all-gather", ("fsdp",), 450e9) == pytest.approx(450 / 8 / 50)
-    # Of an exchange, what goes to the other node's 8 of 15 others.
+    # Of an all-to-all, the share for the other node: 8 of 15 peers.
     across = mesh_of(1, 1, 16, 1)
     exchange = transfer_seconds(chip, across, "ragged-all-to-all", ("expert",), 450e9)
     assert exchange == pytest.approx(450 * 8 / 15 / 50)
-    # The same axis within the nodes, and one that has one device in each.
+    # The same axis within nodes, and an axis with one device per node.
     both = mesh_of(4, 1, 8, 1)
     assert transfer_seconds(chip, both, "all-to-all", ("expert",), 450e9) == pytest.approx(1)
     assert transfer_seconds(chip, both, "all-reduce", ("data",), 450e9) == pytest.approx(9)
@@ -133,7 +134,7 @@ def test_meshes():
     assert parse_mesh("fsdp=4,expert=2", 8) == mesh_of(1, 4, 2, 1)
     assert parse_mesh("expert=2, fsdp=-1", 8) == mesh_of(1, 4, 2, 1)
     meshes = list(all_meshes(8))
-    # Ways to deal three factors of two out to four axes.
+    # Ways to distribute three factors of two over four axes.
     assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == math.comb(6, 3)
     assert {math.prod(mesh.values()) for mesh in meshes} == {8}
     for text, words in (
@@ -152,7 +153,7 @@ def test_ranking(monkeypatch):
     assert found == rank(found[::-1])
     seconds = [one.serial_seconds for one in found]
     assert seconds == sorted(seconds) and all(one.fits for one in found)
-    # 8 divides neither the heads of keys nor the experts.
+    # 8 divides neither the key/value heads nor the experts.
     assert all(one.mesh["tensor"] <= 4 and one.mesh["expert"] <= 4 for one in found)
     monkeypatch.setitem(CHIPS, "v5e", dataclasses.replace(CHIPS["v5e"], memory=5e6))
     tight = make_plan(SMALL, chip="v5e", devices=8).estimates
@@ -239,10 +240,10 @@ def test_collectives_of_a_program():
     mesh = {"x": 2, "y": 2, "z": 2}
     found = {one.name: one for one in collectives(HLO)}
     assert {name: (one.kind, one.bytes, one.times, one.axes(mesh)) for name, one in found.items()} == {
-        # Twice in the text, once in the program.
+        # Twice in the text, but once in the program.
         "all-gather.1": ("all-gather", 128, 12, ("z",)),
         "all-reduce.2": ("all-reduce", 28, 12, ("y",)),
-        # What stands to be sent, not the room for what may come.
+        # The bytes sent, not the size of the receive buffer.
         "exchange": ("ragged-all-to-all", 80, 12, ("y",)),
         "reduce-scatter.1": ("reduce-scatter", 64, 1, ("x",)),
         "gather-start": ("all-gather", 192, 1, ("x", "y", "z")),
@@ -334,7 +335,7 @@ def test_command(capsys, tmp_path, preset):
         main.main([*args, "--model.remat", "none", "--data.seq-len=64", "--optim.grad_accum_steps", "2"]) == 0
     )
     captured = capsys.readouterr()
-    # At most 80 columns, and nothing is cut.
+    # At most 80 columns, and nothing is truncated.
     assert max(map(len, captured.out.splitlines())) <= 80 and "…" not in captured.out
     plan = json.loads(file.read_text())
     assert plan["config"]["model"]["remat"] == "none" and plan["config"]["data"]["seq_len"] == 64
@@ -354,7 +355,7 @@ def test_given_meshes(capsys, preset):
     assert main.main([*args, "--mesh", "fsdp=8", "--mesh", "fsdp=4,expert=2"]) == 0
     shown = capsys.readouterr().out
     assert "fsdp=8 " in shown and "fsdp=4, expert=2 " in shown and "more meshes" not in shown
-    # The config's own flags for it select one mesh.
+    # The mesh flags of the config select one mesh.
     assert main.main([*args, "--mesh.fsdp", "2", "--mesh.data", "-1"]) == 0
     assert "Best: data=4,fsdp=2," in capsys.readouterr().out
 
@@ -433,13 +434,13 @@ def test_without_libtpu(capsys, monkeypatch, preset):
     ],
 )
 def test_a_step_is_compiled(topology, mesh, exchange):
-    # A width that the compiler does not have to pad.
+    # A width that the compiler does not pad.
     model = dataclasses.replace(SMALL.model, hidden_size=256, remat="none")
     config = dataclasses.replace(SMALL, model=model, data=DataConfig(seq_len=64, batch_size=16))
     plan = make_plan(config, topology=topology, meshes=[mesh])
     (one,), (guess,) = plan.compiled, plan.estimates
     assert one.fits and one.mesh == guess.mesh and one.refusal == ""
-    # The state and four arrays of numbers, up to the padding of the compiler's tiles.
+    # The state and the four arrays of a batch, up to the padding of the compiler's tiles.
     batch = 4 * 4 * 16 * 64 // math.prod(one.mesh[axis] for axis in ("data", "fsdp", "expert"))
     exact = guess.memory.parameters + guess.memory.optimizer + batch
     assert exact <= one.arguments < 4 * exact
@@ -451,7 +452,7 @@ def test_a_step_is_compiled(topology, mesh, exchange):
             if entry["trips_known"]
         }
         assert sent["all-gather", ("fsdp",)] > 0
-        # Rows of bfloat16, there and back, in two passes of each layer; half of them stay where they are.
+        # Rows of bfloat16, in both directions, in two passes of each layer; half of them stay local.
         shards = math.prod(one.mesh[axis] for axis in ("data", "fsdp", "expert"))
         rows = 16 * 64 // shards * model.num_experts_per_tok
         plain = rows * 256 * 2 * 2 * 2 * model.num_hidden_layers / 2

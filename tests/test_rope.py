@@ -28,7 +28,7 @@ def test_golden_constants():
 
 
 def test_frequencies_match_the_reference_bit_for_bit():
-    # Those of transformers 5.23's GptOssRotaryEmbedding; torch's own powers are not always rounded right.
+    # From transformers 5.23's GptOssRotaryEmbedding; torch's own powers are not always correctly rounded.
     expected = [
         0x3f800000, 0x3f306535, 0x3ef316a2, 0x3ea77faa, 0x3e66d3fa, 0x3e1f0cfd, 0x3ddb2f9f, 0x3d970764,
         0x3d502194, 0x3d01ddd5, 0x3c9e646f, 0x3c3dec94, 0x3bdea840, 0x3b7cfe14, 0x3b093803, 0x3a89f778,

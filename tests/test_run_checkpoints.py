@@ -1,4 +1,4 @@
-"""Run checkpoints: folders of any name, the best one, and damaged ones."""
+"""Run checkpoints: folder names, the best checkpoint, and damaged ones."""
 
 import asyncio
 import concurrent.futures
@@ -20,7 +20,7 @@ TRAINING = {"step": jnp.array(7)}
 
 
 def save(folder, losses, keep=2):
-    """One checkpoint for each loss, at steps 1, 2, …"""
+    """Saves one checkpoint for each loss, at steps 1, 2, …"""
     checkpoints = Checkpoints(folder, keep)
     for step, loss in enumerate(losses, 1):
         checkpoints.save(step, PARAMS, TRAINING, {"step": step}, loss)
@@ -75,7 +75,7 @@ def test_path_that_looks_like_a_bucket_is_local():
 
 
 def test_first_checkpoint_is_verified(tmp_path, monkeypatch):
-    # Where Orbax does not find the parts of a checkpoint, it warns and merges nothing.
+    # If Orbax does not find the parts of a checkpoint, it warns and does not merge them.
     monkeypatch.setattr(LocalPath, "glob", lambda self, pattern: iter(()))
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(OSError, match="the checkpoint of step 1 was written but is not complete: "):
@@ -107,7 +107,7 @@ def test_metrics_of_older_runs(tmp_path):
     assert Checkpoints(tmp_path, read_only=True).best_step == 1
     (tmp_path / "checkpoints/1/metrics/metrics").write_text('{"val_loss": NaN}')
     assert Checkpoints(tmp_path, read_only=True).best_step is None
-    # With a damaged file, a checkpoint loses its loss and the others stay usable.
+    # A checkpoint with a damaged file has no loss; the others stay usable.
     for text in ('{"val_l', "[]", '{"loss": 2}'):
         (tmp_path / "checkpoints/3/metrics/metrics").write_text(text)
         with pytest.warns(UserWarning, match="3/metrics: damaged .*; its validation loss is ignored"):

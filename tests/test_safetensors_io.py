@@ -1,4 +1,4 @@
-"""safetensors folders: both ways against the library, which files are read, and damaged files."""
+"""safetensors folders: reading and writing against the library, which files are read, and damaged files."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_large_tensor_first(tmp_path):
 
 
 def write_as(folder, tensors, shards):
-    """Adds one file, or a number of shards and their index, over existing files, as transformers does."""
+    """Writes one file, or shards and their index, over existing files, as transformers does."""
     folder.mkdir(exist_ok=True)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -129,7 +129,7 @@ def write_as(folder, tensors, shards):
 SHARDS_OF_3 = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
-# Files of the first and of the second save -> which of them transformers loads, and what it leaves.
+# Files of the first and second save -> which transformers loads, and which it ignores.
 SAVED_TWICE = {
     "sharded, then whole": (3, 1, 1, f"{', '.join(SHARDS_OF_3)}, {safetensors_io.INDEX}"),
     "whole, then sharded": (1, 3, 0, f"{', '.join(SHARDS_OF_3)}, {safetensors_io.INDEX}"),
@@ -150,7 +150,7 @@ def test_folder_saved_twice(tmp_path, first, second, loaded, unread):
 
 
 def test_index_without_its_shards_is_reported(tmp_path):
-    # transformers removes old shards when it saves one file, but not their index.
+    # When transformers saves one file, it removes old shards but not their index.
     write_as(tmp_path, random_tensors(5), 3)
     for name in SHARDS_OF_3:
         (tmp_path / name).unlink()
@@ -268,7 +268,7 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
 
 
 def assert_refused(folder, *words):
-    """Asserts that a folder is refused in one line that has all the words."""
+    """Asserts that a folder is rejected with a one-line error that has all the words."""
     with pytest.raises(ValueError) as caught:
         map_folder(folder)
     message = str(caught.value)
@@ -430,7 +430,7 @@ def test_no_files_at_all(tmp_path):
 
 
 def resident_kilobytes(path):
-    """Resident memory of this process that belongs to a mapped file."""
+    """Returns the resident memory of this process that belongs to a mapped file."""
     mappings = pathlib.Path("/proc/self/smaps").read_text().split(f" {path}\n")[1:]
     return sum(int(re.search(r"^Rss: +(\d+)", part, re.MULTILINE)[1]) for part in mappings)
 
@@ -443,7 +443,7 @@ def test_released_views_can_be_read_again(tmp_path):
     for view in (large, large[1000:300000], large.T, large[7:8], large[:0], tensors["small"]):
         release_pages(view)
         assert_same_tensors(tensors, expected)
-    # Other arrays are left as they are.
+    # Other arrays are not changed.
     release_pages(np.ones(5000))
 
 

@@ -1,4 +1,4 @@
-"""What is cut away, in small literal cases, and that the draws follow what is left."""
+"""Sampling: which tokens are filtered, in small literal cases, and the distribution of draws."""
 
 import chex
 import jax
@@ -9,7 +9,7 @@ from scipy import stats
 
 from gptoss_jax.inference.sampling import filter_logits, sample, sequence_keys, step_keys
 
-# Probabilities 0.4, 0.3, 0.2, 0.1, out of order, with a shift that must not matter.
+# Probabilities 0.4, 0.3, 0.2, 0.1, out of order, with an offset that must have no effect.
 LOGITS = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.3]])) + 5
 TIED = jnp.array([[1.0, 3.0, 3.0, 3.0]])
 
@@ -38,15 +38,15 @@ def probabilities(filtered_BV):
         (LOGITS, {"min_p": 0.0}, [0.2, 0.4, 0.1, 0.3]),
         (LOGITS, {"min_p": 0.49}, [2 / 9, 4 / 9, 0, 3 / 9]),
         (LOGITS, {"min_p": 0.51}, [0, 4 / 7, 0, 3 / 7]),
-        # Temperature comes first: at 0.5 the shares are 16, 9, 4 and 1 of 30.
+        # Temperature comes first: at 0.5 the probabilities are 16, 9, 4 and 1 of 30.
         (LOGITS, {"temperature": 0.5, "top_p": 0.55}, [0, 16 / 25, 0, 9 / 25]),
         (LOGITS, {"temperature": 0.5, "top_p": 0.53}, [0, 1, 0, 0]),
         (LOGITS, {"temperature": 0.5, "min_p": 0.26}, [0, 16 / 25, 0, 9 / 25]),
-        # Top-p works on what top-k has left: 0.4 of 0.7 is 0.571.
+        # Top-p applies to what top-k keeps: 0.4 of 0.7 is 0.571.
         (LOGITS, {"top_k": 2, "top_p": 0.57}, [0, 1, 0, 0]),
         (LOGITS, {"top_k": 2, "top_p": 0.58}, [0, 4 / 7, 0, 3 / 7]),
         (LOGITS, {"top_k": 3, "top_p": 0.9, "min_p": 0.7}, [0, 4 / 7, 0, 3 / 7]),
-        # Of tokens that tie, the lower ids are kept, so many as were asked for.
+        # Of tied tokens, the lower ids are kept, as many as requested.
         (TIED, {"top_k": 1}, [0, 1, 0, 0]),
         (TIED, {"top_k": 2}, [0, 0.5, 0.5, 0]),
         (TIED, {"top_p": 0.5}, [0, 0.5, 0.5, 0]),
@@ -103,7 +103,7 @@ def test_settings_per_sequence():
     filtered_BV = filter_logits(logits_BV, jnp.array([1.0, 0.5, 1.0]), top_k=jnp.array([4, 4, 2]))
     expected = [[0.2, 0.4, 0.1, 0.3], [4 / 30, 16 / 30, 1 / 30, 9 / 30], [0, 4 / 7, 0, 3 / 7]]
     np.testing.assert_allclose(probabilities(filtered_BV), expected, atol=1e-6)
-    # Greedy ones beside one that is drawn: at 1e6 the draws are uniform.
+    # Greedy sequences beside a sampled one: at temperature 1e6 draws are uniform.
     logits_BV, keys_B = jnp.tile(LOGITS, (99, 1)), sequence_keys(jnp.arange(99, dtype=jnp.uint32))
     tokens_B = np.asarray(sample(logits_BV, keys_B, jnp.array([0.0, 1e6, 0.0] * 33)))
     assert set(tokens_B[0::3].tolist()) == set(tokens_B[2::3].tolist()) == {1}
@@ -115,9 +115,9 @@ def test_keys():
     keys_B = step_keys(sequence_keys(seeds_B), 3)
     for b, seed in enumerate(seeds_B):
         assert keys_B[b] == jax.random.fold_in(jax.random.key(seed), 3)
-    # A seed that is traced, as in the decoder, is the same seed.
+    # A traced seed, as in the decoder, gives the same key.
     assert jax.jit(sequence_keys)(seeds_B)[4] == sequence_keys(seeds_B)[4]
-    # What a sequence draws does not depend on those beside it.
+    # The draws of a sequence do not depend on the others in the batch.
     logits_BV = jax.random.normal(jax.random.key(0), (5, 50))
     together_B = compiled_sample(logits_BV, keys_B, 1.0, top_p=0.9)
     alone_B = [compiled_sample(logits_BV[b : b + 1], keys_B[b : b + 1], 1.0, top_p=0.9)[0] for b in range(5)]

@@ -1,4 +1,4 @@
-"""Tokenizer files of all families: their bos and eos, and that text never gives a special token."""
+"""Tokenizer files of all families: bos and eos, and text is never encoded to special tokens."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def plain(*names, **flags):
 
 
 def byte_level(special, text=()):
-    """Trained byte-level BPE with these special tokens, and with added tokens that are text."""
+    """Trains byte-level BPE with these special tokens, and with added tokens that are text."""
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def byte_level(special, text=()):
 
 
 def byte_fallback(special, text=(), pieces=("\u2581", "a", "\u2581a"), merges=(("\u2581", "a"),)):
-    """Llama's and Gemma's kind: BPE with the special tokens and all bytes at the start of the vocabulary."""
+    """As in Llama and Gemma: BPE with special tokens and all bytes at the start of the vocabulary."""
     names = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocab = {name: i for i, name in enumerate(names)}
     model = tokenizers.Tokenizer(models.BPE(vocab, list(merges), unk_token=special[0], byte_fallback=True))
@@ -49,7 +49,7 @@ def byte_fallback(special, text=(), pieces=("\u2581", "a", "\u2581a"), merges=((
 
 
 def unigram(special):
-    """T5's kind. The special tokens are pieces of the model with the best score of all."""
+    """As in T5: the special tokens are pieces of the model with the best score of all."""
     letters = [(letter, -8.0) for letter in map(chr, range(32, 127))]
     model = tokenizers.Tokenizer(
         models.Unigram(
@@ -77,7 +77,7 @@ def word_piece(special):
 
 
 def write(folder, model, **files):
-    """A folder with tokenizer.json and JSON files beside it."""
+    """Writes a folder with tokenizer.json and other JSON files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(model if isinstance(model, str) else model.to_str(), "utf-8")
     for name, values in files.items():
@@ -91,7 +91,7 @@ def names_of(tokenizer):
 
 
 def unmarked(model, *names):
-    """The same file, with `"special": false` for these tokens; without names for all."""
+    """The same file, with `"special": false` for these tokens, by default for all."""
     values = json.loads(model.to_str())
     for token in values["added_tokens"]:
         token["special"] = token["special"] and bool(names) and token["content"] not in names
@@ -100,18 +100,18 @@ def unmarked(model, *names):
 
 GEMMA = ["<pad>", "<eos>", "<bos>", "<unk>"]
 CHATML = ["<|im_start|>", "<|im_end|>"]
-# Each with its bos and eos, and whether every text comes back exactly.
+# Each with its bos and eos, and whether every text round-trips exactly.
 FAMILIES = {
     "gpt2": (byte_level(["<|endoftext|>"]), "<|endoftext|>", "<|endoftext|>", True),
     "eos is not called special": (unmarked(byte_level(["<|endoftext|>"])), *["<|endoftext|>"] * 2, True),
     "neox": (byte_level(["<|endoftext|>", "<|padding|>"], ["    ", "  "]), *["<|endoftext|>"] * 2, True),
-    # HTML's <s> is a word there.
+    # Here HTML's <s> is a word.
     "gemma": (byte_fallback(GEMMA, ["<s>", "</s>", "<b>"]), "<bos>", "<eos>", True),
     "deepseek": (
         unmarked(byte_level([*FULL_WIDTH, "<\uff5cUser\uff5c>"]), "<\uff5cUser\uff5c>"), *FULL_WIDTH, True,
     ),
     "chatml": (byte_level(CHATML, ["<think>"]), "<|im_end|>", "<|im_end|>", True),
-    # The merges of the file lead to </s>.
+    # The file's merges produce </s>.
     "llama2": (
         byte_fallback(["<unk>", "<s>", "</s>"], pieces=["\u2581", "<", "/", "s", ">", "</", "s>"],
                       merges=[("<", "/"), ("s", ">"), ("</", "s>"), ("<", "s>")]),
@@ -128,7 +128,7 @@ def test_text_is_never_encoded_to_special_tokens(family, tmp_path):
     write(tmp_path, model)
     tokenizer = make_tokenizer(f"file:{tmp_path}/tokenizer.json")
     assert names_of(tokenizer) == (bos, eos)
-    # What the vocabulary cannot spell is unknown, whatever the text.
+    # Text that the vocabulary cannot spell is the unknown token.
     unknown = {tokenizer.special_tokens.get(name) for name in ("<unk>", "[UNK]")}
     control = set(tokenizer.special_tokens.values()) - (set() if is_exact else unknown)
     assert {tokenizer.bos_id, tokenizer.eos_id} <= control
@@ -142,7 +142,7 @@ def test_text_is_never_encoded_to_special_tokens(family, tmp_path):
     @given(st.lists(spelled | st.text(max_size=4)).map("".join))
     def check(text):
         if family in ("gemma", "llama2"):
-            text = text.replace("\u2581", "")  # the file's own sign for a space
+            text = text.replace("\u2581", "")  # the file's own symbol for a space
         ids = tokenizer.encode(text)
         assert control.isdisjoint(ids)
         assert again.encode(text) == ids
@@ -177,7 +177,7 @@ def test_special_tokens_of_the_settings_files(tmp_path):
     assert names_of(tokenizer) == ("<end>", "<end>")
     assert tokenizer.special_tokens.keys() == {"<end>", "<pad>", "<tool>"}
     assert len(tokenizer.encode("<word>")) == 1 and len(tokenizer.encode("<end><pad><tool>")) > 3
-    # A run keeps that, and so does a folder for transformers.
+    # Run folders and folders for transformers keep it.
     tokenizer.save(tmp_path / "run")
     tokenizer.export(tmp_path / "out")
     for place in "run", "out":
@@ -191,15 +191,15 @@ def test_special_tokens_of_the_settings_files(tmp_path):
     [
         (["<b>", "<e>"], {"bos_token": "<b>", "eos_token": "<e>"}, "<b>", "<e>"),
         (["<b>", "<e>"], {"bos_token": None, "eos_token": {"content": "<e>"}}, "<e>", "<e>"),
-        # The file wins over well-known names, and its null over a guess.
+        # The file takes precedence over well-known names, and its null over a guess.
         (["<s>", "</s>", "<e>"], {"bos_token": "<s>", "eos_token": "<e>"}, "<s>", "<e>"),
         (["<s>", "</s>", "<e>"], {"bos_token": None, "eos_token": "<e>"}, "<e>", "<e>"),
-        # What a chat model's files call eos ends a turn.
+        # The eos in a chat model's files ends a turn.
         ([*CHATML, "<|endoftext|>"], {"eos_token": "<|im_end|>"}, "<|endoftext|>", "<|endoftext|>"),
         (["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>"],
          {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
          "<|begin_of_text|>", "<|end_of_text|>"),
-        # Names that the vocabulary does not have are no names.
+        # Names that are not in the vocabulary are ignored.
         (["<s>", "</s>"], {"bos_token": "<b>", "eos_token": "<e>"}, "<s>", "</s>"),
     ],
 )  # fmt: skip
@@ -249,7 +249,7 @@ def test_roles_chosen_by_the_user(tmp_path):
             again = load_tokenizer(tmp_path / str(expected) / place)
             assert names_of(again) == expected and again.same_ids_as(tokenizer)
         assert load_tokenizer(tmp_path / str(expected) / "run").digest == tokenizer.digest
-    # A file that is there wins over the reading as roles.
+    # An existing file takes precedence over the interpretation as roles.
     named = tmp_path / "t.json#eos=x"
     named.write_text(path.read_text("utf-8"), "utf-8")
     assert parse_file_spec(f"file:{named}") == (named, Roles())
@@ -261,7 +261,7 @@ def test_saved_roles_are_never_paths(tmp_path, monkeypatch, writer):
     monkeypatch.setattr("os.fsencode", lambda path: path.encode("ascii", "surrogateescape"))
     roles = "bos=<b>,eos=<\uff5cfin\uff5c>"
     tokenizer = make_tokenizer(f"file:{path}#{roles}")
-    # As Python reads it from the command line of the C locale.
+    # As Python represents it on a command line in the C locale.
     undecoded = roles.encode().decode("ascii", "surrogateescape")
     assert make_tokenizer(f"file:{path}#{undecoded}").same_ids_as(tokenizer)
     place = tmp_path / "out"
@@ -356,7 +356,7 @@ def test_damaged_settings_files(file, content, message, tmp_path):
         ({"config": {"eos_token_id": 98}, "generation_config": {"eos_token_id": [97]}}, (97, 256)),
         ({"config": {"eos_token_id": 98}, "generation_config": {"eos_token_id": None}}, (98, 256)),
         ({"config": {"eos_token_id": None}, "generation_config": {}}, (256,)),
-        # Rows of the model without a token may end an answer; what no model has cannot.
+        # Ids that only the model has may end an answer; ids outside the model cannot.
         ({"config": {"vocab_size": 260}, "generation_config": {"eos_token_id": [259, 260, -1]}}, (259, 256)),
         ({"generation_config": {"eos_token_id": [300, 7]}}, (7, 256)),
     ],
@@ -374,7 +374,7 @@ def test_stop_ids_of_vocabularies(tmp_path):
     tokenizer = load_tokenizer(write(tmp_path / "chat", model, tokenizer_config={"eos_token": "<|im_end|>"}))
     ids = (model.token_to_id("<|im_end|>"), model.token_to_id("<|endoftext|>"))
     assert tokenizer.stop_ids == ids
-    # A run keeps them, and so does an export of it, which names only the end of a document.
+    # A run and its export keep them; the export names only the end of a document.
     tokenizer.save(tmp_path / "run")
     again = load_tokenizer(tmp_path / "run")
     again.export(tmp_path / "out")

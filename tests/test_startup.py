@@ -1,4 +1,4 @@
-"""Before jax is loaded: an installed libtpu on a machine without a TPU, and caches without a home folder."""
+"""Before JAX is loaded: libtpu on a machine without a TPU, and caches without a home folder."""
 
 import importlib.machinery
 import os
@@ -20,7 +20,7 @@ PRIVATE = f"gptoss_jax-{os.getuid()}"
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """An empty folder for temporary files, of a process that cannot write to its home folder."""
+    """An empty folder for temporary files, for a process that cannot write to its home folder."""
     monkeypatch.setattr(paths.tempfile, "tempdir", str(tmp_path))
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"):
         monkeypatch.delenv(name, raising=False)
@@ -48,7 +48,7 @@ def test_a_writable_home_folder_comes_first(temporary, monkeypatch):
 
 def test_unknown_home_folder(temporary, monkeypatch):
     monkeypatch.delenv("HOME")
-    # What it does for a user id that has no account.
+    # As for a user id without an account.
     monkeypatch.setattr("os.path.expanduser", lambda text: text)
     assert paths.cache_folder("native") == temporary / PRIVATE / "native"
 
@@ -91,7 +91,7 @@ def test_matplotlib_keeps_its_folder_if_writable(temporary, monkeypatch):
 
 @pytest.fixture
 def no_tpu(monkeypatch):
-    """A machine where nothing points to a TPU, before jax is loaded; returns the device files it has."""
+    """A machine without signs of a TPU, before JAX is loaded; returns its device files."""
     files: list[str] = []
     matching = startup.glob.fnmatch.filter
     monkeypatch.setattr(startup.glob, "glob", lambda pattern: matching(files, pattern))
@@ -151,11 +151,11 @@ def test_tpu_chips_are_found_on_the_pci_bus(tmp_path, vendor, kind, found):
 
 @pytest.mark.skipif(startup.may_have_tpu(), reason="libtpu is loaded on a machine with a TPU")
 def test_commands_print_nothing_to_stderr(tmp_path):
-    """Without a usable home folder and without JAX_PLATFORMS, with a libtpu that prints when it is loaded."""
+    """Without a usable home folder and JAX_PLATFORMS, and with a libtpu that prints when loaded."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "libtpu.py").write_text(LIBTPU)
     removed = {"JAX_PLATFORMS", "JAX_PLATFORM_NAME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"}
-    # These would name a libtpu that is installed here.
+    # These could name the libtpu installed here.
     removed |= {name for name in os.environ if name.startswith(startup.TPU_VARIABLES)}
     environment = {name: value for name, value in os.environ.items() if name not in removed}
     environment |= {
@@ -163,7 +163,7 @@ def test_commands_print_nothing_to_stderr(tmp_path):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
     }  # fmt: skip
     if build.is_available():
-        # Found rather than compiled, which would take seconds.
+        # Found, because compiling it would take seconds.
         compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))))
         (tmp_path / PRIVATE).mkdir(mode=0o700)
         shutil.copytree(build._compile(compiler).parent, tmp_path / PRIVATE / "native")

@@ -1,4 +1,4 @@
-"""The training step: accumulation, schedules, decay, clipping, bad steps, the same on any mesh."""
+"""The training step: accumulation, schedules, decay, clipping, nonfinite steps, and meshes."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ from gptoss_jax.training.step import make_eval_step, make_train_step
 B, T = 8, 13
 
 CONFIG = TrainConfig(
-    # Sizes that the axes of the meshes below divide.
+    # Sizes that are divisible by the mesh axes below.
     model=ModelConfig(
         vocab_size=98,
         hidden_size=24,
@@ -53,14 +53,14 @@ CONFIG = TrainConfig(
         compute_dtype="float32",
     ),
     data=DataConfig(seq_len=T, batch_size=B),
-    # A large epsilon keeps the update in proportion to the gradient, so that a wrong gradient shows.
+    # With a large epsilon, updates are proportional to gradients, so wrong gradients show.
     optim=OptimConfig(learning_rate=0.05, warmup_steps=0, epsilon=0.1, max_grad_norm=0.5),
     steps=20,
 )
 
 
 def make_batch(seed=0):
-    """Rows of one to three documents and padding, with unequal numbers of real tokens."""
+    """Returns rows of one to three documents and padding, with different numbers of tokens."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 98, (B, T + 1))
     cuts = np.sort(rng.integers(0, T + 1, (B, 3)), axis=1)
@@ -74,7 +74,7 @@ def make_batch(seed=0):
 
 @functools.cache
 def start_params():
-    """Parameters that give steep logits, with nothing at zero."""
+    """Returns parameters that give steep logits; none are zero."""
     rng = np.random.default_rng(5)
 
     def one(path, leaf):
@@ -90,7 +90,7 @@ def on_host(tree):
 
 @functools.cache
 def start_state():
-    """A fresh state around those parameters, on the host."""
+    """Returns a new state with those parameters, on the host."""
     state = create_state(CONFIG, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     return dataclasses.replace(on_host(state), params=start_params())
 
@@ -103,7 +103,7 @@ train_step_of = functools.cache(make_train_step)
 
 
 def take_steps(config, mesh, batches):
-    """The metrics of each step and the last state, on the host; without a mesh, on one device."""
+    """Returns the metrics of each step and the last state, on the host; without a mesh, on one device."""
     if mesh is None:
         state, put = start(), lambda batch: batch
     else:
@@ -154,7 +154,7 @@ def test_training_on_one_batch_lowers_the_loss(train_step):
 
 
 def without_router_losses(grad_accum_steps):
-    # The load-balance loss is no mean over tokens, so that parts give a slightly other one.
+    # The load-balance loss is not a mean over tokens: microbatches give a slightly different one.
     model = dataclasses.replace(CONFIG.model, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
     optim = dataclasses.replace(CONFIG.optim, grad_accum_steps=grad_accum_steps)
     return dataclasses.replace(CONFIG, model=model, optim=optim)
@@ -192,7 +192,7 @@ def test_state_is_sharded_by_its_letters():
     assert all(leaf.sharding == gate_up.sharding for leaf in moments)
     query = state.params["blocks"]["0"]["attention"]["q"]
     assert {shard.data.shape for shard in query.addressable_shards} == {(2, 6, 3, 10)}
-    # The same numbers as on one device, up to the way they are computed.
+    # The same values as on one device, up to rounding.
     alone = create_state(CONFIG, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     chex.assert_trees_all_close(on_host(state.params), on_host(alone.params), atol=1e-7)
 
@@ -212,7 +212,7 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(train_step, where):
     if where == "params":
         bad_params["final_norm"]["scale"][3] = np.inf
     else:
-        # Weights so large that the squares of the norm overflow in the backward pass alone.
+        # Weights so large that squares overflow, but only in the backward pass.
         bad_params["head"]["weight"] *= np.float32(1e37)
     state = dataclasses.replace(state, params=jax.tree.map(jnp.asarray, bad_params))
     for count in (1, 2):
@@ -223,7 +223,7 @@ def test_a_nonfinite_step_changes_nothing_and_is_counted(train_step, where):
         assert int(state.step) == 1 + count
         chex.assert_trees_all_equal(on_host(state.params), bad_params)
         chex.assert_trees_all_equal(on_host(state.opt_state), good.opt_state)
-    # With the parameters mended, the next step is the one that the first would have been.
+    # With finite parameters again, the next step is what the skipped one would have been.
     state = dataclasses.replace(state, params=jax.tree.map(jnp.asarray, good.params))
     state, metrics = train_step(state, make_batch(1))
     assert int(state.skipped) == 2 and int(state.skipped_in_a_row) == 0
@@ -285,7 +285,7 @@ def test_loss_weights_scale_the_loss_of_targets(train_step):
     sums, weight = make_eval_step(CONFIG.model)(start_params(), batch)
     assert float(weight) == weights.sum()
     assert float(sums["loss"] / weight) == pytest.approx(expected, rel=1e-5)
-    # A target of weight 0 has no effect at all; all weights together have no scale.
+    # A target of weight 0 has no effect; scaling all weights has none, either.
     batch["targets"] = jnp.where(weights == 0, -100, batch["targets"])
     other, _ = train_step(start(), batch)
     chex.assert_trees_all_equal(on_host(other), on_host(state))
@@ -296,7 +296,7 @@ def test_loss_weights_scale_the_loss_of_targets(train_step):
 
 def test_microbatches_count_by_the_sum_of_their_loss_weights():
     config, batch = without_router_losses(4), make_batch(0)
-    # Of the second microbatch, every fourth row, a single target is trained.
+    # In the second microbatch, every fourth row, only one target is trained.
     weights = np.array(batch["segment_ids"] > 0, np.float32)
     weights[1::4] = 0
     weights[1, 0] = 1
@@ -334,11 +334,11 @@ def test_only_the_router_is_trained(optim, mesh):
             state, metrics = step(state, batch, frozen)
         whole_state = create_state(config, mesh, jax.device_put(start_params(), shardings))
         _, whole_metrics = step(whole_state, batch)
-    # Two moments for each of the two parameters, besides counts and constants.
+    # Two moments for each of the two parameters, besides counters and constants.
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape in shapes]
     assert len(shapes) == 2 and len(moments) == 4
     assert all(leaf.ndim < 2 for leaf in jax.tree.leaves(state.opt_state) if leaf.shape not in shapes)
-    # Frozen parameters were neither donated nor changed; the gradient norm is that of the router only.
+    # Frozen parameters are neither donated nor changed; the gradient norm is that of the router only.
     after = on_host(merge_params(state.params, frozen))
     for path, before in jax.tree_util.tree_leaves_with_path(start_params()):
         changed = not np.array_equal(before, leaf_at(after, path))
@@ -420,14 +420,14 @@ def test_schedules_at_the_edges(kind):
     found = schedule_values(5, schedule=kind, warmup_steps=0, min_lr_ratio=0.0, decay_fraction=1.0)
     assert found[0] == 1.0 and found[-1] == pytest.approx(0.0, abs=1e-7)
     assert found == sorted(found, reverse=True)
-    # More warm-up than steps: it ends with the run.
+    # Warmup is shortened to the length of the run.
     found = schedule_values(4, schedule=kind, warmup_steps=100)
     np.testing.assert_allclose(found[:3], [1 / 3, 2 / 3, 1.0], rtol=1e-6)
     assert schedule_values(1, schedule=kind, warmup_steps=100) == [1.0]
 
 
 def first_update(gradient, **options):
-    """The change that the first step makes to a matrix of 2 and a norm of 2."""
+    """Returns the update of a 2 in a matrix and of a 2 in a norm by the first step."""
     options = {"learning_rate": 0.1, "warmup_steps": 0, "epsilon": 1.0} | options
     optimizer = make_optimizer(OptimConfig(**options), 100)
     params = {"head": {"weight": jnp.full((1,), 2.0)}, "final_norm": {"scale": jnp.full((1,), 2.0)}}

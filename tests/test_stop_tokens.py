@@ -1,4 +1,4 @@
-"""Answers end at every id that the files of a model's folder name, wherever they are generated."""
+"""Stop tokens: every command ends answers at the ids named in the files of the model's folder."""
 
 import dataclasses
 import io
@@ -36,7 +36,7 @@ def model(config, random_params):
 
 @pytest.fixture(scope="module")
 def answer(model):
-    """The tokens that follow the prompt, if nothing ends them."""
+    """The continuation of the prompt without stop tokens."""
     prompt = [BYTES.bos_id, *PROMPT.encode()]
     (completion,) = generate(model, [prompt], SamplingParams(max_new_tokens=16))
     return completion.tokens
@@ -44,7 +44,7 @@ def answer(model):
 
 @pytest.fixture
 def folder(model, tmp_path):
-    """(file, its ids of eos) -> a folder of the model whose file names them."""
+    """(file, its eos ids) -> a folder of the model whose file names these ids."""
 
     def make(name, ids):
         folder = tmp_path / "model"
@@ -60,7 +60,7 @@ def folder(model, tmp_path):
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_every_id_ends_an_answer(folder, answer, file, monkeypatch, capsys):
-    # The last of the list comes first in the answer.
+    # The last one in the list occurs first in the answer.
     ids = [answer[9], answer[4]]
     end = min(map(answer.index, ids))
     text = BYTES.decode([token for token in answer[:end] if token < 257])
@@ -72,7 +72,7 @@ def test_every_id_ends_an_answer(folder, answer, file, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert main.main(["chat", str(place), *greedy]) == 0
     assert capsys.readouterr().out == text.removesuffix("\n") + "\n"
-    # In Python they are passed on.
+    # In Python they are passed explicitly.
     params = SamplingParams(stop_tokens=load_tokenizer(place).stop_ids)
     (completion,) = generate(from_pretrained(place), [[256, *PROMPT.encode()]], params)
     assert completion.tokens == answer[:end]
@@ -97,7 +97,7 @@ def test_export_writes_stop_tokens(model, tmp_path, harmony):
     export.save_pretrained(model, tmp_path / "a", tokenizer=tmp_path / "bytes")
     written = json.loads((tmp_path / "a" / "generation_config.json").read_text())
     assert written == {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
-    # A file that is there is passed on, and one that config.json stands in for is written.
+    # An existing file is copied; a missing one is written from config.json.
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     export.convert(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b" / "generation_config.json").read_text() == '{"eos_token_id": [3, 4]}'
@@ -107,7 +107,7 @@ def test_export_writes_stop_tokens(model, tmp_path, harmony):
     export.convert(tmp_path / "b", tmp_path / "c")
     written = json.loads((tmp_path / "c" / "generation_config.json").read_text())
     assert written == {"bos_token_id": 256, "eos_token_id": [5, 6], "pad_token_id": 256}
-    # Nothing is known: nothing is said.
+    # Without known stop tokens, no file is written.
     export.save_pretrained(model, tmp_path / "d")
     assert not (tmp_path / "d" / "generation_config.json").exists()
     # gpt-oss's vocabulary: the published values.
@@ -124,14 +124,14 @@ def test_a_run_keeps_the_stop_tokens_of_its_initial_weights(folder, tmp_path):
     assert setup.stop_tokens(run_dir, BYTES) == (256,)
     setup.save_tokenizer(dataclasses.replace(config, init_from=str(place)), BYTES)
     assert load_tokenizer(run_dir).stop_ids == setup.stop_tokens(run_dir, BYTES) == (97, 98, 256)
-    # A start from random weights in the same folder.
+    # A new run with random weights in the same folder.
     setup.save_tokenizer(config, BYTES)
     assert load_tokenizer(run_dir).stop_ids == (256,)
 
 
 @pytest.mark.parametrize("named", [None, 97])
 def test_the_end_of_a_turn_survives_training_and_export(folder, model, tmp_path, named):
-    # A chat model: its files name as eos what ends a turn, <|im_end|>; <|endoftext|> ends a document.
+    # In a chat model's files, eos is the end of a turn, <|im_end|>; <|endoftext|> ends a document.
     place = folder("generation_config.json", named)
     values = json.loads((place / "tokenizer.json").read_text())
     (end,) = values["added_tokens"]

@@ -1,4 +1,4 @@
-"""Formats of values, and text that was made to harm a terminal."""
+"""Number formats, and text that could harm a terminal."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The token cache: its content, when it is rebuilt, and concurrent, killed and failed builds."""
+"""The token cache: contents, rebuilding, and concurrent, killed and failed builds."""
 
 import dataclasses
 import gzip
@@ -72,7 +72,7 @@ def test_cache_is_built_once(config, tmp_path):
     write_stories(tmp_path / "text", count=50)
     others.append(build_cache(config))
     assert len({cache.folder for cache in [first, *others]}) == 4
-    # A tokenizer file counts by what is in it, not by its name.
+    # A tokenizer file is identified by its content, not its name.
     others[0].tokenizer.save(tmp_path)
     from_file = dataclasses.replace(config, tokenizer=f"file:{tmp_path}/tokenizer.json")
     before = build_cache(from_file)
@@ -120,7 +120,7 @@ def test_a_source_that_changes_during_the_build_leaves_no_cache(config, tmp_path
 
 
 def test_odd_names_and_contents_give_one_line_messages(config, tmp_path):
-    # A file name that is not UTF-8, and a text that is too short to be split.
+    # A file name that is not UTF-8, and a text that is too short to split.
     (tmp_path / "a\udcff.txt").write_text("x")
     config = dataclasses.replace(
         config, source=f"text:{tmp_path}/a\udcff.txt", cache_dir=str(tmp_path / "cache")
@@ -168,7 +168,7 @@ def test_long_documents_are_encoded_in_chunks(config, tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "CHUNK_CHARS", 300)
     assert max(map(len, token_cache._chunks(text))) <= 300 and "".join(token_cache._chunks(text)) == text
     parts = build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "parts")))
-    # The cuts are where tokens end anyway; only the run of spaces has none.
+    # Text is cut where tokens end anyway; only in the run of spaces there is no such place.
     kept = slice(0, int(whole.offsets[1]))
     assert np.array_equal(whole.tokens[kept], parts.tokens[kept])
     assert parts.tokenizer.decode(parts.tokens) == text
@@ -205,7 +205,7 @@ def test_a_killed_build_is_removed(tmp_path):
             assert build.poll() is None
         (partial,) = folder.iterdir()
         assert (partial / "tokens.bin").exists()
-        # While that process lives its folder is left alone.
+        # While that process lives, its folder is not removed.
         token_cache._remove_stale_builds(folder)
         assert partial.exists()
     finally:

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, no special tokens out of plain text, files there and back."""
+"""Tokenizers: exact round trips, no special tokens from plain text, saving, loading and export."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_bpe_vocabulary():
     assert BPE.vocab_size == 320
     assert BPE.bos_id == BPE.eos_id == 0
     assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0]) / 2
-    # Words keep the space before them, runs of spaces stay whole, digits go by three.
+    # Words keep the space before them, runs of spaces stay whole, digits are in groups of three.
     pieces = [BPE.decode([token]) for token in BPE.encode("    return 12345")]
     assert pieces == ["   ", " return", " ", "123", "45"]
 
@@ -142,7 +142,7 @@ def test_export(tokenizer, tmp_path):
 
 
 def with_special_tokens(folder, *names):
-    """A tokenizer.json of BPE's words with these special tokens behind them."""
+    """Returns a tokenizer.json of BPE with these special tokens after its words."""
     model = tokenizers.Tokenizer.from_str(BPE._files["tokenizer.json"])
     model.add_special_tokens(list(names))
     folder.mkdir()
@@ -192,7 +192,7 @@ def test_export_to_bad_places(tmp_path):
     with pytest.raises(ValueError, match="^folder is '.*run': must not hold another tokenizer's tokenizer_"):
         BPE.export(tmp_path / "run")
     assert not (tmp_path / "run" / "tokenizer.json").exists()
-    make_tokenizer("bytes").export(tmp_path / "run")  # its own name may stay
+    make_tokenizer("bytes").export(tmp_path / "run")  # its own name is allowed
     assert load_tokenizer(tmp_path / "run").digest == make_tokenizer("bytes").digest
     for length in 0, -1:
         with pytest.raises(ValueError, match=f"^model_max_length is {length}: must be 1 or more"):
@@ -204,13 +204,13 @@ def test_same_ids(tmp_path):
     named = with_special_tokens(tmp_path / "named", "<|call|>")
     other = with_special_tokens(tmp_path / "other", "<|end|>")
     begun = with_special_tokens(tmp_path / "begun", "<s>")
-    # Other text, other words: as many, but not the same.
+    # Other text gives other words: as many, but different.
     trained = make_tokenizer("bpe:320", lambda: iter(["something else entirely, zebra! " * 30, *TEXTS]))
     everything = [BPE, train("bpe:300"), trained, named, other, begun, make_tokenizer("bytes")]
     assert trained.vocab_size == BPE.vocab_size and named.vocab_size == other.vocab_size == begun.vocab_size
     for i, one in enumerate(everything):
         assert [one.same_ids_as(two) for two in everything] == [i == j for j in range(len(everything))]
-    # The same ids in a file that says other things besides.
+    # The same ids in a file with other settings.
     model = tokenizers.Tokenizer.from_str(BPE._files["tokenizer.json"])
     model.enable_truncation(4)
     (tmp_path / "tokenizer.json").write_text(model.to_str())

@@ -1,4 +1,4 @@
-"""gpt-oss's tokenizer in both of its forms: tiktoken's o200k_harmony, and the tokenizer.json made of it."""
+"""gpt-oss's tokenizer in both forms: tiktoken's o200k_harmony, and the tokenizer.json exported from it."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Of openai/gpt-oss-20b's tokenizer.json.
+# SHA-256 of openai/gpt-oss-20b's tokenizer.json.
 PUBLISHED = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
 SPECIAL = "a<|endoftext|>b<|startoftext|><|return|>"
 GOLDEN = [
@@ -107,7 +107,7 @@ def test_any_text_has_the_same_ids_in_both_forms(both):
 
     for text in NASTY:
         check(text)
-    # What the pattern of a word looks for, and letters that only nearly are.
+    # Characters that the word pattern looks for, and similar ones.
     signs = st.text(alphabet="aS\u017f'\u2019tTlL \n\r\t\u3000\u03011\xbd\xdf.,/<|>\xe9\u65e5\U0001f680")
     settings(deadline=None, max_examples=300)(given(st.text() | signs)(check))()
 

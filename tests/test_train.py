@@ -1,4 +1,4 @@
-"""Whole runs: the loop, its folder, stopping and going on, and train.py's command line."""
+"""Whole runs: the loop, the run folder, stopping and resuming, and train.py's command line."""
 
 import dataclasses
 import functools
@@ -44,14 +44,14 @@ from gptoss_jax.training.state import create_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
-# One device, and half the time to compile.
+# One device, and half of the compile time.
 LEVEL_0 = "--xla_backend_optimization_level=0"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": LEVEL_0, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Some 40 documents of a made-up language, in one file."""
+    """About 40 documents of a made-up language, in one file."""
     words = ["ka", "lo", "mi", "teru", "sano", "wi", "pona", "jelo"]
     chosen = random.Random(0)
     stories = [" ".join(chosen.choices(words, k=chosen.randint(20, 90))) + ".\n" for _ in range(40)]
@@ -89,13 +89,13 @@ def make_config(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(make_config, tmp_path_factory):
-    """A run from start to end on the 8 simulated devices: (config, final state)."""
+    """A complete run on the 8 simulated devices: (config, final state)."""
     config = make_config(tmp_path_factory.mktemp("runs") / "whole")
     return config, train(config)
 
 
 def results(run_dir):
-    """What two equal runs must have in common, bit for bit."""
+    """Returns what must be bit-identical in two equivalent runs."""
     names = (
         "step",
         "loss",
@@ -113,7 +113,7 @@ def results(run_dir):
 
 
 def evaluations(run_dir):
-    """The rows of evaluations along the way."""
+    """Returns the metrics rows of the evaluations during training."""
     rows = read_metrics(pathlib.Path(run_dir) / "metrics.jsonl")
     return [row for row in rows if "val_loss" in row and not row.get("final")]
 
@@ -225,7 +225,7 @@ def test_a_run_that_trains_only_the_router_resumes(make_config, tmp_path):
         )
         assert np.array_equal(one, other) and np.array_equal(one, saved)
         assert np.array_equal(one, leaf) != is_router(path_names(path))
-    # With other parameters the optimizer's state does not fit; the checkpoints stay where they are.
+    # The optimizer state does not fit other parameters; the checkpoints are kept.
     with pytest.raises(ValueError, match="no checkpoint can be read; that of step 2: training: "):
         train(config("resumed", 6))
     assert sorted(path.name for path in (tmp_path / "resumed/checkpoints").iterdir()) == ["2", "4"]
@@ -249,7 +249,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(finished, ma
 
 @pytest.fixture
 def in_flight(monkeypatch):
-    """The most steps and evaluations that were dispatched and not waited for, in what is trained."""
+    """Records the largest number of steps and evaluations in flight during training."""
     now, most = {"steps": 0, "evaluations": 0}, {"steps": 0, "evaluations": 0}
 
     def counted(make, kind):
@@ -287,9 +287,9 @@ def test_more_steps_and_free_settings_give_the_same_result(
 ):
     first = make_config(tmp_path / "run", steps=8)
     train(first)
-    # A lucky loss on fewer batches.
+    # A low loss on fewer batches, by chance.
     (tmp_path / "run/checkpoints/8/metrics/metrics").write_text('{"val_loss": 0.001}')
-    # Many held-out batches, of which few may be in flight, and steps that are seldom logged.
+    # Many held-out batches, of which few may be in flight, and steps that are rarely logged.
     free = {"log_every": 5, "checkpoint": CheckpointConfig(7, 3)}
     now = make_config(tmp_path / "run", eval=EvalConfig(every=10, batches=3, sample_tokens=0), **free)
     capsys.readouterr()
@@ -349,12 +349,12 @@ def test_changing_the_number_of_steps(make_config, tmp_path, schedule, before, n
     optim = OptimConfig(learning_rate=0.1, warmup_steps=4, schedule=schedule, min_lr_ratio=0.5)
     said = []
     config = make_config(tmp_path, optim=optim, steps=now)
-    # A checkpoint of an older version does not say whether the schedule has jumped.
+    # Checkpoints of older versions do not record whether the schedule jumped.
     record = {"config": {"steps": before}}
     jumps = resume.check_steps(config, record, 20, 20, said.append)
     assert said == ([] if message is None else [message])
     assert jumps == (message is not None and " jumps from " in message)
-    # The result of an earlier jump stays.
+    # An earlier jump is remembered.
     said.clear()
     assert resume.check_steps(config, record | {"schedule_jumped": True}, 20, 20, said.append)
     assert ["the steps so far are also" in line for line in said] == ([] if message is None else [False])
@@ -365,7 +365,7 @@ def test_a_resumed_run_needs_no_init_from_and_remembers_a_schedule_jump(
 ):
     run_dir, stops = tmp_path / "run", []
     shutil.copytree(finished[0].run_dir, run_dir)
-    # As a start from weights that name these stop tokens has written it.
+    # As written by a run that started from weights with these stop tokens.
     (run_dir / "generation_config.json").write_text('{"eos_token_id": [97, 98, 256]}')
 
     def sample(model, prompts, params):
@@ -391,7 +391,7 @@ def test_a_nonfinite_evaluation_is_never_the_best(finished, tmp_path, capsys):
     metrics = tmp_path / "run" / "metrics.jsonl"
     rows = [row | ({"val_loss": None} if "val_loss" in row else {}) for row in read_metrics(metrics)]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # A finished run reads its rows again, and has no number for the last evaluation.
+    # A finished run reads its metrics again, and has no value for the last evaluation.
     train(config)
     assert "held-out loss   – nats per token" in capsys.readouterr().out
     run_log = RunLog(config, build_cache(config.data), Console(), STEPS, 0)
@@ -437,7 +437,7 @@ def test_dropped_rows_are_in_the_metrics(finished, make_config, tmp_path):
     model = dataclasses.replace(finished[0].model, expert_capacity_factor=0.5)
     train(make_config(tmp_path / "run", model=model, steps=2, eval=EvalConfig(sample_tokens=0)))
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
-    # Experts that are all full take half of the rows.
+    # With all experts full, half of the rows are accepted.
     assert len(rows) == 2 and all(0.5 <= row["dropped_share"] < 0.8 for row in rows)
     plain = read_metrics(pathlib.Path(finished[0].run_dir) / "metrics.jsonl")
     assert not any("dropped_share" in row for row in plain)
@@ -469,7 +469,8 @@ def test_initialization_from_published_weights(finished, make_config, tmp_path):
         train(make_config(run_dir, init_from=name, steps=2, eval=EvalConfig(sample_tokens=0)))
         runs[name] = results(run_dir)
     assert runs[folder] == runs[str(tmp_path / "published")]
-    # Files hold layer by layer: they go into a model whose layers are not stacked as well; a run does not.
+    # Published files store each layer separately, so they also load into a model with unstacked layers; a run
+    # does not.
     apart = dataclasses.replace(finished[0].model, scan_layers=False)
     options = {"model": apart, "steps": 2, "eval": EvalConfig(sample_tokens=0)}
     train(make_config(tmp_path / "apart", init_from=str(tmp_path / "published"), **options))
@@ -544,7 +545,7 @@ sys.exit(f"codes {codes}")
 
 @pytest.mark.slow
 def test_the_printed_command_works_and_damage_is_one_line(make_config, text, tmp_path):
-    # The context of the model, 128, is below the usual number of new tokens.
+    # The model's context, 128, is shorter than the default number of new tokens.
     run_dir = tmp_path / "it's [x]*\n$(ü) \"&"
     config = make_config(run_dir, steps=2, eval=EvalConfig(prompt="-k'a", sample_tokens=0))
     process = command(config, tmp_path / "preset.py")

@@ -1,4 +1,4 @@
-"""The whole model: shapes, what may not leak, and the forms of it that must agree."""
+"""The whole model: independence of documents, padding and future tokens, scanning, remat, dropout, dtypes."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ from gptoss_jax.training.objectives import LANGUAGE_MODELING
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
-# Rows of the documents that most tests share: two rows of 21 tokens.
+# The segment ids in most tests: two rows of 21 tokens.
 SEGMENTS = jnp.array([np.repeat([1, 2, 0], [7, 9, 5]), np.repeat([1, 2, 3], [10, 4, 7])])
 
 
@@ -154,7 +154,7 @@ def test_default_segments_and_positions(either_config, random_params, apply_mode
 
 
 def unrolled(config, params, tokens_BT, segments_BT):
-    """The model as a plain loop over layers, each made by itself."""
+    """The model as a plain loop over separate layers."""
     positions_BT = segment_positions(segments_BT)
     segments = Segments(segments_BT, positions_BT, rope_cos_sin(config, positions_BT))
     x_BTD = params["embedding"]["weight"][tokens_BT]
@@ -191,12 +191,12 @@ def test_scanned_layers_match_a_loop(tiny_config, random_params, apply_model, la
 
 
 def test_layer_types_matter(tiny_config, random_params, apply_model):
-    # The same parameters, read as sliding layers and as full ones.
+    # The same parameters, used in sliding and in full layers.
     sliding = dataclasses.replace(tiny_config, layer_types=(SLIDING,), num_hidden_layers=1)
     full = dataclasses.replace(sliding, layer_types=(FULL,))
     params, tokens = random_params(sliding), random_tokens(sliding)
     a, b = (apply_model(config, params, tokens) for config in (sliding, full))
-    # Within the first window nothing is hidden.
+    # Within the first window, nothing is masked.
     np.testing.assert_allclose(a[:, :4], b[:, :4], rtol=1e-5, atol=1e-5)
     assert (np.abs(a - b)[:, 4:].max(axis=-1) > 1e-3).all()
 
@@ -219,7 +219,7 @@ def loss_and_gradients(config, params, dropout_key=None):
 
 @pytest.mark.slow
 def test_remat_changes_nothing(tiny_config, random_params):
-    # With dropout, so that what is recomputed drops the same.
+    # With dropout: recomputation must use the same mask.
     config = dataclasses.replace(
         tiny_config, residual_dropout=0.1, attention_dropout=0.2, layer_types=(SLIDING,) * 4
     )
@@ -255,7 +255,7 @@ def test_unstacked_layers_give_the_same_results(tiny_config, random_params):
 
 
 def test_remat_recomputes(tiny_config):
-    # A rematerialised block keeps less for the backward pass.
+    # A rematerialized block saves less for the backward pass.
     params = abstract_params(tiny_config)
 
     def kept(remat):
@@ -285,14 +285,14 @@ def test_dropout_follows_its_key(tiny_config, random_params):
     assert np.abs(first - hidden(jax.random.key(1))).max() > 0.1
     without = dataclasses.replace(config, residual_dropout=0.0, attention_dropout=0.0)
     plain = jax.jit(lambda key: bind(without, params).hidden_states(tokens, dropout_key=key)[0])
-    # Without a key nothing is dropped, and without a rate a key does nothing.
+    # Without a key nothing is dropped, and with a rate of zero the key has no effect.
     no_key = jax.jit(lambda: bind(config, params).hidden_states(tokens)[0])()
     np.testing.assert_array_equal(no_key, plain(jax.random.key(0)))
     assert np.abs(first - no_key).max() > 0.1
 
 
 def test_every_layer_has_its_own_dropout_mask(tiny_config):
-    # Four blocks that each add one to everything: the residual stream counts how often a place was kept.
+    # Four blocks that each add one: the residual stream counts how often a position was kept.
     config = dataclasses.replace(tiny_config, residual_dropout=0.5)
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
     for block in params["blocks"].values():
@@ -300,7 +300,7 @@ def test_every_layer_has_its_own_dropout_mask(tiny_config):
     params["final_norm"]["scale"] += 1.0
     run = jax.jit(lambda tokens, key: bind(config, params).hidden_states(tokens, dropout_key=key)[0])
     hidden = run(random_tokens(config), jax.random.key(0))
-    # A row is scaled by its norm: what differs within it is the count, 0 to 4.
+    # The final norm scales rows: differences within one are counts from 0 to 4.
     smallest = jnp.min(jnp.where(hidden > 0, hidden, jnp.inf), axis=-1, keepdims=True)
     counts = np.bincount(np.rint(hidden / smallest).astype(int).ravel(), minlength=5)
     np.testing.assert_allclose(counts / counts.sum(), np.array([1, 4, 6, 4, 1]) / 16, atol=0.05)
@@ -322,7 +322,7 @@ def test_bfloat16_is_close_to_float32(tiny_config, random_params, apply_model):
     exact = apply_model(config, params, tokens, SEGMENTS)
     low = apply_model(dataclasses.replace(config, compute_dtype="bfloat16"), params, tokens, SEGMENTS)
     assert low.dtype == np.float32
-    # A token whose best experts nearly tie may go elsewhere; most stay close.
+    # A token whose best experts nearly tie may change experts; most stay close.
     difference = np.abs(low - exact).max(axis=-1)[SEGMENTS > 0] / exact.std()
     assert np.median(difference) < 0.15
     assert difference.max() > 1e-4
@@ -338,7 +338,7 @@ def test_rms_norm_is_float32_with_its_scale(tiny_config):
     exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(axis=-1, keepdims=True) + 1e-5) * scale
     found = norm(x_BTD)
     assert found.dtype == jnp.bfloat16
-    # One rounding only, at the end: half a unit of the last of bfloat16's eight bits.
+    # Rounded only once, at the end: half a unit of the last of bfloat16's eight bits.
     np.testing.assert_allclose(np.asarray(found, np.float32), exact, rtol=2**-8 * 1.01)
     np.testing.assert_allclose(
         norm(jnp.full((1, 1, 24), 1e-3))[0, 0], scale * 1e-3 / np.sqrt(1.1e-5), rtol=1e-5
@@ -389,7 +389,7 @@ def test_initial_parameters(tiny_config):
         else:
             assert float(leaf.std()) == pytest.approx(0.05, rel=0.2), path
             assert abs(float(leaf.mean())) < 0.01, path
-    # Stacked layers, and the blocks of the period, start apart.
+    # Stacked layers and the blocks of a period are initialized differently.
     down = [params["blocks"][i]["moe"]["down"][r] for i in "01" for r in range(2)]
     assert len({float(leaf[0, 0, 0]) for leaf in down}) == 4
     chex.assert_trees_all_equal(params, init(config, jax.random.key(7)))
@@ -403,7 +403,7 @@ def test_params_round_trip(either_config, random_params):
     assert jax.tree.structure(back) == jax.tree.structure(params)
     chex.assert_trees_all_equal(back, params)
     assert ("head" in back) != either_config.tie_word_embeddings
-    # A tree of other values does not reach the models made before.
+    # Binding other values does not change earlier models.
     bind(either_config, jax.tree.map(jnp.zeros_like, params))
     chex.assert_trees_all_equal(get_params(model), params)
 

@@ -1,4 +1,4 @@
-"""Under `jax_enable_x64` everything computes in the same types, and gives the same results, as without it."""
+"""With `jax_enable_x64` everything computes in the same types, and gives the same results, as without."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
 
 
 def in_both_modes(function):
-    """What a function returns without and with jax_enable_x64."""
+    """Returns the results of a function without and with jax_enable_x64."""
     with jax.enable_x64(False):
         narrow = function()
     with jax.enable_x64(True):
@@ -66,10 +66,8 @@ def in_both_modes(function):
 
 
 def wide_arrays(jaxpr) -> list[str]:
-    """The operations of a program, and of programs inside it, whose result is an array of 64-bit values.
-
-    Not counted: scalars, and the argmax inside `jax.random.categorical`, which takes no type.
-    """
+    """Returns the operations in a program, nested programs included, whose result is a 64-bit array.
+    Scalars do not count, nor does the argmax in `jax.random.categorical`, whose type cannot be set."""
     found = []
     for equation in jaxpr.eqns:
         wide = [
@@ -198,7 +196,7 @@ def test_loaded_weights_are_the_same(mesh, tmp_path):
 
 
 def accelerator_kernels():
-    """The Pallas kernels with inputs of small shapes: (function of float arrays, their shapes)."""
+    """Returns the Pallas kernels with small inputs: (function of float arrays, their shapes)."""
     from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
     from gptoss_jax.kernels.attention.pallas_triton import triton_attention
     from gptoss_jax.kernels.attention.reference import AttentionSpec

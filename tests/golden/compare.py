@@ -22,29 +22,29 @@ CASES = {
     "top4": Case("bfloat16", 4, "rope_scaling"),
     "mxfp4": Case("mxfp4", 4, "rope_scaling"),
 }
-# Gradients of so many numbers are kept as they are.
+# Gradients of at most this many values are stored whole.
 SMALL = 200
 PROJECTIONS = 16
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
-    """The arrays of a case."""
+    """Returns the arrays of a case."""
     with np.load(pathlib.Path(__file__).parent / f"{name}.npz") as arrays:
         return dict(arrays)
 
 
 def prompts(arrays: dict[str, np.ndarray]) -> list[list[int]]:
-    """The prompts of a case, without what fills their rows."""
+    """Returns the prompts of a case, without padding."""
     return [row[row >= 0].tolist() for row in arrays["prompts"]]
 
 
 def projections(name: str, gradient: np.ndarray) -> np.ndarray:
-    """Products of a gradient with random vectors of +1 and -1.
+    """Returns the dot products of a gradient with random vectors of +1 and -1.
 
-    The mean square of an array's products is the array's squared norm, on average: so those of a difference
-    tell its norm, whatever its direction.
+    Their mean square is, in expectation, the squared norm of the array: those of a difference estimate its
+    norm in any direction.
     """
-    # Bits of a generator that every numpy has, and no two parameters get the same.
+    # Bits of a generator that every NumPy has, different for every parameter.
     bits = np.random.default_rng(zlib.crc32(name.encode())).bytes(PROJECTIONS * -(-gradient.size // 8))
     rows = np.unpackbits(np.frombuffer(bits, np.uint8).reshape(PROJECTIONS, -1), axis=1)
     signs = 2.0 * rows[:, : gradient.size] - 1
@@ -52,8 +52,8 @@ def projections(name: str, gradient: np.ndarray) -> np.ndarray:
 
 
 def gradient_error(name: str, gradient: np.ndarray, arrays: dict[str, np.ndarray]) -> float:
-    """How far a gradient is from a case's, as a share of that one's norm; estimated where only projections
-    are kept."""
+    """Returns the distance of a gradient to that of a case, relative to its norm; an estimate if only
+    projections are stored."""
     kept, norm = arrays[f"gradient/{name}"], float(arrays[f"norm/{name}"])
     if gradient.size <= SMALL:
         assert gradient.shape == kept.shape, name
@@ -63,5 +63,5 @@ def gradient_error(name: str, gradient: np.ndarray, arrays: dict[str, np.ndarray
 
 
 def relative(difference: float, norm: float) -> float:
-    """The share, also of nothing: a router that chooses one expert has no gradient at all."""
+    """Returns the ratio, also for a norm of zero: a router that chooses one expert has no gradient."""
     return 0.0 if difference == 0 else float(difference / norm) if norm else float("inf")

@@ -3,19 +3,19 @@
     pip install torch==2.13.0 'transformers>=5.23,<6' ml_dtypes safetensors numpy
     cd tests && python -m golden.make_golden
 
-The files here were made by transformers 5.23.0, torch 2.13.0 and numpy 2.4.6 on x86-64; each says so too.
+These files were written by transformers 5.23.0, torch 2.13.0 and NumPy 2.4.6 on x86-64; each records it.
 
-One file for each case, all in float32, eager attention and eager experts, on the checkpoint that
-`helpers.checkpoints.random_checkpoint` makes of the case and `seed`, whose weights have `digest`:
+There is one file per case, in float32 with eager attention and eager experts. The checkpoint is
+`helpers.checkpoints.random_checkpoint` for the case and `seed`; its weights have `digest`:
 
-- `tokens` [T], `places`, `logits`: one sequence that passes position 5,000, and its logits at some places;
+- `tokens` [T], `places`, `logits`: one sequence longer than 5,000 tokens, and its logits at some places;
   `largest` is the largest |logit| of all.
 - `batch`, `positions` [B, T], `loss`: the mean cross-entropy of the next tokens, at positions before and
   after 4,096 and 5,000; `norm/NAME` is the norm of its gradient, and `gradient/NAME` the gradient of a small
   tensor or the `projections` of a large one.
 - `prompts` [B, longest], -1 after the end, and `continuations`: greedy decoding of a ragged batch.
 
-The seeds are searched for: no router and no greedy step may be so close to a tie that rounding decides it.
+Seeds are searched for so that no router and no greedy step is so close to a tie that rounding decides it.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from helpers.checkpoints import SIZES, random_checkpoint, weights_digest
 
 HERE = pathlib.Path(__file__).parent
 LENGTH = 5131
-# What rounding may decide lies within this: of a router's logits, and of the share of the largest logit.
+# Closer than this, rounding may decide: for router logits, and for logits relative to the largest one.
 ROUTER_GAP = 1e-4
 GREEDY_MARGIN = 1e-3
 NEW_TOKENS = 64

@@ -1,4 +1,4 @@
-"""This package's side of a comparison with the reference: the same quantities, under the published names."""
+"""The same quantities as in reference.py computed by this package, under the published names."""
 
 import functools
 
@@ -28,7 +28,7 @@ def _loss_and_gradients(config: ModelConfig):
 
 
 def logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
-    """Float32 logits [T, V] of one sequence [T]."""
+    """Returns float32 logits [T, V] of one sequence [T]."""
     tokens_BT = jnp.asarray(tokens, jnp.int32)[None]
     return np.asarray(_forward(model.config)(get_params(model), tokens_BT))[0]
 
@@ -36,7 +36,7 @@ def logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
 def loss_and_gradients(
     model: Transformer, tokens: np.ndarray, positions: np.ndarray
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """The mean cross-entropy of every next token of [B, T], and its gradient for every published name."""
+    """Returns the mean cross-entropy of the next tokens of [B, T], and its gradients by published name."""
     config = model.config
     arrays = (jnp.asarray(array, jnp.int32) for array in (tokens, positions))
     loss, gradients = _loss_and_gradients(config)(get_params(model), *arrays)

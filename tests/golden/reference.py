@@ -8,18 +8,18 @@ import torch
 from transformers import DynamicCache, GptOssForCausalLM, Mxfp4Config
 from transformers.utils import logging
 
-# More threads than free cores spin at every barrier: on a busy machine one thread is several times faster.
+# More threads than free cores spin at every barrier: on a busy machine, one thread is several times faster.
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
 def load(folder: str | os.PathLike, dtype: torch.dtype = torch.float32, packed: bool = False):
-    """The model of a folder with all parameters in a type; packed experts are dequantised."""
+    """Loads the model of a folder with all parameters in a dtype; packed experts are dequantized."""
     extra = {"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}
     model = GptOssForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", **extra
     )
-    # The dequantised matrices are exact in either type.
+    # The dequantized matrices are exact in either dtype.
     model = model.to(dtype).eval()
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert (model.config._attn_implementation, model.config._experts_implementation) == ("eager", "eager")
@@ -27,7 +27,8 @@ def load(folder: str | os.PathLike, dtype: torch.dtype = torch.float32, packed: 
 
 
 def logits(model, tokens: np.ndarray, piece: int | None = None) -> np.ndarray:
-    """Float32 logits [T, V] of one sequence [T], in one go or, faster, in pieces with its own cache."""
+    """Returns float32 logits [T, V] of one sequence [T], in one pass or, faster, in chunks with its own
+    cache."""
     tokens = torch.as_tensor(tokens, dtype=torch.int64)[None]
     with torch.no_grad():
         if piece is None:
@@ -39,10 +40,9 @@ def logits(model, tokens: np.ndarray, piece: int | None = None) -> np.ndarray:
 
 
 def router_gap(model, tokens: np.ndarray) -> float:
-    """The smallest distance, over all tokens and layers, of the last expert chosen to the first one left out.
-
-    Where it is within the rounding of float32, another implementation may rightly choose otherwise.
-    """
+    """Returns the smallest distance, over all tokens and layers, between the last expert chosen and the
+    first not chosen. If it is within float32 rounding, another implementation may correctly choose
+    differently."""
     gaps = []
 
     def look(module, inputs, outputs):
@@ -59,7 +59,7 @@ def router_gap(model, tokens: np.ndarray) -> float:
 def loss_and_gradients(
     model, tokens: np.ndarray, positions: np.ndarray
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """The mean cross-entropy of every next token of [B, T], and its gradient for every published name."""
+    """Returns the mean cross-entropy of the next tokens of [B, T], and its gradients by published name."""
     tokens, positions = (torch.as_tensor(array, dtype=torch.int64) for array in (tokens, positions))
     model.zero_grad()
     out = model(tokens, position_ids=positions, attention_mask=torch.ones_like(tokens), use_cache=False)
@@ -70,8 +70,8 @@ def loss_and_gradients(
 
 
 def greedy(model, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[np.ndarray, float]:
-    """The continuations [B, new_tokens] of one batch, padded on the left, and the smallest margin: the
-    distance of the best logit to the second, as a share of the largest |logit|."""
+    """Returns the greedy continuations [B, new_tokens] of one batch, padded on the left, and the smallest
+    margin between the best and the second logit, relative to the largest |logit|."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

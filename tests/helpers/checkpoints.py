@@ -36,7 +36,7 @@ YARN = {
     "original_max_position_embeddings": 4096,
 }
 THETA = 150000
-GROUP = 32  # weights under one scale of MXFP4
+GROUP = 32  # weights that share a scale in MXFP4
 Form = Literal["bfloat16", "float32", "mxfp4"]
 
 
@@ -62,7 +62,7 @@ def random_checkpoint(
 
 
 def weights_digest(folder: str | os.PathLike) -> str:
-    """A digest by which two machines can tell that they made the same weights."""
+    """Returns a digest that tells whether two machines made the same weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(pathlib.Path(folder) / "model.safetensors").items()):
         digest.update(name.encode() + tensor.tobytes())
@@ -111,7 +111,7 @@ def _tensors(form: Form, rng: np.random.Generator) -> dict[str, np.ndarray]:
         offset = _bytes(rng, (*shape[:-1], groups)) % (high - low + 1)
         tensors[f"{name}_scales"] = (127 + low + offset).astype(np.uint8)
 
-    # Small enough that the first norm's epsilon can be seen.
+    # Small enough that the epsilon of the first norm matters.
     add("model.embed_tokens.weight", V, D, spread=0.1)
     for layer in range(SIZES["num_hidden_layers"]):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
@@ -143,7 +143,7 @@ def _bytes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Nearly normal values as sums of four integers: exact, so that no machine's logarithm changes a bit."""
+    """Returns nearly normal values as sums of four integers, bit-identical on every machine."""
     words = np.frombuffer(rng.bytes(8 * math.prod(shape)), "<u2").reshape(*shape, 4)
     return (words.sum(axis=-1, dtype=np.int64) - 2 * 65535) / math.sqrt(4 * (65536**2 - 1) / 12)
 

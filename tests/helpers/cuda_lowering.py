@@ -1,4 +1,4 @@
-"""Triton kernels through the lowering for CUDA, which needs no GPU."""
+"""Lowering of Triton kernels for CUDA, which does not need a GPU."""
 
 import jax
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -14,7 +14,7 @@ def kernels_for_cuda(function, *arguments) -> list[str]:
     Pallas hands them to XLA without looking whether they are well formed: here they are verified.
     """
     programs, kernels = [], []
-    with jax.sharding.use_abstract_mesh(H100):  # newer versions of JAX ask for the kind of GPU
+    with jax.sharding.use_abstract_mesh(H100):  # newer versions of JAX require the kind of GPU
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
     def collect(operation):
@@ -31,6 +31,6 @@ def kernels_for_cuda(function, *arguments) -> list[str]:
             kernel.operation.verify()
             kernels.append(str(kernel))
     for kernel in kernels:
-        # Float32 may not be rounded to TF32 (0) on its way to the tensor cores; 2 is IEEE.
+        # Float32 operands must not be rounded to TF32 (0); 2 is IEEE.
         assert "inputPrecision = tf32" not in kernel and "inputPrecision = 0" not in kernel
     return kernels

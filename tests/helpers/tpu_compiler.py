@@ -1,4 +1,4 @@
-"""Programs through the real TPU compiler, for devices that are not here."""
+"""Compilation for TPUs with libtpu, on a machine without one."""
 
 import contextlib
 import re
@@ -21,16 +21,17 @@ def needs_libtpu(test: Callable) -> Callable:
 
 @contextlib.contextmanager
 def tpu_devices(name: str) -> Iterator[list[jax.Device]]:
-    """The devices of a topology, to compile for."""
+    """Yields the devices of a topology to compile for."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        # Programs that compile side by side would wait for each other's lock.
+        # Concurrent compilations would wait for each other's lock.
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         yield topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 def on_tpus(function: Callable, shapes: list[tuple]) -> Iterator[str]:
-    """The compiled program's text for one device of each kind; shapes and types are the arguments'."""
+    """Yields the compiled program's text for one device of each kind. `shapes` are (shape, dtype) of the
+    arguments."""
     for name in TPUS:
         with tpu_devices(name) as devices:
             place = jax.sharding.SingleDeviceSharding(devices[0])
@@ -38,5 +39,5 @@ def on_tpus(function: Callable, shapes: list[tuple]) -> Iterator[str]:
             yield jax.jit(function).lower(*arguments).compile().as_text()
 
 
-# An operation that makes packed bytes, where programs only need to read them.
+# An operation that creates packed bytes, which programs should only read.
 BYTES_MADE = re.compile(r"= u8\[\S+ (?!bitcast|parameter|get-tuple-element)")

@@ -1,4 +1,4 @@
-"""Weights in tests: tensors of files, parameter trees, and both by hand."""
+"""Weights: tensors in files, parameter trees, and their conversion by hand."""
 
 import functools
 import warnings
@@ -54,14 +54,14 @@ CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, 
 
 
 def dequantized(blocks, scales):
-    """MXFP4 weights as float32 [..., out, in]; low nibbles first."""
+    """Dequantizes MXFP4 weights to float32 [..., out, in]; low nibbles first."""
     codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*scales.shape, 32)
     values = CODES[codes] * 2.0 ** (scales[..., None].astype(float) - 127)
     return values.reshape(*scales.shape[:-1], -1).astype(np.float32)
 
 
 def block_by_hand(theirs, layer):
-    """One block's parameters in float32 from Hugging Face tensors, without any code of the package."""
+    """Returns a block's float32 parameters from Hugging Face tensors, without using the package."""
     D, H = SIZES["hidden_size"], SIZES["head_dim"]
 
     def read(name):
@@ -95,7 +95,7 @@ def block_by_hand(theirs, layer):
 
 
 def tree_by_hand(theirs):
-    """The whole tree: layers 0 and 2 are first in the period, 1 and 3 second."""
+    """Returns the whole tree: layers 0 and 2 are first in the period, 1 and 3 second."""
     found = {
         "embedding.weight": theirs["model.embed_tokens.weight"].astype(np.float32),
         "final_norm.scale": theirs["model.norm.weight"].astype(np.float32),
@@ -126,7 +126,7 @@ def warned(action):
     return result, messages[0]
 
 
-# Odd sizes: in this order, each but the first would be misaligned.
+# Odd sizes: in this order, every tensor but the first would be misaligned.
 SHAPES = {
     "a.bytes": (np.uint8, (3,)),
     "b.wide": (np.float64, (1, 3)),
@@ -149,7 +149,7 @@ def random_tensors(seed=0, shapes=SHAPES):
 
 
 def new(name, array, parts=1):
-    """An array as a `NewTensor` whose rows come in a number of chunks."""
+    """Returns an array as a `NewTensor` whose rows come in `parts` chunks."""
     return NewTensor(
         name, array.dtype, array.shape, lambda: np.array_split(array, parts) if parts > 1 else [array]
     )
