@@ -50,10 +50,10 @@ def format_count(count: float | None) -> str:
     return _with_unit(count, ["", "K", "M", "B", "T"], ".1f")
 
 
-def format_flops(flops_per_second: float | None) -> str:
-    """A rate in FLOP/s to three digits: 132 GFLOP/s, 1.05 PFLOP/s. None gives a dash."""
-    units = [f" {unit}FLOP/s" for unit in ("", "K", "M", "G", "T", "P", "E")]
-    return _with_unit(flops_per_second, units, "#.3g").replace(". ", " ")
+def format_si(value: float | None, unit: str) -> str:
+    """Three digits with an SI prefix: 132 GFLOP/s, 1.05 PFLOPs, 12.5 ms, 777 B. None gives a dash."""
+    units = [f" {prefix}{unit}" for prefix in ("m", "", "k", "M", "G", "T", "P", "E")]
+    return _with_unit(value and 1e3 * value, units, "#.3g").replace(". ", " ")
 
 
 def format_duration(seconds: float | None) -> str:

@@ -10,11 +10,10 @@ from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, Estimate
 from gptoss_jax.planning.plan import Plan, mesh_name
-from gptoss_jax.terminal import format_count
+from gptoss_jax.terminal import format_count, format_si
 
 # Meshes that the table has rows for.
 MAX_ROWS = 6
-PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -22,10 +21,10 @@ def show(plan: Plan, console: Console) -> None:
     model, data, best = plan.config.model, plan.config.data, plan.estimates[0]
     total, active = parameter_counts(model)
     step = f"{data.batch_size:,} rows of {data.seq_len:,} tokens: "
-    step += f"{with_prefix(best.useful_flops * plan.devices, 'FLOPs')} useful"
+    step += f"{format_si(best.useful_flops * plan.devices, 'FLOPs')} useful"
     if best.flops > best.useful_flops:
-        step += f", {with_prefix(best.flops * plan.devices, 'FLOPs')} with remat {model.remat}"
-    memory, peak = gigabytes(plan.chip.memory), with_prefix(plan.chip.peak, "FLOP/s")
+        step += f", {format_si(best.flops * plan.devices, 'FLOPs')} with remat {model.remat}"
+    memory, peak = gigabytes(plan.chip.memory), format_si(plan.chip.peak, "FLOP/s")
     for name, text in (
         ("Model", f"{format_count(total)} parameters, {format_count(active)} active per token"),
         ("Step", step),
@@ -45,12 +44,6 @@ def show(plan: Plan, console: Console) -> None:
             console.print(caption, highlight=False)
     console.print()
     console.print(_verdict(plan), highlight=False)
-
-
-def with_prefix(value: float, unit: str) -> str:
-    """Three digits with an SI prefix: 4.29 PFLOPs, 12.5 ms."""
-    factor, prefix = next((pair for pair in PREFIXES if value >= 0.9995 * pair[0]), (1, ""))
-    return f"{value / factor:,.3g} {prefix}{unit}"
 
 
 def gigabytes(size: float) -> str:
@@ -154,8 +147,8 @@ def _verdict(plan: Plan) -> str:
         useful = best.useful_flops / plan.chip.peak
         soonest, latest = best.overlapped_seconds, best.serial_seconds
         verdict = (
-            f"[bold green]Best: {name}[/], {needed}; {with_prefix(soonest, 's')} a step if all overlaps "
-            f"({useful / soonest:.0%} MFU), {with_prefix(latest, 's')} if nothing does "
+            f"[bold green]Best: {name}[/], {needed}; {format_si(soonest, 's')} a step if all overlaps "
+            f"({useful / soonest:.0%} MFU), {format_si(latest, 's')} if nothing does "
             f"({useful / latest:.0%})."
         )
     else:

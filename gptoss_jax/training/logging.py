@@ -17,7 +17,7 @@ from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
-from gptoss_jax.terminal import format_count, format_duration, format_flops, format_number
+from gptoss_jax.terminal import format_count, format_duration, format_number, format_si
 from gptoss_jax.training.console import Console
 from gptoss_jax.training.losses import bits_per_byte
 from gptoss_jax.training.metrics import MetricsLog, StepTimer, read_metrics
@@ -69,7 +69,7 @@ class RunLog:
         lines = {
             "model": f"{format_count(total)} parameters, {format_count(active)} active per token",
             "text": f"{config.data.source}: {format_count(self._train_tokens)} tokens of {meta['tokenizer']}"
-            f" to train on, {format_count(meta['held_out_bytes'])}B of text held out",
+            f" to train on, {format_si(meta['held_out_bytes'], 'B')} of text held out",
             "step": f"{config.data.batch_size} rows × {config.data.seq_len} tokens",
             "on": devices + (f" ({axes})" if axes else ""),
             "run": str(self.run_dir),
@@ -209,7 +209,7 @@ class RunLog:
             return np.average([row[name] for row in steps], weights=seconds)
 
         rate, used = float(np.median([row["tokens_per_second"] for row in steps])), steps[-1]["mfu"]
-        speed = f"{rate:,.0f} tokens/s, {format_flops(rate * self._flops_per_token)}"
+        speed = f"{rate:,.0f} tokens/s, {format_si(rate * self._flops_per_token, 'FLOP/s')}"
         waiting = f"{share('data_wait_share'):.2%} for data, {share('logging_share'):.2%} for logging"
         tokens = f"{format_count(steps[-1]['tokens_seen'])} in {format_duration(seconds.sum())}"
         self.console.summary(
