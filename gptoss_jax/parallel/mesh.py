@@ -1,4 +1,4 @@
-"""The mesh of devices: its axes, and what the code asks of the one in use."""
+"""The device mesh: its axes, how it is made, and the sizes of the current one."""
 
 import dataclasses
 import math
@@ -11,20 +11,20 @@ from jax.sharding import AxisType, Mesh
 from gptoss_jax.config import MeshConfig, ModelConfig, require
 
 AXES = ("data", "fsdp", "expert", "tensor")
-# The axes that share a batch. Every device of the tensor axis reads the same rows.
+# The axes that split a batch. All devices of the tensor axis have the same rows.
 BATCH = ("data", "fsdp", "expert")
 
 
 def divisors(number: int, most: int) -> list[int]:
-    """The divisors of a number that are at most so large, in rising order."""
+    """Returns the divisors of a number up to `most`, in ascending order."""
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Lays the devices (all of them by default) out as the config says.
+    """Returns a mesh of the devices (default: all) with the axis sizes of the config.
 
-    The axes are of type Auto: the compiler places what the path table and a few constraints leave open.
-    Raises ValueError when the axes do not multiply to the number of devices, saying which sizes would.
+    The axes are of type Auto: the compiler shards what parameters and a few constraints leave open. Raises
+    ValueError, with sizes that would do, if the axes do not multiply to the number of devices.
     """
     count = len(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
@@ -34,13 +34,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         allowed = f"the axes must multiply to the {count} devices there are; {_would_do(sizes, count)}"
         raise ValueError(f"mesh is {asked}: {allowed}")
     shape = tuple(count // product if size == -1 else size for size in sizes.values())
-    # An axis may take a part of a slice's physical axis: 8 experts of a 4x4x4 slice are two of its rows.
+    # An axis may be part of a physical axis: 8 experts on a 4x4x4 slice take two of its rows.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _would_do(sizes: dict[str, int], count: int) -> str:
-    """What to change in a mesh that does not fit the devices: one axis if that is enough."""
+    """Returns the changes that make a mesh fit the devices: of one axis if that is enough."""
     ways = []
     for name, size in sizes.items():
         others = math.prod(other for key, other in sizes.items() if key != name and other != -1)
@@ -55,7 +55,7 @@ def _would_do(sizes: dict[str, int], count: int) -> str:
 
 
 def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
-    """Raises ValueError, with the sizes that would do, when a mesh of these axes cannot split a model."""
+    """Raises ValueError, with the sizes that would do, if axes of these sizes cannot split a model."""
     split = {
         "expert": ("num_local_experts",),
         "tensor": ("num_key_value_heads", "intermediate_size", "vocab_size"),
@@ -70,11 +70,11 @@ def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
 
 
 def current_axes() -> dict[str, int]:
-    """Axis sizes of the mesh in use (`jax.set_mesh`); empty outside of one, and where it is one device."""
+    """Returns the axis sizes of the current mesh (`jax.set_mesh`); empty without one, or with one device."""
     axes = dict(jax.sharding.get_abstract_mesh().shape)
     return axes if math.prod(axes.values()) > 1 else {}
 
 
 def batch_shards(axes: Mapping[str, int]) -> int:
-    """How many parts a mesh of these axes splits a batch into; 1 without axes."""
+    """Returns the number of shards of a batch; 1 without axes."""
     return math.prod(axes.get(axis, 1) for axis in BATCH)

@@ -23,7 +23,7 @@ INSTALL = "pip install -e '.[tpu-compile]'"
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler reports about one step; bytes of one device."""
+    """The compiler's report on one step; bytes per device."""
 
     mesh: dict[str, int]
     fits: bool

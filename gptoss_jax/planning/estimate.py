@@ -102,7 +102,7 @@ class _Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What the formulas share: a config on a mesh, as seen by one device."""
+    """Shared inputs of the formulas: a config on a mesh, as seen by one device."""
 
     config: TrainConfig
     mesh: dict[str, int]

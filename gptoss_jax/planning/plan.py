@@ -15,7 +15,7 @@ from gptoss_jax.planning.estimate import Estimate, estimate
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known about a training step on some devices."""
+    """Memory, FLOPs and collectives of a training step on some devices."""
 
     config: TrainConfig
     chip: Chip

@@ -29,7 +29,7 @@ PADDING = -1  # segment of the tokens that fill the last block
 
 
 class _Static(NamedTuple):
-    """What a kernel is compiled for."""
+    """The compile-time settings of a kernel."""
 
     window: int | None
     block: int

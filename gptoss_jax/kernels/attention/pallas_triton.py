@@ -65,7 +65,7 @@ def block_sizes(dtype: jnp.dtype, head_size: int) -> Blocks:
 
 
 class _Static(NamedTuple):
-    """What a kernel is compiled for."""
+    """The compile-time settings of a kernel."""
 
     spec: AttentionSpec
     scale: float  # H ** -0.5, of the head size before padding
@@ -119,7 +119,7 @@ def triton_attention(
     pad_H = 0, max(16, pl.next_power_of_2(H)) - H
     q, k, v = (jnp.pad(x, ((0, 0), pad_T, (0, 0), pad_H)) for x in (q_BTNH, k_BTKH, v_BTKH))
     positions_BT = jnp.pad(positions_BT, ((0, 0), pad_T))
-    # The padding is a segment of its own.
+    # Padding is a separate segment.
     segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), pad_T), constant_values=-1)
     sinks_N = jnp.full(N, MASK_VALUE, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
     q_BTKGH, sinks_KG = q.reshape(*k.shape[:3], -1, k.shape[3]), sinks_N.reshape(k.shape[2], -1)
