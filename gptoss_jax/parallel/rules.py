@@ -2,9 +2,8 @@
 docs/design.md).
 
 A parameter is declared with one letter for each dimension (`model/parameters.py`), and an einsum equation
-uses the same letters, so both know their sharding from this table. A lower-case letter is a dimension that is
-never
-split: of a norm's scale ("d") or the router's outputs ("e").
+uses the same letters, so both know their sharding from this table. A lower-case letter is a dimension that
+is never split: of a norm's scale ("d") or the router's outputs ("e").
 """
 
 import math
