@@ -27,8 +27,6 @@ RATE_INTERVAL = 3600.0  # seconds of steps that the remaining time is estimated 
 class _Stats(ProgressColumn):
     """Loss, speed, learning rate and remaining time, or how long the first step has been compiling."""
 
-    max_refresh = None
-
     def render(self, task: Task) -> Text:
         text = task.fields["stats"]
         return Text(text or f"compiling the first step · {format_duration(task.elapsed)}")

@@ -62,8 +62,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, result), None
 
         first = jax.tree.map(lambda x: x[0], microbatches)
-        shapes = jax.eval_shape(gradient, params, frozen, first, weight, key)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        zeros = optax.tree.zeros_like(jax.eval_shape(gradient, params, frozen, first, weight, key))
         indices = jnp.arange(num_microbatches, dtype=jnp.int32)
         return jax.lax.scan(add_microbatch, zeros, (indices, microbatches))[0]
 
