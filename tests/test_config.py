@@ -122,7 +122,7 @@ BAD = [
     (OptimConfig, {"decay_fraction": 0.0}, "optim.decay_fraction is 0.0: must be above 0 and at most 1"),
     (OptimConfig, {"min_lr_ratio": 1.5}, "optim.min_lr_ratio is 1.5: must be between 0 and 1"),
     (OptimConfig, {"schedule": "x"}, "optim.schedule is 'x': must be 'cosine' or 'wsd' or 'constant'"),
-    (MeshConfig, {"tensor": 0}, "mesh.tensor is 0: must be above 0, or -1 for all devices that are left"),
+    (MeshConfig, {"tensor": 0}, "mesh.tensor is 0: must be above 0, or -1 for all remaining devices"),
     (MeshConfig, {"expert": -1}, "mesh.expert is -1: only one axis may be, and mesh.data is already"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every is 0: must be above 0"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep is 0: must be above 0"),

@@ -215,12 +215,12 @@ FOREIGN = {
     ),
     "experts in an unknown order": (
         lambda name: re.sub(r"experts\.gate_up_proj$", "experts.0.gate_up_proj.weight", name),
-        "experts one by one, with gate and up in one matrix in an order that their names do not tell",
+        "experts one by one, with gate and up in one matrix in an unknown order",
     ),
     "mixtral": (lambda name: name.replace("mlp.router", "block_sparse_moe.gate"), "a Mixtral model"),
     "qwen": (lambda name: name.replace("mlp.router", "mlp.gate"), "another mixture of experts, such as Qwen"),
     "llama": ({f"{LAYER_1}mlp.gate_proj.weight"}, "a model without experts, such as Llama"),
-    "gguf": (lambda name: name.replace("model.layers", "blk"), "a model with the names of GGUF"),
+    "gguf": (lambda name: name.replace("model.layers", "blk"), "a model with GGUF tensor names"),
     "bitsandbytes": (
         {f"{LAYER_1}mlp.experts.gate_up_projs.0.weight.absmax"},
         "a model that GPTQ, AWQ, bitsandbytes or the like has quantized",

@@ -12,7 +12,7 @@ from helpers.data import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.data.harmony import SPECIAL, Harmony, Part, developer, is_harmony, system, user
+from gptoss_jax.data.harmony import SPECIAL, AnswerReader, Harmony, Part, developer, is_harmony, system, user
 from gptoss_jax.data.tokenizer import make_tokenizer
 
 ROBOT = "Answer the user's questions like a robot."
@@ -115,7 +115,7 @@ def vector(name):
 def parts_of(harmony, tokens, sizes=None):
     """Returns the parts of an answer that arrives in chunks of these sizes; checks that the text shown of
     each part is its text."""
-    reader, shown = harmony.reader(), {}
+    reader, shown = AnswerReader(harmony), {}
     rest, sizes = list(tokens), iter(sizes or [])
     while rest:
         size = next(sizes, 1)
@@ -298,7 +298,7 @@ def test_a_tool_call_is_parsed(harmony, published):
 
 def test_characters_are_never_split(harmony, published):
     header, end = ids(harmony, F), ids(harmony, "<|end|>")
-    reader = published.reader()
+    reader = AnswerReader(published)
     reader.feed(header)
     shown = [reader.feed([token]) for token in byte_ids(harmony, "é".encode())]
     assert shown == [[], [(reader.parts[0], "é")]]

@@ -435,11 +435,11 @@ def test_fields_of_every_transformers_model_give_no_warning():
 BAD = [
     (
         {**without(HF4, "num_hidden_layers"), "num_hidden_layer": 3},
-        "num_hidden_layers is missing: a config.json of gpt-oss has it; the file has num_hidden_layer",
+        "num_hidden_layers is missing: every gpt-oss config.json has it; the file has num_hidden_layer",
     ),
     (
         {**without(ORIGINAL, "num_experts"), "num_expert": 3},
-        "num_experts is missing: a config.json of gpt-oss has it; the file has num_expert",
+        "num_experts is missing: every gpt-oss config.json has it; the file has num_expert",
     ),
     ({**HF4, "per_layer_config": {"0": {}}}, "per_layer_config is {'0': {}}: must be left out"),
     ({**HF4, "num_experts": 64}, "num_experts is 64, but num_local_experts is 32: they mean the same"),
@@ -495,14 +495,14 @@ BAD = [
     ({**HF4, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: must be 1"),
     (
         without(HF4, "rope_scaling"),
-        "rope_parameters is missing: a config.json of gpt-oss has it, or rope_scaling",
+        "rope_parameters is missing: every gpt-oss config.json has it, or rope_scaling",
     ),
     *[
-        (without(HF4, name), f"{name} is missing: a config.json of gpt-oss has it")
+        (without(HF4, name), f"{name} is missing: every gpt-oss config.json has it")
         for name in ("vocab_size", "head_dim", "num_local_experts", "num_hidden_layers")
     ],
     *[
-        (without(ORIGINAL, name), f"{name} is missing: a config.json of gpt-oss has it")
+        (without(ORIGINAL, name), f"{name} is missing: every gpt-oss config.json has it")
         for name in ("num_experts", "rope_scaling_factor", "rope_ntk_alpha", "rope_theta", "head_dim")
     ],
     ({**ORIGINAL, "rope_scaling_factor": "3"}, "rope_scaling_factor is '3': must be a finite number"),

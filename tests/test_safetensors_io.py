@@ -68,8 +68,8 @@ def test_tensors_come_in_chunks(tmp_path):
 @pytest.mark.parametrize(
     ("chunk", "error", "words"),
     [
-        (np.zeros(3, np.float32), ValueError, "t came in 12 bytes of 16"),
-        (np.zeros(5, np.float32), ValueError, "t came in 20 bytes of 16"),
+        (np.zeros(3, np.float32), ValueError, "t has 12 bytes, not 16"),
+        (np.zeros(5, np.float32), ValueError, "t has 20 bytes, not 16"),
         (np.zeros(4, np.int32), TypeError, "t is given as int32, not float32"),
     ],
 )

@@ -1,7 +1,7 @@
 """Lazy tensors: read any slice of one layer's parameter, casting, transposing and (de)quantizing on the fly.
 
-A lazy tensor is a parameter of one layer with the model's axes, whichever way it is stored. Only the slice
-that is read is ever held, besides the source and the result.
+A lazy tensor is a parameter of one layer with the model's axes, however it is stored. Only the slice being
+read is in memory, besides the source and the result.
 """
 
 import dataclasses

@@ -140,14 +140,11 @@ def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Pa
         return jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
 
     finite = jax.device_get(jax.jit(lambda tree: jax.tree.map(is_finite, tree))(params))
-    layers_of, non_finite = parameter_layers(config), set()
-    for path, rows in jax.tree_util.tree_leaves_with_path(finite):
-        path = path_names(path)
-        rows = rows.all(keepdims=True) if layers_of[path] == [-1] else rows
-        mapping = HUGGINGFACE[parameter_name(path)]
-        non_finite |= {
-            mapping.name(layer) for layer, row in zip(layers_of[path], rows, strict=True) if not row
-        }
+    non_finite = set()
+    for (path, layers), rows in zip(parameter_layers(config).items(), jax.tree.leaves(finite), strict=True):
+        rows = rows.all(keepdims=True) if layers == [-1] else rows
+        name = HUGGINGFACE[parameter_name(path)].name
+        non_finite |= {name(layer) for layer, row in zip(layers, rows, strict=True) if not row}
     warn_non_finite(non_finite, origin)
 
 

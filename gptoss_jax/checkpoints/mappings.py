@@ -51,7 +51,7 @@ class TensorMapping:
 
     @property
     def keeps_first_axis(self) -> bool:
-        """Whether the first axis is the same on both sides: then slices of it can be converted one by one."""
+        """True if both sides have the same first axis, so that slices of it can be converted one by one."""
         return len(self._file_axes[0]) == 1 and self._permutation[0] == 0
 
     def name(self, layer: int) -> str:
@@ -221,11 +221,11 @@ FOREIGN = {
     "not merged (merge_and_unload of peft merges it)",
     r"\.(qweight|qzeros|weight_packed|weight_scale\w*|absmax|quant_map|SCB)$|\.quant_state\.": "a model that "
     "GPTQ, AWQ, bitsandbytes or the like has quantized (must be bfloat16, float16, float32 or MXFP4)",
-    r"^blk\.\d+\.": "a model with the names of GGUF",
+    r"^blk\.\d+\.": "a model with GGUF tensor names",
     r"\.block_sparse_moe\.": "a Mixtral model",
     r"\.mlp\.shared_expert": "a DeepSeek or Qwen model with shared experts",
-    r"\.experts\.\d+\.gate_up_proj": "experts one by one, with gate and up in one matrix in an order that "
-    "their names do not tell (must be gate_proj and up_proj, or all experts in one gate_up_proj)",
+    r"\.experts\.\d+\.gate_up_proj": "experts one by one, with gate and up in one matrix in an unknown "
+    "order (must be gate_proj and up_proj, or all experts in one gate_up_proj)",
     r"\.mlp\.gate\.weight$": "another mixture of experts, such as Qwen or DeepSeek",
     r"\.mlp\.experts\.(\d+|gate_up_projs\.\d+)\.": "experts one by one",
     r"layers\.\d+\.mlp\.(gate|up)_proj\.weight$": "a model without experts, such as Llama, Qwen or Mistral",

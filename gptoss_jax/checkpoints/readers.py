@@ -1,6 +1,6 @@
 """Weight readers: Hugging Face folders, `original/`, run folders of train.py, and parameters in memory.
 
-A reader gives lazy tensors, one parameter of one layer each, in the form that is asked for.
+A reader gives lazy tensors, one parameter of one layer each, in the requested form.
 """
 
 import abc
@@ -65,7 +65,7 @@ class WeightReader(abc.ABC):
 
     @abc.abstractmethod
     def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
-        """A parameter in the form in which it is stored; layer -1 is that of no layer."""
+        """A parameter as it is stored; -1 is the layer of parameters outside the layers."""
 
     @abc.abstractmethod
     def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
@@ -138,10 +138,9 @@ class InMemoryReader(WeightReader):
         self.packed = config.expert_format == "mxfp4"
         self.config, self.origin = with_experts(config, False), origin
         self._arrays: dict[str, dict[int, tuple[jax.Array, int | None]]] = {}
-        for path, layers in parameter_layers(config).items():
-            leaf = params
-            for name in path:
-                leaf = leaf[name]
+        for (path, layers), leaf in zip(
+            parameter_layers(config).items(), jax.tree.leaves(params), strict=True
+        ):
             rows = {layer: (leaf, None if layer < 0 else row) for row, layer in enumerate(layers)}
             self._arrays.setdefault(parameter_name(path), {}).update(rows)
 
@@ -191,7 +190,7 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def is_run(folder: str | pathlib.Path) -> bool:
-    """Whether a folder is a run of train.py: its config.json is that of a `TrainConfig`."""
+    """Returns True for a run folder of train.py, whose config.json is that of a `TrainConfig`."""
     try:
         values = json.loads((pathlib.Path(folder) / "config.json").read_bytes())
     except (OSError, ValueError):

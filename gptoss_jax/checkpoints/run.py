@@ -50,7 +50,7 @@ class Checkpoints:
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
         check_folder_name(self.folder, "run_dir", str(run_dir))
         self._verified, self._eval_batches = False, eval_batches
-        # Orbax logs routine steps of a save as warnings and errors. What matters is raised.
+        # Orbax logs routine steps of a save as warnings and errors. Failures are raised.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False)
         self._options = ocp.CheckpointManagerOptions(

@@ -1,7 +1,7 @@
 """Folders of safetensors files: which of the files hold the weights, their tensors as views, and new files.
 
-The safetensors library validates headers. It copies what it reads, has no bfloat16 in numpy, and writes only
-what is in memory as a whole, so the bytes are mapped and written here.
+The safetensors library validates headers. It copies what it reads, lacks bfloat16 in numpy, and writes only
+tensors that are all in memory, so the bytes are mapped and written here.
 """
 
 import dataclasses
@@ -269,4 +269,4 @@ def _write_file(path: pathlib.Path, tensors: list[NewTensor], on_write: Callable
                 file.write(np.ascontiguousarray(chunk).view(np.uint8).data)
                 on_write(chunk.nbytes)
             if file.tell() - begin != tensor.nbytes:
-                raise ValueError(f"{tensor.name} came in {file.tell() - begin:,} bytes of {tensor.nbytes:,}")
+                raise ValueError(f"{tensor.name} has {file.tell() - begin:,} bytes, not {tensor.nbytes:,}")

@@ -3,7 +3,7 @@
 Three dialects are read: that of transformers 4.55 (`rope_theta` and `rope_scaling`), that of transformers 5
 (`rope_parameters` with the theta inside), and OpenAI's own, `original/config.json`.
 
-A file that transformers loads is read with the same meaning. Where that meaning is not plain from the file
+A file that transformers loads is read with the same meaning. Where that meaning is not obvious
 (an unknown, leftover or missing field), a warning names the field and the value used. An error is raised
 where transformers 4.55 and 5 disagree, where the model cannot do what the file asks, and where a size is
 missing.
@@ -73,7 +73,7 @@ ORIGINAL = {name: name for name in (*REQUIRED, "sliding_window", "rope_theta")}
 ORIGINAL |= {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 ORIGINAL_ROPE = ("initial_context_length", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
 
-PRESENT = "a config.json of gpt-oss has it"
+PRESENT = "every gpt-oss config.json has it"
 ROPE_TYPES = "must be 'yarn', or 'default' for plain rotary embedding"
 
 Values = dict[str, Any]

@@ -14,7 +14,7 @@ from gptoss_jax.config.base import require
 
 
 def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
-    """Expands `~` and `~user` at the start of a path; idempotent. Every path from a user is passed to it.
+    """Expands `~` and `~user` at the start of a path; idempotent. Call it on every path that a user gives.
 
     Args:
       path: the path; `./~name` for a file or folder whose name begins with `~`.

@@ -80,7 +80,7 @@ class MeshConfig(ConfigBase):
     def _check(self) -> None:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            allowed = "must be above 0, or -1 for all devices that are left"
+            allowed = "must be above 0, or -1 for all remaining devices"
             self._require(size == -1 or size > 0, name, allowed)
         wild = [name for name, size in sizes.items() if size == -1]
         if len(wild) > 1:

@@ -118,21 +118,18 @@ def held_out_batches(
 ) -> list[Batch]:
     """The same batches of held-out rows on every call, in the shape that `train_batches` yields.
 
-    All rows, the last batch filled up with rows of padding; or, if those are more than `limit` batches, as
-    many rows as fit in `limit` batches, spread evenly over the held-out text.
+    All rows, with rows of padding at the end of the last batch; if they fill more than `limit` batches, only
+    that many, with rows spread evenly over the held-out text.
     """
     packed = PackedRows(cache, held_out=True, seq_len=config.seq_len)
     count = -(-len(packed) // config.batch_size)
     count = count if limit is None else min(count, limit)
     size = count * config.batch_size
-    chosen = np.full(size, -1)
-    chosen[: len(packed)] = (
-        np.arange(size) * len(packed) // size if size < len(packed) else range(len(packed))
-    )
+    chosen = np.arange(size) * max(len(packed), size) // max(size, 1)
     rows = np.arange(config.batch_size) if rows is None else rows
     padding = _zeros(config.seq_len)
     return [
-        _stack([packed[index] if index >= 0 else padding for index in indices])
+        _stack([packed[index] if index < len(packed) else padding for index in indices])
         for indices in chosen.reshape(count, config.batch_size)[:, rows]
     ]
 

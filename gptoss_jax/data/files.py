@@ -21,13 +21,13 @@ CHUNK = 1 << 20
 HEAD = 512  # bytes that are enough to recognize a format
 BOM = b"\xef\xbb\xbf"
 SEPARATOR = b"<|endoftext|>"
-# First bytes of compressed files. The second kind of bzip2 is empty.
+# First bytes of compressed files. An empty bzip2 stream has its own.
 COMPRESSED = {
     rb"\x1f\x8b": gzip.open,
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
     rb"\xfd7zXZ\x00": lzma.open,
 }
-# A frame, or the frame to skip that some tools write first.
+# A zstd frame, or the skippable frame that some tools write first.
 ZSTD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"
 # Names in an error message: a record may have thousands.
 SHOWN_NAMES = 20
@@ -169,7 +169,7 @@ def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
     """Yields the parts of a file between separators, with their byte offsets, keeping one in memory.
 
     Gzip, bzip2, xz and zstd are decompressed; offsets are those of the decompressed data. Raises ValueError,
-    naming the file, for one that cannot be read, is damaged, or is no text.
+    naming the file, for one that cannot be read, is damaged, or is not text.
     """
     with readable(path), open(path, "rb") as raw:
         head = raw.read(HEAD)

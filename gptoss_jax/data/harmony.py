@@ -121,10 +121,6 @@ class Harmony:
         keep = library.RenderConversationConfig(auto_drop_analysis=False)
         return self._encoding.render_conversation_for_completion(conversation, Role.ASSISTANT, keep)
 
-    def reader(self) -> "AnswerReader":
-        """Returns a parser of one answer to a prompt of `render`."""
-        return AnswerReader(self)
-
     def header(self, tokens: Sequence[int]) -> Part | None:
         """Parses a header up to <|message|> to an empty message; None if it is not one of the assistant.
 

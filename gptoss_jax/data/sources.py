@@ -5,6 +5,7 @@ file or folder that exists is never read as a pattern or as parts of a source.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -38,7 +39,7 @@ class Corpus:
     source: str
     fingerprint: str
     _read: Callable[[], Iterable[str | None]] = dataclasses.field(repr=False)
-    # Sizes and times of the files, with which the fingerprint ends; None without files to check.
+    # Sizes and times of the files, the end of the fingerprint; None without files to check.
     _stamps: Callable[[], str] | None = dataclasses.field(default=None, repr=False)
 
     def documents(self, skipped: collections.Counter[str] | None = None) -> Iterator[str]:
@@ -137,9 +138,14 @@ def _open_dataset(source: str, name: str, field: str) -> Corpus:
     try:
         builder = datasets.load_dataset_builder(name, config)
         splits = builder.as_streaming_dataset()
-    except Exception as error:  # not found, not reached, no such config, no files that it knows, …
-        _check_config(source, name, config)
-        raise ValueError(f"data.source is {source!r}: cannot be loaded ({one_line(error)})") from error
+    except Exception as error:  # not found, unreachable, no such config, no files in a known format, …
+        problem, known = f"cannot be loaded ({one_line(error)})", []
+        with contextlib.suppress(Exception):
+            known = datasets.get_dataset_config_names(name)
+        if known and config not in known and (config or len(known) > 1):
+            missing = f"has no config {config!r}" if config else "needs a config"
+            problem = f"{missing}; it has {listed(known, SHOWN_NAMES)}: name one, as in {HF_SPEC}"
+        raise ValueError(f"data.source is {source!r}: {problem}") from error
     if split_name is None:
         split_name = next(iter(splits)) if len(splits) == 1 else "train"
     known = f"it has {listed(splits, SHOWN_NAMES)}: name one, as in {HF_SPEC}"
@@ -176,21 +182,6 @@ def _parse_dataset(source: str, name: str) -> tuple[str, str | None, str | None]
     rest = [word or None for word in words[count:]]
     require(bool(words[0]) and len(rest) <= 2, "data.source", source, f"must be {HF_SPEC}#field")
     return os.fspath(folder), *rest, *[None] * (2 - len(rest))
-
-
-def _check_config(source: str, name: str, config: str | None) -> None:
-    """Raises ValueError with a list if the dataset has configs and the right one is not named."""
-    import datasets
-
-    try:
-        known = datasets.get_dataset_config_names(name)
-    except Exception:  # the caller reports why the dataset could not be loaded
-        return
-    if config in known or (config is None and len(known) == 1):
-        return
-    missing = "needs a config" if config is None else f"has no config {config!r}"
-    names = listed(known, SHOWN_NAMES)
-    raise ValueError(f"data.source is {source!r}: {missing}; it has {names}: name one, as in {HF_SPEC}")
 
 
 def split(

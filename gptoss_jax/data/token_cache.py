@@ -72,7 +72,7 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
             except OSError:
                 if not folder.exists():
                     raise
-                # Another process was faster; its cache is the same.
+                # Another process finished first; its cache is identical.
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return _open(folder)

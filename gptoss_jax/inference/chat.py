@@ -41,7 +41,7 @@ class HarmonyConversation:
 
     def reader(self) -> harmony.AnswerReader:
         """Returns a parser for one answer."""
-        return self._format.reader()
+        return harmony.AnswerReader(self._format)
 
     def add(self, text: str, answer: list[Part]) -> None:
         """Appends a message of the user and its answer."""
