@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from gptoss_jax.data.special_tokens import END_OF_TEXT
 
@@ -31,7 +31,7 @@ WORDS = "|".join(
 
 def train_bpe(size: int, texts: Iterator[str]) -> str:
     """Trains a byte-level BPE vocabulary of at most `size` tokens. Returns its tokenizer.json."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([words, to_letters])
@@ -69,7 +69,7 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
 
     Args:
       tokens: the bytes of each id below the special tokens, all 256 single bytes among them.
-      special_tokens: ids of the tokens that are never text, by name.
+      special_tokens: ids of the tokens that are never text, by name; they follow the others without gaps.
       words: regular expression of the pieces that are never merged across; None for a single piece.
     """
     table = {byte: letter for byte, letter in enumerate(byte_letters())}
@@ -79,37 +79,18 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
     for token in tokens:
         cuts = ((ids.get(token[:i]), ids.get(token[i:])) for i in range(1, len(token)))
         pairs = sorted(cut for cut in cuts if None not in cut)
-        merges += [[written[left], written[right]] for left, right in pairs]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    to_letters = byte_level | {"add_prefix_space": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    by_id = sorted((token, name) for name, token in special_tokens.items())
-    # In the key order of the tokenizers library, so that the same vocabulary gives the same bytes.
-    content = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": token, "content": name} | plain for token, name in by_id],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_letters]} if words else to_letters,
-        "post_processor": byte_level | {"trim_offsets": False},
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            # As in tiktoken, a word that is a token is one, even if no merges lead to it.
-            "ignore_merges": True,
-            "vocab": {text: i for i, text in enumerate(written)},
-            "merges": merges,
-        },
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False)
+        merges += [(written[left], written[right]) for left, right in pairs]
+    model = tokenizers.Tokenizer(
+        # As in tiktoken, a word that is a token is one, even if no merges lead to it.
+        models.BPE({text: i for i, text in enumerate(written)}, merges, ignore_merges=True)
+    )
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(tokenizers.Regex(words), "isolated") if words else None
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_letters]) if words else to_letters
+    model.post_processor = processors.ByteLevel(trim_offsets=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens(sorted(special_tokens, key=special_tokens.get))
+    return model.to_str(pretty=True)
 
 
 def mark_special(content: str, model: tokenizers.Tokenizer, names: set[str]) -> str:
