@@ -299,3 +299,36 @@ def test_apply_experts_names_the_letters_of_a_wrong_shape():
     weights_MX = jnp.ones((7, 3))
     with pytest.raises(AssertionError, match=r"\(7, 3\) is not MX with M=7, D=4, X=2"):
         apply_identity(x_MD, Routing(expert_inputs()[1].experts_MX, weights_MX), *parameters)
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (1, (3, 5, 5), "(3, 5, 5) is not EDF with R=9, D=4"),
+        (1, (3, 5, 2, 5), "(3, 5, 2, 5) is not EDPF with R=9, D=4"),
+        (2, (4,), "(4,) is not E with R=9, D=4, E=3, F=5"),
+        (3, (3, 6), "(3, 6) is not EF with R=9, D=4, E=3, F=5"),
+    ],
+)
+def test_grouped_matmul_names_the_letters_of_a_wrong_shape(index, shape, message):
+    inputs = list(grouped_inputs())
+    inputs[index] = jnp.ones(shape, inputs[index].dtype)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        grouped_matmul(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (0, (9, 96), "D is not 32 G with D=96, G=2"),
+        (1, (3, 5, 16), "(3, 5, 16) is not EFGC with R=9, D=64"),
+        (2, (3, 5, 3), "(3, 5, 3) is not EFG with R=9, D=64, E=3, F=5, G=2, C=16"),
+        (3, (4,), "(4,) is not E with R=9, D=64, E=3, F=5, G=2, C=16"),
+        (4, (4, 5), "(4, 5) is not EF with R=9, D=64, E=3, F=5, G=2, C=16"),
+    ],
+)
+def test_mxfp4_grouped_matmul_names_the_letters_of_a_wrong_shape(index, shape, message):
+    inputs = list(mxfp4_inputs())
+    inputs[index] = jnp.ones(shape, inputs[index].dtype)
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        mxfp4_grouped_matmul(*inputs)

@@ -16,6 +16,7 @@ from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, is_supported
 from gptoss_jax.kernels.group_tiles import group_of_row, zero_ungrouped
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView, as_groups
+from gptoss_jax.kernels.shapes import assert_shapes
 
 
 def grouped_matmul(
@@ -34,6 +35,8 @@ def grouped_matmul(
     Returns:
       [R, F] in the type of `x_RD`; rows of no group are zero.
     """
+    letters = "RD EDF E EF" if len(w_EDF.shape) == 3 else "RD EDPF E EPF"
+    assert_shapes(letters, x_RD, w_EDF, group_sizes_E, bias_EF)
     # A view becomes the matrices of all layers, so that kernels read the stack in place.
     w_GDF, sizes_G = as_groups(w_EDF, group_sizes_E)
     w_GDF = w_GDF.reshape(*w_GDF.shape[:2], -1)

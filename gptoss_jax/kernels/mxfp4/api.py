@@ -11,6 +11,7 @@ y_RF; the gradient is in plain XLA for all of them.
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -18,7 +19,9 @@ from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu.grouped import cpu_mxfp4_matmul, is_supported
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.layer_view import LayerView, as_groups
+from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
+from gptoss_jax.kernels.shapes import assert_shapes
 
 
 def mxfp4_grouped_matmul(
@@ -39,6 +42,9 @@ def mxfp4_grouped_matmul(
     Returns:
       [R, F] in the type of `x_RD`; rows of no group are zero.
     """
+    dims = assert_shapes("RD EFGC EFG E EF", x_RD, blocks_EFGC, scales_EFG, group_sizes_E, bias_EF)
+    message = f"D is not {codec.BLOCK_SIZE} G with D={dims.D}, G={dims.G}"
+    chex.assert_axis_dimension(x_RD, 1, codec.BLOCK_SIZE * dims.G, custom_message=message)
     blocks, sizes = as_groups(blocks_EFGC, group_sizes_E.astype(jnp.int32))
     scales, _ = as_groups(scales_EFG, group_sizes_E)
     y_RF = _matmul(_implementation(x_RD), x_RD, blocks, scales, sizes)
