@@ -20,7 +20,7 @@ from gptoss_jax.model.transformer import bind, init_params
 from gptoss_jax.parallel import expert_parallel
 from gptoss_jax.parallel.linear import sharded_einsum
 
-pytestmark = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
+pytestmark = pytest.mark.skipif(not build.is_available(), reason="needs a C++ compiler")
 
 
 def normal(seed, *shape):
@@ -31,7 +31,7 @@ def assert_near(found, expected, bound=2e-6):
     np.testing.assert_allclose(found, expected, rtol=0, atol=bound * float(jnp.max(jnp.abs(expected))))
 
 
-# Heads of sizes that are no multiple of a vector's 16 numbers, and rows beside those that go together.
+# Sizes that are not multiples of a vector's 16 floats, and numbers of rows around those of a block of tokens.
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16])
 @pytest.mark.parametrize(
     ("equation", "inner", "outer"),
@@ -68,22 +68,22 @@ def test_gradients_of_a_linear_layer():
 
 
 def matrices(E, D, F, packed, seed=0):
-    """The matrices of E experts, with the numbers that packed ones stand for."""
+    """Returns the parameters of E experts, and their values of gate_up, [E, F, 2, D], and down."""
     gate_up, down = normal(seed, E, F, 2, D), normal(seed + 1, E, D, F)
     if not packed:
         return {"gate_up": jnp.einsum("EFgD->EDgF", gate_up), "down": down.swapaxes(1, 2)}, gate_up, down
     parameters = {}
     for name, values in (("gate_up", gate_up.reshape(E, 2 * F, D)), ("down", down)):
         parameters[f"{name}_blocks"], parameters[f"{name}_scales"] = codec.quantize(values)
-    numbers = [
+    values = [
         codec.dequantize(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)
         for name in ("gate_up", "down")
     ]
-    return parameters, numbers[0].reshape(E, F, 2, D), numbers[1]
+    return parameters, values[0].reshape(E, F, 2, D), values[1]
 
 
 def stacked(parameters, layers, index):
-    """The matrices of one layer, of those of `layers` layers one after the other."""
+    """Returns views of one layer, for the matrices of `layers` layers."""
     return {
         name: LayerView(value.reshape(layers, -1, *value.shape[1:]), index)
         for name, value in parameters.items()
@@ -118,8 +118,8 @@ def test_experts_under_any_routing(packed, limit, data):
     np.testing.assert_allclose(found, expected, atol=5e-6 * max(np.abs(expected).max(), 1))
 
 
-def test_extreme_numbers_of_packed_experts():
-    # All codes, under scales from the least to the largest that a product does not overflow with.
+def test_mxfp4_experts_of_extreme_values():
+    # All codes, under scales from small ones to the largest that no product overflows with.
     D, F, activation = 32, 64, SwiGLU(1.7, 7.0, 1.0)
     rng = np.random.default_rng(0)
     one_MD, only_M1, all_M1 = normal(1, 1, D), jnp.zeros((1, 1), int), jnp.ones((1, 1))
@@ -130,21 +130,21 @@ def test_extreme_numbers_of_packed_experts():
     }
     for scale in (20, 64, 127, 190):
         parameters["gate_up_scales"] = jnp.full((1, 2 * F, 1), scale, jnp.uint8)
-        numbers = {
+        weights = {
             name: codec.dequantize(parameters[f"{name}_blocks"], parameters[f"{name}_scales"], jnp.float32)[0]
             for name in ("gate_up", "down")
         }
-        h = numbers["gate_up"] @ one_MD[0]
-        expected = numbers["down"] @ activation(h[0::2], h[1::2])
+        h = weights["gate_up"] @ one_MD[0]
+        expected = weights["down"] @ activation(h[0::2], h[1::2])
         found = decode.experts(one_MD, only_M1, all_M1, stacked(parameters, 1, 0), activation)
         assert_near(found[0], expected, 5e-6)
-    # Scale 255 is not a number.
+    # Scale 255 is NaN.
     parameters["down_scales"] = parameters["down_scales"].at[0, 3, 1].set(255)
     found = decode.experts(one_MD, only_M1, all_M1, stacked(parameters, 1, 0), activation)
     assert np.isnan(found[0]).tolist() == [d == 3 for d in range(D)]
 
 
-def test_what_is_not_a_number_stays_so():
+def test_nan_propagates():
     parameters, _, _ = matrices(2, 32, 64, packed=False)
     arguments = normal(0, 3, 32), jnp.zeros((3, 1), int), jnp.ones((3, 1))
     for half in (0, 1):
@@ -159,7 +159,7 @@ def test_what_is_not_a_number_stays_so():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
+def test_the_view_of_a_layer_equals_the_layer(packed):
     E, D, F = 4, 32, 64
     stacks, _, _ = matrices(3 * E, D, F, packed)
     stacks = {name: value.reshape(3, E, *value.shape[1:]) for name, value in stacks.items()}
@@ -186,27 +186,27 @@ def test_a_layer_in_a_stack_equals_the_layer_alone(packed):
             assert_near(decode.experts(x_MD, chosen_MX, weights_MX, layers, activation), alone, 5e-6)
 
 
-def packed_and_unpacked(block):
-    """The parameters of layers with packed experts, and with the numbers that those stand for."""
+def quantized_and_dequantized(block):
+    """Returns the parameters of layers with MXFP4 experts, and the same with their values in float32."""
     moe = dict(block["moe"])
-    packed, numbers = dict(moe), dict(moe)
+    quantized, dense = dict(moe), dict(moe)
     for name, held, transposed in (("gate_up", "LEDgF", "LEFgD"), ("down", "LEFD", "LEDF")):
-        rows = jnp.einsum(f"{held}->{transposed}", packed.pop(name))
-        # The rows of gate and up take turns.
+        rows = jnp.einsum(f"{held}->{transposed}", quantized.pop(name))
+        # Rows of gate and up alternate.
         blocks, scales = codec.quantize(rows.reshape(*rows.shape[:2], -1, rows.shape[-1]))
-        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        quantized |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         rows = codec.dequantize(blocks, scales, jnp.float32).reshape(rows.shape)
-        numbers[name] = jnp.einsum(f"{transposed}->{held}", rows)
-    return block | {"moe": packed}, block | {"moe": numbers}
+        dense[name] = jnp.einsum(f"{transposed}->{held}", rows)
+    return block | {"moe": quantized}, block | {"moe": dense}
 
 
 @pytest.mark.slow
-def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_params, cpu_form):
+def test_an_mxfp4_model_has_the_logits_of_its_dequantized_one(tiny_config, random_params, cpu_form):
     config = dataclasses.replace(tiny_config, hidden_size=64, intermediate_size=96, initializer_range=0.05)
-    packed_config = dataclasses.replace(config, expert_format="mxfp4")
+    mxfp4_config = dataclasses.replace(config, expert_format="mxfp4")
     params = random_params(config)
-    both = {name: packed_and_unpacked(block) for name, block in params["blocks"].items()}
-    packed, numbers = (params | {"blocks": {name: pair[i] for name, pair in both.items()}} for i in (0, 1))
+    both = {name: quantized_and_dequantized(block) for name, block in params["blocks"].items()}
+    quantized, dense = (params | {"blocks": {name: pair[i] for name, pair in both.items()}} for i in (0, 1))
     tokens_BT = np.random.default_rng(0).integers(0, 97, (2, 12))
 
     def logits(config, params):
@@ -222,11 +222,11 @@ def test_a_packed_model_has_the_logits_of_its_unpacked_one(tiny_config, random_p
             found.append(more)
         return jnp.concatenate(found, axis=1)
 
-    assert_near(logits(packed_config, packed), logits(config, numbers), 1e-5)
+    assert_near(logits(mxfp4_config, quantized), logits(config, dense), 1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 512], ids=["decode", "prefill"])
-def test_memory_of_packed_experts(tiny_config, cpu_form, tokens):
+def test_memory_of_mxfp4_experts(tiny_config, cpu_form, tokens):
     config = dataclasses.replace(
         tiny_config,
         hidden_size=192,
@@ -251,5 +251,4 @@ def test_memory_of_packed_experts(tiny_config, cpu_form, tokens):
         params, cache, jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     )
     memory = program.compile().memory_analysis()
-    of_a_layer = 4 * weights // 4
-    assert memory.temp_size_in_bytes < of_a_layer
+    assert memory.temp_size_in_bytes < weights  # of float32: a layer of four has this many bytes
