@@ -39,11 +39,15 @@ struct Matmul {
 template <int rows, bool a_is_row_major>
 void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, int64_t inner, const float* first,
                  int64_t first_stride, int width) {
+  // Loops are unrolled to keep the sums in registers.
   Vector sum[rows][2] = {};
-  if (first != nullptr)
-    for (int i = 0; i < rows; ++i)
-      for (int half = 0; half < 2; ++half)
-        sum[i][half] = LoadPartial(first + i * first_stride + half * kLanes, width - half * kLanes);
+  if (first != nullptr) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i) {
+      sum[i][0] = LoadPartial(first + i * first_stride, width);
+      sum[i][1] = LoadPartial(first + i * first_stride + kLanes, width - kLanes);
+    }
+  }
   const int64_t row_stride = a_is_row_major ? p.a.row_stride : 1, col_stride = a_is_row_major ? 1 : p.a.col_stride;
   for (int64_t j = 0; j < inner; ++j) {
     const Vector left = Load(panel), right = Load(panel + kLanes);
@@ -56,9 +60,11 @@ void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, 
     }
     a += col_stride;
   }
-  for (int i = 0; i < rows; ++i)
-    for (int half = 0; half < 2; ++half)
-      StorePartial(c + i * p.n + half * kLanes, sum[i][half], width - half * kLanes);
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) {
+    StorePartial(c + i * p.n, sum[i][0], width);
+    StorePartial(c + i * p.n + kLanes, sum[i][1], width - kLanes);
+  }
 }
 
 // The block of B that is packed: rows row … row + inner, columns column … column + columns.
