@@ -1,4 +1,4 @@
-"""Chips, parameter counts against the published ones, and FLOPs by hand with sizes that all differ."""
+"""Chips, parameter counts against the published ones, and FLOPs counted by hand where all sizes differ."""
 
 import dataclasses
 
