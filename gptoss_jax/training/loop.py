@@ -90,8 +90,7 @@ def train(
                     if is_last:
                         log.evaluation(step, evaluate(params, None), is_final=True)
                 if is_save:
-                    metadata = metadata | resume.describe_run(config, cache)
-                    metadata |= {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
+                    metadata = metadata | {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
                     checkpoints.save(step, *resume.checkpoint_trees(state, frozen), metadata, val_loss)
                 if is_eval:
                     log.sample(step, params)

@@ -46,8 +46,8 @@ def init_or_restore_state(
 ) -> tuple[TrainState, dict, dict[str, Any]]:
     """Restores the last checkpoint, or else starts from `init_from` or from random parameters.
 
-    Returns the state, the frozen parameters and the metadata of the checkpoint: `data`, the position in the
-    data (None for a new run), `tokens_seen`, `schedule_jumped` and those of `describe_run`. Raises ValueError
+    Returns the state, the frozen parameters and the metadata of checkpoints, JSON-ready: `data` (the position
+    in the data, None for a new run), `tokens_seen`, `schedule_jumped`, `text` and `config`. Raises ValueError
     if text or tokenizer are not those of the checkpoint, or `init_from` has another tokenizer.
     """
     abstract = place_on_mesh(abstract_params(config.model), mesh)
@@ -59,10 +59,10 @@ def init_or_restore_state(
         else:
             params = _load_init_weights(config, abstract, cache, report)
         trainable, frozen = split_params(params, is_trainable)
-        metadata = {"data": None, "tokens_seen": 0, "schedule_jumped": False}
-        return create_state(config, mesh, trainable), frozen, metadata
+        metadata = {"data": None, "tokens_seen": 0, "schedule_jumped": False, "text": describe_text(cache)}
+        return create_state(config, mesh, trainable), frozen, metadata | {"config": config.to_dict()}
     step, params, rest, metadata = found
-    changed = [name for name, value in _text_of(cache).items() if metadata["text"].get(name) != value]
+    changed = [name for name, value in describe_text(cache).items() if metadata["text"].get(name) != value]
     if changed:
         raise ValueError(
             f"data.source is {config.data.source!r}: the text has changed since the run in "
@@ -73,7 +73,7 @@ def init_or_restore_state(
     metadata["schedule_jumped"] = check_steps(config, metadata, step, num_updates, report)
     report_changes(config, metadata, report)
     trainable, frozen = split_params(params, is_trainable)
-    return TrainState(params=trainable, **rest), frozen, metadata
+    return TrainState(params=trainable, **rest), frozen, metadata | {"config": config.to_dict()}
 
 
 def _load_init_weights(
@@ -102,18 +102,7 @@ def checkpoint_trees(state: TrainState, frozen: dict) -> tuple[dict, dict[str, A
     return merge_params(rest.pop("params"), frozen), rest
 
 
-def describe_run(config: TrainConfig, cache: TokenCache) -> dict[str, Any]:
-    """Config, text and tokenizer, JSON-ready: with them the folder of a checkpoint is self-contained."""
-    folder = pathlib.Path(config.run_dir)
-    names = [name for name in ("tokenizer.json", "tokenizer_name.txt") if (folder / name).exists()]
-    return {
-        "text": _text_of(cache),
-        "config": config.to_dict(),
-        "tokenizer": {name: (folder / name).read_text(encoding="utf-8") for name in names},
-    }
-
-
-def _text_of(cache: TokenCache) -> dict[str, Any]:
+def describe_text(cache: TokenCache) -> dict[str, Any]:
     """Identifies a tokenized text: the tokenizer's digest and the counts, not when it was built."""
     counts = {name: cache.meta[name] for name in ("documents", "tokens", "held_out_bytes")}
     return counts | {"tokenizer": cache.tokenizer.digest}
