@@ -54,7 +54,8 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         path, temporary = folder / "metrics.jsonl", folder / "metrics.jsonl.tmp"
         rows = read_metrics(path) if path.exists() else []
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step))
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= last_step)
+        temporary.write_text(kept, encoding="utf-8")
         os.replace(temporary, path)
         # Unbuffered: each row is a single write, so a killed process loses at most that one.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
