@@ -19,13 +19,17 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint._src import asyncio_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gptoss_jax.config import require
 from gptoss_jax.config.paths import require_utf8
 from gptoss_jax.model.parameters import tree_bytes
 from gptoss_jax.parallel import distributed
+
+try:  # private: without it, a failed read prints a traceback for each file, nothing else changes
+    from orbax.checkpoint._src import asyncio_utils
+except ImportError:
+    asyncio_utils = None
 
 OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, partly filled blocks
 # The longest error message of another library that is repeated; TensorStore's have many hundred characters.
@@ -326,11 +330,8 @@ async def _finish_all_tasks(coroutine: Coroutine[Any, Any, Any]) -> Any:
         raise
 
 
-def _run_sync(coro: Coroutine[Any, Any, Any]) -> Any:
-    return _orbax_run_sync(_finish_all_tasks(coro))
-
-
 # Orbax runs every coroutine with this function, in a new event loop each time. Replacing it affects no other
 # event loop of the process, which another asyncio policy would.
-_orbax_run_sync = asyncio_utils.run_sync
-asyncio_utils.run_sync = _run_sync
+if hasattr(asyncio_utils, "run_sync"):
+    _orbax_run_sync = asyncio_utils.run_sync
+    asyncio_utils.run_sync = lambda coro: _orbax_run_sync(_finish_all_tasks(coro))
