@@ -96,8 +96,9 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
         for name in ours
         if ours[name] != others[name]
     ]
-    if differing and abstract_params(config.model) != abstract_params(theirs):
-        if config.model.scan_layers != theirs.scan_layers:
+    other_layout = config.model.scan_layers != theirs.scan_layers
+    if other_layout or (differing and abstract_params(config.model) != abstract_params(theirs)):
+        if other_layout:
             differing.append("gptoss convert writes a run in a form that fits either")
         raise ValueError(
             f"init_from is {config.init_from!r}: its weights do not fit the model: {'; '.join(differing)}"
