@@ -75,7 +75,8 @@ def ours(folder: str, experts: int, top_k: int, layers: int, batches: list[int],
     rows = random_prompts(max(batches), prompt)
 
     def generate(side, batch, count):
-        return gx.generate(model, rows[:batch], gx.SamplingParams(max_new_tokens=count))
+        completions = gx.generate(model, rows[:batch], gx.SamplingParams(max_new_tokens=count))
+        return [completion.tokens for completion in completions]
 
     return make_commands([OURS], batches, (1, new), generate)
 

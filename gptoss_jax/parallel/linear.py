@@ -43,22 +43,25 @@ def sharded_einsum(
 
     Returns the result of each weight: a list for a sequence of weights, else one array.
     """
-    several = isinstance(weights, list | tuple)
+    results, each = [], _as_list(weights)
     x_letters, letters, _ = equation.replace("->", ",").split(",")
-    for weight in weights if several else [weights]:
+    for weight in each:
         assert_shapes(f"{x_letters} {letters}", x, weight)
-    results = []
     if decode.supports_einsum(equation, x, result_type):
-        views = [as_view(cast(weight, x.dtype)) for weight in (weights if several else [weights])]
-        results = decode.einsum(equation, x, views)
+        results = decode.einsum(equation, x, [as_view(cast(weight, x.dtype)) for weight in each])
     else:
         x_spec, y_spec = activation_specs(equation)
         x = constrain(x, x_spec)
-        for weight in weights if several else [weights]:
+        for weight in each:
             weight = gathered_weight(letters, read(weight), x.dtype)
             y = jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
             results.append(constrain(y, y_spec))
-    return results if several else results[0]
+    return results if each is weights else results[0]
+
+
+def _as_list(arrays) -> Sequence:
+    """Returns a sequence as it is, and a single array or view in a list."""
+    return arrays if isinstance(arrays, list | tuple) else [arrays]
 
 
 def _einsum_forward(equation, x, weights, result_type):
@@ -73,22 +76,21 @@ def _einsum_backward(equation, result_type, residuals, gradients):
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
     x_spec, _ = activation_specs(equation)
 
-    def backward(equation, a, b):
+    def backward(equation, a, b, dtype):
         # A result wider than the operands has a gradient as wide.
-        dtype = (gradients[0] if isinstance(gradients, list) else gradients).dtype
-        return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision="highest").astype(x.dtype)
+        a, b = a.astype(dtype), b.astype(dtype)
+        return jnp.einsum(equation, a, b, precision="highest").astype(x.dtype)
 
-    def one_weight(weight, g):
-        d_weight = backward(f"{x_letters},{y_letters}->{letters}", x, g)
-        d_weight = constrain(d_weight, current_storage_spec(letters, weight.shape)).astype(weight.dtype)
+    d_xs, d_weights = [], []
+    for weight, g in zip(_as_list(weights), _as_list(gradients), strict=True):
+        d_weight = backward(f"{x_letters},{y_letters}->{letters}", x, g, g.dtype)
+        stored = current_storage_spec(letters, weight.shape)
+        d_weights.append(constrain(d_weight, stored).astype(weight.dtype))
         weight = gathered_weight(letters, weight, x.dtype)
-        return backward(f"{y_letters},{letters}->{x_letters}", g, weight), d_weight
-
-    if not isinstance(weights, list | tuple):
-        dx, d_weight = one_weight(weights, gradients)
-        return constrain(dx, x_spec), d_weight
-    d_xs, d_weights = zip(*map(one_weight, weights, gradients), strict=True)
-    return constrain(functools.reduce(jnp.add, reversed(d_xs)), x_spec), type(weights)(d_weights)
+        d_xs.append(backward(f"{y_letters},{letters}->{x_letters}", g, weight, g.dtype))
+    d_x = constrain(functools.reduce(jnp.add, reversed(d_xs)), x_spec)
+    is_sequence = isinstance(weights, list | tuple)
+    return d_x, type(weights)(d_weights) if is_sequence else d_weights[0]
 
 
 sharded_einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -59,33 +59,38 @@ def mosaic_mxfp4_matmul(
         _kernel,
         out_shape=jax.ShapeDtypeStruct((rows, F), x_RD.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(tables),
+            num_scalar_prefetch=1,
             grid=(pl.cdiv(F, width), tiles.num_tiles),
             in_specs=[
-                pl.BlockSpec((2, tile_rows, D // 2), lambda f, v, tile_V, *_: (0, tile_V[v], 0)),
-                pl.BlockSpec((None, G, C, width), lambda f, v, _, group_V, *__: (group_V[v], 0, 0, f)),
-                pl.BlockSpec((None, G, width), lambda f, v, _, group_V, *__: (group_V[v], 0, f)),
+                pl.BlockSpec((2, tile_rows, D // 2), lambda f, v, tables: (0, tables[0][v], 0)),
+                [
+                    pl.BlockSpec((None, G, C, width), lambda f, v, tables: (tables[1][v], 0, 0, f)),
+                    pl.BlockSpec((None, G, width), lambda f, v, tables: (tables[1][v], 0, f)),
+                ],
             ],
-            out_specs=pl.BlockSpec((tile_rows, width), lambda f, v, tile_V, *_: (tile_V[v], f)),
+            out_specs=pl.BlockSpec((tile_rows, width), lambda f, v, tables: (tables[0][v], f)),
             scratch_shapes=[
-                pltpu.VMEM((2, D // 2, width), x_RD.dtype),
-                pltpu.VMEM((G, width), jnp.float32),
-                pltpu.VMEM((G, width), jnp.float32),
+                [
+                    pltpu.VMEM((2, D // 2, width), x_RD.dtype),
+                    pltpu.VMEM((G, width), jnp.float32),
+                    pltpu.VMEM((G, width), jnp.float32),
+                ]
             ],
         ),
         interpret=interpret,
         name="mxfp4_matmul",
-    )(*tables, x_PRC, *weights)
+    )(tables, x_PRC, weights)
     # Rows of no group were never written.
     return zero_ungrouped(y_RF, group_sizes_E)
 
 
-def _kernel(tile_V, group_V, start_V, end_V, x_ref, blocks_ref, scales_ref, y_ref, w_ref, scale_ref, one_ref):
+def _kernel(tables, x_ref, weight_refs, y_ref, scratch_refs):
+    (tile_V, group_V, start_V, end_V), (w_ref, *_) = tables, scratch_refs
     step = pl.program_id(1)
 
     @pl.when((step == 0) | (group_V[step] != group_V[jnp.maximum(step - 1, 0)]))
     def _():
-        _dequantize(blocks_ref, scales_ref, w_ref, scale_ref, one_ref)
+        _dequantize(weight_refs, scratch_refs)
 
     def matmul(part):
         precision = matmul_precision(w_ref.dtype)
@@ -96,11 +101,12 @@ def _kernel(tile_V, group_V, start_V, end_V, x_ref, blocks_ref, scales_ref, y_re
     y_ref[...] = jnp.where(row_mask, (matmul(0) + matmul(1)).astype(y_ref.dtype), y_ref[...])
 
 
-def _dequantize(blocks_ref, scales_ref, w_ref, scale_ref, one_ref):
+def _dequantize(weight_refs, scratch_refs):
     """Dequantizes a tile of one group's weights, as `codec.dequantize` with fewer operations.
 
     Values that are subnormal in float32, below 2^-126, may become zero.
     """
+    (blocks_ref, scales_ref), (w_ref, scale_ref, one_ref) = weight_refs, scratch_refs
     scale = scales_ref[...].astype(jnp.int32)
     # The smallest scale is subnormal: twice that, and half of each code.
     power = lax.bitcast_convert_type(jnp.maximum(scale, 1) << 23, jnp.float32)

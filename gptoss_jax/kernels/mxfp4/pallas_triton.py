@@ -40,7 +40,8 @@ def triton_mxfp4_matmul(
     column_tiles = pl.cdiv(F, TILE_COLS)
     even_RD, odd_RD = (x_RD.reshape(rows, D // 2, 2)[:, :, part] for part in (0, 1))
 
-    def kernel(group_V, row_V, start_V, end_V, even_ref, odd_ref, blocks_ref, scales_ref, y_ref):
+    def kernel(tables, x_refs, blocks_ref, scales_ref, y_ref):
+        group_V, row_V, _, end_V = tables
         # All columns of a tile before the next tile.
         tile, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
         group, first_row, first_column = group_V[tile], row_V[tile], column_tile * TILE_COLS
@@ -59,7 +60,7 @@ def triton_mxfp4_matmul(
                 other=0,
             )
             inner = i * INNER_BLOCKS * C + jnp.arange(INNER_BLOCKS * C, dtype=jnp.int32)
-            pairs = zip((even_ref, odd_ref), codec.bfloat16_bits(byte, scale[:, :, None]), strict=True)
+            pairs = zip(x_refs, codec.bfloat16_bits(byte, scale[:, :, None]), strict=True)
             for x_ref, bits in pairs:
                 x = triton.load(
                     x_ref.at[pl.ds(first_row, TILE_ROWS), pl.ds(i * INNER_BLOCKS * C, INNER_BLOCKS * C)],
@@ -87,6 +88,6 @@ def triton_mxfp4_matmul(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="mxfp4_matmul",
-    )(*tables, even_RD, odd_RD, blocks_EFGC, scales_EFG)
+    )(tables, (even_RD, odd_RD), blocks_EFGC, scales_EFG)
     # Rows of no group were never written.
     return zero_ungrouped(y_RF, group_sizes_E)
