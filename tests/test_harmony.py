@@ -1,19 +1,16 @@
 """Harmony: published renderings token by token, and parsing of any answer."""
 
 import dataclasses
-import hashlib
-import os
-import pathlib
 import re
 
-import openai_harmony as library
 import pytest
 from helpers.data import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.data.harmony import SPECIAL, AnswerReader, Harmony, Part, developer, is_harmony, system, user
-from gptoss_jax.data.tokenizer import make_tokenizer
+from gptoss_jax.data.harmony import AnswerReader, Harmony, Part, developer, is_harmony, system, user
+from gptoss_jax.data.special_tokens import HARMONY_TOKENS
+from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
 ROBOT = "Answer the user's questions like a robot."
 CAPITAL = "What is the capital of the largest country in the world?"
@@ -357,50 +354,46 @@ def test_rendered_answers_are_parsed_back(harmony, published, messages):
     assert parts_of(published, tokens[2:-2]) == messages
 
 
-def test_is_harmony(harmony):
+def test_a_tokenizer_needs_every_special_token(harmony):
     assert is_harmony(harmony)
+    for missing in HARMONY_TOKENS:
+        names = {name: token for name, token in harmony.special_tokens.items() if name != missing}
+        other = dataclasses.replace(harmony, special_tokens=names)
+        assert not is_harmony(other)
+        with pytest.raises(ValueError, match=f"'o200k_harmony': .* it has no {re.escape(missing)};"):
+            Harmony(other)
     assert not is_harmony(make_tokenizer("bytes"))
-    for name in ("return", "channel", "start", "end", "message", "call"):
-        special = harmony.special_tokens | {f"<|{name}|>": 200010}
-        assert not is_harmony(dataclasses.replace(harmony, special_tokens=special))
 
 
-def test_openai_harmony_gets_the_published_ranks(harmony, monkeypatch):
-    seen = []
-
-    def look(name):
-        path = pathlib.Path(os.environ["TIKTOKEN_ENCODINGS_BASE"]) / "o200k_base.tiktoken"
-        seen.append(hashlib.sha256(path.read_bytes()).hexdigest())
-
-    monkeypatch.setattr(library, "load_harmony_encoding", look)
-    Harmony(harmony)
-    assert seen == ["446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"]
+SMALL = make_tokenizer("bpe:300", lambda: iter(["def f(a):\n    return a\n" * 9]))
 
 
-@pytest.mark.parametrize("before", [None, "/nowhere"])
-def test_openai_harmony_needs_no_file(harmony, monkeypatch, before):
-    monkeypatch.delenv("TIKTOKEN_ENCODINGS_BASE", raising=False)
-    if before:
-        monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", before)
-    Harmony(harmony)
-    assert os.environ.get("TIKTOKEN_ENCODINGS_BASE") == before
+def test_a_small_vocabulary_reserves_the_special_tokens(tmp_path):
+    assert is_harmony(SMALL) and SMALL.vocab_size <= 300
+    first = SMALL.vocab_size - len(HARMONY_TOKENS)
+    assert [SMALL.special_tokens[name] for name in HARMONY_TOKENS] == list(range(first, SMALL.vocab_size))
+    SMALL.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.special_tokens == SMALL.special_tokens and loaded.digest == SMALL.digest
+    assert max(SMALL.encode("<|end|>")) < first
+    ends = ["<|return|>", "<|endoftext|>", "<|call|>"]
+    assert SMALL.stop_ids == tuple(SMALL.special_tokens[name] for name in ends)
 
 
-@pytest.mark.parametrize(
-    ("table", "reason"),
-    [
-        (lambda: [b"%d" % token for token in range(200019)], "hash mismatch"),
-        (lambda: [b""] * 200019, "invalid tiktoken vocab file"),
-    ],
-    ids=["other", "empty"],
-)
-def test_other_vocabularies_of_the_same_size_are_rejected(table, reason):
-    special = {f"<|{name}|>": token for name, token in SPECIAL.items()}
-    other = dataclasses.replace(
-        make_tokenizer("bytes"), name="mine", vocab_size=200019, special_tokens=special,
-        _make_token_bytes=table,
-    )  # fmt: skip
-    assert is_harmony(other)
-    with pytest.raises(ValueError, match=f"^tokenizer is 'mine': .*{reason}") as caught:
-        Harmony(other)
-    assert "\n" not in str(caught.value)
+def test_a_small_vocabulary_spells_the_same_conversation(harmony, published):
+    small = Harmony(SMALL)
+    conversation = [
+        system("low", "2026-01-31", has_functions=True),
+        developer("Be brief.", [{"name": "f", "description": "Does <|end|>."}]),
+        user("a<|end|> \ud800é"),
+        Part("commentary", "functions.f", "<|constrain|>json", "{}").message(),
+    ]
+    tokens = small.render(conversation)
+    assert spell(small, tokens) == spell(published, published.render(conversation))
+    is_special = [token in SMALL.special_tokens.values() for token in tokens]
+    assert sum(is_special) == 3 * 3 + 5 + 1
+    answer = [("analysis", None, None, "é<|end|>"), ("final", None, None, "4")]
+    rendered = small.render([Part(*message).message() for message in answer])
+    start = [small.start, *SMALL.encode("assistant")]
+    assert rendered[-len(start) :] == start == rendered[: len(start)]
+    assert parts_of(small, rendered[len(start) : -len(start)]) == answer

@@ -87,7 +87,7 @@ def test_nulls_are_counted_once(config, tmp_path):
     rows = [{"text": None if i % 3 == 0 else f"text {i} " * 5} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = dataclasses.replace(
-        config, source=f"jsonl:{tmp_path}/a.jsonl", tokenizer="bpe:260", cache_dir=str(tmp_path / "cache")
+        config, source=f"jsonl:{tmp_path}/a.jsonl", tokenizer="bpe:270", cache_dir=str(tmp_path / "cache")
     )
     lines = []
     cache = build_cache(config, lines.append)

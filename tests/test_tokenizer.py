@@ -8,6 +8,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptoss_jax.data.special_tokens import HARMONY_TOKENS
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
 TEXTS = [
@@ -18,7 +19,7 @@ TEXTS = [
 SPECIAL = "a<|endoftext|>b<|startoftext|><|return|>"
 
 
-def train(spec="bpe:320"):
+def train(spec="bpe:327"):
     return make_tokenizer(spec, lambda: iter(TEXTS))
 
 
@@ -35,7 +36,7 @@ def test_bytes():
 
 
 def test_bpe_vocabulary():
-    assert BPE.vocab_size == 320
+    assert BPE.vocab_size == 327
     assert BPE.bos_id == BPE.eos_id == 0
     assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0]) / 2
     # Words keep the space before them, runs of spaces stay whole, digits are in groups of three.
@@ -93,7 +94,7 @@ def test_save_and_load(tmp_path):
     loaded = load_tokenizer(tmp_path / "bpe")
     from_file = make_tokenizer(f"file:{tmp_path}/bpe/tokenizer.json")
     for tokenizer in loaded, from_file:
-        assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (320, 0, 0)
+        assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (327, 0, 0)
         assert tokenizer.encode(TEXTS[1] + SPECIAL) == BPE.encode(TEXTS[1] + SPECIAL)
     make_tokenizer("bytes").save(tmp_path / "bytes")
     assert [path.name for path in (tmp_path / "bytes").iterdir()] == ["tokenizer_name.txt"]
@@ -116,10 +117,14 @@ def test_export(tokenizer, tmp_path):
     files = {path.name: json.loads(path.read_text()) for path in (tmp_path / "a" / "b").iterdir()}
     assert sorted(files) == ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
     roles = {f"{role}_token": "<|endoftext|>" for role in ("bos", "eos", "pad")}
+    special = {"<|endoftext|>": tokenizer.eos_id}
+    if tokenizer is BPE:  # it has the end of a turn, as in gpt-oss's vocabulary
+        roles["eos_token"] = "<|return|>"
+        special |= {name: 320 + i for i, name in enumerate(HARMONY_TOKENS)}
     assert files["special_tokens_map.json"] == roles
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     assert files["tokenizer_config.json"] == roles | {
-        "added_tokens_decoder": {str(tokenizer.eos_id): {"content": "<|endoftext|>"} | plain},
+        "added_tokens_decoder": {str(token): {"content": name} | plain for name, token in special.items()},
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {},
         "model_input_names": ["input_ids", "attention_mask"],
@@ -129,7 +134,7 @@ def test_export(tokenizer, tmp_path):
     loaded = load_tokenizer(tmp_path / "a" / "b")
     assert loaded.same_ids_as(tokenizer) and tokenizer.same_ids_as(loaded)
     assert loaded.vocab_size == tokenizer.vocab_size
-    assert loaded.special_tokens == tokenizer.special_tokens == {"<|endoftext|>": tokenizer.eos_id}
+    assert loaded.special_tokens == tokenizer.special_tokens == special
 
     def check(text):
         ids = tokenizer.encode(text)
@@ -153,8 +158,8 @@ def with_special_tokens(folder, *names):
 @pytest.mark.parametrize(
     ("names", "roles"),
     [
-        (["<s>", "<pad>"], ["<s>", "<|endoftext|>", "<pad>"]),
-        (["<|startoftext|>", "<|return|>"], ["<|startoftext|>", "<|return|>", "<|endoftext|>"]),
+        (["<s>", "<pad>"], ["<s>", "<|return|>", "<pad>"]),
+        (["<|startoftext|>"], ["<|startoftext|>", "<|return|>", "<|endoftext|>"]),
     ],
 )
 def test_export_of_a_file(tmp_path, names, roles):
@@ -177,7 +182,11 @@ def test_transformers_gives_the_same_ids(tmp_path):
         tokenizer.export(tmp_path / "out", model_max_length=99)
         theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         assert (len(theirs), theirs.model_max_length) == (tokenizer.vocab_size, 99)
-        assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+        assert (theirs.bos_token_id, theirs.pad_token) == (
+            tokenizer.bos_id,
+            tokenizer.token_roles["pad_token"],
+        )
+        assert theirs.eos_token == tokenizer.token_roles["eos_token"]
         assert theirs.encode("<|endoftext|>") == [tokenizer.eos_id]
         for text in [*TEXTS, SPECIAL, "", "a\r\n b\r . ,", "\uc548\ub155 \U0001f3f3\ufe0f\u200d\U0001f308"]:
             assert theirs.encode(text, split_special_tokens=True) == tokenizer.encode(text)
@@ -201,11 +210,11 @@ def test_export_to_bad_places(tmp_path):
 
 def test_same_ids(tmp_path):
     assert BPE.same_ids_as(train()) and train().same_ids_as(BPE)
-    named = with_special_tokens(tmp_path / "named", "<|call|>")
-    other = with_special_tokens(tmp_path / "other", "<|end|>")
+    named = with_special_tokens(tmp_path / "named", "<|user|>")
+    other = with_special_tokens(tmp_path / "other", "<|tool|>")
     begun = with_special_tokens(tmp_path / "begun", "<s>")
     # Other text gives other words: as many, but different.
-    trained = make_tokenizer("bpe:320", lambda: iter(["something else entirely, zebra! " * 30, *TEXTS]))
+    trained = make_tokenizer("bpe:327", lambda: iter(["something else entirely, zebra! " * 30, *TEXTS]))
     everything = [BPE, train("bpe:300"), trained, named, other, begun, make_tokenizer("bytes")]
     assert trained.vocab_size == BPE.vocab_size and named.vocab_size == other.vocab_size == begun.vocab_size
     for i, one in enumerate(everything):
@@ -245,7 +254,7 @@ def test_file_with_byte_fallback(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "byte", "bpe", "bpe:", "bpe:256", "bpe:-3", "bpe:1e4", "file:", "o200k_base", "bytes:1"]
+    "spec", ["", "byte", "bpe", "bpe:", "bpe:263", "bpe:-3", "bpe:1e4", "file:", "o200k_base", "bytes:1"]
 )
 def test_unknown_specs(spec):
     with pytest.raises(ValueError, match="^data.tokenizer is ") as caught:

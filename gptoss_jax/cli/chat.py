@@ -13,6 +13,7 @@ from gptoss_jax.config import require
 
 if TYPE_CHECKING:
     from gptoss_jax.cli.terminal import Write
+    from gptoss_jax.config import TrainConfig
     from gptoss_jax.data.harmony import Part
     from gptoss_jax.data.tokenizer import Tokenizer
     from gptoss_jax.inference.chat import Conversation
@@ -26,7 +27,7 @@ class Chat:
     """Chat with a model in Harmony, gpt-oss's format; a base model continues each line. See /help."""
 
     # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub. A tokenizer with
-    # Harmony's special tokens marks a chat model.
+    # Harmony's special tokens marks a chat model, except in a run that began at random on plain text.
     folder: Folder
     # Reasoning effort of a chat model.
     reasoning: Literal["low", "medium", "high"] = "medium"
@@ -74,17 +75,32 @@ class Chat:
         import datetime
 
         from gptoss_jax.config.paths import user_text
+        from gptoss_jax.data.chat_rows import is_chat_source
         from gptoss_jax.data.harmony import is_harmony
         from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
 
-        if is_harmony(tokenizer) and not self.plain:
+        run = self._run_config()
+        on_rows = run is not None and is_chat_source(run.data.source)
+        # bpe:SIZE has Harmony's special tokens, which a model of plain text has never seen.
+        is_base = run is not None and not on_rows and run.init_from is None
+        if is_harmony(tokenizer) and not is_base and not self.plain:
             instructions = None if self.instructions is None else user_text(self.instructions)
-            today = datetime.date.today().isoformat()
+            # Rows have no date unless they name one.
+            today = None if on_rows else datetime.date.today().isoformat()
             return HarmonyConversation(tokenizer, self.reasoning, instructions, today)
         unused = "must be left out for plain completion"
         require(self.instructions is None, "instructions", self.instructions, unused)
         note("plain completion: every line is a separate text to continue")
         return PlainConversation(tokenizer)
+
+    def _run_config(self) -> "TrainConfig | None":
+        """Returns the config of a run folder; None for any other."""
+        from gptoss_jax.checkpoints.readers import is_run
+        from gptoss_jax.config import TrainConfig
+        from gptoss_jax.config.paths import user_path
+
+        folder = user_path(self.folder, "folder")
+        return TrainConfig.load(folder / "config.json") if is_run(folder) else None
 
 
 @dataclasses.dataclass

@@ -13,11 +13,12 @@ from gptoss_jax.config.paths import user_path
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ConfigBase):
-    """The text to train on, and how it is cut into batches."""
+    """The text or the conversations to train on, and how they are cut into batches."""
 
     _section: typing.ClassVar[str] = "data"
 
-    # stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[:CONFIG[:SPLIT]][#field].
+    # Text: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[:CONFIG[:SPLIT]][#field].
+    # Conversations for fine-tuning: chat:GLOB (JSON or parquet), or stdlib-chat.
     source: str = "stdlib"
     # bytes, bpe:SIZE (trained on the source), file:tokenizer.json (with #bos=NAME,eos=NAME if the file's are
     # unknown), or o200k_harmony.
@@ -25,8 +26,15 @@ class DataConfig(ConfigBase):
     # Tokens per row. Documents are packed into rows and do not attend to each other.
     seq_len: int = 512
     batch_size: Positive[int] = 16  # Rows per optimizer step, over all devices
-    val_fraction: float = 0.05  # Share of the documents held out for evaluation (at most 8 MiB of text)
+    # Share of the documents or conversations held out for evaluation (at most 8 MiB of text).
+    val_fraction: float = 0.05
     cache_dir: str = "~/.cache/gptoss_jax"  # Folder where tokenized text is cached between runs
+    # Of a conversation: all that the assistant writes, its final answers only, or all tokens, prompts too.
+    train_on: Literal["assistant", "final", "all"] = "assistant"
+    # Leave out examples of more than seq_len tokens, or cut their end. Both are counted.
+    overlong: Literal["skip", "cut"] = "skip"
+    # Reasoning effort in the system message of conversations that name none.
+    reasoning_effort: Literal["low", "medium", "high"] = "medium"
 
     def _check(self) -> None:
         self._require(self.seq_len >= 2, "seq_len", "must be 2 or more")

@@ -114,20 +114,9 @@ def read_text(path: str) -> Iterator[str]:
 
 def read_jsonl(path: str, field: str) -> Iterator[str | None]:
     """Yields a field of each line. Raises ValueError with the line unless the field is text or null."""
-    for number, (_, line) in enumerate(split_file(path, b"\n"), 1):
-        # A line may begin with a byte order mark: that of the file, or of one that was joined to it.
-        line = line.removeprefix(BOM)
-        if not line.strip():
-            continue
+    for number, line in jsonl_lines(path):
         where = f"{path}:{number}"
-        text = decode(line, where)
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: must be a JSON object")
-        value = text_of(record, field, where)
+        value = text_of(parse_object(line, where), field, where)
         try:
             (value or "").encode()
         except UnicodeEncodeError as error:
@@ -136,8 +125,35 @@ def read_jsonl(path: str, field: str) -> Iterator[str | None]:
         yield value
 
 
+def jsonl_lines(path: str) -> Iterator[tuple[int, bytearray]]:
+    """Yields the lines of a file that are not blank, with their numbers from 1."""
+    for number, (_, line) in enumerate(split_file(path, b"\n"), 1):
+        # A line may begin with a byte order mark: that of the file, or of one that was joined to it.
+        line = line.removeprefix(BOM)
+        if line.strip():
+            yield number, line
+
+
+def parse_object(line: bytes | bytearray, where: str) -> dict[str, Any]:
+    """Parses a JSON object in UTF-8. Raises ValueError for anything else."""
+    text = decode(line, where)
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: must be a JSON object")
+    return record
+
+
 def read_parquet(path: str, field: str) -> Iterator[str | None]:
     """Yields a column of a parquet file. Raises ValueError unless it has such a column of text."""
+    for number, row in enumerate(parquet_rows(path, field)):
+        yield text_of(row, field, f"{path} row {number}")
+
+
+def parquet_rows(path: str, field: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a parquet file: all columns, or only one. Raises ValueError if there is none."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -148,11 +164,10 @@ def read_parquet(path: str, field: str) -> Iterator[str | None]:
             file = pyarrow.parquet.ParquetFile(opened)
         except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
             raise ValueError(f"{path}: not a parquet file ({one_line(error)})") from None
-        text_of(dict.fromkeys(file.schema_arrow.names), field, path)
-        batches = file.iter_batches(batch_size=1024, columns=[field])
-        rows = guarded((row for batch in batches for row in batch.to_pylist()), path)
-        for number, row in enumerate(rows):
-            yield text_of(row, field, f"{path} row {number}")
+        if field is not None:
+            text_of(dict.fromkeys(file.schema_arrow.names), field, path)
+        batches = file.iter_batches(batch_size=1024, columns=None if field is None else [field])
+        yield from guarded((row for batch in batches for row in batch.to_pylist()), path)
 
 
 def text_of(record: Mapping[str, Any], field: str, where: str) -> str | None:

@@ -1,34 +1,49 @@
 """Harmony, gpt-oss's chat format (https://github.com/openai/harmony): rendering and streaming parsing.
 
 An answer has messages in channels: `analysis` is reasoning, `commentary` has preambles and tool calls, and
-`final` is the answer for the user.
+`final` is the answer for the user. Any tokenizer with the format's special tokens can write it; in gpt-oss's
+vocabulary the tokens are those of openai-harmony.
 """
 
-import base64
 import codecs
 import dataclasses
-import os
-import pathlib
-import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
-import openai_harmony as library
-from openai_harmony import Role
+from gptoss_jax.data.harmony_tools import tools_section
+from gptoss_jax.data.special_tokens import HARMONY_TOKENS
+from gptoss_jax.data.tokenizer import Tokenizer
 
-from gptoss_jax.data.tokenizer import Tokenizer, valid_text
-
-RETURN, CHANNEL, START, END, MESSAGE, CALL = 200002, 200005, 200006, 200007, 200008, 200012
-SPECIAL = {"return": RETURN, "channel": CHANNEL, "start": START, "end": END, "message": MESSAGE, "call": CALL}
-ENDS = (RETURN, END, CALL)
-RANKS = 199998  # tokens below the special ones
+SYSTEM, DEVELOPER, USER, ASSISTANT = "system", "developer", "user", "assistant"
 CHANNELS = ("analysis", "commentary", "final")
+CONSTRAIN = "<|constrain|>"
+IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
 # Longest header. Names of tools may have 64 characters.
 HEADER_TOKENS = 64
-FOLDER = "TIKTOKEN_ENCODINGS_BASE"
 
 Reasoning = Literal["low", "medium", "high"]
+Piece = int | str  # a special token's id, or text that is encoded by itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """A message of a conversation.
+
+    `role` is that of its author, for a tool its name, such as `functions.get_weather`. `recipient` is the
+    tool that an answer calls, or `assistant` in a tool's result; `content_type` is the format of the text.
+    """
+
+    role: str
+    text: str
+    channel: str | None = None
+    recipient: str | None = None
+    content_type: str | None = None
+
+    @property
+    def is_call(self) -> bool:
+        return self.role == ASSISTANT and self.recipient is not None
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,17 +58,15 @@ class Part:
     content_type: str | None = None
     text: str = ""
 
-    def message(self) -> library.Message:
+    def message(self) -> Message:
         """Returns the message for the conversation. Text without a channel was shown as the answer: final."""
-        message = library.Message.from_role_and_content(Role.ASSISTANT, self.text)
-        message.channel = self.channel or ("commentary" if self.recipient else "final")
-        message.recipient, message.content_type = self.recipient, self.content_type
-        return message
+        channel = self.channel or ("commentary" if self.recipient else "final")
+        return Message(ASSISTANT, self.text, channel, self.recipient, self.content_type)
 
 
 def is_harmony(tokenizer: Tokenizer) -> bool:
-    """Returns True if a tokenizer has the format's special tokens, with the ids of openai-harmony."""
-    return all(tokenizer.special_tokens.get(f"<|{name}|>") == token for name, token in SPECIAL.items())
+    """Returns True if a tokenizer has the format's special tokens."""
+    return tokenizer.special_tokens.keys() >= set(HARMONY_TOKENS)
 
 
 def system(
@@ -61,7 +74,8 @@ def system(
     date: str | None = None,
     knowledge_cutoff: str = KNOWLEDGE_CUTOFF,
     channels: Sequence[str] = CHANNELS,
-) -> library.Message:
+    has_functions: bool = False,
+) -> Message:
     """Returns the system message.
 
     Args:
@@ -69,82 +83,123 @@ def system(
       date: today, as YYYY-MM-DD; None leaves it out.
       knowledge_cutoff: last month of the training data, as YYYY-MM.
       channels: the valid channels of an answer.
+      has_functions: the developer message declares functions.
     """
-    effort = library.ReasoningEffort[reasoning.upper()]
-    content = library.SystemContent(
-        reasoning_effort=effort, conversation_start_date=date, knowledge_cutoff=knowledge_cutoff
-    )
-    return library.Message.from_role_and_content(Role.SYSTEM, content.with_required_channels(list(channels)))
+    about = [IDENTITY, f"Knowledge cutoff: {knowledge_cutoff}"]
+    about += [] if date is None else [f"Current date: {date}"]
+    valid = f"# Valid channels: {', '.join(channels)}. Channel must be included for every message."
+    if has_functions:
+        valid += "\nCalls to these tools must go to the commentary channel: 'functions'."
+    return Message(SYSTEM, "\n\n".join(["\n".join(about), f"Reasoning: {reasoning}", valid]))
 
 
-def developer(instructions: str) -> library.Message:
-    """Returns the developer message, whose instructions take precedence over the user's."""
-    content = library.DeveloperContent(instructions=valid_text(instructions))
-    return library.Message.from_role_and_content(Role.DEVELOPER, content)
+def developer(instructions: str | None = None, functions: Sequence[Mapping[str, Any]] = ()) -> Message:
+    """Returns the developer message: instructions, which take precedence over the user's, and functions.
+
+    Each function has `name`, and optionally `description` and `parameters`, a JSON schema.
+    """
+    sections = [] if instructions is None else ["# Instructions", instructions]
+    sections += [tools_section(functions)] if functions else []
+    return Message(DEVELOPER, "\n\n".join(sections))
 
 
-def user(text: str) -> library.Message:
+def user(text: str) -> Message:
     """Returns a user message. Special tokens in the text are encoded as characters."""
-    return library.Message.from_role_and_content(Role.USER, valid_text(text))
+    return Message(USER, text)
 
 
-def without_old_analysis(messages: Sequence[library.Message]) -> list[library.Message]:
+def without_old_analysis(messages: Sequence[Message]) -> list[Message]:
     """Drops the analysis before the last final answer that the user has replied to.
 
     Analysis without an answer yet stays: the model was interrupted, or has called a tool. openai-harmony's
     own rule (auto_drop_analysis) drops only analysis before the first final answer, and restores it if a
     later turn has none.
     """
-    said = [message.author.role for message in messages]
-    replied = len(said) - said[::-1].index(Role.USER) - 1 if Role.USER in said else 0
-    finals = [i for i in range(replied) if said[i] == Role.ASSISTANT and messages[i].channel == "final"]
-    old = finals[-1] if finals else 0
-    return [
-        message
-        for i, message in enumerate(messages)
-        if i >= old or said[i] != Role.ASSISTANT or message.channel != "analysis"
-    ]
+    return [messages[i] for i in shown_messages(messages)]
+
+
+def shown_messages(messages: Sequence[Message]) -> list[int]:
+    """Returns the indices of the messages that `without_old_analysis` keeps."""
+    kinds = [(message.role, message.channel) for message in messages]
+    replied = max((i for i, (role, _) in enumerate(kinds) if role == USER), default=0)
+    old = max((i for i in range(replied) if kinds[i] == (ASSISTANT, "final")), default=0)
+    return [i for i, kind in enumerate(kinds) if i >= old or kind != (ASSISTANT, "analysis")]
 
 
 class Harmony:
     """Renders and parses the format with the vocabulary of a tokenizer that `is_harmony`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises ValueError for a vocabulary that openai-harmony does not accept."""
+        """Raises ValueError for a tokenizer without the format's special tokens."""
+        missing = [name for name in HARMONY_TOKENS if name not in tokenizer.special_tokens]
+        if missing:
+            raise ValueError(
+                f"data.tokenizer is {tokenizer.name!r}: a chat needs Harmony's special tokens, and it has no "
+                f"{', '.join(missing)}; o200k_harmony and bpe:SIZE have them"
+            )
         self._tokenizer = tokenizer
         self._names = {token: name for name, token in tokenizer.special_tokens.items()}
-        self._encoding = _load(tokenizer)
+        ids = [tokenizer.special_tokens[name] for name in HARMONY_TOKENS]
+        self.return_id, self.constrain, self.channel, self.start, self.end, self.message, self.call = ids
+        self.ends = (self.return_id, self.end, self.call)
 
-    def render(self, messages: Sequence[library.Message]) -> list[int]:
+    def render(self, messages: Sequence[Message]) -> list[int]:
         """Returns the prompt of a conversation, without old analysis, up to the start of the answer."""
-        conversation = library.Conversation.from_messages(without_old_analysis(messages))
-        keep = library.RenderConversationConfig(auto_drop_analysis=False)
-        return self._encoding.render_conversation_for_completion(conversation, Role.ASSISTANT, keep)
+        pieces = [piece for message in without_old_analysis(messages) for piece in self.pieces(message)]
+        return [token for tokens in self.encode([*pieces, self.start, ASSISTANT]) for token in tokens]
+
+    def pieces(self, message: Message, is_last: bool = False) -> list[Piece]:
+        """Returns a message as special tokens and texts, the first two of which name its role.
+
+        Args:
+          message: the message.
+          is_last: it ends an answer that is trained on: with <|return|>, unless it calls a tool.
+        """
+        pieces = [self.start, message.role]
+        if message.recipient not in (None, "all"):
+            pieces.append(f" to={message.recipient}")
+        if message.channel is not None:
+            pieces += [self.channel, message.channel]
+        if message.content_type is not None and message.content_type.startswith(CONSTRAIN):
+            pieces += [" ", self.constrain, message.content_type.removeprefix(CONSTRAIN)]
+        elif message.content_type is not None:
+            pieces.append(f" {message.content_type}")
+        end = self.call if message.is_call else self.return_id if is_last else self.end
+        return [*pieces, self.message, message.text, end]
+
+    def encode(self, pieces: Sequence[Piece]) -> list[list[int]]:
+        """Returns the tokens of each piece. Equal texts are encoded once, all on all cores."""
+        texts = list(dict.fromkeys(piece for piece in pieces if isinstance(piece, str)))
+        encoded = {
+            text: ids.tolist() for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True)
+        }
+        return [encoded[piece] if isinstance(piece, str) else [piece] for piece in pieces]
 
     def header(self, tokens: Sequence[int]) -> Part | None:
         """Parses a header up to <|message|> to an empty message; None if it is not one of the assistant.
 
         A header with <|start|> names its role; one without continues the prompt of `render`.
         """
-        parser = library.StreamableParser(self._encoding, None if START in tokens else Role.ASSISTANT)
+        has_role = tokens[0] == self.start
         try:
-            for token in tokens:
-                parser.process(token)
-        except library.HarmonyError:
+            text = b"".join(map(self.spelled, tokens[has_role:-1])).decode()
+        except UnicodeDecodeError:
             return None
-        recipient, content_type = parser.current_recipient, parser.current_content_type
-        written = b"".join(map(self.spelled, tokens)).decode(errors="replace")
-        if recipient and content_type is None and f"to={recipient}" not in written:
-            # The library parses a single word as a recipient, also that of `final <|constrain|>json`.
-            recipient, content_type = None, recipient
-        fits = (
-            parser.current_role == Role.ASSISTANT
-            and parser.current_channel in (None, *CHANNELS)
-            and (recipient is None or f"to={recipient}" in written)
-            # The library parses a misplaced marker as part of a word.
-            and "<|" not in (recipient or "") + (content_type or "").removeprefix("<|constrain|>")
-        )
-        return Part(parser.current_channel, recipient, content_type) if fits else None
+        before, mark, after = text.partition("<|channel|>")
+        channel = re.match(r"[^\s<]*", after)[0] if mark else None
+        rest = before + after[len(channel or "") :]
+        words = re.findall(r"[^ \t\n\r\f]+", rest.strip().replace(CONSTRAIN, f" {CONSTRAIN}"))
+        if words[:1] == [ASSISTANT]:
+            words.pop(0)
+        elif has_role:
+            return None
+        recipient = words.pop(0).removeprefix("to=") if words and words[0].startswith("to=") else None
+        content_type = words.pop(0) if words else None
+        # A misplaced marker or a second recipient is not part of a word.
+        named = (recipient or "") + (content_type or "").removeprefix(CONSTRAIN)
+        is_named = "<|" not in named and recipient != "" and not (content_type or "").startswith("to=")
+        is_valid = not words and is_named and channel in (None, *CHANNELS)
+        return Part(channel, recipient, content_type) if is_valid else None
 
     def spelled(self, token: int) -> bytes:
         """The bytes of a token; for a special token, its name."""
@@ -166,7 +221,7 @@ class AnswerReader:
         self._harmony = harmony
         self._header: list[int] | None = []  # None outside of a header
         self._part: Part | None = None  # current part
-        self._framed = False  # the part has a header, so it ends with one of ENDS
+        self._framed = False  # the part has a header, so it ends with one of the three ends
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens: Sequence[int]) -> list[tuple[Part, str]]:
@@ -178,19 +233,20 @@ class AnswerReader:
         return [piece for piece in self._finish() if piece[1]]
 
     def _one(self, token: int) -> Iterator[tuple[Part, str]]:
-        if token == START:
+        harmony = self._harmony
+        if token == harmony.start:
             yield from self._finish()
             self._header = [token]
         elif self._header is not None:
             self._header.append(token)
-            if token == MESSAGE and (part := self._harmony.header(self._header)):
+            if token == harmony.message and (part := harmony.header(self._header)):
                 self._begin(part, framed=True)
-            elif token in (MESSAGE, *ENDS) or len(self._header) > HEADER_TOKENS:
+            elif token in (harmony.message, *harmony.ends) or len(self._header) > HEADER_TOKENS:
                 yield from self._header_as_text()
-        elif self._framed and token in ENDS:
+        elif self._framed and token in harmony.ends:
             yield from self._finish()
         else:
-            yield self._add(self._harmony.spelled(token))
+            yield self._add(harmony.spelled(token))
 
     def _begin(self, part: Part, framed: bool) -> None:
         self.parts.append(part)
@@ -215,26 +271,3 @@ class AnswerReader:
         text = self._utf8.decode(data, final)
         self._part.text += text
         return self._part, text
-
-
-def _load(tokenizer: Tokenizer) -> library.HarmonyEncoding:
-    """Loads openai-harmony's encoding with the ranks of a tokenizer.
-
-    The library reads them from a file in TIKTOKEN_ENCODINGS_BASE, or from the network. The tokenizer has the
-    same ranks, so we write them to such a file, equal to the published one.
-    """
-    lines = (b"%s %d\n" % (base64.b64encode(tokenizer.decode_bytes([rank])), rank) for rank in range(RANKS))
-    before = os.environ.get(FOLDER)
-    with tempfile.TemporaryDirectory() as folder:
-        (pathlib.Path(folder) / "o200k_base.tiktoken").write_bytes(b"".join(lines))
-        os.environ[FOLDER] = folder
-        try:
-            return library.load_harmony_encoding(library.HarmonyEncodingName.HARMONY_GPT_OSS)
-        except library.HarmonyError as error:
-            reason = f"openai-harmony does not take its vocabulary ({error})"
-            raise ValueError(f"tokenizer is {tokenizer.name!r}: {reason}") from None
-        finally:
-            if before is None:
-                del os.environ[FOLDER]
-            else:
-                os.environ[FOLDER] = before

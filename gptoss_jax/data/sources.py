@@ -1,7 +1,8 @@
 """Text sources: `data.source` names one; it is read as a stream of documents, some of which are held out.
 
-A source is `stdlib`, `text:GLOB`, `jsonl:GLOB#field`, `parquet:GLOB#field` or `hf:NAME:CONFIG:SPLIT#field`. A
-file or folder that exists is never read as a pattern or as parts of a source.
+A source is `stdlib`, `text:GLOB`, `jsonl:GLOB#field`, `parquet:GLOB#field` or `hf:NAME:CONFIG:SPLIT#field`;
+those of conversations are in `chat_rows.py`. A file or folder that exists is never read as a pattern or as
+parts of a source.
 """
 
 import collections
@@ -15,6 +16,7 @@ import pathlib
 import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from gptoss_jax.config import require
 from gptoss_jax.config.base import listed, one_line
@@ -33,14 +35,23 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """A source of documents. Its `fingerprint` changes with its content."""
+class Source:
+    """What `data.source` names. Its `fingerprint` changes with its content."""
 
     source: str
     fingerprint: str
-    _read: Callable[[], Iterable[str | None]] = dataclasses.field(repr=False)
+    _read: Callable[[], Iterable[Any]] = dataclasses.field(repr=False)
     # Sizes and times of the files, the end of the fingerprint; None without files to check.
     _stamps: Callable[[], str] | None = dataclasses.field(default=None, repr=False)
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if the files have changed since the source was opened."""
+        unchanged = self._stamps is None or self.fingerprint.endswith(self._stamps())
+        require(unchanged, "data.source", self.source, "its files changed while they were read; start again")
+
+
+class Corpus(Source):
+    """A source of documents."""
 
     def documents(self, skipped: collections.Counter[str] | None = None) -> Iterator[str]:
         """Yields the documents, always in the same order, without byte order marks and blank documents.
@@ -63,11 +74,6 @@ class Corpus:
         nulls = skipped["null"] - before
         allowed = "holds no text" + (f" (records whose field is null: {nulls:,})" if nulls else "")
         require(not empty, "data.source", self.source, allowed)
-
-    def check_unchanged(self) -> None:
-        """Raises ValueError if the files have changed since the corpus was opened."""
-        unchanged = self._stamps is None or self.fingerprint.endswith(self._stamps())
-        require(unchanged, "data.source", self.source, "its files changed while they were read; start again")
 
 
 def open_corpus(source: str) -> Corpus:
@@ -102,8 +108,8 @@ def _split_field(source: str, rest: str) -> tuple[str, str]:
     return name, user_text(field)
 
 
-def _open_stdlib() -> Corpus:
-    """The source code of Python's standard library, without its tests."""
+def stdlib_files() -> tuple[pathlib.Path, list[str], str]:
+    """The folder of Python's standard library, its files without tests, sorted, and their fingerprint."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
     paths = []
@@ -114,6 +120,12 @@ def _open_stdlib() -> Corpus:
     paths = sorted(path.as_posix() for path in paths)
     # No times and no absolute paths: the same Python installed elsewhere is the same corpus.
     sizes = "\n".join(f"{path} {(root / path).stat().st_size}" for path in paths)
+    return root, paths, f"stdlib of Python {platform.python_version()}\n{sizes}"
+
+
+def _open_stdlib() -> Corpus:
+    """The source code of Python's standard library, without its tests."""
+    root, paths, fingerprint = stdlib_files()
 
     def read() -> Iterator[str]:
         for path in paths:
@@ -121,7 +133,7 @@ def _open_stdlib() -> Corpus:
                 data = (root / path).read_bytes()
             yield files.decode(data, str(root / path))
 
-    return Corpus("stdlib", f"stdlib of Python {platform.python_version()}\n{sizes}", read)
+    return Corpus("stdlib", fingerprint, read)
 
 
 def _open_dataset(source: str, name: str, field: str) -> Corpus:

@@ -83,6 +83,8 @@ def _key(config: DataConfig, corpus: Corpus) -> str:
     parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.val_fraction))]
     if config.tokenizer.startswith("file:"):
         parts += fingerprint(config.tokenizer)
+    elif config.tokenizer.startswith("bpe:"):
+        parts.append("with Harmony's special tokens")  # since they were added
     words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
     # File names may have bytes that are not UTF-8.
     digest = hashlib.sha256("\n\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()

@@ -18,6 +18,7 @@ from gptoss_jax.data import special_tokens as special
 from gptoss_jax.data.files import readable
 from gptoss_jax.data.special_tokens import END_OF_TEXT, NO_ROLES, NOTHING_NAMED, NamedTokens, Roles
 from gptoss_jax.data.tokenizer_json import (
+    MIN_BPE_SIZE,
     byte_level_json,
     bytes_of_tokens,
     mark_special,
@@ -181,8 +182,9 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
     if spec == HARMONY:
         return _harmony()
     if kind == "bpe":
-        fits = rest.isdecimal() and int(rest) >= 257
-        require(fits, "data.tokenizer", spec, "must be bpe:SIZE with a SIZE of 257 or more")
+        fits = rest.isdecimal() and int(rest) >= MIN_BPE_SIZE
+        allowed = f"must be bpe:SIZE with a SIZE of {MIN_BPE_SIZE} or more"
+        require(fits, "data.tokenizer", spec, allowed)
         require(training_texts is not None, "data.tokenizer", spec, "needs text to be trained on")
         return _from_json(spec, train_bpe(int(rest), training_texts()).encode(), spec)
     require(kind == "file" and bool(rest), "data.tokenizer", spec, f"must be {KINDS}")

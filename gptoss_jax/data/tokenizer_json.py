@@ -10,10 +10,12 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from gptoss_jax.data.special_tokens import END_OF_TEXT
+from gptoss_jax.data.special_tokens import END_OF_TEXT, HARMONY_TOKENS
 
 NO_LIMIT = int(1e30)  # transformers' value for a text of any length
 TRAINING_BYTES = 64 << 20
+# Single bytes, the end of a document and the special tokens of a chat.
+MIN_BPE_SIZE = 256 + 1 + len(HARMONY_TOKENS)
 
 # Pieces of text that a trained vocabulary never merges across. For code and prose: runs of spaces stay whole,
 # a name keeps the space, dot or underscore before it, numbers have three digits.
@@ -30,20 +32,24 @@ WORDS = "|".join(
 
 
 def train_bpe(size: int, texts: Iterator[str]) -> str:
-    """Trains a byte-level BPE vocabulary of at most `size` tokens. Returns its tokenizer.json."""
+    """Trains a byte-level BPE vocabulary of at most `size` tokens, the last of which are HARMONY_TOKENS.
+
+    Returns its tokenizer.json.
+    """
     model = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([words, to_letters])
     model.decoder = decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=size - len(HARMONY_TOKENS),
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     model.train_from_iterator(_first_bytes(texts, TRAINING_BYTES), trainer)
+    model.add_special_tokens(list(HARMONY_TOKENS))
     return model.to_str()
 
 

@@ -27,9 +27,10 @@ class HarmonyConversation:
         date: str | None = None,
     ) -> None:
         """`instructions` go into the developer message; `date` is YYYY-MM-DD, see `harmony.system`."""
-        stop_tokens = tuple(dict.fromkeys((*tokenizer.stop_ids, harmony.RETURN, harmony.CALL)))
-        self.params = SamplingParams(max_new_tokens=4096, temperature=1.0, stop_tokens=stop_tokens)
         self._format = Harmony(tokenizer)
+        ends = (*tokenizer.stop_ids, self._format.return_id, self._format.call)
+        stop_tokens = tuple(dict.fromkeys(ends))
+        self.params = SamplingParams(max_new_tokens=4096, temperature=1.0, stop_tokens=stop_tokens)
         self._first = [harmony.system(reasoning, date)]
         if instructions:
             self._first.append(harmony.developer(instructions))

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 import jax
 from flax.traverse_util import flatten_dict
 
-from gptoss_jax.checkpoints.readers import is_run, local_folder, open_weights
-from gptoss_jax.config import ModelConfig, TrainConfig, require
+from gptoss_jax.checkpoints.readers import find_tokenizer, is_run, local_folder, open_weights
+from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.config.base import write_json
+from gptoss_jax.data.harmony import is_harmony
 from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.token_cache import TokenCache, build_cache
 from gptoss_jax.data.tokenizer import Tokenizer
@@ -112,17 +113,29 @@ def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache
 
     Raises ValueError if the tokenizer has more ids than the model.
     """
+    data = _data_of_run(config)
     hosts = distributed.allgather_host(socket.gethostname())
     first_per_host = {hosts.index(host) for host in hosts}
     for builders in [{0}, first_per_host] if len(hosts) > 1 else []:
         if jax.process_index() in builders:
-            build_cache(config.data, report)
+            build_cache(data, report)
         distributed.barrier()
-    cache = build_cache(config.data, report)
+    cache = build_cache(data, report)
     size, least = config.model.vocab_size, cache.tokenizer.vocab_size
     allowed = f"must be at least {least}, the size of data.tokenizer ({config.data.tokenizer})"
     require(size >= least, "model.vocab_size", size, allowed)
     return cache
+
+
+def _data_of_run(config: TrainConfig) -> DataConfig:
+    """The data settings, with the tokenizer of a run that began before bpe:SIZE had Harmony's tokens."""
+    run_dir = pathlib.Path(config.run_dir)
+    if not config.data.tokenizer.startswith("bpe:") or not has_checkpoints(run_dir):
+        return config.data
+    tokenizer = find_tokenizer(run_dir)
+    is_current = tokenizer is None or is_harmony(tokenizer)
+    saved = f"file:{run_dir.absolute() / 'tokenizer.json'}"
+    return config.data if is_current else dataclasses.replace(config.data, tokenizer=saved)
 
 
 @contextlib.contextmanager
