@@ -103,21 +103,23 @@ def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, tmp_path, c
 def test_the_kernels_of_accelerators(backend):
     """All are listed; one of each is run here, since every kernel has tests of its own."""
     cases = {(c.kernel, c.variant, c.dtype): c for c in check.cases(backend, interpret=True)}
-    one_type = [("attention", "full"), ("attention", "sliding"), ("grouped_matmul", ""), ("mxfp4_matmul", "")]
+    variants = ("few rows", "many rows") if backend == "gpu" else ("",)
+    one_type = [("attention", "full"), ("attention", "sliding"), ("grouped_matmul", "")]
+    one_type += [("mxfp4_matmul", variant) for variant in variants]
     assert list(cases) == [(*case, dtype) for dtype in ("bfloat16", "float32") for case in one_type]
     run = [("attention", "sliding", "bfloat16"), ("grouped_matmul", "", "bfloat16")]
-    found = [check_case(cases[c], backend, True) for c in [*run, ("mxfp4_matmul", "", "float32")]]
+    found = [check_case(cases[c], backend, True) for c in [*run, ("mxfp4_matmul", variants[0], "float32")]]
     assert [r for r in found if r.status != "ok"] == []
 
 
 def test_a_broken_kernel_of_an_accelerator(monkeypatch):
     def with_nibbles_exchanged(*arguments):
-        return codec.bfloat16_bits(*arguments)[::-1]
+        return codec.kernel_values(*arguments)[::-1]
 
-    broken = types.SimpleNamespace(bfloat16_bits=with_nibbles_exchanged)
+    broken = types.SimpleNamespace(**vars(codec) | {"kernel_values": with_nibbles_exchanged})
     monkeypatch.setattr(triton_mxfp4, "codec", broken)
-    found = [check_case(c, "gpu", True) for c in check.cases("gpu", True) if c.kernel == "mxfp4_matmul"]
-    assert [r.status for r in found] == ["wrong", "wrong"]
+    cases = [c for c in check.cases("gpu", True) if (c.kernel, c.variant) == ("mxfp4_matmul", "few rows")]
+    assert [check_case(c, "gpu", True).status for c in cases] == ["wrong", "wrong"]
 
 
 def case_of(kernel, run=jnp.sin, plain=jnp.sin):

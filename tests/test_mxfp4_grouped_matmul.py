@@ -19,22 +19,32 @@ from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import mxfp4_grouped_matmul
 from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
-from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul
+from gptoss_jax.kernels.mxfp4.pallas_triton import FLOAT32, WIDE, triton_mxfp4_matmul
 from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
 
 R, E, F, G = 37, 4, 7, 3
 D = 32 * G
+
+
+def default_matmul(x, blocks, scales, sizes, transposed=False):
+    if not transposed:
+        return mxfp4_grouped_matmul(x, blocks, scales, sizes)
+    rows = jnp.zeros((x.shape[0], 32 * scales.shape[2]), x.dtype)
+    return jax.vjp(lambda rows: mxfp4_grouped_matmul(rows, blocks, scales, sizes), rows)[1](x)[0]
+
+
 IMPLEMENTATIONS = {
     "xla": xla_mxfp4_matmul,
     "mosaic": functools.partial(mosaic_mxfp4_matmul, interpret=True),
     "triton": functools.partial(triton_mxfp4_matmul, interpret=True),
-    "default": mxfp4_grouped_matmul,
+    "default": default_matmul,
 }
+either_way = pytest.mark.parametrize("transposed", [False, True])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def multiply(implementation, *inputs):
-    return IMPLEMENTATIONS[implementation](*inputs)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def multiply(implementation, transposed, *inputs):
+    return IMPLEMENTATIONS[implementation](*inputs, transposed=transposed)
 
 
 @functools.cache
@@ -44,28 +54,30 @@ def packed(E, F, G, seed=0):
     return blocks, rng.integers(118, 130, (E, F, G), np.uint8)
 
 
-def by_loop(x, blocks, scales, sizes):
+def by_loop(x, blocks, scales, sizes, transposed):
     w = np.asarray(codec.dequantize(blocks, scales, jnp.float32), np.float64)
-    y, start = np.zeros((x.shape[0], w.shape[1])), 0
+    w = w if transposed else w.swapaxes(1, 2)
+    y, start = np.zeros((x.shape[0], w.shape[2])), 0
     for e, size in enumerate(sizes):
-        y[start : start + size] = x[start : start + size].astype(np.float64) @ w[e].T
+        y[start : start + size] = x[start : start + size].astype(np.float64) @ w[e]
         start += size
     return y
 
 
-def check(implementation, rows, shape, sizes, outside=0.0, dtype=jnp.float32, tolerance=1e-5):
+def check(implementation, transposed, rows, shape, sizes, outside=0.0, dtype=jnp.float32, tolerance=1e-5):
     blocks, scales = packed(*shape)
     rng = np.random.default_rng(sum(sizes) + 31 * sizes[0])
-    x = np.array(jnp.asarray(rng.standard_normal((rows, 32 * shape[2])), dtype))
-    expected = by_loop(x, blocks, scales, sizes)
+    x = np.array(jnp.asarray(rng.standard_normal((rows, shape[1] if transposed else 32 * shape[2])), dtype))
+    expected = by_loop(x, blocks, scales, sizes, transposed)
     # The values of rows of no group must not matter.
     x[sum(sizes) :] = outside
-    y = multiply(implementation, x, blocks, scales, np.array(sizes, np.int32))
+    y = multiply(implementation, transposed, x, blocks, scales, np.array(sizes, np.int32))
     assert y.dtype == dtype
     size = np.abs(expected).max(initial=1)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=tolerance, atol=tolerance * size)
 
 
+@either_way
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @settings(max_examples=30, deadline=None)
 @given(sizes=sizes_within(R, E), outside=st.sampled_from([0.0, 3.0, np.nan, np.inf, -np.inf]))
@@ -75,27 +87,30 @@ def check(implementation, rows, shape, sizes, outside=0.0, dtype=jnp.float32, to
 @example(sizes=[1, 1, 1, 1], outside=np.inf)
 @example(sizes=[5, 9, 12, 11], outside=0.0)
 @example(sizes=[0, 16, 0, 17], outside=np.nan)
-def test_any_group_sizes(implementation, sizes, outside):
-    check(implementation, R, (E, F, G), sizes, outside)
+def test_any_group_sizes(implementation, transposed, sizes, outside):
+    check(implementation, transposed, R, (E, F, G), sizes, outside)
 
 
+@either_way
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_several_tiles(implementation):
+def test_several_tiles(implementation, transposed):
     """Rows, outputs and inputs of several tiles, the last of which is not full."""
-    check(implementation, 300, (3, 700, 11), [130, 0, 150], np.nan)
+    check(implementation, transposed, 300, (3, 700, 35), [130, 0, 150], np.nan)
 
 
+@either_way
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16(implementation):
+def test_bfloat16(implementation, transposed):
     # Sums are in float32, and rounded once.
-    check(implementation, R, (E, F, G), [10, 0, 20, 4], np.nan, jnp.bfloat16, tolerance=2.0**-8)
+    check(implementation, transposed, R, (E, F, G), [10, 0, 20, 4], np.nan, jnp.bfloat16, tolerance=2.0**-8)
 
 
+@either_way
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_one_row_in_one_of_many_groups(implementation):
+def test_one_row_in_one_of_many_groups(implementation, transposed):
     sizes = [0] * 600
     sizes[471] = 1
-    check(implementation, 1, (600, 5, 1), sizes)
+    check(implementation, transposed, 1, (600, 5, 1), sizes)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -107,7 +122,9 @@ def test_every_byte_under_every_scale(implementation, dtype):
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
     x = jnp.tile(jnp.eye(32, dtype=dtype), (16, 1))
     expected = np.asarray(codec.dequantize(blocks, scales, dtype), np.float64).swapaxes(1, 2)
-    found = np.asarray(multiply(implementation, x, blocks, scales, np.full(16, 32, np.int32)), np.float64)
+    found = np.asarray(
+        multiply(implementation, False, x, blocks, scales, np.full(16, 32, np.int32)), np.float64
+    )
     found = found.reshape(16, 32, 256)
     # Infinity times zero is NaN: one such weight spoils all of its output.
     clean = np.broadcast_to(np.isfinite(expected).all(axis=1, keepdims=True), expected.shape)
@@ -127,11 +144,41 @@ def test_every_code_under_every_scale(implementation, dtype):
     scales = np.broadcast_to(np.arange(256, dtype=np.uint8).reshape(1, 256, 1), (16, 256, 1))
     expected = np.asarray(codec.dequantize(blocks, scales, dtype), np.float64)[:, :, 0]
     x = jnp.full((16, 32), 1 / 32, dtype)
-    found = np.asarray(multiply(implementation, x, blocks, scales, np.ones(16, np.int32)), np.float64)
+    found = np.asarray(multiply(implementation, False, x, blocks, scales, np.ones(16, np.int32)), np.float64)
     # A 32nd of smaller ones is subnormal.
     kept = ~(np.abs(expected) < 2.0**-121)
     np.testing.assert_array_equal(found[kept], expected[kept])
     assert np.isinf(expected).sum() == 2 * (2 + 4) and np.isnan(expected).sum() == 16
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_of_every_code_under_every_scale(implementation, dtype):
+    """One output, whose gradient is 1, gives its weights."""
+    # Group e has the scale e, and a row of all codes.
+    low = np.arange(16, dtype=np.uint8)
+    blocks = np.broadcast_to(low | (15 - low) << 4, (256, 1, 1, 16))
+    scales = np.arange(256, dtype=np.uint8).reshape(256, 1, 1)
+    inputs = jnp.ones((256, 1), dtype), blocks, scales, np.ones(256, np.int32)
+    expected = np.asarray(codec.dequantize(blocks, scales, dtype), np.float64)[:, 0]
+    found = np.asarray(multiply(implementation, True, *inputs), np.float64)
+    normal = ~(np.abs(expected) < 2.0**-126)
+    np.testing.assert_array_equal(found[normal], expected[normal])
+    assert np.all(np.abs(found[~normal]) < 2.0**-126)
+    assert np.isinf(expected).sum() == 2 * (2 + 4) * 2 and np.isnan(expected).sum() == 32
+
+
+@either_way
+@pytest.mark.parametrize("tiles", [WIDE, FLOAT32])
+def test_large_tiles_for_gpu(tiles, transposed):
+    E, F, G = 3, 300, 11
+    blocks, scales = packed(E, F, G)
+    x = np.random.default_rng(0).standard_normal((330, F if transposed else 32 * G)).astype(np.float32)
+    sizes = np.array([130, 0, 150], np.int32)
+    expected = by_loop(x, blocks, scales, sizes, transposed)
+    x[280:] = np.nan
+    y = triton_mxfp4_matmul(x, blocks, scales, sizes, transposed, interpret=True, tiles=tiles)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("kernels", ["auto", "plain"])
@@ -186,8 +233,9 @@ def test_memory_is_that_of_one_matrix():
 
 
 @needs_libtpu
+@either_way
 @pytest.mark.parametrize("rows", [16, 4096])
-def test_compiles_for_tpus(rows):
+def test_compiles_for_tpus(rows, transposed):
     """`down` of the released sizes, 2 layers of 32 experts: stored as the kernel reads it, and not copied."""
     layers, groups, width = 2, 32, 2880
     stack = (layers * groups, width, width // 32)
@@ -199,7 +247,8 @@ def test_compiles_for_tpus(rows):
         for dtype in (jnp.bfloat16, jnp.float32):
             blocks = jax.ShapeDtypeStruct((*stack, 16), jnp.uint8, sharding=stored[0])
             scales = jax.ShapeDtypeStruct(stack, jnp.uint8, sharding=stored[1])
-            call = functools.partial(through_layers, mosaic_mxfp4_matmul, layers)
+            matmul = functools.partial(mosaic_mxfp4_matmul, transposed=transposed)
+            call = functools.partial(through_layers, matmul, layers)
             arguments = S((rows, width), dtype), blocks, scales, (), S((groups,), jnp.int32)
             compiled = jax.jit(call).lower(*arguments).compile()
             text = compiled.as_text()
@@ -210,24 +259,25 @@ def test_compiles_for_tpus(rows):
             assert compiled.memory_analysis().temp_size_in_bytes < 8 * rows_bytes
 
 
+@either_way
+@pytest.mark.parametrize("rows", [16, 4096])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_lowers_for_cuda(dtype):
+def test_lowers_for_cuda(dtype, rows, transposed):
     """The released sizes."""
     S, groups, width = jax.ShapeDtypeStruct, 32, 2880
-    arguments = S((16, width), dtype), S((groups, 5760, 90, 16), jnp.uint8), S((groups, 5760, 90), jnp.uint8)
-    kernels = kernels_for_cuda(triton_mxfp4_matmul, *arguments, S((groups,), jnp.int32))
-    assert [kernel.count("tt.dot") for kernel in kernels] == [2]
+    x = S((rows, 5760 if transposed else width), dtype)
+    arguments = x, S((groups, 5760, 90, 16), jnp.uint8), S((groups, 5760, 90), jnp.uint8)
+    matmul = functools.partial(triton_mxfp4_matmul, transposed=transposed)
+    kernels = kernels_for_cuda(matmul, *arguments, S((groups,), jnp.int32))
+    assert [kernel.count("tt.dot") for kernel in kernels] == [1]
 
 
-@pytest.mark.parametrize(
-    ("platform", "rows", "is_kernel"),
-    [("tpu", 16, True), ("gpu", 16, True), ("gpu", 2048, False), ("cpu", 16, False)],
-)
-def test_each_backend_has_its_implementation(platform, rows, is_kernel, monkeypatch):
+@pytest.mark.parametrize(("platform", "num_kernels"), [("tpu", 2), ("gpu", 2), ("cpu", 0)])
+def test_each_backend_has_its_implementation(platform, num_kernels, monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda: platform)
-    x = jnp.zeros((rows, D))
-    # A new function, because JAX caches traces.
-    jaxpr = jax.make_jaxpr(lambda *inputs: mxfp4_grouped_matmul(*inputs))(
-        x, *packed(E, F, G), jnp.zeros(E, jnp.int32)
-    )
-    assert ("pallas_call" in str(jaxpr)) == is_kernel
+
+    def loss(x, *weights):
+        return mxfp4_grouped_matmul(x, *weights).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.zeros((R, D)), *packed(E, F, G), jnp.zeros(E, jnp.int32))
+    assert str(jaxpr).count("pallas_call[") == num_kernels

@@ -202,6 +202,7 @@ def accelerator_kernels():
     from gptoss_jax.kernels.attention.reference import AttentionSpec
     from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
     from gptoss_jax.kernels.grouped_matmul.pallas_triton import triton_grouped_matmul
+    from gptoss_jax.kernels.mxfp4.api import differentiable_matmul
     from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
     from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul
 
@@ -214,8 +215,7 @@ def accelerator_kernels():
     for matmul in (triton_grouped_matmul, megablox_grouped_matmul):
         yield lambda x, w, call=matmul: call(x, w, sizes), ((16, 64), (3, 64, 40))
     for matmul in (triton_mxfp4_matmul, mosaic_mxfp4_matmul):
-        # These have no gradient of their own.
-        yield lambda x, call=matmul: call(jax.lax.stop_gradient(x), blocks, scales, sizes), ((16, 64),)
+        yield lambda x, call=matmul: differentiable_matmul(call, x, blocks, scales, sizes), ((16, 64),)
 
 
 def test_accelerator_kernels_have_no_64_bit_arrays():

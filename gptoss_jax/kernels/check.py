@@ -24,6 +24,7 @@ from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
+from gptoss_jax.kernels.mxfp4.api import differentiable_matmul
 from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
 
 # Largest allowed difference from the plain result in float32, as a share of its largest value. Correct
@@ -141,7 +142,7 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
         if backend != "cpu":
             yield from _attention_cases(backend, dtype, interpret)
         yield _grouped_matmul_case(backend, dtype, interpret)
-        yield _mxfp4_matmul_case(backend, dtype, interpret)
+        yield from _mxfp4_matmul_cases(backend, dtype, interpret)
 
 
 def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case]:
@@ -198,23 +199,26 @@ def _grouped_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
     return Case("grouped_matmul", "", dtype, arrays, run, plain, num_differentiable=3)
 
 
-def _mxfp4_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
-    R, E, D, F = 300, 5, 192, 320
+def _mxfp4_matmul_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case]:
+    E, D, F = 5, 192, 320
+    if backend == "cpu":
+        matmul = cpu_mxfp4_matmul
+    elif backend == "tpu":
+        from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul as matmul
+    else:
+        from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul as matmul
+    matmul = functools.partial(matmul, interpret=interpret) if backend != "cpu" else matmul
+    run = functools.partial(differentiable_matmul, matmul)
+    plain = functools.partial(differentiable_matmul, xla_mxfp4_matmul)
 
-    def arrays() -> Arrays:
-        (x_RD,) = _normal(3, dtype, (R, D))
-        return x_RD, *codec.quantize(*_normal(4, "float32", (E, F, D))), _group_sizes()
+    def arrays(factor: int) -> Arrays:
+        (x_RD,) = _normal(3, dtype, (300 * factor, D))
+        return x_RD, *codec.quantize(*_normal(4, "float32", (E, F, D))), factor * _group_sizes()
 
-    def run(x, blocks, scales, sizes):
-        if backend == "cpu":
-            return cpu_mxfp4_matmul(x, blocks, scales, sizes)
-        if backend == "tpu":
-            from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul as matmul
-        else:
-            from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul as matmul
-        return matmul(x, blocks, scales, sizes, interpret=interpret)
-
-    return Case("mxfp4_matmul", "", dtype, arrays, run, xla_mxfp4_matmul)
+    # On GPU many rows have other tiles.
+    for variant, factor in (("few rows", 1), ("many rows", 4)) if backend == "gpu" else (("", 1),):
+        inputs = functools.partial(arrays, factor)
+        yield Case("mxfp4_matmul", variant, dtype, inputs, run, plain, num_differentiable=1)
 
 
 def _cpu_decode_cases() -> Iterator[Case]:

@@ -105,9 +105,12 @@ def apply_experts(
 
 def _cast(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
     """Parameters in a type; packed bytes stay as they are."""
-    return {
-        name: value if value.dtype == jnp.uint8 else cast(value, dtype) for name, value in parameters.items()
-    }
+    return {name: value if _is_packed(value) else cast(value, dtype) for name, value in parameters.items()}
+
+
+def _is_packed(value: jax.Array | LayerView) -> bool:
+    """Returns True for the bytes of MXFP4, which have no gradient."""
+    return value.dtype == jnp.uint8
 
 
 def _saves_residual(primitive, *_, **__) -> bool:
@@ -178,26 +181,30 @@ def _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport):
 
 
 def _rounds_forward(x_RD, parameters, counts_nE, expert_function, transport):
-    def one_round(x_RD, parameters, index=0):
-        return _round(x_RD, parameters, counts_nE, index, expert_function, transport)
+    packed = {name: value for name, value in parameters.items() if _is_packed(value)}
+    trained = {name: value for name, value in parameters.items() if name not in packed}
 
-    y_RD, pullback = jax.vjp(one_round, x_RD, parameters)
+    def one_round(x_RD, trained, index=0):
+        return _round(x_RD, trained | packed, counts_nE, index, expert_function, transport)
+
+    y_RD, pullback = jax.vjp(one_round, x_RD, trained)
     y_RD = _further_rounds(
-        counts_nE, transport, lambda index, y_RD: y_RD + one_round(x_RD, parameters, index), y_RD
+        counts_nE, transport, lambda index, y_RD: y_RD + one_round(x_RD, trained, index), y_RD
     )
-    return y_RD, (x_RD, parameters, counts_nE, pullback)
+    return y_RD, (x_RD, trained, packed, counts_nE, pullback)
 
 
 def _rounds_backward(expert_function, transport, residuals, g_RD):
-    x_RD, parameters, counts_nE, pullback = residuals
+    x_RD, trained, packed, counts_nE, pullback = residuals
 
     def add_round(index, gradients):
-        def one_round(x_RD, parameters):
-            return _round(x_RD, parameters, counts_nE, index, expert_function, transport)
+        def one_round(x_RD, trained):
+            return _round(x_RD, trained | packed, counts_nE, index, expert_function, transport)
 
-        return jax.tree.map(jnp.add, gradients, jax.vjp(one_round, x_RD, parameters)[1](g_RD))
+        return jax.tree.map(jnp.add, gradients, jax.vjp(one_round, x_RD, trained)[1](g_RD))
 
-    return *_further_rounds(counts_nE, transport, add_round, pullback(g_RD)), None
+    dx_RD, gradients = _further_rounds(counts_nE, transport, add_round, pullback(g_RD))
+    return dx_RD, gradients | dict.fromkeys(packed), None
 
 
 _on_expert_devices.defvjp(_rounds_forward, _rounds_backward)

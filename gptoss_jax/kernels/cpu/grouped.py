@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.mxfp4.codec import BLOCK_SIZE
 
 
 def is_supported(kernel: str, dtype: jnp.dtype) -> bool:
@@ -45,12 +46,17 @@ _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)
 
 
 def cpu_mxfp4_matmul(
-    x_RD: jax.Array, blocks_EFGC: jax.Array, scales_EFG: jax.Array, group_sizes_E: jax.Array
+    x_RD: jax.Array,
+    blocks_EFGC: jax.Array,
+    scales_EFG: jax.Array,
+    group_sizes_E: jax.Array,
+    transposed: bool = False,
 ) -> jax.Array:
-    """`mxfp4_grouped_matmul` without a bias: a block of a matrix is dequantized where it is packed into the
-    cache."""
-    call = _call("GroupedMatmulMxfp4", (x_RD.shape[0], blocks_EFGC.shape[1]))
-    return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E)[0]
+    """`mxfp4_grouped_matmul` without a bias, or its gradient in x if `transposed`: a block of a matrix is
+    dequantized where it is packed into the cache."""
+    F, G = scales_EFG.shape[1:]
+    call = _call("GroupedMatmulMxfp4", (x_RD.shape[0], BLOCK_SIZE * G if transposed else F))
+    return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, transposed=transposed)[0]
 
 
 def _call(name: str, *shapes: tuple[int, ...]):

@@ -3,8 +3,9 @@
 //
 // One microkernel serves all products. With C = A B for a group of m rows, k inner and n columns:
 //   y  = x w      A row-major     B row-major
-//   dx = g w^T    A row-major     B column-major, or MXFP4
+//   dx = g w^T    A row-major     B column-major
 //   dw = x^T g    A column-major  B row-major (k are the group's rows)
+// B in MXFP4 has blocks along its columns in y = x w^T, and along its rows in dx = g w.
 // A block of B is packed into panels of 32 columns that stay in the second-level cache; A is read in place, each float
 // broadcast. A task is a group and a block of columns.
 
@@ -31,8 +32,9 @@ struct Matmul {
   float* c;                          // [m, n]
   const float* bias = nullptr;       // [n], or null
   float* b_sums = nullptr;           // receives the sum of each column of B, unless null
-  const uint8_t* blocks = nullptr;   // B in MXFP4 instead of b: [n, k / 32, 16]
-  const uint8_t* scales = nullptr;   // [n, k / 32]
+  const uint8_t* blocks = nullptr;   // B in MXFP4 instead of b: [n, k / 32, 16], or [k, n / 32, 16] by rows
+  const uint8_t* scales = nullptr;   // [n, k / 32] or [k, n / 32]
+  bool blocks_by_rows = false;
 };
 
 // C[rows, width] = first + A[rows, inner] B[inner, width], with a packed panel of B. first may be null, for zero.
@@ -132,25 +134,38 @@ void Pack(const Matmul& p, const Block& block, float* packed) {
   }
 }
 
+// The values of an MXFP4 block in order.
+void LoadBlock(const Matmul& p, int64_t index, float* to) {
+  const uint8_t scale = p.scales[index];
+  Vector low, high;
+  LoadCodes(p.blocks + index * kBlockBytes, scale, &low, &high);
+  low *= ScaleOf(scale), high *= ScaleOf(scale);
+  Store(to, __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  Store(to + kLanes, __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
+}
+
 // The same for B in MXFP4, whose columns are stored as rows of blocks of 32.
-void PackMxfp4(const Matmul& p, const Block& block, float* packed) {
+void PackMxfp4Columns(const Matmul& p, const Block& block, float* packed) {
   for (int64_t j = 0; j < block.columns; j += kPanelCols, packed += kPanelCols * block.inner) {
     const int width = std::min<int64_t>(kPanelCols, block.columns - j);
     for (int64_t i = 0; i < block.inner; i += kBlockSize) {
       alignas(64) float values[kPanelCols][kBlockSize] = {};
-      for (int x = 0; x < width; ++x) {
-        const int64_t index = ((block.column + j + x) * p.k + block.row + i) / kBlockSize;
-        Vector low, high;
-        LoadCodes(p.blocks + index * kBlockBytes, p.scales[index], &low, &high);
-        low *= ScaleOf(p.scales[index]), high *= ScaleOf(p.scales[index]);
-        for (int lane = 0; lane < kLanes; ++lane)
-          values[x][2 * lane] = low[lane], values[x][2 * lane + 1] = high[lane];
-      }
+      for (int x = 0; x < width; ++x)
+        LoadBlock(p, ((block.column + j + x) * p.k + block.row + i) / kBlockSize, values[x]);
       for (int row = 0; row < kBlockSize; row += kLanes)
         for (int col = 0; col < kPanelCols; col += kLanes)
           Transpose16x16(&values[col][row], kBlockSize, packed + (i + row) * kPanelCols + col, kPanelCols);
     }
   }
+}
+
+// The same for B in MXFP4 whose rows are blocks: each is a row of a panel.
+void PackMxfp4Rows(const Matmul& p, const Block& block, float* packed) {
+  static_assert(kPanelCols == kBlockSize);
+  // Row by row, because that is how the bytes are stored.
+  for (int64_t i = 0; i < block.inner; ++i)
+    for (int64_t j = 0; j < block.columns; j += kPanelCols)
+      LoadBlock(p, ((block.row + i) * p.n + block.column + j) / kBlockSize, packed + j * block.inner + i * kPanelCols);
 }
 
 // Adds the columns of a packed block of B to b_sums.
@@ -185,7 +200,10 @@ void MultiplyColumns(const Matmul& p, int64_t column) {
   if (p.blocks != nullptr) step = CeilDiv(step, kBlockSize) * kBlockSize;
   for (int64_t from = 0; from == 0 || from < p.k; from += step) {
     const Block block{from, std::min(step, p.k - from), column, std::min<int64_t>(kColBlock, p.n - column)};
-    p.blocks == nullptr ? Pack(p, block, packed) : PackMxfp4(p, block, packed);
+    if (p.blocks == nullptr)
+      Pack(p, block, packed);
+    else
+      p.blocks_by_rows ? PackMxfp4Rows(p, block, packed) : PackMxfp4Columns(p, block, packed);
     if (p.b_sums != nullptr) SumColumns(p, block, packed);
     int64_t row = MultiplyRows<12, a_is_row_major>(p, 0, packed, block);
     row = MultiplyRows<8, a_is_row_major>(p, row, packed, block);
@@ -248,13 +266,16 @@ ffi::Error Grouped(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Ints s
   return MultiplyGroups(GroupMatmuls(sizes, x.dimensions()[0], make), y, pool);
 }
 
-// y[R, n] = x[R, k] w[e]^T for w in MXFP4: blocks [G, n, k / 32, 16] and scales [G, n, k / 32].
-ffi::Error GroupedMxfp4(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scales, Ints sizes, ffi::Result<Floats> y) {
+// y[R, n] = x[R, k] w[e]^T for w in MXFP4: blocks [G, n, k / 32, 16] and scales [G, n, k / 32]; or, transposed, x[R, k]
+// w[e] with blocks [G, k, n / 32, 16] and scales [G, k, n / 32].
+ffi::Error GroupedMxfp4(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scales, Ints sizes, ffi::Result<Floats> y,
+                        bool transposed) {
   const int64_t k = x.dimensions()[1], n = y->dimensions()[1];
   auto make = [&](int64_t e, int64_t row, int64_t count) {
     Matmul p{count, n, k, {x.typed_data() + row * k, k, 1}, {nullptr, 1, k}, y->typed_data() + row * n};
     p.blocks = blocks.typed_data() + e * n * k / kBlockSize * kBlockBytes;
     p.scales = scales.typed_data() + e * n * k / kBlockSize;
+    p.blocks_by_rows = transposed;
     return p;
   };
   return MultiplyGroups(GroupMatmuls(sizes, x.dimensions()[0], make), y, pool);
@@ -281,7 +302,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, Grouped,
                                   .Arg<Ints>().Ret<Floats>().Attr<bool>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmulMxfp4, GroupedMxfp4,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Bytes>().Arg<Bytes>()
-                                  .Arg<Ints>().Ret<Floats>());
+                                  .Arg<Ints>().Ret<Floats>().Attr<bool>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmulWeightGrad, GroupedWeightGrad,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Ints>()
                                   .Ret<Floats>().Ret<Floats>());

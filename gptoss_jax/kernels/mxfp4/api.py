@@ -5,7 +5,7 @@ and memory grow with the rows and their groups, not with E.
 
 Letters: R rows, E groups (experts), D input width, F output width, G = D / 32 blocks of values that share a
 scale, C = 16 bytes of each. Every backend is a function (x_RD, blocks_EFGC, scales_EFG, group_sizes_E) ->
-y_RF; the gradient is in plain XLA for all of them.
+y_RF and, with `transposed=True`, (g_RF, ...) -> dx_RD, the gradient in x. Packed weights have no gradient.
 """
 
 import functools
@@ -47,7 +47,7 @@ def mxfp4_grouped_matmul(
     chex.assert_axis_dimension(x_RD, 1, codec.BLOCK_SIZE * dims.G, custom_message=message)
     blocks, sizes = as_groups(blocks_EFGC, group_sizes_E.astype(jnp.int32))
     scales, _ = as_groups(scales_EFG, group_sizes_E)
-    y_RF = _matmul(_implementation(x_RD), x_RD, blocks, scales, sizes)
+    y_RF = differentiable_matmul(_implementation(x_RD), x_RD, blocks, scales, sizes)
     return add_group_bias(y_RF, bias_EF, group_sizes_E)
 
 
@@ -62,22 +62,29 @@ def _implementation(x_RD: jax.Array) -> Callable:
         from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
 
         return mosaic_mxfp4_matmul
-    from gptoss_jax.kernels.mxfp4.pallas_triton import MAX_ROWS, triton_mxfp4_matmul
+    from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul
 
-    return triton_mxfp4_matmul if x_RD.shape[0] <= MAX_ROWS else xla_mxfp4_matmul
+    return triton_mxfp4_matmul
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(implementation, x_RD, blocks_EFGC, scales_EFG, group_sizes_E):
+def differentiable_matmul(
+    implementation: Callable,
+    x_RD: jax.Array,
+    blocks_EFGC: jax.Array,
+    scales_EFG: jax.Array,
+    group_sizes_E: jax.Array,
+) -> jax.Array:
+    """One implementation of `mxfp4_grouped_matmul` without a bias, differentiable in x."""
     return implementation(x_RD, blocks_EFGC, scales_EFG, group_sizes_E)
 
 
-_matmul.defvjp(
-    lambda implementation, x_RD, *weights: (implementation(x_RD, *weights), weights),
-    lambda implementation, weights, g_RF: (
-        xla_mxfp4_matmul(g_RF, *weights, transposed=True),
-        None,
-        None,
-        None,
-    ),
-)
+def _forward(implementation, x_RD, *weights):
+    return implementation(x_RD, *weights), weights
+
+
+def _backward(implementation, weights, g_RF):
+    return implementation(g_RF, *weights, transposed=True), None, None, None
+
+
+differentiable_matmul.defvjp(_forward, _backward)

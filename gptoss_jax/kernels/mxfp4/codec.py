@@ -61,6 +61,32 @@ def bfloat16_bits(blocks, scales, xp=jnp):
     return bits(byte & 15), bits(byte >> 4)
 
 
+def kernel_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 factors for `kernel_values`: a power of two, and 1 or, for the smallest scale, 0.5."""
+    scales = scales.astype(jnp.int32)
+    # The smallest scale is subnormal: twice that, and half of each code.
+    power = jax.lax.bitcast_convert_type(jnp.maximum(scales, 1) << 23, jnp.float32)
+    return jnp.where(scales == NAN_SCALE, jnp.nan, power), jnp.where(scales == 0, 0.5, 1.0)
+
+
+def kernel_values(blocks: jax.Array, power: jax.Array, one: jax.Array) -> list[jax.Array]:
+    """Returns the values of the low and of the high nibbles, float32, in fewer operations than `dequantize`.
+
+    Values that are subnormal in float32, below 2^-126, may become zero. `power` and `one` are those of
+    `kernel_scales`, and must broadcast to the shape of `blocks`.
+    """
+    byte, values = blocks.astype(jnp.int32), []
+    half = jax.lax.bitcast_convert_type(one, jnp.int32) - (1 << 23)
+    for top in (byte << 28, byte << 24):
+        # The code's magnitude as exponent and significand: right from 1 on. Below it, 0 and 0.5 give 0.5
+        # and 0.75, twice as near to 1 as they should be.
+        size = jax.lax.bitcast_convert_type(((top >> 6) & 0x1C00000) + half, jnp.float32)
+        size = jnp.minimum(size, size + size - one) * power
+        bits = jax.lax.bitcast_convert_type(size, jnp.int32) | (top & -0x80000000)
+        values.append(jax.lax.bitcast_convert_type(bits, jnp.float32))
+    return values
+
+
 def quantize(values, axis=-1, xp=jnp):
     """Returns the nearest MXFP4 values, with the publisher's rule: the smallest scale that clips nothing,
     2^ceil(log2(largest / 6)), then round to nearest, ties to even.
