@@ -31,7 +31,10 @@ def worker(form: str, B: int, T: int, D: int, V: int) -> dict:
         # Computed in place: temporaries of random numbers would count as memory from before.
         return jax.jit(lambda: jnp.sin(1.0 + jax.lax.iota(jnp.float32, np.prod(shape))).reshape(shape))()
 
-    loss, chunk = cross_entropy if form == CHUNKS else plain, chunk_length(B, T, V)
+    def chunked(hidden_BTD, head_VD, *rest):
+        return cross_entropy((hidden_BTD,), (head_VD,), *rest)
+
+    loss, chunk = chunked if form == CHUNKS else plain, chunk_length(B, T, V)
     targets_BT = (jnp.arange(B * T, dtype=jnp.int32) * 97 % V).reshape(B, T)
     arguments = jax.block_until_ready((smooth(B, T, D), smooth(V, D) * 0.1, targets_BT, jnp.ones((B, T))))
     program = jax.jit(

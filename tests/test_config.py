@@ -13,6 +13,7 @@ from gptoss_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -20,7 +21,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.config.base import FORMER_NAMES, listed, one_line
-from gptoss_jax.config.preset import OPTIONAL_SECTION, TUPLES, read_preset
+from gptoss_jax.config.preset import OPTIONAL_SECTIONS, TUPLES, read_preset
 
 BAD = [
     *[
@@ -107,6 +108,28 @@ BAD = [
         {"original_max_position_embeddings": 0},
         "model.rope_scaling.original_max_position_embeddings is 0: must be above 0",
     ),
+    (ModelConfig, {"lora": 8}, "model.lora is 8: must be LoraConfig or None"),
+    (LoraConfig, {"rank": 0}, "model.lora.rank is 0: must be above 0"),
+    (LoraConfig, {"expert_rank": 0}, "model.lora.expert_rank is 0: must be above 0, or None"),
+    (LoraConfig, {"alpha": -1.0}, "model.lora.alpha is -1.0: must be above 0"),
+    (
+        LoraConfig,
+        {"targets": ()},
+        "model.lora.targets is (): must name at least one of q, k, v, out, gate_up, down, router, head",
+    ),
+    (
+        LoraConfig,
+        {"targets": ("q", "gate_ups")},
+        "model.lora.targets is 'gate_ups': matches nothing (did you mean gate_up?); "
+        "there are q, k, v, out, gate_up, down, router, head",
+    ),
+    (LoraConfig, {"targets": ("q", "q")}, "model.lora.targets is ('q', 'q'): must name each target once"),
+    (
+        ModelConfig,
+        {"lora": LoraConfig(targets=("q", "head")), "tie_word_embeddings": True},
+        "model.lora.targets is 'head': matches nothing, because model.tie_word_embeddings leaves the model "
+        "without a head",
+    ),
     (DataConfig, {"seq_len": 1}, "data.seq_len is 1: must be 2 or more"),
     (DataConfig, {"batch_size": 0}, "data.batch_size is 0: must be above 0"),
     (DataConfig, {"val_fraction": 0.6}, "data.val_fraction is 0.6: must be above 0 and at most 0.5"),
@@ -138,8 +161,8 @@ BAD = [
     (
         TrainConfig,
         {"model": ModelConfig(expert_format="mxfp4")},
-        "model.expert_format is 'mxfp4': training needs plain experts ('plain'); "
-        "packed ones are too coarse for the steps of an update",
+        "model.expert_format is 'mxfp4': training needs plain experts ('plain'), because packed ones are too "
+        "coarse for the steps of an update, or adapters beside packed ones (model.lora)",
     ),
     (
         TrainConfig,
@@ -189,6 +212,23 @@ def test_packed_experts_round_trip():
     config = ModelConfig(hidden_size=96, intermediate_size=64, expert_format="mxfp4")
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert ModelConfig().expert_format == "plain"
+
+
+def test_adapters_round_trip_and_may_be_trained_beside_packed_experts():
+    lora = LoraConfig(rank=4, expert_rank=3, rslora=True, targets=("v", "down"))
+    config = TrainConfig(model=ModelConfig(expert_format="mxfp4", lora=lora))
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["model"]["lora"]["targets"] == ["v", "down"]
+    assert TrainConfig.from_dict(values) == config
+    del values["model"]["lora"], values["model"]["expert_format"]
+    assert TrainConfig.from_dict(values).model.lora is None
+
+
+def test_a_model_with_adapters_has_no_published_config():
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(lora=LoraConfig()).to_hf()
+    assert str(caught.value).startswith("model.lora is {'rank': 8, ")
+    assert str(caught.value).endswith(": merge them into the weights, or export the adapter")
 
 
 def test_round_trip_without_rope_scaling():
@@ -307,7 +347,7 @@ def test_every_optional_value_can_be_set_and_be_none_on_the_command_line(preset)
         path: kinds[1] for path, kinds, section in fields_of() if type(None) in kinds and section is None
     }
     assert {("init_from",), ("model", "layer_types"), ("model", "swiglu_limit")} <= found.keys()
-    values = {float: ("2.5", 2.5), str: ("x", "x"), tuple[str, ...]: (FULL, (FULL,))}
+    values = {float: ("2.5", 2.5), int: ("3", 3), str: ("x", "x"), tuple[str, ...]: (FULL, (FULL,))}
     for path, kind in found.items():
         flag, (word, value) = "--" + ".".join(path).replace("_", "-"), values[kind]
         assert value_at(read_preset(preset(), [flag, "None"]), path) is None
@@ -315,22 +355,28 @@ def test_every_optional_value_can_be_set_and_be_none_on_the_command_line(preset)
     assert read_preset(preset(layer_types=(FULL,)), ["--model.layer-types", "None"]).model.layer_types is None
 
 
-def test_the_optional_section_can_be_switched_off_and_on_on_the_command_line(preset):
+@pytest.mark.parametrize("section", OPTIONAL_SECTIONS)
+def test_optional_sections_can_be_switched_off_and_on_on_the_command_line(preset, section):
     found = {
         ".".join(path): section for path, kinds, section in fields_of() if section and type(None) in kinds
     }
-    assert found == {OPTIONAL_SECTION: RopeScaling}
-    path, flag = OPTIONAL_SECTION.split("."), "--model.rope-scaling"
+    assert found == OPTIONAL_SECTIONS
+    path, cls, flag = section.split("."), found[section], f"--{section}".replace("_", "-")
     assert value_at(read_preset(preset(), [flag, "None"]), path) is None
-    off = preset(rope_scaling=None)
+    off = preset(**{path[-1]: None})
     assert value_at(read_preset(off), path) is None
     assert value_at(read_preset(off, [f"{flag}=None", "--steps", "3"]), path) is None
-    for field in dataclasses.fields(RopeScaling):
-        config = read_preset(off, [f"{flag}.{field.name}={field.default}", "--steps", "3"])
-        assert value_at(config, path) == RopeScaling() and config.steps == 3
-    for given in ({"rope_scaling": None}, {}):
-        config = read_preset(preset(**given), ["--model.rope_scaling.factor", "4"])
-        assert config.model.rope_scaling == RopeScaling(factor=4.0)
+    for field in dataclasses.fields(cls):
+        words = field.default if isinstance(field.default, tuple) else [str(field.default)]
+        config = read_preset(off, [f"{flag}.{field.name}", *words, "--steps", "3"])
+        assert value_at(config, path) == cls() and config.steps == 3
+
+
+@pytest.mark.parametrize("given", [{"rope_scaling": None, "lora": None}, {}])
+def test_a_flag_of_a_field_switches_its_section_on(preset, given):
+    config = read_preset(preset(**given), ["--model.rope_scaling.factor", "4", "--model.lora.rank", "6"])
+    assert config.model.rope_scaling == RopeScaling(factor=4.0)
+    assert config.model.lora == LoraConfig(rank=6)
 
 
 def test_fields_with_several_values():
@@ -386,8 +432,9 @@ def test_help_shows_the_fields_of_sections_that_are_off(preset, capsys):
         read_preset(preset(rope_scaling=None), ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--model.rope-scaling.beta-fast" in shown
-    assert "--model.rope-scaling None switches that section off" in shown
-    assert "Off in this preset: model.rope_scaling." in shown
+    assert "--model.rope-scaling or --model.lora None switches that section off" in shown
+    assert "--model.lora.rank" in shown
+    assert "Off in this preset: model.rope_scaling, model.lora." in shown
 
 
 def test_helpers_of_error_messages():

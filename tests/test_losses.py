@@ -35,9 +35,9 @@ def test_chunked_loss_matches_the_plain_loss(chunk):
     hidden, head, targets, weights = inputs()
     expected = value_and_gradients(lambda h, w: 3 * plain(h, w, targets, weights), hidden, head)
     found = value_and_gradients(
-        lambda h, w: 3 * losses.cross_entropy(h, w, targets, weights, chunk), hidden, head
+        lambda h, w: 3 * losses.cross_entropy((h,), (w,), targets, weights, chunk), hidden, head
     )
-    alone = losses.cross_entropy(hidden, head, targets, weights, chunk)
+    alone = losses.cross_entropy((hidden,), (head,), targets, weights, chunk)
     assert alone.dtype == jnp.float32 and alone.shape == ()
     np.testing.assert_allclose(3 * alone, expected[0], rtol=1e-6)
     for f, e in zip(found, expected, strict=True):
@@ -47,7 +47,7 @@ def test_chunked_loss_matches_the_plain_loss(chunk):
 def test_by_hand():
     # Logits 0 and ln 3: -log p is ln 4 for the first and ln(4/3) for the second.
     hidden, head = jnp.ones((1, 2, 1)), jnp.array([[0.0], [math.log(3)]])
-    loss = losses.cross_entropy(hidden, head, jnp.array([[0, 1]]), jnp.array([[1.0, 10.0]]), 1)
+    loss = losses.cross_entropy((hidden,), (head,), jnp.array([[0, 1]]), jnp.array([[1.0, 10.0]]), 1)
     assert float(loss) == pytest.approx(math.log(4) + 10 * math.log(4 / 3), rel=1e-6)
 
 
@@ -59,7 +59,9 @@ def test_targets_of_weight_zero_have_no_effect(content):
     spoilt = jnp.where(off[..., None], content, hidden)
 
     def loss(hidden, targets):
-        return value_and_gradients(lambda h, w: losses.cross_entropy(h, w, targets, weights, 4), hidden, head)
+        return value_and_gradients(
+            lambda h, w: losses.cross_entropy((h,), (w,), targets, weights, 4), hidden, head
+        )
 
     expected = loss(hidden, targets)
     # An id outside the vocabulary, which some pipelines use for targets to ignore.
@@ -71,7 +73,7 @@ def test_weights_may_be_boolean():
     hidden, head, targets, weights = inputs(2)
     real = weights > 0
     np.testing.assert_allclose(
-        losses.cross_entropy(hidden, head, targets, real, 6),
+        losses.cross_entropy((hidden,), (head,), targets, real, 6),
         plain(hidden, head, targets, real.astype(jnp.float32)),
         rtol=1e-6,
     )
@@ -81,7 +83,7 @@ def test_bfloat16_hidden_states():
     hidden, head, targets, weights = inputs(3)
     expected = value_and_gradients(lambda h, w: plain(h, w, targets, weights), hidden, head)
     found = value_and_gradients(
-        lambda h, w: losses.cross_entropy(h, w, targets, weights, 4), hidden.astype(jnp.bfloat16), head
+        lambda h, w: losses.cross_entropy((h,), (w,), targets, weights, 4), hidden.astype(jnp.bfloat16), head
     )
     assert [leaf.dtype for leaf in found] == [jnp.float32, jnp.bfloat16, jnp.float32]
     for f, e in zip(found, expected, strict=True):
@@ -103,7 +105,7 @@ def test_logits_of_all_positions_are_never_in_memory_together():
 
     def sizes(chunk):
         f = jax.value_and_grad(losses.cross_entropy, argnums=(0, 1))
-        closed = jax.make_jaxpr(f, static_argnums=4)(hidden, head, targets, weights, chunk)
+        closed = jax.make_jaxpr(f, static_argnums=4)((hidden,), (head,), targets, weights, chunk)
         return {math.prod(shape) for shape in shapes_in(closed.jaxpr) if shape and shape[-1] == V}
 
     assert max(sizes(3)) == B * 3 * V

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.config import MeshConfig
+from gptoss_jax.config import LoraConfig, MeshConfig
+from gptoss_jax.config.model import LORA_TARGETS
 from gptoss_jax.model.parameters import LETTERS, parameter_name, parameter_shardings
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel.mesh import AXES, make_mesh
@@ -167,6 +168,18 @@ EXPECTED = {
     "moe.down_blocks": P("expert", ("tensor", "fsdp"), None, None),
     "moe.down_scales": P("expert", ("tensor", "fsdp"), None),
     "final_norm.scale": P(None),
+    **{f"attention.{name}_lora_a": P(FSDP_EXPERT, None) for name in "qkv"},
+    **{f"attention.{name}_lora_b": P(None, "tensor", None) for name in "qkv"},
+    "attention.out_lora_a": P("tensor", None, None),
+    "attention.out_lora_b": P(None, FSDP_EXPERT),
+    "moe.router_lora_a": P(FSDP_EXPERT, None),
+    "moe.router_lora_b": P(None, None),
+    "moe.gate_up_lora_a": P("expert", "fsdp", None),
+    "moe.gate_up_lora_b": P("expert", None, None, "tensor"),
+    "moe.down_lora_a": P("expert", "tensor", None),
+    "moe.down_lora_b": P("expert", None, "fsdp"),
+    "head.lora_a": P(FSDP_EXPERT, None),
+    "head.lora_b": P(("tensor", "expert"), None),
 }
 
 
@@ -191,6 +204,7 @@ def storage_of(config, mesh):
 @pytest.mark.parametrize("expert_format", ["plain", "mxfp4"])
 def test_every_parameter_is_stored_as_expected(tiny_config, mesh, expert_format):
     sizes = dict(vocab_size=100, hidden_size=96, intermediate_size=64, num_local_experts=6)
+    sizes["lora"] = LoraConfig(rank=3, targets=LORA_TARGETS)
     found = storage_of(dataclasses.replace(tiny_config, expert_format=expert_format, **sizes), mesh)
     packed = {name for name in LETTERS if name.endswith(("_blocks", "_scales"))}
     stored = {"plain": set(LETTERS) - packed, "mxfp4": set(LETTERS) - {"moe.gate_up", "moe.down"}}

@@ -132,9 +132,10 @@ def test_transformer_gives_float32_logits_and_the_statistics_of_every_layer(eith
 
     def everything():
         model = Transformer(config, rngs=nnx.Rngs(0))
-        return model(tokens_BT), model.hidden_states(tokens_BT), model.head_weight_VD
+        hidden = model.hidden_states(tokens_BT)
+        return model(tokens_BT), hidden, model.head_operands(hidden[0])
 
-    logits_BTV, (hidden_BTD, cache, stats), head_VD = jax.eval_shape(everything)
+    logits_BTV, (hidden_BTD, cache, stats), (_, (head_VD,)) = jax.eval_shape(everything)
     chex.assert_shape(logits_BTV, dims["BTV"])
     chex.assert_shape(hidden_BTD, dims["BTD"])
     chex.assert_shape(head_VD, dims["VD"])

@@ -20,13 +20,13 @@ from gptoss_jax.config import (
     RopeScaling,
     TrainConfig,
 )
-from gptoss_jax.model.parameters import path_names
+from gptoss_jax.model.parameters import merge_params, path_names, split_params
 from gptoss_jax.model.transformer import abstract_params, bind, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
 from gptoss_jax.training.optimizer import make_schedule
-from gptoss_jax.training.state import abstract_state, create_state, merge_params, split_params
+from gptoss_jax.training.state import abstract_state, create_state
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
 B, T = 8, 13

@@ -410,7 +410,9 @@ def test_params_round_trip(either_config, random_params):
 
 def test_a_tied_head_is_the_embedding(notebook_config, random_params):
     model = bind(notebook_config, random_params(notebook_config))
-    np.testing.assert_array_equal(model.head_weight_VD, model.embedding.weight[...])
+    hidden_BTD = jnp.ones((1, 1, notebook_config.hidden_size))
+    _, (head_VD,) = model.head_operands(hidden_BTD)
+    np.testing.assert_array_equal(head_VD, model.embedding.weight[...])
     assert not hasattr(model, "head")
 
 

@@ -5,7 +5,7 @@ allowed. Nothing here imports jax.
 """
 
 from gptoss_jax.config.base import require
-from gptoss_jax.config.model import FULL, SLIDING, ModelConfig, RopeScaling
+from gptoss_jax.config.model import FULL, SLIDING, LoraConfig, ModelConfig, RopeScaling
 from gptoss_jax.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "EvalConfig",
+    "LoraConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",

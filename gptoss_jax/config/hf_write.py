@@ -19,6 +19,8 @@ def write(fields: Values, experts: str) -> Values:
     """
     formats = ("bfloat16", "float32", "mxfp4")
     require(experts in formats, "experts", experts, f"must be one of {', '.join(map(repr, formats))}")
+    allowed = "the published format has no adapters: merge them into the weights, or export the adapter"
+    require(fields["lora"] is None, "model.lora", fields["lora"], allowed)
     _refuse_inexpressible(fields, experts)
     scaling, theta = fields["rope_scaling"], float(fields["rope_theta"])
     rope = {"rope_type": "default"} if scaling is None else {"rope_type": "yarn", **scaling}

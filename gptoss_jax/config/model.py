@@ -4,14 +4,26 @@ import dataclasses
 import os
 import typing
 import warnings
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from gptoss_jax.config import hf, hf_write
-from gptoss_jax.config.base import BelowOne, ConfigBase, NonNegative, Positive, PositiveOrNone
+from gptoss_jax.config.base import (
+    BelowOne,
+    Bound,
+    ConfigBase,
+    NonNegative,
+    Positive,
+    PositiveOrNone,
+    nearest,
+    require,
+)
 from gptoss_jax.config.kernels import plain_kernels
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+# The matrices that LoRA can adapt: of attention, of the experts, the router and the output head.
+EXPERT_TARGETS = ("gate_up", "down")
+LORA_TARGETS = ("q", "k", "v", "out", *EXPERT_TARGETS, "router", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +42,35 @@ class RopeScaling(ConfigBase):
         self._require(self.factor >= 1, "factor", "must be 1 or more")
         ordered = self.beta_fast > self.beta_slow > 0
         self._require(ordered, "beta_fast", f"must be above beta_slow ({self.beta_slow})")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig(ConfigBase):
+    """LoRA (Hu et al. 2021): trains low-rank adapters beside frozen weights, y = x W + scaling (x A) B."""
+
+    _section: typing.ClassVar[str] = "model.lora"
+
+    rank: Positive[int] = 8  # Rank of the adapters outside the experts
+    # Rank of each expert's adapters; None is rank / num_experts_per_tok, and at least 1.
+    expert_rank: Annotated[int | None, Bound("must be above 0, or None", lambda x: x is None or x > 0)] = None
+    alpha: Positive[float] = 16.0  # The scaling is alpha / rank, with the rank of the adapter
+    rslora: bool = False  # Divide alpha by the root of the rank instead (Kalajdzievski 2023)
+    # The adapted matrices: q, k, v and out of attention, gate_up and down of the experts, router, head.
+    targets: tuple[str, ...] = ("q", "k", "v", "out", *EXPERT_TARGETS)
+
+    def _check(self) -> None:
+        known = ", ".join(LORA_TARGETS)
+        self._require(len(self.targets) > 0, "targets", f"must name at least one of {known}")
+        for target in self.targets:
+            near = nearest(target, LORA_TARGETS)
+            hint = f" (did you mean {near}?)" if near else ""
+            allowed = f"matches nothing{hint}; there are {known}"
+            require(target in LORA_TARGETS, f"{self._section}.targets", target, allowed)
+        self._require(len({*self.targets}) == len(self.targets), "targets", "must name each target once")
+
+    def scaling(self, rank: int) -> float:
+        """Returns the factor of the product with adapters of a rank."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +118,7 @@ class ModelConfig(ConfigBase):
     # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     # Format of the experts' matrices: plain arrays, or packed MXFP4 as published (4.25 bits per weight; for
-    # inference only).
+    # inference, and for training adapters with model.lora).
     expert_format: Literal["plain", "mxfp4"] = "plain"
     # Hand-written kernels: auto uses them, checked once on each new GPU or TPU machine; unchecked skips that
     # check; plain uses XLA instead of all of them, plain:attention,mxfp4_matmul instead of the named ones.
@@ -90,6 +131,7 @@ class ModelConfig(ConfigBase):
     # keeps layers apart, which avoids copies between stacks and layers and is faster for a small model on
     # CPU. It changes the layout of a run's checkpoints.
     scan_layers: bool = True
+    lora: LoraConfig | None = None  # Low-rank adapters; None has none. Training changes only them
 
     def _check(self) -> None:
         plain_kernels(self.kernels, self._path("kernels"))
@@ -111,6 +153,16 @@ class ModelConfig(ConfigBase):
         allowed = f"must name a type for each of model.num_hidden_layers ({layers})"
         self._require(len(kinds) == layers, "layer_types", allowed)
         self._require({*kinds} <= {SLIDING, FULL}, "layer_types", f"may hold only {SLIDING!r} and {FULL!r}")
+        has_head = self.lora is None or "head" not in self.lora.targets or not self.tie_word_embeddings
+        allowed = "matches nothing, because model.tie_word_embeddings leaves the model without a head"
+        require(has_head, "model.lora.targets", "head", allowed)
+
+    def lora_rank(self, target: str) -> int:
+        """Returns the rank of the adapters of a target, such as "q"; in the experts, that of each expert."""
+        lora = self.lora
+        if target not in EXPERT_TARGETS:
+            return lora.rank
+        return lora.expert_rank or max(1, lora.rank // self.num_experts_per_tok)
 
     @property
     def resolved_layer_types(self) -> tuple[str, ...]:
@@ -163,7 +215,7 @@ class ModelConfig(ConfigBase):
         zero biases and very low sinks, which the writer of the weights adds. `router_aux_loss_coef` is
         written but turned off (transformers' loss is about `num_experts_per_tok` times ours). Not written:
         `compute_dtype`, `expert_format`, `kernels`, `remat`, `scan_layers`, `residual_dropout` and
-        `router_z_loss_coef`.
+        `router_z_loss_coef`. A model with adapters is refused.
 
         Args:
           experts: "bfloat16", "float32", or "mxfp4" (packed experts, the rest in bfloat16).

@@ -8,14 +8,14 @@ import runpy
 from collections.abc import Sequence
 
 from gptoss_jax.config.base import FORMER_NAMES, require
-from gptoss_jax.config.model import RopeScaling
+from gptoss_jax.config.model import LoraConfig, RopeScaling
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.train import TrainConfig
 
-# The section that may be None, which tyro could only switch off and on with subcommands.
-OPTIONAL_SECTION = "model.rope_scaling"
+# Sections of `model` that may be None, which tyro could only switch off and on with subcommands.
+OPTIONAL_SECTIONS = {"model.rope_scaling": RopeScaling, "model.lora": LoraConfig}
 # Fields that take any number of values.
-TUPLES = ("model.layer_types",)
+TUPLES = ("model.layer_types", "model.lora.targets")
 
 
 def read_preset(
@@ -47,13 +47,15 @@ def read_preset(
     for flag in flags:
         if _field(flag) in FORMER_NAMES:
             raise ValueError(f"{flag}: renamed to {_flag(FORMER_NAMES[_field(flag)])}")
-    off = "none" if config.model.rope_scaling else OPTIONAL_SECTION
+    off = [section for section in OPTIONAL_SECTIONS if getattr(config.model, _name(section)) is None]
     about = (
-        f"{_flag(OPTIONAL_SECTION)} None switches that section off; a flag for one of its fields switches it "
-        f"on, with the defaults shown for the others. Off in this preset: {off}."
+        f"{' or '.join(map(_flag, OPTIONAL_SECTIONS))} None switches that section off; a flag for one of its "
+        "fields switches it on, with the defaults shown for the others. Off in this preset: "
+        f"{', '.join(off) or 'none'}."
     )
     description = f"{(description or TrainConfig.__doc__).strip()}\n\n{about}"
-    config, flags = _switch_rope_scaling(config, flags)
+    for section in OPTIONAL_SECTIONS:
+        config, flags = _switch_section(config, flags, section)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(
         TrainConfig, default=config, args=flags, prog=prog, description=description, config=settings
@@ -81,29 +83,33 @@ def _field(word: str) -> str:
     return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else ""
 
 
-def _switch_rope_scaling(config: TrainConfig, flags: Sequence[str]) -> tuple[TrainConfig, list[str]]:
-    """Applies `--model.rope-scaling None`, and switches the section on for a flag of one of its fields.
+def _name(section: str) -> str:
+    return section.partition(".")[2]
+
+
+def _switch_section(config: TrainConfig, flags: Sequence[str], section: str) -> tuple[TrainConfig, list[str]]:
+    """Applies a flag such as `--model.rope-scaling None`, and switches the section on for a flag of one of
+    its fields.
 
     Returns the config, and the flags without those that say None.
     """
-    words, scaling = list(flags), config.model.rope_scaling
-    fields = [word.partition("=")[0] for word in words if _field(word).startswith(f"{OPTIONAL_SECTION}.")]
+    words, value = list(flags), getattr(config.model, _name(section))
+    fields = [word.partition("=")[0] for word in words if _field(word).startswith(f"{section}.")]
     # Help shows the fields of every section.
     if fields or {"-h", "--help"} & set(words):
-        scaling = scaling or RopeScaling()
-    while OPTIONAL_SECTION in (names := [_field(word) for word in words]):
-        at = names.index(OPTIONAL_SECTION)
-        _, equals, value = words.pop(at).partition("=")
+        value = value or OPTIONAL_SECTIONS[section]()
+    while section in (names := [_field(word) for word in words]):
+        at = names.index(section)
+        _, equals, given = words.pop(at).partition("=")
         if not equals and at < len(words):
-            value = words.pop(at)
-        require(value != "", OPTIONAL_SECTION, value, "must be None, or left out")
-        example = f"{_flag(OPTIONAL_SECTION)}.factor"
-        allowed = f"must be None; a flag such as {example} switches it on"
-        require(value == "None", OPTIONAL_SECTION, value, allowed)
+            given = words.pop(at)
+        require(given != "", section, given, "must be None, or left out")
+        example = f"{_flag(section)}.{dataclasses.fields(OPTIONAL_SECTIONS[section])[0].name}"
+        require(given == "None", section, given, f"must be None; a flag such as {example} switches it on")
         allowed = f"leave out {' and '.join(fields)}, which switches it on"
-        require(not fields, OPTIONAL_SECTION, None, allowed)
-        scaling = None
-    model = dataclasses.replace(config.model, rope_scaling=scaling)
+        require(not fields, section, None, allowed)
+        value = None
+    model = dataclasses.replace(config.model, **{_name(section): value})
     return dataclasses.replace(config, model=model), words
 
 

@@ -142,10 +142,11 @@ class TrainConfig(ConfigBase):
         self._require(self.run_dir.strip() != "", "run_dir", "must be the name of a folder")
         self._require("://" not in self.run_dir, "run_dir", "must be a folder of the file system, not a URL")
         allowed = (
-            "training needs plain experts ('plain'); packed ones are too coarse for the steps of an update"
+            "training needs plain experts ('plain'), because packed ones are too coarse for the steps of an "
+            "update, or adapters beside packed ones (model.lora)"
         )
         experts = self.model.expert_format
-        require(experts == "plain", "model.expert_format", experts, allowed)
+        require(experts == "plain" or self.model.lora is not None, "model.expert_format", experts, allowed)
         longest, length = self.model.max_position_embeddings, self.data.seq_len
         allowed = f"must be at most model.max_position_embeddings ({longest})"
         require(length <= longest, "data.seq_len", length, allowed)

@@ -14,9 +14,10 @@ from gptoss_jax.kernels.attention.cached import (
     update_cache,
 )
 from gptoss_jax.kernels.shapes import assert_shapes
+from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import normal, zeros
 from gptoss_jax.model.rope import apply_rope
-from gptoss_jax.parallel.linear import shard_map_heads, sharded_einsum
+from gptoss_jax.parallel.linear import shard_map_heads
 
 
 class Segments(NamedTuple):
@@ -41,6 +42,7 @@ class Attention(nnx.Module):
             )
         if config.learned_sinks:
             self.sinks = zeros(config, "attention.sinks")
+        lora.add_adapters(self, config, "attention", rngs)
         self.config = config
         window = config.sliding_window if layer_type == SLIDING else None
         self.spec = AttentionSpec(window, config.sink_tokens, config.attention_dropout)
@@ -58,8 +60,7 @@ class Attention(nnx.Module):
         """
         assert_shapes("BTD BT BT", x_BTD, segments.ids_BT, segments.positions_BT)
         config, dtype = self.config, x_BTD.dtype
-        weights = (self.q.get_value(), self.k.get_value(), self.v.get_value())
-        q_BTNH, k_BTKH, v_BTKH = sharded_einsum("BTD,DNH->BTNH", x_BTD, weights)
+        q_BTNH, k_BTKH, v_BTKH = lora.adapted_einsum(self, "BTD,DNH->BTNH", x_BTD, ("q", "k", "v"))
         if config.attention_bias:
             q_BTNH = q_BTNH + self.q_bias[...].astype(dtype)
             k_BTKH = k_BTKH + self.k_bias[...].astype(dtype)
@@ -80,5 +81,5 @@ class Attention(nnx.Module):
                 y_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, before, self.spec, sinks_N=sinks_N)
             else:
                 y_BTNH = decode_attention(q_BTNH, cache, sinks_N=sinks_N)
-        y_BTD = sharded_einsum("BTNH,NHD->BTD", y_BTNH, self.out.get_value())
+        (y_BTD,) = lora.adapted_einsum(self, "BTNH,NHD->BTD", y_BTNH, ("out",))
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache

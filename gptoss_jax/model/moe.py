@@ -1,6 +1,7 @@
 """Mixture of experts: the router and its SwiGLU experts."""
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -8,15 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.config.model import EXPERT_TARGETS
 from gptoss_jax.kernels.cpu import decode
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias, grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import mxfp4_grouped_matmul
 from gptoss_jax.kernels.shapes import assert_shapes
+from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import LETTERS, normal, zeros
 from gptoss_jax.parallel.expert_parallel import Routing, apply_experts
-from gptoss_jax.parallel.linear import shard_map_batch, sharded_einsum, tensor_all_gather
+from gptoss_jax.parallel.linear import shard_map_batch, tensor_all_gather, tensor_psum
+from gptoss_jax.parallel.mesh import current_axes
 
 RouterStats = dict[str, jax.Array]
 
@@ -42,6 +46,7 @@ class MoE(nnx.Module):
         if config.expert_bias:
             self.gate_up_bias = zeros(config, "moe.gate_up_bias")
             self.down_bias = zeros(config, "moe.down_bias")
+        lora.add_adapters(self, config, "moe", rngs)
         self.config = config
 
     def __call__(
@@ -57,7 +62,7 @@ class MoE(nnx.Module):
         assert_shapes("BTD BT", x_BTD, token_mask_BT)
         B, T, D = x_BTD.shape
         x_MD, token_mask_M = x_BTD.reshape(B * T, D), token_mask_BT.reshape(-1)
-        logits_ME = sharded_einsum("MD,De->Me", x_MD.astype(jnp.float32), self.router.get_value())
+        (logits_ME,) = lora.adapted_einsum(self, "MD,De->Me", x_MD.astype(jnp.float32), ("router",))
         if config.router_bias:
             logits_ME = logits_ME + self.router_bias[...]
         # Left to itself, the compiler gathers all tokens on every device for the top-k.
@@ -67,19 +72,21 @@ class MoE(nnx.Module):
         routing = Routing(jnp.where(token_mask_M[:, None], experts_MX, -1), weights_MX)
         parameters = self.expert_parameters()
         swiglu = SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset)
-        if capacity_factor is None and decode.supports_experts(x_MD, parameters):
+        is_adapted = "gate_up_lora_a" in parameters or "down_lora_a" in parameters
+        if capacity_factor is None and not is_adapted and decode.supports_experts(x_MD, parameters):
             y_MD, num_dropped = decode.experts(x_MD, *routing, parameters, swiglu), jnp.float32(0)
         else:
             letters = {name: LETTERS[f"moe.{name}"] for name in parameters}
-            y_MD, num_dropped = apply_experts(
-                functools.partial(expert_outputs, swiglu), x_MD, routing, parameters, letters, capacity_factor
-            )
+            scalings = {target: lora.scaling(config, target) for target in EXPERT_TARGETS}
+            function = functools.partial(expert_outputs, swiglu, scalings=scalings)
+            y_MD, num_dropped = apply_experts(function, x_MD, routing, parameters, letters, capacity_factor)
         stats = router_stats(logits_ME, experts_MX, token_mask_M)
         num_rows = jnp.maximum(jnp.sum(token_mask_M, dtype=jnp.int32) * config.num_experts_per_tok, 1)
         return y_MD.reshape(B, T, D), stats | {"dropped": num_dropped / num_rows}
 
     def expert_parameters(self) -> dict[str, jax.Array | LayerView]:
-        """Returns the experts' weights and biases by name, in their stored format: dense or MXFP4."""
+        """Returns the experts' weights, biases and adapters by name, weights in their stored format: dense or
+        MXFP4."""
         names = (
             name.removeprefix("moe.") for name in LETTERS if name.startswith(("moe.gate_up", "moe.down"))
         )
@@ -113,18 +120,37 @@ def router_stats(logits_ME: jax.Array, experts_MX: jax.Array, token_mask_M: jax.
 
 
 def expert_outputs(
-    swiglu: "SwiGLU", x_RD: jax.Array, parameters: dict, group_sizes_E: jax.Array
+    swiglu: "SwiGLU",
+    x_RD: jax.Array,
+    parameters: dict,
+    group_sizes_E: jax.Array,
+    scalings: Mapping[str, float] | None = None,
 ) -> jax.Array:
     """Sends rows sorted by expert through the experts of one device: `swiglu(x gate_up + bias) down + bias`.
 
     Args:
       parameters: of the experts, dense or packed, as arrays or views of one layer.
       group_sizes_E: int32, rows of each expert. Rows past their sum give zero.
+      scalings: factor of the adapters of `gate_up` and `down`, if there are any.
     """
     bias, down_bias = parameters.get("gate_up_bias"), parameters.get("down_bias")
+
+    def adapter_inputs(name, x_RD):
+        """`scaling x A`, or None; a sum over what this device has of the inputs."""
+        a = parameters.get(f"{name}_lora_a")
+        return None if a is None else scalings[name] * grouped_matmul(x_RD, a, group_sizes_E)
+
+    def add_adapter(name, y_RF, h_Rr):
+        if h_Rr is None:
+            return y_RF
+        return y_RF + grouped_matmul(h_Rr, parameters[f"{name}_lora_b"], group_sizes_E)
+
+    h_Rr = adapter_inputs("gate_up", x_RD)
     if "down" in parameters:
-        a_RF = swiglu_halves(swiglu, grouped_matmul(x_RD, parameters["gate_up"], group_sizes_E, bias))
-        return grouped_matmul(a_RF, parameters["down"], group_sizes_E, down_bias)
+        h_RF = grouped_matmul(x_RD, parameters["gate_up"], group_sizes_E, bias)
+        a_RF = swiglu_halves(swiglu, add_adapter("gate_up", h_RF, h_Rr))
+        y_RD = grouped_matmul(a_RF, parameters["down"], group_sizes_E, down_bias)
+        return add_adapter("down", y_RD, adapter_inputs("down", a_RF))
     # Packed: rows of gate and up alternate, and a device of the tensor axis has whole outputs, which are
     # gathered.
     weights = {
@@ -133,10 +159,17 @@ def expert_outputs(
     bias_EU = None if bias is None else bias.swapaxes(1, 2).reshape(bias.shape[0], -1)
     h_RU = mxfp4_grouped_matmul(x_RD, *weights["gate_up"], group_sizes_E, bias_EU)
     gate_RF, up_RF = jnp.moveaxis(h_RU.reshape(x_RD.shape[0], -1, 2), -1, 0)
-    a_RF = tensor_all_gather(swiglu(gate_RF, up_RF))
+    if h_Rr is not None:
+        delta_RF = grouped_matmul(h_Rr, parameters["gate_up_lora_b"], group_sizes_E)
+        gate_RF, up_RF = jax.tree.map(jnp.add, (gate_RF, up_RF), tuple(jnp.split(delta_RF, 2, axis=-1)))
+    a_RF = swiglu_pair(swiglu, gate_RF, up_RF)
+    h_Rr = adapter_inputs("down", a_RF)
+    if h_Rr is not None and current_axes().get("tensor", 1) > 1:
+        h_Rr = tensor_psum(h_Rr)
     # The bias is added behind the gather: it is not split, as the rows of `down` are.
+    a_RF = tensor_all_gather(a_RF)
     y_RD = tensor_all_gather(mxfp4_grouped_matmul(a_RF, *weights["down"], group_sizes_E))
-    return add_group_bias(y_RD, down_bias, group_sizes_E)
+    return add_group_bias(add_adapter("down", y_RD, h_Rr), down_bias, group_sizes_E)
 
 
 class SwiGLU(NamedTuple):
@@ -157,13 +190,28 @@ class SwiGLU(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def swiglu_pair(swiglu: SwiGLU, gate_RF: jax.Array, up_RF: jax.Array) -> jax.Array:
+    """SwiGLU whose gradient saves only the inputs."""
+    return swiglu(gate_RF, up_RF)
+
+
+def _swiglu_pair_bwd(swiglu, inputs, g_RF):
+    # Without the barrier XLA finds the same terms in the forward pass, and keeps them all from there.
+    inputs, g_RF = jax.lax.optimization_barrier((inputs, g_RF))
+    return jax.vjp(swiglu, *inputs)[1](g_RF)
+
+
+swiglu_pair.defvjp(lambda swiglu, *inputs: (swiglu(*inputs), inputs), _swiglu_pair_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
     """SwiGLU of the two halves of each row, [R, 2 F] -> [R, F]; its gradient saves only the input."""
     return swiglu(*jnp.split(h_RF, 2, axis=-1))
 
 
 def _swiglu_halves_bwd(swiglu, h_RF, g_RF):
-    # Without the barrier XLA finds the same terms in the forward pass, and keeps them all from there.
+    # As above, and before the split, which would be copied.
     h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
     halves = jnp.split(h_RF, 2, axis=-1)
     d_gate, d_up = jax.vjp(swiglu, *halves)[1](g_RF)

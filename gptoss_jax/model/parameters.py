@@ -3,9 +3,12 @@
 Initialization, sharding (`parallel/rules.py`), weight decay and Muon's dimensions follow from the letters.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from gptoss_jax.config import ModelConfig
@@ -14,7 +17,7 @@ from gptoss_jax.kernels.mxfp4.codec import BLOCK_BYTES, BLOCK_SIZE
 from gptoss_jax.parallel.rules import storage_spec
 
 # The last two names of a parameter's path -> its letters, without the leading dimension of stacked layers.
-# Lower-case dimensions are never split. P is 2: gate and up.
+# Lower-case dimensions are never split. P is 2: gate and up. r is the rank of an adapter (`model/lora.py`).
 LETTERS = {
     "embedding.weight": "VD",
     "head.weight": "VD",
@@ -41,7 +44,25 @@ LETTERS = {
     "moe.down_blocks": "EOfy",
     "moe.down_scales": "EOf",
     "final_norm.scale": "d",
+    "attention.q_lora_a": "Dr",
+    "attention.q_lora_b": "rNH",
+    "attention.k_lora_a": "Dr",
+    "attention.k_lora_b": "rKH",
+    "attention.v_lora_a": "Dr",
+    "attention.v_lora_b": "rKH",
+    "attention.out_lora_a": "NHr",
+    "attention.out_lora_b": "rD",
+    "moe.router_lora_a": "Dr",
+    "moe.router_lora_b": "re",
+    "moe.gate_up_lora_a": "EDr",
+    "moe.gate_up_lora_b": "ErPF",
+    "moe.down_lora_a": "EFr",
+    "moe.down_lora_b": "ErD",
+    "head.lora_a": "Dr",
+    "head.lora_b": "Vr",
 }
+# A predicate on the path of a parameter, such as ("blocks", "0", "moe", "router").
+IsTrainable = Callable[[tuple[str, ...]], bool]
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -54,8 +75,18 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 def shape_of(config: ModelConfig, name: str) -> tuple[int, ...]:
     """Returns the shape of one layer's parameter, such as `attention.q`."""
-    size = sizes(config)
-    return tuple(size[letter] for letter in LETTERS[name])
+    size, letters = sizes(config), LETTERS[name]
+    if "r" in letters:
+        size["r"] = config.lora_rank(adapted_target(name))
+    return tuple(size[letter] for letter in letters)
+
+
+def adapted_target(name: str) -> str | None:
+    """Returns the target of LoRA that a parameter such as `attention.q_lora_a` adapts, here "q"; None for a
+    parameter of the base model."""
+    module, _, field = name.rpartition(".")
+    target, separator, _ = field.rpartition("lora_")
+    return (target.removesuffix("_") or module) if separator else None
 
 
 def normal(config: ModelConfig, name: str, rngs: nnx.Rngs) -> jax.Array:
@@ -86,8 +117,9 @@ def letters_of(path) -> str | None:
 
 
 def is_matrix(path) -> bool:
-    """Returns True for a weight matrix, stacked or packed; False for a norm, bias or sink."""
-    return bool(set("DUO") & set(letters_of(path) or ""))
+    """Returns True for a weight matrix, stacked or packed, and for those of adapters; False for a norm, bias
+    or sink."""
+    return bool(set("DUOr") & set(letters_of(path) or ""))
 
 
 def view_layer(block: nnx.Module, index: jax.Array) -> nnx.Module:
@@ -113,6 +145,25 @@ def parameter_shardings(tree, mesh: Mesh):
         return NamedSharding(mesh, storage_spec(letters or "", leaf.shape, axes, parameter_name(path)))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def split_params(params: dict, is_trainable: IsTrainable | None) -> tuple[dict, dict]:
+    """Splits a parameter tree into (trainable, frozen); None trains all.
+
+    Raises ValueError if no parameter is trainable.
+    """
+    if is_trainable is None:
+        return params, {}
+    flat = flatten_dict(params)
+    trainable = {path: leaf for path, leaf in flat.items() if is_trainable(path)}
+    if not trainable:
+        raise ValueError("is_trainable selects no parameter of the model")
+    return unflatten_dict(trainable), unflatten_dict({p: flat[p] for p in flat.keys() - trainable.keys()})
+
+
+def merge_params(trainable: dict, frozen: dict) -> dict:
+    """The parameter tree that `split_params` has split."""
+    return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen)) if frozen else trainable
 
 
 def tree_bytes(tree) -> int:

@@ -12,6 +12,7 @@ from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.attention.cached import LayerCacheView
 from gptoss_jax.kernels.attention.reference import segment_starts
 from gptoss_jax.kernels.shapes import assert_shapes
+from gptoss_jax.model import lora
 from gptoss_jax.model.attention import Attention, Segments
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.moe import MoE, RouterStats
@@ -110,6 +111,7 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(config)
         if not config.tie_word_embeddings:
             self.head = Embedding(config, "head", rngs=rngs)
+            lora.add_adapters(self.head, config, "head", rngs)
         self.config = config
         # The folder that the weights came from; the tokenizer's files are there.
         self.origin: str | None = None
@@ -132,15 +134,28 @@ class Transformer(nnx.Module):
         hidden_BTD, _, _ = self.hidden_states(tokens_BT, segment_ids_BT, positions_BT)
         return self.logits(hidden_BTD)
 
-    @property
-    def head_weight_VD(self) -> jax.Array:
-        """The output embedding, float32: the head's weight or, tied, the embedding's."""
-        return (self.embedding if self.config.tie_word_embeddings else self.head).weight[...]
+    def head_operands(self, hidden_BTD: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Returns activations and weights; logits are the sum of their products.
+
+        They are the hidden states and the output embedding [V, D] (tied, the input embedding) and, where the
+        head has an adapter, its hidden states [B, T, r] and B [V, r].
+        """
+        head = self.embedding if self.config.tie_word_embeddings else self.head
+        if not hasattr(head, "lora_a"):
+            return (hidden_BTD,), (head.weight[...],)
+        with jax.default_matmul_precision("highest"), selection.using(self.config.kernels):
+            h_BTr = sharded_einsum("BTD,Dr->BTr", hidden_BTD, head.lora_a[...])
+        h_BTr = lora.scaling(self.config, "head") * h_BTr
+        return (hidden_BTD, h_BTr), (head.weight[...], head.lora_b[...])
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns float32 logits, [B, T, V], of hidden states."""
+        operands = self.head_operands(hidden_BTD)
         with jax.default_matmul_precision("highest"), selection.using(self.config.kernels):
-            return sharded_einsum("BTD,VD->BTV", hidden_BTD, self.head_weight_VD, result_type=jnp.float32)
+            return sum(
+                sharded_einsum(f"BT{axis},V{axis}->BTV", x, weight, result_type=jnp.float32)
+                for axis, x, weight in zip("Dr", *operands, strict=False)
+            )
 
     def hidden_states(
         self,

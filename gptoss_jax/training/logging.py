@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptoss_jax.config import TrainConfig
+from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
 from gptoss_jax.inference.detokenizer import detokenize
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
+from gptoss_jax.model.lora import adapter_counts
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 from gptoss_jax.terminal import format_count, format_duration, format_number, format_si
@@ -68,6 +69,7 @@ class RunLog:
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         lines = {
             "model": f"{format_count(total)} parameters, {format_count(active)} active per token",
+            "lora": _describe_adapters(config.model),
             "text": f"{config.data.source}: {format_count(self._train_tokens)} tokens of {meta['tokenizer']}"
             f" to train on, {format_si(meta['held_out_bytes'], 'B')} of text held out",
             "step": f"{config.data.batch_size} rows × {config.data.seq_len} tokens",
@@ -75,7 +77,8 @@ class RunLog:
             "run": str(self.run_dir),
         }
         for name, value in lines.items():
-            self.console.message(f"  {name:<7}{value}")
+            if value:
+                self.console.message(f"  {name:<7}{value}")
         self.console.start(first_step, config.steps)
         self.timer.restart()
 
@@ -228,6 +231,13 @@ class RunLog:
         self.console.stop()
         if self._metrics:
             self._metrics.close()
+
+
+def _describe_adapters(config: ModelConfig) -> str:
+    """The number of trained parameters in all and of each target; "" without adapters."""
+    counts = adapter_counts(config)
+    each = ", ".join(f"{target} {format_count(count)}" for target, count in counts.items())
+    return f"{format_count(sum(counts.values()))} parameters are trained: {each}" if counts else ""
 
 
 def generate_command(run_dir: pathlib.Path, prompt: str) -> str:

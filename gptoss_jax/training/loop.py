@@ -17,6 +17,8 @@ from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.batches import held_out_batches, local_rows, make_global_batch, train_batches
 from gptoss_jax.data.token_cache import TokenCache
+from gptoss_jax.model.lora import is_adapter
+from gptoss_jax.model.parameters import IsTrainable, merge_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.in_flight import bounded
 from gptoss_jax.parallel.mesh import make_mesh
@@ -25,7 +27,7 @@ from gptoss_jax.training import resume, setup
 from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
-from gptoss_jax.training.state import IsTrainable, TrainState, merge_params
+from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
 
@@ -38,8 +40,9 @@ def train(
 
     Args:
       objective: what is minimized and evaluated.
-      is_trainable: selects the parameters to train by their paths; None trains all. The others stay as they
-        are, and have no optimizer state. Resume a run with the same ones.
+      is_trainable: selects the parameters to train by their paths; None trains the adapters of a model with
+        `model.lora`, else all. The others stay as they are, and have no optimizer state. Resume a run with
+        the same ones.
 
     Raises:
       ValueError: a setting, the text or the run folder does not fit; the message names it.
@@ -47,6 +50,8 @@ def train(
       OSError: something could not be written; earlier checkpoints stay.
     """
     config = dataclasses.replace(config, run_dir=str(user_path(config.run_dir, "run_dir")))
+    if is_trainable is None and config.model.lora is not None:
+        is_trainable = is_adapter
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)

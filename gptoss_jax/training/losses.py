@@ -10,10 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.moe import RouterStats
+from gptoss_jax.model.parameters import LETTERS
 from gptoss_jax.parallel.linear import fsdp_all_gather, fsdp_reduce_scatter, local_vocab_index
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import compute_spec, storage_spec
 
+Arrays = tuple[jax.Array, ...]
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
 
@@ -36,8 +38,8 @@ def split_chunks(tree: Any, chunk: int) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
+    hidden: Arrays,
+    head: Arrays,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     chunk: int | None = None,
@@ -46,104 +48,143 @@ def cross_entropy(
 
     Works through `chunk` positions at a time (default: `chunk_length`), so that the logits of all positions
     never exist together. Under differentiation each chunk's gradient is computed while its logits exist: no
-    product is computed twice. The gradient reaches `hidden_BTD` and `head_VD` only.
+    product is computed twice. The gradient reaches `hidden` and `head` only; that of a weight which is not
+    differentiated is not computed.
 
-    `head_VD` and its gradient are float32. On a mesh both are sharded as parameters are stored, and each
-    device processes its rows of the batch against its shard of the vocabulary. Where a weight is not
-    positive, hidden state and target may be anything.
+    On a mesh the weights of the head are sharded as parameters are stored, and so are their gradients, and
+    each device processes its rows of the batch against its shard of the vocabulary. Where a weight of the
+    loss is not positive, hidden state and target may be anything.
+
+    Args:
+      hidden, head: of `Transformer.head_operands`: the logits are the sum of the products of each activation,
+        [B, T, D], and its weight, [V, D].
     """
-    return _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=False)[0]
+    return _on_mesh(hidden, head, targets_BT, weights_BT, chunk)[0]
 
 
-def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk):
-    loss, *gradients = _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=True)
-    return loss, gradients
+def _forward(hidden, head, targets, weights, chunk):
+    is_trained = tuple(weight.perturbed for weight in head)
+    arguments = jax.tree.map(lambda primal: primal.value, (hidden, head, targets, weights))
+    loss, d_hidden, d_head = _on_mesh(*arguments, chunk, is_trained)
+    return loss, (d_hidden, d_head)
 
 
 def _backward(chunk, gradients, g):
-    d_hidden_BTD, d_head_VD = gradients
-    return (d_hidden_BTD * g).astype(d_hidden_BTD.dtype), d_head_VD * g, None, None
+    return *jax.tree.map(lambda gradient: (gradient * g).astype(gradient.dtype), gradients), None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
-    """(loss,) or (loss, gradient in `hidden_BTD`, float32 gradient in `head_VD`)."""
+def _on_mesh(hidden, head, targets_BT, weights_BT, chunk, is_trained=None):
+    """(loss,) or, with `is_trained`, (loss, gradients of `hidden`, gradients of `head`): None for weights
+    that are not trained."""
     axes = current_axes()
     if chunk is None:
         # The batch axes split the rows, the tensor axis splits the vocabulary.
         B, T = targets_BT.shape
-        chunk = chunk_length(B, T, head_VD.shape[0], math.prod(axes.values()))
-    scan_chunks = functools.partial(_scan_chunks, chunk=chunk, with_gradient=with_gradient)
+        chunk = chunk_length(B, T, head[0].shape[0], math.prod(axes.values()))
+    dtype = hidden[0].dtype
+    scan_chunks = functools.partial(_scan_chunks, chunk=chunk, is_trained=is_trained)
     if not axes:
-        return scan_chunks(hidden_BTD, head_VD.astype(hidden_BTD.dtype), targets_BT, weights_BT)
-    stored, used = storage_spec("VD", head_VD.shape, axes, "head.weight"), compute_spec("VD")
+        loss, *gradients = scan_chunks(hidden, _cast(head, dtype), targets_BT, weights_BT)
+        return (loss, gradients[0], _as_types(gradients[1], head)) if gradients else (loss,)
+    names = ("head.weight", "head.lora_b")[: len(head)]
+    stored = tuple(
+        storage_spec(LETTERS[name], weight.shape, axes, name)
+        for name, weight in zip(names, head, strict=True)
+    )
+    used = tuple(compute_spec(LETTERS[name]) for name in names)
 
-    def one_device(hidden_BTD, head_VD, targets_BT, weights_BT):
-        weight_VD = fsdp_all_gather(head_VD.astype(hidden_BTD.dtype), stored, used)
-        loss, *gradients = scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, on_mesh=True)
+    def one_device(hidden, head, targets_BT, weights_BT):
+        gathered = tuple(map(fsdp_all_gather, _cast(head, dtype), stored, used))
+        loss, *gradients = scan_chunks(hidden, gathered, targets_BT, weights_BT, on_mesh=True)
         loss = jax.lax.psum(loss, BATCH)
-        if not with_gradient:
+        if is_trained is None:
             return (loss,)
-        d_hidden_BTD, d_head_VD = gradients
-        return loss, d_hidden_BTD, fsdp_reduce_scatter(d_head_VD, stored, used)
+        d_hidden, d_head = gradients
+        d_head = (
+            None if d is None else fsdp_reduce_scatter(d, *specs)
+            for d, *specs in zip(d_head, stored, used, strict=True)
+        )
+        return loss, d_hidden, _as_types(d_head, head)
 
+    specs = tuple(P(BATCH) for _ in hidden)
+    d_specs = tuple(spec if train else None for spec, train in zip(stored, is_trained or (), strict=False))
     return jax.shard_map(
         one_device,
-        in_specs=(P(BATCH), stored, P(BATCH), P(BATCH)),
-        out_specs=(P(), P(BATCH), stored) if with_gradient else (P(),),
+        in_specs=(specs, stored, P(BATCH), P(BATCH)),
+        out_specs=(P(),) if is_trained is None else (P(), specs, d_specs),
         check_vma=False,
-    )(hidden_BTD, head_VD, targets_BT, weights_BT)
+    )(hidden, head, targets_BT, weights_BT)
 
 
-def _scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, *, chunk, with_gradient, on_mesh=False):
-    """`_on_mesh` for the rows of one device and its shard of the vocabulary, `weight_VD`."""
-    B, T, D = hidden_BTD.shape
+def _cast(head, dtype):
+    return tuple(weight.astype(dtype) for weight in head)
+
+
+def _as_types(gradients, weights):
+    return tuple(None if d is None else d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True))
+
+
+def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, on_mesh=False):
+    """`_on_mesh` for the rows of one device and its shard of the vocabulary, `head`."""
+    B, T = targets_BT.shape
     einsum = functools.partial(jnp.einsum, precision="highest")
     einsum_float32 = functools.partial(einsum, preferred_element_type=jnp.float32)
+    # The equation's letter of the axis that is summed over: D, or r of an adapter.
+    pairs = [*zip("Dr", head, strict=False)]
 
     def over_vocabulary(reduce, x):
         return reduce(x, "tensor") if on_mesh else x
 
     def one_chunk(carry, inputs):
-        loss, d_head_VD = carry
-        x_BCD, target_BC, weight_BC = inputs
+        loss, d_head = carry
+        xs, target_BC, weight_BC = inputs
         # Positions of weight 0 may hold anything, and 0 times infinity is not 0.
-        x_BCD = jnp.where(weight_BC[..., None] > 0, x_BCD, 0)
-        logits_BCV = einsum_float32("BCD,VD->BCV", x_BCD, weight_VD)
+        xs = [jnp.where(weight_BC[..., None] > 0, x, 0) for x in xs]
+        products = [einsum_float32(f"BC{d},V{d}->BCV", x, w) for (d, w), x in zip(pairs, xs, strict=True)]
+        logits_BCV = functools.reduce(jnp.add, products)
         max_BC = over_vocabulary(jax.lax.pmax, jnp.max(logits_BCV, axis=-1))
         exp_BCV = jnp.exp(logits_BCV - max_BC[..., None])
         sum_BC = over_vocabulary(jax.lax.psum, jnp.sum(exp_BCV, axis=-1))
         logsumexp_BC = jnp.log(sum_BC) + max_BC
         index_BC, is_here_BC = (
-            local_vocab_index(target_BC, weight_VD.shape[0]) if on_mesh else (target_BC, True)
+            local_vocab_index(target_BC, head[0].shape[0]) if on_mesh else (target_BC, True)
         )
         chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
         chosen_BC = over_vocabulary(jax.lax.psum, jnp.where(is_here_BC, chosen_BC, 0))
         loss = loss + jnp.sum(jnp.where(weight_BC > 0, (logsumexp_BC - chosen_BC) * weight_BC, 0))
-        if not with_gradient:
-            return (loss, d_head_VD), None
+        if is_trained is None:
+            return (loss, d_head), None
         is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == index_BC[..., None]
         target_weight_BC = jnp.where(is_here_BC, weight_BC, 0)
         d_logits_BCV = exp_BCV * (weight_BC / sum_BC)[..., None]
         d_logits_BCV = d_logits_BCV - jnp.where(is_target_BCV, target_weight_BC[..., None], 0)
-        d_logits_BCV = d_logits_BCV.astype(x_BCD.dtype)
-        d_x_BCD = einsum("BCV,VD->BCD", d_logits_BCV, weight_VD)
-        if x_BCD.dtype == jnp.float32:
-            # In this order XLA for CPU transposes the smaller of the two.
-            d_head_VD = d_head_VD + einsum_float32("BCD,BCV->DV", x_BCD, d_logits_BCV).T
-        else:
-            d_head_VD = d_head_VD + einsum_float32("BCV,BCD->VD", d_logits_BCV, x_BCD)
-        return (loss, d_head_VD), d_x_BCD
+        d_logits_BCV = d_logits_BCV.astype(xs[0].dtype)
 
-    start = (jnp.float32(0), jnp.zeros(weight_VD.shape if with_gradient else (), jnp.float32))
-    inputs = split_chunks((hidden_BTD, targets_BT, weights_BT.astype(jnp.float32)), chunk)
-    (loss, d_head_VD), d_x = jax.lax.scan(one_chunk, start, inputs)
-    if not with_gradient:
+        def weight_gradient(d, x):
+            if x.dtype == jnp.float32:
+                # In this order XLA for CPU transposes the smaller of the two.
+                return einsum_float32(f"BC{d},BCV->{d}V", x, d_logits_BCV).T
+            return einsum_float32(f"BCV,BC{d}->V{d}", d_logits_BCV, x)
+
+        d_head = [
+            None if total is None else total + weight_gradient(d, x)
+            for total, (d, _), x in zip(d_head, pairs, xs, strict=True)
+        ]
+        return (loss, d_head), [einsum(f"BCV,V{d}->BC{d}", d_logits_BCV, w) for d, w in pairs]
+
+    zeros = [
+        jnp.zeros(weight.shape, jnp.float32) if train else None
+        for weight, train in zip(head, is_trained or [False] * len(head), strict=True)
+    ]
+    inputs = split_chunks((hidden, targets_BT, weights_BT.astype(jnp.float32)), chunk)
+    (loss, d_head), d_xs = jax.lax.scan(one_chunk, (jnp.float32(0), zeros), inputs)
+    if is_trained is None:
         return (loss,)
-    d_hidden_BTD = over_vocabulary(jax.lax.psum, jnp.moveaxis(d_x, 0, 1).reshape(B, T, D))
-    return loss, d_hidden_BTD, d_head_VD
+    d_hidden = (jnp.moveaxis(d_x, 0, 1).reshape(B, T, -1) for d_x in d_xs)
+    return loss, tuple(over_vocabulary(jax.lax.psum, d) for d in d_hidden), tuple(d_head)
 
 
 def load_balance_loss(stats: RouterStats) -> jax.Array:

@@ -50,7 +50,7 @@ def _next_token_sums(
         dropout_key=dropout_key,
         capacity_factor=capacity_factor,
     )
-    nats = cross_entropy(hidden_BTD, model.head_weight_VD, batch["targets"], loss_weights(batch))
+    nats = cross_entropy(*model.head_operands(hidden_BTD), batch["targets"], loss_weights(batch))
     return {"loss": nats}, router_stats
 
 

@@ -7,7 +7,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from gptoss_jax.config import OptimConfig
-from gptoss_jax.model.parameters import is_matrix, letters_of
+from gptoss_jax.model.parameters import is_matrix, letters_of, parameter_name
 
 
 def decay_mask(params) -> dict:
@@ -24,10 +24,11 @@ def muon_dimensions(params) -> dict:
 
     def dimensions(path, leaf):
         letters = letters_of(path) or ""
-        if not is_matrix(path) or set("Ve") & set(letters):
+        is_outside = parameter_name(path).startswith(("moe.router", "head."))
+        if not is_matrix(path) or is_outside or set("Ve") & set(letters):
             return None
         axes = [letters.index(letter) - len(letters) for letter in letters if letter not in "EP"]
-        num_inputs = 1 if letters[axes[0]] == "D" else len(axes) - 1
+        num_inputs = 1 if letters[axes[0]] in "Dr" else len(axes) - 1
         return MuonDimensionNumbers(tuple(axes[:num_inputs]), tuple(axes[num_inputs:]))
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

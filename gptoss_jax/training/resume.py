@@ -14,18 +14,17 @@ from gptoss_jax.checkpoints.readers import find_tokenizer, is_run, load_run, loc
 from gptoss_jax.checkpoints.run import Checkpoints, check_folder_name
 from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.data.token_cache import TokenCache
+from gptoss_jax.model.parameters import IsTrainable, merge_params, split_params
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.terminal import format_rate
+from gptoss_jax.training.base_weights import create_adapters, load_base
 from gptoss_jax.training.optimizer import make_schedule
 from gptoss_jax.training.state import (
-    IsTrainable,
     TrainState,
     abstract_state,
     create_params,
     create_state,
-    merge_params,
     place_on_mesh,
-    split_params,
 )
 
 # Sections and fields that a resumed run may change, because they do not change what it computes. `init_from`
@@ -54,7 +53,10 @@ def init_or_restore_state(
     _, rest = checkpoint_trees(abstract_state(config, mesh, is_trainable), {})
     found = checkpoints.restore(abstract, rest, report)
     if found is None:
-        if config.init_from is None:
+        if config.model.lora is not None:
+            _check_tokenizer(config, cache, report)
+            params = merge_params(create_adapters(config, mesh), load_base(config, mesh))
+        elif config.init_from is None:
             params = create_params(config, mesh)
         else:
             params = _load_init_weights(config, abstract, cache, report)
@@ -80,6 +82,16 @@ def _load_init_weights(
     config: TrainConfig, abstract: dict, cache: TokenCache, report: Callable[[str], None]
 ) -> dict:
     """Loads the weights of `init_from`, a run folder or published ones, onto the mesh."""
+    folder = _check_tokenizer(config, cache, report)
+    if not is_run(folder):
+        return read_params(open_weights(folder), config.model, abstract)
+    _, params, _ = load_run(folder, abstract=abstract)
+    warn_non_finite_params(config.model, params, folder)
+    return params
+
+
+def _check_tokenizer(config: TrainConfig, cache: TokenCache, report: Callable[[str], None]) -> pathlib.Path:
+    """Returns the folder of `init_from`. Raises ValueError if the text has another tokenizer."""
     folder = local_folder(config.init_from)
     tokenizer = find_tokenizer(folder)
     if tokenizer is None:
@@ -89,11 +101,7 @@ def _load_init_weights(
             f"data.tokenizer is {config.data.tokenizer!r}: not that of init_from; {tokenizer.name} is"
         )
     report(f"Starting from the weights of {config.init_from}")
-    if not is_run(folder):
-        return read_params(open_weights(folder), config.model, abstract)
-    _, params, _ = load_run(folder, abstract=abstract)
-    warn_non_finite_params(config.model, params, folder)
-    return params
+    return folder
 
 
 def checkpoint_trees(state: TrainState, frozen: dict) -> tuple[dict, dict[str, Any]]:

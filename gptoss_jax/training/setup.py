@@ -22,13 +22,14 @@ from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import batch_shards, check_model
+from gptoss_jax.training.base_weights import check_base
 from gptoss_jax.training.resume import check_run_dir, has_checkpoints
 
 # Fields that affect how a model is trained or computed, not the function that its weights are for.
 TRAINING_ONLY_FIELDS = {
     "max_position_embeddings", "attention_dropout", "residual_dropout", "initializer_range",
     "router_aux_loss_coef", "router_z_loss_coef", "expert_capacity_factor", "compute_dtype",
-    "expert_format", "kernels", "remat",
+    "expert_format", "kernels", "remat", "lora",
 }  # fmt: skip
 
 SHARED_FOLDER_TIMEOUT = 15  # seconds until all machines must see a new file of a network file system
@@ -73,6 +74,8 @@ def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
 
     A run that has a checkpoint no longer needs them.
     """
+    if config.model.lora is not None:
+        check_base(config)
     if config.init_from is None or has_checkpoints(pathlib.Path(config.run_dir)):
         return
     folder = local_folder(config.init_from)
@@ -98,7 +101,7 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
         if ours[name] != others[name]
     ]
     other_layout = config.model.scan_layers != theirs.scan_layers
-    if other_layout or (differing and abstract_params(config.model) != abstract_params(theirs)):
+    if other_layout or (differing and _plain_params(config.model) != _plain_params(theirs)):
         if other_layout:
             differing.append("gptoss convert writes a run in a form that fits either")
         raise ValueError(
@@ -106,6 +109,11 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
         )
     for difference in differing:
         report(f"The weights of {config.init_from} were trained with a different setting: {difference}")
+
+
+def _plain_params(config: ModelConfig) -> dict:
+    """The abstract parameters of a model without adapters, with experts that are not packed."""
+    return abstract_params(dataclasses.replace(config, lora=None, expert_format="plain"))
 
 
 def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache:

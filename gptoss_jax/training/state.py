@@ -1,22 +1,17 @@
-"""The train state, created directly in its final sharding; trainable and frozen parameters."""
+"""The train state, created directly in its final sharding."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from gptoss_jax.config import TrainConfig
-from gptoss_jax.model.parameters import parameter_shardings
+from gptoss_jax.model.parameters import IsTrainable, parameter_shardings, split_params
 from gptoss_jax.model.transformer import abstract_params, init_params
 from gptoss_jax.training.optimizer import make_optimizer
-
-# A predicate on the path of a parameter, such as ("blocks", "0", "moe", "router").
-IsTrainable = Callable[[tuple[str, ...]], bool]
 
 
 @jax.tree_util.register_dataclass
@@ -38,25 +33,6 @@ class TrainState:
     skipped_in_a_row: jax.Array
 
 
-def split_params(params: dict, is_trainable: IsTrainable | None) -> tuple[dict, dict]:
-    """Splits a parameter tree into (trainable, frozen); None trains all.
-
-    Raises ValueError if no parameter is trainable.
-    """
-    if is_trainable is None:
-        return params, {}
-    flat = flatten_dict(params)
-    trainable = {path: leaf for path, leaf in flat.items() if is_trainable(path)}
-    if not trainable:
-        raise ValueError("is_trainable selects no parameter of the model")
-    return unflatten_dict(trainable), unflatten_dict({p: flat[p] for p in flat.keys() - trainable.keys()})
-
-
-def merge_params(trainable: dict, frozen: dict) -> dict:
-    """The parameter tree that `split_params` has split."""
-    return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen)) if frozen else trainable
-
-
 def place_on_mesh(shapes, mesh: Mesh):
     """Adds shardings to an abstract tree of parameters, or of a train state over them."""
     return jax.tree.map(
@@ -76,7 +52,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh, is_trainable: IsTrainable | 
 def create_params(config: TrainConfig, mesh: Mesh) -> dict:
     """Random parameters of the whole model. Every device initializes only its own shards."""
     shardings = parameter_shardings(abstract_params(config.model), mesh)
-    return jax.jit(lambda: init_params(config.model, _keys(config)[0]), out_shardings=shardings)()
+    return jax.jit(lambda: init_params(config.model, parameter_key(config)), out_shardings=shardings)()
 
 
 def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) -> TrainState:
@@ -91,6 +67,11 @@ def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) ->
 
     shardings = parameter_shardings(jax.eval_shape(init, params), mesh)
     return dataclasses.replace(jax.jit(init, out_shardings=shardings)(params), params=params)
+
+
+def parameter_key(config: TrainConfig) -> jax.Array:
+    """The key of a run's random parameters."""
+    return _keys(config)[0]
 
 
 def _keys(config: TrainConfig) -> jax.Array:

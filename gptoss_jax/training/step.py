@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.model.parameters import merge_params
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel.rules import BATCH_BT, constrain
 from gptoss_jax.training import losses
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective
 from gptoss_jax.training.optimizer import make_optimizer, make_schedule
-from gptoss_jax.training.state import TrainState, merge_params
+from gptoss_jax.training.state import TrainState
 
 
 def make_train_step(

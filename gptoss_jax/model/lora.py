@@ -1,0 +1,86 @@
+"""LoRA (Hu et al. 2021): adapters beside frozen weights, y = x W + scaling (x A) B, never a sum of weights.
+
+An adapted weight `name` has the parameters `name_lora_a` and `name_lora_b`, float32, in the same module; each
+expert has its own pair. They are cast to the compute type where they are used.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.parameters import LETTERS, adapted_target, shape_of, zeros
+from gptoss_jax.parallel.linear import sharded_einsum
+
+SUFFIXES = "lora_a", "lora_b"
+
+
+def is_adapter(path: tuple[str, ...]) -> bool:
+    """Returns True for the path of an adapter's parameter: what LoRA trains."""
+    return path[-1].endswith(SUFFIXES)
+
+
+def adapter_names(config: ModelConfig, module: str | None = None) -> list[str]:
+    """Returns the parameters of a model's adapters, such as `attention.q_lora_a`, of one module or of all."""
+    targets = () if config.lora is None else config.lora.targets
+    names = [name for name in LETTERS if adapted_target(name) in targets]
+    return [name for name in names if module in (None, name.partition(".")[0])]
+
+
+def add_adapters(module: nnx.Module, config: ModelConfig, name: str, rngs: nnx.Rngs) -> None:
+    """Adds the config's adapters of a module: A as PEFT initializes it, uniform within 1 / sqrt(inputs), and
+    B zero, so that the model starts as its base."""
+    for key in adapter_names(config, name):
+        if key.endswith("lora_a"):
+            shape = shape_of(config, key)
+            # All dimensions but that of the experts and the rank.
+            bound = math.prod(shape[LETTERS[key].startswith("E") : -1]) ** -0.5
+            param = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+        else:
+            param = zeros(config, key)
+        setattr(module, key.rpartition(".")[2], param)
+
+
+def scaling(config: ModelConfig, target: str) -> float:
+    """Returns the factor of a target's adapters; 1 without any."""
+    return 1.0 if config.lora is None else config.lora.scaling(config.lora_rank(target))
+
+
+def adapted_einsum(
+    module: nnx.Module, equation: str, x: jax.Array, names: tuple[str, ...]
+) -> list[jax.Array]:
+    """Returns `sharded_einsum` of `x` and the weights of a module, with their adapters.
+
+    Args:
+      module: has the parameters, and the model's config as `config`.
+      equation: of `x` and each weight, such as "BTD,DNH->BTNH".
+      names: of the weights.
+    """
+    weights = tuple(getattr(module, name).get_value() for name in names)
+    results = list(sharded_einsum(equation, x, weights))
+    x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+    kept = "".join(letter for letter in x_letters if letter in y_letters)
+    summed = "".join(letter for letter in x_letters if letter not in y_letters)
+    outputs = "".join(letter for letter in y_letters if letter not in x_letters)
+    adapted = [i for i, name in enumerate(names) if hasattr(module, f"{name}_lora_a")]
+    if not adapted:
+        return results
+    a, b = (
+        tuple(getattr(module, f"{names[i]}_{suffix}").get_value() for i in adapted) for suffix in SUFFIXES
+    )
+    hidden = sharded_einsum(f"{x_letters},{summed}r->{kept}r", x, a)
+    for i, h, b_rO in zip(adapted, hidden, b, strict=True):
+        y = sharded_einsum(f"{kept}r,r{outputs}->{y_letters}", h * scaling(module.config, names[i]), b_rO)
+        results[i] = results[i] + y
+    return results
+
+
+def adapter_counts(config: ModelConfig) -> dict[str, int]:
+    """Returns the number of parameters of each target's adapters, in all layers."""
+    counts: dict[str, int] = {}
+    for name in adapter_names(config):
+        target, layers = adapted_target(name), 1 if name.startswith("head.") else config.num_hidden_layers
+        counts[target] = counts.get(target, 0) + layers * math.prod(shape_of(config, name))
+    return counts
