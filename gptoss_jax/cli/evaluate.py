@@ -67,9 +67,12 @@ class Evaluate:
         from gptoss_jax.checkpoints.load import load_model
         from gptoss_jax.checkpoints.readers import is_run, local_folder
         from gptoss_jax.config import TrainConfig
+        from gptoss_jax.data.chat_rows import is_chat_source
         from gptoss_jax.data.sources import open_corpus
         from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
 
+        is_text = not is_chat_source(self.source)
+        require(is_text, "source", self.source, "must be text; these are conversations")
         settings = TextSettings(self.context, self.stride, self.batch_size, self.max_tokens)
         corpus, folder = open_corpus(self.source), local_folder(self.folder)
         if self.context is None and is_run(folder):

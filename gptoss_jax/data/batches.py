@@ -1,8 +1,11 @@
 """From the token cache to global batches: packed rows, shuffled epochs, arrays on the mesh.
 
 A row has T = `data.seq_len` positions, each with an input token and the token that follows it. A document of
-n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents where they fit.
+n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents where they fit, and
+with examples of conversations only whole.
 """
+
+from typing import Literal
 
 import grain
 import jax
@@ -40,18 +43,41 @@ def _stack(rows: list[Batch]) -> Batch:
     return {name: np.stack([row[name] for row in rows]) for name in BATCH_FIELDS}
 
 
+def packed_lengths(cache: TokenCache, seq_len: int, overlong: Literal["skip", "cut"]) -> np.ndarray:
+    """Returns the pairs of each document in packed rows, int64 [documents]; 0 if it is left out.
+
+    A long text is cut into rows. An example of a conversation is not: one with more than `seq_len` pairs is
+    left out or, if `overlong` is cut, loses its end, and is left out if nothing to train on remains.
+    """
+    lengths = np.diff(cache.offsets) - 1
+    for i in np.flatnonzero(lengths > seq_len) if cache.weights is not None else ():
+        targets = slice(cache.offsets[i] + 1, cache.offsets[i] + 1 + seq_len)
+        lengths[i] = seq_len if overlong == "cut" and cache.weights[targets].any() else 0
+    return lengths
+
+
 class PackedRows:
     """Packed rows, read from the cache on access.
 
     A row is a dict of arrays [T]: `tokens`, `targets` (the token after each), `segment_ids` (documents count
-    from 1), `positions` (from 0 in each document) and `loss_weights` (1). Padding is 0 in all of them.
+    from 1), `positions` (from 0 in each document) and `loss_weights`, 1 for each target, but 0 for those of a
+    conversation that are not trained on. Padding is 0 in all of them.
     """
 
-    def __init__(self, cache: TokenCache, held_out: bool, seq_len: int):
-        documents = np.flatnonzero(cache.held_out == held_out)
-        self.plan = pack(np.diff(cache.offsets)[documents] - 1, seq_len)
+    def __init__(
+        self, cache: TokenCache, held_out: bool, seq_len: int, overlong: Literal["skip", "cut"] = "skip"
+    ):
+        """Raises ValueError if no example of a conversation fits."""
+        lengths = packed_lengths(cache, seq_len, overlong)
+        documents = np.flatnonzero((cache.held_out == held_out) & (lengths > 0))
+        if not len(documents):
+            kind, shortest = "held-out" if held_out else "training", np.diff(cache.offsets)
+            shortest = int(shortest[cache.held_out == held_out].min()) - 1
+            allowed = f"no {kind} example fits; the shortest needs {shortest}"
+            require(False, "data.seq_len", seq_len, allowed)
+        self.plan = pack(lengths[documents], seq_len)
         self._start = cache.offsets[documents][self.plan.document] + self.plan.start
-        self._tokens = cache.tokens
+        self._tokens, self._weights = cache.tokens, cache.weights
         self._seq_len = seq_len
 
     def __len__(self) -> int:
@@ -67,7 +93,7 @@ class PackedRows:
         source = np.repeat(self._start[pieces], length) + row["positions"][:used]
         row["tokens"][:used] = self._tokens[source]
         row["targets"][:used] = self._tokens[source + 1]
-        row["loss_weights"][:used] = 1
+        row["loss_weights"][:used] = 1 if self._weights is None else self._weights[source + 1]
         return row
 
 
@@ -94,19 +120,20 @@ def train_batches(
 
     Args:
       cache: the tokenized corpus.
-      config: gives `seq_len` and `batch_size`.
+      config: gives `seq_len`, `batch_size` and `overlong`.
       seed: of the shuffle.
       rows: indices of the rows of each batch to read, see `local_rows`; None reads all of them.
 
     Yields:
       batches of BATCH_FIELDS, each array [len(rows), T].
 
-    Raises ValueError for a corpus that does not fill one row.
+    Raises ValueError for a text that does not fill one row, and for conversations of which no example fits.
     """
-    packed = PackedRows(cache, held_out=False, seq_len=config.seq_len)
+    packed = PackedRows(cache, held_out=False, seq_len=config.seq_len, overlong=config.overlong)
     pairs = int(packed.plan.length.sum())
     allowed = f"the training text has only {pairs} tokens"
-    require(pairs >= config.seq_len, "data.seq_len", config.seq_len, allowed)
+    is_enough = pairs >= config.seq_len or cache.weights is not None
+    require(is_enough, "data.seq_len", config.seq_len, allowed)
     rows = np.arange(config.batch_size) if rows is None else rows
     epochs = grain.MapDataset.source(packed).seed(seed).shuffle().repeat()
     batches = grain.MapDataset.source(_GlobalBatches(epochs, config.batch_size, rows))
@@ -121,7 +148,7 @@ def held_out_batches(
     All rows, with rows of padding at the end of the last batch; if they fill more than `limit` batches, only
     that many, with rows spread evenly over the held-out text.
     """
-    packed = PackedRows(cache, held_out=True, seq_len=config.seq_len)
+    packed = PackedRows(cache, held_out=True, seq_len=config.seq_len, overlong=config.overlong)
     count = -(-len(packed) // config.batch_size)
     count = count if limit is None else min(count, limit)
     size = count * config.batch_size

@@ -8,13 +8,14 @@ have none.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 
 from gptoss_jax.data.chat_messages import TrainMessage
-from gptoss_jax.data.harmony import ASSISTANT, USER, Harmony, Piece, shown_messages
+from gptoss_jax.data.harmony import ASSISTANT, USER, Harmony, Message, Piece, shown_messages
 
 TrainOn = Literal["assistant", "final", "all"]
 
@@ -30,6 +31,17 @@ class Example:
     weights: np.ndarray  # uint8 [n]
     turn: int  # from 1, among the turns of its conversation that have an answer
     has_thinking: bool  # the turn has analysis
+
+
+def needs_training(found: Sequence[TrainMessage], train_on: TrainOn) -> bool:
+    """Returns True if a conversation has tokens to train on."""
+
+    def is_trained(message: Message) -> bool:
+        return train_on == "all" or (
+            message.role == ASSISTANT and (train_on == "assistant" or message.channel == "final")
+        )
+
+    return any(one.is_trained and is_trained(one.message) for one in found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +100,7 @@ def make_examples(
         tokens = [next(encoded) for _ in turn.pieces]
         lengths = [len(one) for one in tokens]
         return Example(
-            np.concatenate(tokens, dtype=np.int32),
+            np.fromiter(itertools.chain.from_iterable(tokens), np.int32),
             np.repeat(np.array(turn.weights, np.uint8), lengths),
             turn.turn,
             turn.has_thinking,

@@ -26,7 +26,7 @@ from gptoss_jax.data.files import INSTALL_HF, SHOWN_NAMES
 
 KINDS = (
     "stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME:CONFIG:SPLIT#field "
-    "(#field, :CONFIG and :SPLIT may be left out)"
+    "(#field, :CONFIG and :SPLIT may be left out); for conversations chat:GLOB or stdlib-chat"
 )
 HF_SPEC = "hf:NAME:CONFIG:SPLIT"
 # In the path of a local folder, the datasets library takes these for a pattern or a chain of archives.
@@ -222,8 +222,7 @@ def split(
             require(len(text) > 1, "data.source", source, allowed)
             yield from _cut(text, share, max_bytes)
             return
-        # Multiples of the golden ratio fill the unit interval evenly, so any stretch of text gives its share.
-        picked = (index + 1) * GOLDEN % 1 >= 1 - share
+        picked = is_picked(index, share)
         if closed or not (picked or (is_last and held_bytes == 0)):
             yield text, False
             continue
@@ -234,6 +233,12 @@ def split(
         else:
             closed = True
             yield from _cut(text, 1.0, max_bytes) if held_bytes == 0 else [(text, False)]
+
+
+def is_picked(index: int, share: float) -> bool:
+    """Returns True for a share of all indices, evenly spread."""
+    # Multiples of the golden ratio fill the unit interval evenly, so any stretch of text gives its share.
+    return (index + 1) * GOLDEN % 1 >= 1 - share
 
 
 def _cut(text: str, share: float, max_bytes: int) -> Iterator[tuple[str, bool]]:

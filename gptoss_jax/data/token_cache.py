@@ -20,8 +20,11 @@ import numpy as np
 from gptoss_jax.config import DataConfig, require
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import user_path
-from gptoss_jax.data.sources import Corpus, open_corpus, split
-from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer
+from gptoss_jax.data.chat_cache import FORMAT as CHAT_FORMAT
+from gptoss_jax.data.chat_cache import build_chat
+from gptoss_jax.data.chat_rows import is_chat_source, open_chat
+from gptoss_jax.data.sources import Corpus, Source, open_corpus, split
+from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer, token_dtype
 
 FORMAT = 3
 BATCH_CHARS = 4 << 20
@@ -31,16 +34,31 @@ CHUNK_CHARS = 1 << 18
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenCache:
-    """A tokenized corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos."""
+    """A tokenized corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos.
+
+    In a corpus of conversations a document is an example (`chat.py`), in Harmony, without bos and eos.
+    """
 
     folder: pathlib.Path
     # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, null_records
-    # (skipped), and {gzip,xz}_bits_per_byte of the compressed held-out text.
+    # (skipped), and {gzip,xz}_bits_per_byte of the compressed held-out text. For conversations also chat, see
+    # `build_chat`, and the held-out text is that of the trained tokens.
     meta: dict[str, Any]
     tokenizer: Tokenizer
     tokens: np.ndarray  # memory-mapped, uint16 or uint32
     offsets: np.ndarray  # int64 [documents + 1]
     held_out: np.ndarray  # bool [documents]
+    # Of conversations: 1 for each token that is trained on, uint8, memory-mapped; file, row and turn of each
+    # example, int64 [documents, 3].
+    weights: np.ndarray | None = None
+    origins: np.ndarray | None = None
+
+    def where(self, document: int) -> str:
+        """Returns where a document comes from, such as `a.jsonl:17 turn 2`."""
+        if self.origins is None:
+            return f"document {document}"
+        file, row, turn = self.origins[document].tolist()
+        return f"{self.meta['chat']['files'][file]}{row} turn {turn}"
 
 
 def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:
@@ -50,12 +68,15 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
     never used, and the next build removes it.
 
     Args:
-      config: gives source, tokenizer, val_fraction and cache_dir.
+      config: gives source, tokenizer, val_fraction and cache_dir, for conversations also train_on and
+        reasoning_effort.
       report: is called with lines about the progress of a build.
 
     Raises ValueError for a source or tokenizer that cannot be read, and a folder that cannot be written.
     """
-    corpus = open_corpus(config.source)
+    is_chat = is_chat_source(config.source)
+    corpus = open_chat(config.source) if is_chat else open_corpus(config.source)
+    build = build_chat if is_chat else _build
     root = user_path(config.cache_dir, "data.cache_dir")
     folder = root / _key(config, corpus)
     if not folder.exists():
@@ -66,7 +87,7 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
             raise ValueError(f"data.cache_dir is {config.cache_dir!r}: {error.strerror}") from None
         _remove_stale_builds(root)
         try:
-            _build(config, corpus, partial, report or (lambda line: None))
+            build(config, corpus, partial, report or (lambda line: None))
             try:
                 partial.rename(folder)
             except OSError:
@@ -78,13 +99,15 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
     return _open(folder)
 
 
-def _key(config: DataConfig, corpus: Corpus) -> str:
+def _key(config: DataConfig, corpus: Source) -> str:
     """Folder name of a cache: readable words, and a hash of everything that its content depends on."""
     parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.val_fraction))]
     if config.tokenizer.startswith("file:"):
         parts += fingerprint(config.tokenizer)
     elif config.tokenizer.startswith("bpe:"):
         parts.append("with Harmony's special tokens")  # since they were added
+    if is_chat_source(config.source):
+        parts += [f"chat {CHAT_FORMAT}", config.train_on, config.reasoning_effort]
     words = re.sub(r"[^a-z0-9]+", "-", f"{config.source} {config.tokenizer}".lower()).strip("-")
     # File names may have bytes that are not UTF-8.
     digest = hashlib.sha256("\n\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
@@ -157,7 +180,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         for batch in group_documents(documents(skipped)):
             stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
             for (text, is_held_out), stored in zip(batch, stored_tokens, strict=True):
-                file.write(stored.astype(_dtype(tokenizer.vocab_size)).tobytes())
+                file.write(stored.astype(token_dtype(tokenizer.vocab_size)).tobytes())
                 lengths.append(len(stored))
                 flags.append(is_held_out)
                 if is_held_out:
@@ -188,16 +211,18 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     write_json(folder / "meta.json", meta)
 
 
-def _dtype(vocab_size: int) -> np.dtype:
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
 def _open(folder: pathlib.Path) -> TokenCache:
     meta = read_json(folder / "meta.json", "; remove the folder")
-    dtype = _dtype(meta["vocab_size"])
-    size = (folder / "tokens.bin").stat().st_size
-    if size != meta["tokens"] * dtype.itemsize:
-        raise ValueError(f"{folder}: damaged (tokens.bin has {size} bytes); remove the folder")
-    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r")
+    dtype = token_dtype(meta["vocab_size"])
+
+    def memory_map(name: str, dtype: np.dtype) -> np.ndarray:
+        size = (folder / name).stat().st_size
+        if size != meta["tokens"] * dtype.itemsize:
+            raise ValueError(f"{folder}: damaged ({name} has {size} bytes); remove the folder")
+        return np.memmap(folder / name, dtype, mode="r")
+
+    tokens = memory_map("tokens.bin", dtype)
+    weights = memory_map("weights.bin", np.dtype(np.uint8)) if "chat" in meta else None
     with np.load(folder / "documents.npz") as arrays:
-        return TokenCache(folder, meta, load_tokenizer(folder), tokens, arrays["offsets"], arrays["held_out"])
+        offsets, held_out, origins = arrays["offsets"], arrays["held_out"], arrays.get("origins")
+    return TokenCache(folder, meta, load_tokenizer(folder), tokens, offsets, held_out, weights, origins)

@@ -224,6 +224,11 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     return dataclasses.replace(tokenizer, _named_stop_ids=named)
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Returns the type in which ids are stored."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
 def valid_text(text: str) -> str:
     """Replaces lone surrogates, bytes that Python could not decode, by U+FFFD."""
     try:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.paths import user_text
+from gptoss_jax.data.batches import packed_lengths
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
 from gptoss_jax.inference.detokenizer import detokenize
@@ -57,8 +58,8 @@ class RunLog:
         # Process 0 has written the run folder; other machines may see its files later.
         found = stop_tokens(self.run_dir, cache.tokenizer) if self.is_main else None
         self._stop_tokens = tuple(distributed.allgather_host(found)[0])
-        documents = ~cache.held_out
-        self._train_tokens = int(np.diff(cache.offsets)[documents].sum() - documents.sum())
+        lengths = packed_lengths(cache, config.data.seq_len, config.data.overlong)
+        self._train_tokens = int(lengths[~cache.held_out].sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
 
     def log_header(self, mesh: jax.sharding.Mesh, first_step: int) -> None:
@@ -151,6 +152,8 @@ class RunLog:
         meta, val_loss = self.cache.meta, means["loss"]
         # The bytes of whole documents only are known, so the loss per token stands for all held-out text.
         targets = meta["held_out_tokens"] - meta["held_out_documents"]
+        if "chat" in meta:
+            targets = meta["chat"]["held_out_trained_tokens"]
         bits = bits_per_byte(val_loss * targets, meta["held_out_bytes"])
         row = {"step": step} | {f"val_{name}": mean for name, mean in means.items()}
         row["val_bits_per_byte"] = bits

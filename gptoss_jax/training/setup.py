@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict
 from gptoss_jax.checkpoints.readers import find_tokenizer, is_run, local_folder, open_weights
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.config.base import write_json
+from gptoss_jax.data.chat_statistics import summary
 from gptoss_jax.data.harmony import is_harmony
 from gptoss_jax.data.special_tokens import read_stop_ids
 from gptoss_jax.data.token_cache import TokenCache, build_cache
@@ -132,6 +133,8 @@ def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache
     size, least = config.model.vocab_size, cache.tokenizer.vocab_size
     allowed = f"must be at least {least}, the size of data.tokenizer ({config.data.tokenizer})"
     require(size >= least, "model.vocab_size", size, allowed)
+    for line in summary(cache, data) if "chat" in cache.meta else ():
+        report(f"  {line}")
     return cache
 
 

@@ -1,0 +1,146 @@
+"""Builds the tokenized conversations of `token_cache`."""
+
+import collections
+import dataclasses
+import gzip
+import itertools
+import lzma
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from gptoss_jax.config import DataConfig, require
+from gptoss_jax.config.base import write_json
+from gptoss_jax.data.chat import make_examples, needs_training
+from gptoss_jax.data.chat_messages import TrainMessage, harmony_messages
+from gptoss_jax.data.chat_rows import ChatCorpus, RowError, read_conversation
+from gptoss_jax.data.harmony import Harmony
+from gptoss_jax.data.sources import is_picked
+from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
+
+FORMAT = 1
+ROWS_AT_ONCE = 1024  # are encoded together, to use all cores and bound memory
+MAX_HELD_OUT_BYTES = 8 << 20
+SKIPPED_FILE = "skipped.txt"
+SHOWN_ROWS = 5  # of the skipped ones
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    prefix: str
+    number: int
+    format: str
+    messages: list[TrainMessage]
+
+    @property
+    def texts(self) -> list[str]:
+        return [one.message.text for one in self.messages]
+
+
+def _read(
+    corpus: ChatCorpus, config: DataConfig, skipped: list[tuple[str, RowError]]
+) -> Iterator[tuple[_Row, bool]]:
+    """Yields the rows that can be used and whether each is held out, deterministically, and notes the others.
+
+    At least one row is held out and one is not. Raises ValueError if there are not two.
+    """
+
+    def usable() -> Iterator[_Row | None]:
+        for prefix, number, row in corpus.rows():
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                conversation = read_conversation(row)
+                messages = harmony_messages(conversation, config.reasoning_effort)
+                if not needs_training(messages, config.train_on):
+                    raise RowError("nothing to train on", f"has no token to train on ({config.train_on})")
+                yield _Row(prefix, number, conversation.format, messages)
+            except RowError as error:
+                skipped.append((f"{prefix}{number}", error))
+        yield None
+
+    index, held_bytes = -1, 0
+    for index, (row, following) in enumerate(itertools.pairwise(usable())):
+        is_last = following is None
+        picked = is_picked(index, config.val_fraction) or (is_last and not held_bytes)
+        size = sum(len(text.encode()) for text in row.texts)
+        picked = picked and (not held_bytes or held_bytes + size <= MAX_HELD_OUT_BYTES)
+        held_bytes += size if picked else 0
+        if not (index == 0 and is_last):
+            yield row, picked
+    if index < 1:
+        first = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        allowed = f"has {index + 1} rows that can be used, needs two, one to be held out{first}"
+        require(False, "data.source", corpus.source, allowed)
+
+
+def build_chat(
+    config: DataConfig, corpus: ChatCorpus, folder: pathlib.Path, report: Callable[[str], None]
+) -> None:
+    """Writes a cache to an empty folder. Its documents are examples; those of a row are held out together."""
+    report(f"Rendering {config.source} with {config.tokenizer} (cached in {config.cache_dir})")
+    tokenizer = make_tokenizer(
+        config.tokenizer,
+        lambda: (text for row, is_held in _read(corpus, config, []) if not is_held for text in row.texts),
+    )
+    harmony = Harmony(tokenizer)
+    tokenizer.save(folder)
+    skipped: list[tuple[str, RowError]] = []
+    rows = _read(corpus, config, skipped)
+    prefixes, formats = {}, collections.Counter()
+    lengths, flags, origins, held_out_text = [], [], [], []
+    counts = collections.Counter(trained_tokens=0, held_out_trained_tokens=0, with_thinking=0)
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "weights.bin", "wb") as weights:
+        while group := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            examples = make_examples(harmony, [row.messages for row, _ in group], config.train_on)
+            for (row, is_held_out), some in zip(group, examples, strict=True):
+                formats[row.format] += 1
+                file = prefixes.setdefault(row.prefix, len(prefixes))
+                for example in some:
+                    tokens.write(example.tokens.astype(token_dtype(tokenizer.vocab_size)).tobytes())
+                    weights.write(example.weights.tobytes())
+                    lengths.append(len(example.tokens))
+                    flags.append(is_held_out)
+                    origins.append((file, row.number, example.turn))
+                    trained = int(example.weights.sum())
+                    counts["trained_tokens"] += trained
+                    counts["held_out_trained_tokens"] += trained * is_held_out
+                    counts["with_thinking"] += example.has_thinking
+                    if is_held_out:
+                        held_out_text.append(tokenizer.decode_bytes(example.tokens[example.weights > 0]))
+            report(f"  {sum(lengths):,} tokens of {len(lengths):,} examples")
+    corpus.check_unchanged()
+    lines = [f"{where}: {error}" for where, error in skipped]
+    if lines:
+        (folder / SKIPPED_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
+    np.savez(
+        folder / "documents.npz",
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        held_out=flags,
+        origins=np.array(origins, np.int64),
+    )
+    data = b"".join(held_out_text)
+    meta = {
+        "format": FORMAT,
+        "source": config.source,
+        "tokenizer": config.tokenizer,
+        "vocab_size": tokenizer.vocab_size,
+        "documents": len(flags),
+        "tokens": int(lengths.sum()),
+        "held_out_documents": int(flags.sum()),
+        "held_out_tokens": int(lengths[flags].sum()),
+        "held_out_bytes": len(data),
+        "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / max(len(data), 1),
+        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / max(len(data), 1),
+        "chat": {
+            "rows": sum(formats.values()) + len(skipped),
+            "formats": dict(formats),
+            "skipped": dict(collections.Counter(error.kind for _, error in skipped)),
+            "first_skipped": lines[:SHOWN_ROWS],
+            "files": list(prefixes),
+            **counts,
+        },
+    }
+    write_json(folder / "meta.json", meta)

@@ -1,0 +1,67 @@
+"""Statistics of tokenized conversations: what is trained on, what is left out, and why."""
+
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.config import DataConfig
+from gptoss_jax.data.batches import packed_lengths
+from gptoss_jax.data.chat_cache import SHOWN_ROWS, SKIPPED_FILE
+from gptoss_jax.data.token_cache import TokenCache
+
+QUANTILES = (0, 0.25, 0.5, 0.75, 0.95, 1)
+
+
+def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
+    """Returns the statistics of a cache of conversations, JSON-ready.
+
+    `overlong` examples have more than `data.seq_len` pairs; `left_out` of them are not trained on.
+    """
+    lengths, meta = np.diff(cache.offsets), cache.meta["chat"]
+    packed = packed_lengths(cache, config.seq_len, config.overlong)
+    quantiles = np.quantile(lengths, QUANTILES, method="nearest")
+    return {
+        "rows": meta["rows"],
+        "formats": meta["formats"],
+        "skipped": meta["skipped"],
+        "examples": len(lengths),
+        "held_out_examples": int(cache.held_out.sum()),
+        "tokens": int(lengths.sum()),
+        "trained_tokens": meta["trained_tokens"],
+        "trained_share": round(meta["trained_tokens"] / int(lengths.sum()), 4),
+        "lengths": {f"{quantile:g}": int(n) for quantile, n in zip(QUANTILES, quantiles, strict=True)},
+        "overlong": int((lengths - 1 > config.seq_len).sum()),
+        "left_out": int((packed == 0).sum()),
+        "without_thinking": len(lengths) - meta["with_thinking"],
+    }
+
+
+def summary(cache: TokenCache, config: DataConfig) -> list[str]:
+    """Returns lines on the rows of a cache, for the console: formats, counts, what is left out and why."""
+    found, meta = statistics(cache, config), cache.meta["chat"]
+    formats = ", ".join(f"{count:,} of {name}" for name, count in found["formats"].items())
+    share = f"{found['trained_tokens']:,} of them trained ({found['trained_share']:.1%})"
+    lines = [
+        f"rows: {found['rows']:,}; {formats}",
+        f"examples: {found['examples']:,}, {found['held_out_examples']:,} of them held out; "
+        f"{found['tokens']:,} tokens, {share}",
+    ]
+    if found["skipped"]:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in found["skipped"].items())
+        total = sum(found["skipped"].values())
+        lines.append(f"skipped rows: {total:,} ({kinds}), all in {cache.folder / SKIPPED_FILE}")
+        lines += [f"  {line}" for line in meta["first_skipped"]]
+        lines += [f"  and {total - SHOWN_ROWS:,} more"] if total > SHOWN_ROWS else []
+    if found["overlong"]:
+        left_out, cut = found["left_out"], found["overlong"] - found["left_out"]
+        done = f"{left_out:,} left out" + (f", {cut:,} cut" if cut else "")
+        hint = "" if cut else "; --data.overlong cut cuts their end"
+        lines.append(
+            f"longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,} examples, {done}{hint}"
+        )
+    if found["without_thinking"] == found["examples"]:
+        lines.append(
+            "no example has thinking: the model learns to answer at once at "
+            f"`Reasoning: {config.reasoning_effort}` (data.reasoning_effort)"
+        )
+    return lines
