@@ -179,6 +179,10 @@ def test_stop_strings(tiny_config, random_params, monkeypatch):
     reasons = ["stop" if j == b else "length" for j in range(len(PROMPTS))]
     assert [answer.finish_reason for answer in answers] == reasons
     assert join(stream(bind(config, params), PROMPTS, each, tokenizer=tokenizer)) == found
+    # Found in the last tokens that the prompt may have, while another prompt goes on.
+    each[b] = dataclasses.replace(each[b], max_new_tokens=end + 1)
+    (*_, answer) = (parts[b] for parts in stream(bind(config, params), PROMPTS, each, tokenizer=tokenizer))
+    assert answer.finish_reason == "stop"
     # A finished prompt is not continued.
     calls, decode = [], engine._decode
 
@@ -189,6 +193,7 @@ def test_stop_strings(tiny_config, random_params, monkeypatch):
     monkeypatch.setattr(engine, "_decode", counted)
     monkeypatch.setattr(engine, "MAX_STEPS", 4)
     jax.clear_caches()
+    each[b] = dataclasses.replace(each[b], max_new_tokens=NEW)
     assert complete(config, params, [PROMPTS[b]], each[b], tokenizer=tokenizer) == [whole[b][:end]]
     num_generated, num_steps = calls[-1]
     assert num_generated < end <= num_generated + num_steps < NEW

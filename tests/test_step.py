@@ -313,7 +313,7 @@ def is_router(path):
     ("optim", "mesh"),
     [
         ({}, None),
-        ({"name": "muon", "grad_accum_steps": 2}, None),
+        pytest.param({"name": "muon", "grad_accum_steps": 2}, None, marks=pytest.mark.slow),
         ({}, MeshConfig(data=1, fsdp=2, expert=2, tensor=2)),
     ],
 )

@@ -175,8 +175,10 @@ class _Answer:
 
     def add(self, tokens_C: np.ndarray, logprobs_C: np.ndarray) -> Completion:
         """Takes what one call has decoded for this prompt: -1 marks the end and all after it."""
-        tokens = [] if self.finish_reason else [int(token) for token in tokens_C if token >= 0]
-        if self.finish_reason is None and len(tokens) < len(tokens_C):
+        if self.finish_reason is not None:
+            return Completion([], [] if self._params.logprobs else None, self.finish_reason)
+        tokens = [int(token) for token in tokens_C if token >= 0]
+        if len(tokens) < len(tokens_C):
             self.finish_reason = "stop"
         self._num_generated += len(tokens)
         if self._num_generated == self._params.max_new_tokens:

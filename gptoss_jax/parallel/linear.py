@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.cpu import decode
-from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
+from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import compute_spec, constrain, spec_axes, storage_spec
@@ -48,7 +48,10 @@ def sharded_einsum(
     for weight in each:
         assert_shapes(f"{x_letters} {letters}", x, weight)
     if decode.supports_einsum(equation, x, result_type):
-        results = decode.einsum(equation, x, [as_view(cast(weight, x.dtype)) for weight in each])
+        if any(weight.dtype != x.dtype for weight in each):
+            # All of them, because the kernel reads the same layer of every stack.
+            each = [read(weight).astype(x.dtype) for weight in each]
+        results = decode.einsum(equation, x, [as_view(weight) for weight in each])
     else:
         x_spec, y_spec = activation_specs(equation)
         x = constrain(x, x_spec)
@@ -56,7 +59,7 @@ def sharded_einsum(
             weight = gathered_weight(letters, read(weight), x.dtype)
             y = jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
             results.append(constrain(y, y_spec))
-    return results if each is weights else results[0]
+    return results if isinstance(weights, list | tuple) else results[0]
 
 
 def _as_list(arrays) -> Sequence:

@@ -7,6 +7,7 @@ Where they do not apply, `parallel.linear`, `model.moe` and `kernels.attention` 
 import math
 from collections.abc import Mapping, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,8 @@ def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax
     tokens, transposed = x.size // inner, not w_letters.startswith(summed)
     if not x_letters.endswith(summed) or not (w_letters.endswith(summed) if transposed else True):
         raise ValueError(f"equation is {equation!r}: must sum over the last letters of x")
+    # The kernel applies one index to all stacks.
+    chex.assert_equal_shape_prefix([layer.stack for layer in layers], 1)
     call = _call(
         "DecodeMatmulTransposed" if transposed else "DecodeMatmul",
         *((tokens, math.prod(layer.shape) // inner) for layer in layers),
@@ -96,7 +99,8 @@ def experts(
     for name in ("gate_up", "down"):
         views = [parameters[name + part] for part in (("_blocks", "_scales") if is_mxfp4 else ("",))]
         operands += [view.stack for view in views]
-        operands.append(parameters.get(f"{name}_bias", _no_values()))
+        # Biases keep the type they are stored in, which may be narrower.
+        operands.append(parameters.get(f"{name}_bias", _no_values()).astype(jnp.float32))
     alpha, limit, up_offset = swiglu
     (y_MD,) = _call("DecodeExpertsMxfp4" if is_mxfp4 else "DecodeExperts", x_MD.shape)(
         x_MD,
