@@ -1,4 +1,7 @@
-"""Cross-entropy in chunks over the sequence, and the losses of the router."""
+"""Cross-entropy in chunks over the sequence, and the router losses.
+
+Letters: C positions of a chunk; V the vocabulary, or one device's shard of it in `_scan_chunks`.
+"""
 
 import functools
 import math
@@ -10,16 +13,16 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.moe import RouterStats
-from gptoss_jax.parallel.linear import fsdp_all_gather, fsdp_reduce_scatter, local_vocab_index
+from gptoss_jax.parallel.linear import gather_parameter, local_vocab_index, reduce_gradient
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.rules import compute_spec, storage_spec
+from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
 
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
 
 def chunk_length(batch: int, length: int, vocab_size: int, shards: int = 1) -> int:
-    """Positions in a chunk: the largest divisor of `length` with which the logits [B, C, V], split into
-    `shards`, have at most `CHUNK_LOGITS` elements each; at least 1."""
+    """Returns the positions in a chunk: the largest divisor of `length` for which each of the `shards` of the
+    logits [B, C, V] has at most `CHUNK_LOGITS` elements; at least 1."""
     most = max(1, CHUNK_LOGITS * shards // (batch * vocab_size))
     return max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
 
@@ -42,21 +45,22 @@ def cross_entropy(
     weights_BT: jax.Array,
     chunk: int | None = None,
 ) -> jax.Array:
-    """The weighted sum of -log p(target) in nats, a float32 scalar.
+    """Returns the weighted sum of -log p(target) in nats, a float32 scalar.
 
     Works through `chunk` positions at a time (default: `chunk_length`), so that the logits of all positions
     never exist together. Under differentiation each chunk's gradient is computed while its logits exist: no
-    product is computed twice. The gradient reaches `hidden_BTD` and `head_VD` only.
+    product is computed twice. Only `hidden_BTD` and `head_VD` get a gradient.
 
     `head_VD` and its gradient are float32. On a mesh both are sharded as parameters are stored, and each
-    device processes its rows of the batch against its shard of the vocabulary. Where a weight is not
-    positive, hidden state and target may be anything.
+    device processes its rows of the batch against its shard of the vocabulary. If a weight is not positive,
+    the values of hidden state and target are ignored.
     """
-    return _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=False)[0]
+    return _loss_and_gradients(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=False)[0]
 
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk):
-    loss, *gradients = _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient=True)
+    inputs = hidden_BTD, head_VD, targets_BT, weights_BT
+    loss, *gradients = _loss_and_gradients(*inputs, chunk, with_gradient=True)
     return loss, gradients
 
 
@@ -68,8 +72,8 @@ def _backward(chunk, gradients, g):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
-    """(loss,) or (loss, gradient in `hidden_BTD`, float32 gradient in `head_VD`)."""
+def _loss_and_gradients(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
+    """Returns (loss,) or (loss, gradient of `hidden_BTD`, float32 gradient of `head_VD`)."""
     axes = current_axes()
     if chunk is None:
         # The batch axes split the rows, the tensor axis splits the vocabulary.
@@ -81,35 +85,35 @@ def _on_mesh(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, with_gradient):
     stored, used = storage_spec("VD", head_VD.shape, axes, "head.weight"), compute_spec("VD")
 
     def one_device(hidden_BTD, head_VD, targets_BT, weights_BT):
-        weight_VD = fsdp_all_gather(head_VD.astype(hidden_BTD.dtype), stored, used)
-        loss, *gradients = scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, on_mesh=True)
+        weight_VD = gather_parameter(head_VD.astype(hidden_BTD.dtype), stored, used)
+        loss, *gradients = scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, is_sharded=True)
         loss = jax.lax.psum(loss, BATCH)
         if not with_gradient:
             return (loss,)
         d_hidden_BTD, d_head_VD = gradients
-        return loss, d_hidden_BTD, fsdp_reduce_scatter(d_head_VD, stored, used)
+        return loss, d_hidden_BTD, reduce_gradient(d_head_VD, stored, used)
 
     return jax.shard_map(
         one_device,
-        in_specs=(P(BATCH), stored, P(BATCH), P(BATCH)),
-        out_specs=(P(), P(BATCH), stored) if with_gradient else (P(),),
+        in_specs=(ROWS, stored, ROWS, ROWS),
+        out_specs=(P(), ROWS, stored) if with_gradient else (P(),),
         check_vma=False,
     )(hidden_BTD, head_VD, targets_BT, weights_BT)
 
 
-def _scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, *, chunk, with_gradient, on_mesh=False):
-    """`_on_mesh` for the rows of one device and its shard of the vocabulary, `weight_VD`."""
+def _scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, *, chunk, with_gradient, is_sharded=False):
+    """`_loss_and_gradients` for the rows of one device and its shard of the vocabulary, `weight_VD`."""
     B, T, D = hidden_BTD.shape
     einsum = functools.partial(jnp.einsum, precision="highest")
     einsum_float32 = functools.partial(einsum, preferred_element_type=jnp.float32)
 
     def over_vocabulary(reduce, x):
-        return reduce(x, "tensor") if on_mesh else x
+        return reduce(x, "tensor") if is_sharded else x
 
     def one_chunk(carry, inputs):
         loss, d_head_VD = carry
         x_BCD, target_BC, weight_BC = inputs
-        # Positions of weight 0 may hold anything, and 0 times infinity is not 0.
+        # Positions of weight 0 may hold any value, and 0 times infinity is not 0.
         x_BCD = jnp.where(weight_BC[..., None] > 0, x_BCD, 0)
         logits_BCV = einsum_float32("BCD,VD->BCV", x_BCD, weight_VD)
         max_BC = over_vocabulary(jax.lax.pmax, jnp.max(logits_BCV, axis=-1))
@@ -117,7 +121,7 @@ def _scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, *, chunk, with_g
         sum_BC = over_vocabulary(jax.lax.psum, jnp.sum(exp_BCV, axis=-1))
         logsumexp_BC = jnp.log(sum_BC) + max_BC
         index_BC, is_here_BC = (
-            local_vocab_index(target_BC, weight_VD.shape[0]) if on_mesh else (target_BC, True)
+            local_vocab_index(target_BC, weight_VD.shape[0]) if is_sharded else (target_BC, True)
         )
         chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
         chosen_BC = over_vocabulary(jax.lax.psum, jnp.where(is_here_BC, chosen_BC, 0))
@@ -148,7 +152,7 @@ def _scan_chunks(hidden_BTD, weight_VD, targets_BT, weights_BT, *, chunk, with_g
 
 def load_balance_loss(stats: RouterStats) -> jax.Array:
     """Load-balance loss of Fedus et al. 2021, averaged over layers: E * sum_e load_e * probability_e, which
-    is 1 where every expert gets the same."""
+    is 1 if every expert gets the same share."""
     num_experts = stats["load"].shape[-1]
     return num_experts * jnp.mean(jnp.sum(stats["load"] * stats["probability"], axis=-1))
 
@@ -159,7 +163,7 @@ def router_z_loss(stats: RouterStats) -> jax.Array:
 
 
 def router_losses(config: ModelConfig, stats: RouterStats) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The router's losses with the weights of the config, and what is logged of the routers."""
+    """Returns the router losses, weighted as in the config, and the routers' metrics."""
     balance, z = load_balance_loss(stats), router_z_loss(stats)
     metrics = {"load_balance_loss": balance, "router_z_loss": z, "expert_load": stats["load"]}
     metrics["dropped"] = jnp.mean(stats["dropped"])
@@ -167,5 +171,5 @@ def router_losses(config: ModelConfig, stats: RouterStats) -> tuple[jax.Array, d
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """The sum of -log p over all tokens of a text in bits, per UTF-8 byte of the text."""
+    """Converts the sum of -log p over all tokens of a text to bits per UTF-8 byte."""
     return total_nats / math.log(2) / total_bytes
