@@ -106,7 +106,7 @@ def test_many_prefill_chunks_and_a_growing_cache(gpt_oss, monkeypatch):
     monkeypatch.setattr(engine, "MIN_CACHE_LEN", 2)
     monkeypatch.setattr(engine, "MAX_STEPS", 5)
     lengths = []
-    monkeypatch.setattr(engine, "resize", lambda *args: lengths.append(args[2]) or GROW(*args))
+    monkeypatch.setattr(engine, "grow", lambda *args: lengths.append(args[2]) or GROW(*args))
     jax.clear_caches()
     assert complete(*gpt_oss, prompts, sampling) == expected
     assert complete(*gpt_oss, [[4]], SamplingParams(max_new_tokens=20)) == [expected[1][:20]]
@@ -114,7 +114,7 @@ def test_many_prefill_chunks_and_a_growing_cache(gpt_oss, monkeypatch):
     jax.clear_caches()
 
 
-GROW = engine.resize
+GROW = engine.grow
 
 
 def test_prefill_chunks():
@@ -223,7 +223,7 @@ def test_default_tokenizer_is_that_of_the_model_folder(tiny_config, random_param
     model = bind(config, random_params(config))
     make_tokenizer("bytes").save(tmp_path)
     sampling = SamplingParams(max_new_tokens=6, stop_strings=["zz"])
-    with pytest.raises(ValueError, match="stop_strings is .* must come with a tokenizer"):
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
         generate(model, [[1]], sampling)
     model.origin = str(tmp_path)
     expected = generate(model, [[1]], SamplingParams(max_new_tokens=6))

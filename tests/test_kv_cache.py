@@ -15,7 +15,7 @@ from gptoss_jax.kernels.attention import cached
 from gptoss_jax.kernels.attention.cached import LayerCacheView
 from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 from gptoss_jax.kernels.layer_view import LayerView
-from gptoss_jax.model.kv_cache import init_cache, resize
+from gptoss_jax.model.kv_cache import grow, init_cache
 from gptoss_jax.model.parameters import tree_bytes
 from gptoss_jax.model.transformer import bind
 
@@ -69,7 +69,7 @@ def test_ragged_rows_and_a_growing_cache(either_config, random_params, apply_mod
     read_B, cache = np.zeros(3, int), init_cache(config, 3, 5, jnp.float32)
     # Each time, every sequence reads another number of tokens, possibly none.
     for room, counts_B in ((5, [1, 3, 0]), (5, [4, 1, 0]), (12, [1, 5, 6]), (20, [6, 0, 1]), (20, [1, 1, 1])):
-        cache = resize(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
+        cache = grow(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
         T = 1 if max(counts_B) == 1 else 6
         rows_BT, segments_BT = np.zeros((3, T), int), np.zeros((3, T), int)
         for b, count in enumerate(counts_B):
