@@ -50,7 +50,7 @@ class MoE(nnx.Module):
         """Returns the experts' outputs, [B, T, D], zero at padding, and the router's statistics.
 
         Args:
-          token_mask_BT: bool, False at padding, which is routed nowhere.
+          token_mask_BT: bool; False at padding, which is not routed.
           capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops no token.
         """
         config = self.config
@@ -118,15 +118,15 @@ def expert_outputs(
     """Sends rows sorted by expert through the experts of one device: `swiglu(x gate_up + bias) down + bias`.
 
     Args:
-      parameters: of the experts, dense or packed, as arrays or views of one layer.
+      parameters: the experts' parameters, dense or packed, as arrays or views of one layer.
       group_sizes_E: int32, rows of each expert. Rows past their sum give zero.
     """
     bias, down_bias = parameters.get("gate_up_bias"), parameters.get("down_bias")
     if "down" in parameters:
         a_RF = swiglu_halves(swiglu, grouped_matmul(x_RD, parameters["gate_up"], group_sizes_E, bias))
         return grouped_matmul(a_RF, parameters["down"], group_sizes_E, down_bias)
-    # Packed: rows of gate and up alternate, and a device of the tensor axis has whole outputs, which are
-    # gathered.
+    # Packed: rows of gate and up alternate, and the tensor axis splits outputs, which are gathered here.
+    # `apply_experts` sums dense outputs over that axis instead.
     weights = {
         name: (parameters[f"{name}_blocks"], parameters[f"{name}_scales"]) for name in ("gate_up", "down")
     }
@@ -134,7 +134,7 @@ def expert_outputs(
     h_RU = mxfp4_grouped_matmul(x_RD, *weights["gate_up"], group_sizes_E, bias_EU)
     gate_RF, up_RF = jnp.moveaxis(h_RU.reshape(x_RD.shape[0], -1, 2), -1, 0)
     a_RF = tensor_all_gather(swiglu(gate_RF, up_RF))
-    # The bias is added behind the gather: it is not split, as the rows of `down` are.
+    # The bias is added after the gather: it is not split, unlike the rows of `down`.
     y_RD = tensor_all_gather(mxfp4_grouped_matmul(a_RF, *weights["down"], group_sizes_E))
     return add_group_bias(y_RD, down_bias, group_sizes_E)
 
@@ -163,7 +163,7 @@ def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
 
 
 def _swiglu_halves_bwd(swiglu, h_RF, g_RF):
-    # Without the barrier XLA finds the same terms in the forward pass, and keeps them all from there.
+    # Without the barrier XLA finds the same terms in the forward pass, and keeps all of them.
     h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
     halves = jnp.split(h_RF, 2, axis=-1)
     d_gate, d_up = jax.vjp(swiglu, *halves)[1](g_RF)
