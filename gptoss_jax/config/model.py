@@ -98,7 +98,7 @@ class ModelConfig(ConfigBase):
         heads, experts, layers = self.num_key_value_heads, self.num_local_experts, self.num_hidden_layers
         allowed = f"must be a multiple of model.num_key_value_heads ({heads})"
         self._require(self.num_attention_heads % heads == 0, "num_attention_heads", allowed)
-        allowed = "must be even, because rotary embedding rotates pairs"
+        allowed = "must be even, because RoPE rotates pairs"
         self._require(self.head_dim % 2 == 0, "head_dim", allowed)
         allowed = f"must be at most model.num_local_experts ({experts})"
         self._require(self.num_experts_per_tok <= experts, "num_experts_per_tok", allowed)

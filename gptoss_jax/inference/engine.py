@@ -1,7 +1,7 @@
 """The engine: chunked prefill into a KV cache, then a jitted decode loop.
 
-A prefill reads all tokens of the prompts but the last. From there on every step is the same: read the latest
-token, sample the next one. Between calls only the cache stays on the devices.
+A prefill reads all tokens of the prompts except the last. From then on every step is the same: read the
+latest token, sample the next one. Between calls only the cache stays on the devices.
 
 Letters: B sequences, T prompt tokens of a chunk, V vocabulary, C tokens of a decode call.
 """

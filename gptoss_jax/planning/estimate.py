@@ -224,8 +224,8 @@ def loss_temporaries(step: _Step) -> int:
 
 
 def recomputed_flops(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs for one token that remat does twice: with "block" the forward pass of all blocks, with "dots"
-    that of experts and attention scores."""
+    """Returns the FLOPs per token that remat repeats: with "block" the forward pass of all blocks, with
+    "dots" only that of experts and attention scores."""
     if model.remat == "none":
         return 0.0
     if model.remat == "block":
@@ -261,7 +261,7 @@ def transfer_seconds(
 
 
 def _collectives(step: _Step) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
-    """Yields (purpose, kind, axes, bytes that a device sends in a step) of all that the sharding asks for."""
+    """Yields (purpose, kind, axes, bytes sent by a device in a step) for all that the sharding requires."""
     model, width, n = step.model, step.itemsize, step.microbatches
     for axes in sorted({p.gathered_over for p in step.parameters if p.gathered_over}):
         size = step.axis_size(axes)

@@ -53,7 +53,7 @@ def split_params(params: dict, is_trainable: IsTrainable | None) -> tuple[dict, 
 
 
 def merge_params(trainable: dict, frozen: dict) -> dict:
-    """The parameter tree that `split_params` has split."""
+    """Returns the parameter tree that `split_params` has split."""
     return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen)) if frozen else trainable
 
 

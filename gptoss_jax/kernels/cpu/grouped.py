@@ -47,7 +47,7 @@ _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)
 def cpu_mxfp4_matmul(
     x_RD: jax.Array, blocks_EFGC: jax.Array, scales_EFG: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """`mxfp4_grouped_matmul` without a bias: a block of a matrix is dequantized where it is packed into the
+    """`mxfp4_grouped_matmul` without a bias: each block of a matrix is dequantized as it is packed into the
     cache."""
     call = _call("GroupedMatmulMxfp4", (x_RD.shape[0], blocks_EFGC.shape[1]))
     return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E)[0]

@@ -10,8 +10,8 @@ input and for the odd one after it, go into two matrices, and the even and odd i
 too.
 
 Arrays that are stored so (`codec.TPU_LAYOUTS`), as `checkpoints.sharded_io` does, are read in place. XLA by
-itself stores scales in another order, and blocks too where E is a multiple of 128 and F is not: then every
-call copies all of them.
+itself stores scales in another order, and blocks too if E is a multiple of 128 and F is not: then every call
+copies all of them.
 
 Letters as in api.py.
 """
@@ -80,7 +80,7 @@ def mosaic_mxfp4_matmul(
         interpret=interpret,
         name="mxfp4_matmul",
     )(tables, x_PRC, weights)
-    # Rows of no group were never written.
+    # Rows without a group were never written.
     return zero_ungrouped(y_RF, group_sizes_E)
 
 
