@@ -36,6 +36,7 @@ from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
 from gptoss_jax.model.kv_cache import KVCache, init_cache
+from gptoss_jax.parallel import rules
 from gptoss_jax.parallel.mesh import make_mesh
 
 HERE = pathlib.Path(__file__).parent
@@ -127,7 +128,7 @@ def generation(mesh, batch, tokens):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))
 
     cache = jax.eval_shape(lambda: init_cache(config, batch, 4096, "bfloat16"))
-    layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=engine.CACHE_SPEC), cache.layers)
+    layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=rules.CACHE_LBKSH), cache.layers)
     cache = KVCache(layers, array(batch))
     if tokens > 1:
         return engine._prefill, (config, params, cache, array(batch, tokens), array(batch))

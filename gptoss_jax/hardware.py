@@ -43,7 +43,7 @@ class Chip:
 # "HBM bandwidth per chip" and "Bidirectional inter-chip interconnect (ICI) bandwidth per chip" (halved here).
 # Their memory is what the compiler of libtpu 0.0.42 grants ("exceeds available HBM (15.75G)"). A tpu7x chip
 # is two devices.
-# GPU: NVIDIA's data sheets, whose peaks are halved where they count 2:4 sparsity, and the architecture brief
+# GPU: NVIDIA's data sheets, with peaks halved if they count 2:4 sparsity, and the architecture brief
 # of Blackwell; NVLink halved to one way; networks of DGX A100 (eight ports of 200 Gb/s), H100, H200 and B200
 # (eight of 400 Gb/s).
 TABLE = (
@@ -75,12 +75,12 @@ CHIPS = {chip.name: chip for chip in TABLE if chip.memory}
 
 
 def find_chip(name: str, field: str = "chip") -> Chip:
-    """Returns the chip of a name. Raises ValueError, naming `field`, with the names there are."""
+    """Returns the chip with a name. Raises ValueError, naming `field`, with the known names."""
     if name.lower() in CHIPS:
         return CHIPS[name.lower()]
     near = nearest(name.lower(), CHIPS)
     hint = f"did you mean {near}? " if near else ""
-    raise ValueError(f"{field} is {name!r}: {hint}known are {', '.join(CHIPS)}")
+    raise ValueError(f"{field} is {name!r}: {hint}known chips: {', '.join(CHIPS)}")
 
 
 def parse_topology(name: str) -> tuple[Chip, int]:

@@ -40,7 +40,7 @@ SET_ON_IMPORT = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
 def hide_tpu_compiler() -> None:
     """Hides an installed libtpu from JAX on a machine without a TPU; call before jax is imported.
 
-    JAX loads libtpu to look for a TPU unless JAX_PLATFORMS is set, and libtpu prints errors where there is
+    JAX loads libtpu to look for a TPU unless JAX_PLATFORMS is set, and libtpu prints errors if there is
     none. Hidden, it counts as not installed: JAX finds GPUs and the CPU as usual.
     """
     named = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
@@ -121,7 +121,7 @@ def report(error: BaseException, name: str) -> int:
 
 
 def print_any_text() -> None:
-    """Makes stdout and stderr accept any text, whatever the locale's encoding.
+    """Makes stdout and stderr accept any text, regardless of the locale's encoding.
 
     Undecodable bytes of a file name are written unchanged; other characters without an encoding become "?".
     """

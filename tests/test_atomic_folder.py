@@ -42,7 +42,7 @@ def test_nonempty_target_is_refused(tmp_path, kind):
         target.mkdir()
     precious = target / "precious" if kind == "folder" else target
     precious.write_text("content")
-    with pytest.raises(ValueError, match=f"{target}: exists already"), atomic_folder(target, 10):
+    with pytest.raises(ValueError, match=f"{target}: already exists"), atomic_folder(target, 10):
         raise AssertionError("must not be reached")
     assert precious.read_text() == "content" and listing(tmp_path) == ["model"]
 

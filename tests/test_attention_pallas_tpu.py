@@ -105,7 +105,7 @@ def test_bfloat16():
 def test_sink_tokens_with_a_window_are_rejected():
     q, k, v, _ = heads(1, 7, 4)
     where = packed((7, 0))
-    with pytest.raises(ValueError, match="sink_tokens is 4: .* must be 0"):
+    with pytest.raises(ValueError, match="sink_tokens is 4: must be 0"):
         splash_attention(q, k, v, *where, AttentionSpec(3, 4))
     out = splash_attention(q, k, v, *where, AttentionSpec(None, 4), interpret=True)
     mask = attention_mask(*where, AttentionSpec())

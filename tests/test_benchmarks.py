@@ -107,6 +107,7 @@ def test_decode_limit_quick(script):
     assert set((FOLDER / "results").iterdir()) == before
 
 
+@pytest.mark.parity
 def test_decode_vs_transformers_quick(script):
     pytest.importorskip("transformers", reason="the peer: pip install -e '.[parity]'")
     done = script("decode_vs_transformers.py", "--quick")

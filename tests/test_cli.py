@@ -211,7 +211,7 @@ def test_convert(tmp_path, capsys):
     )  # fmt: skip
     capsys.readouterr()
     assert main.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_warning_is_one_line(tmp_path, capsys):

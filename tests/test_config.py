@@ -38,7 +38,7 @@ BAD = [
         {"num_attention_heads": 7},
         "model.num_attention_heads is 7: must be a multiple of model.num_key_value_heads (8)",
     ),
-    (ModelConfig, {"head_dim": 7}, "model.head_dim is 7: must be even, because rotary embedding turns pairs"),
+    (ModelConfig, {"head_dim": 7}, "model.head_dim is 7: must be even, because RoPE rotates pairs"),
     (
         ModelConfig,
         {"num_experts_per_tok": 33},
@@ -85,7 +85,7 @@ BAD = [
         (
             ModelConfig,
             {"expert_format": "mxfp4", name: 80},
-            f"model.{name} is 80: must be a multiple of 32 where model.expert_format is 'mxfp4', "
+            f"model.{name} is 80: must be a multiple of 32 if model.expert_format is 'mxfp4', "
             "which packs 32 weights along it under one scale",
         )
         for name in ("hidden_size", "intermediate_size")
@@ -146,7 +146,7 @@ BAD = [
     (OptimConfig, {"min_lr_ratio": 1.5}, "optim.min_lr_ratio is 1.5: must be between 0 and 1"),
     (OptimConfig, {"schedule": "x"}, "optim.schedule is 'x': must be 'cosine' or 'wsd' or 'constant'"),
     (MeshConfig, {"tensor": 0}, "mesh.tensor is 0: must be above 0, or -1 for all remaining devices"),
-    (MeshConfig, {"expert": -1}, "mesh.expert is -1: only one axis may be, and mesh.data is already"),
+    (MeshConfig, {"expert": -1}, "mesh.expert is -1: only one axis can be -1, and mesh.data already is"),
     (CheckpointConfig, {"every": 0}, "checkpoint.every is 0: must be above 0"),
     (CheckpointConfig, {"keep": 0}, "checkpoint.keep is 0: must be above 0"),
     (EvalConfig, {"every": 0}, "eval.every is 0: must be above 0"),

@@ -54,6 +54,21 @@ def test_einsum(rows, equation, inner, outer):
         assert_near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
 
 
+@pytest.mark.parametrize("narrow", [0, 1])
+def test_weights_of_several_types(narrow):
+    x, stacks = normal(0, 1, 2, 20), [normal(i, 3, 20, 3, 5) for i in (1, 2)]
+    stacks[narrow] = stacks[narrow].astype(jnp.bfloat16)
+    found = sharded_einsum("BTD,DNH->BTNH", x, [LayerView(stack, jnp.int32(2)) for stack in stacks])
+    for y, stack in zip(found, stacks, strict=True):
+        assert_near(y, jnp.einsum("BTD,DNH->BTNH", x, stack[2].astype(x.dtype), precision="highest"))
+
+
+def test_stacks_of_several_lengths_are_refused():
+    views = [LayerView(normal(0, layers, 20, 3, 5), jnp.int32(1)) for layers in (2, 3)]
+    with pytest.raises(AssertionError, match="different shape prefixes"):
+        decode.einsum("BTD,DNH->BTNH", normal(1, 1, 2, 20), views)
+
+
 def test_gradients_of_a_linear_layer():
     """Forward by the kernel, with few tokens; backward in plain XLA."""
     x, w, g = normal(0, 2, 3, 20), normal(1, 20, 3, 5), normal(2, 2, 3, 3, 5)

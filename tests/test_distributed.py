@@ -29,7 +29,7 @@ from gptoss_jax.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
-LOST = "process {} of {} has lost another one, which failed or was killed"
+LOST = "process {} of {} lost contact with another process, which failed or was killed"
 
 
 def start_one(command, devices=1, **variables):

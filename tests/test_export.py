@@ -294,7 +294,7 @@ def test_convert_checks_the_target_before_reading_a_run(run_folder, tmp_path, mo
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     monkeypatch.setattr(export, "open_weights", lambda folder: pytest.fail("was read"))
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         convert(run_folder, tmp_path / "taken")
     with pytest.raises(ValueError, match="hidden_size is .* multiples of 32"):
         convert(run_folder, tmp_path / "new", "mxfp4")
@@ -317,12 +317,12 @@ def test_damaged_sidecar_file(edited_folder, tmp_path):
 def test_nonempty_target_is_refused(hf_folder, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious").write_text("content")
-    with pytest.raises(ValueError, match="taken: exists already") as caught:
+    with pytest.raises(ValueError, match="taken: already exists") as caught:
         save_pretrained(from_pretrained(hf_folder("mxfp4")), tmp_path / "taken")
     one_line(caught)
     # The model's own folder is not overwritten, either.
     folder = shutil.copytree(hf_folder("mxfp4"), tmp_path / "model")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         save_pretrained(from_pretrained(folder), folder)
     assert_same_tensors(tensors_of(folder), tensors_of(hf_folder("mxfp4")))
     assert sorted(path.name for path in tmp_path.rglob("*") if path.parent.name != "model") == [

@@ -186,7 +186,7 @@ def test_mismatched_per_expert_tensors(published, written):
     tensors[name] = tensors[name].T
     message = refusal(written(tensors))
     assert f"{LAYER_1}mlp.experts.6.up_proj.bias is missing" in message
-    assert f"{name} is [64, 160], must be [160, 64]" in message
+    assert f"{name} has shape [64, 160], expected [160, 64]" in message
 
 
 def test_non_finite_expert_warns(published, written):

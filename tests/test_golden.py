@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import ours
@@ -82,3 +83,15 @@ def test_the_original_layout_gives_the_same_model(name, checkpoint, tmp_path):
     published = from_pretrained(checkpoint(name))
     assert original.config == published.config
     jax.tree.map(np.testing.assert_array_equal, get_params(original), get_params(published))
+
+
+@pytest.mark.parametrize("experts", ["bfloat16", "mxfp4"])
+def test_parameters_that_stay_bfloat16_decode_in_float32(experts, checkpoint, load):
+    """Loaded with defaults, a released checkpoint keeps bfloat16 biases beside float32 activations."""
+    arrays = golden("mxfp4")
+    params = SamplingParams(max_new_tokens=6)
+    model = from_pretrained(checkpoint("mxfp4"), experts=experts)
+    assert model.blocks[0].moe.down_bias.get_value().dtype == jnp.bfloat16
+    found = [answer.tokens for answer in generate(model, prompts(arrays), params)]
+    expected = generate(load("mxfp4", "mxfp4"), prompts(arrays), params)
+    assert found == [answer.tokens for answer in expected]

@@ -129,6 +129,16 @@ def test_bfloat16_in_and_out():
         np.testing.assert_allclose(np.asarray(f, np.float64), e, rtol=0.02, atol=0.05, err_msg=name)
 
 
+def test_bfloat16_weight_gradients_of_large_groups():
+    rows = 5000
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.uniform(0.5, 1.5, (rows, size)), jnp.bfloat16) for size in (D, F))
+    w, sizes = jnp.ones((E, D, F), jnp.bfloat16), jnp.array([60, 0, 4900, 40])
+    dw = with_gradients("xla", x, w, g, sizes)[2]
+    expected = np.asarray(x, np.float64)[60:4960].T @ np.asarray(g, np.float64)[60:4960]
+    np.testing.assert_allclose(np.asarray(dw, np.float64)[2], expected, rtol=2**-8)
+
+
 @needs_compiler
 def test_the_view_of_a_layer_equals_the_layer():
     rng = np.random.default_rng(0)

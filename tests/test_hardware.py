@@ -136,5 +136,5 @@ def test_names_of_chips_and_slices():
     ):
         with pytest.raises(ValueError, match=words):
             parse_topology(bad)
-    with pytest.raises(ValueError, match="chip is 'rtx': known are v5e, v5p"):
+    with pytest.raises(ValueError, match="chip is 'rtx': known chips: v5e, v5p"):
         find_chip("rtx")

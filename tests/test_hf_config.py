@@ -450,7 +450,7 @@ BAD = [
     (
         {**HF4, "rope_scaling": without(YARN, "original_max_position_embeddings")},
         "initial_context_length is 4096, but max_position_embeddings "
-        "(for want of rope_scaling.original_max_position_embeddings) is 131072: ",
+        "(used because rope_scaling.original_max_position_embeddings is missing) is 131072: ",
     ),
     (
         {**HF4, "rope_scaling": None, "rope_parameters": YARN},

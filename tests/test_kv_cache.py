@@ -15,7 +15,7 @@ from gptoss_jax.kernels.attention import cached
 from gptoss_jax.kernels.attention.cached import LayerCacheView
 from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 from gptoss_jax.kernels.layer_view import LayerView
-from gptoss_jax.model.kv_cache import init_cache, resize
+from gptoss_jax.model.kv_cache import grow, init_cache
 from gptoss_jax.model.parameters import tree_bytes
 from gptoss_jax.model.transformer import bind
 
@@ -69,7 +69,7 @@ def test_ragged_rows_and_a_growing_cache(either_config, random_params, apply_mod
     read_B, cache = np.zeros(3, int), init_cache(config, 3, 5, jnp.float32)
     # Each time, every sequence reads another number of tokens, possibly none.
     for room, counts_B in ((5, [1, 3, 0]), (5, [4, 1, 0]), (12, [1, 5, 6]), (20, [6, 0, 1]), (20, [1, 1, 1])):
-        cache = resize(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
+        cache = grow(config, cache, room) if room > max(cache.layers[1]["keys"].shape[3], 5) else cache
         T = 1 if max(counts_B) == 1 else 6
         rows_BT, segments_BT = np.zeros((3, T), int), np.zeros((3, T), int)
         for b, count in enumerate(counts_B):
@@ -97,6 +97,9 @@ def test_slots_by_hand():
     ]
 
 
+jitted_update = jax.jit(cached.update_cache, static_argnums=3)
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 3), st.integers(1, 6), st.lists(st.integers(0, 9), min_size=1, max_size=6))
 def test_a_ring_keeps_the_sink_tokens_and_the_latest_tokens(sink_tokens, window, counts):
@@ -105,7 +108,7 @@ def test_a_ring_keeps_the_sink_tokens_and_the_latest_tokens(sink_tokens, window,
     for count in counts:
         layer, new = LayerView(keys, 0), length + jnp.arange(9.0)[None, :, None, None]
         view = LayerCacheView(layer, layer, jnp.array([length]), jnp.array([count]))
-        view = cached.update_cache(view, new, new, AttentionSpec(window, sink_tokens))
+        view = jitted_update(view, new, new, AttentionSpec(window, sink_tokens))
         keys, values = view.keys.stack, view.values.stack
         length += count
         np.testing.assert_array_equal(keys, values)
@@ -136,16 +139,17 @@ def test_attention_to_a_cache_matches_the_reference(cpu_form, monkeypatch, windo
     expected = reference_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS, sinks_N=sinks_N)
     stacks = [stack.at[1].set(0) for stack in stacks]
     empty = LayerCacheView(*(LayerView(stack, 1) for stack in stacks), jnp.zeros(B, int), lengths_B)
-    before = cached.update_cache(empty, k_BTKH, v_BTKH, spec)
+    before = jitted_update(empty, k_BTKH, v_BTKH, spec)
     at_BT = lengths_B[:, None] + np.arange(new)
     parts = [jnp.take_along_axis(x, at_BT[:, :, None, None], axis=1) for x in (q_BTNH, k_BTKH, v_BTKH)]
     counts_B = np.array([1, 0, 1]) if new == 1 else np.array([9, 4, 0])
     before = dataclasses.replace(before, lengths_B=lengths_B, counts_B=counts_B)
-    after = cached.update_cache(before, *parts[1:], spec)
+    after = jitted_update(before, *parts[1:], spec)
     if new == 1:
-        y_BTNH = cached.decode_attention(parts[0], after, sinks_N=sinks_N)
+        # Jitted here, where the block size and the kernels are those of the test.
+        y_BTNH = jax.jit(lambda q: cached.decode_attention(q, after, sinks_N=sinks_N))(parts[0])
     else:
-        y_BTNH = cached.prefill_attention(*parts, before, spec, sinks_N=sinks_N)
+        y_BTNH = jax.jit(lambda *qkv: cached.prefill_attention(*qkv, before, spec, sinks_N=sinks_N))(*parts)
     for b, count in enumerate(counts_B):
         wanted = expected[b, lengths_B[b] : lengths_B[b] + count]
         np.testing.assert_allclose(y_BTNH[b, :count], wanted, atol=2e-6)

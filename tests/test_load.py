@@ -236,10 +236,10 @@ def test_all_mismatched_tensors_are_named_at_once(edited_folder):
     assert message.startswith(f"{folder}: 5 tensors")
     for words in (
         f"{LAYER_2}mlp.router.bias is missing",
-        f"{LAYER_2}self_attn.rotary.inv_freq is not of this model",
-        f"{LAYER_2}self_attn.o_proj.weight is [96, 160], must be [160, 96]",
-        "model.norm.weight is of type float64, must be bfloat16 or float16 or float32",
-        f"{LAYER_2}mlp.experts.down_proj_scales is of type float32, must be uint8",
+        f"{LAYER_2}self_attn.rotary.inv_freq is not part of this model",
+        f"{LAYER_2}self_attn.o_proj.weight has shape [96, 160], expected [160, 96]",
+        "model.norm.weight has dtype float64, expected bfloat16 or float16 or float32",
+        f"{LAYER_2}mlp.experts.down_proj_scales has dtype float32, expected uint8",
     ):
         assert words in message, message
 
@@ -248,7 +248,7 @@ def test_many_mismatched_tensors_are_cut_short(hf_folder, edited_folder):
     folder = edited_folder("bfloat16")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
-    with pytest.raises(ValueError, match=r"self_attn\.q_proj\.weight is \[96, 160\], must be \[192, 160\]"):
+    with pytest.raises(ValueError, match=r"q_proj\.weight has shape \[96, 160\], expected \[192, 160\]"):
         from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 192}))
     with pytest.raises(ValueError, match="and [0-9]+ more$") as caught:
@@ -272,7 +272,7 @@ def test_missing_folders(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder") as caught:
         from_pretrained(tmp_path / "nowhere")
     one_line(caught)
-    with pytest.raises(ValueError, match="openai/gpt-oss-99b: no such folder; hf:openai/gpt-oss-99b would"):
+    with pytest.raises(ValueError, match="gpt-oss-99b: no such folder; did you mean hf:openai/gpt-oss-99b"):
         from_pretrained("openai/gpt-oss-99b")
     with pytest.raises(ValueError, match="neither config.json nor original/config.json") as caught:
         from_pretrained(tmp_path)

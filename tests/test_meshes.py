@@ -330,10 +330,10 @@ def test_experts_are_not_gathered_over_the_expert_axis(mesh):
 @pytest.mark.parametrize(
     ("mesh", "allowed"),
     [
-        (MeshConfig(data=3), "data 3 x fsdp 1 .* multiply to the 8 devices there are; data 8 would do"),
-        (MeshConfig(data=2, expert=2), r"data 4 or fsdp 2 or expert 4 or tensor 2 would do"),
-        (MeshConfig(data=-1, tensor=3), r"tensor 1, 2, 4, 8 would do"),
-        (MeshConfig(data=3, tensor=3), r"each axis must be one of 1, 2, 4, 8"),
+        (MeshConfig(data=3), "data 3 x fsdp 1 .* multiply to 8, the number of devices; valid sizes: data 8"),
+        (MeshConfig(data=2, expert=2), r"valid sizes: data 4 or fsdp 2 or expert 4 or tensor 2"),
+        (MeshConfig(data=-1, tensor=3), r"valid sizes: tensor 1, 2, 4, 8"),
+        (MeshConfig(data=3, tensor=3), r"valid sizes: 1, 2, 4, 8 for each axis"),
     ],
     ids=str,
 )
@@ -345,9 +345,9 @@ def test_mesh_must_match_the_number_of_devices(mesh, allowed):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"expert": 8}, "mesh.expert is 8: must divide model.num_local_experts (12); 1, 2, 3, 4, 6 would do"),
-        ({"tensor": 8}, "mesh.tensor is 8: must divide model.num_key_value_heads (4); 1, 2, 4 would do"),
-        ({"fsdp": 16}, "mesh.fsdp is 16: must divide model.hidden_size (40); 1, 2, 4, 5, 8, 10 would do"),
+        ({"expert": 8}, "expert is 8: must divide model.num_local_experts (12); valid sizes: 1, 2, 3, 4, 6"),
+        ({"tensor": 8}, "tensor is 8: must divide model.num_key_value_heads (4); valid sizes: 1, 2, 4"),
+        ({"fsdp": 16}, "fsdp is 16: must divide model.hidden_size (40); valid sizes: 1, 2, 4, 5, 8, 10"),
         ({"tensor": 4}, None),
     ],
 )

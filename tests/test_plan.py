@@ -141,8 +141,8 @@ def test_meshes():
         ("fdsp=8", "did you mean fsdp"),
         ("fsdp", "axis=number"),
         ("fsdp=0", "mesh.fsdp is 0"),
-        ("fsdp=3", "multiply to the 8 devices"),
-        ("fsdp=3,data=-1", "multiply to the 8 devices"),
+        ("fsdp=3", "multiply to 8, the number of devices"),
+        ("fsdp=3,data=-1", "multiply to 8, the number of devices"),
     ):
         with pytest.raises(ValueError, match=words):
             parse_mesh(text, 8)
@@ -397,11 +397,11 @@ def test_compiler_messages_are_shown(capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--chip", "v5q", "--devices", "4"], "did you mean v5p? known are v5e"),
+        (["--chip", "v5q", "--devices", "4"], "did you mean v5p? known chips: v5e"),
         (["--chip", "v5p"], "such as --topology v5p:4x4x4, or --chip h200 --devices 64"),
         (["--chip", "v5p", "--devices", "0"], "devices is 0: must be above 0"),
-        (["--topology", "v5p:2x2x2", "--chip", "v5p"], "says chip and devices already"),
-        (["--chip", "h200", "--devices", "8", "--mesh", "fsdp=3"], "must multiply to the 8 devices"),
+        (["--topology", "v5p:2x2x2", "--chip", "v5p"], "already gives chip and devices"),
+        (["--chip", "h200", "--devices", "8", "--mesh", "fsdp=3"], "must multiply to 8, the number"),
         (["--chip", "h200", "--devices", "8", "--json", "/nowhere/x.json"], "its folder does not exist"),
     ],
 )

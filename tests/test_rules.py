@@ -67,7 +67,7 @@ def test_letters_are_split_in_storage(letters, shape, expected):
         ("NK", (15, 15), P("tensor", "tensor")),
     ],
 )
-def test_the_spare_expert_axis_splits_the_vocabulary_or_hidden_dimension(letters, shape, expected):
+def test_the_expert_axis_also_splits_the_vocabulary_or_hidden_dimension(letters, shape, expected):
     assert storage_spec(letters, shape, AXIS_SIZES) == expected
 
 
@@ -79,22 +79,22 @@ def test_axes_of_one_device_are_named_in_the_spec():
 @pytest.mark.parametrize(
     ("letters", "shape", "message"),
     [
-        ("V", (7,), "mesh.tensor is 5: must divide 7, a size of x; 1, 7 would do"),
-        ("DNH", (4, 6, 5), "mesh.tensor is 5: must divide 6, a size of x; 1, 2, 3, 6 would do"),
-        ("D", (9,), "mesh.fsdp is 2: must divide 9, a size of x; 1, 3, 9 would do"),
-        ("E", (8,), "mesh.expert is 3: must divide 8, a size of x; 1, 2, 4, 8 would do"),
-        ("O", (15,), "mesh.tensor times mesh.fsdp is 10: must divide 15, a size of x; 1, 3, 5, 15 would do"),
+        ("V", (7,), "mesh.tensor is 5: must divide 7, a size of x; valid sizes: 1, 7"),
+        ("DNH", (4, 6, 5), "mesh.tensor is 5: must divide 6, a size of x; valid sizes: 1, 2, 3, 6"),
+        ("D", (9,), "mesh.fsdp is 2: must divide 9, a size of x; valid sizes: 1, 3, 9"),
+        ("E", (8,), "mesh.expert is 3: must divide 8, a size of x; valid sizes: 1, 2, 4, 8"),
+        ("O", (25,), "mesh.tensor times mesh.fsdp is 10: must divide 25, a size of x; valid sizes: 1, 5, 25"),
         # 10 rows could be split over 10 devices, but not without separating gate from up.
-        ("U", (10,), "mesh.tensor times mesh.fsdp is 10: must divide 5, the pairs of x; 1, 5 would do"),
+        ("U", (10,), "mesh.tensor times mesh.fsdp is 10: must divide 5, the pairs of x; valid sizes: 1, 5"),
     ],
 )
-def test_errors_name_the_axis_and_the_sizes_that_would_do(letters, shape, message):
+def test_errors_name_the_axis_and_the_valid_sizes(letters, shape, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         storage_spec(letters, shape, AXIS_SIZES, "x")
 
 
-def test_sizes_that_would_do_fit_the_devices():
-    with pytest.raises(ValueError, match="must divide 60, a size of x; 1, 2, 3, 4, 5, 6 would do"):
+def test_valid_sizes_fit_the_devices():
+    with pytest.raises(ValueError, match="must divide 60, a size of x; valid sizes: 1, 2, 3, 4, 5, 6"):
         storage_spec("V", (60,), {"data": 1, "fsdp": 1, "expert": 1, "tensor": 7}, "x")
 
 

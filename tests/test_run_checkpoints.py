@@ -78,7 +78,7 @@ def test_first_checkpoint_is_verified(tmp_path, monkeypatch):
     # If Orbax does not find the parts of a checkpoint, it warns and does not merge them.
     monkeypatch.setattr(LocalPath, "glob", lambda self, pattern: iter(()))
     checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(OSError, match="the checkpoint of step 1 was written but is not complete: "):
+    with pytest.raises(OSError, match="the checkpoint of step 1 was written but is incomplete: "):
         checkpoints.save(1, PARAMS, TRAINING, {})
     assert checkpoints.steps == [] and (tmp_path / "checkpoints/damaged-1").is_dir()
     checkpoints.close()

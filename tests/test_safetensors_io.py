@@ -319,7 +319,7 @@ def test_no_safetensors_file(one_file, content):
 
 def test_unsupported_dtype(one_file):
     with_header(one_file, entry("F8_E5M2", (24,)), b"\0" * 24)
-    assert_refused(one_file.parent, str(one_file), "t is of type 'F8_E5M2'", "U8, F16, BF16, F32, F64")
+    assert_refused(one_file.parent, str(one_file), "t has dtype 'F8_E5M2'", "U8, F16, BF16, F32, F64")
 
 
 @pytest.mark.parametrize("offsets", [(0, 20), (0, 28), (4, 24), (24, 0), (-8, 16)])

@@ -1,5 +1,8 @@
 """Sampling: which tokens are filtered, in small literal cases, and the distribution of draws."""
 
+import dataclasses
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptoss_jax.inference.sampling import filter_logits, sample, sequence_keys, step_keys
+from gptoss_jax.inference.sampling import SETTINGS, filter_logits, sample, sequence_keys, step_keys
+from gptoss_jax.inference.sampling_params import SamplingParams
 
 # Probabilities 0.4, 0.3, 0.2, 0.1, out of order, with an offset that must have no effect.
 LOGITS = jnp.log(jnp.array([[0.2, 0.4, 0.1, 0.3]])) + 5
@@ -58,6 +62,15 @@ def test_filters(logits, settings, expected):
     np.testing.assert_array_equal(static == 0, [np.equal(expected, 0)])
     traced = probabilities(compiled_filter(logits, **settings))
     np.testing.assert_allclose(traced, [expected], atol=1e-6)
+
+
+def test_the_table_of_settings_is_complete_and_its_values_have_no_effect():
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert SETTINGS.keys() == inspect.signature(sample).parameters.keys() & fields
+    neutral = {name: np.array([value], dtype) for name, (value, dtype) in SETTINGS.items()}
+    assert sample(LOGITS, sequence_keys(np.uint32([0])), **neutral) == 1  # greedy
+    neutral["temperature"] = 1.0
+    np.testing.assert_array_equal(filter_logits(LOGITS, **neutral), filter_logits(LOGITS))
 
 
 @pytest.mark.parametrize("logits", [LOGITS, TIED])

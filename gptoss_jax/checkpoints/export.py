@@ -108,7 +108,7 @@ def write_folder(
     """
     readers.check_formats(experts=experts)
     if jax.process_count() > 1:
-        raise ValueError("a model is written by one process: load its checkpoint in one and save it there")
+        raise ValueError("save_pretrained must run in a single process, with the checkpoint loaded there")
     if experts is None:
         keys = {parameter_name(path) for path in parameter_layers(reader.config)}
         is_wide = any(reader.dtype(key) != BFLOAT16 for key in keys)
@@ -145,8 +145,8 @@ def write_folder(
 def _new_tensors(
     reader: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
 ) -> list[NewTensor]:
-    """Every tensor of the Hugging Face folder of a config, layer by layer. While they are written,
-    `non_finite` gets the names of those with NaN or infinite values."""
+    """Yields every tensor of a config's Hugging Face folder, layer by layer. While they are written,
+    `non_finite` collects the names of those with NaN or infinite values."""
     present = {parameter_name(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
     tensors = []
@@ -247,10 +247,10 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
 
 
 def check_target(target: str | os.PathLike) -> None:
-    """Raises ValueError when there is something already where a folder is to be written."""
+    """Raises ValueError if the folder to be written already exists and is not empty, or is a file."""
     target = user_path(target, "folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: exists already; name a folder that does not")
+        raise ValueError(f"{target}: already exists; choose a new folder")
 
 
 def _flush(path: pathlib.Path) -> None:

@@ -75,7 +75,7 @@ class DequantizedTensor:
       name: of the tensor of scales.
       blocks: uint8 [E, rows, in / 32, 16].
       scales: uint8 [E, rows, in / 32].
-      interleaved: whether rows alternate between gate and up, which have an axis of their own here.
+      interleaved: whether rows alternate between gate and up, which are a separate axis here.
     """
 
     name: str
@@ -114,7 +114,7 @@ class DequantizedTensor:
                 )
         for part in stored:
             release_pages(part)
-        # From two scales below that of NaN, the largest codes overflow.
+        # The largest codes overflow at the two scales below NaN's.
         return scales.size == 0 or int(scales.max()) < codec.NAN_SCALE - 2 or is_finite(out)
 
 
@@ -166,7 +166,7 @@ class QuantizedTensor:
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
         experts, rows, groups = index[:3]
-        # Interleaved rows have an axis of their own in the source: both of a pair are asked for.
+        # Interleaved rows are a separate axis in the source: both rows of a pair are requested.
         pair = self.source.shape[2:-1]
         rows = slice(rows.start // math.prod(pair), rows.stop // math.prod(pair))
         inputs = slice(groups.start * codec.BLOCK_SIZE, groups.stop * codec.BLOCK_SIZE)
@@ -182,7 +182,7 @@ class QuantizedTensor:
 
 
 def common_dtype(dtypes) -> np.dtype:
-    """Returns the dtype that all have, or float32 where they differ."""
+    """Returns the common dtype, or float32 if they differ."""
     found = set(dtypes)
     return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
@@ -193,7 +193,7 @@ def _swap_in_out(axes):
 
 
 def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
-    """Copies values to an array of the same shape, rounding to nearest even where its dtype is narrower."""
+    """Copies values to an array of the same shape, rounding (to nearest even) if its dtype is narrower."""
     if out.dtype == values.dtype:
         # As integers: numpy copies dtypes that are not its own value by value.
         bits = f"u{out.itemsize}"
@@ -207,7 +207,7 @@ def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Returns whether no value of a contiguous array of floats is infinite or NaN."""
+    """Returns True if a contiguous array of floats has no infinite or NaN value."""
     # Only NaNs have bits above those of infinity, for either sign: two maxima, and no temporary array.
     infinity = np.array(np.inf, values.dtype)
     signed, unsigned = values.view(f"i{values.itemsize}"), values.view(f"u{values.itemsize}")
@@ -218,7 +218,7 @@ def is_finite(values: np.ndarray) -> bool:
 def release_pages(view: np.ndarray) -> None:
     """Gives the pages under a view of a mapped file back to the system, which reads them again when needed.
 
-    Until then they count as memory of this process. Other arrays are left as they are.
+    Until then they count as memory of this process. Other arrays are unaffected.
     """
     base, first = view, view
     while isinstance(base, np.ndarray):
@@ -270,7 +270,7 @@ def _on_cpu(function: Callable, *static: str) -> Callable[..., np.ndarray]:
 
 
 def host_device() -> jax.Device:
-    """Returns a CPU device, or the first device where jax has no CPU backend (JAX_PLATFORMS)."""
+    """Returns a CPU device, or the first device if jax has no CPU backend (JAX_PLATFORMS)."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -95,9 +95,9 @@ def load_target(
     experts: str | None = None,
     stored_dtype: Callable[[str], np.dtype] = lambda key: np.dtype(np.float32),
 ) -> dict:
-    """The abstract parameters with their dtypes, shardings and memory layouts; see `from_pretrained`.
+    """Returns the abstract parameters with their dtypes, shardings and memory layouts; see `from_pretrained`.
 
-    `stored_dtype` gives the dtype of a parameter where none is asked for.
+    `stored_dtype` gives the dtype of a parameter if none is requested.
     """
 
     def typed(path, leaf):

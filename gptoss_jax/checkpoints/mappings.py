@@ -200,11 +200,11 @@ def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[s
         if name not in tensors:
             wrong.append(f"{name} is missing")
         elif tensors[name].shape != shape:
-            wrong.append(f"{name} is {list(tensors[name].shape)}, must be {list(shape)}")
+            wrong.append(f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}")
         elif tensors[name].dtype.name not in dtypes:
-            wrong.append(f"{name} is of type {tensors[name].dtype.name}, must be {' or '.join(dtypes)}")
+            wrong.append(f"{name} has dtype {tensors[name].dtype.name}, expected {' or '.join(dtypes)}")
     unexpected = sorted(tensors.keys() - expected.keys())
-    wrong += [f"{name} is not of this model" for name in unexpected]
+    wrong += [f"{name} is not part of this model" for name in unexpected]
     if wrong:
         found = (what for key, what in FOREIGN.items() if any(re.search(key, name) for name in unexpected))
         what = next(found, None)
@@ -215,7 +215,7 @@ def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[s
         )
 
 
-# A pattern of tensor names -> what has such tensors. The first that fits counts.
+# A pattern of tensor names -> what has such tensors. The first match counts.
 FOREIGN = {
     r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.original_module\.": "a PEFT model with an adapter that is "
     "not merged (merge_and_unload of peft merges it)",
@@ -238,9 +238,9 @@ WRAPPERS = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped
 
 
 def strip_wrappers(where: str, names: Iterable[str]) -> dict[str, str]:
-    """Maps every tensor name to the name without what wrappers and trainers put before it.
+    """Maps every tensor name to the name without the prefixes of wrappers and trainers.
 
-    Raises ValueError where two names become the same.
+    Raises ValueError if two names become the same.
     """
     stripped = {name: re.sub(WRAPPERS, "", name) for name in names}
 

@@ -40,7 +40,7 @@ from gptoss_jax.model.transformer import abstract_params
 
 ExpertFormat = Literal["bfloat16", "float32", "mxfp4"]
 HUB = "hf:"
-# The files of a model's folder besides the weights and config.json; they are copied as they are.
+# The files of a model's folder besides the weights and config.json; they are copied unchanged.
 SIDECAR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -76,7 +76,7 @@ class WeightReader(abc.ABC):
         return BFLOAT16 if self.packed and key in EXPERT_MATRICES else common_dtype(self.stored_dtypes(key))
 
     def tensor(self, key: str, layer: int) -> LazyTensor:
-        """A parameter, dense or packed as its key says, whichever way the experts are stored."""
+        """A parameter, dense or packed as its key says, however the experts are stored."""
         matrix, _, part = key.rpartition("_")
         if self.packed and key in EXPERT_MATRICES:
             blocks, scales = (self.stored(f"{key}_{part}", layer) for part in ("blocks", "scales"))
@@ -106,7 +106,7 @@ class HFReader(WeightReader):
         mappings.check_tensors(str(folder), stored_config, self._table, self._tensors)
 
     def _drop_tied_head(self) -> None:
-        """Drops the head that some programs write although it is the embedding."""
+        """Drops the head that some programs write although it is tied to the embedding."""
         head, embedding = (self._table[key].name(-1) for key in ("head.weight", "embedding.weight"))
         if not {head, embedding} <= self._tensors.keys():
             return
@@ -169,7 +169,7 @@ def open_weights(folder: str | os.PathLike) -> WeightReader:
 
 
 def local_folder(folder: str | os.PathLike) -> pathlib.Path:
-    """Returns where a folder of weights is, after fetching `hf:OWNER/NAME`. Raises ValueError without one."""
+    """Returns the path of a folder of weights; fetches `hf:OWNER/NAME`. Raises ValueError without one."""
     name = str(folder)
     if name.startswith(HUB):
         patterns = ["*.json", "*.safetensors", "*.jinja"]
@@ -184,13 +184,13 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
     path = user_path(folder, "folder")
     if not path.is_dir():
         is_repository = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
-        hint = f"; {HUB}{name} would be that of the Hugging Face hub" if is_repository else ""
+        hint = f"; did you mean {HUB}{name}?" if is_repository else ""
         raise ValueError(f"{folder}: no such folder{hint}")
     return path
 
 
 def is_run(folder: str | pathlib.Path) -> bool:
-    """Returns True for a run folder of train.py, whose config.json is that of a `TrainConfig`."""
+    """Returns True for a run folder of train.py, whose config.json holds a `TrainConfig`."""
     try:
         values = json.loads((pathlib.Path(folder) / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -212,7 +212,7 @@ def load_run(
     folder = pathlib.Path(folder)
     config = TrainConfig.load(folder / "config.json")
     if not (folder / "checkpoints").is_dir():
-        raise ValueError(f"{folder}: holds no checkpoint yet")
+        raise ValueError(f"{folder}: contains no checkpoint yet")
     if abstract is None:
         sharding = jax.sharding.SingleDeviceSharding(host_device())
         abstract = jax.tree.map(
@@ -224,12 +224,12 @@ def load_run(
     ) as checkpoints:
         steps, best = checkpoints.steps, checkpoints.best_step
         if not steps:
-            raise ValueError(f"{folder}: holds no checkpoint yet")
+            raise ValueError(f"{folder}: contains no checkpoint yet")
         if step is None:
             step = steps[-1] if best is None else best
         if step not in steps:
             known = ", ".join(map(str, steps))
-            raise ValueError(f"{folder}: has no checkpoint of step {step}; there are {known}")
+            raise ValueError(f"{folder}: has no checkpoint for step {step}; it has {known}")
         return config, checkpoints.restore_params(step, abstract), load_tokenizer(folder)
 
 
@@ -242,7 +242,7 @@ def sidecar_files(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
 
 
 def find_tokenizer(origin: pathlib.Path) -> Tokenizer | None:
-    """Loads the tokenizer of a model's folder; None where it holds none."""
+    """Loads the tokenizer from a model's folder; None if it has none."""
     path = sidecar_files(origin).get("tokenizer.json")
     if path is None and not (origin / "tokenizer_name.txt").is_file():
         return None

@@ -133,7 +133,7 @@ class Checkpoints:
         if reason is not None:
             self._set_aside([step])
             raise OSError(
-                f"{self.folder}: the checkpoint of step {step} was written but is not complete: {reason}"
+                f"{self.folder}: the checkpoint of step {step} was written but is incomplete: {reason}"
             )
 
     def _last(self) -> str:
@@ -159,7 +159,7 @@ class Checkpoints:
         """Restores the latest checkpoint that can be read, with the shardings of the abstract trees.
 
         A damaged checkpoint is passed to `report` in one line and moved to `damaged-STEP`, so that the one
-        before it is used and nothing is lost. Returns (step, params, training, record), or None where there
+        before it is used and nothing is lost. Returns (step, params, training, record), or None if there
         is no checkpoint. Raises ValueError when there are checkpoints and none can be read.
         """
         steps, damaged = self.steps, []

@@ -23,7 +23,7 @@ from gptoss_jax.config.base import listed, read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# Weights of an adapter: those of PEFT, and of MLX.
+# Adapter weights, of PEFT and of MLX.
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 # Weights in formats that are not read.
 OTHER_FORMATS = {
@@ -78,7 +78,7 @@ def map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
             for name in file.offset_keys():
                 dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
                 if dtype not in DTYPES:
-                    raise ValueError(f"{path}: {name} is of type {dtype!r}: must be {', '.join(DTYPES)}")
+                    raise ValueError(f"{path}: {name} has dtype {dtype!r}: must be {', '.join(DTYPES)}")
                 end = offset + DTYPES[dtype].itemsize * math.prod(shape)
                 tensors[name], offset = data[offset:end].view(DTYPES[dtype]).reshape(shape), end
     except safetensors.SafetensorError as error:

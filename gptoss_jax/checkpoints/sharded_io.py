@@ -39,8 +39,8 @@ def read_slices(slices: Iterable[tuple[np.ndarray, LazyTensor, Index]]) -> set[s
 def with_layout(
     key: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.ShapeDtypeStruct:
-    """Adds a sharding to an abstract parameter and, on TPU, a memory layout where programs read another one
-    than XLA's default. `key` is the last two names of the parameter's path."""
+    """Adds a sharding to an abstract parameter and, on TPU, a memory layout if programs read one other than
+    XLA's default. `key` is the last two names of the parameter's path."""
     # XLA's default for the embedding is column-major, and it transposes the whole table before each lookup.
     order = (0, 1) if key == "embedding.weight" else TPU_LAYOUTS.get(key.rpartition("_")[2])
     place = sharding
@@ -59,7 +59,7 @@ def load_sharded(leaf: jax.ShapeDtypeStruct, tensors: list[LazyTensor]) -> tuple
 
     Args:
       leaf: shape, dtype, sharding and possibly memory layout of the array.
-      tensors: one per layer, stacked along the first axis of the array; or the one that is the array.
+      tensors: one per layer, stacked along the first axis of the array; or a single one, the whole array.
 
     Returns:
       the array, and the names of the tensors in which a value is infinite or NaN.
@@ -91,7 +91,7 @@ def load_sharded(leaf: jax.ShapeDtypeStruct, tensors: list[LazyTensor]) -> tuple
 def _read_on_host(dtype: np.dtype, index: Index, tensors: list[LazyTensor]) -> tuple[np.ndarray, set[str]]:
     """Reads the same slice of every tensor into one array, [tensors, ...]."""
     shape = (len(tensors), *(part.stop - part.start for part in index))
-    # jax takes over an array on CPU as it is if it is aligned to 64 bytes, and copies it otherwise.
+    # On CPU, jax takes over an array without a copy if it is aligned to 64 bytes.
     raw = np.empty(math.prod(shape) * np.dtype(dtype).itemsize + 64, np.uint8)
     start = -raw.ctypes.data % 64
     out = raw[start : start + len(raw) - 64].view(dtype).reshape(shape)
@@ -129,9 +129,9 @@ def _stacking_programs(shape: tuple[int, ...], dtype: np.dtype, place: Format):
 
 
 def layer_on_host(array: jax.Array, layer: int | None) -> np.ndarray:
-    """Returns one layer of a stacked array, or all of an array (None): a view where it is in host memory.
+    """Returns one layer of a stacked array, or all of an array (None): a view if it is in host memory.
 
-    Otherwise it is assembled on the host from its shards; no device holds more than before but one layer of
+    Otherwise it is assembled on the host from its shards; a device only needs memory for one more layer of
     its own shard.
     """
     if len(array.sharding.device_set) == 1 and next(iter(array.devices())).platform == "cpu":

@@ -32,7 +32,7 @@ class Generate:
         model, tokenizer = load_model(self.folder)
         prompt = user_text(self.prompt)
         prompt_tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-        # A prompt that leaves no room at all is an error of its own.
+        # A prompt that leaves no room at all is a separate error.
         left = max(model.config.max_position_embeddings - len(prompt_tokens), 1)
         default = dataclasses.replace(
             PLAIN,

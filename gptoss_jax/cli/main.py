@@ -54,7 +54,7 @@ RUN_MODELS = ("generate", "chat", "eval")
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a command line, by default that of the process, and returns its exit code; see `startup.run`.
 
-    Raises SystemExit where tyro does: after `--help` and for arguments that it cannot parse.
+    Raises SystemExit when tyro does: after `--help` and for arguments that it cannot parse.
     """
     if args is None and sys.argv[1:2] in ([name] for name in RUN_MODELS) and "--help" not in sys.argv:
         startup.keep_memory()

@@ -1,4 +1,4 @@
-"""Text on a terminal: dimmed where it should be, and safe whatever a model wrote."""
+"""Text on a terminal: dimmed on request, and safe for anything that a model wrote."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

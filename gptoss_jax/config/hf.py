@@ -5,8 +5,7 @@ Three dialects are read: that of transformers 4.55 (`rope_theta` and `rope_scali
 
 A file that transformers loads is read with the same meaning. Where that meaning is not obvious
 (an unknown, leftover or missing field), a warning names the field and the value used. An error is raised
-where transformers 4.55 and 5 disagree, where the model cannot do what the file asks, and where a size is
-missing.
+if transformers 4.55 and 5 disagree, if the model cannot do what the file asks, or if a size is missing.
 """
 
 import math
@@ -38,7 +37,7 @@ OPTIONAL = (
     "tie_word_embeddings",
 )  # fmt: skip
 FIELDS = (*REQUIRED, *DEFAULTS, *OPTIONAL)
-# Fields with code of their own below.
+# Fields handled separately below.
 SPECIAL = (
     "model_type", "hidden_act", "quantization_config", "router_aux_loss_coef", "output_router_logits",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "initial_context_length",
@@ -197,7 +196,7 @@ def _check_kind(values: Values, notes: list[str]) -> None:
 
 
 def _fill_in(fields: Values, values: Values, notes: list[str]) -> None:
-    """Completes `fields` where the file leaves a field out, has null, or has an older name for it."""
+    """Completes `fields` for which the file has no value, null, or an older name."""
     experts = _pick(values, "num_experts_per_tok", "experts_per_token")
     if experts:
         used = fields["num_experts_per_tok"] = _agreed(experts, notes)
@@ -234,13 +233,13 @@ def _read_rope(values: Values, notes: list[str]) -> Values:
     if not any(given.values()):
         # transformers 4.55 writes null for this; to transformers 5 it is the same as a missing field.
         notes.append(f"{next(iter(given))} is null or empty: plain rotary embedding is used, without YaRN")
-    # Both versions of transformers take rope_scaling where both are there.
+    # Both versions of transformers take rope_scaling if the file has both.
     name = next((name for name, rope in given.items() if rope), next(iter(given)))
     rope, other = given[name] or {}, given.get("rope_parameters") or {}
     for key in sorted(rope.keys() & other.keys()):
         _agreed({f"{name}.{key}": rope[key], f"rope_parameters.{key}": other[key]}, notes)
     scaling = _read_scaling(name, rope, values, notes)
-    # transformers 4 takes a null for plain rotary embedding, whatever rope_parameters says.
+    # transformers 4 takes a null for plain rotary embedding, regardless of rope_parameters.
     contradicted = name == "rope_parameters" and "rope_scaling" in given and scaling is not None
     require(not contradicted, "rope_scaling", given.get("rope_scaling"), "must agree with rope_parameters")
     thetas = {"rope_theta": values.get("rope_theta"), f"{name}.rope_theta": rope.get("rope_theta")}
@@ -290,7 +289,7 @@ def _read_yarn(name: str, rope: Values, values: Values, notes: list[str]) -> Val
     lengths |= _pick(values, key)
     if not lengths:
         # transformers does this as well. It ignores initial_context_length, which therefore must not differ.
-        lengths = {f"max_position_embeddings (for want of {name}.{key})": longest, **initial}
+        lengths = {f"max_position_embeddings (used because {name}.{key} is missing)": longest, **initial}
     length = _agreed(lengths)
     _agreed({next(iter(lengths)): length, **initial}, notes)
     factor = rope["factor"]

@@ -3,7 +3,7 @@
 from gptoss_jax.config.base import require
 from gptoss_jax.config.hf import FIELDS, MXFP4_BLOCK_SIZE, Values
 
-# transformers wants a float in these, where `ModelConfig` also takes an integer.
+# transformers requires floats here; `ModelConfig` also takes integers.
 FLOATS = (
     "rms_norm_eps", "attention_dropout", "initializer_range", "router_aux_loss_coef", "swiglu_alpha",
     "swiglu_limit",
@@ -36,7 +36,7 @@ def write(fields: Values, experts: str) -> Values:
         "experts_per_token": fields["num_experts_per_tok"],
         "initial_context_length": (fields if scaling is None else scaling)[length],
         "output_router_logits": False,
-        # transformers 5 reads rope_scaling in place of rope_parameters where both are there; 4 knows only the
+        # transformers 5 reads rope_scaling in place of rope_parameters if both are there; 4 knows only the
         # former, and takes its absence, unlike null, for the released models' YaRN.
         "rope_parameters": {**rope, "rope_theta": theta},
         "rope_scaling": None if scaling is None else rope,

@@ -1,4 +1,4 @@
-"""The model's architecture. Fields have the names of the published config.json, where it has them."""
+"""The model's architecture. Fields that the published config.json has keep their names."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ class RopeScaling(ConfigBase):
 
     _section: typing.ClassVar[str] = "model.rope_scaling"
 
-    factor: float = 32.0  # Context length over the original one
+    factor: float = 32.0  # Context length divided by the original
     beta_fast: float = 32.0  # Rotations within the original length above which a frequency is kept
     beta_slow: float = 1.0  # Rotations below which a frequency is divided by `factor`
     truncate: bool = False  # Round the ends of the ramp between the two to integers
@@ -99,9 +99,11 @@ class ModelConfig(ConfigBase):
     router_bias: bool = True  # Biases on the router
     # A learned logit per query head that takes part in the softmax and has no value.
     learned_sinks: bool = True
-    sink_tokens: NonNegative[int] = 0  # The first keys of a document that stay visible in sliding layers
+    # First tokens of a document that stay visible in sliding layers; unrelated to the learned sinks.
+    sink_tokens: NonNegative[int] = 0
     swiglu_alpha: Positive[float] = 1.702  # Slope of the sigmoid inside SwiGLU
-    swiglu_limit: PositiveOrNone = 7.0  # Clamp of SwiGLU's two halves; None turns it off
+    # Clamps SwiGLU's gate from above, and its linear half on both sides; None turns it off.
+    swiglu_limit: PositiveOrNone = 7.0
     swiglu_up_offset: float = 1.0  # Added to the linear half of SwiGLU
     tie_word_embeddings: bool = False  # The head uses the embedding's weights
     attention_dropout: BelowOne = 0.0  # Dropout on the attention weights while training
@@ -112,8 +114,8 @@ class ModelConfig(ConfigBase):
     router_aux_loss_coef: NonNegative[float] = 0.0  # Weight of the load-balance loss; 0 turns it off
     # Weight of the router z-loss, mean(logsumexp(router logits)^2); 0 turns it off.
     router_z_loss_coef: NonNegative[float] = 0.0
-    # Most rows of an expert while training, as a multiple of its even share; the rest is dropped and counted.
-    # None drops nothing, however uneven the routing is.
+    # Maximum rows of an expert while training, as a multiple of its even share; excess rows are dropped and
+    # counted. None drops nothing, however uneven the routing is.
     expert_capacity_factor: PositiveOrNone = None
     # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -138,13 +140,13 @@ class ModelConfig(ConfigBase):
         heads, experts, layers = self.num_key_value_heads, self.num_local_experts, self.num_hidden_layers
         allowed = f"must be a multiple of model.num_key_value_heads ({heads})"
         self._require(self.num_attention_heads % heads == 0, "num_attention_heads", allowed)
-        allowed = "must be even, because rotary embedding turns pairs"
+        allowed = "must be even, because RoPE rotates pairs"
         self._require(self.head_dim % 2 == 0, "head_dim", allowed)
         allowed = f"must be at most model.num_local_experts ({experts})"
         self._require(self.num_experts_per_tok <= experts, "num_experts_per_tok", allowed)
         size = hf.MXFP4_BLOCK_SIZE
         allowed = (
-            f"must be a multiple of {size} where model.expert_format is 'mxfp4', which packs {size} weights "
+            f"must be a multiple of {size} if model.expert_format is 'mxfp4', which packs {size} weights "
             "along it under one scale"
         )
         for name in ("hidden_size", "intermediate_size") if self.expert_format == "mxfp4" else ():
@@ -191,7 +193,7 @@ class ModelConfig(ConfigBase):
         Args:
           source: the file, its content, or a folder with `config.json` or `original/config.json`.
 
-        Warns where a field is unknown, left over or missing, with the value used. Raises ValueError with the
+        Warns if a field is unknown, left over or missing, with the value used. Raises ValueError with the
         file, the field, its value and what is allowed: for another kind of model, a size that is missing, a
         value that is bad or not supported, and fields that contradict each other.
         """

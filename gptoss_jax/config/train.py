@@ -64,8 +64,8 @@ class OptimConfig(ConfigBase):
     weight_decay: NonNegative[float] = 0.1
     # Gradients with a larger norm are scaled down to this one; 0 turns clipping off.
     max_grad_norm: NonNegative[float] = 1.0
-    # Microbatches per step, to save memory. The gradient of the loss is that of the whole batch; the router's
-    # two losses are computed per microbatch and averaged.
+    # Microbatches per step, to save memory. The gradient of the loss is the whole batch's; both router
+    # losses are computed per microbatch and averaged.
     grad_accum_steps: Positive[int] = 1
 
     def _check(self) -> None:
@@ -75,7 +75,7 @@ class OptimConfig(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(ConfigBase):
-    """Devices on each axis of the mesh; -1, for at most one axis, means all that are left."""
+    """Devices on each axis of the mesh, in mesh order; -1, for at most one axis, means all that remain."""
 
     _section: typing.ClassVar[str] = "mesh"
 
@@ -92,7 +92,7 @@ class MeshConfig(ConfigBase):
             self._require(size == -1 or size > 0, name, allowed)
         wild = [name for name, size in sizes.items() if size == -1]
         if len(wild) > 1:
-            raise ValueError(f"mesh.{wild[1]} is -1: only one axis may be, and mesh.{wild[0]} is already")
+            raise ValueError(f"mesh.{wild[1]} is -1: only one axis can be -1, and mesh.{wild[0]} already is")
 
 
 @dataclasses.dataclass(frozen=True)

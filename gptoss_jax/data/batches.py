@@ -1,7 +1,7 @@
 """From the token cache to global batches: packed rows, shuffled epochs, arrays on the mesh.
 
 A row has T = `data.seq_len` positions, each with an input token and the token that follows it. A document of
-n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents where they fit, and
+n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents if they fit, and
 with examples of conversations only whole.
 """
 
@@ -30,7 +30,7 @@ Batch = dict[str, np.ndarray]
 def abstract_batch(
     batch_size: int, seq_len: int, sharding: jax.sharding.Sharding | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes [batch_size, seq_len] and types of a global batch."""
+    """Returns the shapes [batch_size, seq_len] and dtypes of a global batch."""
     shape = (batch_size, seq_len)
     return {name: jax.ShapeDtypeStruct(shape, t, sharding=sharding) for name, t in BATCH_FIELDS.items()}
 
@@ -143,7 +143,7 @@ def train_batches(
 def held_out_batches(
     cache: TokenCache, config: DataConfig, limit: int | None = None, rows: np.ndarray | None = None
 ) -> list[Batch]:
-    """The same batches of held-out rows on every call, in the shape that `train_batches` yields.
+    """Returns the same batches of held-out rows on every call, in the shape that `train_batches` yields.
 
     All rows, with rows of padding at the end of the last batch; if they fill more than `limit` batches, only
     that many, with rows spread evenly over the held-out text.
@@ -162,16 +162,16 @@ def held_out_batches(
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
-    """Indices of the rows of a global batch on this process's devices, in ascending order.
+    """Returns the indices of a global batch's rows on this process's devices, in ascending order.
 
-    Processes whose devices share rows, as along the tensor axis, each get all of those.
+    Processes whose devices share rows, as along the tensor axis, each get all shared rows.
     """
     slices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows, _ in slices]))
 
 
 def make_global_batch(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, T] from the rows that each process has read, those of `local_rows`."""
+    """Builds global arrays [batch_size, T] from the rows that each process has read (its `local_rows`)."""
     rows = local_rows(sharding, batch_size)
 
     def globalize(values: np.ndarray) -> jax.Array:

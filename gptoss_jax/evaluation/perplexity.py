@@ -1,9 +1,9 @@
 """Loss, perplexity and bits per byte of long text, in sliding windows over each document.
 
-A document is tokenized as in training: bos, its tokens, eos. Every token but bos is predicted exactly once,
-eos included, from tokens of its own document only. The loss is the mean over these tokens; bits per byte is
-their sum divided by the UTF-8 bytes of the text. Windows of `data.seq_len` without overlap give the loss that
-training reports for the same text.
+A document is tokenized as in training: bos, its tokens, eos. Every token except bos is predicted exactly
+once, eos included, from tokens of its own document only. The loss is the mean over these tokens; bits per
+byte is their sum divided by the UTF-8 bytes of the text. Windows of `data.seq_len` without overlap give the
+loss that training reports for the same text.
 """
 
 import collections
@@ -182,7 +182,7 @@ def _groups(
 
 
 def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[Batch]:
-    """Yields batches of windows; `loss_weights` is 1 where a target is scored.
+    """Yields batches of windows; `loss_weights` is 1 for targets that are scored.
 
     Short windows share a row as separate segments.
     """

@@ -1,7 +1,9 @@
 """The engine: chunked prefill into a KV cache, then a jitted decode loop.
 
-A prefill reads all tokens of the prompts but the last. From there on every step is the same: read the latest
-token, sample the next one. Between calls only the cache stays on the devices.
+A prefill reads all tokens of the prompts except the last. From then on every step is the same: read the
+latest token, sample the next one. Between calls only the cache stays on the devices.
+
+Letters: B sequences, T prompt tokens of a chunk, V vocabulary, C tokens of a decode call.
 """
 
 import dataclasses
@@ -19,13 +21,13 @@ from gptoss_jax.checkpoints.readers import find_tokenizer
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
-from gptoss_jax.inference.sampling import sample, sequence_keys, step_keys
+from gptoss_jax.inference.sampling import SETTINGS, sample, sequence_keys, step_keys
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
-from gptoss_jax.model.kv_cache import KVCache, init_cache, resize
+from gptoss_jax.model.kv_cache import KVCache, grow, init_cache
 from gptoss_jax.model.transformer import Transformer, bind, compute_dtype, get_params
 from gptoss_jax.parallel import distributed
-from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
-from gptoss_jax.parallel.rules import constrain
+from gptoss_jax.parallel.mesh import batch_shards, current_axes
+from gptoss_jax.parallel.rules import CACHE_LBKSH, ROWS, constrain
 
 # Tokens of each sequence that one prefill call reads.
 PREFILL_CHUNKS = (512, 128, 32)
@@ -35,12 +37,10 @@ MAX_PREFILL_TOKENS = 4096
 MAX_STEPS = 64
 # The same when several processes stream: their clocks differ, so time cannot decide.
 MULTI_HOST_STEPS = 8
-# Slots of the smallest cache; each other size doubles the one before.
+# Slots of the smallest cache; each larger size doubles.
 MIN_CACHE_LEN = 256
-# Seconds between the parts of a stream, and between searches for stop strings.
+# Target seconds between parts of a stream, and between searches for stop strings.
 STREAM_INTERVAL = 0.1
-
-CACHE_SPEC = P(None, BATCH, "tensor", None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -54,42 +54,42 @@ class DecodeState:
     max_new_tokens_B: jax.Array  # int32
     is_stop_BV: jax.Array  # bool
     seed_B: jax.Array  # uint32
-    filters: dict[str, jax.Array]  # [B] each, arguments of `sampling.sample`
+    sampling_settings: dict[str, jax.Array]  # [B] each, arguments of `sampling.sample`
 
 
 class Engine:
     """Decodes batches of prompts with one model."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer` finds stop strings; default: that of the folder that the model was loaded from."""
+        """`tokenizer` finds stop strings; default: the one in the folder that the model was loaded from."""
         self._config, self._params, self._origin = model.config, get_params(model), model.origin
         self._tokenizer = tokenizer
 
     def run(
         self,
         prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams],
+        sampling: SamplingParams | Sequence[SamplingParams],
         *,
         streaming: bool,
     ) -> Iterator[list[Completion]]:
-        """Yields the parts of the answers as they are decoded; see `generate.stream`.
+        """Yields the answers in parts as they are decoded; see `generate.stream`.
 
-        Without `streaming`, and without stop strings to look for, each part is all that one call decodes.
+        Without `streaming` and stop strings, each part has all tokens of one decode call.
         """
         prompts = list(prompts)
         require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        sampling = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         allowed = f"must be one for all prompts, or {len(prompts)}, one for each"
-        require(len(params) == len(prompts), "number of sampling params", len(params), allowed)
-        checked = [self._check(i, *pair) for i, pair in enumerate(zip(prompts, params, strict=True))]
-        stop_strings = next((one.stop_strings for one in params if one.stop_strings), ())
+        require(len(sampling) == len(prompts), "number of sampling params", len(sampling), allowed)
+        checked = [self._check(i, *pair) for i, pair in enumerate(zip(prompts, sampling, strict=True))]
+        stop_strings = next((one.stop_strings for one in sampling if one.stop_strings), ())
         if stop_strings and self._tokenizer is None and self._origin is not None:
             self._tokenizer = find_tokenizer(pathlib.Path(self._origin))
-        found = not stop_strings or self._tokenizer is not None
-        require(found, "stop_strings", stop_strings, "must come with a tokenizer to find them, tokenizer=…")
-        return self._run(checked, params, streaming or bool(stop_strings))
+        if stop_strings and self._tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer to find them: pass tokenizer=…")
+        return self._run(checked, sampling, streaming or bool(stop_strings))
 
-    def _check(self, i: int, prompt: Sequence[int], params: SamplingParams) -> np.ndarray:
+    def _check(self, i: int, prompt: Sequence[int], sampling: SamplingParams) -> np.ndarray:
         """Returns a prompt as int32 [T]; raises ValueError if the model cannot continue it."""
         name, vocab_size = f"prompts[{i}]", self._config.vocab_size
         try:
@@ -102,25 +102,25 @@ class Engine:
         first = int(np.argmin(is_known))
         allowed = f"must be an integer from 0 to {vocab_size - 1}"
         require(np.all(is_known), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
-        stops = params.stop_tokens
+        stops = sampling.stop_tokens
         require(all(0 <= t < vocab_size for t in stops), "stop_tokens", stops, f"each {allowed}")
         limit = self._config.max_position_embeddings
         left, has = limit - len(tokens), f"{name} has {len(tokens)} tokens"
         has = f"{has} and model.max_position_embeddings is {limit}"
         require(left > 0, "prompts", f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
-        wanted = params.max_new_tokens
+        wanted = sampling.max_new_tokens
         require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
         return tokens.astype(np.int32)
 
     def _run(
-        self, prompts: list[np.ndarray], params: list[SamplingParams], streaming: bool
+        self, prompts: list[np.ndarray], sampling: list[SamplingParams], streaming: bool
     ) -> Iterator[list[Completion]]:
         config = self._config
         distributed.agree_on_kernels(config.kernels)
         shards = batch_shards(current_axes())
-        # Rows without a sequence fill the batch up to what the mesh splits evenly.
+        # Rows without a sequence pad the batch, so that the mesh splits it evenly.
         batch = next_power_of_two(-(-len(prompts) // shards)) * shards
-        state = _initial_state(config, prompts, params, batch)
+        state = _initial_state(config, prompts, sampling, batch)
         prefill_len_B = np.zeros(batch, np.int32)
         prefill_len_B[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
         max_new_tokens, max_prefill = int(state.max_new_tokens_B.max()), int(prefill_len_B.max())
@@ -131,13 +131,13 @@ class Engine:
             for row, prompt in zip(tokens_BT, prompts, strict=False):
                 chunk = prompt[start : min(start + size, len(prompt) - 1)]
                 row[: len(chunk)] = chunk
-            # One chunk in flight (see `parallel/in_flight.py`): a long prompt has hundreds. The next call
-            # donates the cache, so nothing older could be waited for.
+            # At most one chunk in flight (see `parallel/in_flight.py`): a long prompt has hundreds. The next
+            # call donates the cache, so this is the only result to wait for.
             jax.block_until_ready(cache)
             cache = _prefill(config, self._params, cache, tokens_BT, np.clip(prefill_len_B - start, 0, size))
 
-        answers = [_Answer(one, self._tokenizer) for one in params]
-        logprobs = any(one.logprobs for one in params)
+        answers = [_Answer(one, self._tokenizer) for one in sampling]
+        logprobs = any(one.logprobs for one in sampling)
         num_generated, num_steps = 0, 1 if streaming else MAX_STEPS
         while not state.done_B.all():
             num_steps = min(num_steps, max_new_tokens - num_generated)
@@ -163,49 +163,51 @@ class Engine:
 
 
 class _Answer:
-    """The answer to one prompt, on the host: finds stop strings and knows why it ended."""
+    """The answer to one prompt, on the host: finds stop strings and the reason why it ended."""
 
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, sampling: SamplingParams, tokenizer: Tokenizer | None) -> None:
         self.finish_reason = None
-        self._params = params
+        self._sampling = sampling
         self._num_generated = 0
         self._detokenizer = None
-        if params.stop_strings:
-            self._detokenizer = StreamingDetokenizer(tokenizer, params.stop_strings)
+        if sampling.stop_strings:
+            self._detokenizer = StreamingDetokenizer(tokenizer, sampling.stop_strings)
 
     def add(self, tokens_C: np.ndarray, logprobs_C: np.ndarray) -> Completion:
-        """Takes what one call has decoded for this prompt: -1 marks the end and all after it."""
-        tokens = [] if self.finish_reason else [int(token) for token in tokens_C if token >= 0]
-        if self.finish_reason is None and len(tokens) < len(tokens_C):
+        """Adds the tokens that one call decoded for this prompt, -1 from its end on; returns the new part."""
+        if self.finish_reason is not None:
+            return Completion([], [] if self._sampling.logprobs else None, self.finish_reason)
+        tokens = [int(token) for token in tokens_C if token >= 0]
+        if len(tokens) < len(tokens_C):
             self.finish_reason = "stop"
         self._num_generated += len(tokens)
-        if self._num_generated == self._params.max_new_tokens:
+        if self._num_generated == self._sampling.max_new_tokens:
             self.finish_reason = "length"
         for i, token in enumerate(tokens if self._detokenizer else ()):
             self._detokenizer.feed([token])
             if self._detokenizer.stopped:
                 tokens, self.finish_reason = tokens[: i + 1], "stop"
                 break
-        logprobs = logprobs_C[: len(tokens)].tolist() if self._params.logprobs else None
+        logprobs = logprobs_C[: len(tokens)].tolist() if self._sampling.logprobs else None
         return Completion(tokens, logprobs, self.finish_reason)
 
 
 def max_compilations(config: ModelConfig, decoders: int = 1) -> int:
-    """Upper bound on the programs compiled for one number of prompts (rounded up to a power of two).
+    """Returns the maximum number of programs compiled for a number of prompts (rounded to a power of two).
 
-    `decoders` is the number of combinations of sampling settings that are used.
+    `decoders` is the number of combinations of sampling settings used.
     """
     lengths = {_cache_len(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)}
     return len(lengths) * (2 + len(PREFILL_CHUNKS) + decoders)
 
 
 def next_power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`."""
+    """Returns the smallest power of two that is at least `count`."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def _cache_len(config: ModelConfig, tokens: int) -> int:
-    """Slots of the smallest cache that holds `tokens` tokens."""
+    """Returns the slots of the smallest cache that holds `tokens` tokens."""
     length = MIN_CACHE_LEN * next_power_of_two(-(-tokens // MIN_CACHE_LEN))
     return min(length, config.max_position_embeddings)
 
@@ -213,8 +215,8 @@ def _cache_len(config: ModelConfig, tokens: int) -> int:
 def _prefill_chunks(tokens: int, batch: int) -> Iterator[tuple[int, int]]:
     """Splits `tokens` tokens into chunks (start, size).
 
-    The last chunk may reach past the end by at most its number of tokens: every call reads all weights, so
-    fewer calls are worth some padding.
+    At most half of the last chunk is padding, unless it has the smallest size: every call reads all weights,
+    so fewer calls are worth some padding.
     """
     sizes = [size for size in PREFILL_CHUNKS if size * batch <= MAX_PREFILL_TOKENS] or PREFILL_CHUNKS[-1:]
     start = 0
@@ -227,7 +229,7 @@ def _prefill_chunks(tokens: int, batch: int) -> Iterator[tuple[int, int]]:
 
 
 def _next_num_steps(num_steps: int, seconds: float) -> int:
-    """Steps of a stream's next decode call, given those of the last one and its time."""
+    """Returns the steps of a stream's next decode call, given the last call's steps and time."""
     if jax.process_count() > 1:
         return min(2 * num_steps, MULTI_HOST_STEPS)
     if seconds < STREAM_INTERVAL:
@@ -236,29 +238,25 @@ def _next_num_steps(num_steps: int, seconds: float) -> int:
 
 
 def _initial_state(
-    config: ModelConfig, prompts: list[np.ndarray], params: list[SamplingParams], batch: int
+    config: ModelConfig, prompts: list[np.ndarray], sampling: list[SamplingParams], batch: int
 ) -> DecodeState:
-    """The state after the prefill. Rows from `len(prompts)` to `batch` are done."""
+    """Returns the state after the prefill. Rows from `len(prompts)` to `batch` are done."""
     unused = batch - len(prompts)
 
     def column(name, neutral, dtype):
-        values = [getattr(one, name) for one in params]
+        values = [getattr(one, name) for one in sampling]
         return np.array([neutral if value is None else value for value in values] + [neutral] * unused, dtype)
 
     is_stop_BV = np.zeros((batch, config.vocab_size), bool)
-    for row, one in zip(is_stop_BV, params, strict=False):
+    for row, one in zip(is_stop_BV, sampling, strict=False):
         row[list(one.stop_tokens)] = True
-    # A filter that no prompt asks for is left out: it would cost time.
-    filters = {}
-    if any(one.temperature for one in params):
-        filters["temperature"] = column("temperature", 0.0, np.float32)
-        for name, neutral, dtype in (
-            ("top_k", config.vocab_size, np.int32),
-            ("top_p", 1.0, np.float32),
-            ("min_p", 0.0, np.float32),
-        ):
-            if any(getattr(one, name) is not None for one in params):
-                filters[name] = column(name, neutral, dtype)
+    # Greedy decoding has no settings, and a filter that no prompt asks for is left out: it would cost time.
+    is_greedy = not any(one.temperature for one in sampling)
+    sampling_settings = {
+        name: column(name, neutral, dtype)
+        for name, (neutral, dtype) in SETTINGS.items()
+        if not is_greedy and any(getattr(one, name) is not None for one in sampling)
+    }
     return DecodeState(
         token_B=np.array([prompt[-1] for prompt in prompts] + [0] * unused, np.int32),
         done_B=np.array([False] * len(prompts) + [True] * unused),
@@ -266,14 +264,14 @@ def _initial_state(
         max_new_tokens_B=column("max_new_tokens", 0, np.int32),
         is_stop_BV=is_stop_BV,
         seed_B=column("seed", 0, np.uint32),
-        filters=filters,
+        sampling_settings=sampling_settings,
     )
 
 
 def _constrain_cache(cache: KVCache) -> KVCache:
-    """Gives the cache the same shardings after every program; others would recompile the next one."""
-    layers = jax.tree.map(lambda leaf: constrain(leaf, CACHE_SPEC), cache.layers)
-    return KVCache(layers, constrain(cache.lengths, P(BATCH)))
+    """Gives the cache the same sharding after every program; a different one would recompile the next."""
+    layers = jax.tree.map(lambda leaf: constrain(leaf, CACHE_LBKSH), cache.layers)
+    return KVCache(layers, constrain(cache.lengths, ROWS))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "cache_len"))
@@ -283,7 +281,7 @@ def _init_cache(config: ModelConfig, batch: int, cache_len: int) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_len"))
 def _grow(config: ModelConfig, cache: KVCache, cache_len: int) -> KVCache:
-    return _constrain_cache(resize(config, cache, cache_len))
+    return _constrain_cache(grow(config, cache, cache_len))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -323,7 +321,7 @@ def _decode(
             token_B[:, None], (~done_B).astype(jnp.int32)[:, None], cache=cache
         )
         logits_BV = model.logits(hidden_BTD)[:, 0]
-        token_B = sample(logits_BV, step_keys(keys_B, state.num_generated + step), **state.filters)
+        token_B = sample(logits_BV, step_keys(keys_B, state.num_generated + step), **state.sampling_settings)
         done_B |= jnp.take_along_axis(state.is_stop_BV, token_B[:, None], axis=1)[:, 0]
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(done_B, -1, token_B))
         if logprobs:
@@ -337,5 +335,5 @@ def _decode(
     logprobs_BC = jnp.zeros((B, MAX_STEPS if logprobs else 0), jnp.float32)
     carry = jnp.int32(0), cache, state.token_B, state.done_B, tokens_BC, logprobs_BC
     _, cache, _, _, tokens_BC, logprobs_BC = jax.lax.while_loop(is_running, one_step, carry)
-    # Every process of a mesh reads all of the answers.
+    # Every process of a mesh reads all answers.
     return _constrain_cache(cache), constrain(tokens_BC, P()), constrain(logprobs_BC, P())

@@ -1,4 +1,4 @@
-"""Prompts to answers, all at once or as a stream."""
+"""Generation: prompts to answers, all at once or as a stream."""
 
 from collections.abc import Iterator, Sequence
 
@@ -17,24 +17,25 @@ def generate(
 ) -> list[Completion]:
     """Continues each prompt.
 
-    In float32 an answer depends only on its prompt and parameters, not on the rest of the batch, except where
-    logits tie; in bfloat16 rounding differs with the shapes and may select other experts and tokens.
+    In float32 an answer depends only on its prompt and settings, not on the rest of the batch, unless logits
+    tie; in bfloat16 rounding depends on the shapes and may select other experts and tokens.
 
     Args:
       model: under `jax.set_mesh` its parameters must have the shardings that `parallel.rules` gives them.
       prompts: token ids, of any lengths. A text should start with the tokenizer's bos, as in training.
       params: one for all prompts, or one for each.
-      tokenizer: finds the stop strings. Default: that of the folder that the model was loaded from.
+      tokenizer: finds the stop strings. Default: the one in the folder that the model was loaded from.
 
     Raises:
-      ValueError: no prompts, an empty prompt, an id outside the vocabulary, parameters whose number is not
-        that of the prompts, a prompt and `max_new_tokens` that exceed `max_position_embeddings`, or stop
-        strings without a tokenizer.
+      ValueError: no prompts, an empty prompt, an id outside the vocabulary, a sequence of `params` of
+        another length, a prompt and `max_new_tokens` that exceed `max_position_embeddings`, or stop strings
+        without a tokenizer.
 
     Compiles for each number of prompts (rounded up to a power of two) and each length of the cache (256 times
     a power of two, or the context): at most an empty cache, a growth and three prefills, and a decoder for
     each combination of settings used among temperature, top_k, top_p, min_p and logprobs; see
-    `engine.max_compilations`. The values of settings, stop tokens, seeds and prompts do not recompile.
+    `engine.max_compilations`. Changing the values of settings, stop tokens, seeds or prompts does not
+    recompile.
     """
     chunks = list(Engine(model, tokenizer).run(prompts, params, streaming=False))
     return [_join(parts) for parts in zip(*chunks, strict=True)]

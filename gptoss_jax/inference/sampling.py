@@ -10,17 +10,27 @@ values of traced settings do not recompile; which filters are None does.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Setting = float | int | jax.Array
 
+# Settings of `sample` that are fields of `SamplingParams`: the value for sequences that do not set one, which
+# has no effect, and the dtype of the [B] array.
+SETTINGS = {
+    "temperature": (0.0, np.float32),
+    "top_k": (np.iinfo(np.int32).max, np.int32),
+    "top_p": (1.0, np.float32),
+    "min_p": (0.0, np.float32),
+}
+
 
 def sequence_keys(seed_B: jax.Array) -> jax.Array:
-    """Random keys [B], each made from the sequence's own seed (uint32)."""
+    """Returns random keys [B], each from its sequence's seed (uint32)."""
     return jax.vmap(jax.random.key)(seed_B)
 
 
 def step_keys(key_B: jax.Array, step: jax.Array | int) -> jax.Array:
-    """Keys [B] with which the sequences draw token number `step` (from 0)."""
+    """Returns the keys [B] with which the sequences draw token number `step` (from 0)."""
     return jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
 
 
@@ -43,7 +53,7 @@ def sample(
     greedy_B = jax.lax.argmax(logits_BV, 1, jnp.int32)
     if isinstance(temperature, (int, float)) and temperature == 0:
         return greedy_B
-    filtered_BV = filter_logits(logits_BV, temperature, top_k, top_p, min_p)
+    filtered_BV = filter_logits(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     sampled_B = jax.vmap(jax.random.categorical)(key_B, filtered_BV).astype(jnp.int32)
     return jnp.where(jnp.asarray(temperature) == 0, greedy_B, sampled_B)
 
@@ -55,7 +65,7 @@ def filter_logits(
     top_p: Setting | None = None,
     min_p: Setting | None = None,
 ) -> jax.Array:
-    """Logits divided by the temperature (above 0), shifted to a maximum of 0; -inf for removed tokens.
+    """Returns logits divided by the temperature (above 0), with a maximum of 0; -inf for removed tokens.
 
     Args:
       logits_BV: float32.
@@ -94,5 +104,5 @@ def filter_logits(
 
 
 def _column(setting: Setting, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """The setting as [1] or [B, 1], which broadcasts against [B, V]."""
+    """Returns the setting as [1] or [B, 1], which broadcasts against [B, V]."""
     return jnp.asarray(setting, dtype)[..., None]

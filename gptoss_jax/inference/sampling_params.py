@@ -1,4 +1,4 @@
-"""How a prompt is to be continued, and its continuation."""
+"""Sampling settings, and the completion they produce."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams(ConfigBase):
-    """Settings of one prompt. The default is greedy decoding of at most 32 tokens.
+    """Settings for one prompt. The default is greedy decoding of at most 32 tokens.
 
     NumPy and JAX scalars and any iterables are accepted. Raises ValueError for a value out of range.
     """
@@ -29,7 +29,7 @@ class SamplingParams(ConfigBase):
     min_p: float | None = None
     # Token t is drawn with fold_in(key(seed), t): identical prompts need different seeds to differ.
     seed: int = 0
-    # Each ends the answer and is not part of it. Those of a folder: `load_tokenizer(folder).stop_ids`.
+    # Each ends the answer and is not part of it. For a model's folder: `load_tokenizer(folder).stop_ids`.
     stop_tokens: tuple[int, ...] = ()
     # The answer ends with the token that completes one of these; `StreamingDetokenizer` cuts the text.
     stop_strings: tuple[str, ...] = ()
@@ -56,13 +56,13 @@ class SamplingParams(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An answer, or in a stream the part of it that is new."""
+    """An answer or, in a stream, its new part."""
 
     # Without the prompt and the stop token.
     tokens: list[int]
     # One for each token, in nats; None unless `SamplingParams.logprobs` asks for them.
     logprobs: list[float] | None
-    # "stop": a stop token or string; "length": max_new_tokens; None: a stream that is not at its end.
+    # "stop": a stop token or string; "length": max_new_tokens; None: stream still running.
     finish_reason: Literal["stop", "length"] | None
 
 

@@ -1,4 +1,4 @@
-"""The backend that a program is compiled for: the one place where code asks, to choose its kernels."""
+"""The backend that a program is compiled for: the only place that queries it, for kernel selection."""
 
 import contextlib
 import functools
@@ -15,30 +15,30 @@ without_x64 = jax.enable_x64(False)
 
 
 def matmul_precision(dtype: jnp.dtype) -> str:
-    """Returns "highest" for float32, which TPUs and GPUs otherwise round to bfloat16 or TF32 before they
-    multiply, and "default" for narrower types, which TPU kernels refuse to multiply in any other way."""
+    """Returns "highest" for float32, which TPUs and GPUs would otherwise round to bfloat16 or TF32 before
+    multiplying, and "default" for narrower dtypes, the only precision that TPU kernels accept for them."""
     return "highest" if dtype == jnp.float32 else "default"
 
 
 def platform() -> str:
-    """The platform of the mesh in use (`jax.set_mesh`), else of the default device: "cpu", "gpu" or "tpu".
+    """Returns the platform of the current mesh (`jax.set_mesh`) or the default device: "cpu", "gpu" or "tpu".
 
-    A mesh may be of devices that are not here, as when a step is compiled for a TPU on a machine without one.
+    The devices of a mesh may be elsewhere, as when a step is compiled for a TPU on a machine without one.
     """
     device = _device_of_mesh()
     return jax.default_backend() if device is None else device.platform
 
 
 def device_kind() -> str:
-    """JAX's name of the device, such as "TPU v5 lite"."""
+    """Returns JAX's name of the device, such as "TPU v5 lite"."""
     device = _device_of_mesh()
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def is_multi_device() -> bool:
-    """Returns True if a program is for several devices, which the compiler partitions its arrays over.
+    """Returns True if a program is for several devices, over which the compiler partitions its arrays.
 
-    It cannot partition a call of our kernels, and would gather all of their operands on every device.
+    It cannot partition a call to our kernels, and would gather all of their operands on every device.
     """
     return jax.sharding.get_abstract_mesh().size > 1
 
@@ -50,7 +50,7 @@ def _device_of_mesh():
 
 @functools.cache
 def describe_device() -> str:
-    """The default device, and the versions of what compiles for it, in one line."""
+    """Returns one line with the default device and the versions of everything that compiles for it."""
     device = jax.local_devices()[0]
     versions = f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version
     with contextlib.suppress(OSError):

@@ -54,7 +54,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The outcome of one case. `detail` explains any status but "ok"; "unchecked", as when memory is full,
+    """The outcome of one case. `detail` explains any status except "ok"; "unchecked", as when memory is full,
     says nothing about the kernel."""
 
     kernel: str
@@ -97,7 +97,7 @@ def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
 
 
 def _message(error: Exception) -> str:
-    return one_line(error)[:200]  # those of compilers have thousands of letters
+    return one_line(error)[:200]  # compiler errors can run to thousands of characters
 
 
 def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple[list[jax.Array], float]:
@@ -106,7 +106,7 @@ def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple
     def with_gradients(arrays):
         first, rest = arrays[:num_differentiable], arrays[num_differentiable:]
         y, vjp = jax.vjp(lambda *first: function(*first, *rest), *first)
-        # The same in every type.
+        # The same in every dtype.
         cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).astype(jnp.bfloat16).astype(y.dtype)
         return [y, *vjp(cotangent.reshape(y.shape))]
 
@@ -268,7 +268,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         if is_packed:
             matrices = *codec.quantize(gate_up), *codec.quantize(down)
         else:
-            # Packed rows take turns between gate and up; plain matrices hold them apart.
+            # Packed rows alternate between gate and up; plain matrices keep them separate.
             gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
             matrices = gate_up, down.swapaxes(1, 2)
         return x_MD, experts_MX, weights_MX, *biases, *matrices

@@ -1,6 +1,7 @@
 """Rows sorted by group, and the tiles of rows that kernels process.
 
-Letters: R rows, E groups (experts), V tiles. Group sizes are int32 [E]; their sum may be below R.
+Letters: R rows, E groups (experts), V tiles (the vocabulary elsewhere). Group sizes are int32 [E]; their sum
+may be below R.
 """
 
 from typing import NamedTuple
@@ -11,49 +12,49 @@ from jax import lax
 
 
 def group_bounds(group_sizes_E: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the first row of each group, and the row after its last, int32 [E]; none is past the rows."""
-    # Kernels write where these say: sizes with too large a sum must not lead them out of the array.
+    """Returns each group's first row, and one past its last, int32 [E]; none exceeds `rows`."""
+    # Kernels write to these rows: sizes with too large a sum must not make them leave the array.
     ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E[:-1]]), ends_E
 
 
 def group_of_row(group_sizes_E: jax.Array, rows: int) -> jax.Array:
-    """Returns the group of each row, int32 [R]; E for rows of no group."""
+    """Returns the group of each row, int32 [R]; E for rows without a group."""
     ends_E, row_R = jnp.cumsum(group_sizes_E, dtype=jnp.int32), jnp.arange(rows, dtype=jnp.int32)
     return jnp.searchsorted(ends_E, row_R, side="right", method="compare_all")
 
 
 def zero_ungrouped(x_RD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Sets rows of no group to zero, whatever they hold."""
+    """Sets rows without a group to zero, even if they hold inf or NaN."""
     row_R = jnp.arange(x_RD.shape[0], dtype=jnp.int32)
     return jnp.where(row_R[:, None] < jnp.sum(group_sizes_E, dtype=jnp.int32), x_RD, 0)
 
 
 class GroupMetadata(NamedTuple):
-    """Tiles of rows, sorted, each for the rows of one group in it. Entries past `num_tiles` are zeros."""
+    """Tiles of rows, sorted, each for one group's rows. Entries past `num_tiles` are zeros."""
 
     num_tiles: jax.Array
     group_V: jax.Array
     row_V: jax.Array  # the first row of the tile
     start_V: jax.Array  # the first row of its group
-    end_V: jax.Array  # the row after the last of its group
+    end_V: jax.Array  # one past the group's last row
 
 
 def make_group_metadata(
     group_sizes_E: jax.Array, rows: int, tile_rows: int, aligned: bool = False
 ) -> GroupMetadata:
-    """Cuts the rows of each group into tiles; rows of no group are in none.
+    """Cuts the rows of each group into tiles; rows without a group are in none.
 
     Args:
-      aligned: tiles start at multiples of `tile_rows`, and one that has rows of several groups is listed for
-        each of them. Otherwise they start where their group does.
+      aligned: tiles start at multiples of `tile_rows`, and a tile with rows of several groups is listed once
+        for each. Otherwise a group's first tile starts at its first row.
     """
     groups = group_sizes_E.shape[0]
     starts_E, ends_E = group_bounds(group_sizes_E, rows)
     first_E = starts_E // tile_rows * tile_rows if aligned else starts_E
     tiles_E = jnp.where(ends_E > starts_E, -(-(ends_E - first_E) // tile_rows), 0)
     last_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
-    # Every group with rows but one adds at most one tile to those that the rows fill.
+    # Each group with rows, except one, adds at most one tile to those that the rows fill.
     tile_V = jnp.arange(-(-rows // tile_rows) + min(groups, rows) - 1, dtype=jnp.int32)
     group_V = jnp.searchsorted(last_E, tile_V, side="right", method="compare_all").astype(jnp.int32)
     group_V = jnp.minimum(group_V, groups - 1)
@@ -64,14 +65,14 @@ def make_group_metadata(
 
 
 class RowTile(NamedTuple):
-    """Consecutive rows, of which only some may be read and written, for loops in plain XLA."""
+    """Consecutive rows, with a mask of those that may be read and written, for loops in plain XLA."""
 
     start: jax.Array
     mask: jax.Array  # bool [tile_rows, 1]
 
     @classmethod
     def of(cls, tiles: GroupMetadata, index: jax.Array, rows: int, tile_rows: int) -> "RowTile":
-        """Returns tile `index` of tiles that are not aligned, of at most `rows` rows."""
+        """Returns tile `index` of unaligned tiles, for arrays of `rows` rows."""
         first = tiles.row_V[index]
         start = jnp.minimum(first, rows - tile_rows)
         row = start + jnp.arange(tile_rows, dtype=jnp.int32)[:, None]

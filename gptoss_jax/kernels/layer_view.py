@@ -38,21 +38,20 @@ def read(weight: jax.Array | LayerView) -> jax.Array:
 
 
 def as_view(weight: jax.Array | LayerView) -> LayerView:
-    """Returns a weight as the layer of a stack, of one layer where it is not stacked."""
+    """Returns a weight as a layer of a stack; one that is not stacked becomes a stack of one layer."""
     return weight if isinstance(weight, LayerView) else LayerView(weight[None], 0)
 
 
 def cast(weight: jax.Array | LayerView, dtype: jnp.dtype) -> jax.Array | LayerView:
-    """Returns a weight in a type; only a layer that has another type is read and converted, never its
-    stack."""
+    """Casts a weight to `dtype`; reads the layer only if a cast is needed."""
     return weight if weight.dtype == dtype else read(weight).astype(dtype)
 
 
 def as_groups(weight: jax.Array | LayerView, group_sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns one matrix for each group of rows, and the sizes of the groups.
 
-    A view gives the matrices of all layers of its stack, [L E, …], and no rows to those of other layers:
-    kernels that read only the matrices of groups with rows then read the stack in place.
+    For a view these are the matrices of all layers of its stack, [L E, …]; it assigns zero rows to other
+    layers' matrices. Kernels that read only the matrices of groups with rows then read the stack in place.
     """
     if not isinstance(weight, LayerView):
         return weight, group_sizes_E

@@ -5,8 +5,8 @@ TPU, a failed check says so. All three are read when a program is traced.
 
 All kernels of a GPU or TPU are checked at their first use. The results are recorded in a file for each
 machine, device kind, version of JAX and of the driver, and source of the kernels. It names the kernel whose
-check is running, and a lock is held meanwhile: a name found while the lock is free is that of a kernel whose
-check ended its process.
+check is running, under a lock: if a name is found while the lock is free, that kernel's check ended its
+process.
 """
 
 import concurrent.futures
@@ -49,7 +49,7 @@ Problems = dict[str, str]
 
 @contextlib.contextmanager
 def using(setting: str) -> Iterator[None]:
-    """Applies a `model.kernels` setting to all that is traced inside."""
+    """Applies a `model.kernels` setting to everything traced inside."""
     token = _setting.set(setting)
     try:
         yield
@@ -66,10 +66,10 @@ def is_enabled(kernel: str) -> bool:
 
 
 def failed_kernels() -> frozenset[str]:
-    """The kernels that failed their check on this machine, which runs first if no record has its results.
+    """Returns the kernels that failed their check on this machine, which runs now if there is no record.
 
-    Empty on CPU, where a setting skips the check or uses no kernel, and where a program is compiled for
-    devices that are not here. Warns of each failed kernel, once in a process. May be called while JAX traces.
+    Empty on CPU, if a setting skips the check or uses no kernel, and if a program is compiled for devices
+    that are not here. Warns of each failed kernel, once in a process. May be called while JAX traces.
     """
     here = backend.platform()
     is_skipped = {"unchecked", "plain"} & {_setting.get(), kernel_variable()}
@@ -115,7 +115,7 @@ def check_kernels(
     Args:
       announce: called with each case before it runs.
       report: called with each result.
-      again: checks all kernels whatever the record says. One whose check ended an earlier process is reported
+      again: checks all kernels, ignoring the record. One whose check ended an earlier process is reported
         as failed and not run.
 
     Raises OSError when a kernel leaves the device unusable for this process.

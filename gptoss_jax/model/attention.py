@@ -21,7 +21,7 @@ from gptoss_jax.parallel.linear import shard_map_heads
 
 
 class Segments(NamedTuple):
-    """Which document each token belongs to, and where in it it is."""
+    """Which document each token belongs to, and its position in it."""
 
     ids_BT: jax.Array  # int32: documents from 1, padding 0
     positions_BT: jax.Array  # int32, rising by one within a segment
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         cache: LayerCacheView | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCacheView | None]:
-        """Attends to the tokens of the same segment and, with a cache, to those read before.
+        """Attends to the tokens of the same segment and, with a cache, to earlier tokens.
 
         Returns [B, T, D], and the cache with the new keys and values.
         """
@@ -75,11 +75,12 @@ class Attention(nnx.Module):
                 (q_BTNH, k_BTKH, v_BTKH), sinks_N, dropout_key, segments.ids_BT, segments.positions_BT,
             )  # fmt: skip
         else:
-            before, cache = cache, update_cache(cache, k_BTKH, v_BTKH, self.spec)
+            updated = update_cache(cache, k_BTKH, v_BTKH, self.spec)
             if q_BTNH.shape[1] > 1:
-                # From the cache of before: the last new tokens may overwrite keys that the first ones see.
-                y_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, before, self.spec, sinks_N=sinks_N)
+                # With the old cache: the last new tokens may overwrite keys that the first ones still need.
+                y_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, cache, self.spec, sinks_N=sinks_N)
             else:
-                y_BTNH = decode_attention(q_BTNH, cache, sinks_N=sinks_N)
+                y_BTNH = decode_attention(q_BTNH, updated, sinks_N=sinks_N)
+            cache = updated
         (y_BTD,) = lora.adapted_einsum(self, "BTNH,NHD->BTD", y_BTNH, ("out",))
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache

@@ -1,7 +1,8 @@
 """The KV cache: a pytree that is passed in and returned, never changed in place.
 
-Full-attention layers have a slot for every token there is room for; sliding layers have a ring of their
-window's size, after the slots of the sink tokens, which are never overwritten.
+Full-attention layers have a slot for every token that fits; sliding layers have a ring of at most their
+window's size, after the slots of the sink tokens, which are never overwritten (0 in gpt-oss; unrelated to the
+learned sinks).
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from gptoss_jax.config import SLIDING, ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of a batch of sequences, each of which has read its own number of tokens.
+    """Keys and values of a batch of sequences, which may have read different numbers of tokens.
 
     A sequence must not read more tokens than the full layers have slots.
     """
@@ -43,10 +44,11 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -
     return KVCache(layers, jnp.zeros(batch, jnp.int32))
 
 
-def resize(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
-    """Returns the cache with room for `length` tokens, which is more than it has.
+def grow(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
+    """Returns the cache with room for `length` tokens, which must exceed its current room.
 
-    A ring with fewer slots than the window has not wrapped around yet, so its tokens keep their slots too.
+    A ring with fewer slots than window and sink tokens has not wrapped around yet, so its tokens keep their
+    slots too.
     """
     layers = [
         {

@@ -55,7 +55,7 @@ class MoE(nnx.Module):
         """Returns the experts' outputs, [B, T, D], zero at padding, and the router's statistics.
 
         Args:
-          token_mask_BT: bool, False at padding, which is routed nowhere.
+          token_mask_BT: bool; False at padding, which is not routed.
           capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops no token.
         """
         config = self.config
@@ -129,7 +129,7 @@ def expert_outputs(
     """Sends rows sorted by expert through the experts of one device: `swiglu(x gate_up + bias) down + bias`.
 
     Args:
-      parameters: of the experts, dense or packed, as arrays or views of one layer.
+      parameters: the experts' parameters, dense or packed, as arrays or views of one layer.
       group_sizes_E: int32, rows of each expert. Rows past their sum give zero.
       scalings: factor of the adapters of `gate_up` and `down`, if there are any.
     """
@@ -151,8 +151,8 @@ def expert_outputs(
         a_RF = swiglu_halves(swiglu, add_adapter("gate_up", h_RF, h_Rr))
         y_RD = grouped_matmul(a_RF, parameters["down"], group_sizes_E, down_bias)
         return add_adapter("down", y_RD, adapter_inputs("down", a_RF))
-    # Packed: rows of gate and up alternate, and a device of the tensor axis has whole outputs, which are
-    # gathered.
+    # Packed: rows of gate and up alternate, and the tensor axis splits outputs, which are gathered here.
+    # `apply_experts` sums dense outputs over that axis instead.
     weights = {
         name: (parameters[f"{name}_blocks"], parameters[f"{name}_scales"]) for name in ("gate_up", "down")
     }
@@ -166,7 +166,7 @@ def expert_outputs(
     h_Rr = adapter_inputs("down", a_RF)
     if h_Rr is not None and current_axes().get("tensor", 1) > 1:
         h_Rr = tensor_psum(h_Rr)
-    # The bias is added behind the gather: it is not split, as the rows of `down` are.
+    # The bias is added after the gather: it is not split, unlike the rows of `down`.
     a_RF = tensor_all_gather(a_RF)
     y_RD = tensor_all_gather(mxfp4_grouped_matmul(a_RF, *weights["down"], group_sizes_E))
     return add_group_bias(add_adapter("down", y_RD, h_Rr), down_bias, group_sizes_E)

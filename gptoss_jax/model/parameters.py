@@ -1,6 +1,11 @@
 """Every parameter, declared once: its dimensions by letter.
 
 Initialization, sharding (`parallel/rules.py`), weight decay and Muon's dimensions follow from the letters.
+Arrays of rank two and more carry theirs as a suffix, as in `q_BTNH`. The key, unless a file's own "Letters:"
+says otherwise: B batch, T query length, S key length, D hidden, N query heads, K key/value heads, G = N / K,
+H head size, E experts, X experts per token, F expert width, P = 2 (gate and up), V vocabulary, L layers, W
+window, M = B T tokens, R rows sorted by expert, C chunk. Packed in MXFP4: U = 2 F rows of gate and up, O = D
+rows of down, each of g = D / 32 or f = F / 32 blocks of y = 16 bytes. Lower-case dimensions are never split.
 """
 
 from collections.abc import Callable
@@ -17,7 +22,7 @@ from gptoss_jax.kernels.mxfp4.codec import BLOCK_BYTES, BLOCK_SIZE
 from gptoss_jax.parallel.rules import storage_spec
 
 # The last two names of a parameter's path -> its letters, without the leading dimension of stacked layers.
-# Lower-case dimensions are never split. P is 2: gate and up. r is the rank of an adapter (`model/lora.py`).
+# r is the rank of an adapter (`model/lora.py`).
 LETTERS = {
     "embedding.weight": "VD",
     "head.weight": "VD",
@@ -38,7 +43,7 @@ LETTERS = {
     "moe.gate_up_bias": "EPF",
     "moe.down": "EFD",
     "moe.down_bias": "Ed",
-    # Packed in MXFP4: 32 input values are a block of 16 bytes and a scale. Rows of gate and up alternate.
+    # Each block of 32 input values has a scale. Rows of gate and up alternate.
     "moe.gate_up_blocks": "EUgy",
     "moe.gate_up_scales": "EUg",
     "moe.down_blocks": "EOfy",
@@ -111,8 +116,8 @@ def parameter_name(path) -> str:
 
 
 def letters_of(path) -> str | None:
-    """Returns the letters of the parameter that a path ends with, also in an optimizer's state over
-    parameters; None where it is no parameter's."""
+    """Returns the letters of the parameter at the end of a path, also in an optimizer's state; None if it
+    isn't a parameter."""
     return LETTERS.get(parameter_name(path))
 
 
@@ -123,7 +128,7 @@ def is_matrix(path) -> bool:
 
 
 def view_layer(block: nnx.Module, index: jax.Array) -> nnx.Module:
-    """Returns layer `index` of a stacked block, whose matrices are LayerViews and read in place."""
+    """Returns layer `index` of a stacked block, with matrices as LayerViews, which are read in place."""
 
     def one(path, leaf):
         view = LayerView(leaf, index)
@@ -133,10 +138,10 @@ def view_layer(block: nnx.Module, index: jax.Array) -> nnx.Module:
 
 
 def parameter_shardings(tree, mesh: Mesh):
-    """Returns the sharding of every leaf of a parameter tree, or of a train state: an optimizer's state is
-    split as its parameters are, and what belongs to no parameter is replicated.
+    """Returns the sharding of every leaf of a parameter tree or train state: an optimizer's state is split
+    like its parameters, and everything else is replicated.
 
-    Raises ValueError, with the sizes that would do, where the mesh does not divide a parameter.
+    Raises ValueError, with the valid sizes, if the mesh does not divide a parameter.
     """
     axes = dict(mesh.shape)
 

@@ -10,7 +10,7 @@ from gptoss_jax.config import ModelConfig
 
 
 def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
-    """Returns the frequency indices between which YaRN goes over from kept to interpolated frequencies."""
+    """Returns the indices between which YaRN transitions from unscaled to interpolated frequencies."""
     scaling = config.rope_scaling
 
     def index_with(rotations: float) -> float:
@@ -30,7 +30,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Returns the H / 2 rotary frequencies, float32 in radians per token, and the factor on cos and sin.
 
     Every step is rounded to float32, as in the reference that the released models were trained with: at
-    position 100,000, the last bit of a frequency is a thousandth of a radian and more.
+    position 100,000, the last bit of a frequency is a thousandth of a radian or more.
     """
     one, half = np.float32(1), config.head_dim // 2
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -55,7 +55,7 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
 
 
 def apply_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the type given."""
+    """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the input's dtype."""
     cos, sin = (table[:, :, None, None, :] for table in cos_sin)
     halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
     # A separate axis for the halves, which are flipped as a whole: XLA for CPU is slow to concatenate them.

@@ -24,7 +24,7 @@ from gptoss_jax.parallel.rules import HIDDEN_BTD, constrain
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """Returns the type of the activations; "auto" is float32 on CPU and bfloat16 elsewhere."""
+    """Returns the dtype of the activations; "auto" is float32 on CPU and bfloat16 elsewhere."""
     if config.compute_dtype == "auto":
         return jnp.dtype("float32" if backend.platform() == "cpu" else "bfloat16")
     return jnp.dtype(config.compute_dtype)
@@ -86,7 +86,7 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One vector per token, [V, D]: the input embedding, and the head where it is not tied."""
+    """One vector per token, [V, D]: the input embedding, and the head unless it is tied."""
 
     def __init__(self, config: ModelConfig, name: str, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(normal(config, f"{name}.weight", rngs))
@@ -128,8 +128,8 @@ class Transformer(nnx.Module):
           tokens_BT: int32. Ids are not checked against the vocabulary.
           segment_ids_BT: int32, documents from 1, padding 0; tokens see only their own document. Default: one
             document.
-          positions_BT: int32, rising by one from token to token of a segment: kernels rely on it. Default:
-            from 0 in every segment.
+          positions_BT: int32, increasing by one within a segment: kernels rely on it. Default: from 0 in
+            every segment.
         """
         hidden_BTD, _, _ = self.hidden_states(tokens_BT, segment_ids_BT, positions_BT)
         return self.logits(hidden_BTD)
@@ -149,7 +149,7 @@ class Transformer(nnx.Module):
         return (hidden_BTD, h_BTr), (head.weight[...], head.lora_b[...])
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns float32 logits, [B, T, V], of hidden states."""
+        """Returns the float32 logits, [B, T, V], for hidden states."""
         operands = self.head_operands(hidden_BTD)
         with jax.default_matmul_precision("highest"), selection.using(self.config.kernels):
             return sum(
@@ -172,24 +172,24 @@ class Transformer(nnx.Module):
         Args:
           cache: keys and values of earlier tokens. Each row then continues its sequence: its tokens come
             first, padding (segment 0) after them, and positions are the cache's.
-          dropout_key: turns the config's dropout on.
+          dropout_key: enables the config's dropout.
           capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops nothing.
 
         Returns:
-          [B, T, D] in the compute type; the updated cache; the statistics of every layer's router, stacked:
+          [B, T, D] in the compute dtype; the updated cache; the statistics of every layer's router, stacked:
           `load` and `probability` [L, E], `z` and `dropped` [L].
 
-        Raises ValueError where the batch axes of the mesh do not divide the rows.
+        Raises ValueError if the batch axes of the mesh do not divide the batch.
         """
         config = self.config
-        rows, shards = tokens_BT.shape[0], batch_shards(current_axes())
-        require(rows % shards == 0, "rows of tokens", rows, f"must be a multiple of {shards} devices")
+        batch, shards = tokens_BT.shape[0], batch_shards(current_axes())
+        allowed = f"must be a multiple of {shards} (devices that split it)"
+        require(batch % shards == 0, "batch size", batch, allowed)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if cache is not None:
-            require(
-                positions_BT is None, "positions", "given", "must be left to the cache where there is one"
-            )
+            if positions_BT is not None:
+                raise ValueError("positions can't be passed together with a cache")
             positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         elif positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
@@ -210,7 +210,7 @@ class Transformer(nnx.Module):
                 if cache is None:
                     block = period[i]
                 else:
-                    # Decode kernels read the matrices of a layer in the stack.
+                    # Decode kernels read a layer's matrices in place, in the stack.
                     block = view_layer(block, index)
                     layer_cache = LayerCacheView.of(stacks[i], index, cache.lengths, counts_B)
                 x_BTD, layer_cache, layer_stats = run_block(block, x_BTD, segments, layer_cache, layer_key)
@@ -218,9 +218,9 @@ class Transformer(nnx.Module):
                 stats.append(layer_stats)
             return (x_BTD, stacks), jax.tree.map(lambda *values: jnp.stack(values), *stats)
 
-        # Every product of float32 operands is float32: TPU and GPU would round them by default.
+        # Products of float32 operands stay float32: TPUs and GPUs would round them by default.
         with jax.default_matmul_precision("highest"), selection.using(config.kernels):
-            # In float32, the type in which the gradients of a token's occurrences are added up.
+            # In float32, the dtype in which the gradients of a token's occurrences are summed.
             x_BTD = embedding_lookup(self.embedding.weight[...], tokens_BT).astype(compute_dtype(config))
             x_BTD = constrain(x_BTD, HIDDEN_BTD)
             repetitions = config.num_hidden_layers // len(blocks)
@@ -243,27 +243,27 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def abstract_params(config: ModelConfig) -> dict:
-    """The parameter tree as `jax.ShapeDtypeStruct`s: the model of any size without its memory."""
+    """Returns the parameter tree as `jax.ShapeDtypeStruct`s: a model of any size without its memory."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), get_params(_abstract(config)[1])
     )
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Random parameters: normal(0, initializer_range) weights, zero biases and sinks, norms of one;
-    float32."""
+    """Returns random parameters, float32: normal(0, initializer_range) weights, zero biases and sinks, norms
+    of one."""
     return get_params(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
 
 
 def get_params(model: Transformer | nnx.State) -> dict:
-    """A model's parameters as a tree of plain dicts and arrays, the form that steps and checkpoints carry."""
+    """Returns a model's parameters as a tree of plain dicts and arrays, as in checkpoints."""
     state = nnx.state(model) if isinstance(model, nnx.Module) else model
     pure = nnx.to_pure_dict(state)
     return pure | {"blocks": {str(i): block for i, block in pure["blocks"].items()}}
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-    """The model of a config around the parameters of such a tree, also inside of a traced function."""
+    """Returns the model of a config with the parameters of such a tree, also inside a traced function."""
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params | {"blocks": {int(i): b for i, b in params["blocks"].items()}})
@@ -271,6 +271,6 @@ def bind(config: ModelConfig, params: dict) -> Transformer:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """How many parameters the model has, counted on the abstract tree; packed weights count as weights."""
+    """Returns the number of parameters, counted on the abstract tree; each packed weight counts as one."""
     plain = dataclasses.replace(config, expert_format="plain")
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(plain)))

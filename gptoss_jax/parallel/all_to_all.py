@@ -1,11 +1,11 @@
 """All-to-all of rows to the devices that hold their experts, and back: two transports with one result.
 
 How many rows a device gets depends on the router, and may be all rows of all devices. So its buffer holds a
-bounded number, and more rows travel in further rounds, which are rare. All devices of the expert axis know
+bounded number, and more rows travel in further rounds, which are rare. All devices along the expert axis know
 the number of rounds, because each has the row counts of all.
 
 Letters: R rows of one device, sorted by expert; C rows of a device's buffer; E experts of all devices; n
-devices of the expert axis; L = E / n experts of one device.
+devices along the expert axis; L = E / n experts of one device (layers elsewhere).
 """
 
 import dataclasses
@@ -18,23 +18,23 @@ import jax.numpy as jnp
 
 from gptoss_jax.kernels import backend
 
-# Row counts and offsets are int32 also where jax_enable_x64 would make sums int64.
+# Row counts and offsets stay int32, even if jax_enable_x64 would make sums int64.
 _sum = functools.partial(jnp.sum, dtype=jnp.int32)
 _cumsum = functools.partial(jnp.cumsum, dtype=jnp.int32)
 
 # Size of the buffer in percent of what an even router sends: to a device for the ragged transport, from one
-# device to another for the padded one, where fewer rows vary more.
+# device to another for the padded one, where smaller counts vary more.
 BUFFER_PERCENT = {"ragged": 125, "padded": 150}
-# A buffer has at least this many rows: decoding then takes one round.
+# A buffer has at least this many rows, unless fewer can arrive: decoding then takes one round.
 MIN_BUFFER_ROWS = 256
 
 
 @jax.custom_vjp
 def gather_rows(x_RD: jax.Array, index_C: jax.Array, inverse_R: jax.Array | None = None) -> jax.Array:
-    """Returns `x_RD[index_C]`, zero for an index of -1, where no row is gathered twice.
+    """Returns `x_RD[index_C]`, zero for an index of -1. No row may be gathered twice.
 
-    `inverse_R` is the index of each row in the result, -1 for none: the gradient is a gather too, not a
-    scatter.
+    `inverse_R`, required for the gradient, is the index of each row in the result, -1 for none: the gradient
+    is then a gather too, not a scatter.
     """
     return jnp.where((index_C >= 0)[:, None], x_RD.at[index_C].get(mode="clip"), 0)
 
@@ -56,11 +56,11 @@ class Round(NamedTuple):
 def transport(
     rows: int, devices: int, local_experts: int, max_expert_rows: int | None = None
 ) -> "RaggedAllToAll | PaddedAllToAll":
-    """Returns the transport for the backend that is compiled for.
+    """Returns the transport for the target backend.
 
     Args:
       rows, devices, local_experts: R, n and L.
-      max_expert_rows: rows that an expert takes at most; None without a limit.
+      max_expert_rows: maximum rows per expert; None without a limit.
     """
     has_limit = max_expert_rows is not None
     every = min(devices * rows, max_expert_rows * local_experts) if has_limit else devices * rows
@@ -74,8 +74,8 @@ def transport(
 
 
 def has_ragged() -> bool:
-    """Returns True where `ragged_all_to_all` exists: on GPUs, and on TPUs but v5e, whose slices of more than
-    16 chips lack it."""
+    """Returns True if the target backend has `ragged_all_to_all`: on GPUs, and on TPUs except v5e, whose
+    slices of more than 16 chips lack it."""
     if backend.platform() == "tpu":
         return not backend.device_kind().startswith(("TPU v5 lite", "TPU v5e"))
     return backend.platform() == "gpu"
@@ -83,13 +83,13 @@ def has_ragged() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RaggedAllToAll:
-    """By `ragged_all_to_all`: one slice for each expert; rows arrive sorted by expert, without padding."""
+    """Uses `ragged_all_to_all`: one slice for each expert; rows arrive sorted by expert, without padding."""
 
     buffer_rows: int  # C
     max_rounds: int
 
     def num_rounds(self, counts_nE: jax.Array) -> jax.Array:
-        """Returns the rounds that the fullest device needs, for `counts_nE` rows by device and expert."""
+        """Returns the rounds that the fullest device needs; `counts_nE` are the rows by device and expert."""
         n, E = counts_nE.shape
         return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), (0, 2))) // self.buffer_rows)
 
@@ -97,7 +97,7 @@ class RaggedAllToAll:
         """Returns round `index`, for R = `rows` rows of this device.
 
         All rows that a device gets, over all rounds, are ordered by expert, and within an expert by sender.
-        Round `index` brings rows `index * C` … of that order.
+        Round `index` moves rows starting at `index * C` in that order.
         """
         n, E = counts_nE.shape
         device = jax.lax.axis_index("expert")
@@ -130,19 +130,19 @@ class RaggedAllToAll:
 
 class Slices(NamedTuple):
     """One direction, as `jax.lax.ragged_all_to_all` takes it: E slices of rows, those for or from device 0
-    first, one for each expert of the device that has the experts."""
+    first, one for each expert of the device that holds the experts."""
 
     read_E: jax.Array  # where each slice begins here
-    sizes_E: jax.Array  # its rows
+    sizes_E: jax.Array  # rows in it
     write_E: jax.Array  # where it begins on the receiving device
-    received_E: jax.Array  # rows of the incoming slices
+    received_E: jax.Array  # rows in each incoming slice
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def send_slices(x_RD: jax.Array, there: Slices, back: Slices, rows: int) -> jax.Array:
-    """Sends slices of rows to the devices of the expert axis; [rows, D], zero where nothing arrives.
+    """Sends slices of rows along the expert axis; returns [rows, D], zero where nothing arrives.
 
-    `back` returns the same rows: the direction of the gradient.
+    `back` sends the same rows back, as the gradient needs.
     """
     move = ragged_all_to_all if has_ragged() else reference_all_to_all
     return move(x_RD, there, rows)
@@ -156,13 +156,14 @@ send_slices.defvjp(
 
 
 def ragged_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
-    """The collective itself."""
+    """Runs the collective, for `send_slices`."""
     empty = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
     return jax.lax.ragged_all_to_all(x_RD, empty, *slices, axis_name="expert")
 
 
 def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
-    """The plain reference, of collectives that every backend has: gathers all rows and keeps its own."""
+    """The plain reference, from collectives that every backend has: gathers all rows and keeps the device's
+    own."""
     sources = jax.lax.axis_index("expert") * x_RD.shape[0] + slices.read_E
     x_RD = jax.lax.all_gather(x_RD, "expert", tiled=True)
     read_E, write_E = (
@@ -173,8 +174,8 @@ def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class PaddedAllToAll:
-    """By `all_to_all`: the same number of rows from each device to each other, padded with zeros; what
-    arrives is sorted by expert."""
+    """Uses `all_to_all`: the same number of rows between every pair of devices, padded with zeros; arriving
+    rows are then sorted by expert."""
 
     pair_rows: int  # rows from one device to another: C = n * pair_rows
     max_rounds: int
@@ -185,7 +186,7 @@ class PaddedAllToAll:
         return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), 2)) // self.pair_rows)
 
     def plan_round(self, counts_nE: jax.Array, rows: int, index: jax.Array | int) -> Round:
-        """Returns round `index`, which brings rows `index * pair_rows` … of each device for each other."""
+        """Returns round `index`: rows starting at `index * pair_rows`, between every pair of devices."""
         n, E = counts_nE.shape
         device = jax.lax.axis_index("expert")
         pairs_nnL = counts_nE.reshape(n, n, E // n)
@@ -197,7 +198,7 @@ class PaddedAllToAll:
         starts_n = _cumsum(counts_n, 0) - counts_n
         sent_n = jnp.clip(counts_n - low, 0, self.pair_rows)
         departing = (slots_n, sent_n, starts_n + low)
-        # What arrives: from one device after another its rows, expert by expert; and their sorted order.
+        # Rows arrive device by device, expert by expert within each; then they are sorted by expert.
         arriving_nL = jax.lax.dynamic_index_in_dim(pairs_nnL, device, axis=1, keepdims=False)
         begins_nL = _cumsum(arriving_nL, 1) - arriving_nL
         first_nL, end_nL = (jnp.clip(place, low, high) for place in (begins_nL, begins_nL + arriving_nL))
@@ -229,7 +230,7 @@ class PaddedAllToAll:
 
 
 def _in_slices(count: int, begins: jax.Array, sizes: jax.Array, others: jax.Array) -> jax.Array:
-    """Returns where places 0 … count - 1 on one side of slices are on the other side; -1 in no slice."""
+    """Maps positions 0 … count - 1 on one side to positions on the other; -1 if in no slice."""
     offset = jnp.arange(count, dtype=jnp.int32)[:, None] - begins
     is_inside = (offset >= 0) & (offset < sizes)
     return _sum(jnp.where(is_inside, others + offset + 1, 0), 1) - 1

@@ -1,4 +1,4 @@
-"""Runs of several processes on `jax.distributed`: initialization, values of the hosts, and failures.
+"""Runs with several processes on `jax.distributed`: initialization, exchange of host values, and failures.
 
 JAX's coordination service, which process 0 hosts, ends all other processes when one dies: at once if it is
 process 0, else when its heartbeats stop. Collectives on CPU notice a closed connection even earlier.
@@ -34,7 +34,7 @@ HEARTBEAT_TIMEOUT = 30
 EXIT_GRACE = 5
 # A barrier waits as long as the slowest process needs, for example to tokenize the text.
 BARRIER_TIMEOUT = 30 * 24 * 3600
-# Words of the errors that a collective or a barrier raises because another process is gone.
+# Substrings of errors that a collective or a barrier raises because another process is gone.
 PEER_FAILURE = ("Gloo", "Barrier failed", "heartbeat", "coordination service")
 # Each barrier needs a new name.
 _barriers = itertools.count()
@@ -140,7 +140,7 @@ def _initialize() -> bool:
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
-    except Exception as error:  # every launcher has its own: HTTP, Kubernetes, a variable that is no number
+    except Exception as error:  # every launcher has its own: HTTP, Kubernetes, a variable that isn't a number
         if launcher == "Cloud TPU" and isinstance(error, ValueError):
             return False  # a TPU machine that belongs to no cluster
         raise OSError(
@@ -205,9 +205,9 @@ def _exit(name: str, error: BaseException) -> None:
     except RuntimeError:  # no backend
         index, count = 0, 1
     if any(word in str(error) for word in PEER_FAILURE):
-        advice = "see its own output, and start all of them again to resume from the last checkpoint"
-        lost = f"process {index} of {count} has lost another one, which failed or was killed"
-        startup.say(name, "error", f"{lost}: {advice} ({str(error).splitlines()[0]})")
+        advice = "check that process's output, and start all again to resume from the last checkpoint"
+        lost = f"process {index} of {count} lost contact with another process, which failed or was killed"
+        startup.say(name, "error", f"{lost}; {advice} ({str(error).splitlines()[0]})")
         code = 1
     else:
         try:

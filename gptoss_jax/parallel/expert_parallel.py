@@ -1,11 +1,13 @@
-"""Expert parallelism: tokens travel to the devices that hold their experts, and results travel back.
-Dropless.
+"""Expert parallelism: tokens travel to the devices that hold their experts, and results travel back. Drops
+no tokens unless a capacity is set.
 
 Each (token, expert) pair is a row. A device sorts its rows by expert, so that an expert's rows are
-consecutive. Where the expert axis of the mesh spreads experts over devices, each row is dispatched to its
-expert's device and combined at its token's device again (`all_to_all.py`); experts never move.
+consecutive. If the expert axis of the mesh spreads experts over devices, each row is dispatched to its
+expert's device, and its result is combined on its token's device (`all_to_all.py`); experts never move. The
+expert axis also splits the batch, so its devices hold different tokens.
 
-Letters: M tokens and R = M X rows of one device, E experts, n devices of the expert axis.
+Letters: M tokens, of the whole mesh in `apply_experts` and of one device in `_one_device`; X experts per
+token; R = M X rows of one device; E experts; n devices along the expert axis.
 """
 
 import functools
@@ -20,9 +22,9 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax.kernels.layer_view import LayerView, cast, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel import all_to_all
-from gptoss_jax.parallel.linear import fsdp_all_gather, gathered_dimensions, tensor_psum
-from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.rules import compute_spec, storage_spec
+from gptoss_jax.parallel.linear import gather_parameter, gathered_dimensions, tensor_psum
+from gptoss_jax.parallel.mesh import current_axes
+from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
 
 Parameters = Mapping[str, jax.Array | LayerView]
 # (rows sorted by expert [R, D], parameters, rows of each expert [E]) -> [R, D], zero in rows past the groups.
@@ -30,9 +32,9 @@ ExpertFunction = Callable[[jax.Array, Parameters, jax.Array], jax.Array]
 
 
 class Routing(NamedTuple):
-    """The experts of each token, and their weights in the sum of their outputs."""
+    """The experts of each token, and the weights with which their outputs are summed."""
 
-    experts_MX: jax.Array  # int32; outside 0 … E-1 is no expert, and gives zero
+    experts_MX: jax.Array  # int32; values outside [0, E) mean no expert and contribute zero
     weights_MX: jax.Array  # float32
 
 
@@ -47,23 +49,24 @@ def apply_experts(
     """Returns the weighted sum of the outputs of each token's experts.
 
     Args:
-      expert_function: what one device computes with the experts it holds.
+      expert_function: computes the outputs of the experts on one device.
       x_MD: tokens of the whole mesh.
-      parameters: of the experts, by name, sharded as their letters say; matrices are cast to the type of
-        `x_MD`, packed ones stay packed. A LayerView is only read where the kernels need it, unless a mesh
-        gathers it.
-      letters: of each parameter; a tensor-parallel sum over devices follows where `down` has its F split.
-      capacity_factor: None drops nothing. A number limits an expert to that many times its even share of the
-        rows of the devices that exchange tokens (all rows, without an expert axis); rows beyond, last tokens
-        first, count zero.
+      parameters: the experts' parameters by name, sharded as their letters say; matrices are cast to the
+        dtype of `x_MD`, packed ones stay packed. A LayerView is read only if a kernel needs it as an array,
+        or if a mesh gathers it.
+      letters: of each parameter. If `down` is split along F, outputs are summed over the tensor axis; packed
+        `down` is split along its outputs, which `model.moe.expert_outputs` gathers.
+      capacity_factor: None drops nothing. A number limits each expert to that many times its even share of
+        the rows of the devices that exchange tokens (all rows, without an expert axis); excess rows (latest
+        tokens first) are dropped and contribute zero.
 
     Returns:
-      [M, D] in the type of `x_MD`, and the number of rows that were dropped, float32.
+      [M, D] in the dtype of `x_MD`, and the number of dropped rows, float32.
     """
     assert_shapes("MD MX MX", x_MD, *routing)
     axes = current_axes()
     one_device = functools.partial(
-        _one_device, expert_function, num_devices=axes.get("expert", 1), capacity_factor=capacity_factor
+        _one_device, expert_function, expert_devices=axes.get("expert", 1), capacity_factor=capacity_factor
     )
     if not axes:
         return one_device(x_MD, routing, _cast(parameters, x_MD.dtype))
@@ -81,10 +84,10 @@ def apply_experts(
         parameters = _cast(parameters, x_MD.dtype)
         if is_gathered:
             parameters = {
-                name: fsdp_all_gather(value, stored[name], used[name]) for name, value in parameters.items()
+                name: gather_parameter(value, stored[name], used[name]) for name, value in parameters.items()
             }
         if is_partial_sum and "down_bias" in parameters:
-            # Part of the sum over the tensor axis once: on its first device.
+            # Add the bias on only the first tensor device, so the sum counts it once.
             is_first = jax.lax.axis_index("tensor") == 0
             bias = read(parameters["down_bias"])
             parameters = parameters | {"down_bias": jnp.where(is_first, bias, 0)}
@@ -98,13 +101,13 @@ def apply_experts(
         for name, value in parameters.items()
     }
     y_MD, num_dropped = jax.shard_map(
-        on_mesh, in_specs=(P(BATCH), P(BATCH), specs), out_specs=(P(BATCH), P(BATCH)), check_vma=False
+        on_mesh, in_specs=(ROWS, ROWS, specs), out_specs=(ROWS, ROWS), check_vma=False
     )(x_MD, routing, dict(parameters))
     return y_MD, jnp.sum(num_dropped)
 
 
 def _cast(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
-    """Parameters in a type; packed bytes stay as they are."""
+    """Casts parameters to `dtype`, except packed bytes."""
     return {name: value if _is_packed(value) else cast(value, dtype) for name, value in parameters.items()}
 
 
@@ -114,24 +117,24 @@ def _is_packed(value: jax.Array | LayerView) -> bool:
 
 
 def _saves_residual(primitive, *_, **__) -> bool:
-    """Saves all residuals but the gathered experts, in any form: those of all layers would be whole on every
-    device. The gradient gathers them again."""
+    """Saves all residuals except gathered experts, also cast or reshaped: every device would hold the whole
+    experts of all layers. The backward pass gathers them again."""
     return primitive.name not in ("all_gather", "convert_element_type", "reshape")
 
 
-def _one_device(expert_function, x_MD, routing, parameters, *, num_devices, capacity_factor):
-    """Sorts one device's rows by expert, sends them through their experts, and adds the results up by
-    token."""
+def _one_device(expert_function, x_MD, routing, parameters, *, expert_devices, capacity_factor):
+    """Runs on each device, inside `shard_map` on a mesh: sorts its rows by expert, sends them through their
+    experts, and sums the results per token."""
     experts_MX, weights_MX = routing
     M, X = experts_MX.shape
     D = x_MD.shape[1]
-    E = next(iter(parameters.values())).shape[0] * num_devices
-    # Rows of no expert are sorted behind every group, where the result is zero.
+    E = next(iter(parameters.values())).shape[0] * expert_devices
+    # Rows without an expert are sorted after all groups, where the result is zero.
     experts_R = jnp.where((experts_MX >= 0) & (experts_MX < E), experts_MX, E).reshape(-1)
     num_dropped, max_rows = jnp.float32(0), None
     if capacity_factor is not None:
-        max_rows = math.ceil(capacity_factor * num_devices * M * X / E)
-        is_kept_R = _rank_in_expert(experts_R, E, num_devices) < max_rows
+        max_rows = math.ceil(capacity_factor * expert_devices * M * X / E)
+        is_kept_R = _rank_in_expert(experts_R, E, expert_devices) < max_rows
         num_dropped = jnp.sum(~is_kept_R & (experts_R < E), dtype=jnp.float32)
         experts_R = jnp.where(is_kept_R, experts_R, E)
     row_R = jnp.arange(M * X, dtype=jnp.int32)
@@ -142,10 +145,10 @@ def _one_device(expert_function, x_MD, routing, parameters, *, num_devices, capa
     x_RD = all_to_all.gather_rows(
         jnp.broadcast_to(x_MD[:, None], (M, X, D)).reshape(M * X, D), order_R, inverse_R
     )
-    if num_devices == 1:
+    if expert_devices == 1:
         y_RD = expert_function(x_RD, parameters, counts_E)
     else:
-        transport = all_to_all.transport(M * X, num_devices, E // num_devices, max_rows)
+        transport = all_to_all.transport(M * X, expert_devices, E // expert_devices, max_rows)
         counts_nE = jax.lax.all_gather(counts_E, "expert")
         y_RD = _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport)
     y_MXD = all_to_all.gather_rows(y_RD, inverse_R, order_R).reshape(M, X, D)
@@ -153,29 +156,30 @@ def _one_device(expert_function, x_MD, routing, parameters, *, num_devices, capa
     return y_MD.astype(x_MD.dtype), num_dropped
 
 
-def _rank_in_expert(experts_R, E, num_devices):
-    """The number of rows of the same expert before each row: earlier ones, and those of earlier devices."""
+def _rank_in_expert(experts_R, E, expert_devices):
+    """Returns how many rows of the same expert precede each row, on this device and on earlier ones."""
     one_hot_RE = (experts_R[:, None] == jnp.arange(E, dtype=jnp.int32)).astype(jnp.int32)
     before_RE = jnp.cumsum(one_hot_RE, axis=0, dtype=jnp.int32) - one_hot_RE
-    if num_devices > 1:
+    if expert_devices > 1:
         counts_nE = jax.lax.all_gather(jnp.sum(one_hot_RE, axis=0, dtype=jnp.int32), "expert")
-        is_earlier_n1 = jnp.arange(num_devices, dtype=jnp.int32)[:, None] < jax.lax.axis_index("expert")
+        is_earlier_n1 = jnp.arange(expert_devices, dtype=jnp.int32)[:, None] < jax.lax.axis_index("expert")
         before_RE += jnp.sum(jnp.where(is_earlier_n1, counts_nE, 0), axis=0, dtype=jnp.int32)
     return jnp.sum(before_RE * one_hot_RE, axis=1, dtype=jnp.int32)
 
 
 def _round(x_RD, parameters, counts_nE, index, expert_function, transport):
-    """Round `index`: at most `transport.buffer_rows` rows of each device to their experts and back."""
+    """Runs round `index`: sends the rows that fit this round's buffers to their experts and brings the
+    results back."""
     plan = transport.plan_round(counts_nE, x_RD.shape[0], index)
     return plan.combine(expert_function(plan.dispatch(x_RD), parameters, plan.group_sizes_L))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport):
-    """Rows sorted by expert through the experts of all devices, in as many rounds as the fullest device
-    needs.
+    """Sends rows sorted by expert through the experts of all devices, in as many rounds as `transport` needs
+    for the largest count (of a device, or of a pair of devices).
 
-    The gradient keeps what the first round computed, and recomputes further rounds, which are rare.
+    The backward pass reuses the residuals of the first round, and recomputes further rounds, which are rare.
     """
     return _rounds_forward(x_RD, parameters, counts_nE, expert_function, transport)[0]
 
@@ -211,7 +215,7 @@ _on_expert_devices.defvjp(_rounds_forward, _rounds_backward)
 
 
 def _further_rounds(counts_nE, transport, body, carry):
-    """Folds rounds 1, 2, … into the result of round 0."""
+    """Folds rounds 1, 2, … into the result of round 0, `carry`."""
     if transport.max_rounds == 1:
         return carry
     return jax.lax.fori_loop(1, transport.num_rounds(counts_nE), body, carry)

@@ -1,7 +1,7 @@
 """Linear layers and embeddings whose weights are sharded: tensor parallelism and FSDP.
 
 Linear layers are einsums with sharding constraints. Where the compiler would shard badly (embeddings, the
-loss, experts) or cannot (Pallas kernels), `shard_map` says what every device does.
+loss, experts) or cannot (Pallas kernels), `shard_map` spells out what each device does.
 """
 
 import functools
@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.cpu import decode
-from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
+from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.rules import compute_spec, constrain, spec_axes, storage_spec
+from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, compute_spec, constrain, spec_axes, storage_spec
 
 # The name by which rematerialization can keep the results of `sharded_einsum`.
 LINEAR_OUTPUT = "linear_output"
@@ -33,13 +33,13 @@ def sharded_einsum(
 
     The letters of the equation say how its arrays are sharded (`parallel/rules.py`): the batch axes split the
     first dimension of `x` and of the result; what the tensor axis splits stays split, or is summed over
-    devices where the equation sums over it. FSDP's gathers and reduce-scatters are the compiler's, from plain
-    sharding constraints. Example: `q, k = sharded_einsum("BTD,DNH->BTNH", x_BTD, (q_DNH, k_DKH))`.
+    devices if the equation sums over it. The compiler inserts FSDP's all-gathers and reduce-scatters from
+    plain sharding constraints. Example: `q, k = sharded_einsum("BTD,DNH->BTNH", x_BTD, (q_DNH, k_DKH))`.
 
     Args:
-      x: multiplied in its own type, to which weights are cast.
-      weights: one or several, of the same equation. LayerViews are read in place where a kernel can.
-      result_type: default the type of `x`.
+      x: multiplied in its own dtype, to which weights are cast.
+      weights: one or several, for the same equation. LayerViews are read in place if a kernel can do so.
+      result_type: default: the dtype of `x`.
 
     Returns the result of each weight: a list for a sequence of weights, else one array.
     """
@@ -48,7 +48,10 @@ def sharded_einsum(
     for weight in each:
         assert_shapes(f"{x_letters} {letters}", x, weight)
     if decode.supports_einsum(equation, x, result_type):
-        results = decode.einsum(equation, x, [as_view(cast(weight, x.dtype)) for weight in each])
+        if any(weight.dtype != x.dtype for weight in each):
+            # All of them, because the kernel reads the same layer of every stack.
+            each = [read(weight).astype(x.dtype) for weight in each]
+        results = decode.einsum(equation, x, [as_view(weight) for weight in each])
     else:
         x_spec, y_spec = activation_specs(equation)
         x = constrain(x, x_spec)
@@ -56,11 +59,11 @@ def sharded_einsum(
             weight = gathered_weight(letters, read(weight), x.dtype)
             y = jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
             results.append(constrain(y, y_spec))
-    return results if each is weights else results[0]
+    return results if isinstance(weights, list | tuple) else results[0]
 
 
 def _as_list(arrays) -> Sequence:
-    """Returns a sequence as it is, and a single array or view in a list."""
+    """Wraps a single array or view in a list; returns a sequence unchanged."""
     return arrays if isinstance(arrays, list | tuple) else [arrays]
 
 
@@ -70,14 +73,14 @@ def _einsum_forward(equation, x, weights, result_type):
 
 
 def _einsum_backward(equation, result_type, residuals, gradients):
-    """Gathers the weights again rather than keep them. A weight's gradient is computed as x^T g: the other
+    """Gathers the weights again instead of keeping them. A weight's gradient is computed as x^T g: the other
     order makes XLA for CPU transpose g."""
     x, weights = residuals
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
     x_spec, _ = activation_specs(equation)
 
     def backward(equation, a, b, dtype):
-        # A result wider than the operands has a gradient as wide.
+        # A result wider than the operands has an equally wide gradient.
         a, b = a.astype(dtype), b.astype(dtype)
         return jnp.einsum(equation, a, b, precision="highest").astype(x.dtype)
 
@@ -110,7 +113,7 @@ def current_storage_spec(letters: str, shape: tuple[int, ...]) -> P:
 
 
 def gathered_weight(letters: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Casts a weight where it is stored, then gathers it for use: FSDP's all-gather."""
+    """Casts a weight in its storage sharding, then gathers it for use, over the fsdp and expert axes."""
     weight = constrain(weight.astype(dtype), current_storage_spec(letters, weight.shape))
     return constrain(weight, compute_spec(letters))
 
@@ -118,8 +121,8 @@ def gathered_weight(letters: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Ar
 def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Returns `weight_VD[tokens_BT]`, [B, T, D], sharded like a batch.
 
-    Each device looks up its own rows, and sums only their gradient. Left to itself, the compiler shards rows
-    and batch over the same axes, and moves every activation to do so.
+    Each device looks up its own tokens, and only the gradient is summed over devices. Left to itself, the
+    compiler shards vocabulary and batch over the same axes, and moves every activation to do so.
     """
     assert_shapes("VD BT", weight_VD, tokens_BT)
     axes = current_axes()
@@ -128,19 +131,19 @@ def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     stored, used = storage_spec("VD", weight_VD.shape, axes, "embedding.weight"), compute_spec("VD")
 
     def one_device(weight_VD, tokens_BT):
-        weight_VD = fsdp_all_gather(weight_VD, stored, used)
+        weight_VD = gather_parameter(weight_VD, stored, used)
         if axes["tensor"] == 1:
             return weight_VD[tokens_BT]
         index_BT, is_local_BT = local_vocab_index(tokens_BT, weight_VD.shape[0])
         return tensor_psum(jnp.where(is_local_BT[..., None], weight_VD[index_BT], 0))
 
-    specs = {"in_specs": (stored, P(BATCH)), "out_specs": P(BATCH)}
+    specs = {"in_specs": (stored, ROWS), "out_specs": ROWS}
     return jax.shard_map(one_device, **specs, check_vma=False)(weight_VD, tokens_BT)
 
 
 def local_vocab_index(tokens_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Inside `shard_map`: the index of tokens in this device's `size` rows of the vocabulary, and whether
-    they are there (index 0 where not)."""
+    """Inside `shard_map`: each token's index in this device's `size` rows of the vocabulary, and whether it
+    is there (if not, the index is 0)."""
     index_BT = tokens_BT - jax.lax.axis_index("tensor") * size
     is_local_BT = (index_BT >= 0) & (index_BT < size)
     return jnp.where(is_local_BT, index_BT, 0), is_local_BT
@@ -155,15 +158,16 @@ def gathered_dimensions(stored: P, used: P) -> list[tuple[int, tuple[str, ...]]]
     return found
 
 
-def fsdp_all_gather(x: jax.Array, stored: P, used: P) -> jax.Array:
-    """Inside `shard_map`: gathers a parameter's shard for use. Its gradient is reduce-scattered."""
+def gather_parameter(x: jax.Array, stored: P, used: P) -> jax.Array:
+    """Inside `shard_map`: gathers a parameter for use, from its shards along the fsdp axis and, for one
+    without experts, along the expert axis. Its gradient is reduce-scattered."""
     for dimension, axes in gathered_dimensions(stored, used):
         x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
     return x
 
 
-def fsdp_reduce_scatter(g: jax.Array, stored: P, used: P) -> jax.Array:
-    """Inside `shard_map`: the transpose of `fsdp_all_gather`, summed over all axes that split the batch."""
+def reduce_gradient(g: jax.Array, stored: P, used: P) -> jax.Array:
+    """Inside `shard_map`: the transpose of `gather_parameter`, summed over all axes that split the batch."""
     for dimension, axes in gathered_dimensions(stored, used):
         g = jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
     return jax.lax.psum(g, _batch_axes_not_in(stored))
@@ -188,7 +192,7 @@ tensor_psum.defvjp(lambda x: (tensor_psum(x), None), lambda _, g: (g * jax.lax.a
 
 
 def tensor_all_gather(y_RF: jax.Array) -> jax.Array:
-    """Inside `shard_map`: gathers the outputs that the devices of the tensor axis have parts of."""
+    """Inside `shard_map`: gathers outputs that are split over the tensor axis."""
     is_split = current_axes().get("tensor", 1) > 1
     return jax.lax.all_gather(y_RF, "tensor", axis=1, tiled=True) if is_split else y_RF
 
@@ -197,7 +201,7 @@ def shard_map_batch(function: Callable, *arrays: jax.Array):
     """Maps `function` over the batch axes: every device applies it to its local rows."""
     if not current_axes():
         return function(*arrays)
-    return jax.shard_map(function, in_specs=P(BATCH), out_specs=P(BATCH), check_vma=False)(*arrays)
+    return jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)(*arrays)
 
 
 def shard_map_heads(
@@ -208,7 +212,7 @@ def shard_map_heads(
     *rows_BT: jax.Array,
 ) -> jax.Array:
     """Maps `function(*heads, sinks, key, *rows)` over the batch axes and the tensor axis, which splits the
-    heads: axis 2 of `heads` and of the result, [B, T, N or K, H]. Each device has its own random key."""
+    heads: axis 2 of `heads` and of the result, [B, T, N or K, H]. Each device gets its own random key."""
     if not current_axes():
         return function(*heads, sinks_N, key, *rows_BT)
 
@@ -219,8 +223,10 @@ def shard_map_heads(
             key = jax.random.fold_in(jax.random.wrap_key_data(key_data), device)
         return function(*heads, sinks_N, key, *rows)
 
-    spec = P(BATCH, None, "tensor", None)
     key_data = None if key is None else jax.random.key_data(key)
     return jax.shard_map(
-        one_device, in_specs=(spec, P("tensor"), P(), P(BATCH)), out_specs=spec, check_vma=False
+        one_device,
+        in_specs=(HEADS_BTNH, compute_spec("N"), P(), ROWS),
+        out_specs=HEADS_BTNH,
+        check_vma=False,
     )(heads, sinks_N, key_data, rows_BT)

@@ -10,8 +10,10 @@ from jax.sharding import AxisType, Mesh
 
 from gptoss_jax.config import MeshConfig, ModelConfig, require
 
-AXES = ("data", "fsdp", "expert", "tensor")
-# The axes that split a batch. All devices of the tensor axis have the same rows.
+# The fields of MeshConfig, in order: devices along the last axis are the nearest neighbors.
+AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+# The axes that split a batch, and so the axes that gradients are summed over. Devices along the tensor axis
+# have the same rows.
 BATCH = ("data", "fsdp", "expert")
 
 
@@ -24,14 +26,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Returns a mesh of the devices (default: all) with the axis sizes of the config.
 
     The axes are of type Auto: the compiler shards what parameters and a few constraints leave open. Raises
-    ValueError, with sizes that would do, if the axes do not multiply to the number of devices.
+    ValueError, with valid sizes, if the axis sizes do not multiply to the number of devices.
     """
     count = len(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
     product = math.prod(size for size in sizes.values() if size != -1)
     if count % product or (product != count and -1 not in sizes.values()):
         asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        allowed = f"the axes must multiply to the {count} devices there are; {_would_do(sizes, count)}"
+        allowed = f"axis sizes must multiply to {count}, the number of devices; {_valid_sizes(sizes, count)}"
         raise ValueError(f"mesh is {asked}: {allowed}")
     shape = tuple(count // product if size == -1 else size for size in sizes.values())
     # An axis may be part of a physical axis: 8 experts on a 4x4x4 slice take two of its rows.
@@ -39,23 +41,23 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _would_do(sizes: dict[str, int], count: int) -> str:
-    """Returns the changes that make a mesh fit the devices: of one axis if that is enough."""
-    ways = []
+def _valid_sizes(sizes: dict[str, int], count: int) -> str:
+    """Returns the sizes that make a mesh fit the devices, of a single axis if changing one is enough."""
+    valid = []
     for name, size in sizes.items():
         others = math.prod(other for key, other in sizes.items() if key != name and other != -1)
         if -1 in sizes.values() and size != -1:
-            ways += [f"{name} {', '.join(map(str, divisors(count // others, count)))}"] * (
+            valid += [f"{name} {', '.join(map(str, divisors(count // others, count)))}"] * (
                 count % others == 0
             )
         elif size != -1 and count % others == 0:
-            ways.append(f"{name} {count // others}")
-    sizes_of_axes = ", ".join(map(str, divisors(count, count)))
-    return f"{' or '.join(ways)} would do" if ways else f"each axis must be one of {sizes_of_axes}"
+            valid.append(f"{name} {count // others}")
+    of_each_axis = ", ".join(map(str, divisors(count, count)))
+    return f"valid sizes: {' or '.join(valid) if valid else f'{of_each_axis} for each axis'}"
 
 
 def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
-    """Raises ValueError, with the sizes that would do, if axes of these sizes cannot split a model."""
+    """Raises ValueError, with the valid sizes, if axes of these sizes cannot split a model."""
     split = {
         "expert": ("num_local_experts",),
         "tensor": ("num_key_value_heads", "intermediate_size", "vocab_size"),
@@ -63,9 +65,9 @@ def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
     }
     for axis, fields in split.items():
         sizes = {field: getattr(config, field) for field in fields}
-        would_do = ", ".join(map(str, divisors(math.gcd(*sizes.values()), math.prod(axes.values()))))
+        valid = ", ".join(map(str, divisors(math.gcd(*sizes.values()), math.prod(axes.values()))))
         for field, size in sizes.items():
-            allowed = f"must divide model.{field} ({size}); {would_do} would do"
+            allowed = f"must divide model.{field} ({size}); valid sizes: {valid}"
             require(size % axes[axis] == 0, f"mesh.{axis}", axes[axis], allowed)
 
 

@@ -1,9 +1,8 @@
-"""Sharding rules: which mesh axes split a dimension, by its letter (see the key of letters in
-docs/design.md).
+"""Sharding rules: which mesh axes split a dimension, by its letter (`model/parameters.py` has the key).
 
-A parameter is declared with one letter for each dimension (`model/parameters.py`), and an einsum equation
-uses the same letters, so both know their sharding from this table. A lower-case letter is a dimension that
-is never split: of a norm's scale ("d") or the router's outputs ("e").
+A parameter is declared with one letter for each dimension, and an einsum equation uses the same letters, so
+the table covers parameters and einsums. The constants after it are the shardings of all other activations.
+A lower-case letter is a dimension that is never split: a norm's scale ("d") or the router's outputs ("e").
 """
 
 import math
@@ -31,28 +30,32 @@ STORAGE = {
 }
 # Axes that split a parameter while it is used; the others are gathered first.
 COMPUTE = ("tensor", "expert")
-# Devices of the expert axis hold different experts; they share the storage of everything else along the first
-# of these letters, where the sizes divide evenly.
-SPARE = "VD"
+# In storage, parameters without experts are also split over the expert axis: along V if they have it, else
+# along D, if the size is divisible.
+ALSO_OVER_EXPERT = "VD"
 # Dimensions that are only split between pairs: a row of gate and its row of up stay together.
 PAIRED = "U"
 
+# Activations. ROWS are sequences or tokens, split along the first dimension of an array of any rank.
+ROWS = P(BATCH)
 BATCH_BT = P(BATCH, None)
 HIDDEN_BTD = P(BATCH, None, None)
+HEADS_BTNH = P(BATCH, None, "tensor", None)
+CACHE_LBKSH = P(None, BATCH, "tensor", None, None)  # keys or values of layers
 
 
 def storage_spec(letters: str, shape: tuple[int, ...], axes: Mapping[str, int], name: str = "") -> P:
     """Returns how an array of these letters is split in storage.
 
     Args:
-      letters: one for each dimension; dimensions in front of them (stacked layers) are not split.
+      letters: one for each dimension; leading dimensions without one (stacked layers) are not split.
       axes: sizes of the mesh axes.
-      name: what errors call the array.
+      name: the array's name in error messages.
 
-    Raises ValueError, with the sizes that would do, when an axis does not divide its dimension.
+    Raises ValueError, with the valid sizes, if an axis does not divide its dimension.
     """
     letters = letters.rjust(len(shape), "_")
-    spare = "" if "E" in letters else next((letter for letter in SPARE if letter in letters), "")
+    also = "" if "E" in letters else next((letter for letter in ALSO_OVER_EXPERT if letter in letters), "")
     entries = []
     for size, letter in zip(shape, letters, strict=True):
         split = STORAGE.get(letter, ())
@@ -61,11 +64,11 @@ def storage_spec(letters: str, shape: tuple[int, ...], axes: Mapping[str, int], 
         if size // unit % parts:
             asked = " times ".join(f"mesh.{axis}" for axis in split)
             kind = "the pairs" if unit == 2 else "a size"
-            would_do = ", ".join(map(str, divisors(size // unit, math.prod(axes.values()))))
+            valid = ", ".join(map(str, divisors(size // unit, math.prod(axes.values()))))
             raise ValueError(
-                f"{asked} is {parts}: must divide {size // unit}, {kind} of {name}; {would_do} would do"
+                f"{asked} is {parts}: must divide {size // unit}, {kind} of {name}; valid sizes: {valid}"
             )
-        if letter == spare and size % (parts * axes["expert"]) == 0:
+        if letter == also and size % (parts * axes["expert"]) == 0:
             split += ("expert",)
         entries.append(split)
     return _spec(entries)

@@ -1,1 +1,1 @@
-"""Cost of a training step on devices that need not be here: `gptoss plan`."""
+"""Cost of a training step, without access to the devices: `gptoss plan`."""

@@ -224,8 +224,8 @@ def loss_temporaries(step: _Step) -> int:
 
 
 def recomputed_flops(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs for one token that remat does twice: with "block" the forward pass of all blocks, with "dots"
-    that of experts and attention scores."""
+    """Returns the FLOPs per token that remat repeats: with "block" the forward pass of all blocks, with
+    "dots" only that of experts and attention scores."""
     if model.remat == "none":
         return 0.0
     if model.remat == "block":
@@ -242,8 +242,8 @@ def transfer_seconds(
     """Seconds for one device to send `sent` bytes along some axes; the mesh's last axis has the nearest
     neighbors.
 
-    In a slice all links of a chip work at once. Where a group spans nodes, its k devices in a node share the
-    way out: each carries 1/k of a ring's traffic, but of an all-to-all everything for other nodes goes out.
+    In a slice all links of a chip work at once. If a group spans nodes, its k devices in a node share the
+    uplink: each carries 1/k of a ring's traffic; an all-to-all sends all cross-node traffic out.
     """
     inside = sent / chip.link
     if chip.node is None or math.prod(mesh.values()) <= chip.node:
@@ -261,7 +261,7 @@ def transfer_seconds(
 
 
 def _collectives(step: _Step) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
-    """Yields (purpose, kind, axes, bytes that a device sends in a step) of all that the sharding asks for."""
+    """Yields (purpose, kind, axes, bytes sent by a device in a step) for all that the sharding requires."""
     model, width, n = step.model, step.itemsize, step.microbatches
     for axes in sorted({p.gathered_over for p in step.parameters if p.gathered_over}):
         size = step.axis_size(axes)
@@ -272,7 +272,7 @@ def _collectives(step: _Step) -> Iterator[tuple[str, str, tuple[str, ...], float
         yield "gather parameters", "all-gather", axes, bytes_sent("all-gather", gathers, size)
         scatters = n * (width * blocks + 4 * (embedding + head))
         yield "scatter gradients", "reduce-scatter", axes, bytes_sent("reduce-scatter", scatters, size)
-    # Axes of the batch that do not shard a parameter hold copies of it.
+    # Gradients are summed over the batch axes that do not shard the parameter: they hold copies of it.
     replicated: dict[tuple[str, ...], int] = {}
     for p in step.parameters:
         axes = tuple(axis for axis in BATCH if axis not in p.axes and step.mesh[axis] > 1)

@@ -224,7 +224,7 @@ def _results(instruction: _Instruction, kind: str) -> tuple[str, ...]:
     shape = re.sub(r"\{[^}]*\}", "", instruction.shape)
     arrays = [match[0] for match in _SHAPE.finditer(shape)]
     if instruction.opcode != kind and kind != "all-reduce":
-        # Several operands are a tuple of their own.
+        # Several operands form a separate tuple.
         operands = len(_SHAPE.findall(shape.partition(")")[0])) if shape.startswith("((") else 1
         arrays = [array for array in arrays[operands:] if array != "u32[]"]
     return tuple(arrays)

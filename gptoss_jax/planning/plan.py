@@ -1,6 +1,7 @@
 """A plan: the estimates of a training step on all meshes of some devices, and compiled steps."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,11 +29,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether any mesh fits, according to the compiler where it was asked."""
+        """Whether any mesh fits, according to the compiler if it ran."""
         return any(one.fits for one in self.compiled or self.estimates)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as JSON-ready values; bytes, seconds and FLOPs are those of one device."""
+        """Returns everything as JSON-ready values; bytes, seconds and FLOPs are for one device."""
         total, active = parameter_counts(self.config.model)
         estimates = []
         for one in self.estimates:
@@ -61,12 +62,12 @@ def make_plan(
     meshes: Sequence[str] = (),
     on_compile: Callable[[dict[str, int]], None] = lambda mesh: None,
 ) -> Plan:
-    """Estimates the given meshes, or all that are possible; with a topology, also compiles the given meshes,
-    or the best one.
+    """Estimates the given meshes, or all possible ones; with a topology, also compiles the given meshes or
+    the best one.
 
     Args:
-      topology: a TPU slice such as "v5p:4x4x4"; in its place, `chip` (a name of `hardware.CHIPS`) and
-        `devices` (as JAX counts them) plan without compiling.
+      topology: a TPU slice such as "v5p:4x4x4". Instead, `chip` (a name in `hardware.CHIPS`) and `devices`
+        (as JAX counts them) plan without compiling.
       meshes: such as "fsdp=16,expert=4".
       on_compile: called with each mesh before it is compiled, which takes minutes.
 
@@ -75,7 +76,7 @@ def make_plan(
       OSError: the compiler fails.
     """
     if topology is not None:
-        require(chip is None and devices is None, "topology", topology, "says chip and devices already")
+        require(chip is None and devices is None, "topology", topology, "already gives chip and devices")
         kind, count = parse_topology(topology)
     else:
         allowed = "give one, such as --topology v5p:4x4x4, or --chip h200 --devices 64"
@@ -124,18 +125,17 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     MeshConfig(**sizes)
     product = math.prod(size for size in sizes.values() if size != -1)
     sizes = {name: devices // product if size == -1 else size for name, size in sizes.items()}
-    allowed = f"the axes must multiply to the {devices} devices there are"
+    allowed = f"axis sizes must multiply to {devices}, the number of devices"
     require(math.prod(sizes.values()) == devices, "mesh", text, allowed)
     return sizes
 
 
 def all_meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Yields every way to lay out the devices along the four axes."""
-    for fsdp in divisors(devices, devices):
-        for expert in divisors(devices // fsdp, devices):
-            for tensor in divisors(devices // fsdp // expert, devices):
-                data = devices // fsdp // expert // tensor
-                yield dict(zip(AXES, (data, fsdp, expert, tensor), strict=True))
+    """Yields every way to lay out the devices along the axes of the mesh."""
+    for sizes in itertools.product(divisors(devices, devices), repeat=len(AXES) - 1):
+        first, rest = divmod(devices, math.prod(sizes))
+        if rest == 0:
+            yield dict(zip(AXES, (first, *sizes), strict=True))
 
 
 def _estimate_all(config: TrainConfig, chip: Chip, devices: int) -> list[Estimate]:
@@ -148,5 +148,5 @@ def _estimate_all(config: TrainConfig, chip: Chip, devices: int) -> list[Estimat
             refusal = error
     if not found:
         reason = f"no mesh of {devices} devices can split this model and batch"
-        raise ValueError(f"{reason}; the last tried: {refusal}")
+        raise ValueError(f"{reason}; the last one tried: {refusal}")
     return found

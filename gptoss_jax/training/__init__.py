@@ -1,1 +1,1 @@
-"""The way of a batch: the loop, the step, its losses and optimiser, and what a run reports."""
+"""Training: the loop, the step, its losses and optimizer, and the reports of a run."""

@@ -20,7 +20,7 @@ from gptoss_jax.terminal import (
     printable,
 )
 
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between progress lines without a terminal
 RATE_INTERVAL = 3600.0  # seconds of steps that the remaining time is estimated from, at most 1000 steps
 
 

@@ -86,7 +86,7 @@ class RunLog:
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Logs the step before, while this one runs on the device.
 
-        That waits for the metrics of every step, whatever `log_every` is, and so bounds the steps in flight
+        That waits for the metrics of every step, regardless of `log_every`, and so bounds the steps in flight
         to two.
         """
         self.flush()
@@ -133,12 +133,12 @@ class RunLog:
         in_a_row = int(values["skipped_in_a_row"])
         if in_a_row:
             found = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
-            self.console.message(f"step {step} skipped: {found}; nothing was changed")
+            self.console.message(f"step {step} skipped: {found}; parameters were left unchanged")
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {step}; the "
-                "run changed nothing in them. Look at the text, or start another --run-dir with a lower "
-                "optim.learning_rate"
+                f"loss or gradient was not finite in {in_a_row} steps in a row, up to step {step}; "
+                "parameters were left unchanged. Check the training data, or start another --run-dir with "
+                "a lower optim.learning_rate"
             )
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ class RunLog:
         """Logs the means of an evaluation on `eval.batches` batches of held-out text or, if `is_final`, on
         all of it. Returns the loss."""
         meta, val_loss = self.cache.meta, means["loss"]
-        # The bytes of whole documents only are known, so the loss per token stands for all held-out text.
+        # Only the bytes of whole documents are known, so the loss per token stands for all held-out text.
         targets = meta["held_out_tokens"] - meta["held_out_documents"]
         if "chat" in meta:
             targets = meta["chat"]["held_out_trained_tokens"]

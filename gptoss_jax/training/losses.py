@@ -1,4 +1,7 @@
-"""Cross-entropy in chunks over the sequence, and the losses of the router."""
+"""Cross-entropy in chunks over the sequence, and the router losses.
+
+Letters: C positions of a chunk; V the vocabulary, or one device's shard of it in `_scan_chunks`.
+"""
 
 import functools
 import math
@@ -11,17 +14,17 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.model.parameters import LETTERS
-from gptoss_jax.parallel.linear import fsdp_all_gather, fsdp_reduce_scatter, local_vocab_index
+from gptoss_jax.parallel.linear import gather_parameter, local_vocab_index, reduce_gradient
 from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.rules import compute_spec, storage_spec
+from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
 
 Arrays = tuple[jax.Array, ...]
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
 
 def chunk_length(batch: int, length: int, vocab_size: int, shards: int = 1) -> int:
-    """Positions in a chunk: the largest divisor of `length` with which the logits [B, C, V], split into
-    `shards`, have at most `CHUNK_LOGITS` elements each; at least 1."""
+    """Returns the positions in a chunk: the largest divisor of `length` for which each of the `shards` of the
+    logits [B, C, V] has at most `CHUNK_LOGITS` elements; at least 1."""
     most = max(1, CHUNK_LOGITS * shards // (batch * vocab_size))
     return max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
 
@@ -44,7 +47,7 @@ def cross_entropy(
     weights_BT: jax.Array,
     chunk: int | None = None,
 ) -> jax.Array:
-    """The weighted sum of -log p(target) in nats, a float32 scalar.
+    """Returns the weighted sum of -log p(target) in nats, a float32 scalar.
 
     Works through `chunk` positions at a time (default: `chunk_length`), so that the logits of all positions
     never exist together. Under differentiation each chunk's gradient is computed while its logits exist: no
@@ -52,20 +55,20 @@ def cross_entropy(
     differentiated is not computed.
 
     On a mesh the weights of the head are sharded as parameters are stored, and so are their gradients, and
-    each device processes its rows of the batch against its shard of the vocabulary. Where a weight of the
-    loss is not positive, hidden state and target may be anything.
+    each device processes its rows of the batch against its shard of the vocabulary. If a weight of the loss
+    is not positive, the values of hidden state and target are ignored.
 
     Args:
       hidden, head: of `Transformer.head_operands`: the logits are the sum of the products of each activation,
         [B, T, D], and its weight, [V, D].
     """
-    return _on_mesh(hidden, head, targets_BT, weights_BT, chunk)[0]
+    return _loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk)[0]
 
 
 def _forward(hidden, head, targets, weights, chunk):
     is_trained = tuple(weight.perturbed for weight in head)
     arguments = jax.tree.map(lambda primal: primal.value, (hidden, head, targets, weights))
-    loss, d_hidden, d_head = _on_mesh(*arguments, chunk, is_trained)
+    loss, d_hidden, d_head = _loss_and_gradients(*arguments, chunk, is_trained)
     return loss, (d_hidden, d_head)
 
 
@@ -76,7 +79,7 @@ def _backward(chunk, gradients, g):
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_mesh(hidden, head, targets_BT, weights_BT, chunk, is_trained=None):
+def _loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk, is_trained=None):
     """(loss,) or, with `is_trained`, (loss, gradients of `hidden`, gradients of `head`): None for weights
     that are not trained."""
     axes = current_axes()
@@ -97,23 +100,23 @@ def _on_mesh(hidden, head, targets_BT, weights_BT, chunk, is_trained=None):
     used = tuple(compute_spec(LETTERS[name]) for name in names)
 
     def one_device(hidden, head, targets_BT, weights_BT):
-        gathered = tuple(map(fsdp_all_gather, _cast(head, dtype), stored, used))
-        loss, *gradients = scan_chunks(hidden, gathered, targets_BT, weights_BT, on_mesh=True)
+        gathered = tuple(map(gather_parameter, _cast(head, dtype), stored, used))
+        loss, *gradients = scan_chunks(hidden, gathered, targets_BT, weights_BT, is_sharded=True)
         loss = jax.lax.psum(loss, BATCH)
         if is_trained is None:
             return (loss,)
         d_hidden, d_head = gradients
         d_head = (
-            None if d is None else fsdp_reduce_scatter(d, *specs)
+            None if d is None else reduce_gradient(d, *specs)
             for d, *specs in zip(d_head, stored, used, strict=True)
         )
         return loss, d_hidden, _as_types(d_head, head)
 
-    specs = tuple(P(BATCH) for _ in hidden)
+    specs = tuple(ROWS for _ in hidden)
     d_specs = tuple(spec if train else None for spec, train in zip(stored, is_trained or (), strict=False))
     return jax.shard_map(
         one_device,
-        in_specs=(specs, stored, P(BATCH), P(BATCH)),
+        in_specs=(specs, stored, ROWS, ROWS),
         out_specs=(P(),) if is_trained is None else (P(), specs, d_specs),
         check_vma=False,
     )(hidden, head, targets_BT, weights_BT)
@@ -127,8 +130,8 @@ def _as_types(gradients, weights):
     return tuple(None if d is None else d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True))
 
 
-def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, on_mesh=False):
-    """`_on_mesh` for the rows of one device and its shard of the vocabulary, `head`."""
+def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, is_sharded=False):
+    """`_loss_and_gradients` for the rows of one device and its shard of the vocabulary, `head`."""
     B, T = targets_BT.shape
     einsum = functools.partial(jnp.einsum, precision="highest")
     einsum_float32 = functools.partial(einsum, preferred_element_type=jnp.float32)
@@ -136,7 +139,7 @@ def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, on_
     pairs = [*zip("Dr", head, strict=False)]
 
     def over_vocabulary(reduce, x):
-        return reduce(x, "tensor") if on_mesh else x
+        return reduce(x, "tensor") if is_sharded else x
 
     def one_chunk(carry, inputs):
         loss, d_head = carry
@@ -150,7 +153,7 @@ def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, on_
         sum_BC = over_vocabulary(jax.lax.psum, jnp.sum(exp_BCV, axis=-1))
         logsumexp_BC = jnp.log(sum_BC) + max_BC
         index_BC, is_here_BC = (
-            local_vocab_index(target_BC, head[0].shape[0]) if on_mesh else (target_BC, True)
+            local_vocab_index(target_BC, head[0].shape[0]) if is_sharded else (target_BC, True)
         )
         chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
         chosen_BC = over_vocabulary(jax.lax.psum, jnp.where(is_here_BC, chosen_BC, 0))
@@ -189,7 +192,7 @@ def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, on_
 
 def load_balance_loss(stats: RouterStats) -> jax.Array:
     """Load-balance loss of Fedus et al. 2021, averaged over layers: E * sum_e load_e * probability_e, which
-    is 1 where every expert gets the same."""
+    is 1 if every expert gets the same share."""
     num_experts = stats["load"].shape[-1]
     return num_experts * jnp.mean(jnp.sum(stats["load"] * stats["probability"], axis=-1))
 
@@ -200,7 +203,7 @@ def router_z_loss(stats: RouterStats) -> jax.Array:
 
 
 def router_losses(config: ModelConfig, stats: RouterStats) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The router's losses with the weights of the config, and what is logged of the routers."""
+    """Returns the router losses, weighted as in the config, and the routers' metrics."""
     balance, z = load_balance_loss(stats), router_z_loss(stats)
     metrics = {"load_balance_loss": balance, "router_z_loss": z, "expert_load": stats["load"]}
     metrics["dropped"] = jnp.mean(stats["dropped"])
@@ -208,5 +211,5 @@ def router_losses(config: ModelConfig, stats: RouterStats) -> tuple[jax.Array, d
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """The sum of -log p over all tokens of a text in bits, per UTF-8 byte of the text."""
+    """Converts the sum of -log p over all tokens of a text to bits per UTF-8 byte."""
     return total_nats / math.log(2) / total_bytes

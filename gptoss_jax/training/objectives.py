@@ -19,7 +19,7 @@ Batch = dict[str, jax.Array]
 class Objective:
     """Sums over a batch and the weight that turns them into means.
 
-    Sums and weights of microbatches, and of the batches of an evaluation, add up to those of all of them.
+    Sums and weights add up over microbatches, and over the batches of an evaluation.
     """
 
     # (model, batch, *, dropout_key, capacity_factor) -> (float32 scalars by name, statistics of all routers).

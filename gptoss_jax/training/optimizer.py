@@ -56,7 +56,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) for the matrices inside the blocks and
     AdamW for the rest, on the clipped gradient.
 
-    Its `update` takes one more argument, `finite`: the state stays as it was where that is False. Muon's
+    Its `update` takes one more argument, `finite`: if it is False, the state is unchanged. Muon's
     updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training"), so that
     one learning rate serves both. Weight decay then applies to Muon's matrices only.
     """
@@ -103,7 +103,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam` that keeps the moments where `finite` is False.
+    """`optax.scale_by_adam` that keeps the moments if `finite` is False.
 
     The barrier makes the update depend on the new moments. Otherwise a compiler also computes it from the old
     ones, and has to copy those before it can overwrite them with the new ones.

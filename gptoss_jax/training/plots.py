@@ -134,7 +134,7 @@ def _draw_gradient(axes: Axes, training: Rows, max_norm: float) -> None:
     if low < max_norm < high:
         axes.axhline(max_norm, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.1)
         _note(axes, "dashed: clipped above")
-    # `skipped_steps` counts up, so steps were skipped before a row where it has grown.
+    # `skipped_steps` counts up, so steps were skipped before a row in which it has grown.
     counts = [row.get("skipped_steps") or 0 for row in training]
     lost = [row.get("loss", 0) is None or row.get("grad_norm", 0) is None for row in training]
     is_skipped = (np.diff(counts, prepend=0) > 0) | np.array(lost, bool)

@@ -47,7 +47,7 @@ def init_or_restore_state(
 
     Returns the state, the frozen parameters and the metadata of checkpoints, JSON-ready: `data` (the position
     in the data, None for a new run), `tokens_seen`, `schedule_jumped`, `text` and `config`. Raises ValueError
-    if text or tokenizer are not those of the checkpoint, or `init_from` has another tokenizer.
+    if text or tokenizer differ from the checkpoint's, or `init_from` has another tokenizer.
     """
     abstract = place_on_mesh(abstract_params(config.model), mesh)
     _, rest = checkpoint_trees(abstract_state(config, mesh, is_trainable), {})
@@ -95,10 +95,10 @@ def _check_tokenizer(config: TrainConfig, cache: TokenCache, report: Callable[[s
     folder = local_folder(config.init_from)
     tokenizer = find_tokenizer(folder)
     if tokenizer is None:
-        report(f"{config.init_from} holds no tokenizer: data.tokenizer must be the one of its weights")
+        report(f"{config.init_from} has no tokenizer: data.tokenizer must be the one that its weights use")
     elif not tokenizer.same_ids_as(cache.tokenizer):
         raise ValueError(
-            f"data.tokenizer is {config.data.tokenizer!r}: not that of init_from; {tokenizer.name} is"
+            f"data.tokenizer is {config.data.tokenizer!r}: must match init_from, which uses {tokenizer.name}"
         )
     report(f"Starting from the weights of {config.init_from}")
     return folder
@@ -148,8 +148,8 @@ def check_steps(
 ) -> bool:
     """Reports how a new number of steps changes a run that is resumed at `step`.
 
-    The result is that of a run with the new number from the start if the new schedule gives all updates so
-    far the learning rates that they had.
+    The result equals a run with the new number from the start if the new schedule gives all updates so far
+    the same learning rates.
 
     Returns True if the schedule has jumped, now or when the run was resumed before. Raises ValueError if the
     run is already past the new number.

@@ -71,7 +71,7 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
-    """Raises ValueError if `init_from` does not hold weights of this model, without reading the weights.
+    """Raises ValueError if `init_from` does not contain weights for this model, without reading them.
 
     A run that has a checkpoint no longer needs them.
     """
@@ -118,7 +118,7 @@ def _plain_params(config: ModelConfig) -> dict:
 
 
 def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache:
-    """The tokenized text, built by process 0 and then, where its folder is not shared, once per machine.
+    """Returns the tokenized text, built by process 0 and then, if its folder is not shared, once per machine.
 
     Raises ValueError if the tokenizer has more ids than the model.
     """

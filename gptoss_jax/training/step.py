@@ -22,12 +22,12 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Returns the jitted `train_step(state, batch, frozen={}) -> (state, metrics)`.
 
-    `state` is donated: it may not be used again. `frozen` holds the parameters of the model that the state
+    `state` is donated: it must not be reused. `frozen` holds the parameters of the model that the state
     does not train; they are neither differentiated nor donated.
 
     Metrics, float32 scalars unless noted: the objective's means (`loss`), `load_balance_loss`,
     `router_z_loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and `skipped_in_a_row` (int32,
-    including this step), `tokens` (real ones, int32), `expert_load` [L, E], `dropped` (fraction of the
+    including this step), `tokens` (without padding, int32), `expert_load` [L, E], `dropped` (fraction of the
     tokens' assignments to experts beyond `model.expert_capacity_factor`).
     """
     optimizer = make_optimizer(config.optim, config.steps)

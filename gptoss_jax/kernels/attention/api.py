@@ -8,7 +8,7 @@ from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 from gptoss_jax.kernels.shapes import assert_shapes
 
-# On CPU, rows of at most SHORT tokens are computed in chunks of queries.
+# On CPU, rows of at most SHORT tokens are computed in chunks of CHUNK queries.
 SHORT, CHUNK = 512, 64
 
 
@@ -25,20 +25,21 @@ def attention(
 ) -> jax.Array:
     """Attention by the mask rule (`attention_mask`), differentiable in q, k, v and the sinks.
 
-    Never a [T, T] array, and a sliding layer costs O(T * W). All implementations compute the same function:
+    Never materializes a [T, T] array; a sliding layer costs O(T * W). All implementations compute the same
+    function:
 
     - TPU: splash attention; GPU: our Triton kernel, for head sizes up to 128 and cards with the shared memory
-      of an A100 or more. Neither drops weights, and splash attention has no sink tokens.
+      of an A100 or more. Neither supports dropout, and splash attention has no sink tokens.
     - Everywhere else: blocks in plain XLA; on CPU, short rows in chunks of queries.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: query head n uses key/value head n // G.
       segment_ids_BT: documents from 1, padding 0. A segment must be contiguous in its row.
-      positions_BT: must rise by one from token to token of a segment, and may start anywhere.
+      positions_BT: must increase by one within a segment, and may start anywhere.
       sinks_N: one more logit in each head's softmax, without a value.
-      dropout_key: turns dropout of the attention weights on.
+      dropout_key: enables dropout of the attention weights.
 
-    Returns [B, T, N, H] in the type of `q_BTNH`. Raises AssertionError for shapes that do not fit together.
+    Returns [B, T, N, H] in the dtype of `q_BTNH`. Raises AssertionError if shapes do not match.
     """
     inputs = q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, positions_BT
     sizes = assert_shapes("BTNH BTKH BTKH BT BT N", *inputs, sinks_N)
@@ -77,7 +78,7 @@ def query_chunked_attention(
 ) -> jax.Array:
     """See `attention`: for short rows, the reference on a few queries at a time and the keys they can see.
 
-    The gradient keeps the weights, where `blockwise_attention` computes them twice.
+    The backward pass reuses the weights, which `blockwise_attention` recomputes.
     """
     outs = []
     for start in range(0, q_BTNH.shape[1], CHUNK):

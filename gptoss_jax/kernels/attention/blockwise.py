@@ -28,8 +28,8 @@ from gptoss_jax.kernels.attention.reference import (
     ungroup_heads,
 )
 
-# Most tokens in a block: large enough for fast products, small enough for its scores to stay in the cache and
-# for little masked work; in a sliding layer on CPU that counts for more.
+# Maximum tokens in a block: large enough for fast products, small enough for the scores to stay in cache and
+# for little masked work, which matters more in a sliding layer on CPU.
 BLOCK, WINDOW_BLOCK = 256, 64
 
 
@@ -66,7 +66,7 @@ def blockwise_attention(
     dropout_key: jax.Array | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """See `api.attention`. `block` is the most tokens in a block.
+    """See `api.attention`. `block` is the maximum number of tokens in a block.
 
     Blocks of keys that no query of a block can see are not visited: those after it, those before its window,
     and those before the first query's segment. So a sliding layer costs O(T * W).
@@ -81,7 +81,7 @@ def blockwise_attention(
         widths = (0, 0), (0, blocks * C - T), *[(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, widths, constant_values=value)
 
-    # The tokens that fill the last block are a segment of their own.
+    # Padding that fills the last block is a separate segment.
     segment_ids_BT = pad(segment_ids_BT, -1)
     group = jax.vmap(functools.partial(group_heads, K=K), in_axes=1, out_axes=2)
     q = group(pad(q_BTNH).reshape(B, blocks, C, N, H))
@@ -93,8 +93,8 @@ def blockwise_attention(
 
 
 class SoftmaxState(NamedTuple):
-    """A softmax over the keys seen so far: their largest score, and relative to it the sum of their weights
-    and the weighted sum of their values."""
+    """A softmax over the keys seen so far: the largest score and, relative to it, the sum of the weights and
+    the weighted sum of the values."""
 
     largest_BKR: jax.Array
     total_BKR: jax.Array
@@ -102,7 +102,7 @@ class SoftmaxState(NamedTuple):
 
 
 def init_softmax(q_BKRH: jax.Array, sinks_N: jax.Array | None) -> SoftmaxState:
-    """The state before any key: a sink is a logit without a value."""
+    """Returns the state before any key: a sink is a logit without a value."""
     shape, dtype = q_BKRH.shape, jnp.promote_types(q_BKRH.dtype, jnp.float32)
     out_BKRH, total_BKR = jnp.zeros(shape, dtype), jnp.zeros(shape[:3], dtype)
     if sinks_N is None:
@@ -114,9 +114,9 @@ def init_softmax(q_BKRH: jax.Array, sinks_N: jax.Array | None) -> SoftmaxState:
 def update_softmax(
     state: SoftmaxState, scores_BKRS: jax.Array, v_BKSH: jax.Array, drop: Callable = lambda weights: weights
 ) -> SoftmaxState:
-    """The state after more keys with these masked scores. `drop` is dropout of their weights.
+    """Returns the state after more keys with these masked scores. `drop` applies dropout to their weights.
 
-    While a row has seen no key, it gathers wrong weights, which are multiplied by 0 when it sees one.
+    Until a row sees its first key, it accumulates wrong weights, which are then multiplied by 0.
     """
     largest_BKR = jnp.maximum(state.largest_BKR, jnp.max(scores_BKRS, axis=-1))
     weights_BKRS = jnp.exp(scores_BKRS - largest_BKR[..., None])
@@ -211,7 +211,7 @@ def _over_keys(spec, C, x, i, step, state):
         return step(_KeyBlock(k_BKSH, v_BKSH, mask_BCS, i * (T // C + 1) + j, add), state)
 
     if spec.sink_tokens:
-        # Those of them that no block of the loop below has.
+        # Only those that no block of the loop below covers.
         index_BS = start_B[:, None] + jnp.arange(min(spec.sink_tokens, T), dtype=jnp.int32)
         is_far_BS = index_BS < first_block * C
         index_BS = jnp.minimum(index_BS, T - 1)
@@ -237,6 +237,6 @@ def _scores(q_BKRH, keys):
 
 
 def _drop(spec, dropout_key, keys, weights_BKRS):
-    """Dropout of weights, or of their gradient: the same ones for the same pair of blocks."""
+    """Dropout of weights or their gradient; the same entries for the same pair of blocks."""
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, keys.index)
     return drop(weights_BKRS, spec.dropout, key)

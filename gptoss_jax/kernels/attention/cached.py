@@ -1,7 +1,7 @@
 """Attention to a cache of keys and values, for several new tokens (prefill) or one (decode).
 
-A cache has S slots for each sequence. The first `sink_tokens` tokens keep theirs; all others share a ring of
-the rest. A full layer has a slot for every token, so that its ring never wraps around.
+A cache has S slots for each sequence. The first `sink_tokens` tokens keep theirs; all others share the rest
+as a ring. A full layer has a slot for every token, so its ring never wraps around.
 
 Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, H head size, R = T N / K rows.
 """
@@ -36,8 +36,8 @@ class LayerCacheView:
 
     keys: LayerView  # [B, K, slots, H]
     values: LayerView
-    lengths_B: jax.Array  # int32, tokens read before
-    counts_B: jax.Array  # int32, how many of a row's first tokens are not padding
+    lengths_B: jax.Array  # int32, tokens read before this call
+    counts_B: jax.Array  # int32, how many of a row's first new tokens are not padding
 
     @classmethod
     def of(cls, stacks: dict[str, jax.Array], index, lengths_B, counts_B) -> "LayerCacheView":
@@ -50,13 +50,13 @@ class LayerCacheView:
 
 
 def slot_index(positions: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
-    """The slot of the token at each position, in a cache of `slots`."""
+    """Maps each position to its slot in a cache with `slots` slots."""
     ring = slots - sink_tokens
     return jnp.where(positions < slots, positions, sink_tokens + (positions - sink_tokens) % ring)
 
 
 def slot_positions(lengths_B: jax.Array, index_S: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
-    """The position of the token in each slot of `index_S` after `lengths_B` tokens, [B, S]; -1 if empty."""
+    """Maps each slot in `index_S` to its token's position after `lengths_B` tokens, [B, S]; -1 if empty."""
     last_B1 = lengths_B[:, None] - 1
     ring_BS = last_B1 - (last_B1 - index_S) % (slots - sink_tokens)
     ring_BS = jnp.where(ring_BS >= sink_tokens, ring_BS, -1)
@@ -66,17 +66,18 @@ def slot_positions(lengths_B: jax.Array, index_S: jax.Array, slots: int, sink_to
 def update_cache(
     cache: LayerCacheView, k_BTKH: jax.Array, v_BTKH: jax.Array, spec: AttentionSpec
 ) -> LayerCacheView:
-    """The cache with the first `counts_B` of T new tokens in their slots. `lengths_B` and `counts_B` stay."""
+    """Writes the first `counts_B` of T new tokens to their slots. `Transformer.hidden_states` advances
+    `lengths_B`, once for all layers."""
     sizes = assert_shapes(
         "BKSH BKSH BTKH BTKH B B", cache.keys, cache.values, k_BTKH, v_BTKH, cache.lengths_B, cache.counts_B
     )
     new_T = jnp.arange(sizes.T, dtype=jnp.int32)
     positions_BT = cache.lengths_B[:, None] + new_T
-    # The last of those that share a slot stays.
+    # If more new tokens than ring slots arrive, only the last ones are written.
     ring_start_B = cache.lengths_B + cache.counts_B - (sizes.S - spec.sink_tokens)
-    stays_BT = (positions_BT < spec.sink_tokens) | (positions_BT >= ring_start_B[:, None])
+    is_written_BT = (positions_BT < spec.sink_tokens) | (positions_BT >= ring_start_B[:, None])
     slots_BT = slot_index(positions_BT, sizes.S, spec.sink_tokens)
-    slots_BT = jnp.where(stays_BT & (new_T < cache.counts_B[:, None]), slots_BT, sizes.S)
+    slots_BT = jnp.where(is_written_BT & (new_T < cache.counts_B[:, None]), slots_BT, sizes.S)
     rows_B1 = jnp.arange(sizes.B, dtype=jnp.int32)[:, None]
 
     def update(layer, new_BTKH):
@@ -96,13 +97,14 @@ def prefill_attention(
     *,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """T new tokens of each sequence over themselves and the tokens before them, which are in the cache.
+    """Attends with T new tokens of each sequence to themselves and to the tokens before them, in the cache.
 
     Slots are read in blocks, as many as the longest sequence has filled, so memory does not grow with the
-    cache. Returns [B, T, N, H]; softmax in float32. The results of padding are finite.
+    cache. Returns [B, T, N, H]; softmax in float32. Results at padding are finite.
 
     Args:
-      cache: before the new tokens, whose slots may be those of tokens that the first of them see.
+      cache: as it was before this chunk. Writing the chunk first could overwrite ring slots its early tokens
+        still need.
     """
     sizes = assert_shapes(
         "BTNH BTKH BTKH BKSH BKSH N", q_BTNH, k_BTKH, v_BTKH, cache.keys, cache.values, sinks_N
@@ -112,7 +114,7 @@ def prefill_attention(
     q_BKRH = group_heads(q_BTNH, sizes.K)
 
     def update(state, k_BKSH, v_BKSH, positions_BS):
-        """The state after more keys, whose positions are -1 where there is none."""
+        """Returns the state after more keys; a position of -1 means no key."""
         distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
         is_key_BTS = (distance_BTS >= 0) & (positions_BS >= 0)[:, None]
         mask_BTS = is_key_BTS & is_near(distance_BTS, positions_BS[:, None], spec)
@@ -123,7 +125,7 @@ def prefill_attention(
     blocks = -(-jnp.minimum(jnp.max(cache.lengths_B), sizes.S) // block)
 
     def update_from_cache(i, state):
-        # The last block may begin earlier, so that it ends with the slots; those seen before are left out.
+        # The last block may start earlier, to end with the last slot; slots already seen are masked.
         start, zero = jnp.minimum(i * block, sizes.S - block), jnp.int32(0)
         index_S = start + jnp.arange(block, dtype=jnp.int32)
         positions_BS = slot_positions(cache.lengths_B, index_S, sizes.S, spec.sink_tokens)
@@ -145,9 +147,10 @@ def prefill_attention(
 def decode_attention(
     q_BTNH: jax.Array, cache: LayerCacheView, *, sinks_N: jax.Array | None = None
 ) -> jax.Array:
-    """One new token of each sequence, T = 1, over the cache, which already has it and only has what it sees.
+    """Attends with one new token of each sequence, T = 1, to the cache.
 
-    Returns [B, 1, N, H], zeros for padding.
+    The cache already includes the new token. A ring has exactly the window's slots, so every filled slot is
+    visible and no window mask is needed. Returns [B, 1, N, H], zeros for padding.
     """
     sizes = assert_shapes("B1NH BKSH BKSH N", q_BTNH, cache.keys, cache.values, sinks_N)
     seen_B = jnp.where(cache.counts_B > 0, jnp.minimum(cache.lengths_B + 1, sizes.S), 0)

@@ -15,13 +15,13 @@ from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.backend import matmul_precision, without_x64
 
 LANES = 128  # sequences and blocks are multiples of it
-# The most rows and columns in a block of scores. For 4,096 tokens of the released models (64 heads on 8, of
-# size 64) libtpu 0.0.42 schedules, forward and backward, in millions of cycles (its listings of instructions,
-# LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true", times the steps of the grids):
+# Maximum rows and columns of a block of scores. For 4,096 tokens of the released models (64 query heads, 8
+# key/value heads, size 64), libtpu 0.0.42 schedules these millions of cycles, forward and backward (from its
+# listings, LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true", times the grid steps):
 #   window 128: blocks of 256 4.9 (v5e), 6.6 (v5p), 4.6 (v6e); of 512 5.5, 6.3, 4.5, in half as many steps.
 #   no window: blocks of 512 12.8, 16.4, 9.9; of 1,024 12.4, 13.4, 9.0; 2,048 x 1,024 14.2, too large, 10.0.
 # Waiting for memory comes on top. One kernel for dq, dk and dv would save 2 to 3 of these without a window,
-# but writes dq once for each block of keys, in the type of q.
+# but writes dq once for each block of keys, in the dtype of q.
 # In float32, blocks of 1,024 are too large for the VMEM of v5e and v5p.
 WINDOW_BLOCK = FLOAT32_BLOCK = 512
 FULL_BLOCK = 1024
@@ -50,11 +50,11 @@ def splash_attention(
     """See `api.attention`. `interpret` runs the kernels on any platform, slowly.
 
     The mask follows from the order of tokens in the row; positions are not read. Segment ids are 0 or more.
-    Raises ValueError for sink tokens, which these kernels cannot show beyond a window.
+    Raises ValueError for sink tokens, which these kernels cannot keep visible.
     """
     del positions_BT
     if spec.sink_tokens:
-        raise ValueError(f"sink_tokens is {spec.sink_tokens}: splash attention cannot show them: must be 0")
+        raise ValueError(f"sink_tokens is {spec.sink_tokens}: must be 0 for splash attention")
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     block = _block_size(T, spec.window, q_BTNH.dtype)
     padding = -T % block
@@ -65,8 +65,8 @@ def splash_attention(
     )
     q_BKGTH = q_BNTH.reshape(B, K, N // K, T + padding, H)
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
-    # The heads of one key/value head share a kernel; several of them, and rows, are dimensions that the two
-    # cores of a v5p can split, which the kernels' own are not in the backward pass.
+    # The query heads of one key/value head share a kernel. The two cores of a v5p can split the dimensions of
+    # key/value heads and rows, but not the kernels' own in the backward pass.
     attention = functools.partial(_attention, _Static(spec.window, block, interpret))
     attention = jax.vmap(attention, in_axes=(0, 0, 0, None, None if sinks_N is None else 0))
     attention = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))
@@ -75,7 +75,7 @@ def splash_attention(
 
 
 def _block_size(length: int, window: int | None, dtype: jnp.dtype) -> int:
-    """The size of equal blocks, as few as the largest size allows and no larger than they need to be."""
+    """Returns the size of equal blocks: as few as the maximum size allows, and no larger than needed."""
     largest = FULL_BLOCK if window is None else WINDOW_BLOCK
     blocks = -(-length // (min(largest, FLOAT32_BLOCK) if dtype == jnp.float32 else largest))
     return -(-length // (blocks * LANES)) * LANES
@@ -100,8 +100,8 @@ def _kernel(static, segment_ids_T, sinks_G, G):
 def _attention(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
     """The query heads of one key/value head.
 
-    JAX's own gradient of the sinks is in the type of q, from terms rounded to it, and its backward pass does
-    not know the precision that the forward pass was called with.
+    JAX's own gradient of the sinks is in the dtype of q, from terms rounded to it, and its backward pass does
+    not use the precision of the forward pass.
     """
     with jax.default_matmul_precision(matmul_precision(q_GTH.dtype)):
         return _kernel(static, segment_ids_T, sinks_G, len(q_GTH))(q_GTH, k_TH, v_TH)
@@ -122,7 +122,7 @@ def _backward(static, residuals, d_out_GTH):
         dq_GTH, dk_TH, dv_TH = vjp(d_out_GTH)
     d_sinks_G = None
     if sinks_G is not None:
-        # Among what the kernel saves is the log of the softmax's denominator, with the sink in it.
+        # The kernel's residuals include the log of the softmax's denominator, sink included.
         saved = (x for x in jax.tree.leaves(vjp) if x.dtype == jnp.float32)
         (lse_GT,) = (x for x in saved if x.shape == out_GTH.shape[:2])
         delta_GT = jnp.sum(out_GTH.astype(jnp.float32) * d_out_GTH.astype(jnp.float32), axis=-1)

@@ -55,7 +55,7 @@ def block_sizes(dtype: jnp.dtype, head_size: int) -> Blocks:
     | float32, 64   |      40 |        56 |     57 |
     | float32, 128  |      52 |       104 |    105 |
 
-    No registers are spilled, but 4 bytes in two of float32, and 396 in its forward of 128 with sink tokens.
+    Register spills: 4 bytes in two of the float32 kernels, 396 in float32, 128, forward with sink tokens.
     """
     is_small = head_size <= 64
     if jnp.dtype(dtype).itemsize < 4:
@@ -74,7 +74,7 @@ class _Static(NamedTuple):
 
 
 class _Arrays(NamedTuple):
-    """Inputs of the kernels; inside of a kernel, references to the part of its head K and batch row B."""
+    """Inputs of the kernels; inside a kernel, references to the part for its head K and batch row B."""
 
     q: jax.Array
     k: jax.Array
@@ -103,13 +103,14 @@ def triton_attention(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """See `api.attention`. Positions may rise by more than one from token to token of a segment.
+    """See `api.attention`. Positions may increase by more than one between tokens of a segment.
 
-    Where they do not rise, as in padding whose positions are all 0, a query still sees only keys of its own
+    If they do not increase, as in padding whose positions are all 0, a query still sees only keys of its own
     segment, up to its own index.
 
-    A length that is no multiple of the blocks, or a head size that is no power of two from 16, costs a padded
-    copy. Float32 is multiplied as float32, narrower types on tensor cores; sums and softmax are in float32.
+    A length that is not a multiple of the blocks, or a head size that is not a power of two from 16, costs a
+    padded copy. Float32 is multiplied as float32, narrower dtypes on tensor cores; sums and softmax are in
+    float32.
     `interpret` runs the kernels as plain JAX, and `blocks` replaces `block_sizes`: both for tests.
     """
     T, N, H = q_BTNH.shape[1:]
@@ -142,8 +143,8 @@ def _bounds(segment_ids_BT, spec):
 
 
 def _visible(spec, query, query_position, start, key, key_position):
-    """The mask rule. Where positions rise as they should, the rule for indices adds nothing to that for
-    positions. Where they do not, it excludes pairs that the loops of some kernels do not visit."""
+    """Applies the mask rule. If positions increase as they should, the condition on indices is redundant. If
+    not, it excludes pairs that the loops of some kernels do not visit."""
     mask = (key <= query) & (key >= start)
     if spec.window is None:
         return mask
@@ -163,7 +164,7 @@ def _span(block, size):
 
 
 def _rows(block, size, G):
-    """The query and the head of each row of a block, and the slice of its rows."""
+    """Returns the query and head of each row in a block, and the slice of its rows."""
     row = _span(block, size)
     return lax.div(row, G), lax.rem(row, G), pl.ds(block * size, size)
 
@@ -171,7 +172,7 @@ def _rows(block, size, G):
 def _over_keys(static, refs, size, block, step, carry):
     """Folds `step(keys, scores, carry)` over the blocks of keys that a block of rows may see.
 
-    `keys` slices the references of keys and values; scores are masked, and exponents of base 2.
+    `keys` slices the references of keys and values; scores are masked, as exponents of base 2.
     """
     spec, G = static.spec, refs.q.shape[1]
     query, head, _ = _rows(block, size.rows, G)
@@ -192,7 +193,7 @@ def _over_keys(static, refs, size, block, step, carry):
         near = jnp.maximum(segment_start, first - spec.window + 1)
     low, high = lax.div(near, size.keys), lax.div(last, size.keys) + 1
     if spec.sink_tokens:
-        # Only the first query's segment can start before what is near.
+        # Only the first query's segment can start before the keys near it.
         end = lax.div(segment_start + spec.sink_tokens - 1, size.keys) + 1
         carry = lax.fori_loop(lax.div(segment_start, size.keys), jnp.minimum(end, low), one_block, carry)
     return lax.fori_loop(low, high, one_block, carry)
@@ -201,12 +202,12 @@ def _over_keys(static, refs, size, block, step, carry):
 def _forward_kernel(static, refs, out_ref, lse_ref):
     T, G, H = refs.q.shape
     size = static.blocks.forward
-    block = T * G // size.rows - 1 - pl.program_id(0)  # the last rows have the most keys: first
+    block = T * G // size.rows - 1 - pl.program_id(0)  # the last rows first: they have the most keys
     query, head, rows = _rows(block, size.rows, G)
 
     def step(keys, scores, carry):
         out, largest, total = carry
-        # While a row has seen no key, it gathers wrong weights, which are multiplied by 0 when it sees one.
+        # Until a row sees its first key, it accumulates wrong weights, which are then multiplied by 0.
         larger = jnp.maximum(largest, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - larger[:, None])
         shrink = jnp.exp2(largest - larger)
@@ -245,7 +246,7 @@ def _d_keys_kernel(static, refs, dk_ref, dv_ref):
     k, v, key, position = refs.k[keys], refs.v[keys], _span(block, size.keys), refs.positions[keys]
 
     def step(i, carry):
-        # Keys down, rows across: the products' left sides need not be transposed.
+        # Keys by rows: the left operands of the products need no transpose.
         dk, dv = carry
         query, head, rows = _rows(i, size.rows, G)
         q, d_out = refs.q[query, head], refs.d_out[query, head]
@@ -270,7 +271,7 @@ def _call(static, kernel, block, programs, arrays, outputs):
     """Runs `kernel` for each block (there are `programs`), key/value head and batch row.
 
     Args:
-      outputs: pairs of letters and shape and type.
+      outputs: pairs of letters and `jax.ShapeDtypeStruct`.
     """
     grid_axis = {"K": 1, "B": 2}
 

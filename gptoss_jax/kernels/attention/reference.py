@@ -1,4 +1,4 @@
-"""Attention by its definition: the settings of a layer, the mask rule, and the plain softmax.
+"""Reference attention: the settings of a layer, the mask rule, and the plain softmax.
 
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size, R = G * T.
 """
@@ -13,13 +13,13 @@ MASK_VALUE = -1e30  # finite, so that a query that sees no key gives no NaN
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """The static settings of an attention layer; another value compiles another program.
+    """The static settings of an attention layer; a new value compiles a new program.
 
     Attributes:
-      window: number of latest keys that a query sees, its own included; None, a full layer, for all of them.
-      sink_tokens: number of a document's first tokens that stay visible beyond the window; always 0 in a full
-        layer, which has no use for them.
-      dropout: fraction of the attention weights that are dropped where a `dropout_key` is given.
+      window: number of latest keys that a query sees, its own included; None sees all keys (a full layer).
+      sink_tokens: number of a document's first tokens that stay visible beyond the window; 0 in gpt-oss, and
+        always 0 in a full layer, which does not need them. Unrelated to the learned sinks (`sinks_N`).
+      dropout: fraction of the attention weights that are dropped if a `dropout_key` is given.
     """
 
     window: int | None = None
@@ -32,7 +32,7 @@ class AttentionSpec:
 
 
 def is_near(distance: jax.Array, key_position: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """The window's part of the mask rule, elementwise; `distance` is from the key to a later query.
+    """Applies the window's part of the mask rule, elementwise; `distance` is from the key to a later query.
 
     In a sliding layer a query sees the `window` latest keys and the first `sink_tokens`.
     """
@@ -49,9 +49,9 @@ def attention_mask(
     key_segment_ids_BS: jax.Array | None = None,
     key_positions_BS: jax.Array | None = None,
 ) -> jax.Array:
-    """The mask rule: bool [B, T, S], True where a query sees a key. Keys are the queries' tokens by default.
+    """Returns the mask, bool [B, T, S], True if a query sees a key. Keys default to the queries' tokens.
 
-    A key is visible in its own segment, at or before the query, and where `is_near` says so.
+    A key is visible if it is in the query's segment, at or before the query, and `is_near`.
     """
     if key_segment_ids_BS is None:
         key_segment_ids_BS, key_positions_BS = segment_ids_BT, positions_BT
@@ -61,7 +61,7 @@ def attention_mask(
 
 
 def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
-    """The index in its row at which each token's segment begins, int32 [B, T]."""
+    """Returns the index in its row at which each token's segment starts, int32 [B, T]."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     is_start_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
     return jax.lax.cummax(jnp.where(is_start_BT, index_T, 0), axis=1)
@@ -80,7 +80,7 @@ def reference_attention(
     """Softmax attention with the whole score matrix. Query head n uses key/value head n // G.
 
     A sink is one more logit in each head's softmax, unscaled, unmasked and without a value, so the weights of
-    the keys add up to less than one. Softmax in float32. Returns [B, T, N, H] in the type of `q_BTNH`.
+    the keys add up to less than one. Softmax in float32. Returns [B, T, N, H] in the dtype of `q_BTNH`.
     """
     K = k_BSKH.shape[2]
     q_BKRH, k_BKHS, v_BKSH = (
@@ -104,7 +104,7 @@ def reference_attention(
 
 
 def group_heads(q_BTNH: jax.Array, K: int) -> jax.Array:
-    """Scaled queries [B, K, R, H]: the rows of a key/value head are its G query heads' tokens, head by head.
+    """Scales and groups queries, [B, K, R, H]: for each key/value head, its G query heads' tokens in order.
 
     Then all products are batched matrix products over [B, K]: XLA for CPU is slow with any other arrangement.
     """
@@ -114,25 +114,25 @@ def group_heads(q_BTNH: jax.Array, K: int) -> jax.Array:
 
 
 def ungroup_heads(out_BKRH: jax.Array, T: int) -> jax.Array:
-    """[B, T, N, H]: undoes the arrangement of `group_heads`."""
+    """Undoes the arrangement of `group_heads`; returns [B, T, N, H]."""
     B, K, R, H = out_BKRH.shape
     return out_BKRH.reshape(B, K, R // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
 
 
 def sinks_of_rows(sinks_N: jax.Array, K: int, R: int) -> jax.Array:
-    """The sink of each row's head, [K, R]."""
+    """Returns the sink of each row's head, [K, R]."""
     return jnp.repeat(sinks_N.reshape(K, -1), R * K // sinks_N.size, axis=1)
 
 
 def masked(scores_BKRS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Scores with `MASK_VALUE` where a query does not see a key."""
+    """Sets the scores of keys that a query does not see to `MASK_VALUE`."""
     shape, (T, S) = scores_BKRS.shape, mask_BTS.shape[1:]
     scores_BKGTS = scores_BKRS.reshape(*shape[:2], -1, T, S)
     return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASK_VALUE).reshape(shape)
 
 
 def drop(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key, the weights as they are."""
+    """Inverted dropout; without a key, the identity."""
     if key is None:
         return weights
     is_kept = jax.random.bernoulli(key, jnp.float32(1 - rate), weights.shape)
@@ -140,6 +140,6 @@ def drop(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product in full precision, with sums and result in float32 or wider."""
+    """Einsum in full precision, with sums and result in float32 or wider."""
     result_type = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=result_type)

@@ -33,8 +33,8 @@ HANDLERS = (
 
 @functools.cache
 def is_available() -> bool:
-    """Compiles the kernels, once per machine, and registers them with XLA. Returns False without a C++
-    compiler; one that fails gives a warning."""
+    """Compiles the kernels, once per machine, and registers them with XLA. Returns False without a working
+    C++ compiler, and warns if there is one that fails."""
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     library, failure = None, None
     for compiler in dict.fromkeys(compilers):
@@ -59,7 +59,7 @@ def is_available() -> bool:
 
 
 def target(name: str) -> str:
-    """Returns the name of a handler in XLA."""
+    """Returns the XLA name of a handler."""
     return f"gptoss_jax.{name}"
 
 

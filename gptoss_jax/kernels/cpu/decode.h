@@ -1,5 +1,5 @@
-// Decoding: a few tokens times matrices that are far larger than they are. Time is that of reading each matrix once, in
-// memory order. Every call takes stacks over layers and the index of one layer: nothing is copied out of a stack.
+// Decoding: a few tokens times far larger matrices. Run time is the time to read each used matrix once, in memory
+// order. Every call takes stacks over layers and the index of one layer: nothing is copied out of a stack.
 
 #pragma once
 

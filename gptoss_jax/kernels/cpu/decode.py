@@ -1,12 +1,13 @@
-"""Decoding on CPU: a few tokens times matrices far larger than they are, by the kernels of `decode.cc` and
-`decode_experts.cc`. Time is that of reading the matrices that are used once.
+"""Decoding on CPU: a few tokens times far larger matrices, by the kernels of `decode.cc` and
+`decode_experts.cc`. Run time is the time to read each used matrix once.
 
-Where they do not apply, `parallel.linear`, `model.moe` and `kernels.attention` compute the same in XLA.
+If they do not apply, `parallel.linear`, `model.moe` and `kernels.attention` compute the same in XLA.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.layer_view import LayerView
 
-# With more tokens, kernels that share what they read among tokens in the cache are faster.
+# With more tokens, kernels that reuse what is in the cache for all tokens are faster.
 MAX_DECODE_TOKENS = 16
 
 
@@ -28,15 +29,15 @@ def is_supported(kernel: str, tokens: int, dtype: jnp.dtype) -> bool:
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
-    """Returns True if `einsum` applies to the tokens of `x`, for a result of its type."""
+    """Returns True if `einsum` applies to the tokens of `x`, for a result of its dtype."""
     x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
     tokens = math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
     return result_type in (None, x.dtype) and is_supported("decode_matmul", tokens, x.dtype)
 
 
 def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | LayerView]) -> bool:
-    """Returns True if `experts` applies: few tokens, and matrices that are views of layers, as in decoding,
-    in the type of `x_MD` or in MXFP4. It has no gradient."""
+    """Returns True if `experts` applies: few tokens, and matrices that are LayerViews, as in decoding, in the
+    dtype of `x_MD` or in MXFP4. It has no gradient."""
     matrices = [value for name, value in parameters.items() if not name.endswith("_bias")]
     is_view = all(
         isinstance(value, LayerView) and value.dtype in (x_MD.dtype, jnp.uint8) for value in matrices
@@ -51,8 +52,8 @@ def _call(name: str, *shapes: tuple[int, ...]):
 
 
 def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax.Array]:
-    """Returns `jnp.einsum(equation, x, weight)`, float32, for the weight of each layer, in one call. It has
-    no gradient.
+    """Returns `jnp.einsum(equation, x, weight)`, float32, for each weight in `layers`, in one call. Has no
+    gradient.
 
     The letters that are summed over are the last of `x`, and the first or last of the weights.
     """
@@ -62,6 +63,8 @@ def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax
     tokens, transposed = x.size // inner, not w_letters.startswith(summed)
     if not x_letters.endswith(summed) or not (w_letters.endswith(summed) if transposed else True):
         raise ValueError(f"equation is {equation!r}: must sum over the last letters of x")
+    # The kernel applies one index to all stacks.
+    chex.assert_equal_shape_prefix([layer.stack for layer in layers], 1)
     call = _call(
         "DecodeMatmulTransposed" if transposed else "DecodeMatmul",
         *((tokens, math.prod(layer.shape) // inner) for layer in layers),
@@ -86,7 +89,7 @@ def experts(
     Reads the matrices of the chosen experts once, and no others.
 
     Args:
-      experts_MX: 0 … E - 1; others give zero.
+      experts_MX: values outside [0, E) mean no expert and contribute zero.
       parameters: views of the experts' matrices, `gate_up` and `down`, or `gate_up_blocks`, `gate_up_scales`,
         `down_blocks` and `down_scales`; and their biases as arrays, if any.
       swiglu: alpha, limit and up_offset of the activation.
@@ -96,7 +99,8 @@ def experts(
     for name in ("gate_up", "down"):
         views = [parameters[name + part] for part in (("_blocks", "_scales") if is_mxfp4 else ("",))]
         operands += [view.stack for view in views]
-        operands.append(parameters.get(f"{name}_bias", _no_values()))
+        # Biases keep the type they are stored in, which may be narrower.
+        operands.append(parameters.get(f"{name}_bias", _no_values()).astype(jnp.float32))
     alpha, limit, up_offset = swiglu
     (y_MD,) = _call("DecodeExpertsMxfp4" if is_mxfp4 else "DecodeExperts", x_MD.shape)(
         x_MD,
@@ -112,16 +116,16 @@ def experts(
 
 
 def attention(
-    q_BNH: jax.Array, keys: LayerView, values: LayerView, counts_B: jax.Array, sinks_N: jax.Array | None
+    q_BNH: jax.Array, keys: LayerView, values: LayerView, seen_B: jax.Array, sinks_N: jax.Array | None
 ) -> jax.Array:
-    """Attends with one query of each sequence to the first `counts_B` slots of its cache, [B, N, H]; a count
-    of 0 gives zeros.
+    """Attends with one query of each sequence to the first `seen_B` slots of its cache; returns [B, N, H],
+    zeros if that is 0.
 
     Args:
       keys, values: [B, K, S, H] of one layer; query head n uses key/value head n // G.
     """
     sinks_N = _no_values() if sinks_N is None else sinks_N.astype(jnp.float32)
-    operands = q_BNH, keys.stack, values.stack, jnp.int32(keys.index), counts_B.astype(jnp.int32), sinks_N
+    operands = q_BNH, keys.stack, values.stack, jnp.int32(keys.index), seen_B.astype(jnp.int32), sinks_N
     return _call("DecodeAttention", q_BNH.shape)(*operands)[0]
 
 

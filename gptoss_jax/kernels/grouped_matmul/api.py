@@ -1,8 +1,8 @@
 """Grouped matmul: rows sorted by group times one matrix per group, the matmul of the experts.
 
 Letters: R rows, E groups (experts), D input width, F output width. Rows past the sum of the group sizes
-belong to no group and give zero. Every backend is a function (x_RD, w_EDF, group_sizes_E) -> y_RF,
-differentiable in x and w; that for CPU can add the bias too.
+have no group and give zero. Every backend is a function (x_RD, w_EDF, group_sizes_E) -> y_RF,
+differentiable in x and w; the one for CPU can also add the bias.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ def grouped_matmul(
 
     Args:
       x_RD: rows, those of group 0 first, then those of group 1, and so on.
-      w_EDF: one matrix per group; dimensions after D are outputs too, as those of the bias after E.
+      w_EDF: one matrix per group; all dimensions after D are outputs, like those of the bias after E.
       group_sizes_E: int32, the number of rows of each group; the sum may be below R.
 
     Returns:
-      [R, F] in the type of `x_RD`; rows of no group are zero.
+      [R, F] in the dtype of `x_RD`; rows without a group are zero.
     """
     letters = "RD EDF E EF" if len(w_EDF.shape) == 3 else "RD EDPF E EPF"
     assert_shapes(letters, x_RD, w_EDF, group_sizes_E, bias_EF)
@@ -46,8 +46,8 @@ def grouped_matmul(
 
 
 def _implementation() -> Callable:
-    """Returns the implementation for the backend. `lax.ragged_dot` is none of them: on CPU and GPU it
-    multiplies every row by every group's matrix, and on TPU it does so for the gradient of the matrices."""
+    """Returns the implementation for the backend. None is `lax.ragged_dot`: on CPU and GPU it multiplies
+    every row by every group's matrix, and on TPU it does so for the gradient of the matrices."""
     if backend.platform() == "cpu" or not selection.is_enabled("grouped_matmul"):
         return xla_grouped_matmul
     # Lazy: Pallas backends are slow to import.
@@ -62,7 +62,7 @@ def _implementation() -> Callable:
 
 def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """The plain reference, `jax.lax.ragged_dot`."""
-    # What it does with rows of no group is undefined: the first mask keeps them out of the gradient, the
+    # Its result for rows without a group is undefined: the first mask keeps them out of the gradient, the
     # second out of the result.
     x_RD = zero_ungrouped(x_RD, group_sizes_E)
     y_RF = lax.ragged_dot(x_RD, w_EDF, group_sizes_E, precision=backend.matmul_precision(x_RD.dtype))
@@ -70,11 +70,11 @@ def reference_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: j
 
 
 def add_group_bias(x_RF: jax.Array, bias_EF: jax.Array | None, group_sizes_E: jax.Array) -> jax.Array:
-    """Adds the bias of its group, if there is one, to each row; rows of no group are unchanged."""
+    """Adds its group's bias, if there is one, to each row; rows without a group are unchanged."""
     if bias_EF is None:
         return x_RF
     groups_R, bias_EF = group_of_row(group_sizes_E, x_RF.shape[0]), bias_EF.reshape(bias_EF.shape[0], -1)
-    # Gathered in float32, because the gradient of the gather is a sum over rows. Rows of no group read past
-    # the end: padding the biases with zeros would copy them.
+    # Gathered in float32, because the gradient of the gather is a sum over rows. Rows without a group read
+    # past the end: padding the biases with zeros would copy them.
     wide_EF = bias_EF.astype(jnp.promote_types(bias_EF.dtype, jnp.float32))
     return x_RF + wide_EF.at[groups_R].get(mode="fill", fill_value=0).astype(x_RF.dtype)

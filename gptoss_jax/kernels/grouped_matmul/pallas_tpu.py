@@ -1,9 +1,9 @@
 """Grouped matmul on TPU: JAX's megablox kernels, forward and in both gradients.
 
-What `jax.lax.ragged_dot` becomes there (libtpu 0.0.42; v5e, v5p, v6e) is a grouped kernel for the product and
-for the gradient of x, but the gradient of the matrices is every group times every row: E times the work. For
+There `jax.lax.ragged_dot` compiles (libtpu 0.0.42; v5e, v5p, v6e) to a grouped kernel for the product and the
+gradient of x, but its gradient of the matrices multiplies every group by every row: E times the work. For
 65,536 rows of gate and up in gpt-oss-20b, v5e's compiler counts 835 million cycles for it, and 20 million for
-the kernel here. And for the gradient of x, ragged_dot first writes the matrices to memory transposed.
+the kernel here. For the gradient of x, it also writes the transposed matrices to memory first.
 
 Letters as in api.py: R rows, E groups, D input width, F output width.
 """
@@ -65,7 +65,7 @@ def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret):
             _pad_rows(x_RD, tiles[0]), w_EDF, group_sizes_E, x_RD.dtype, tiles,
             transpose_rhs=transposed, interpret=interpret,
         )[:rows]  # fmt: skip
-    # Rows of no group were never written.
+    # Rows without a group were never written.
     return zero_ungrouped(y_RF, group_sizes_E)
 
 
@@ -85,7 +85,7 @@ def _weight_grad(x_RD, g_RF, group_sizes_E, dtype, interpret):
 def _tiles(rows_in_group: int, width: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
     """Returns rows, input width and output width of a tile.
 
-    The whole input width where VMEM allows: a tile of a matrix then stays there for all its group's rows.
+    The whole input width if it fits in VMEM: a tile of a matrix then stays there for all its group's rows.
     """
     # Float32 is multiplied in several passes over parts of its bits, which take VMEM too.
     for rows in (TILE_ROWS, SMALL_TILE_ROWS) if itemsize == 2 else ():

@@ -2,8 +2,8 @@
 
 The rows of each group are cut into tiles that start where the group does, so a tile belongs to one group and
 work grows with R, not with E R. How many tiles a group has is only known at run time; the grid has room for
-the most there can be. Rows of no group are one more group, whose tiles write zeros. Nothing is added across
-programs, so results repeat to the bit.
+the maximum. Rows without a group form one more group, whose tiles write zeros. No sums cross programs, so
+results are bitwise reproducible.
 
 Letters as in api.py: R rows, E groups, D input width, F output width.
 """
@@ -38,7 +38,7 @@ class Blocks:
 # registers a thread, so that two programs run on a multiprocessor and one computes while the other begins or
 # ends. float32 does not use the tensor cores.
 WIDE = Blocks(rows=128, columns=128, inner=64, warps=8, stages=3)
-# Where groups have few rows, as in decoding, reading the matrices dominates.
+# For groups with few rows, as in decoding, reading the matrices dominates.
 NARROW = Blocks(rows=32, columns=64, inner=128, warps=4, stages=4)
 FLOAT32 = Blocks(rows=64, columns=64, inner=32, warps=4, stages=2)
 
@@ -95,7 +95,7 @@ def _mask(rows, columns):
 
 
 def _dot(x, w):
-    # Of float32 operands; narrower ones go to the tensor cores as they are, and add up in float32.
+    # Float32 operands stay float32; narrower ones go to the tensor cores unchanged, with sums in float32.
     return triton.dot(x, w, precision=lax.Precision.HIGHEST)
 
 
@@ -126,7 +126,7 @@ def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret, blocks):
                 return total + _dot(x, _load(w_ref, there, along, matrix).T)
             return total + _dot(x, _load(w_ref, along, there, matrix))
 
-        # A product, because Pallas makes a truth value of a `where` between two constants.
+        # A product, because Pallas turns a `where` between two constants into a bool.
         has_work = (group < groups) & (end > 0)
         steps = has_work.astype(jnp.int32) * pl.cdiv(inner, blocks.inner)
         total = lax.fori_loop(0, steps, step, jnp.zeros((blocks.rows, blocks.columns), jnp.float32))

@@ -24,10 +24,15 @@ def _backward(residuals, g_RF):
 
     def add_tile(tile, group, gradients):
         dx_RD, dw_EDF = gradients
-        dx, dw = jax.vjp(_matmul, tile.read(x_RD), w_EDF[group])[1](tile.read(g_RF))
-        return tile.write(dx_RD, dx), dw_EDF.at[group].add(dw)
+        x, g = tile.read(x_RD), tile.read(g_RF)
+        dw = jnp.matmul(x.T, g, precision="highest", preferred_element_type=dw_EDF.dtype)
+        return tile.write(dx_RD, _matmul(g, w_EDF[group].T)), dw_EDF.at[group].add(dw)
 
-    return *_fold_tiles(add_tile, (jnp.zeros_like(x_RD), jnp.zeros_like(w_EDF)), group_sizes_E), None
+    # A group may have many tiles: their sum needs more than the 8 bits of bfloat16.
+    wide = jnp.promote_types(w_EDF.dtype, jnp.float32)
+    zeros = jnp.zeros_like(x_RD), jnp.zeros(w_EDF.shape, wide)
+    dx_RD, dw_EDF = _fold_tiles(add_tile, zeros, group_sizes_E)
+    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
 
 
 xla_grouped_matmul.defvjp(lambda *arguments: (xla_grouped_matmul(*arguments), arguments), _backward)

@@ -40,7 +40,7 @@ def mxfp4_grouped_matmul(
       group_sizes_E: int32, the number of rows of each group, possibly none; the sum may be below R.
 
     Returns:
-      [R, F] in the type of `x_RD`; rows of no group are zero.
+      [R, F] in the dtype of `x_RD`; rows without a group are zero.
     """
     dims = assert_shapes("RD EFGC EFG E EF", x_RD, blocks_EFGC, scales_EFG, group_sizes_E, bias_EF)
     message = f"D is not {codec.BLOCK_SIZE} G with D={dims.D}, G={dims.G}"

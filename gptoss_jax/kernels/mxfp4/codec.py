@@ -3,7 +3,7 @@
 The format of the released experts (docs/math.md, "Released weights"; OCP Microscaling Formats v1.0, section
 5). A block of 32 values along the last axis is 16 bytes of two codes each, the low nibble first, and one byte
 of scale: value = code * 2^(scale - 127), and scale 255 is NaN. Everything here is integer arithmetic on the
-bits of floats, exact at both ends of their range whatever a backend does with subnormals. With `xp=numpy`
+bits of floats, exact at both ends of their range, however a backend treats subnormals. With `xp=numpy`
 the same code runs on the host.
 """
 

@@ -9,8 +9,8 @@ is above the 16 bytes it belongs to, and nothing moves between lanes. The two va
 above the other, and TPUs store such a pair of bfloat16 as one 32-bit word.
 
 Arrays that are stored so (`codec.TPU_LAYOUTS`), as `checkpoints.sharded_io` does, are read in place. XLA by
-itself stores scales in another order, and blocks too where E is a multiple of 128 and F is not: then every
-call copies all of them.
+itself stores scales in another order, and blocks too if E is a multiple of 128 and F is not: then every call
+copies all of them.
 
 Letters as in api.py.
 """
@@ -107,7 +107,7 @@ def mosaic_mxfp4_matmul(
         interpret=interpret,
         name="mxfp4_matmul_dx" if transposed else "mxfp4_matmul",
     )(tables, x_RD, weights)
-    # Rows of no group were never written.
+    # Rows without a group were never written.
     return zero_ungrouped(y_RF, group_sizes_E)
 
 

@@ -124,5 +124,5 @@ def triton_mxfp4_matmul(
         interpret=interpret,
         name="mxfp4_matmul_dx" if transposed else "mxfp4_matmul",
     )(tables, x_RD, blocks_EFGC, scales_EFG)
-    # Rows of no group were never written.
+    # Rows without a group were never written.
     return zero_ungrouped(y_RF, group_sizes_E)
