@@ -199,6 +199,7 @@ def test_sigterm_saves_and_the_run_resumes_exactly(finished, make_config, tmp_pa
     assert results(config.run_dir) == results(finished[0].run_dir)
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_only_the_router_resumes(make_config, tmp_path):
     def is_router(path):
         return path[-1] in ("router", "router_bias")
@@ -580,6 +581,7 @@ def test_generate_command(run_dir, prompt, words):
     assert generate_command(pathlib.Path(run_dir), prompt) == words
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_exit_code_1(make_config, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
