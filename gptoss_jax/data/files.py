@@ -115,7 +115,7 @@ def read_text(path: str) -> Iterator[str]:
 def read_jsonl(path: str, field: str) -> Iterator[str | None]:
     """Yields a field of each line. Raises ValueError with the line unless the field is text or null."""
     for number, (_, line) in enumerate(split_file(path, b"\n"), 1):
-        # A line may begin with a byte order mark: that of the file, or of one that was joined to it.
+        # A line may begin with a byte order mark: the file's, or a concatenated file's.
         line = line.removeprefix(BOM)
         if not line.strip():
             continue
@@ -168,7 +168,7 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str | None:
 def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
     """Yields the parts of a file between separators, with their byte offsets, keeping one in memory.
 
-    Gzip, bzip2, xz and zstd are decompressed; offsets are those of the decompressed data. Raises ValueError,
+    Gzip, bzip2, xz and zstd are decompressed; offsets count decompressed bytes. Raises ValueError,
     naming the file, for one that cannot be read, is damaged, or is not text.
     """
     with readable(path), open(path, "rb") as raw:

@@ -135,7 +135,7 @@ class Harmony:
         recipient, content_type = parser.current_recipient, parser.current_content_type
         written = b"".join(map(self.spelled, tokens)).decode(errors="replace")
         if recipient and content_type is None and f"to={recipient}" not in written:
-            # The library parses a single word as a recipient, also that of `final <|constrain|>json`.
+            # The library parses a single word as a recipient, even in `final <|constrain|>json`.
             recipient, content_type = None, recipient
         fits = (
             parser.current_role == Role.ASSISTANT

@@ -59,8 +59,7 @@ def cross_entropy(
 
 
 def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk):
-    inputs = hidden_BTD, head_VD, targets_BT, weights_BT
-    loss, *gradients = _loss_and_gradients(*inputs, chunk, with_gradient=True)
+    loss, *gradients = _loss_and_gradients(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, True)
     return loss, gradients
 
 

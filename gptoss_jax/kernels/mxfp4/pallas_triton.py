@@ -1,7 +1,7 @@
 """Grouped matmul with MXFP4 weights on GPU, for few rows: Pallas with its Triton backend.
 
 A program takes one tile of a group's rows and some of the outputs. Reading the bytes dominates, so each is
-read once, and becomes two values in registers: that of an even input and that of the odd one after it. They
+read once, and becomes two values in registers: for an even input and for the odd one after it. They
 are multiplied by the even and the odd inputs of the rows, which are separate operands.
 
 Letters as in api.py.
