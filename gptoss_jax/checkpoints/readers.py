@@ -54,7 +54,7 @@ class WeightReader(abc.ABC):
     """Reads the weights of a model.
 
     Attributes:
-      config: that of the model, with dense experts.
+      config: the model's config, with dense experts.
       packed: whether the experts are stored in MXFP4.
       origin: the folder with the tokenizer, if there is one.
     """
@@ -159,7 +159,7 @@ def open_weights(folder: str | os.PathLike) -> WeightReader:
     """Opens a Hugging Face folder, `original/`, a run folder, or `hf:OWNER/NAME`, which is fetched from the
     Hugging Face Hub or taken from its cache.
 
-    Raises ValueError when there is no such folder, it is none of these, or its tensors do not fit its config.
+    Raises ValueError if there is no such folder, it is another kind, or its tensors do not fit its config.
     """
     folder = local_folder(folder)
     if is_run(folder):

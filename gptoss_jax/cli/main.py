@@ -52,7 +52,7 @@ RUN_MODELS = ("generate", "chat", "eval")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default that of the process, and returns its exit code; see `startup.run`.
+    """Runs a command line, by default the process's, and returns its exit code; see `startup.run`.
 
     Raises SystemExit when tyro does: after `--help` and for arguments that it cannot parse.
     """
