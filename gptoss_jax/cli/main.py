@@ -12,6 +12,7 @@ from gptoss_jax.cli.chat import Chat
 from gptoss_jax.cli.convert import Convert
 from gptoss_jax.cli.evaluate import Evaluate
 from gptoss_jax.cli.generate import Generate
+from gptoss_jax.cli.inspect_data import InspectData
 from gptoss_jax.cli.plan import Plan
 from gptoss_jax.cli.report import Report
 from gptoss_jax.config.kernels import kernel_variable
@@ -46,6 +47,7 @@ COMMANDS = {
     "report": Report,
     "check": Check,
     "plan": Plan,
+    "inspect-data": InspectData,
 }
 # Worth the restart that keeps memory in huge pages.
 RUN_MODELS = ("generate", "chat", "eval")
@@ -61,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
     startup.hide_tpu_compiler()
     set_matplotlib_folder()
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["plan"]:
+    if args[:1] in (["plan"], ["inspect-data"]):
         args = with_settings(args)
 
     def run_command() -> None:
