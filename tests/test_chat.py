@@ -204,7 +204,7 @@ def folder(monkeypatch):
 
     def load_folder(tokenizer, config, answers):
         model = types.SimpleNamespace(config=config)
-        monkeypatch.setattr(load, "load_model", lambda folder: (model, tokenizer))
+        monkeypatch.setattr(load, "load_model", lambda folder, adapter: (model, tokenizer))
 
         def stream(model, prompts, params):
             asked.append((prompts, params))
@@ -263,7 +263,7 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
 def test_invalid_settings_fail_before_the_first_line(monkeypatch, capsys, flags, message):
     model = types.SimpleNamespace(config=ModelConfig(vocab_size=260))
     loaded = (model, make_tokenizer("bytes"))
-    monkeypatch.setattr(load, "load_model", lambda folder: loaded)
+    monkeypatch.setattr(load, "load_model", lambda folder, adapter: loaded)
     monkeypatch.setattr(sys, "stdin", Stdin(b""))
     assert main.main(["chat", "x", *flags]) == 2
     captured = capsys.readouterr()
@@ -310,7 +310,7 @@ def stream(model, prompts, params):
         yield [Completion(list(b"%d " % number), None, None)]
 
 generate.stream = stream
-load.load_model = lambda folder: (Model, make_tokenizer("bytes"))
+load.load_model = lambda folder, adapter: (Model, make_tokenizer("bytes"))
 sys.exit(main(["chat", "x", "--max-new-tokens", "10000"]))
 """
 

@@ -10,7 +10,7 @@ from helpers.checkpoints import SIZES
 from helpers.data import shared_data
 
 from gptoss_jax.checkpoints.mappings import HUGGINGFACE, ORIGINAL, axis_sizes, expected_shapes
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import LoraConfig, ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,8 @@ def test_expected_tensors_of_the_released_models(name, total, count):
 
 @pytest.mark.parametrize("table", [HUGGINGFACE, ORIGINAL], ids=["huggingface", "original"])
 def test_mappings_round_trip(table, hf_folder):
-    config = ModelConfig.from_hf(hf_folder("bfloat16"))
+    lora = LoraConfig(rank=5, expert_rank=3)
+    config = dataclasses.replace(ModelConfig.from_hf(hf_folder("bfloat16")), lora=lora)
     N, K, H = (SIZES[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     starts = {"q": 0, "k": N * H, "v": (N + K) * H}
     for key, mapping in table.items():

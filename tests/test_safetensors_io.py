@@ -244,7 +244,7 @@ def test_folders_of_other_formats(tmp_path, name, words):
     [
         (
             {"peft_type": "LORA", "base_model_name_or_path": "openai/gpt-oss-20b"},
-            r"an adapter \(LORA\), not a whole model; its base model is openai/gpt-oss-20b: merge it into",
+            r"an adapter \(LORA\), not a whole model; its base model is openai/gpt-oss-20b: load that with",
         ),
         ({"fine_tune_type": "lora", "model": "some/base"}, r"adapter \(lora\).* its base model is some/base"),
         ({}, "an adapter, not a whole model; its base model is not named"),

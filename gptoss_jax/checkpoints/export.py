@@ -24,6 +24,7 @@ from gptoss_jax.checkpoints.mappings import (
     parameter_layers,
 )
 from gptoss_jax.checkpoints.readers import ExpertFormat, InMemoryReader, WeightReader, open_weights
+from gptoss_jax.checkpoints.run_params import is_run
 from gptoss_jax.checkpoints.safetensors_io import SHARD_BYTES, NewTensor, write_tensors
 from gptoss_jax.checkpoints.sharded_io import read_slices
 from gptoss_jax.config import ModelConfig, TrainConfig
@@ -89,9 +90,11 @@ def convert(
     """
     check_target(target)
     local = readers.local_folder(source)
-    if readers.is_run(local):
+    if is_run(local):
         # Fail before restoring gigabytes.
-        TrainConfig.load(local / "config.json").model.to_hf(experts or "float32")
+        config = TrainConfig.load(local / "config.json").model
+        _refuse_adapter(config, source)
+        config.to_hf(experts or "float32")
     write_folder(open_weights(local), target, experts, on_progress=on_progress)
 
 
@@ -107,6 +110,7 @@ def write_folder(
     Calls `on_progress` with the bytes written so far and in total.
     """
     readers.check_formats(experts=experts)
+    _refuse_adapter(reader.config, reader.origin or "the model")
     if jax.process_count() > 1:
         raise ValueError("save_pretrained must run in a single process, with the checkpoint loaded there")
     if experts is None:
@@ -116,7 +120,7 @@ def write_folder(
     check_target(folder)
     origin = reader.origin
     # A run folder lacks files that other programs need; its tokenizer writes them.
-    is_ours = origin is not None and (readers.is_run(origin) or (origin / "tokenizer_name.txt").is_file())
+    is_ours = origin is not None and (is_run(origin) or (origin / "tokenizer_name.txt").is_file())
     tokenizer = load_tokenizer(origin) if is_ours else None
     config = dataclasses.replace(reader.config, router_bias=True, expert_bias=True, learned_sinks=True)
     values = config.to_hf(experts) | _token_ids(origin, tokenizer)
@@ -142,11 +146,19 @@ def write_folder(
     readers.warn_non_finite(non_finite, origin)
 
 
+def _refuse_adapter(config: ModelConfig, what: str | os.PathLike) -> None:
+    if config.lora is not None:
+        raise ValueError(
+            f"{what}: has an adapter beside its weights: gptoss merge writes a model with the adapter in its "
+            "weights, gptoss export-adapter only the adapter"
+        )
+
+
 def _new_tensors(
     reader: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
 ) -> list[NewTensor]:
     """Yields every tensor of a config's Hugging Face folder, layer by layer. While they are written,
-    `non_finite` collects the names of tensors with NaN or infinite values."""
+    `non_finite` collects the names of those with NaN or infinite values."""
     present = {parameter_name(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
     tensors = []
@@ -195,7 +207,7 @@ def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict
 
 
 def _generation_ids(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
-    """The ids for generation_config.json: config.json's, with all that end an answer as eos."""
+    """The ids for generation_config.json: those of config.json, with all that end an answer as eos."""
     ids = {name: config[name] for name in TOKEN_IDS if name in config}
     if tokenizer is not None:
         stops = list(tokenizer.stop_ids)

@@ -10,7 +10,7 @@ import math
 import mmap
 import threading
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ class DequantizedTensor:
     """Dense expert weights of a source that stores them in MXFP4, [E, in, out] or [E, in, 2, out].
 
     Args:
-      name: the name of the scales tensor.
+      name: of the tensor of scales.
       blocks: uint8 [E, rows, in / 32, 16].
       scales: uint8 [E, rows, in / 32].
       interleaved: whether rows alternate between gate and up, which are a separate axis here.
@@ -176,7 +176,7 @@ class QuantizedTensor:
         finite = True
         for row, e in zip(out, range(experts.start, experts.stop), strict=True):
             finite &= self.source.read_into(values, (slice(e, e + 1), *dense_index))
-            packed = _on_cpu(_quantize, self.part)(values[0])
+            packed = on_cpu(_quantize, self.part)(values[0])
             row[...] = _transpose(packed.reshape(-1, *values.shape[2:])).reshape(row.shape)
         return finite
 
@@ -208,7 +208,7 @@ def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
 
 def is_finite(values: np.ndarray) -> bool:
     """Returns True if a contiguous array of floats has no infinite or NaN value."""
-    # Only NaNs have bits above infinity's, for either sign: two maxima, and no temporary array.
+    # Only NaNs have bits above those of infinity, for either sign: two maxima, and no temporary array.
     infinity = np.array(np.inf, values.dtype)
     signed, unsigned = values.view(f"i{values.itemsize}"), values.view(f"u{values.itemsize}")
     limits = infinity.view(signed.dtype), (-infinity).view(unsigned.dtype)
@@ -249,7 +249,7 @@ def _transpose(array: np.ndarray) -> np.ndarray:
 def _dequantize(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     """Codes [g, 16, ...] and scales [g, 1, ...] -> bfloat16 [32 * g, ...]."""
     is_small = codes.nbytes < DEQUANTIZE_BYTES // 16
-    bits = _value_bits(codes, exponents, np) if is_small else _on_cpu(_value_bits)(codes, exponents)
+    bits = _value_bits(codes, exponents, np) if is_small else on_cpu(_value_bits)(codes, exponents)
     return bits.reshape(-1, *codes.shape[2:]).view(BFLOAT16)
 
 
@@ -263,10 +263,10 @@ def _quantize(values, part):
 
 
 @functools.cache
-def _on_cpu(function: Callable, *static: str) -> Callable[..., np.ndarray]:
-    """Compiles a function of arrays, and then of static arguments, for the CPU."""
+def on_cpu(function: Callable, *static: str) -> Callable[..., Any]:
+    """Compiles a function of arrays, and then of static arguments, for the CPU; results are NumPy arrays."""
     compiled = jax.jit(lambda *arrays: function(*arrays, *static))
-    return lambda *arrays: np.asarray(compiled(*jax.device_put(arrays, host_device())))
+    return lambda *arrays: jax.tree.map(np.asarray, compiled(*jax.device_put(arrays, host_device())))
 
 
 def host_device() -> jax.Device:

@@ -10,24 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptoss_jax.checkpoints.adapters import open_adapted
 from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_layers
 from gptoss_jax.checkpoints.readers import (
+    Adapter,
     ExpertFormat,
     WeightReader,
     check_formats,
     find_tokenizer,
-    is_run,
-    load_run,
     local_folder,
-    open_weights,
     warn_non_finite,
     with_experts,
 )
+from gptoss_jax.checkpoints.run_params import is_run, load_run, run_base
 from gptoss_jax.checkpoints.safetensors_io import refuse_other_contents
 from gptoss_jax.checkpoints.sharded_io import load_sharded, with_layout
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.model.parameters import parameter_name, parameter_shardings, path_names
+from gptoss_jax.model.parameters import (
+    adapted_target,
+    parameter_name,
+    parameter_shardings,
+    path_names,
+)
 from gptoss_jax.model.transformer import Transformer, abstract_params, bind
 
 
@@ -36,10 +41,12 @@ def from_pretrained(
     dtype: Literal["bfloat16", "float32"] | None = None,
     experts: ExpertFormat | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> Transformer:
     """Loads the model of a Hugging Face folder, `original/`, a run folder of train.py, or `hf:OWNER/NAME`.
 
-    The weights are read one by one, each directly to its shards.
+    The weights are read one by one, each directly to its shards. A run that trained adapters is loaded with
+    its base model.
 
     Args:
       folder: path or `hf:OWNER/NAME`.
@@ -49,12 +56,14 @@ def from_pretrained(
         during computation. None keeps packed matrices packed, and others in `dtype`.
       mesh: shards the parameters by the rules of `parallel.rules`; None puts them on the first device. Call
         the model under `jax.set_mesh(mesh)`.
+      adapter: folder of a PEFT adapter, `hf:OWNER/NAME`, or a run that trained adapters. It stays beside the
+        weights, in float32; `gptoss merge` merges it.
 
     Raises ValueError for a folder that does not exist or is not a model's, for a damaged file, and, in one
     message, for all tensors that are missing, unexpected or of another shape. Warns of NaN and infinite
     values.
     """
-    config, params, origin = load_pretrained(folder, dtype, experts, mesh)
+    config, params, origin = load_pretrained(folder, dtype, experts, mesh, adapter)
     model = bind(config, params)
     model.origin = None if origin is None else str(origin.resolve())
     return model
@@ -65,13 +74,15 @@ def load_pretrained(
     dtype: str | None = None,
     experts: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    adapter: str | os.PathLike | None = None,
 ) -> tuple[ModelConfig, dict, pathlib.Path | None]:
     """Loads what `from_pretrained` makes a model of: config, parameters, and the folder with the
     tokenizer."""
     check_formats(dtype, experts)
     local = local_folder(folder)
     compute = {} if dtype is None else {"compute_dtype": dtype}
-    if is_run(local) and experts != "mxfp4":
+    is_whole = is_run(local) and adapter is None and run_base(local) is None
+    if is_whole and experts != "mxfp4":
         # Orbax reads each array directly to its shards, in XLA's default memory layout.
         config = TrainConfig.load(local / "config.json").model
         target = jax.tree.map(
@@ -81,7 +92,7 @@ def load_pretrained(
         _, params, _ = load_run(local, abstract=target)
         warn_non_finite_params(config, params, local)
         return dataclasses.replace(config, **compute), params, local
-    reader = open_weights(local)
+    reader = open_adapted(local, adapter)
     packed = experts == "mxfp4" or (experts is None and reader.packed)
     config = dataclasses.replace(with_experts(reader.config, packed), **compute)
     params = read_params(reader, config, load_target(config, mesh, dtype, experts, reader.dtype))
@@ -97,14 +108,14 @@ def load_target(
 ) -> dict:
     """Returns the abstract parameters with their dtypes, shardings and memory layouts; see `from_pretrained`.
 
-    `stored_dtype` gives the dtype of a parameter if none is requested.
+    `stored_dtype` gives the dtype of a parameter if none is requested. Adapters are float32.
     """
 
     def typed(path, leaf):
         key = parameter_name(path)
         asked = experts if experts and key in EXPERT_MATRICES else dtype
-        is_packed = leaf.dtype == jnp.uint8
-        return leaf if is_packed else jax.ShapeDtypeStruct(leaf.shape, asked or stored_dtype(key))
+        is_fixed = leaf.dtype == jnp.uint8 or adapted_target(key) is not None
+        return leaf if is_fixed else jax.ShapeDtypeStruct(leaf.shape, asked or stored_dtype(key))
 
     tree = jax.tree_util.tree_map_with_path(typed, abstract_params(config))
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -116,7 +127,7 @@ def load_target(
     )
 
 
-def read_params(reader: WeightReader, config: ModelConfig, target: dict) -> dict:
+def read_params(reader: WeightReader | Adapter, config: ModelConfig, target: dict) -> dict:
     """Reads the parameters of a config; `target` gives the shape, dtype and sharding of each array."""
     layers_of = parameter_layers(config)
     non_finite: set[str] = set()
@@ -148,8 +159,11 @@ def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Pa
     warn_non_finite(non_finite, origin)
 
 
-def load_model(folder: str | os.PathLike) -> tuple[Transformer, Tokenizer]:
-    """Loads the model of any folder that `from_pretrained` reads, and its tokenizer.
+def load_model(
+    folder: str | os.PathLike, adapter: str | os.PathLike | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """Loads the model of any folder that `from_pretrained` reads, with its adapter or another one, and its
+    tokenizer.
 
     Raises ValueError as that does, and if the folder holds no tokenizer.
     """
@@ -160,4 +174,4 @@ def load_model(folder: str | os.PathLike) -> tuple[Transformer, Tokenizer]:
     tokenizer = find_tokenizer(local)
     if tokenizer is None:
         raise ValueError(f"{folder}: must hold tokenizer.json or tokenizer_name.txt")
-    return from_pretrained(local), tokenizer
+    return from_pretrained(local, adapter=adapter), tokenizer

@@ -1,4 +1,4 @@
-"""One table: which checkpoint tensor each parameter is, and how its axes map to the model's.
+"""One table: which checkpoint tensor each parameter is, and how its axes become those of the model.
 
 The axes of a file are written in the letters of `model.parameters`. (N H) is one axis that runs over both:
 files interleave P, the pair of gate and up, with F. Q counts the heads of q, k and v together.
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model.parameters import LETTERS, parameter_name, path_names, sizes
+from gptoss_jax.model.parameters import LETTERS, adapted_target, parameter_name, path_names, sizes
 from gptoss_jax.model.transformer import abstract_params
 
 
@@ -24,8 +24,8 @@ class TensorMapping:
 
     Args:
       key: the parameter's key in `LETTERS`.
-      axes: the file's axes, such as "(N H) D".
-      names: usually one name, in which `{layer}` stands for a number. A name with `{expert}` is for one
+      axes: those of the file, such as "(N H) D".
+      names: usually one name, in which `{layer}` stands for a number. A name with `{expert}` is that of one
         expert's tensor, which lacks the axis E. Two names are gate and up, which lack the axis P.
     """
 
@@ -34,14 +34,14 @@ class TensorMapping:
     names: tuple[str, ...]
 
     @functools.cached_property
-    def _file_axes(self) -> list[str]:
+    def file_axes(self) -> list[str]:
         """The letters of each axis of the file: "(N H) D" is NH, D."""
         return [re.sub(r"\W", "", axis) for axis in re.findall(r"\([^)]*\)|\w", self.axes)]
 
     @functools.cached_property
     def _permutation(self) -> list[int]:
         """The place of each axis of the model among the file's letters."""
-        letters, ours = "".join(self._file_axes), LETTERS[self.key]
+        letters, ours = "".join(self.file_axes), LETTERS[self.key]
         ours = re.sub("[NK]", "Q", ours) if "Q" in letters else ours
         return [letters.index(letter) for letter in ours if letter in letters]
 
@@ -52,7 +52,7 @@ class TensorMapping:
     @property
     def keeps_first_axis(self) -> bool:
         """True if both sides have the same first axis, so that slices of it can be converted one by one."""
-        return len(self._file_axes[0]) == 1 and self._permutation[0] == 0
+        return len(self.file_axes[0]) == 1 and self._permutation[0] == 0
 
     def name(self, layer: int) -> str:
         """The name of the only tensor of a layer."""
@@ -60,8 +60,8 @@ class TensorMapping:
 
     def file_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of one tensor in the file."""
-        size = axis_sizes(config)
-        return tuple(math.prod(size[letter] for letter in axis) for axis in self._file_axes)
+        size = axis_sizes(config, self.key)
+        return tuple(math.prod(size[letter] for letter in axis) for axis in self.file_axes)
 
     def file_shapes(self, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the parameter of a layer is read from."""
@@ -71,8 +71,8 @@ class TensorMapping:
 
     def to_model(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
         """A view of the file's tensor with the model's axes."""
-        size = axis_sizes(config)
-        tensor = tensor.reshape([size[letter] for letter in "".join(self._file_axes)])
+        size = axis_sizes(config, self.key)
+        tensor = tensor.reshape([size[letter] for letter in "".join(self.file_axes)])
         if "Q" in self.axes:
             N, K = size["N"], size["K"]
             heads = {"q": slice(0, N), "k": slice(N, N + K), "v": slice(N + K, N + 2 * K)}
@@ -83,15 +83,17 @@ class TensorMapping:
         """The inverse of `to_model`, also for a slice along the first axis if `keeps_first_axis`."""
         apart = parameter.transpose(np.argsort(self._permutation))
         shape, axis = [], 0
-        for letters in self._file_axes:
+        for letters in self.file_axes:
             shape.append(math.prod(apart.shape[axis : axis + len(letters)]))
             axis += len(letters)
         return apart.reshape(shape)
 
 
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The size of every letter of `TensorMapping.axes`."""
-    return sizes(config) | {"Q": config.num_attention_heads + 2 * config.num_key_value_heads}
+def axis_sizes(config: ModelConfig, key: str = "") -> dict[str, int]:
+    """The size of every letter of `TensorMapping.axes`; the rank r is that of the adapter `key`."""
+    size = sizes(config) | {"Q": config.num_attention_heads + 2 * config.num_key_value_heads}
+    target = adapted_target(key)
+    return size if target is None else size | {"r": config.lora_rank(target)}
 
 
 # Parameter -> axes and name of the Hugging Face tensor, then those of the tensor in `original/`, which stores
@@ -123,6 +125,28 @@ _TENSORS = {
     "final_norm.scale": ("", "model.norm.weight", "", "norm.scale"),
     "head.weight": ("", "lm_head.weight", "", "unembedding.weight"),
 }
+# The same for adapters, in PEFT's layout, whose names begin with ADAPTER_PREFIX there. Its wrapper of
+# `experts` adapts gate_up, and the wrapper around that one adapts down. The rows of A run over experts and
+# then over ranks, the columns of B over ranks and then over experts.
+ADAPTER_PREFIX = "base_model.model."
+_ADAPTER_TENSORS = {
+    "attention.q_lora_a": ("r D", "@self_attn.q_proj.lora_A.weight"),
+    "attention.q_lora_b": ("(N H) r", "@self_attn.q_proj.lora_B.weight"),
+    "attention.k_lora_a": ("r D", "@self_attn.k_proj.lora_A.weight"),
+    "attention.k_lora_b": ("(K H) r", "@self_attn.k_proj.lora_B.weight"),
+    "attention.v_lora_a": ("r D", "@self_attn.v_proj.lora_A.weight"),
+    "attention.v_lora_b": ("(K H) r", "@self_attn.v_proj.lora_B.weight"),
+    "attention.out_lora_a": ("r (N H)", "@self_attn.o_proj.lora_A.weight"),
+    "attention.out_lora_b": ("D r", "@self_attn.o_proj.lora_B.weight"),
+    "moe.router_lora_a": ("r D", "@mlp.router.lora_A.weight"),
+    "moe.router_lora_b": ("e r", "@mlp.router.lora_B.weight"),
+    "moe.gate_up_lora_a": ("(E r) D", "@mlp.experts.base_layer.lora_A.weight"),
+    "moe.gate_up_lora_b": ("(F P) (r E)", "@mlp.experts.base_layer.lora_B.weight"),
+    "moe.down_lora_a": ("(E r) F", "@mlp.experts.lora_A.weight"),
+    "moe.down_lora_b": ("D (r E)", "@mlp.experts.lora_B.weight"),
+    "head.lora_a": ("r D", "lm_head.lora_A.weight"),
+    "head.lora_b": ("V r", "lm_head.lora_B.weight"),
+}
 
 
 def _table(prefix: str, rows: dict[str, tuple[str, ...]]) -> dict[str, TensorMapping]:
@@ -133,7 +157,8 @@ def _table(prefix: str, rows: dict[str, tuple[str, ...]]) -> dict[str, TensorMap
     }
 
 
-HUGGINGFACE = _table("model.layers.{layer}.", {key: row[:2] for key, row in _TENSORS.items()})
+_LAYER = "model.layers.{layer}."
+HUGGINGFACE = _table(_LAYER, {key: row[:2] for key, row in _TENSORS.items()} | _ADAPTER_TENSORS)
 ORIGINAL = _table("block.{layer}.", {key: row[2:] for key, row in _TENSORS.items()})
 # The matrices of the experts, which may be stored in MXFP4.
 EXPERT_MATRICES = tuple(key.removesuffix("_blocks") for key in LETTERS if key.endswith("_blocks"))
@@ -154,6 +179,20 @@ PER_EXPERT = {
     }),
 }  # fmt: skip
 Table = dict[str, TensorMapping]
+# Other layouts of the experts' adapters: PEFT with transformers 4, for which A is on the side of the outputs,
+# and one pair for each expert (Unsloth with experts in bitsandbytes' 4 bits).
+SWAPPED_ADAPTERS = _table(f"{_LAYER}mlp.experts.", {
+    "moe.gate_up_lora_a": ("D (r E)", "@base_layer.lora_B.weight"),
+    "moe.gate_up_lora_b": ("(E r) (F P)", "@base_layer.lora_A.weight"),
+    "moe.down_lora_a": ("F (r E)", "@lora_B.weight"),
+    "moe.down_lora_b": ("(E r) D", "@lora_A.weight"),
+})  # fmt: skip
+PER_EXPERT_ADAPTERS = _table(f"{_LAYER}mlp.experts.", {
+    "moe.gate_up_lora_a": ("r D", "@gate_up_projs.{expert}.lora_A.weight"),
+    "moe.gate_up_lora_b": ("(F P) r", "@gate_up_projs.{expert}.lora_B.weight"),
+    "moe.down_lora_a": ("r F", "@down_projs.{expert}.lora_A.weight"),
+    "moe.down_lora_b": ("D r", "@down_projs.{expert}.lora_B.weight"),
+})  # fmt: skip
 
 
 def table_for(names: Collection[str]) -> Table:

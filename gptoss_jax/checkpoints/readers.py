@@ -4,9 +4,7 @@ A reader gives lazy tensors, one parameter of one layer each, in the requested f
 """
 
 import abc
-import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import warnings
@@ -18,6 +16,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.checkpoints import mappings
+from gptoss_jax.checkpoints.base_model import BaseModel
 from gptoss_jax.checkpoints.lazy_tensors import (
     BFLOAT16,
     DenseTensor,
@@ -26,17 +25,17 @@ from gptoss_jax.checkpoints.lazy_tensors import (
     QuantizedTensor,
     StackedExperts,
     common_dtype,
-    host_device,
 )
 from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_layers
-from gptoss_jax.checkpoints.run import Checkpoints
+from gptoss_jax.checkpoints.run_params import is_run, load_run, open_checkpoint, read_checkpoint
 from gptoss_jax.checkpoints.safetensors_io import map_folder, refuse_other_contents
 from gptoss_jax.checkpoints.sharded_io import layer_on_host
-from gptoss_jax.config import ModelConfig, TrainConfig, require
+from gptoss_jax.config import LoraConfig, ModelConfig, TrainConfig, require
+from gptoss_jax.config.model import EXPERT_TARGETS
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gptoss_jax.model.parameters import parameter_name
-from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.model.lora import is_adapter
+from gptoss_jax.model.parameters import parameter_name, path_names, split_params
 
 ExpertFormat = Literal["bfloat16", "float32", "mxfp4"]
 HUB = "hf:"
@@ -54,7 +53,7 @@ class WeightReader(abc.ABC):
     """Reads the weights of a model.
 
     Attributes:
-      config: the model's config, with dense experts.
+      config: that of the model, with dense experts.
       packed: whether the experts are stored in MXFP4.
       origin: the folder with the tokenizer, if there is one.
     """
@@ -132,17 +131,24 @@ class HFReader(WeightReader):
 
 
 class InMemoryReader(WeightReader):
-    """The parameters of a model in memory."""
+    """The parameters of a model in memory, or some of them."""
 
     def __init__(self, config: ModelConfig, params: dict, origin: pathlib.Path | None):
         self.packed = config.expert_format == "mxfp4"
         self.config, self.origin = with_experts(config, False), origin
         self._arrays: dict[str, dict[int, tuple[jax.Array, int | None]]] = {}
-        for (path, layers), leaf in zip(
-            parameter_layers(config).items(), jax.tree.leaves(params), strict=True
-        ):
+        layers_of = parameter_layers(config)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            layers = layers_of[path_names(path)]
             rows = {layer: (leaf, None if layer < 0 else row) for row, layer in enumerate(layers)}
             self._arrays.setdefault(parameter_name(path), {}).update(rows)
+
+    def adapter(self, name: str) -> "Adapter":
+        """Returns the parameters as those that a run trained beside the adapters of its config."""
+        places = [(key, layer) for key, rows in self._arrays.items() for layer in rows]
+        rank = self.config.lora_rank(EXPERT_TARGETS[0])
+        lora = dataclasses.replace(self.config.lora, expert_rank=rank)
+        return Adapter(name, lora, {place: self.stored(*place) for place in places})
 
     def stored(self, key: str, layer: int) -> DenseTensor:
         return DenseTensor(HUGGINGFACE[key].name(layer), layer_on_host(*self._arrays[key][layer]))
@@ -151,21 +157,93 @@ class InMemoryReader(WeightReader):
         return (array.dtype for array, _ in self._arrays[key].values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What was trained beside a base model: LoRA's matrices, float32, in each layer."""
+
+    name: str  # the folder
+    lora: LoraConfig
+    # By key and layer, with the model's axes. A run may also have trained weights of the base.
+    tensors: dict[tuple[str, int], DenseTensor]
+
+    @property
+    def origin(self) -> pathlib.Path:
+        return pathlib.Path(self.name)
+
+    def tensor(self, key: str, layer: int) -> LazyTensor:
+        return self.tensors[key, layer]
+
+
+class AdaptedReader(WeightReader):
+    """The weights of a base model with an adapter beside them."""
+
+    def __init__(self, base: WeightReader, adapter: Adapter):
+        self._base, self._adapter = base, adapter
+        self.packed, self.origin = base.packed, base.origin
+        self.config = dataclasses.replace(base.config, lora=adapter.lora)
+
+    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+        found = self._adapter.tensors.get((key, layer))
+        return self._base.stored(key, layer) if found is None else found
+
+    def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
+        found = [tensor.dtype for place, tensor in self._adapter.tensors.items() if place[0] == key]
+        return found or self._base.stored_dtypes(key)
+
+
 def with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
     return dataclasses.replace(config, expert_format="mxfp4" if packed else "plain")
 
 
 def open_weights(folder: str | os.PathLike) -> WeightReader:
     """Opens a Hugging Face folder, `original/`, a run folder, or `hf:OWNER/NAME`, which is fetched from the
-    Hugging Face Hub or taken from its cache.
+    Hugging Face Hub or taken from its cache. A run that trained adapters is opened with its base model.
 
-    Raises ValueError if there is no such folder, it is another kind, or its tensors do not fit its config.
+    Raises ValueError when there is no such folder, it is none of these, its tensors do not fit its config, or
+    the base model of a run is gone or has changed.
     """
     folder = local_folder(folder)
-    if is_run(folder):
-        config, params, _ = load_run(folder)
-        return InMemoryReader(config.model, params, folder)
-    return HFReader(folder)
+    if not is_run(folder):
+        return HFReader(folder)
+    config, base, params = read_checkpoint(folder)
+    trained = InMemoryReader(config.model, params, folder)
+    if base is None:
+        return trained
+    reader = AdaptedReader(open_base(base, folder), trained.adapter(str(folder)))
+    reader.config = trained.config
+    # The files of a published tokenizer are with the base.
+    if is_run(reader.origin) or find_tokenizer(reader.origin) is None:
+        reader.origin = folder
+    return reader
+
+
+def open_base(base: BaseModel, run: str | os.PathLike) -> WeightReader:
+    """Opens the base model of a run. Raises ValueError when it is gone or has changed."""
+    folder = base.check(run)
+    if base.step is None:
+        return HFReader(folder)
+    config, params, _ = load_run(folder, base.step)
+    return InMemoryReader(config.model, params, folder)
+
+
+def describe_base(folder: str | os.PathLike) -> BaseModel:
+    """Describes the base model of a run that starts from a folder (`TrainConfig.init_from`)."""
+    folder = local_folder(folder)
+    if not is_run(folder):
+        return BaseModel.of(HFReader(folder).origin)
+    with open_checkpoint(folder) as (_, checkpoints, step):
+        return BaseModel.from_record(checkpoints.record(step)) or BaseModel.of(folder, step)
+
+
+def read_run_adapter(folder: str | pathlib.Path) -> Adapter:
+    """Reads the adapter of a run, of the checkpoint that `read_checkpoint` takes, without its base model."""
+    folder = pathlib.Path(folder)
+    config = TrainConfig.load(folder / "config.json").model
+    require(config.lora is not None, "adapter", str(folder), "a run without an adapter")
+    _, base, params = read_checkpoint(folder)
+    if base is None:
+        params, _ = split_params(params, is_adapter)
+    return InMemoryReader(config, params, folder).adapter(str(folder))
 
 
 def local_folder(folder: str | os.PathLike) -> pathlib.Path:
@@ -187,50 +265,6 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
         hint = f"; did you mean {HUB}{name}?" if is_repository else ""
         raise ValueError(f"{folder}: no such folder{hint}")
     return path
-
-
-def is_run(folder: str | pathlib.Path) -> bool:
-    """Returns True for a run folder of train.py, whose config.json holds a `TrainConfig`."""
-    try:
-        values = json.loads((pathlib.Path(folder) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and {"model", "data", "optim"} <= values.keys()
-
-
-def load_run(
-    folder: str | pathlib.Path, step: int | None = None, abstract: dict | None = None
-) -> tuple[TrainConfig, dict, Tokenizer]:
-    """Loads config, parameters and tokenizer of a run folder.
-
-    Args:
-      step: of the checkpoint; None takes the one with the lowest validation loss, or else the latest.
-      abstract: the parameter tree with the shardings to load it with; None leaves it in host memory.
-
-    Raises ValueError when the folder is not a run, or has no such checkpoint.
-    """
-    folder = pathlib.Path(folder)
-    config = TrainConfig.load(folder / "config.json")
-    if not (folder / "checkpoints").is_dir():
-        raise ValueError(f"{folder}: contains no checkpoint yet")
-    if abstract is None:
-        sharding = jax.sharding.SingleDeviceSharding(host_device())
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_params(config.model),
-        )
-    with contextlib.closing(
-        Checkpoints(folder, read_only=True, eval_batches=config.eval.batches)
-    ) as checkpoints:
-        steps, best = checkpoints.steps, checkpoints.best_step
-        if not steps:
-            raise ValueError(f"{folder}: contains no checkpoint yet")
-        if step is None:
-            step = steps[-1] if best is None else best
-        if step not in steps:
-            known = ", ".join(map(str, steps))
-            raise ValueError(f"{folder}: has no checkpoint for step {step}; it has {known}")
-        return config, checkpoints.restore_params(step, abstract), load_tokenizer(folder)
 
 
 def sidecar_files(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:

@@ -5,7 +5,6 @@ A checkpoint has the items `params` (the model's tree), `training` (the rest of 
 name when it is complete.
 """
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -13,23 +12,19 @@ import math
 import pathlib
 import shutil
 import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from gptoss_jax.checkpoints.orbax_patches import LocalPath
 from gptoss_jax.config import require
+from gptoss_jax.config.base import listed
 from gptoss_jax.config.paths import require_utf8
-from gptoss_jax.model.parameters import tree_bytes
+from gptoss_jax.model.parameters import letters_of, path_names, tree_bytes
 from gptoss_jax.parallel import distributed
-
-try:  # private: without it, a failed read prints a traceback for each file, nothing else changes
-    from orbax.checkpoint._src import asyncio_utils
-except ImportError:
-    asyncio_utils = None
 
 OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, partly filled blocks
 # The longest error message of another library that is repeated; TensorStore's have many hundred characters.
@@ -85,6 +80,24 @@ class Checkpoints:
         step = self._manager.best_step()
         metrics = None if step is None else self._manager.metrics(step)
         return math.inf if metrics is None else -_goodness(metrics)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The record of one checkpoint; empty when it cannot be read, which `restore` reports."""
+        try:
+            return json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def parameter_paths(self, step: int) -> set[tuple[str, ...]]:
+        """Paths of the parameters in one checkpoint: of the model's tree, or of what a run trained of it.
+
+        Raises ValueError when it cannot be read.
+        """
+        try:
+            tree = self._manager.item_metadata(step)["params"].tree
+        except Exception as error:  # Orbax, TensorStore and JSON each have their own
+            raise ValueError(f"{self.folder}/{step}: cannot be read ({root_message(error)})") from error
+        return {path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
     def save(
         self, step: int, params: Any, training: Any, record: dict[str, Any], val_loss: float | None = None
@@ -163,6 +176,8 @@ class Checkpoints:
         is no checkpoint. Raises ValueError when there are checkpoints and none can be read.
         """
         steps, damaged = self.steps, []
+        for step in reversed(steps):
+            self._check_parameters(step, {"params": params, "training": training})
         items = {
             "params": ocp.args.StandardRestore(params),
             "training": ocp.args.StandardRestore(training),
@@ -186,6 +201,23 @@ class Checkpoints:
             damaged.append(step)
             report(f"checkpoint of step {step} is damaged ({reason}); using the one before")
         return None
+
+    def _check_parameters(self, step: int, trees: dict[str, Any]) -> None:
+        """Raises ValueError for a checkpoint of a run that trains other parameters, which is not damaged."""
+        try:
+            metadata = self._manager.item_metadata(step)
+            found = {name: _parameters(metadata[name].tree) for name in trees}
+        except Exception:  # `restore` reports what is damaged
+            return
+        for name, tree in trees.items():
+            theirs, ours = found[name], _parameters(tree)
+            only = {"it also has": theirs - ours, "it lacks": ours - theirs}
+            said = [f"{what} {listed(sorted(names))}" for what, names in only.items() if names]
+            if theirs and said:
+                raise ValueError(
+                    f"{self.folder}: the checkpoint of step {step} is of a run that trained other parameters "
+                    f"({'; '.join(said)}): resume it with the same is_trainable"
+                )
 
     def _set_aside(self, steps: list[int]) -> None:
         """Renames the folders of damaged checkpoints; all processes must call it."""
@@ -230,6 +262,14 @@ class Checkpoints:
         self._guarded(None, self._manager.close)
 
 
+def _parameters(tree: Any) -> set[str]:
+    """Names of the parameters in a tree, or that it holds an optimizer's state of, such as
+    `blocks.0.attention.q`."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree) if letters_of(path)]
+    starts = (names[-4:] if "blocks" in names else names[-2:] for names in map(path_names, paths))
+    return {".".join(names) for names in starts}
+
+
 def _goodness(metrics: dict[str, float]) -> float:
     """Higher is better. A loss that is not finite, as older runs have stored, is worse than any other."""
     loss = metrics["val_loss"]
@@ -257,25 +297,6 @@ def root_message(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return lines[0] if len(lines[0]) <= MAX_MESSAGE else lines[0][:MAX_MESSAGE] + "…"
-
-
-_LocalBase = type(epath.Path("/"))
-
-
-@epath.register_path_cls
-class LocalPath(_LocalBase):
-    """A local path with any name.
-
-    Orbax finds the parts of a checkpoint with `epath.Path.glob`, which takes the folder for a part of the
-    pattern: under `lr=[3e-4]` it finds nothing, and the checkpoint is never completed. Here the folder is
-    taken literally. `epath` also takes an absolute path under /gs, /s3, /az or /hf for the URL of a bucket.
-    """
-
-    _uri_scheme = None
-
-    def glob(self, pattern: str) -> Iterator["LocalPath"]:
-        for path in pathlib.Path(self).glob(pattern):
-            yield type(self)(path)
 
 
 class _Manager(ocp.CheckpointManager):
@@ -311,27 +332,3 @@ class _Manager(ocp.CheckpointManager):
             if self._eval_batches not in (None, record["config"]["eval"]["batches"]):
                 return None
         return found
-
-
-async def _finish_all_tasks(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Awaits a coroutine of Orbax and, if it fails, all other tasks of its event loop.
-
-    Orbax raises the first error of many parallel reads or writes and closes the loop. TensorStore reports the
-    end of each of the others to that loop, and asyncio reports errors that nobody awaited: each prints a
-    traceback.
-    """
-    loop = asyncio.get_running_loop()
-    try:
-        return await coroutine
-    except Exception:
-        loop.set_exception_handler(lambda loop, context: None)
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.gather(*others, return_exceptions=True)
-        raise
-
-
-# Orbax runs every coroutine with this function, in a new event loop each time. Replacing it affects no other
-# event loop of the process, which another asyncio policy would.
-if hasattr(asyncio_utils, "run_sync"):
-    _orbax_run_sync = asyncio_utils.run_sync
-    asyncio_utils.run_sync = lambda coro: _orbax_run_sync(_finish_all_tasks(coro))

@@ -102,7 +102,7 @@ def _sizes(path: pathlib.Path) -> str:
 def find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
     """Returns the files that hold the weights of a folder, and the index (tensor name -> file name), if any.
 
-    Looks in transformers' order: the file or index that `transformers_weights` of config.json names,
+    The order is that of transformers: the file or index that `transformers_weights` of config.json names,
     model.safetensors, model.safetensors.index.json. Without these, every other .safetensors file is read.
     Warns of files with weights that are not read, by name.
 
@@ -187,7 +187,7 @@ def refuse_other_contents(folder: str | os.PathLike) -> None:
         kind = values.get("peft_type") or values.get("fine_tune_type")
         raise ValueError(
             f"{folder}: holds an adapter{f' ({kind})' if kind else ''}, not a whole model; its base model is "
-            f"{base or 'not named'}: merge it into that (merge_and_unload of peft) and save the result"
+            f"{base or 'not named'}: load that with this adapter (--adapter), or merge it (gptoss merge)"
         )
     for pattern, what in OTHER_FORMATS.items():
         if found := sorted(path.name for path in folder.glob(pattern)):
@@ -236,7 +236,7 @@ def write_tensors(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else [SINGLE]
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, on_write)
+        write_file(folder / name, shard, on_write)
     if len(shards) > 1:
         files = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         total = sum(tensor.nbytes for tensor in tensors)
@@ -244,7 +244,10 @@ def write_tensors(
         write_json(folder / INDEX, index)
 
 
-def _write_file(path: pathlib.Path, tensors: list[NewTensor], on_write: Callable[[int], None]) -> None:
+def write_file(
+    path: pathlib.Path, tensors: list[NewTensor], on_write: Callable[[int], None] = lambda count: None
+) -> None:
+    """Writes one file. Raises ValueError for a tensor whose chunks have not its size."""
     # The widest dtypes first, so that every tensor is aligned to its own width.
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     # transformers refuses a file without this.

@@ -29,6 +29,8 @@ class Chat:
     # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub. A tokenizer with
     # Harmony's special tokens marks a chat model, except in a run that began at random on plain text.
     folder: Folder
+    # Adapter beside the model's weights: a folder of PEFT, or a run that trained adapters.
+    adapter: OptionalText = None
     # Reasoning effort of a chat model.
     reasoning: Literal["low", "medium", "high"] = "medium"
     # Developer instructions for a chat model, such as "Answer in French.".
@@ -44,7 +46,7 @@ class Chat:
         from gptoss_jax.cli.terminal import writer
         from gptoss_jax.inference.generate import stream
 
-        model, tokenizer = load_model(self.folder)
+        model, tokenizer = load_model(self.folder, self.adapter)
         write_error = writer(sys.stderr)
 
         def note(text: str) -> None:

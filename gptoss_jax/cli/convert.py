@@ -16,14 +16,22 @@ class Convert:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     # New folder. It appears only when it is complete.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: the source's.
+    # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: that of the source.
     experts: Annotated[
         Literal["bfloat16", "float32", "mxfp4"] | None, tyro.conf.arg(help_behavior_hint="")
     ] = None
 
     def run(self) -> None:
-        import resource
+        from gptoss_jax.checkpoints import export
 
+        with WriteProgress(self.target) as progress:
+            export.convert(self.source, self.target, self.experts, progress.show)
+
+
+class WriteProgress:
+    """Shows the progress of writing a model on a terminal, and prints size, time and memory at the end."""
+
+    def __init__(self, target: str) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -33,22 +41,27 @@ class Convert:
             TransferSpeedColumn,
         )
 
-        from gptoss_jax.checkpoints import export
-
-        began, size = time.monotonic(), 0
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=None)
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._target, self._size, self._began = target, 0, time.monotonic()
+        self._task = self._progress.add_task("", total=None)
 
-            def show(done: int, total: int) -> None:
-                nonlocal size
-                size = total
-                progress.update(task, completed=done, total=total)
+    def __enter__(self) -> "WriteProgress":
+        self._progress.start()
+        return self
 
-            export.convert(self.source, self.target, self.experts, show)
-        # Kilobytes on Linux, bytes on macOS.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        time_and_memory = f"{time.monotonic() - began:,.0f} s, peak memory {peak / 1e9:,.2f} GB"
-        print(f"{self.target}: {size / 1e9:,.2f} GB written in {time_and_memory}")
+    def show(self, done: int, total: int) -> None:
+        self._size = total
+        self._progress.update(self._task, completed=done, total=total)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        import resource
+
+        self._progress.stop()
+        if kind is None:
+            # Kilobytes on Linux, bytes on macOS.
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            cost = f"{time.monotonic() - self._began:,.0f} s, peak memory {peak / 1e9:,.2f} GB"
+            print(f"{self._target}: {self._size / 1e9:,.2f} GB written in {cost}")

@@ -20,6 +20,8 @@ class Evaluate:
 
     # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
     folder: Folder
+    # Adapter beside the model's weights: a folder of PEFT, or a run that trained adapters.
+    adapter: OptionalText = None
     # Text, specified like data.source of train.py: text:GLOB, jsonl:GLOB#field, stdlib, ….
     source: OptionalText = None
     # Name of a task of lm_eval, or a YAML file of your own.
@@ -34,7 +36,7 @@ class Evaluate:
     max_tokens: OptionalInt = None
     # Use at most this many examples of each task.
     limit: OptionalInt = None
-    # Number of few-shot examples, unless the task sets it to 0. Default: the task's.
+    # Number of few-shot examples, unless the task sets it to 0. Default: that of the task.
     num_fewshot: OptionalInt = None
     # Also write the results to this file.
     json_file: JsonFile = None
@@ -65,7 +67,8 @@ class Evaluate:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         from gptoss_jax.checkpoints.load import load_model
-        from gptoss_jax.checkpoints.readers import is_run, local_folder
+        from gptoss_jax.checkpoints.readers import local_folder
+        from gptoss_jax.checkpoints.run_params import is_run
         from gptoss_jax.config import TrainConfig
         from gptoss_jax.data.chat_rows import is_chat_source
         from gptoss_jax.data.sources import open_corpus
@@ -79,7 +82,7 @@ class Evaluate:
             # The model has not been trained on longer rows.
             seq_len = TrainConfig.load(folder / "config.json").data.seq_len
             settings = dataclasses.replace(settings, context=seq_len)
-        model, tokenizer = load_model(folder)
+        model, tokenizer = load_model(folder, self.adapter)
         columns = (
             TextColumn("{task.fields[loss]}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
             TimeRemainingColumn(),
@@ -108,7 +111,13 @@ class Evaluate:
         # It warns of every default that a task relies on.
         logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
         result = evaluate_tasks(
-            self.folder, self.task, self.limit, self.num_fewshot, self.batch_size, self.context
+            self.folder,
+            self.task,
+            self.limit,
+            self.num_fewshot,
+            self.batch_size,
+            self.context,
+            adapter=self.adapter,
         )
         print(lm_eval.utils.make_table(result))
         if result.get("groups"):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from gptoss_jax.cli.arguments import Folder, Sampling, SamplingFlags, Texts
+from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFlags, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Generate:
     folder: Folder
     # Text to continue; may be "".
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
+    # Adapter beside the model's weights: a folder of PEFT, or a run that trained adapters.
+    adapter: OptionalText = None
     # Stop before this text.
     stop_strings: Texts = ()
     sampling: Sampling = SamplingFlags()
@@ -29,7 +31,7 @@ class Generate:
         from gptoss_jax.inference.detokenizer import StreamingDetokenizer
         from gptoss_jax.inference.generate import stream
 
-        model, tokenizer = load_model(self.folder)
+        model, tokenizer = load_model(self.folder, self.adapter)
         prompt = user_text(self.prompt)
         prompt_tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         # A prompt that leaves no room at all is a separate error.

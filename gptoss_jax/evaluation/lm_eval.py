@@ -43,17 +43,24 @@ class GptOss(TemplateLM):
     Texts start with bos, as in training. Inputs that are too long are truncated at the start.
     """
 
-    def __init__(self, folder: str, batch_size: int | None = None, max_length: int | None = None):
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        adapter: str | None = None,
+    ):
         """
         Args:
           folder: the model's folder.
           batch_size: rows per forward pass. Default: as many as have 16,384 tokens.
           max_length: most tokens that the model sees at once. Default: its max_position_embeddings.
+          adapter: see `from_pretrained`.
         """
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             require(value is None or value >= least, name, value, f"must be {least} or more")
-        self._model, self._tokenizer = load_model(folder)
+        self._model, self._tokenizer = load_model(folder, adapter)
         self._params = get_params(self._model)
         limit = self._model.config.max_position_embeddings
         self.max_length = limit if max_length is None else max_length
@@ -144,7 +151,7 @@ class GptOss(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns the text that continues each (context, settings), up to a stop token or an `until` string.
 
-        Stop tokens are the model folder's; one that is text is part of the answer, as in lm_eval's
+        Stop tokens are those of the model's folder; one that is text is part of the answer, as in lm_eval's
         adapters. Greedy unless the task sets `do_sample`; then the seed is the number of the request.
         """
         prepared = [self._prepare(seed, *request.args) for seed, request in enumerate(requests)]
@@ -203,11 +210,13 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
+    *,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Runs tasks and returns the result of lm_eval's `evaluate`, without the samples.
 
     Args:
-      folder, batch_size, max_length: of the model, see `GptOss`.
+      folder, batch_size, max_length, adapter: of the model, see `GptOss`.
       tasks: YAML files, or names of tasks that come with lm_eval. Data files that a YAML file names are
         relative to the working directory.
       limit: most documents of each task.
@@ -216,7 +225,7 @@ def evaluate_tasks(
     Raises ValueError for a model or a task that is unknown or cannot be loaded.
     """
     loaded = _load_tasks(tasks)
-    model = GptOss(folder, batch_size, max_length)
+    model = GptOss(folder, batch_size, max_length, adapter)
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     for task in loaded["tasks"].values():

@@ -87,7 +87,7 @@ def kernel_values(blocks: jax.Array, power: jax.Array, one: jax.Array) -> list[j
     return values
 
 
-def quantize(values, axis=-1, xp=jnp):
+def quantize(values, axis=-1, xp=jnp, scales=None):
     """Returns the nearest MXFP4 values, with the publisher's rule: the smallest scale that clips nothing,
     2^ceil(log2(largest / 6)), then round to nearest, ties to even.
 
@@ -96,20 +96,22 @@ def quantize(values, axis=-1, xp=jnp):
     Args:
       values: float32 or bfloat16, [..., 32 * G].
       axis: the axis that blocks run along, if not the last; G, and 16 after it, then take its place.
+      scales: uint8, to use instead of those of the rule; values beyond the largest code are clipped to it.
 
     Returns:
       blocks, uint8 [..., G, 16], and scales, uint8 [..., G]. A block of zeros has scale 0; one with an inf or
       NaN has scale 255.
 
-    Raises ValueError for an axis that is not a multiple of 32.
+    Raises ValueError for an axis that is no multiple of 32.
     """
     axis %= values.ndim
     bits = _float32_bits(values, axis, xp)
     magnitude = bits & 0x7FFFFFFF
-    largest = xp.max(magnitude, axis=axis + 1)
-    # 6 is 1.5 * 2^2: up to a significand of 1.5 the exponent is two less, above it one less.
-    scales = (largest >> 23) - 2 + ((largest & 0x7FFFFF) > 0x400000)
-    scales = xp.where(largest >= 0x7F800000, NAN_SCALE, xp.maximum(scales, 0)).astype(np.uint8)
+    if scales is None:
+        largest = xp.max(magnitude, axis=axis + 1)
+        # 6 is 1.5 * 2^2: up to a significand of 1.5 the exponent is two less, above it one less.
+        scales = (largest >> 23) - 2 + ((largest & 0x7FFFFF) > 0x400000)
+        scales = xp.where(largest >= 0x7F800000, NAN_SCALE, xp.maximum(scales, 0)).astype(np.uint8)
     exponent = xp.expand_dims(scales, axis + 1).astype(np.int32) - 127
     code = xp.zeros(magnitude.shape, np.uint8)
     for tie, rounds_down in TIES:

@@ -1,0 +1,157 @@
+"""Adapters of PEFT, in and out, and models with an adapter beside them.
+
+docs/weights.md describes the format. vLLM reads the same files.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gptoss_jax.checkpoints.export import atomic_folder
+from gptoss_jax.checkpoints.mappings import ADAPTER_PREFIX, HUGGINGFACE, TensorMapping
+from gptoss_jax.checkpoints.peft_reader import MODULES, PARAMETERS, WEIGHTS, PeftFolder
+from gptoss_jax.checkpoints.readers import (
+    HUB,
+    AdaptedReader,
+    Adapter,
+    WeightReader,
+    local_folder,
+    open_weights,
+    read_run_adapter,
+)
+from gptoss_jax.checkpoints.run_params import is_run, run_base
+from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG, NewTensor, write_file
+from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.config.base import listed, require, write_json
+from gptoss_jax.config.model import EXPERT_TARGETS, LORA_TARGETS
+from gptoss_jax.model.lora import adapter_names
+from gptoss_jax.model.parameters import adapted_target, shape_of
+
+# The version of PEFT that was tested with what is written here.
+PEFT_VERSION = "0.21.2"
+
+
+def open_adapted(folder: str | os.PathLike, adapter: str | os.PathLike | None = None) -> WeightReader:
+    """Opens the weights of a folder with an adapter beside them; None is that of a run that trained one.
+
+    Raises ValueError as `open_weights` and `read_adapter` do, and for two adapters.
+    """
+    reader = open_weights(folder)
+    if adapter is None:
+        return reader
+    allowed = f"{folder} has an adapter already; name its base model instead"
+    require(reader.config.lora is None, "adapter", str(adapter), allowed)
+    return AdaptedReader(reader, read_adapter(adapter, reader.config))
+
+
+def read_adapter(folder: str | os.PathLike, config: ModelConfig) -> Adapter:
+    """Reads an adapter for a model: a folder of PEFT, `hf:OWNER/NAME`, or a run that trained adapters.
+
+    Layers and experts that a PEFT adapter leaves out get zeros, and so do the ranks of targets with a lower
+    rank than others; a target with another scaling gets the difference multiplied into its B.
+
+    Raises ValueError, in one line, for a folder without an adapter or with one that is more than LoRA, for a
+    layout that cannot be told for certain, and for tensors that do not fit the model, naming them.
+    """
+    local = local_folder(folder)
+    if not is_run(local):
+        return PeftFolder(local, config).read()
+    adapter, wrong = read_run_adapter(local), []
+    config = dataclasses.replace(config, lora=adapter.lora)
+    for (key, layer), tensor in adapter.tensors.items():
+        if layer >= config.num_hidden_layers or tensor.shape != shape_of(config, key):
+            wrong.append(f"{key} of layer {layer} has shape {list(tensor.shape)}")
+    layers = {layer for _, layer in adapter.tensors} - {-1}
+    if wrong or len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"{local}: the adapter is for another model: {listed(wrong) or f'{len(layers)} layers'}"
+        )
+    return adapter
+
+
+def export_adapter(run: str | os.PathLike, folder: str | os.PathLike) -> Adapter:
+    """Writes the adapter of a run for PEFT and vLLM; see `write_adapter`. Returns it."""
+    local = local_folder(run)
+    if not is_run(local):
+        raise ValueError(f"{run}: must be a run of train.py that trained adapters")
+    adapter, config = read_run_adapter(local), TrainConfig.load(local / "config.json")
+    extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
+    if extra:
+        raise ValueError(f"{run}: also trained {listed(extra)}, which is no adapter: use gptoss merge")
+    found = run_base(local)
+    base = str(local) if found is None else found.folder
+    if (config.init_from or "").startswith(HUB):
+        base = config.init_from.removeprefix(HUB)
+    write_adapter(adapter, config.model, folder, base)
+    return adapter
+
+
+def write_adapter(
+    adapter: Adapter, config: ModelConfig, folder: str | os.PathLike, base: str | None = None
+) -> None:
+    """Writes an adapter as PEFT's adapter_model.safetensors and adapter_config.json.
+
+    Where one of gate_up and down is adapted, both are written, the other as zeros: vLLM expects both.
+
+    Args:
+      config: of the model.
+      folder: must not exist yet, or be empty. It appears when it is complete.
+      base: name or folder of the base model.
+    """
+    lora = adapter.lora
+    targets = [
+        target
+        for target in LORA_TARGETS
+        if target in lora.targets or (target in EXPERT_TARGETS and {*EXPERT_TARGETS} & {*lora.targets})
+    ]
+    config = dataclasses.replace(config, lora=dataclasses.replace(lora, targets=tuple(targets)))
+    tensors = []
+    for key in adapter_names(config):
+        for layer in [-1] if key.startswith("head.") else range(config.num_hidden_layers):
+            mapping, found = HUGGINGFACE[key], adapter.tensors.get((key, layer))
+            array = np.zeros(shape_of(config, key), np.float32) if found is None else found.array
+            chunks = functools.partial(_file_chunks, mapping, array)
+            name, dtype = ADAPTER_PREFIX + mapping.name(layer), np.dtype(np.float32)
+            tensors.append(NewTensor(name, dtype, mapping.file_shape(config), chunks))
+    with atomic_folder(folder, sum(tensor.nbytes for tensor in tensors) + (1 << 20)) as partial:
+        write_file(partial / WEIGHTS, tensors)
+        write_json(partial / ADAPTER_CONFIG, _peft_config(config, base))
+
+
+def _file_chunks(mapping: TensorMapping, array: np.ndarray) -> Iterator[np.ndarray]:
+    yield mapping.to_file(array.astype(np.float32))
+
+
+def _peft_config(config: ModelConfig, base: str | None) -> dict[str, Any]:
+    """The content of adapter_config.json."""
+    lora = config.lora
+    experts = [MODULES[target] for target in EXPERT_TARGETS if target in lora.targets]
+    expert_rank = config.lora_rank(EXPERT_TARGETS[0])
+    other_rank = experts if expert_rank != lora.rank else []
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    modules = [MODULES[target].rpartition(".")[2] for target in lora.targets if target not in PARAMETERS]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "peft_version": PEFT_VERSION,
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": alpha,
+        "rank_pattern": dict.fromkeys(other_rank, expert_rank),
+        "alpha_pattern": dict.fromkeys(other_rank, alpha),
+        "use_rslora": lora.rslora,
+        "target_modules": modules,
+        "target_parameters": [MODULES[target] for target in lora.targets if target in PARAMETERS],
+        "layers_to_transform": None,
+        "modules_to_save": None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }

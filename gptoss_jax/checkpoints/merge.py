@@ -1,0 +1,300 @@
+"""Merges adapters into weights, W + scaling A B, slice by slice while they are written."""
+
+import collections
+import dataclasses
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptoss_jax.checkpoints import export
+from gptoss_jax.checkpoints.adapters import open_adapted
+from gptoss_jax.checkpoints.lazy_tensors import (
+    DenseTensor,
+    Index,
+    LazyTensor,
+    StackedExperts,
+    copy_cast,
+    is_finite,
+    on_cpu,
+    release_pages,
+)
+from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES
+from gptoss_jax.checkpoints.readers import ExpertFormat, WeightReader
+from gptoss_jax.kernels.mxfp4 import codec
+from gptoss_jax.model.lora import adapter_names
+from gptoss_jax.model.parameters import LETTERS, adapted_target
+
+
+@dataclasses.dataclass(frozen=True)
+class Survival:
+    """What the written weights of one kind keep of the delta D = scaling A B.
+
+    W is the base, E the change that was written; sums run over all values of the kind.
+    """
+
+    base: float = 0.0  # |W|^2
+    delta: float = 0.0  # |D|^2
+    product: float = 0.0  # E D
+    error: float = 0.0  # |E - D|^2
+
+    @property
+    def size(self) -> float:
+        """|D| / |W|."""
+        return math.sqrt(self.delta / self.base) if self.base else 0.0
+
+    @property
+    def share(self) -> float:
+        """The part of D in E, E D / |D|^2: 1 where the delta survived, 0 where it was rounded away."""
+        return self.product / self.delta if self.delta else 1.0
+
+    @property
+    def noise(self) -> float:
+        """|E - D| / |W|."""
+        return math.sqrt(self.error / self.base) if self.base else 0.0
+
+    def __add__(self, sums: Iterable[float]) -> "Survival":
+        pairs = zip(dataclasses.astuple(self), sums, strict=True)
+        return Survival(*(total + float(value) for total, value in pairs))
+
+
+def merge(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    experts: ExpertFormat | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Survival]:
+    """Writes a model with its adapter merged as a Hugging Face folder; see `export.write_folder`.
+
+    Experts that are written in MXFP4 keep the scales of a packed base where a block's squared error is the
+    least with them, and else take half or twice that scale. Blocks without a delta keep their bytes.
+
+    Args:
+      source: a run that trained adapters, or the folder of a base model.
+      adapter: see `adapters.read_adapter`; None is that of the run.
+
+    Returns what survived for each target, such as "gate_up".
+
+    Raises ValueError as `adapters.open_adapted`, and for a source without an adapter.
+    """
+    export.check_target(target)
+    reader = open_adapted(source, adapter)
+    if reader.config.lora is None:
+        raise ValueError(f"{source}: has no adapter to merge; name one (--adapter)")
+    merged = MergedReader(reader)
+    export.write_folder(merged, target, experts, on_progress=on_progress)
+    return dict(merged.survival)
+
+
+class MergedReader(WeightReader):
+    """The weights of a model with adapters, merged."""
+
+    def __init__(self, reader: WeightReader):
+        self._reader, self._config = reader, reader.config
+        self.config = dataclasses.replace(reader.config, lora=None)
+        self.packed, self.origin = reader.packed, reader.origin
+        # Weight -> the names of its A and B.
+        self._adapters: dict[str, list[str]] = {}
+        for name in adapter_names(reader.config):
+            weight = name.rpartition("lora_")[0]
+            weight = f"{weight}weight" if weight.endswith(".") else weight.removesuffix("_")
+            self._adapters.setdefault(weight, []).append(name)
+        self.survival = collections.defaultdict(Survival)
+        self._lock = threading.Lock()
+        # Scales of each expert that were computed with its blocks, until they are written.
+        self._scales = collections.defaultdict(dict)
+
+    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+        return self._reader.stored(key, layer)
+
+    def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
+        return self._reader.stored_dtypes(key)
+
+    def tensor(self, key: str, layer: int) -> LazyTensor:
+        weight, _, part = key.rpartition("_")
+        if weight in EXPERT_MATRICES and weight in self._adapters and part in ("blocks", "scales"):
+            names = [f"{weight}_{name}" for name in ("blocks", "scales")] if self.packed else []
+            packed = [self._reader.stored(name, layer).array for name in names]
+            return MergedBlocks(self._merged(weight, layer), part, packed, self._scales[weight, layer])
+        return self._merged(key, layer) if key in self._adapters else self._reader.tensor(key, layer)
+
+    def _merged(self, weight: str, layer: int) -> "MergedTensor":
+        names, config = self._adapters[weight], self._config
+        a, b = (self._reader.stored(name, layer).array.astype(np.float32) for name in names)
+        target = adapted_target(names[0])
+        b = config.lora.scaling(config.lora_rank(target)) * b
+        letters = (*(LETTERS[name] for name in names), LETTERS[weight])
+        count = functools.partial(self._count, target)
+        return MergedTensor(self._reader.tensor(weight, layer), a, b, letters, count)
+
+    def _count(self, target: str, sums: Iterable[float]) -> None:
+        with self._lock:
+            self.survival[target] += sums
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedTensor:
+    """A dense weight plus its delta.
+
+    Args:
+      base: the weight.
+      a: the adapter's A, float32.
+      b: its B times the scaling, float32.
+      letters: those of A, B and the weight.
+      count: is called with the sums of `Survival` for each slice that is read.
+    """
+
+    base: LazyTensor
+    a: np.ndarray
+    b: np.ndarray
+    letters: tuple[str, str, str]
+    count: Callable[[Iterable[float]], None]
+
+    @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
+        base = np.empty(out.shape, np.float32)
+        finite = self.base.read_into(base, index)
+        delta = self.delta(index)
+        # Not where the delta is 0: that would change the sign of a negative zero.
+        merged = np.add(base, delta, out=base.copy(), where=delta != 0)
+        copy_cast(out, merged)
+        copy_cast(merged, out)
+        self.count(survival_sums(base, delta, merged - base))
+        return finite and is_finite(out)
+
+    def delta(self, index: Index) -> np.ndarray:
+        """Returns scaling A B at an index of the weight, float32."""
+        *factors, letters = self.letters
+        slices = dict(zip(letters, index, strict=True))
+        a, b = (
+            array[tuple(slices.get(letter, slice(None)) for letter in names)]
+            for array, names in zip((self.a, self.b), factors, strict=True)
+        )
+        equation = f"{','.join(factors)}->{letters}"
+        if letters[0] != "E":
+            return np.einsum(equation, a, b, optimize=True)
+        # One expert at a time: with an axis that A, B and the result have, einsum does not use BLAS.
+        equation = equation.replace("E", "")
+        return np.stack([np.einsum(equation, *pair, optimize=True) for pair in zip(a, b, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedBlocks:
+    """The MXFP4 blocks or scales of experts with their delta.
+
+    Args:
+      source: the same, dense.
+      part: "blocks" or "scales".
+      packed: blocks and scales of a packed base, else nothing.
+      scales: by expert, those that were computed with blocks and not read yet.
+    """
+
+    source: MergedTensor
+    part: str
+    packed: list[np.ndarray]
+    scales: dict[int, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, inputs, *outputs = self.source.shape
+        shape = (experts, math.prod(outputs), inputs // codec.BLOCK_SIZE)
+        return (*shape, codec.BLOCK_BYTES) if self.part == "blocks" else shape
+
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
+        """See `LazyTensor`; the index must be whole but for the experts."""
+        for row, e in zip(out, range(index[0].start, index[0].stop), strict=True):
+            if self.part == "blocks":
+                row[...], self.scales[e], sums = self._merge(e)
+                self.source.count(sums)
+            else:
+                known = self.scales.pop(e, None)
+                row[...] = self._merge(e)[1] if known is None else known
+        return self.part == "blocks" or not np.any(out == codec.NAN_SCALE)
+
+    def _merge(self, e: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        # [r, P, F] -> [r, U]: packed rows of gate and up alternate.
+        a, b = self.source.a[e], np.moveaxis(self.source.b[e], 1, -1).reshape(self.source.b.shape[1], -1)
+        if self.packed:
+            base = [part[e] for part in self.packed]
+            result = on_cpu(merge_packed)(*base, a, b)
+            for part in base:
+                release_pages(part)
+            return result
+        dense = np.empty(self.source.shape[1:], np.float32)
+        self.source.base.read_into(dense[None], (slice(e, e + 1), *map(slice, [0] * dense.ndim, dense.shape)))
+        return on_cpu(merge_dense)(dense.T.reshape(b.shape[1], len(a)), a, b)
+
+
+def merge_packed(blocks, scales, a, b):
+    """Returns the blocks and scales of one expert with its delta, and the sums of `Survival`.
+
+    Each block takes the base's scale s, s/2 or 2s, whichever has the least squared error, s if equal. Without
+    a delta it keeps its bytes.
+
+    Args:
+      blocks: uint8 [out, G, 16].
+      scales: uint8 [out, G].
+      a: float32 [in, r].
+      b: float32 [r, out], times the scaling.
+    """
+    base = codec.dequantize(blocks, scales, jnp.float32)
+    delta = _delta(a, b)
+    wanted = base + delta
+    best, error = (blocks, scales), jnp.full(scales.shape, jnp.inf)
+    for step in (0, -1, 1):
+        tried = jnp.clip(scales.astype(jnp.int16) + step, 0, codec.NAN_SCALE - 1).astype(jnp.uint8)
+        codes, _ = codec.quantize(wanted, scales=tried)
+        loss = _block_sums((codec.dequantize(codes, tried, jnp.float32) - wanted) ** 2)
+        better = loss < error
+        best = jnp.where(better[..., None], codes, best[0]), jnp.where(better, tried, best[1])
+        error = jnp.where(better, loss, error)
+    kept = (_block_sums(delta != 0) == 0) | (scales == codec.NAN_SCALE)
+    best = jnp.where(kept[..., None], blocks, best[0]), jnp.where(kept, scales, best[1])
+    return *best, survival_sums(base, delta, codec.dequantize(*best, jnp.float32) - base)
+
+
+def merge_dense(base, a, b):
+    """Returns one expert with its delta in MXFP4, by the publisher's rule, and the sums of `Survival`.
+
+    Args:
+      base: float32 [out, in].
+      a, b: as for `merge_packed`.
+    """
+    delta = _delta(a, b)
+    packed = codec.quantize(base + delta)
+    return *packed, survival_sums(base, delta, codec.dequantize(*packed, jnp.float32) - base)
+
+
+def _delta(a, b):
+    return jnp.einsum("ir,ro->oi", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _block_sums(values):
+    return jnp.sum(values.reshape(*values.shape[:-1], -1, codec.BLOCK_SIZE), axis=-1)
+
+
+def survival_sums(base, delta, effect) -> list:
+    """The fields of `Survival` for float32 arrays of one shape; values that are not finite count as 0."""
+    xp = jnp if isinstance(base, jax.Array) else np
+    finite = xp.isfinite(effect)
+    base, effect, delta = (xp.where(finite, values, 0) for values in (base, effect, delta))
+    return [xp.sum(x * y) for x, y in ((base, base), (delta, delta), (effect, delta))] + [
+        xp.sum((effect - delta) ** 2)
+    ]

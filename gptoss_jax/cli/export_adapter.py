@@ -1,0 +1,26 @@
+"""`gptoss export-adapter`."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportAdapter:
+    """Write the adapter of a run in the format of PEFT, which transformers and vLLM load."""
+
+    # Run folder of train.py that trained adapters (model.lora).
+    run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    # New folder. It appears only when it is complete.
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+
+    def run(self) -> None:
+        import pathlib
+
+        from gptoss_jax.checkpoints.adapters import export_adapter
+
+        lora = export_adapter(self.run_dir, self.target).lora
+        size = sum(path.stat().st_size for path in pathlib.Path(self.target).iterdir())
+        ranks = f"rank {lora.rank}, in each expert {lora.expert_rank}"
+        print(f"{self.target}: adapter of {', '.join(lora.targets)}, {ranks}, {size / 1e6:,.2f} MB")

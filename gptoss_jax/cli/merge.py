@@ -1,0 +1,57 @@
+"""`gptoss merge`."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from gptoss_jax.cli.arguments import OptionalText
+from gptoss_jax.cli.convert import WriteProgress
+
+if TYPE_CHECKING:
+    from gptoss_jax.checkpoints.merge import Survival
+
+# Below this share of the delta, the merged model is closer to its base than to the trained one.
+LITTLE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Write a model with its adapter merged into the weights, as a Hugging Face folder.
+
+    Prints what survived the rounding of each kind of weight: the share of the adapter's change that was
+    written, and what else changed, relative to the weights.
+    """
+
+    # Run folder of train.py that trained adapters, or the base model of --adapter.
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    # New folder. It appears only when it is complete.
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    # Folder of a PEFT adapter, or a run that trained one. Default: that of the run SRC.
+    adapter: OptionalText = None
+    # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: that of the base model.
+    experts: Annotated[
+        Literal["bfloat16", "float32", "mxfp4"] | None, tyro.conf.arg(help_behavior_hint="")
+    ] = None
+
+    def run(self) -> None:
+        from gptoss_jax.checkpoints.merge import merge
+
+        with WriteProgress(self.target) as progress:
+            survival = merge(self.source, self.target, self.adapter, self.experts, progress.show)
+        print("\n".join(describe(survival)))
+
+
+def describe(survival: "dict[str, Survival]") -> list[str]:
+    """Returns a table of what survived for each target, and advice where it is little."""
+    lines = [f"{'':<9}{'change':>9}{'written':>9}{'noise':>9}   (change and noise relative to the weights)"]
+    for target, found in survival.items():
+        lines.append(f"{target:<9}{found.size:>9.3%}{found.share:>9.1%}{found.noise:>9.3%}")
+    lost = [target for target, found in survival.items() if found.share < LITTLE]
+    if lost:
+        lines.append(
+            f"Rounding removed most of the adapter in {' and '.join(lost)}. Write --experts bfloat16, or "
+            "serve the base model with the adapter beside it (gptoss export-adapter), or train with "
+            "quantization (QAT) before merging into MXFP4"
+        )
+    return lines

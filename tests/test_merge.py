@@ -1,0 +1,238 @@
+"""Merging adapters: the arithmetic against formulas, MXFP4 block by block, and the report."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.adapters import LORA, deltas_by_hand, random_adapter
+from helpers.checkpoints import SIZES
+from helpers.weights import BFLOAT16, FORMATS, assert_same_tensors, dequantized, logits, tensors_of
+
+from gptoss_jax.checkpoints import export
+from gptoss_jax.checkpoints.adapters import write_adapter
+from gptoss_jax.checkpoints.load import from_pretrained
+from gptoss_jax.checkpoints.merge import Survival, merge, merge_dense, merge_packed
+from gptoss_jax.cli import main
+from gptoss_jax.cli.merge import describe
+from gptoss_jax.config import LoraConfig, ModelConfig
+from gptoss_jax.kernels.mxfp4 import codec
+
+E = SIZES["num_local_experts"]
+
+
+@pytest.fixture
+def adapter(hf_folder, tmp_path):
+    """(lora, spread, edit) -> a folder with a random adapter; `edit` gets the arrays by key and layer."""
+
+    def make(lora=LORA, spread=0.1, edit=lambda arrays: None):
+        config = ModelConfig.from_hf(hf_folder("float32"))
+        made = random_adapter(config, lora, spread=spread)
+        edit({place: tensor.array for place, tensor in made.tensors.items()})
+        write_adapter(made, config, tmp_path / "adapter", "some/base")
+        return tmp_path / "adapter"
+
+    return make
+
+
+def plain(tensors):
+    """Tensors in float32, with MXFP4 experts dequantized to [E, in, out]."""
+    found = {}
+    for name, array in tensors.items():
+        if name.endswith("_blocks"):
+            values = dequantized(array, tensors[name.replace("_blocks", "_scales")])
+            found[name.removesuffix("_blocks")] = values.swapaxes(1, 2)
+        elif not name.endswith("_scales"):
+            found[name] = array.astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("experts", ["float32", "bfloat16"])
+def test_merged_weights_are_base_plus_delta(hf_folder, adapter, tmp_path, form, experts):
+    folder = adapter()
+    merge(hf_folder(form), tmp_path / "merged", folder, experts)
+    found, base = tensors_of(tmp_path / "merged"), plain(tensors_of(hf_folder(form)))
+    deltas = deltas_by_hand(folder, E)
+    # Four projections and three of the experts in each layer, and the head.
+    assert len(deltas) == 4 * 7 + 1
+    for name, values in base.items():
+        wanted = values.astype(np.float64) + deltas.get(name, 0)
+        assert found[name].dtype == (np.float32 if experts == "float32" else BFLOAT16)
+        if name not in deltas:
+            np.testing.assert_array_equal(found[name], wanted.astype(found[name].dtype), err_msg=name)
+        tolerance = 2e-7 if experts == "float32" else 2**-8
+        atol = tolerance * np.abs(wanted).max()
+        np.testing.assert_allclose(found[name].astype(float), wanted, tolerance, atol, err_msg=name)
+
+
+@pytest.mark.parametrize("form", ["float32", "mxfp4"])
+def test_merged_model_equals_the_unmerged_one(hf_folder, adapter, tmp_path, form):
+    folder = adapter(spread=0.05)
+    unmerged = from_pretrained(hf_folder(form), adapter=folder, dtype="float32")
+    merge(hf_folder(form), tmp_path / "merged", folder, "float32")
+    expected = logits(unmerged)
+    found = logits(from_pretrained(tmp_path / "merged"))
+    assert np.abs(expected - logits(from_pretrained(hf_folder(form), dtype="float32"))).max() > 0.1
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+# MXFP4.
+
+
+def packed_case(rel, seed=0, outputs=64, inputs=96, rank=4):
+    """Base blocks and scales on the grid, and factors of a delta with |D| = rel |W|."""
+    rng = np.random.default_rng(seed)
+    values = (0.02 * rng.standard_normal((outputs, inputs))).astype(np.float32)
+    blocks, scales = codec.quantize(values, xp=np)
+    base = dequantized(blocks, scales)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((inputs, rank), (rank, outputs)))
+    b = b * np.float32(rel * np.linalg.norm(base) / np.linalg.norm(a @ b))
+    return base, blocks, scales, a, b
+
+
+@pytest.mark.parametrize("rel", [0.03, 0.3, 2.0])
+def test_each_block_takes_the_best_of_three_scales(rel):
+    base, blocks, scales, a, b = packed_case(rel)
+    found, powers, sums = merge_packed(blocks, scales, a, b)
+    wanted = base + (a.astype(float) @ b).T
+
+    def error(blocks, scales):
+        squares = (dequantized(np.asarray(blocks), np.asarray(scales)) - wanted) ** 2
+        return squares.reshape(*scales.shape, 32).sum(-1)
+
+    tried = []
+    for step in (0, -1, 1):
+        powers_tried = (scales.astype(int) + step).astype(np.uint8)
+        codes, _ = codec.quantize(wanted.astype(np.float32), xp=np, scales=powers_tried)
+        tried.append(error(codes, powers_tried))
+    np.testing.assert_allclose(error(found, powers), np.min(tried, axis=0), rtol=1e-5, atol=1e-9)
+    step = np.asarray(powers).astype(int) - scales
+    assert {*np.unique(step)} <= {-1, 0, 1} and (rel < 0.3 or len(np.unique(step)) == 3)
+    # The base's scale stays where no other is better.
+    assert (step[tried[0] <= np.min(tried, axis=0) * (1 - 1e-5)] == 0).all()
+    effect = dequantized(np.asarray(found), np.asarray(powers)) - base
+    delta = wanted - base
+    expected = [np.sum(base**2), np.sum(delta**2), np.sum(effect * delta), np.sum((effect - delta) ** 2)]
+    np.testing.assert_allclose(np.asarray(sums), expected, rtol=1e-4)
+
+
+def test_blocks_without_a_delta_keep_their_bytes():
+    _, blocks, scales, a, b = packed_case(0.5)
+    # Bytes that quantization would not give: negative zeros, a scale that is too large, NaN.
+    blocks[:, 0, 3], scales[5, 1], scales[9, 2] = 0x88, scales[5, 1] + 2, codec.NAN_SCALE
+    a[:32], b[:, 20:] = 0, 0
+    found, powers, sums = map(np.asarray, merge_packed(blocks, scales, a, b))
+    same = (found == blocks).all(-1) & (powers == scales)
+    assert same[:, 0].all() and same[20:].all() and same[9, 2] and same[:20, 1:].mean() < 0.1
+    assert np.isfinite(sums).all()
+
+
+@pytest.mark.parametrize(
+    ("rel", "rounded", "kept"),
+    [
+        (0.003, (3.2, 0.049), (0.000, 0.003)),
+        (0.01, (0.97, 0.049), (0.000, 0.010)),
+        (0.03, (0.34, 0.053), (0.03, 0.030)),
+        (0.1, (0.64, 0.087), (0.62, 0.081)),
+        (0.3, (0.98, 0.121), (0.97, 0.119)),
+    ],
+)
+def test_survival_of_a_small_delta(rel, rounded, kept):
+    """Gaussian weights on the grid, of rank 8: by the publisher's rule, and with the base's scales."""
+    _, blocks, scales, a, b = packed_case(rel, outputs=512, inputs=2880, rank=8)
+    base = codec.dequantize(blocks, scales, jnp.float32)
+    dense = Survival() + merge_dense(base, a, b)[2]
+    assert dense.size == pytest.approx(rel, rel=1e-3)
+    assert dense.share == pytest.approx(rounded[0], abs=0.1 if rel < 0.01 else 0.02)
+    assert dense.noise == pytest.approx(rounded[1], abs=0.001)
+    # Half and twice the scale keep more than the base's scale alone.
+    found = Survival() + merge_packed(blocks, scales, a, b)[2]
+    assert kept[0] - 0.02 <= found.share <= 1.02 and found.noise <= kept[1] + 0.001
+
+
+def test_packed_base_stays_packed(hf_folder, adapter, tmp_path):
+    def edit(arrays):
+        arrays["moe.gate_up_lora_b", 1][...] = 0
+        arrays["moe.down_lora_a", 2][[0, 3]] = 0
+
+    folder = adapter(spread=0.05, edit=edit)
+    survival = merge(hf_folder("mxfp4"), tmp_path / "merged", folder)
+    found, base = tensors_of(tmp_path / "merged"), tensors_of(hf_folder("mxfp4"))
+    assert found.keys() == base.keys()
+    deltas = deltas_by_hand(folder, E)
+    for name, array in base.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+        if not name.endswith(("_blocks", "_scales")):
+            continue
+        delta = deltas[name.rpartition("_")[0]].swapaxes(1, 2)
+        changed = (found[name] != array).reshape(*array.shape[:3], -1).any(-1)
+        has_delta = (delta != 0).reshape(*changed.shape, 32).any(-1)
+        assert not (changed & ~has_delta).any(), name
+        if name.endswith("_blocks"):
+            assert changed.any() == has_delta.any(), name
+        if "layers.1.mlp.experts.gate_up" in name:
+            assert not changed.any()
+        if "layers.2.mlp.experts.down" in name:
+            assert not changed[[0, 3]].any() and (name.endswith("_scales") or changed[1].any())
+    # The bytes are those of one matrix at a time, gate and up alternating.
+    name = "model.layers.3.mlp.experts.gate_up_proj"
+    merged = plain(found)[name][4] - plain(base)[name][4] - deltas[name][4]
+    assert np.linalg.norm(merged) < 0.2 * np.linalg.norm(plain(base)[name][4])
+    assert survival.keys() == {"q", "k", "v", "out", "gate_up", "down", "router", "head"}
+    down = {name: delta for name, delta in deltas.items() if "down" in name}
+    effect = sum((delta * (plain(found)[name] - plain(base)[name])).sum() for name, delta in down.items())
+    square = sum((delta**2).sum() for delta in down.values())
+    assert survival["down"].share == pytest.approx(effect / square, rel=1e-4)
+
+
+def test_merging_with_a_shard_between_blocks_and_scales(hf_folder, adapter, tmp_path, monkeypatch):
+    folder = adapter(spread=0.05)
+    merge(hf_folder("mxfp4"), tmp_path / "one", folder)
+    whole = export.write_folder
+
+    def in_shards(*arguments, **named):
+        return whole(*arguments, **named, shard_bytes=60_000)
+
+    monkeypatch.setattr(export, "write_folder", in_shards)
+    merge(hf_folder("mxfp4"), tmp_path / "many", folder)
+    assert len([*(tmp_path / "many").glob("*.safetensors")]) > 10
+    assert_same_tensors(tensors_of(tmp_path / "many"), tensors_of(tmp_path / "one"))
+
+
+def test_plain_base_is_quantized_as_a_merged_one(hf_folder, adapter, tmp_path):
+    folder = adapter(spread=0.05)
+    survival = merge(hf_folder("float32"), tmp_path / "packed", folder, "mxfp4")
+    merge(hf_folder("float32"), tmp_path / "plain", folder, "float32")
+    export.convert(tmp_path / "plain", tmp_path / "converted", "mxfp4")
+    assert_same_tensors(tensors_of(tmp_path / "packed"), tensors_of(tmp_path / "converted"))
+    assert 0.5 < survival["gate_up"].share < 1.5
+
+
+def test_negative_zeros_of_the_base_stay(edited_folder, adapter, tmp_path):
+    name = "model.layers.0.mlp.experts.down_proj"
+    folder = edited_folder("bfloat16", lambda tensors: tensors[name].__setitem__((2, 5), -0.0))
+    merge(folder, tmp_path / "merged", adapter(LoraConfig(targets=("q",))))
+    np.testing.assert_array_equal(np.signbit(tensors_of(tmp_path / "merged")[name][2, 5].astype(float)), True)
+
+
+def test_command_and_report(hf_folder, adapter, tmp_path, capsys):
+    folder = adapter(LoraConfig(rank=2, expert_rank=2, alpha=2.0, targets=("q", "gate_up", "down")), 0.02)
+    arguments = ["merge", str(hf_folder("mxfp4")), str(tmp_path / "out"), "--adapter", str(folder)]
+    assert main.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path / 'out'}: 0.00 GB written in" in lines[0]
+    assert [line.split()[0] for line in lines[2:5]] == ["q", "down", "gate_up"]
+    assert lines[5].startswith("Rounding removed most of the adapter in down and gate_up. Write --experts")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert main.main([*arguments[:2], str(tmp_path / "bf16"), *arguments[3:], "--experts", "bfloat16"]) == 0
+    assert "Rounding removed" not in capsys.readouterr().out
+    assert main.main(arguments) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_report_of_what_survived():
+    lines = describe({"q": Survival(100, 1, 0.98, 0.01), "down": Survival(100, 4, 0.4, 4)})
+    assert lines[1].split() == ["q", "10.000%", "98.0%", "1.000%"]
+    assert lines[2].split() == ["down", "20.000%", "10.0%", "20.000%"]
+    assert "in down. Write" in lines[3] and len(describe({"q": Survival(100, 1, 0.98, 0.01)})) == 2
