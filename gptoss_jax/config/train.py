@@ -136,6 +136,8 @@ class TrainConfig(ConfigBase):
     seed: NonNegative[int] = 0  # Seed of the initial weights, the order of the data and dropout
     # Run folder, Hugging Face folder or hf:OWNER/NAME with the initial weights; None initializes at random.
     init_from: str | None = None
+    # Folder of a PEFT adapter, or run that trained one, to continue with model.lora; None starts a new one.
+    init_adapter: str | None = None
     log_every: Positive[int] = 1  # Steps between rows of metrics.jsonl
 
     def _check(self) -> None:
@@ -147,6 +149,8 @@ class TrainConfig(ConfigBase):
         )
         experts = self.model.expert_format
         require(experts == "plain" or self.model.lora is not None, "model.expert_format", experts, allowed)
+        is_used = self.init_adapter is None or self.model.lora is not None
+        self._require(is_used, "init_adapter", "must be left out without model.lora")
         longest, length = self.model.max_position_embeddings, self.data.seq_len
         allowed = f"must be at most model.max_position_embeddings ({longest})"
         require(length <= longest, "data.seq_len", length, allowed)

@@ -1,15 +1,21 @@
-"""The frozen base weights of a LoRA run, from `init_from`, and its new adapters."""
+"""The frozen base weights of a LoRA run, from `init_from`, and its first adapters."""
 
 import dataclasses
+import pathlib
 
 import jax
 from jax.sharding import Mesh
 
+from gptoss_jax.checkpoints.adapters import read_adapter
+from gptoss_jax.checkpoints.base_model import BaseModel
 from gptoss_jax.checkpoints.load import load_target, read_params, warn_non_finite_params
-from gptoss_jax.checkpoints.readers import is_run, load_run, local_folder, open_weights
-from gptoss_jax.config import ModelConfig, TrainConfig, require
+from gptoss_jax.checkpoints.readers import HUB, Adapter, describe_base, local_folder, open_weights
+from gptoss_jax.checkpoints.run import Checkpoints
+from gptoss_jax.checkpoints.run_params import is_run, load_run, run_base
+from gptoss_jax.config import LoraConfig, ModelConfig, TrainConfig, require
+from gptoss_jax.config.base import listed
 from gptoss_jax.model.lora import is_adapter
-from gptoss_jax.model.parameters import parameter_shardings, split_params
+from gptoss_jax.model.parameters import adapted_target, parameter_shardings, split_params
 from gptoss_jax.model.transformer import abstract_params, compute_dtype, init_params
 from gptoss_jax.training.state import parameter_key
 
@@ -19,24 +25,85 @@ def base_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, lora=None)
 
 
-def load_base(config: TrainConfig, mesh: Mesh) -> dict:
-    """Loads the parameters of `init_from` without adapters, onto the mesh.
+def find_base(config: TrainConfig, checkpoints: Checkpoints) -> BaseModel:
+    """Returns the base model of a run: that of its checkpoints, else that of `init_from`.
+
+    Raises ValueError if `init_from` has changed to another base model than that of the checkpoints.
+    """
+    records = map(checkpoints.record, reversed(checkpoints.steps))
+    record = next((record for record in records if record.get("base")), None)
+    if record is None:
+        return describe_base(config.init_from)
+    recorded, before = BaseModel.from_record(record), record["config"]["init_from"]
+    is_fetched = (config.init_from or "").startswith(HUB)
+    if config.init_from in (None, before) and (not is_fetched or pathlib.Path(recorded.folder).is_dir()):
+        return recorded
+    named = describe_base(config.init_from)
+    allowed = f"not the base model of the run in {config.run_dir}, which is that of {recorded.folder}"
+    require(named.fingerprint == recorded.fingerprint, "init_from", config.init_from, allowed)
+    return named
+
+
+def load_base(config: TrainConfig, mesh: Mesh, base: BaseModel) -> dict:
+    """Loads the parameters of a base model onto the mesh.
 
     They keep their stored type where the model computes in bfloat16, and are float32 where it computes in
     float32; packed experts stay packed with `model.expert_format` "mxfp4".
+
+    Raises ValueError if the base model is gone or has changed.
     """
-    folder, base = local_folder(config.init_from), base_config(config.model)
-    dtype = "float32" if compute_dtype(base) == "float32" else None
-    if not is_run(folder):
+    folder, model = base.check(config.run_dir), base_config(config.model)
+    dtype = "float32" if compute_dtype(model) == "float32" else None
+    if base.step is None:
         reader = open_weights(folder)
-        return read_params(reader, base, load_target(base, mesh, dtype, stored_dtype=reader.dtype))
+        return read_params(reader, model, load_target(model, mesh, dtype, stored_dtype=reader.dtype))
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-        load_target(base, mesh, dtype),
+        load_target(model, mesh, dtype),
     )
-    _, params, _ = load_run(folder, abstract=target)
-    warn_non_finite_params(base, params, folder)
+    _, params, _ = load_run(folder, base.step, abstract=target)
+    warn_non_finite_params(model, params, folder)
     return params
+
+
+def first_adapters(config: TrainConfig, mesh: Mesh) -> dict:
+    """The adapters that a run starts from, on the mesh: those of `init_adapter`, or of a run of adapters that
+    is `init_from`, or new ones."""
+    adapter = find_adapter(config)
+    if adapter is None:
+        return create_adapters(config, mesh)
+    target, _ = split_params(load_target(config.model, mesh, None), is_adapter)
+    return read_params(adapter, config.model, target)
+
+
+def find_adapter(config: TrainConfig) -> Adapter | None:
+    """The adapter that a run continues; see `first_adapters`. Raises ValueError if `model.lora` has other
+    settings."""
+    field, folder = "init_adapter", config.init_adapter
+    if folder is None:
+        init_from = local_folder(config.init_from)
+        if not is_run(init_from) or TrainConfig.load(init_from / "config.json").model.lora is None:
+            return None
+        field, folder = "init_from", config.init_from
+    adapter, lora = read_adapter(folder, base_config(config.model)), config.model.lora
+    extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
+    require(not extra, field, folder, f"also trained {listed(extra)}: merge it first (gptoss merge)")
+    ours = _settings(lora, config.model)
+    theirs = _settings(adapter.lora, dataclasses.replace(config.model, lora=adapter.lora))
+    differing = [
+        f"{name} is {value!r}, theirs {theirs.get(name)!r}"
+        for name, value in ours.items()
+        if value != theirs.get(name)
+    ]
+    require(not differing, field, folder, f"an adapter with other settings: {'; '.join(differing)}")
+    return adapter
+
+
+def _settings(lora: LoraConfig, config: ModelConfig) -> dict[str, object]:
+    """What must be equal for one adapter to continue another, by field."""
+    settings = {"targets": tuple(sorted(lora.targets)), "alpha": lora.alpha, "rslora": lora.rslora}
+    ranks = {f"rank of {target}": config.lora_rank(target) for target in lora.targets}
+    return {f"model.lora.{name}": value for name, value in settings.items()} | ranks
 
 
 def create_adapters(config: TrainConfig, mesh: Mesh) -> dict:
@@ -50,14 +117,15 @@ def create_adapters(config: TrainConfig, mesh: Mesh) -> dict:
 
 
 def check_base(config: TrainConfig) -> None:
-    """Raises ValueError if `init_from` cannot be the base of the run's adapters; reads no weights."""
+    """Raises ValueError if `init_from` cannot be the base of the run's adapters, or `init_adapter` not their
+    start; reads no weights of the base."""
     require(config.init_from is not None, "init_from", None, "must name the weights that model.lora adapts")
     folder = local_folder(config.init_from)
+    base = run_base(folder) if is_run(folder) else None
+    if base is not None:
+        folder = base.check(folder)
     if is_run(folder):
-        theirs = TrainConfig.load(folder / "config.json").model
-        allowed = "a run of adapters itself: merge them into their base first"
-        require(theirs.lora is None, "init_from", config.init_from, allowed)
-        is_packed = theirs.expert_format == "mxfp4"
+        is_packed = TrainConfig.load(folder / "config.json").model.expert_format == "mxfp4"
     else:
         is_packed = open_weights(folder).packed
     allowed = (
@@ -66,3 +134,4 @@ def check_base(config: TrainConfig) -> None:
     )
     is_fitting = is_packed or config.model.expert_format == "plain"
     require(is_fitting, "init_from", config.init_from, allowed)
+    find_adapter(config)

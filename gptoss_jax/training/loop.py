@@ -96,7 +96,7 @@ def train(
                         log.evaluation(step, evaluate(params, None), is_final=True)
                 if is_save:
                     metadata = metadata | {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
-                    checkpoints.save(step, *resume.checkpoint_trees(state, frozen), metadata, val_loss)
+                    checkpoints.save(step, *resume.checkpoint_items(state, frozen, metadata), val_loss)
                 if is_eval:
                     log.sample(step, params)
             if is_last or stopping:
@@ -153,7 +153,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """Returns True to stop before this step: the same in all processes, whichever got the signal."""
+        """True to stop before this step: the same answer in all processes, whichever got the signal."""
         requested = self._signal is not None if self._is_single else distributed.stop_requested(step)
         if requested:
             self._report("Stopping after saving the run. Press Ctrl-C again to stop at once.")

@@ -9,15 +9,17 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from gptoss_jax.checkpoints.base_model import BaseModel
 from gptoss_jax.checkpoints.load import read_params, warn_non_finite_params
-from gptoss_jax.checkpoints.readers import find_tokenizer, is_run, load_run, local_folder, open_weights
+from gptoss_jax.checkpoints.readers import find_tokenizer, local_folder, open_weights
 from gptoss_jax.checkpoints.run import Checkpoints, check_folder_name
+from gptoss_jax.checkpoints.run_params import is_run, load_run
 from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.model.parameters import IsTrainable, merge_params, split_params
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.terminal import format_rate
-from gptoss_jax.training.base_weights import create_adapters, load_base
+from gptoss_jax.training.base_weights import find_base, first_adapters, load_base
 from gptoss_jax.training.optimizer import make_schedule
 from gptoss_jax.training.state import (
     TrainState,
@@ -28,10 +30,11 @@ from gptoss_jax.training.state import (
 )
 
 # Sections and fields that a resumed run may change, because they do not change what it computes. `init_from`
-# is read only by a run without a checkpoint; for `steps` see `check_steps`.
+# is read only by a run without a checkpoint, and as the base model of adapters, which must stay the same; for
+# `steps` see `check_steps`.
 FREE_FIELDS = (
     "run_dir", "data.cache_dir", "mesh", "model.remat", "model.kernels", "checkpoint", "eval", "log_every",
-    "steps", "init_from",
+    "steps", "init_from", "init_adapter",
 )  # fmt: skip
 
 
@@ -50,19 +53,20 @@ def init_or_restore_state(
     if text or tokenizer differ from the checkpoint's, or `init_from` has another tokenizer.
     """
     abstract = place_on_mesh(abstract_params(config.model), mesh)
-    _, rest = checkpoint_trees(abstract_state(config, mesh, is_trainable), {})
-    found = checkpoints.restore(abstract, rest, report)
+    trained, rest, _ = checkpoint_items(abstract_state(config, mesh, is_trainable), {}, {})
+    base = None if config.model.lora is None else find_base(config, checkpoints)
+    found = checkpoints.restore(abstract if base is None else trained, rest, report)
     if found is None:
-        if config.model.lora is not None:
+        if base is not None:
             _check_tokenizer(config, cache, report)
-            params = merge_params(create_adapters(config, mesh), load_base(config, mesh))
+            params = merge_params(first_adapters(config, mesh), load_base(config, mesh, base))
         elif config.init_from is None:
             params = create_params(config, mesh)
         else:
             params = _load_init_weights(config, abstract, cache, report)
         trainable, frozen = split_params(params, is_trainable)
         metadata = {"data": None, "tokens_seen": 0, "schedule_jumped": False, "text": describe_text(cache)}
-        return create_state(config, mesh, trainable), frozen, metadata | {"config": config.to_dict()}
+        return create_state(config, mesh, trainable), frozen, metadata | _describe(config, base)
     step, params, rest, metadata = found
     changed = [name for name, value in describe_text(cache).items() if metadata["text"].get(name) != value]
     if changed:
@@ -74,8 +78,15 @@ def init_or_restore_state(
     num_updates = step - int(rest["skipped"])
     metadata["schedule_jumped"] = check_steps(config, metadata, step, num_updates, report)
     report_changes(config, metadata, report)
+    if base is not None:
+        params = merge_params(load_base(config, mesh, base), params)
     trainable, frozen = split_params(params, is_trainable)
-    return TrainState(params=trainable, **rest), frozen, metadata | {"config": config.to_dict()}
+    return TrainState(params=trainable, **rest), frozen, metadata | _describe(config, base)
+
+
+def _describe(config: TrainConfig, base: BaseModel | None) -> dict[str, Any]:
+    """What the record of a checkpoint says of the config, and of the base model of adapters."""
+    return {"config": config.to_dict()} | ({} if base is None else base.to_record())
 
 
 def _load_init_weights(
@@ -104,10 +115,13 @@ def _check_tokenizer(config: TrainConfig, cache: TokenCache, report: Callable[[s
     return folder
 
 
-def checkpoint_trees(state: TrainState, frozen: dict) -> tuple[dict, dict[str, Any]]:
-    """The two trees of a checkpoint: all parameters, frozen ones too, and the rest of the state."""
+def checkpoint_items(
+    state: TrainState, frozen: dict, metadata: dict[str, Any]
+) -> tuple[dict, dict[str, Any], dict[str, Any]]:
+    """Returns the items of a checkpoint: all parameters, or only those trained beside a base model; the rest
+    of the state; the metadata."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return merge_params(rest.pop("params"), frozen), rest
+    return merge_params(rest.pop("params"), {} if "base" in metadata else frozen), rest, metadata
 
 
 def describe_text(cache: TokenCache) -> dict[str, Any]:
@@ -165,7 +179,7 @@ def check_steps(
         result = (
             "the schedule jumped at an earlier change of steps, so the result differs from"
             if jumped
-            else "the steps so far equal those of"
+            else "the steps so far are also those of"
         )
         report(f"{change}: {result} a run of {config.steps} steps")
         return jumped
@@ -180,8 +194,11 @@ def check_steps(
 def report_changes(config: TrainConfig, metadata: dict[str, Any], report: Callable[[str], None]) -> None:
     """Reports settings that a resumed run no longer reads, or that make earlier losses incomparable."""
     before = metadata["config"]
-    if config.init_from not in (None, before.get("init_from")):
-        report(f"init_from is {config.init_from!r}: not read, because the run resumes from its checkpoint")
+    names = ["init_from", "init_adapter"] if config.model.lora is None else ["init_adapter"]
+    for name in names:
+        value = getattr(config, name)
+        if value not in (None, before.get(name)):
+            report(f"{name} is {value!r}: not read, because the run resumes from its checkpoint")
     batches, batches_before = config.eval.batches, before["eval"]["batches"]
     if batches != batches_before:
         report(

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 import jax
 from flax.traverse_util import flatten_dict
 
-from gptoss_jax.checkpoints.readers import find_tokenizer, is_run, local_folder, open_weights
+from gptoss_jax.checkpoints.readers import find_tokenizer, local_folder, open_weights
+from gptoss_jax.checkpoints.run_params import is_run
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.config.base import write_json
 from gptoss_jax.data.chat_statistics import summary
@@ -73,11 +74,14 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
     """Raises ValueError if `init_from` does not contain weights for this model, without reading them.
 
-    A run that has a checkpoint no longer needs them.
+    A run that has a checkpoint no longer needs them, or checks them as those of its checkpoint
+    (`base_weights.find_base`).
     """
+    if has_checkpoints(pathlib.Path(config.run_dir)):
+        return
     if config.model.lora is not None:
         check_base(config)
-    if config.init_from is None or has_checkpoints(pathlib.Path(config.run_dir)):
+    if config.init_from is None:
         return
     folder = local_folder(config.init_from)
     if is_run(folder):
@@ -208,5 +212,5 @@ def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the tokens that end a sample: the ones named in a folder's files, and the tokenizer's."""
+    """The tokens that end a sample: those that the files of a folder name, and the tokenizer's."""
     return tuple(dict.fromkeys((*read_stop_ids(folder, tokenizer.vocab_size), *tokenizer.stop_ids)))
