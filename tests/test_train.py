@@ -17,6 +17,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.checkpoints.load import from_pretrained
@@ -654,7 +655,12 @@ def test_changed_text_is_rejected(finished, make_config, text, tmp_path):
 def test_weights_of_another_tokenizer_are_rejected(finished, make_config, tmp_path):
     config = make_config(tmp_path / "other", init_from=finished[0].run_dir)
     values = config.to_dict()
-    values["data"]["tokenizer"] = "bpe:257"
+    words = {"<|endoftext|>": 0, "ka": 1, "?": 2}
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    other.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    other.add_special_tokens(["<|endoftext|>"])
+    other.save(str(tmp_path / "tokenizer.json"))
+    values["data"]["tokenizer"] = f"file:{tmp_path}/tokenizer.json"
     with pytest.raises(ValueError, match="must match init_from, which uses bytes"):
         train(TrainConfig.from_dict(values))
 
