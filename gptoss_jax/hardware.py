@@ -21,7 +21,7 @@ class Chip:
 
     name: str
     # Pattern for the whole of `device.device_kind`: a chip that no pattern matches has no peak, rather than
-    # that of a similar one.
+    # a similar chip's.
     device_kind: str
     # Dense bfloat16 FLOP/s with float32 accumulation.
     peak: float
@@ -70,7 +70,7 @@ TABLE = (
     Chip("a30", r"NVIDIA A30", 165e12),
     Chip("a40", r"NVIDIA A40", 149.7e12),
 )  # fmt: skip
-# Those that `gptoss plan` can plan for.
+# The chips that `gptoss plan` can plan for.
 CHIPS = {chip.name: chip for chip in TABLE if chip.memory}
 
 
@@ -129,7 +129,7 @@ def _matmul_weights(config: ModelConfig) -> tuple[int, int, int, int]:
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Returns the numbers of parameters, `(total, active)`; norms, biases and sinks are in both.
 
-    Active are those a token is multiplied with: `num_experts_per_tok` of the experts, and not the input
+    Active are the ones a token is multiplied with: `num_experts_per_tok` of the experts, and not the input
     embedding, from which a row is only looked up. Tied weights count once, in both, because the head uses
     them.
     """

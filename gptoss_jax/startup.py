@@ -33,7 +33,7 @@ def keep_memory() -> None:
 
 # Environment variables that a TPU machine or its user sets.
 TPU_VARIABLES = ("TPU_", "CLOUD_TPU_", "COLAB_TPU_", "JAX_FORCE_TPU_INIT", "LIBTPU_INIT_ARGS")
-# Those that JAX and libtpu set on any machine; child processes inherit them.
+# Variables that JAX and libtpu set on any machine; child processes inherit them.
 SET_ON_IMPORT = ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH")
 
 
@@ -70,7 +70,7 @@ def _is_of_package(library: str) -> bool:
 
 
 def _is_tpu(device: str) -> bool:
-    """Returns True for a PCI device of Google's that is no disk or network card of its virtual machines."""
+    """Returns True for a Google PCI device, except disks and network cards of its virtual machines."""
     try:
         with open(f"{device}/vendor", encoding="ascii") as file:
             vendor = file.read().strip()

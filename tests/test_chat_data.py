@@ -196,6 +196,7 @@ def test_what_is_trained_on():
     assert example.weights.tolist() == [0] + [1] * (len(example.tokens) - 1)
     row["messages"][0]["train"] = False
     assert shown(row, "all")[0].endswith(f"⟧{U('q')}⟦{A}{T}t<|end|>{A}{F}a<|return|>⟧")
+    assert shown({"messages": [a("Hi"), u("q"), a("a", train=False)]}) == []
     calls = {"messages": [u("q"), a(None, tool_calls=[call("f")])]}
     assert shown(calls, "final") == []
 
@@ -298,6 +299,12 @@ BAD_ROWS = [
     ([u("q"), a(tool_calls=[call("f x")])], "bad tool call", "'f x' is not a name of letters, digits"),
     ([u("q"), a(tool_calls=["f"])], "bad tool call", "None is not a name"),
     ([u("q"), a(tool_calls=[call("f", "{")])], "bad tool call", "the arguments of f must be a JSON object"),
+    ([u("q"), a(tool_calls=[call("f", '"{}"')])], "bad tool call", "must be a JSON object, or its text"),
+    (
+        {"instruction": "q", "output": "a", "history": [["q1"]]},
+        "bad messages",
+        "history must have pairs of a question and its answer",
+    ),
     ([u("q"), a("a", train="no")], "bad train flag", r"messages\[1\].train is 'no': must be true or false"),
     ([u("q"), a("a", weight=0.5)], "bad train flag", r"messages\[1\].weight is 0.5: must be 0 or 1"),
     ([u("q"), a("a", "t", reasoning="s")], "bad thinking", "thinking and reasoning differ"),

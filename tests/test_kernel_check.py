@@ -51,6 +51,7 @@ def test_a_setting_that_means_nothing_is_refused(setting):
         ModelConfig(kernels=setting)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -300,7 +300,14 @@ def test_each_device_holds_its_share_of_bytes(mesh, parts):
         assert here == pytest.approx(whole / parts, rel=0.05)
 
 
-@pytest.mark.parametrize("mesh", ["expert 8", "fsdp 2 x expert 4", "data 2 x expert 2 x tensor 2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("expert 8", marks=pytest.mark.slow),
+        pytest.param("fsdp 2 x expert 4", marks=pytest.mark.slow),
+        "data 2 x expert 2 x tensor 2",
+    ],
+)
 def test_experts_are_not_gathered_over_the_expert_axis(mesh):
     """No all-gather of the compiled step gives a device more experts than it holds."""
     mesh = make_mesh(MESHES[mesh])

@@ -200,6 +200,7 @@ def test_sigterm_saves_and_the_run_resumes_exactly(finished, make_config, tmp_pa
     assert results(config.run_dir) == results(finished[0].run_dir)
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_only_the_router_resumes(make_config, tmp_path):
     def is_router(path):
         return path[-1] in ("router", "router_bias")
@@ -296,7 +297,7 @@ def test_more_steps_and_free_settings_give_the_same_result(
     capsys.readouterr()
     state = train(now)
     said = capsys.readouterr().out
-    assert "steps is 24 (was 8): the steps so far are also those of a run of 24 steps" in said
+    assert "steps is 24 (was 8): the steps so far equal those of a run of 24 steps" in said
     expected = "eval.batches is 3 (was 2): the best checkpoint is chosen among those evaluated on 3 batches"
     assert said.count("eval.batches") == 1 and expected in said
     assert next(line for line in said.splitlines() if "held-out" in line).endswith("best so far")
@@ -337,8 +338,8 @@ def test_settings_that_a_resumed_run_may_change(finished, make_config):
 @pytest.mark.parametrize(
     ("schedule", "before", "now", "message"),
     [
-        ("constant", 10, 30, "steps is 30 (was 10): the steps so far are also those of a run of 30 steps"),
-        ("wsd", 100, 30, "steps is 30 (was 100): the steps so far are also those of a run of 30 steps"),
+        ("constant", 10, 30, "steps is 30 (was 10): the steps so far equal those of a run of 30 steps"),
+        ("wsd", 100, 30, "steps is 30 (was 100): the steps so far equal those of a run of 30 steps"),
         ("wsd", 20, 40, "steps is 40 (was 20): the wsd schedule jumps from a learning rate of 5.0e-2 at step "
          "20 to 1.0e-1 at step 21; the result differs from a run of 40 steps"),
         ("cosine", 20, 21, "steps is 21 (was 20): the cosine schedule jumps from a learning rate of 5.0e-2 at"
@@ -581,6 +582,7 @@ def test_generate_command(run_dir, prompt, words):
     assert generate_command(pathlib.Path(run_dir), prompt) == words
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_exit_code_1(make_config, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

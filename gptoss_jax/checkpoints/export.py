@@ -158,7 +158,7 @@ def _new_tensors(
     reader: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
 ) -> list[NewTensor]:
     """Yields every tensor of a config's Hugging Face folder, layer by layer. While they are written,
-    `non_finite` collects the names of those with NaN or infinite values."""
+    `non_finite` collects the names of tensors with NaN or infinite values."""
     present = {parameter_name(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
     tensors = []
@@ -207,7 +207,7 @@ def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict
 
 
 def _generation_ids(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
-    """The ids for generation_config.json: those of config.json, with all that end an answer as eos."""
+    """The ids for generation_config.json: config.json's, with all that end an answer as eos."""
     ids = {name: config[name] for name in TOKEN_IDS if name in config}
     if tokenizer is not None:
         stops = list(tokenizer.stop_ids)

@@ -72,7 +72,7 @@ class DequantizedTensor:
     """Dense expert weights of a source that stores them in MXFP4, [E, in, out] or [E, in, 2, out].
 
     Args:
-      name: of the tensor of scales.
+      name: the name of the scales tensor.
       blocks: uint8 [E, rows, in / 32, 16].
       scales: uint8 [E, rows, in / 32].
       interleaved: whether rows alternate between gate and up, which are a separate axis here.
@@ -208,7 +208,7 @@ def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
 
 def is_finite(values: np.ndarray) -> bool:
     """Returns True if a contiguous array of floats has no infinite or NaN value."""
-    # Only NaNs have bits above those of infinity, for either sign: two maxima, and no temporary array.
+    # Only NaNs have bits above infinity's, for either sign: two maxima, and no temporary array.
     infinity = np.array(np.inf, values.dtype)
     signed, unsigned = values.view(f"i{values.itemsize}"), values.view(f"u{values.itemsize}")
     limits = infinity.view(signed.dtype), (-infinity).view(unsigned.dtype)

@@ -1,4 +1,4 @@
-"""One table: which checkpoint tensor each parameter is, and how its axes become those of the model.
+"""One table: which checkpoint tensor each parameter is, and how its axes map to the model's.
 
 The axes of a file are written in the letters of `model.parameters`. (N H) is one axis that runs over both:
 files interleave P, the pair of gate and up, with F. Q counts the heads of q, k and v together.
@@ -24,8 +24,8 @@ class TensorMapping:
 
     Args:
       key: the parameter's key in `LETTERS`.
-      axes: those of the file, such as "(N H) D".
-      names: usually one name, in which `{layer}` stands for a number. A name with `{expert}` is that of one
+      axes: the file's axes, such as "(N H) D".
+      names: usually one name, in which `{layer}` stands for a number. A name with `{expert}` is for one
         expert's tensor, which lacks the axis E. Two names are gate and up, which lack the axis P.
     """
 

@@ -53,7 +53,7 @@ class WeightReader(abc.ABC):
     """Reads the weights of a model.
 
     Attributes:
-      config: that of the model, with dense experts.
+      config: the model's config, with dense experts.
       packed: whether the experts are stored in MXFP4.
       origin: the folder with the tokenizer, if there is one.
     """
@@ -199,7 +199,7 @@ def open_weights(folder: str | os.PathLike) -> WeightReader:
     """Opens a Hugging Face folder, `original/`, a run folder, or `hf:OWNER/NAME`, which is fetched from the
     Hugging Face Hub or taken from its cache. A run that trained adapters is opened with its base model.
 
-    Raises ValueError when there is no such folder, it is none of these, its tensors do not fit its config, or
+    Raises ValueError if there is no such folder, it is another kind, its tensors do not fit its config, or
     the base model of a run is gone or has changed.
     """
     folder = local_folder(folder)

@@ -102,7 +102,7 @@ def _sizes(path: pathlib.Path) -> str:
 def find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
     """Returns the files that hold the weights of a folder, and the index (tensor name -> file name), if any.
 
-    The order is that of transformers: the file or index that `transformers_weights` of config.json names,
+    Looks in transformers' order: the file or index that `transformers_weights` of config.json names,
     model.safetensors, model.safetensors.index.json. Without these, every other .safetensors file is read.
     Warns of files with weights that are not read, by name.
 

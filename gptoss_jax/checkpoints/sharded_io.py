@@ -59,7 +59,7 @@ def load_sharded(leaf: jax.ShapeDtypeStruct, tensors: list[LazyTensor]) -> tuple
 
     Args:
       leaf: shape, dtype, sharding and possibly memory layout of the array.
-      tensors: one per layer, stacked along the first axis of the array; or a single one, the whole array.
+      tensors: one per layer, stacked along the first axis of the array; or a single one for the whole array.
 
     Returns:
       the array, and the names of the tensors in which a value is infinite or NaN.

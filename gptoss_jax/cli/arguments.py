@@ -34,7 +34,7 @@ class SamplingFlags:
     seed: int = 0
 
     def update(self, params: "SamplingParams") -> "SamplingParams":
-        """Returns the parameters with those that were given on the command line."""
+        """Returns the parameters, updated with those given on the command line."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return dataclasses.replace(params, **given)
 

@@ -16,7 +16,7 @@ class Convert:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     # New folder. It appears only when it is complete.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: that of the source.
+    # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: the source's.
     experts: Annotated[
         Literal["bfloat16", "float32", "mxfp4"] | None, tyro.conf.arg(help_behavior_hint="")
     ] = None

@@ -36,7 +36,7 @@ class Evaluate:
     max_tokens: OptionalInt = None
     # Use at most this many examples of each task.
     limit: OptionalInt = None
-    # Number of few-shot examples, unless the task sets it to 0. Default: that of the task.
+    # Number of few-shot examples, unless the task sets it to 0. Default: the task's.
     num_fewshot: OptionalInt = None
     # Also write the results to this file.
     json_file: JsonFile = None

@@ -13,6 +13,7 @@ from gptoss_jax.cli.convert import Convert
 from gptoss_jax.cli.evaluate import Evaluate
 from gptoss_jax.cli.export_adapter import ExportAdapter
 from gptoss_jax.cli.generate import Generate
+from gptoss_jax.cli.inspect_data import InspectData
 from gptoss_jax.cli.merge import Merge
 from gptoss_jax.cli.plan import Plan
 from gptoss_jax.cli.report import Report
@@ -50,13 +51,14 @@ COMMANDS = {
     "report": Report,
     "check": Check,
     "plan": Plan,
+    "inspect-data": InspectData,
 }
 # Worth the restart that keeps memory in huge pages.
 RUN_MODELS = ("generate", "chat", "eval")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command line, by default that of the process, and returns its exit code; see `startup.run`.
+    """Runs a command line, by default the process's, and returns its exit code; see `startup.run`.
 
     Raises SystemExit when tyro does: after `--help` and for arguments that it cannot parse.
     """
@@ -65,7 +67,7 @@ def main(args: Sequence[str] | None = None) -> int:
     startup.hide_tpu_compiler()
     set_matplotlib_folder()
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["plan"]:
+    if args[:1] in (["plan"], ["inspect-data"]):
         args = with_settings(args)
 
     def run_command() -> None:

@@ -1,6 +1,6 @@
 """Reads the config.json files that gpt-oss models are published with; `hf_write.py` writes them.
 
-Three dialects are read: that of transformers 4.55 (`rope_theta` and `rope_scaling`), that of transformers 5
+Three dialects are read: transformers 4.55's (`rope_theta` and `rope_scaling`), transformers 5's
 (`rope_parameters` with the theta inside), and OpenAI's own, `original/config.json`.
 
 A file that transformers loads is read with the same meaning. Where that meaning is not obvious

@@ -41,7 +41,7 @@ def write(fields: Values, experts: str) -> Values:
         "rope_parameters": {**rope, "rope_theta": theta},
         "rope_scaling": None if scaling is None else rope,
         "rope_theta": theta,
-        # The name of transformers 5 and that of 4.
+        # The names in transformers 5 and in 4.
         "dtype": dtype,
         "torch_dtype": dtype,
     }

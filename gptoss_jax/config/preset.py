@@ -79,7 +79,7 @@ def _flag(field: str) -> str:
 
 
 def _field(word: str) -> str:
-    """Returns the field that a word of the command line sets, such as model.remat; "" if it is no flag."""
+    """Returns the field that a word of the command line sets, such as model.remat; "" if it isn't a flag."""
     return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else ""
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from gptoss_jax.data.chat_messages import TrainMessage
-from gptoss_jax.data.harmony import ASSISTANT, USER, Harmony, Message, Piece, shown_messages
+from gptoss_jax.data.harmony import ASSISTANT, USER, Harmony, Piece, shown_messages
 
 TrainOn = Literal["assistant", "final", "all"]
 
@@ -34,14 +34,14 @@ class Example:
 
 
 def needs_training(found: Sequence[TrainMessage], train_on: TrainOn) -> bool:
-    """Returns True if a conversation has tokens to train on."""
+    """Returns True if a conversation has tokens to train on, so that it gives an example."""
+    first = next(i for i, one in enumerate(found) if one.message.role == USER)
+    return any(one.is_trained and (train_on == "all" or _is_answer(one, train_on)) for one in found[first:])
 
-    def is_trained(message: Message) -> bool:
-        return train_on == "all" or (
-            message.role == ASSISTANT and (train_on == "assistant" or message.channel == "final")
-        )
 
-    return any(one.is_trained and is_trained(one.message) for one in found)
+def _is_answer(one: TrainMessage, train_on: TrainOn) -> bool:
+    message = one.message
+    return message.role == ASSISTANT and (train_on == "assistant" or message.channel == "final")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,8 @@ def _turns(harmony: Harmony, found: Sequence[TrainMessage], train_on: TrainOn) -
         for i in shown_messages(messages[: answer[-1] + 1]):
             message, is_last = messages[i], i == answer[-1] and messages[i].channel == "final"
             new = harmony.pieces(message, is_last)
-            is_sampled = i > start and message.role == ASSISTANT
-            is_trained = is_sampled and (train_on == "assistant" or message.channel == "final")
-            weight = int(found[i].is_trained and (is_trained or train_on == "all"))
+            is_sampled = i > start and _is_answer(found[i], train_on)
+            weight = int(found[i].is_trained and (is_sampled or train_on == "all"))
             # The prompt gives <|start|>assistant, except after a message that the model goes on from.
             is_prompted = before is None or before.role != ASSISTANT or before.is_call
             header = 0 if is_prompted and train_on != "all" else weight

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from gptoss_jax.config import DataConfig, require
-from gptoss_jax.config.base import write_json
+from gptoss_jax.config.base import one_line, write_json
 from gptoss_jax.data.chat import make_examples, needs_training
 from gptoss_jax.data.chat_messages import TrainMessage, harmony_messages
 from gptoss_jax.data.chat_rows import ChatCorpus, RowError, read_conversation
@@ -111,9 +111,11 @@ def build_chat(
                         held_out_text.append(tokenizer.decode_bytes(example.tokens[example.weights > 0]))
             report(f"  {sum(lengths):,} tokens of {len(lengths):,} examples")
     corpus.check_unchanged()
-    lines = [f"{where}: {error}" for where, error in skipped]
+    lines = [f"{where}: {one_line(error)}" for where, error in skipped]
     if lines:
-        (folder / SKIPPED_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        # File names may have bytes that are not UTF-8.
+        data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+        (folder / SKIPPED_FILE).write_bytes(data)
     lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
     np.savez(
         folder / "documents.npz",

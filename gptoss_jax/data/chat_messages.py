@@ -63,14 +63,10 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
     while i < len(messages):
         message, is_trained = messages[i], _is_trained(messages[i], i)
         if roles[i] == ASSISTANT:
-            results = range(
-                i + 1, next(j for j in range(i + 1, len(roles) + 1) if roles[j : j + 1] != [TOOL])
-            )
-            turn = range(
-                results.stop, next((j for j in range(i, len(roles)) if roles[j] == USER), len(roles))
-            )
-            found += _answer(messages, i, results, turn)
-            i = results.stop
+            after = next(j for j in range(i + 1, len(roles) + 1) if roles[j : j + 1] != [TOOL])
+            end = next((j for j in range(i, len(roles)) if roles[j] == USER), len(roles))
+            found += _answer(messages, i, range(i + 1, after), range(after, end))
+            i = after
             continue
         if roles[i] == TOOL:
             raise RowError("result without a call", f"messages[{i}] is the result of a tool without a call")
@@ -135,9 +131,11 @@ def _calls(message: Row, i: int) -> list[_Call]:
             arguments = json.dumps(arguments, ensure_ascii=False)
         where = f"messages[{i}].tool_calls: the arguments of {name}"
         try:
-            json.loads(arguments)
+            is_object = isinstance(json.loads(arguments), dict)
         except (TypeError, ValueError, RecursionError):
-            raise RowError("bad tool call", f"{where} must be a JSON object, or its text") from None
+            is_object = False
+        if not is_object:
+            raise RowError("bad tool call", f"{where} must be a JSON object, or its text")
         tool = name if "." in name else f"functions.{name}"
         found.append(_Call(tool, _unicode(arguments, where), name, call.get("id")))
     return found

@@ -136,10 +136,13 @@ def read_conversation(row: Row) -> Conversation:
         messages = [_sharegpt(one, i) for i, one in enumerate(_list(row, "conversations"))]
         return Conversation("ShareGPT (conversations)", system + messages, row)
     if "instruction" in row and "output" in row:
+        history = _list(row, "history")
+        if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise RowError("bad messages", "history must have pairs of a question and its answer")
         messages = [
             {"role": role, "content": text}
-            for pair in _list(row, "history")
-            for role, text in zip(("user", "assistant"), pair if isinstance(pair, list) else (), strict=False)
+            for pair in history
+            for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
         parts = [row[key] for key in ("instruction", "input") if row.get(key)]
         if not all(isinstance(part, str) for part in parts):

@@ -183,7 +183,7 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str | None:
 def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
     """Yields the parts of a file between separators, with their byte offsets, keeping one in memory.
 
-    Gzip, bzip2, xz and zstd are decompressed; offsets are those of the decompressed data. Raises ValueError,
+    Gzip, bzip2, xz and zstd are decompressed; offsets count decompressed bytes. Raises ValueError,
     naming the file, for one that cannot be read, is damaged, or is not text.
     """
     with readable(path), open(path, "rb") as raw:

@@ -162,7 +162,7 @@ def _open_dataset(source: str, name: str, field: str) -> Corpus:
         split_name = next(iter(splits)) if len(splits) == 1 else "train"
     known = f"it has {listed(splits, SHOWN_NAMES)}: name one, as in {HF_SPEC}"
     require(split_name in splits, "data.source", source, f"has no split {split_name!r}; {known}")
-    # The hash is that of the commit on the hub.
+    # The hash identifies the commit on the hub.
     content, stamps = f"{builder.hash} {builder.info.version} {builder.info.dataset_size}", None
     if os.path.isdir(name):
         paths = sorted(str(path) for path in pathlib.Path(name).resolve().rglob("*") if path.is_file())

@@ -152,7 +152,7 @@ def read_stop_ids(folder: pathlib.Path, vocab_size: int = 0) -> tuple[int, ...]:
     """Returns the ids that end an answer: eos_token_id of generation_config.json or else of config.json.
 
     Args:
-      folder: that of the model.
+      folder: the model's folder.
       vocab_size: of the tokenizer. The model's may be larger; ids outside both are left out.
 
     Raises ValueError for a damaged file and for values that are not token ids.

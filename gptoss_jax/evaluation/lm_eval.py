@@ -151,7 +151,7 @@ class GptOss(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Returns the text that continues each (context, settings), up to a stop token or an `until` string.
 
-        Stop tokens are those of the model's folder; one that is text is part of the answer, as in lm_eval's
+        Stop tokens are the model folder's; one that is text is part of the answer, as in lm_eval's
         adapters. Greedy unless the task sets `do_sample`; then the seed is the number of the request.
         """
         prepared = [self._prepare(seed, *request.args) for seed, request in enumerate(requests)]

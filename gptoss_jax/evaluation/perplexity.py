@@ -110,8 +110,7 @@ def evaluate_text(
     """Evaluates a model on a corpus. Memory does not grow with the length of the text.
 
     Args:
-      on_progress: is called with the tokens done, those of the whole text (None until known), and the loss so
-        far.
+      on_progress: called with the tokens done, the total (None until known), and the loss so far.
 
     Raises ValueError for settings that do not fit the model, text that cannot be read, a corpus without text,
     and tokens outside the model's vocabulary.

@@ -56,7 +56,7 @@ class HarmonyConversation:
 class PlainConversation:
     """Plain completion with a base model: every line is a separate text to continue.
 
-    The methods are those of `HarmonyConversation`.
+    Has the methods of `HarmonyConversation`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

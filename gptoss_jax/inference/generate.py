@@ -34,8 +34,7 @@ def generate(
     Compiles for each number of prompts (rounded up to a power of two) and each length of the cache (256 times
     a power of two, or the context): at most an empty cache, a growth and three prefills, and a decoder for
     each combination of settings used among temperature, top_k, top_p, min_p and logprobs; see
-    `engine.max_compilations`. Changing the values of settings, stop tokens, seeds or prompts does not
-    recompile.
+    `engine.max_compilations`. New values of settings, stop tokens, seeds or prompts do not recompile.
     """
     chunks = list(Engine(model, tokenizer).run(prompts, params, streaming=False))
     return [_join(parts) for parts in zip(*chunks, strict=True)]

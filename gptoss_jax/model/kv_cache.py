@@ -1,8 +1,7 @@
 """The KV cache: a pytree that is passed in and returned, never changed in place.
 
 Full-attention layers have a slot for every token that fits; sliding layers have a ring of at most their
-window's size, after the slots of the sink tokens, which are never overwritten (0 in gpt-oss; unrelated to the
-learned sinks).
+window's size, after the slots of sink tokens (0 in gpt-oss; unrelated to the learned sinks), which stay.
 """
 
 import dataclasses
@@ -47,8 +46,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -
 def grow(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
     """Returns the cache with room for `length` tokens, which must exceed its current room.
 
-    A ring with fewer slots than window and sink tokens has not wrapped around yet, so its tokens keep their
-    slots too.
+    A ring with fewer slots than window plus sink tokens has not wrapped yet, so its tokens keep their slots.
     """
     layers = [
         {

@@ -1,11 +1,11 @@
 """Every parameter, declared once: its dimensions by letter.
 
 Initialization, sharding (`parallel/rules.py`), weight decay and Muon's dimensions follow from the letters.
-Arrays of rank two and more carry theirs as a suffix, as in `q_BTNH`. The key, unless a file's own "Letters:"
-says otherwise: B batch, T query length, S key length, D hidden, N query heads, K key/value heads, G = N / K,
-H head size, E experts, X experts per token, F expert width, P = 2 (gate and up), V vocabulary, L layers, W
-window, M = B T tokens, R rows sorted by expert, C chunk. Packed in MXFP4: U = 2 F rows of gate and up, O = D
-rows of down, each of g = D / 32 or f = F / 32 blocks of y = 16 bytes. Lower-case dimensions are never split.
+Arrays of rank two and more carry theirs as a suffix (`q_BTNH`). The key, unless a file has its own: B batch,
+T query length, S key length, D hidden, N query heads, K key/value heads, G = N / K, H head size, E experts,
+X experts per token, F expert width, P = 2 (gate and up), V vocabulary, L layers, W window, M = B T tokens,
+R rows sorted by expert, C chunk. Packed in MXFP4: U = 2 F rows of gate and up, O = D rows of down, each of
+g = D / 32 or f = F / 32 blocks of y = 16 bytes. Lower-case dimensions are never split.
 """
 
 from collections.abc import Callable

@@ -162,8 +162,7 @@ def ragged_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
 
 
 def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
-    """The plain reference, from collectives that every backend has: gathers all rows and keeps the device's
-    own."""
+    """The plain reference, for every backend: gathers all rows, and each device keeps its own."""
     sources = jax.lax.axis_index("expert") * x_RD.shape[0] + slices.read_E
     x_RD = jax.lax.all_gather(x_RD, "expert", tiled=True)
     read_E, write_E = (

@@ -1,5 +1,4 @@
-"""Expert parallelism: tokens travel to the devices that hold their experts, and results travel back. Drops
-no tokens unless a capacity is set.
+"""Expert parallelism: tokens travel to their experts and back. Drops no tokens unless a capacity is set.
 
 Each (token, expert) pair is a row. A device sorts its rows by expert, so that an expert's rows are
 consecutive. If the expert axis of the mesh spreads experts over devices, each row is dispatched to its
@@ -176,8 +175,7 @@ def _round(x_RD, parameters, counts_nE, index, expert_function, transport):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport):
-    """Sends rows sorted by expert through the experts of all devices, in as many rounds as `transport` needs
-    for the largest count (of a device, or of a pair of devices).
+    """Sends rows sorted by expert through the experts of all devices, in as many rounds as `transport` needs.
 
     The backward pass reuses the residuals of the first round, and recomputes further rounds, which are rare.
     """

@@ -159,8 +159,8 @@ def gathered_dimensions(stored: P, used: P) -> list[tuple[int, tuple[str, ...]]]
 
 
 def gather_parameter(x: jax.Array, stored: P, used: P) -> jax.Array:
-    """Inside `shard_map`: gathers a parameter for use, from its shards along the fsdp axis and, for one
-    without experts, along the expert axis. Its gradient is reduce-scattered."""
+    """Inside `shard_map`: gathers a parameter for use, over the fsdp axis and, without experts, the expert
+    axis. Its gradient is reduce-scattered."""
     for dimension, axes in gathered_dimensions(stored, used):
         x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
     return x
@@ -224,9 +224,6 @@ def shard_map_heads(
         return function(*heads, sinks_N, key, *rows)
 
     key_data = None if key is None else jax.random.key_data(key)
-    return jax.shard_map(
-        one_device,
-        in_specs=(HEADS_BTNH, compute_spec("N"), P(), ROWS),
-        out_specs=HEADS_BTNH,
-        check_vma=False,
-    )(heads, sinks_N, key_data, rows_BT)
+    specs = (HEADS_BTNH, compute_spec("N"), P(), ROWS)
+    mapped = jax.shard_map(one_device, in_specs=specs, out_specs=HEADS_BTNH, check_vma=False)
+    return mapped(heads, sinks_N, key_data, rows_BT)

@@ -12,8 +12,7 @@ from gptoss_jax.config import MeshConfig, ModelConfig, require
 
 # The fields of MeshConfig, in order: devices along the last axis are the nearest neighbors.
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
-# The axes that split a batch, and so the axes that gradients are summed over. Devices along the tensor axis
-# have the same rows.
+# The axes that split a batch, so gradients are summed over them. Devices along the tensor axis share rows.
 BATCH = ("data", "fsdp", "expert")
 
 

@@ -44,7 +44,7 @@ class Memory:
 
     parameters: int
     optimizer: int
-    # With gradient accumulation, their sum and those of one microbatch.
+    # With gradient accumulation, their sum and one microbatch's gradients.
     gradients: int
     # Saved by the forward pass for the backward pass.
     activations: int

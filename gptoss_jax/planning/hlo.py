@@ -202,7 +202,7 @@ def _executions(computations, entry: str) -> Iterator[tuple[str, int, bool]]:
 
 def _trip_count(computations, loop: str) -> int | None:
     """Returns how often a loop's body runs: as noted by the compiler, or the constant that the loop's counter
-    must stay below. Those of `jax.lax.scan` and `fori_loop` count from 0 by one."""
+    must stay below. Counters of `jax.lax.scan` and `fori_loop` start at 0 and increase by one."""
     if noted := _TRIP_COUNT.search(loop):
         return int(noted[1])
     condition = re.search(r"\bcondition=%?([\w.\-]+)", loop)

@@ -44,7 +44,7 @@ class RunLog:
         tokens_seen: int,
         best_loss: float = math.inf,
     ):
-        """`tokens_seen` and `best_loss` are those of the checkpoint that the run resumes from."""
+        """`tokens_seen` and `best_loss` come from the checkpoint that the run resumes from."""
         self.config, self.cache, self.console, self.tokens_seen = config, cache, console, tokens_seen
         self._best_loss = best_loss
         self.run_dir = pathlib.Path(config.run_dir)

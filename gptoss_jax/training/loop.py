@@ -153,7 +153,7 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """True to stop before this step: the same answer in all processes, whichever got the signal."""
+        """Returns True to stop before this step: the same in all processes, whichever got the signal."""
         requested = self._signal is not None if self._is_single else distributed.stop_requested(step)
         if requested:
             self._report("Stopping after saving the run. Press Ctrl-C again to stop at once.")

@@ -46,7 +46,7 @@ class MetricsLog:
     """Appends to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`; only one process of a run has one.
 
     `last_step` is the step of the checkpoint that the run resumes from, -1 for a new run. Rows of later steps
-    are dropped on opening, so that a resumed run's file equals that of an uninterrupted one.
+    are dropped on opening, so that a resumed run's file equals an uninterrupted run's.
     """
 
     def __init__(self, run_dir: str | pathlib.Path, last_step: int = -1) -> None:

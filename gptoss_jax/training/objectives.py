@@ -23,8 +23,8 @@ class Objective:
     """
 
     # (model, batch, *, dropout_key, capacity_factor) -> (float32 scalars by name, statistics of all routers).
-    # "loss" is the one that is minimized; the others are logged with it. The two keywords are those of
-    # `Transformer.hidden_states`, None in an evaluation.
+    # "loss" is the one that is minimized; the others are logged with it. The two keywords are passed
+    # to `Transformer.hidden_states`, None in an evaluation.
     sums: Callable[..., tuple[dict[str, jax.Array], RouterStats]]
     # batch -> float32 scalar.
     weight: Callable[[Batch], jax.Array]

@@ -179,7 +179,7 @@ def check_steps(
         result = (
             "the schedule jumped at an earlier change of steps, so the result differs from"
             if jumped
-            else "the steps so far are also those of"
+            else "the steps so far equal those of"
         )
         report(f"{change}: {result} a run of {config.steps} steps")
         return jumped

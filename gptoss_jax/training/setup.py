@@ -212,5 +212,5 @@ def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
 
 
 def stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a sample: those that the files of a folder name, and the tokenizer's."""
+    """Returns the tokens that end a sample: the ones named in a folder's files, and the tokenizer's."""
     return tuple(dict.fromkeys((*read_stop_ids(folder, tokenizer.vocab_size), *tokenizer.stop_ids)))

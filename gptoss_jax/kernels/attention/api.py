@@ -25,8 +25,7 @@ def attention(
 ) -> jax.Array:
     """Attention by the mask rule (`attention_mask`), differentiable in q, k, v and the sinks.
 
-    Never materializes a [T, T] array; a sliding layer costs O(T * W). All implementations compute the same
-    function:
+    Never materializes a [T, T] array; a sliding layer costs O(T * W). The implementations are equivalent:
 
     - TPU: splash attention; GPU: our Triton kernel, for head sizes up to 128 and cards with the shared memory
       of an A100 or more. Neither supports dropout, and splash attention has no sink tokens.

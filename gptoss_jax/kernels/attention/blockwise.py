@@ -211,7 +211,7 @@ def _over_keys(spec, C, x, i, step, state):
         return step(_KeyBlock(k_BKSH, v_BKSH, mask_BCS, i * (T // C + 1) + j, add), state)
 
     if spec.sink_tokens:
-        # Only those that no block of the loop below covers.
+        # Only keys that no block of the loop below covers.
         index_BS = start_B[:, None] + jnp.arange(min(spec.sink_tokens, T), dtype=jnp.int32)
         is_far_BS = index_BS < first_block * C
         index_BS = jnp.minimum(index_BS, T - 1)

@@ -103,8 +103,7 @@ def prefill_attention(
     cache. Returns [B, T, N, H]; softmax in float32. Results at padding are finite.
 
     Args:
-      cache: as it was before this chunk. Writing the chunk first could overwrite ring slots its early tokens
-        still need.
+      cache: before this chunk, which may overwrite ring slots that its early tokens still need.
     """
     sizes = assert_shapes(
         "BTNH BTKH BTKH BKSH BKSH N", q_BTNH, k_BTKH, v_BTKH, cache.keys, cache.values, sinks_N

@@ -110,8 +110,7 @@ def triton_attention(
 
     A length that is not a multiple of the blocks, or a head size that is not a power of two from 16, costs a
     padded copy. Float32 is multiplied as float32, narrower dtypes on tensor cores; sums and softmax are in
-    float32.
-    `interpret` runs the kernels as plain JAX, and `blocks` replaces `block_sizes`: both for tests.
+    float32. `interpret` runs the kernels as plain JAX, and `blocks` replaces `block_sizes`: both for tests.
     """
     T, N, H = q_BTNH.shape[1:]
     blocks = blocks or block_sizes(q_BTNH.dtype, H)

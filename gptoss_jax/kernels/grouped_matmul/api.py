@@ -28,7 +28,7 @@ def grouped_matmul(
     """Multiplies each group of rows by its matrix and adds its bias; differentiable in all three.
 
     Args:
-      x_RD: rows, those of group 0 first, then those of group 1, and so on.
+      x_RD: rows, group 0's first, then group 1's, and so on.
       w_EDF: one matrix per group; all dimensions after D are outputs, like those of the bias after E.
       group_sizes_E: int32, the number of rows of each group; the sum may be below R.
 

@@ -34,7 +34,7 @@ def mxfp4_grouped_matmul(
     """Multiplies each group of rows by its quantized matrix and adds its bias; differentiable in x and bias.
 
     Args:
-      x_RD: bfloat16 or float32: rows, those of group 0 first, then those of group 1, and so on.
+      x_RD: rows in bfloat16 or float32, group 0's first, then group 1's, and so on.
       blocks_EFGC: uint8; the weight of output f and input d is `codec.dequantize(blocks, scales)[e, f, d]`.
       scales_EFG: uint8.
       group_sizes_E: int32, the number of rows of each group, possibly none; the sum may be below R.

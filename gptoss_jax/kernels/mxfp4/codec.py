@@ -102,7 +102,7 @@ def quantize(values, axis=-1, xp=jnp, scales=None):
       blocks, uint8 [..., G, 16], and scales, uint8 [..., G]. A block of zeros has scale 0; one with an inf or
       NaN has scale 255.
 
-    Raises ValueError for an axis that is no multiple of 32.
+    Raises ValueError for an axis that is not a multiple of 32.
     """
     axis %= values.ndim
     bits = _float32_bits(values, axis, xp)

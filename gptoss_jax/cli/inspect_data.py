@@ -1,0 +1,145 @@
+"""`gptoss inspect-data`."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import tyro
+
+from gptoss_jax.cli.arguments import JsonFile
+from gptoss_jax.config import require
+
+if TYPE_CHECKING:
+    import numpy as np
+    import rich.text
+
+    from gptoss_jax.config import DataConfig
+    from gptoss_jax.data.token_cache import TokenCache
+    from gptoss_jax.data.tokenizer import Tokenizer
+
+TRAINED, UNTRAINED = "bold green", "dim"
+LENGTHS = {"0": "shortest", "0.5": "median", "0.95": "95 %", "1": "longest"}
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectData:
+    """Show what a run trains on: examples token by token, and statistics.
+
+    Tokens are separated by lines. Those that are trained on are in brackets, and on a terminal in color.
+    """
+
+    # Preset, such as configs/finetune/quickstart_sft.py.
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    # Number of examples to show.
+    examples: int = 3
+    # Number of the first one, among the training examples or the held-out ones.
+    first: int = 0
+    # Show held-out examples.
+    held_out: tyro.conf.FlagCreatePairsOff[bool] = False
+    # Write all examples to this file, an object on each line: where it is from, held_out, used_tokens (0 if
+    # it is left out), tokens, and loss_weights, each that of the token when it is predicted.
+    json_file: JsonFile = None
+    # Override a field of the config; `--data.seq-len 256` is short for `--set data.seq-len=256`.
+    overrides: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="FLAG=VALUE")
+    ] = ()
+
+    def run(self) -> None:
+        import sys
+
+        import numpy as np
+        from rich.console import Console
+
+        from gptoss_jax.config.paths import output_file
+        from gptoss_jax.config.preset import flags_of, read_preset
+        from gptoss_jax.data.token_cache import build_cache
+
+        for name in ("examples", "first"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
+        data = read_preset(self.config, flags_of(self.overrides), prog="gptoss inspect-data CONFIG").data
+        path = None if self.json_file is None else output_file(self.json_file, "json")
+        cache = build_cache(data, lambda line: print(line, file=sys.stderr))
+        console = Console(highlight=False, soft_wrap=True)
+        chosen = np.flatnonzero(cache.held_out == self.held_out)[self.first :][: self.examples]
+        for document in chosen.tolist():
+            tokens, weights = example(cache, document)
+            console.print(f"{cache.where(document)}: {len(tokens):,} tokens, {weights.sum():,} trained")
+            console.print(spelled(cache.tokenizer, tokens, weights, console.file), end="\n\n")
+        for line in statistics_lines(cache, data):
+            console.print(line)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records(cache, data))
+
+
+def example(cache: "TokenCache", document: int) -> "tuple[np.ndarray, np.ndarray]":
+    """Returns the tokens of a document and their weights, uint8 [n]; of a text, all but the first are 1."""
+    import numpy as np
+
+    place = slice(cache.offsets[document], cache.offsets[document + 1])
+    tokens = cache.tokens[place]
+    weights = np.arange(len(tokens)) > 0 if cache.weights is None else cache.weights[place]
+    return tokens, weights.astype(np.uint8)
+
+
+def spelled(
+    tokenizer: "Tokenizer", tokens: "np.ndarray", weights: "np.ndarray", file: TextIO
+) -> "rich.text.Text":
+    """Returns the text of tokens: separated, with those that are trained on in brackets and in color.
+
+    Bytes that are no character by themselves are escaped, and so are control characters.
+    """
+    from rich.text import Text
+
+    from gptoss_jax.terminal import encodable, printable
+
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    signs = "⟦⟧│↵"
+    left, right, line, newline = signs if encodable(signs, file) == signs else ("[[", "]]", "|", "\\n")
+    text, before = Text(), 0
+    for index, (token, weight) in enumerate(zip(tokens.tolist(), weights.tolist(), strict=True)):
+        written = names.get(token) or tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
+        separator = (right if before else left) if bool(weight) != bool(before) else line if index else ""
+        text.append(separator)
+        shown = encodable(printable(written).replace("\n", f"{newline}\n"), file)
+        text.append(shown, TRAINED if weight else UNTRAINED)
+        before = weight
+    return text.append(right if before else "")
+
+
+def statistics_lines(cache: "TokenCache", data: "DataConfig") -> Iterator[str]:
+    """Yields the statistics, for the console."""
+    import numpy as np
+
+    from gptoss_jax.data.batches import PackedRows
+    from gptoss_jax.data.chat_statistics import statistics, summary
+
+    meta = cache.meta
+    if cache.weights is None:
+        yield f"documents: {meta['documents']:,}, {meta['held_out_documents']:,} of them held out"
+        yield f"tokens: {meta['tokens']:,}; records without text: {meta['null_records']:,}"
+    else:
+        yield from summary(cache, data)
+        lengths = statistics(cache, data)["lengths"]
+        yield "tokens of an example: " + ", ".join(f"{LENGTHS[q]} {lengths[q]:,}" for q in LENGTHS)
+    plan = PackedRows(cache, False, data.seq_len, data.overlong).plan
+    rows = len(plan.row_offsets) - 1
+    share = np.sum(plan.length) / (rows * data.seq_len)
+    yield f"training rows: {rows:,} of {data.seq_len:,} tokens, {share:.1%} full"
+
+
+def records(cache: "TokenCache", data: "DataConfig") -> Iterator[dict[str, Any]]:
+    """Yields each document, JSON-ready. `used_tokens` is 0 for an example that is left out."""
+    from gptoss_jax.data.batches import packed_lengths
+
+    pairs = packed_lengths(cache, data.seq_len, data.overlong)
+    for document, used in enumerate(pairs.tolist()):
+        tokens, weights = example(cache, document)
+        yield {
+            "where": cache.where(document),
+            "held_out": bool(cache.held_out[document]),
+            "used_tokens": used + 1 if used else 0,
+            "tokens": tokens.tolist(),
+            "loss_weights": weights.tolist(),
+        }

@@ -1,0 +1,99 @@
+"""Runs on conversations, chats with them, and runs whose vocabulary lacks Harmony's special tokens."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from gptoss_jax.checkpoints.readers import load_run
+from gptoss_jax.cli.chat import Chat
+from gptoss_jax.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from gptoss_jax.data import tokenizer_json
+from gptoss_jax.data.batches import held_out_batches
+from gptoss_jax.data.harmony import is_harmony
+from gptoss_jax.data.token_cache import build_cache
+from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
+from gptoss_jax.training import resume, setup
+from gptoss_jax.training.loop import train
+from gptoss_jax.training.metrics import read_metrics
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(source, run_dir="run", **changes):
+        model = ModelConfig(
+            vocab_size=451, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+            max_position_embeddings=256, rope_theta=10000.0, rope_scaling=None, compute_dtype="float32",
+        )  # fmt: skip
+        data = DataConfig(
+            source=source, tokenizer="bpe:450", seq_len=128, batch_size=8, cache_dir=str(tmp_path / "cache")
+        )
+        settings = dict(
+            model=model, data=data, steps=2, run_dir=str(tmp_path / run_dir),
+            eval=EvalConfig(every=2, batches=2, sample_tokens=0),
+        )  # fmt: skip
+        return TrainConfig(**(settings | changes))
+
+    return make
+
+
+def test_a_run_on_conversations(make_config, apply_model, tmp_path, capsys):
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}. " * 3} for i in range(40)] + [{"text": "x"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(f"chat:{tmp_path}/rows.jsonl")
+    params = train(config).params
+    shown = capsys.readouterr().out
+    assert "  rows: 41; 40 of pairs (question, answer)" in shown
+    assert "skipped rows: 1 (unknown format 1)" in shown and "rows.jsonl:41: its fields are text" in shown
+    # The validation loss is the mean over the trained tokens of the held-out rows.
+    cache = build_cache(config.data)
+    nats = weights = 0.0
+    for batch in held_out_batches(cache, config.data):
+        inputs = (batch[name] for name in ("tokens", "segment_ids", "positions"))
+        log_probs = np.asarray(jax.nn.log_softmax(apply_model(config.model, params, *inputs)))
+        log_probs = np.take_along_axis(log_probs, batch["targets"][..., None], -1)[..., 0]
+        nats -= (log_probs * batch["loss_weights"]).sum()
+        weights += batch["loss_weights"].sum()
+    assert weights == cache.meta["chat"]["held_out_trained_tokens"] > 0
+    (last,) = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("final")]
+    np.testing.assert_allclose(last["val_loss"], nats / weights, rtol=1e-5)
+    bits = float(nats) / np.log(2) / cache.meta["held_out_bytes"]
+    np.testing.assert_allclose(last["val_bits_per_byte"], bits, rtol=1e-5)
+    # Its chat has no date, as its rows, and stops at the end of an answer.
+    tokenizer = load_run(tmp_path / "run")[2]
+    conversation = Chat(str(tmp_path / "run"))._conversation(tokenizer, print)
+    assert isinstance(conversation, HarmonyConversation)
+    assert "Current date" not in tokenizer.decode(conversation.prompt("What is 3?"))
+    document = slice(cache.offsets[3], cache.offsets[4])
+    prompt = conversation.prompt("What is 3?")
+    assert cache.tokens[document][: len(prompt)].tolist() == prompt
+    assert cache.weights[document].tolist().index(1) == len(prompt)
+    assert tokenizer.special_tokens["<|return|>"] in conversation.params.stop_tokens
+    plain = Chat(str(tmp_path / "run"), plain=True)._conversation(tokenizer, print)
+    assert isinstance(plain, PlainConversation)
+
+
+def test_a_run_that_began_without_the_special_tokens_keeps_its_vocabulary(make_config, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("<|endoftext|>".join(f"one {i} two {i * i} " * 40 for i in range(20)))
+    config = make_config(f"text:{text}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_json, "HARMONY_TOKENS", ())
+        before = build_cache(config.data)
+    shutil.rmtree(tmp_path / "cache")
+    before.tokenizer.save(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    resumed = setup.open_cache(config, print)
+    assert not is_harmony(resumed.tokenizer)
+    assert resume.describe_text(resumed) == resume.describe_text(before)
+    assert np.array_equal(resumed.tokens, before.tokens)
+    # A new run has them, and a chat with its base model is plain completion.
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "new"))
+    tokenizer = setup.open_cache(config, print).tokenizer
+    setup.write_run_dir(config, tokenizer, is_new=True)
+    assert is_harmony(tokenizer)
+    assert isinstance(Chat(config.run_dir)._conversation(tokenizer, print), PlainConversation)

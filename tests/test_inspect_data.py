@@ -1,0 +1,73 @@
+"""`gptoss inspect-data`: examples token by token, statistics, JSON."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from gptoss_jax.cli import main
+from gptoss_jax.cli.inspect_data import spelled
+from gptoss_jax.data.tokenizer import make_tokenizer
+
+PRESET = """
+from gptoss_jax.config import DataConfig, TrainConfig
+config = TrainConfig(data=DataConfig(source="chat:{0}/rows.jsonl", tokenizer="bpe:300", seq_len=256,
+                                     val_fraction=0.3, cache_dir="{0}/cache"))
+"""
+ROWS = [
+    *[{"prompt": f"What is {i}?", "completion": "A number."} for i in range(3)],
+    {"prompt": "?", "completion": "no " * 300},
+    {"prompt": "?", "answer": "lost"},
+]
+
+
+@pytest.fixture
+def preset(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "preset.py").write_text(PRESET.format(tmp_path))
+    return tmp_path / "preset.py"
+
+
+def test_examples_and_statistics(preset, tmp_path, capsys):
+    assert main.main(["inspect-data", str(preset), "--examples", "1", "--json", str(tmp_path / "o")]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    first, *_ = shown.splitlines()
+    assert first.startswith(f"{tmp_path}/rows.jsonl:1 turn 1: ") and "turn 1" not in shown[len(first) :]
+    assert "⟦<|channel|>│" in shown and "│<|return|>⟧\n" in shown and shown.count("⟦") == 1
+    assert "\nrows: 5; 4 of pairs (prompt, completion)\n" in shown
+    assert f"  {tmp_path}/rows.jsonl:5: its fields are prompt, answer: must be messages" in shown
+    assert "1 examples, 1 left out; --data.overlong cut" in shown
+    records = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    assert [record["where"].rpartition(":")[2] for record in records] == [f"{i} turn 1" for i in (1, 2, 3, 4)]
+    assert [record["used_tokens"] > 0 for record in records] == [True, True, True, False]
+    tokenizer = make_tokenizer(f"file:{next(tmp_path.glob('cache/*/tokenizer.json'))}")
+    for record, row in zip(records, ROWS, strict=False):
+        assert len(record["tokens"]) == len(record["loss_weights"])
+        pairs = zip(record["tokens"], record["loss_weights"], strict=True)
+        assert tokenizer.decode([token for token, weight in pairs if weight]) == f"final{row['completion']}"
+    assert main.main(["inspect-data", str(preset), "--held-out", "--data.train-on", "all"]) == 0
+    assert "rows.jsonl:3 turn 1" in capsys.readouterr().out
+    assert main.main(["inspect-data", str(preset), "--first", "-1"]) == 2
+    assert "first is -1: must be 0 or more" in capsys.readouterr().err
+
+
+def test_text_is_shown_too(preset, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one two\nthree " * 99)
+    source = ["--data.source", f"text:{tmp_path}/a.txt", "--data.tokenizer", "bytes"]
+    assert main.main(["inspect-data", str(preset), *source]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("document 0: ") and "<|endoftext|>⟦o│n│e│ │t│w│o│↵\n│t" in shown
+    assert "documents: 2, 1 of them held out\n" in shown
+
+
+def test_colors_and_other_encodings():
+    tokenizer = make_tokenizer("bytes")
+    tokens = np.frombuffer("é\n\x1bb".encode(), np.uint8)
+    weights = np.array([0, 1, 1, 0, 0])
+    text = spelled(tokenizer, tokens, weights, io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    assert text.plain == "\\xc3⟦\\xa9│↵\n⟧\\x1b│b"
+    assert [span.style for span in text.spans] == ["dim", "bold green", "bold green", "dim", "dim"]
+    text = spelled(tokenizer, tokens, weights, io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert text.plain == "\\xc3[[\\xa9|\\n\n]]\\x1b|b"
