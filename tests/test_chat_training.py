@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptoss_jax.checkpoints.readers import load_run
+from gptoss_jax.checkpoints.run_params import load_run
 from gptoss_jax.cli.chat import Chat
 from gptoss_jax.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from gptoss_jax.data import tokenizer_json
@@ -73,6 +73,8 @@ def test_a_run_on_conversations(make_config, apply_model, tmp_path, capsys):
     assert cache.tokens[document][: len(prompt)].tolist() == prompt
     assert cache.weights[document].tolist().index(1) == len(prompt)
     assert tokenizer.special_tokens["<|return|>"] in conversation.params.stop_tokens
+    adapted = Chat("base", adapter=str(tmp_path / "run"))._conversation(tokenizer, print)
+    assert isinstance(adapted, HarmonyConversation) and adapted.prompt("?") == conversation.prompt("?")
     plain = Chat(str(tmp_path / "run"), plain=True)._conversation(tokenizer, print)
     assert isinstance(plain, PlainConversation)
 

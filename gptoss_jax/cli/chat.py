@@ -96,12 +96,12 @@ class Chat:
         return PlainConversation(tokenizer)
 
     def _run_config(self) -> "TrainConfig | None":
-        """Returns the config of a run folder; None for any other."""
+        """Returns the config of the run that was trained last, adapter or model; None for other folders."""
         from gptoss_jax.checkpoints.readers import is_run
         from gptoss_jax.config import TrainConfig
         from gptoss_jax.config.paths import user_path
 
-        folder = user_path(self.folder, "folder")
+        folder = user_path(self.folder if self.adapter is None else self.adapter, "folder")
         return TrainConfig.load(folder / "config.json") if is_run(folder) else None
 
 
