@@ -12,11 +12,12 @@ import pytest
 
 from gptoss_jax.config import SLIDING, MeshConfig, ModelConfig
 from gptoss_jax.kernels.mxfp4 import codec
+from gptoss_jax.model.parameters import merge_params, split_params
 from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.objectives import LANGUAGE_MODELING
-from gptoss_jax.training.state import merge_params, place_on_mesh, split_params
+from gptoss_jax.training.state import place_on_mesh
 
 B, T, L, D, F, E = 8, 13, 2, 96, 64, 16
 MODEL = ModelConfig(

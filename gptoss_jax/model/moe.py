@@ -73,7 +73,9 @@ class MoE(nnx.Module):
         parameters = self.expert_parameters()
         swiglu = SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset)
         is_adapted = "gate_up_lora_a" in parameters or "down_lora_a" in parameters
-        if capacity_factor is None and not is_adapted and decode.supports_experts(x_MD, parameters):
+        # In training only packed weights are views; the kernels for few tokens have no gradient.
+        is_decoding = isinstance(self.router.get_value(), LayerView) and capacity_factor is None
+        if is_decoding and not is_adapted and decode.supports_experts(x_MD, parameters):
             y_MD, num_dropped = decode.experts(x_MD, *routing, parameters, swiglu), jnp.float32(0)
         else:
             letters = {name: LETTERS[f"moe.{name}"] for name in parameters}

@@ -137,6 +137,15 @@ def view_layer(block: nnx.Module, index: jax.Array) -> nnx.Module:
     return jax.tree_util.tree_map_with_path(one, block)
 
 
+def view_packed(layer: nnx.Module, block: nnx.Module, index: jax.Array) -> nnx.Module:
+    """Returns a layer whose packed weights are LayerViews of the stacked block that it is layer `index` of."""
+
+    def one(value, stack):
+        return LayerView(stack, index) if stack.dtype == jnp.uint8 else value
+
+    return jax.tree.map(one, layer, block)
+
+
 def parameter_shardings(tree, mesh: Mesh):
     """Returns the sharding of every leaf of a parameter tree or train state: an optimizer's state is split
     like its parameters, and everything else is replicated.

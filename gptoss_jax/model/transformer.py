@@ -16,7 +16,7 @@ from gptoss_jax.model import lora
 from gptoss_jax.model.attention import Attention, Segments
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.moe import MoE, RouterStats
-from gptoss_jax.model.parameters import normal, view_layer
+from gptoss_jax.model.parameters import normal, view_layer, view_packed
 from gptoss_jax.model.rope import rope_cos_sin
 from gptoss_jax.parallel.linear import LINEAR_OUTPUT, embedding_lookup, sharded_einsum
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
@@ -208,7 +208,7 @@ class Transformer(nnx.Module):
             for i, block in enumerate(blocks):
                 layer_cache, layer_key = None, None if key is None else jax.random.fold_in(key, i)
                 if cache is None:
-                    block = period[i]
+                    block = view_packed(period[i], block, index)
                 else:
                     # Decode kernels read a layer's matrices in place, in the stack.
                     block = view_layer(block, index)
