@@ -138,7 +138,7 @@ def view_layer(block: nnx.Module, index: jax.Array) -> nnx.Module:
 
 
 def view_packed(layer: nnx.Module, block: nnx.Module, index: jax.Array) -> nnx.Module:
-    """Returns a layer whose packed weights are LayerViews of the stacked block that it is layer `index` of."""
+    """Returns a layer whose packed weights are views of the stacked block that it is layer `index` of."""
 
     def one(value, stack):
         return LayerView(stack, index) if stack.dtype == jnp.uint8 else value
