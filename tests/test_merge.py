@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ from helpers.checkpoints import SIZES
 from helpers.weights import BFLOAT16, FORMATS, assert_same_tensors, dequantized, logits, tensors_of
 
 from gptoss_jax.checkpoints import export
+from gptoss_jax.checkpoints import merge as merging
 from gptoss_jax.checkpoints.adapters import write_adapter
 from gptoss_jax.checkpoints.load import from_pretrained
-from gptoss_jax.checkpoints.merge import Survival, merge, merge_dense, merge_packed
+from gptoss_jax.checkpoints.merge import Survival, merge
 from gptoss_jax.cli import main
 from gptoss_jax.cli.merge import describe
 from gptoss_jax.config import LoraConfig, ModelConfig
 from gptoss_jax.kernels.mxfp4 import codec
 
 E = SIZES["num_local_experts"]
+merge_packed, merge_dense = map(jax.jit, (merging.merge_packed, merging.merge_dense))
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ CASES = {
 def test_peft_reads_what_is_written(base, tmp_path, name):
     lora = CASES[name]
     config = ModelConfig.from_hf(base)
-    write_adapter(random_adapter(config, lora, spread=0.2), config, tmp_path / "adapter", str(base))
+    write_adapter(random_adapter(config, lora, spread=0.1), config, tmp_path / "adapter", str(base))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(reference.load(base), tmp_path / "adapter").eval()
@@ -101,7 +101,7 @@ def test_what_peft_writes_is_read(base, tmp_path, settings):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(tmp_path / "adapter")
     found = logits(from_pretrained(base, adapter=tmp_path / "adapter"), TOKENS)[0]
     assert_same_logits(found, their_logits(model.eval()), logits_of_base(base))
@@ -117,7 +117,7 @@ def test_bfloat16_base_and_adapter_of_packed_experts(hf_folder, tmp_path):
     """The released form: PEFT on the dequantized base, the same adapter here on the packed one."""
     folder = hf_folder("mxfp4")
     config = ModelConfig.from_hf(folder)
-    write_adapter(random_adapter(config, LORA, spread=0.2), config, tmp_path / "adapter")
+    write_adapter(random_adapter(config, LORA, spread=0.1), config, tmp_path / "adapter")
     model = peft.PeftModel.from_pretrained(reference.load(folder, packed=True), tmp_path / "adapter").eval()
     found = from_pretrained(folder, dtype="float32", experts="mxfp4", adapter=tmp_path / "adapter")
     assert_same_logits(logits(found, TOKENS)[0], their_logits(model), logits_of_base(folder))

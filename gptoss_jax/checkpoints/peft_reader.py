@@ -42,6 +42,7 @@ PLAIN_SETTINGS = {
 }  # fmt: skip
 # Initializations that change the base weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
+BASE_WEIGHTS = r"(lm_head|embed_tokens)(\.base_layer)?\.weight$"
 MAX_NAMED = 4  # tensors in an error message
 
 
@@ -59,6 +60,12 @@ class PeftFolder:
         names = mappings.strip_wrappers(str(folder), tensors)
         self.tensors = {
             re.sub(r"\.default(?=\.weight$)", "", names[name]): array for name, array in tensors.items()
+        }
+        # PEFT writes the base's own embedding and head along where it adapts them.
+        self.tensors = {
+            name: array
+            for name, array in self.tensors.items()
+            if array.shape != (config.vocab_size, config.hidden_size) or not re.search(BASE_WEIGHTS, name)
         }
         self.table = HUGGINGFACE | dict.fromkeys(PER_EXPERT_ADAPTERS)
         self.table |= _expert_table(folder, self.values, self.tensors, config)
