@@ -24,6 +24,11 @@ def group_of_row(group_sizes_E: jax.Array, rows: int) -> jax.Array:
     return jnp.searchsorted(ends_E, row_R, side="right", method="compare_all")
 
 
+def as_matrices(w_EDF: jax.Array) -> jax.Array:
+    """Returns one matrix for each group, [E, D, F]: dimensions after D become one."""
+    return w_EDF.reshape(*w_EDF.shape[:2], -1)
+
+
 def zero_ungrouped(x_RD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """Sets rows without a group to zero, even if they hold inf or NaN."""
     row_R = jnp.arange(x_RD.shape[0], dtype=jnp.int32)

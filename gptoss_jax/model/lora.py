@@ -72,7 +72,9 @@ def adapted_einsum(
     )
     hidden = sharded_einsum(f"{x_letters},{summed}r->{kept}r", x, a)
     for i, h, b_rO in zip(adapted, hidden, b, strict=True):
-        y = sharded_einsum(f"{kept}r,r{outputs}->{y_letters}", h * scaling(module.config, names[i]), b_rO)
+        h = h * scaling(module.config, names[i])
+        # Cheap to compute again from h: rematerialization need not keep it beside the weight's product.
+        y = sharded_einsum(f"{kept}r,r{outputs}->{y_letters}", h, b_rO, None, None)
         results[i] = results[i] + y
     return results
 

@@ -111,7 +111,7 @@ def _cast(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
 
 
 def _is_packed(value: jax.Array | LayerView) -> bool:
-    """Returns True for the bytes of MXFP4, which have no gradient."""
+    """Returns True for the bytes of MXFP4."""
     return value.dtype == jnp.uint8
 
 
@@ -179,37 +179,45 @@ def _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport):
 
     The backward pass reuses the residuals of the first round, and recomputes further rounds, which are rare.
     """
-    return _rounds_forward(x_RD, parameters, counts_nE, expert_function, transport)[0]
+    return _rounds(x_RD, parameters, {}, counts_nE, expert_function, transport)[0]
 
 
 def _rounds_forward(x_RD, parameters, counts_nE, expert_function, transport):
-    packed = {name: value for name, value in parameters.items() if _is_packed(value)}
-    trained = {name: value for name, value in parameters.items() if name not in packed}
+    trained = {name: primal.value for name, primal in parameters.items() if primal.perturbed}
+    frozen = {name: primal.value for name, primal in parameters.items() if not primal.perturbed}
+    arguments = x_RD.value, trained, frozen, counts_nE.value
+    y_RD, pullback = _rounds(*arguments, expert_function=expert_function, transport=transport)
+    return y_RD, (*arguments, pullback)
+
+
+def _rounds(x_RD, trained, frozen, counts_nE, expert_function, transport):
+    """Returns the result, and the function of its gradient from that of the first round."""
 
     def one_round(x_RD, trained, index=0):
-        return _round(x_RD, trained | packed, counts_nE, index, expert_function, transport)
+        return _round(x_RD, trained | frozen, counts_nE, index, expert_function, transport)
 
     y_RD, pullback = jax.vjp(one_round, x_RD, trained)
     y_RD = _further_rounds(
         counts_nE, transport, lambda index, y_RD: y_RD + one_round(x_RD, trained, index), y_RD
     )
-    return y_RD, (x_RD, trained, packed, counts_nE, pullback)
+    return y_RD, pullback
 
 
 def _rounds_backward(expert_function, transport, residuals, g_RD):
-    x_RD, trained, packed, counts_nE, pullback = residuals
+    x_RD, trained, frozen, counts_nE, pullback = residuals
 
     def add_round(index, gradients):
         def one_round(x_RD, trained):
-            return _round(x_RD, trained | packed, counts_nE, index, expert_function, transport)
+            return _round(x_RD, trained | frozen, counts_nE, index, expert_function, transport)
 
         return jax.tree.map(jnp.add, gradients, jax.vjp(one_round, x_RD, trained)[1](g_RD))
 
     dx_RD, gradients = _further_rounds(counts_nE, transport, add_round, pullback(g_RD))
-    return dx_RD, gradients | dict.fromkeys(packed), None
+    return dx_RD, gradients | dict.fromkeys(frozen), None
 
 
-_on_expert_devices.defvjp(_rounds_forward, _rounds_backward)
+# Of the parameters, those are differentiated for which it is asked: not the frozen ones, nor packed bytes.
+_on_expert_devices.defvjp(_rounds_forward, _rounds_backward, symbolic_zeros=True)
 
 
 def _further_rounds(counts_nE, transport, body, carry):

@@ -22,12 +22,13 @@ from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, compute_spec, constrain,
 LINEAR_OUTPUT = "linear_output"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def sharded_einsum(
     equation: str,
     x: jax.Array,
     weights: jax.Array | LayerView | Sequence[jax.Array | LayerView],
     result_type: jnp.dtype | None = None,
+    name: str | None = LINEAR_OUTPUT,
 ):
     """Computes `einsum(equation, x, weight)` for one weight or several, with weights that are sharded.
 
@@ -40,6 +41,7 @@ def sharded_einsum(
       x: multiplied in its own dtype, to which weights are cast.
       weights: one or several, for the same equation. LayerViews are read in place if a kernel can do so.
       result_type: default: the dtype of `x`.
+      name: by which rematerialization keeps the result; None has it computed again.
 
     Returns the result of each weight: a list for a sequence of weights, else one array.
     """
@@ -67,12 +69,14 @@ def _as_list(arrays) -> Sequence:
     return arrays if isinstance(arrays, list | tuple) else [arrays]
 
 
-def _einsum_forward(equation, x, weights, result_type):
+def _einsum_forward(equation, x, weights, result_type, name):
     results = sharded_einsum(equation, x, weights, result_type)
-    return jax.tree.map(lambda y: checkpoint_name(y, LINEAR_OUTPUT), results), (x, weights)
+    if name is not None:
+        results = jax.tree.map(lambda y: checkpoint_name(y, name), results)
+    return results, (x, weights)
 
 
-def _einsum_backward(equation, result_type, residuals, gradients):
+def _einsum_backward(equation, result_type, name, residuals, gradients):
     """Gathers the weights again instead of keeping them. A weight's gradient is computed as x^T g: the other
     order makes XLA for CPU transpose g."""
     x, weights = residuals

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.group_tiles import as_matrices
 from gptoss_jax.kernels.mxfp4.codec import BLOCK_SIZE
 
 
@@ -24,19 +25,21 @@ def cpu_grouped_matmul(
 
 @jax.custom_vjp
 def _matmul(x_RD, w_EDF, bias_EF, group_sizes_E):
+    w_EDF = as_matrices(w_EDF)
     call = _call("GroupedMatmul", (x_RD.shape[0], w_EDF.shape[2]))
     return call(x_RD, w_EDF, bias_EF, group_sizes_E, transposed=False)[0]
 
 
 def _backward(residuals, g_RF):
-    x_RD, w_EDF, bias_EF, group_sizes_E = residuals
+    x_RD, stored, bias_EF, group_sizes_E = residuals
+    w_EDF = as_matrices(stored)
     no_bias = jnp.zeros((0, 0), jnp.float32)
     (dx_RD,) = _call("GroupedMatmul", x_RD.shape)(g_RF, w_EDF, no_bias, group_sizes_E, transposed=True)
     weight_grad = _call("GroupedMatmulWeightGrad", w_EDF.shape, (w_EDF.shape[0], w_EDF.shape[2]))
     dw_EDF, db_EF = weight_grad(x_RD, g_RF, group_sizes_E)
     return (
         dx_RD,
-        dw_EDF,
+        dw_EDF.reshape(stored.shape),
         jnp.sum(db_EF.reshape(-1, *bias_EF.shape), axis=0) if bias_EF.size else no_bias,
         None,
     )

@@ -2,7 +2,8 @@
 
 Letters: R rows, E groups (experts), D input width, F output width. Rows past the sum of the group sizes
 have no group and give zero. Every backend is a function (x_RD, w_EDF, group_sizes_E) -> y_RF,
-differentiable in x and w; the one for CPU can also add the bias.
+differentiable in x and w; the one for CPU can also add the bias. Matrices may have more dimensions after D:
+the gradient saves them as they are stored, because a scan over layers would stack copies of reshaped ones.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,6 @@ def grouped_matmul(
     assert_shapes(letters, x_RD, w_EDF, group_sizes_E, bias_EF)
     # A view becomes the matrices of all layers, so that kernels read the stack in place.
     w_GDF, sizes_G = as_groups(w_EDF, group_sizes_E)
-    w_GDF = w_GDF.reshape(*w_GDF.shape[:2], -1)
     if is_supported("grouped_matmul", x_RD.dtype):
         return cpu_grouped_matmul(x_RD, w_GDF, sizes_G, bias_EF)
     return add_group_bias(_implementation()(x_RD, w_GDF, sizes_G), bias_EF, group_sizes_E)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 from gptoss_jax.kernels.backend import matmul_precision, without_x64
-from gptoss_jax.kernels.group_tiles import zero_ungrouped
+from gptoss_jax.kernels.group_tiles import as_matrices, zero_ungrouped
 
 LANES = 128
 # Of the 16 MiB of VMEM that a kernel gets on v5e and v5p; the compiler needs some itself.
@@ -37,7 +37,7 @@ def megablox_grouped_matmul(
     `interpret` runs the kernels on any platform, slowly. In a program for several devices, call it in a
     `jax.shard_map`.
     """
-    return _matmul(x_RD, w_EDF, group_sizes_E, False, interpret)
+    return _matmul(x_RD, as_matrices(w_EDF), group_sizes_E, False, interpret)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, interpret):
@@ -47,8 +47,9 @@ def _forward(x_RD, w_EDF, group_sizes_E, interpret):
 
 def _backward(interpret, residuals, g_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _matmul(g_RF, w_EDF, group_sizes_E, True, interpret)
-    return dx_RD, _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret), None
+    dx_RD = _matmul(g_RF, as_matrices(w_EDF), group_sizes_E, True, interpret)
+    dw_EDF = _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret)
+    return dx_RD, dw_EDF.reshape(w_EDF.shape), None
 
 
 megablox_grouped_matmul.defvjp(_forward, _backward)

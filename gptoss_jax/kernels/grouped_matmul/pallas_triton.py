@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from gptoss_jax.kernels.backend import without_x64
-from gptoss_jax.kernels.group_tiles import group_bounds, make_group_metadata
+from gptoss_jax.kernels.group_tiles import as_matrices, group_bounds, make_group_metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def triton_grouped_matmul(
       interpret: runs the kernels on any platform, slowly.
       blocks: for tests and benchmarks; default by type and rows.
     """
-    return _matmul(x_RD, w_EDF, group_sizes_E, False, interpret, blocks)
+    return _matmul(x_RD, as_matrices(w_EDF), group_sizes_E, False, interpret, blocks)
 
 
 def _forward(x_RD, w_EDF, group_sizes_E, interpret, blocks):
@@ -67,8 +67,9 @@ def _forward(x_RD, w_EDF, group_sizes_E, interpret, blocks):
 
 def _backward(interpret, blocks, residuals, g_RF):
     x_RD, w_EDF, group_sizes_E = residuals
-    dx_RD = _matmul(g_RF, w_EDF, group_sizes_E, True, interpret, blocks)
-    return dx_RD, _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret, blocks), None
+    dx_RD = _matmul(g_RF, as_matrices(w_EDF), group_sizes_E, True, interpret, blocks)
+    dw_EDF = _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret, blocks)
+    return dx_RD, dw_EDF.reshape(w_EDF.shape), None
 
 
 triton_grouped_matmul.defvjp(_forward, _backward)

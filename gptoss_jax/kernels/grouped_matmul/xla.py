@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptoss_jax.kernels.group_tiles import RowTile, make_group_metadata
+from gptoss_jax.kernels.group_tiles import RowTile, as_matrices, make_group_metadata
 
 
 @jax.custom_vjp
 def xla_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     """`grouped_matmul` without a bias."""
+    w_EDF = as_matrices(w_EDF)
 
     def add_tile(tile, group, y_RF):
         return tile.write(y_RF, _matmul(tile.read(x_RD), w_EDF[group]))
@@ -20,7 +21,8 @@ def xla_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Arr
 
 
 def _backward(residuals, g_RF):
-    x_RD, w_EDF, group_sizes_E = residuals
+    x_RD, stored, group_sizes_E = residuals
+    w_EDF = as_matrices(stored)
 
     def add_tile(tile, group, gradients):
         dx_RD, dw_EDF = gradients
@@ -32,7 +34,7 @@ def _backward(residuals, g_RF):
     wide = jnp.promote_types(w_EDF.dtype, jnp.float32)
     zeros = jnp.zeros_like(x_RD), jnp.zeros(w_EDF.shape, wide)
     dx_RD, dw_EDF = _fold_tiles(add_tile, zeros, group_sizes_E)
-    return dx_RD, dw_EDF.astype(w_EDF.dtype), None
+    return dx_RD, dw_EDF.astype(stored.dtype).reshape(stored.shape), None
 
 
 xla_grouped_matmul.defvjp(lambda *arguments: (xla_grouped_matmul(*arguments), arguments), _backward)

@@ -1,0 +1,193 @@
+"""Training adapters: meshes match one device, every adapter that is used learns, and frozen weights cost
+nothing."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptoss_jax.config import (
+    SLIDING,
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from gptoss_jax.config.model import LORA_TARGETS
+from gptoss_jax.model import lora
+from gptoss_jax.model.parameters import path_names, split_params
+from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.parallel.rules import batch_sharding
+from gptoss_jax.training.state import abstract_state, create_state, place_on_mesh
+from gptoss_jax.training.step import make_train_step
+
+B, T, V, D, F, E = 8, 13, 104, 32, 64, 16
+MODEL = ModelConfig(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=F,
+    num_hidden_layers=2,
+    layer_types=(SLIDING,) * 2,  # one block, stacked twice
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=18,
+    num_local_experts=E,
+    num_experts_per_tok=3,
+    sliding_window=5,
+    rope_scaling=None,
+    compute_dtype="float32",
+    lora=LoraConfig(rank=7, expert_rank=5, alpha=20.0, targets=LORA_TARGETS),
+)
+CONFIG = TrainConfig(
+    model=MODEL,
+    data=DataConfig(seq_len=T, batch_size=B),
+    # With a large epsilon, updates are proportional to gradients, so wrong gradients show.
+    optim=OptimConfig(learning_rate=5e-3, warmup_steps=0, epsilon=0.05, max_grad_norm=0.0),
+    steps=20,
+)
+FORMATS = ["plain", "mxfp4"]
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "expert 8": MeshConfig(data=1, expert=8),
+    "data 2 x tensor 4": MeshConfig(data=2, tensor=4),
+    "fsdp 2 x expert 2 x tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+}
+
+
+def with_model(**changes):
+    return dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **changes))
+
+
+def make_batch(seed):
+    """Returns rows of one or two documents and some padding."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, V, (B, T + 1))
+    segments = 1 + (np.arange(T) >= rng.integers(1, T, (B, 1)))
+    segments = np.where(np.arange(T) < rng.integers(T - 4, T + 1, (B, 1)), segments, 0)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segments}
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    return batch | {"positions": segment_positions(batch["segment_ids"])}
+
+
+@functools.cache
+def start_params(model):
+    """Random parameters, those of adapters too, and a router with clear decisions."""
+    rng = np.random.default_rng(7)
+
+    def one(path, leaf):
+        name = path_names(path)[-1]
+        if leaf.dtype == jnp.uint8:
+            low, high = (0, 256) if name.endswith("blocks") else (121, 124)
+            return rng.integers(low, high, leaf.shape, np.uint8)
+        spread = 0.5 if name in ("router", "router_bias", "sinks") else 0.15
+        return ((name == "scale") + spread * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params(model))
+
+
+def run(config, mesh_config, steps, params=None):
+    """Returns the metrics of some steps, the gradients of the first, and the adapters after the last."""
+    devices = jax.devices()[:1] if mesh_config is None else None
+    mesh = make_mesh(mesh_config or MeshConfig(data=1), devices)
+    places = jax.tree.map(lambda leaf: leaf.sharding, place_on_mesh(abstract_params(config.model), mesh))
+    params = jax.device_put(start_params(config.model) if params is None else params, places)
+    rows, gradients = [], None
+    with jax.set_mesh(mesh):
+        adapters, frozen = split_params(params, lora.is_adapter)
+        state, step = create_state(config, mesh, adapters), make_train_step(config)
+        for seed in range(steps):
+            batch = jax.device_put(make_batch(seed), batch_sharding(mesh))
+            state, metrics = step(state, batch, frozen)
+            rows.append(jax.device_get(metrics))
+            if seed == 0:  # AdamW's first moment is then a tenth of the gradient
+                gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
+    return rows, gradients, jax.device_get(state.params)
+
+
+def assert_close(found, expected, tolerance):
+    for (path, f), e in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        scale = np.abs(e).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(f, e, rtol=0, atol=tolerance * scale, err_msg=str(path))
+
+
+@functools.cache
+def alone(expert_format):
+    return run(with_model(expert_format=expert_format), None, 3)
+
+
+@pytest.mark.parametrize("expert_format", FORMATS)
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_trains_adapters_like_one_device(name, expert_format):
+    rows, gradients, adapters = run(with_model(expert_format=expert_format), MESHES[name], 3)
+    expected_rows, expected_gradients, expected_adapters = alone(expert_format)
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert_close(gradients, expected_gradients, 1e-5)
+    assert_close(adapters, expected_adapters, 1e-5)
+
+
+@pytest.mark.parametrize("expert_format", FORMATS)
+def test_every_expert_adapter_that_got_tokens_changes_in_ten_steps(expert_format):
+    config = with_model(expert_format=expert_format, num_local_experts=256)
+    # Weight decay would change the adapters of all experts.
+    config = dataclasses.replace(config, optim=OptimConfig(warmup_steps=0, weight_decay=0.0))
+    start = jax.device_get(init_params(config.model, jax.random.key(0)))
+    rows, _, adapters = run(config, None, 10, start)
+    steps_LE = sum((row["expert_load"] > 0).astype(int) for row in rows)
+    assert {0, 1, 2} <= set(steps_LE.flat)
+    before, _ = split_params(start, lora.is_adapter)
+    (block,), (block_before,) = adapters["blocks"].values(), before["blocks"].values()
+    for name in ("gate_up_lora_a", "gate_up_lora_b", "down_lora_a", "down_lora_b"):
+        now, then = block["moe"][name], block_before["moe"][name]
+        changed_LE = np.any(now != then, axis=tuple(range(2, now.ndim)))
+        # B starts at zero, so A has no gradient until B has changed.
+        least = 2 if name.endswith("a") else 1
+        np.testing.assert_array_equal(changed_LE, steps_LE >= least, err_msg=name)
+    for name, leaf in block["attention"].items():
+        assert not np.array_equal(leaf, block_before["attention"][name]), name
+
+
+def stacked_shapes(hlo_text, layers):
+    """Returns the shapes with a leading dimension of layers that the loops of a program carry, each as often
+    as in the loop that has it most often."""
+    found = {}
+    for carried in re.findall(r"= \((.*?)\) while\(", hlo_text):
+        shapes = re.findall(rf"\w+\[{layers},([\d,]+)\]", carried)
+        for shape in set(shapes):
+            found[shape] = max(found.get(shape, 0), shapes.count(shape))
+    return found
+
+
+@pytest.mark.parametrize("expert_format", FORMATS)
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_frozen_weights_have_no_gradient_no_state_and_no_copies(expert_format, remat):
+    layers = 6
+    config = with_model(
+        expert_format=expert_format, remat=remat, num_hidden_layers=layers, layer_types=(SLIDING,) * layers
+    )
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    state = abstract_state(config, mesh, lora.is_adapter)
+    _, frozen = split_params(abstract_params(config.model), lora.is_adapter)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    # Two moments and a few scalars.
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 2 * trained + 10
+    program = make_train_step(config).lower(state, jax.eval_shape(lambda: make_batch(0)), frozen).compile()
+    shapes = stacked_shapes(program.as_text(), layers)
+    # Each stack of weights is read by the loops over layers, and no loop carries another one of its size.
+    for name, leaf in frozen["blocks"]["0"]["moe"].items():
+        if leaf.ndim > 3:
+            assert shapes[",".join(map(str, leaf.shape[1:]))] == 1, name
+    merged = {f"{E},{D},{2 * F}", f"{E},{2 * F},{D}", f"{E},{D},{F}"}
+    assert not merged & shapes.keys()
