@@ -39,7 +39,8 @@ def read_preset(
     path = user_path(path, "config")
     if not path.is_file():
         folder = pathlib.Path(__file__).parents[2]
-        known = ", ".join(sorted(f"configs/{preset.name}" for preset in (folder / "configs").glob("*.py")))
+        presets = (path.relative_to(folder).as_posix() for path in (folder / "configs").rglob("*.py"))
+        known = ", ".join(sorted(presets))
         raise ValueError(f"config is {str(path)!r}: no such file" + (f"; there are {known}" if known else ""))
     config = _run(path) if path.suffix == ".py" else None
     allowed = "must be a Python file that ends with `config = TrainConfig(...)`"

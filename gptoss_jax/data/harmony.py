@@ -207,6 +207,20 @@ class Harmony:
             return self._names.get(token, f"<|reserved_{token}|>").encode()
         return self._tokenizer.decode_bytes([token])
 
+    def spelled_text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, with the names of special tokens."""
+        return b"".join(map(self.spelled, tokens)).decode(errors="replace")
+
+    def prompt_of_last_turn(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Returns the prompt for the last user message of a rendered conversation, and its part from the
+        text of that message on."""
+        (start, user), (_, assistant) = self.encode([self.start, USER]), self.encode([self.start, ASSISTANT])
+        header = [*start, *user, self.message]
+        first = max(i for i in range(len(tokens)) if tokens[i : i + len(header)] == header)
+        end = tokens.index(self.end, first) + 1
+        prompt = [*tokens[:end], *start, *assistant]
+        return prompt, prompt[first + len(header) :]
+
 
 class AnswerReader:
     """Streaming parser of an answer, for any tokens: nothing that a model may generate is an error.

@@ -1,5 +1,6 @@
 """Logging of a run: rows of metrics, console output, the report."""
 
+import functools
 import math
 import pathlib
 import shlex
@@ -11,6 +12,7 @@ import numpy as np
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.batches import packed_lengths
+from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
 from gptoss_jax.inference.detokenizer import detokenize
@@ -167,21 +169,30 @@ class RunLog:
         return val_loss
 
     def sample(self, step: int, params: dict) -> None:
-        """Continues `eval.prompt` and prints the text."""
+        """Continues `eval.prompt` or, when training on conversations, answers a held-out one; prints the
+        text."""
         config, tokenizer = self.config.eval, self.cache.tokenizer
-        text = user_text(config.prompt)
+        text, stop_tokens = user_text(config.prompt), self._stop_tokens
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
+        harmony = Harmony(tokenizer) if self.cache.weights is not None else None
+        if harmony is not None:
+            held_out, stop_tokens = np.flatnonzero(self.cache.held_out), harmony.ends
+            document = held_out[step // config.every % len(held_out)]
+            start, end = self.cache.offsets[document : document + 2]
+            prompt, question = harmony.prompt_of_last_turn(self.cache.tokens[start:end].tolist())
+            text = harmony.spelled_text(question)
         max_new_tokens = min(config.sample_tokens, self.config.model.max_position_embeddings - len(prompt))
         if max_new_tokens < 1:
             return
         sampling_params = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=config.temperature,
-            stop_tokens=self._stop_tokens,
+            stop_tokens=stop_tokens,
             seed=step,
         )
         (answer,) = generate(bind(self.config.model, params), [prompt], sampling_params)
-        self.console.sample(text + detokenize(tokenizer, answer.tokens))
+        spell = functools.partial(detokenize, tokenizer) if harmony is None else harmony.spelled_text
+        self.console.sample(text + spell(answer.tokens))
 
     def finish(self, step: int, first_step: int) -> None:
         """Writes report.png and prints the summary."""

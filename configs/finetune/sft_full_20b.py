@@ -1,0 +1,16 @@
+"""Full supervised fine-tuning of gpt-oss-20b: all parameters, on a mesh of many devices.
+
+Parameters and AdamW's state take 16 bytes per parameter, before activations. Set `--data.source chat:GLOB`.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+lora = runpy.run_path(str(pathlib.Path(__file__).parent / "sft_lora_20b.py"))["config"]
+config = dataclasses.replace(
+    lora,
+    model=dataclasses.replace(lora.model, lora=None),
+    optim=dataclasses.replace(lora.optim, learning_rate=2e-5),
+    run_dir="runs/sft-full-20b",
+)

@@ -1,0 +1,16 @@
+"""LoRA on gpt-oss-20b with bfloat16 weights: adapters on attention and on every expert.
+
+Learning rate, schedule and rank are those of OpenAI's cookbook for gpt-oss. Set `--data.source chat:GLOB`.
+"""
+
+from gptoss_jax.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    model=ModelConfig(lora=LoraConfig(rank=8, alpha=16.0), remat="block"),
+    data=DataConfig(source="chat:data/*.jsonl", tokenizer="o200k_harmony", seq_len=4096, batch_size=16),
+    optim=OptimConfig(learning_rate=2e-4, warmup_steps=10, weight_decay=0.0),
+    mesh=MeshConfig(data=1, fsdp=-1),
+    steps=300,
+    init_from="hf:openai/gpt-oss-20b",
+    run_dir="runs/sft-lora-20b",
+)
