@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -34,7 +35,7 @@ def make_config(tmp_path):
         )
         settings = dict(
             model=model, data=data, steps=2, run_dir=str(tmp_path / run_dir),
-            eval=EvalConfig(every=2, batches=2, sample_tokens=0),
+            eval=EvalConfig(every=2, batches=2, sample_tokens=3),
         )  # fmt: skip
         return TrainConfig(**(settings | changes))
 
@@ -49,6 +50,9 @@ def test_a_run_on_conversations(make_config, apply_model, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "  rows: 41; 40 of pairs (question, answer)" in shown
     assert "skipped rows: 1 (unknown format 1)" in shown and "rows.jsonl:41: its fields are text" in shown
+    # A held-out question is answered, and the run ends with the command that chats.
+    assert re.search(r"│ What is \d+\?<\|end\|><\|start\|>assistant", shown)
+    assert f"gptoss chat {tmp_path}/run" in shown
     # The validation loss is the mean over the trained tokens of the held-out rows.
     cache = build_cache(config.data)
     nats = weights = 0.0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 import typing
 
 import pytest
@@ -444,3 +445,22 @@ def test_helpers_of_error_messages():
     assert listed(map(str, range(2001)), limit=1) == "0 and 2,000 more"
     assert one_line(ValueError("two\n  lines\t")) == "two lines"
     assert one_line(KeyError()) == "KeyError"
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "experts", "layers"),
+    [
+        ("quickstart_sft", False, "plain", 4),
+        ("sft_full_20b", False, "plain", 24),
+        ("sft_lora_20b", True, "plain", 24),
+        ("sft_qlora_20b", True, "mxfp4", 24),
+        ("sft_qlora_120b", True, "mxfp4", 36),
+    ],
+)
+def test_presets_for_fine_tuning(name, lora, experts, layers):
+    config = read_preset(pathlib.Path(__file__).parents[1] / "configs" / "finetune" / f"{name}.py")
+    model = config.model
+    assert (model.lora is not None, model.expert_format, model.num_hidden_layers) == (lora, experts, layers)
+    # The published coefficient of 0.9 would outweigh the loss.
+    assert model.router_aux_loss_coef == model.router_z_loss_coef == 0
+    assert config.init_from and config.run_dir.startswith("runs/") and config.data.source

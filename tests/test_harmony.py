@@ -8,7 +8,7 @@ from helpers.data import shared_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.data.harmony import AnswerReader, Harmony, Part, developer, is_harmony, system, user
+from gptoss_jax.data.harmony import AnswerReader, Harmony, Message, Part, developer, is_harmony, system, user
 from gptoss_jax.data.special_tokens import HARMONY_TOKENS
 from gptoss_jax.data.tokenizer import load_tokenizer, make_tokenizer
 
@@ -397,3 +397,15 @@ def test_a_small_vocabulary_spells_the_same_conversation(harmony, published):
     start = [small.start, *SMALL.encode("assistant")]
     assert rendered[-len(start) :] == start == rendered[: len(start)]
     assert parts_of(small, rendered[len(start) : -len(start)]) == answer
+
+
+def test_prompt_of_the_last_turn():
+    tokenizer = make_tokenizer("bpe:400", lambda: iter(["user assistant final one two"] * 9))
+    harmony = Harmony(tokenizer)
+    one, two = Message("user", "one<|end|>"), Message("user", "two")
+    answer = Message("assistant", "one", channel="final")
+    pieces = [piece for message in (one, answer, two, answer) for piece in harmony.pieces(message)]
+    tokens = [token for some in harmony.encode(pieces) for token in some]
+    prompt, question = harmony.prompt_of_last_turn(tokens)
+    assert prompt == harmony.render([one, answer, two])
+    assert harmony.spelled_text(question) == "two<|end|><|start|>assistant"

@@ -38,7 +38,7 @@ from gptoss_jax.model.parameters import path_names
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.training import logging, loop, resume, setup
 from gptoss_jax.training.console import Console
-from gptoss_jax.training.logging import RunLog, generate_command
+from gptoss_jax.training.logging import RunLog, next_command
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
 from gptoss_jax.training.state import create_params
@@ -576,10 +576,11 @@ def test_the_printed_command_works_and_damage_is_one_line(make_config, text, tmp
     [
         ("runs/a", "The ", "gptoss generate runs/a --prompt 'The '"),
         ("-x y", "-n", "gptoss generate './-x y' --prompt=-n"),
+        ("-x y", None, "gptoss chat './-x y'"),
     ],
 )
-def test_generate_command(run_dir, prompt, words):
-    assert generate_command(pathlib.Path(run_dir), prompt) == words
+def test_next_command(run_dir, prompt, words):
+    assert next_command(pathlib.Path(run_dir), prompt) == words
 
 
 @pytest.mark.slow

@@ -237,7 +237,10 @@ class RunLog:
                 "waiting": waiting,
                 "picture": str(picture),
             },
-            generate_command(self.run_dir, user_text(self.config.eval.prompt) or "The "),
+            next_command(
+                self.run_dir,
+                (user_text(self.config.eval.prompt) or "The ") if self.cache.weights is None else None,
+            ),
         )
 
     def close(self) -> None:
@@ -254,9 +257,12 @@ def _describe_adapters(config: ModelConfig) -> str:
     return f"{format_count(sum(counts.values()))} parameters are trained: {each}" if counts else ""
 
 
-def generate_command(run_dir: pathlib.Path, prompt: str) -> str:
-    """The command line that continues a prompt with a run's model, quoted for a POSIX shell."""
+def next_command(run_dir: pathlib.Path, prompt: str | None) -> str:
+    """The command line that continues a prompt with a run's model or, without a prompt, chats with it, quoted
+    for a POSIX shell."""
     # A leading dash would make either an option.
     folder = f"./{run_dir}" if str(run_dir).startswith("-") else str(run_dir)
+    if prompt is None:
+        return f"gptoss chat {shlex.quote(folder)}"
     separator = "=" if prompt.startswith("-") else " "
     return f"gptoss generate {shlex.quote(folder)} --prompt{separator}{shlex.quote(prompt)}"
