@@ -165,30 +165,29 @@ class MergedTensor:
         return self.base.shape
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
-        base = np.empty(out.shape, np.float32)
-        finite = self.base.read_into(base, index)
-        delta = self.delta(index)
-        # Not where the delta is 0: that would change the sign of a negative zero.
-        merged = np.add(base, delta, out=base.copy(), where=delta != 0)
-        copy_cast(out, merged)
-        copy_cast(merged, out)
-        self.count(survival_sums(base, delta, merged - base))
-        return finite and is_finite(out)
+        letters = self.letters[2]
+        if letters[0] != "E":
+            return self._read(out, index)
+        experts = [(slice(e, e + 1), *index[1:]) for e in range(index[0].start, index[0].stop)]
+        return all([self._read(out[i : i + 1], place) for i, place in enumerate(experts)])
 
-    def delta(self, index: Index) -> np.ndarray:
-        """Returns scaling A B at an index of the weight, float32."""
+    def _read(self, out: np.ndarray, index: Index) -> bool:
         *factors, letters = self.letters
         slices = dict(zip(letters, index, strict=True))
         a, b = (
             array[tuple(slices.get(letter, slice(None)) for letter in names)]
             for array, names in zip((self.a, self.b), factors, strict=True)
         )
-        equation = f"{','.join(factors)}->{letters}"
-        if letters[0] != "E":
-            return np.einsum(equation, a, b, optimize=True)
-        # One expert at a time: with an axis that A, B and the result have, einsum does not use BLAS.
-        equation = equation.replace("E", "")
-        return np.stack([np.einsum(equation, *pair, optimize=True) for pair in zip(a, b, strict=True)])
+        base = np.empty(out.shape, np.float32)
+        finite = self.base.read_into(base, index)
+        merged, sums = on_cpu(merge_plain, f"{','.join(factors)}->{letters}", out.dtype.name)(base, a, b)
+        if a.any() and b.any():
+            copy_cast(out, merged)
+            finite = finite and is_finite(out)
+        else:
+            finite = self.base.read_into(out, index)
+        self.count(sums)
+        return finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +241,19 @@ class MergedBlocks:
         return on_cpu(merge_dense)(dense.T.reshape(b.shape[1], len(a)), a, b)
 
 
+def merge_plain(base, a, b, equation, dtype):
+    """Returns a slice of a weight with its delta, in a dtype, and the sums of `Survival`.
+
+    Args:
+      base: float32.
+      a, b: float32, whose product by the equation has the base's shape; b times the scaling.
+    """
+    delta = jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
+    # Not where the delta is 0: that would change the sign of a negative zero.
+    merged = jnp.where(delta != 0, base + delta, base).astype(dtype)
+    return merged, survival_sums(base, delta, merged.astype(jnp.float32) - base)
+
+
 def merge_packed(blocks, scales, a, b):
     """Returns the blocks and scales of one expert with its delta, and the sums of `Survival`.
 
@@ -292,9 +304,7 @@ def _block_sums(values):
 
 def survival_sums(base, delta, effect) -> list:
     """The fields of `Survival` for float32 arrays of one shape; values that are not finite count as 0."""
-    xp = jnp if isinstance(base, jax.Array) else np
-    finite = xp.isfinite(effect)
-    base, effect, delta = (xp.where(finite, values, 0) for values in (base, effect, delta))
-    return [xp.sum(x * y) for x, y in ((base, base), (delta, delta), (effect, delta))] + [
-        xp.sum((effect - delta) ** 2)
-    ]
+    finite = jnp.isfinite(effect)
+    base, effect, delta = (jnp.where(finite, values, 0) for values in (base, effect, delta))
+    rest = effect - delta
+    return [jnp.sum(x * y) for x, y in ((base, base), (delta, delta), (effect, delta), (rest, rest))]
