@@ -19,7 +19,7 @@ from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import mxfp4_grouped_matmul
 from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
-from gptoss_jax.kernels.mxfp4.pallas_triton import FLOAT32, WIDE, triton_mxfp4_matmul
+from gptoss_jax.kernels.mxfp4.pallas_triton import WIDE, WIDE_FLOAT32, triton_mxfp4_matmul
 from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
 
 R, E, F, G = 37, 4, 7, 3
@@ -169,7 +169,7 @@ def test_gradient_of_every_code_under_every_scale(implementation, dtype):
 
 
 @either_way
-@pytest.mark.parametrize("tiles", [WIDE, FLOAT32])
+@pytest.mark.parametrize("tiles", [WIDE, WIDE_FLOAT32])
 def test_large_tiles_for_gpu(tiles, transposed):
     E, F, G = 3, 300, 11
     blocks, scales = packed(E, F, G)

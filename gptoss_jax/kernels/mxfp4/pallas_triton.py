@@ -32,20 +32,26 @@ class Tiles:
     stages: int
 
 
-# By reasoning; none was tuned by timing. The tensor cores' smallest product has 16 rows. For few rows, few
-# outputs, so that even one group's matrix keeps a whole GPU busy.
+# For an H100 by reasoning; none was tuned by timing. The tensor cores' smallest product has 16 rows. For few
+# rows, few outputs, so that even one group's matrix keeps a whole GPU busy.
 MAX_NARROW_ROWS = 1024
 NARROW = Tiles(rows=16, outputs=32, inner=256, warps=4, stages=3)
 NARROW_GRADIENT = Tiles(rows=16, outputs=128, inner=64, warps=4, stages=3)
-WIDE = Tiles(rows=128, outputs=128, inner=64, warps=8, stages=3)
-# float32 does not use the tensor cores.
-FLOAT32 = Tiles(rows=64, outputs=64, inner=32, warps=4, stages=2)
+# Compiled for sm_90, 60 KiB of shared memory and 168 registers a thread: a multiprocessor has three programs,
+# and one multiplies while others dequantize.
+WIDE = Tiles(rows=128, outputs=64, inner=64, warps=4, stages=3)
+# float32 does not use the tensor cores. The largest that do not spill registers.
+NARROW_FLOAT32 = Tiles(rows=16, outputs=32, inner=64, warps=4, stages=2)
+WIDE_FLOAT32 = Tiles(rows=64, outputs=64, inner=32, warps=8, stages=2)
 
 
 def _default_tiles(dtype, rows: int, transposed: bool) -> Tiles:
-    if rows <= MAX_NARROW_ROWS:
+    is_narrow = rows <= MAX_NARROW_ROWS
+    if dtype == jnp.float32:
+        return NARROW_FLOAT32 if is_narrow else WIDE_FLOAT32
+    if is_narrow:
         return NARROW_GRADIENT if transposed else NARROW
-    return FLOAT32 if dtype == jnp.float32 else WIDE
+    return WIDE
 
 
 def _range(start, size, end):
