@@ -183,8 +183,11 @@ def _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport):
 
 
 def _rounds_forward(x_RD, parameters, counts_nE, expert_function, transport):
-    trained = {name: primal.value for name, primal in parameters.items() if primal.perturbed}
-    frozen = {name: primal.value for name, primal in parameters.items() if not primal.perturbed}
+    trained, frozen = {}, {}
+    for name, primals in parameters.items():
+        # A LayerView has two.
+        is_trained = any(primal.perturbed for primal in jax.tree.leaves(primals))
+        (trained if is_trained else frozen)[name] = jax.tree.map(lambda primal: primal.value, primals)
     arguments = x_RD.value, trained, frozen, counts_nE.value
     y_RD, pullback = _rounds(*arguments, expert_function=expert_function, transport=transport)
     return y_RD, (*arguments, pullback)
