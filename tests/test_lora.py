@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptoss_jax.config import LoraConfig, ModelConfig
+from gptoss_jax.config import SLIDING, LoraConfig, ModelConfig
 from gptoss_jax.config.model import LORA_TARGETS
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
@@ -40,8 +40,14 @@ def adapted(config: ModelConfig, targets=EVERY, **changes) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def packed_config(tiny_config):
-    return dataclasses.replace(tiny_config, hidden_size=96, intermediate_size=64, expert_format="mxfp4")
+def config_without(tiny_config):
+    """A small model without adapters, of one block that is stacked twice."""
+    return dataclasses.replace(tiny_config, num_hidden_layers=2, layer_types=(SLIDING,) * 2)
+
+
+@pytest.fixture(scope="module")
+def packed_config(config_without):
+    return dataclasses.replace(config_without, hidden_size=96, intermediate_size=64, expert_format="mxfp4")
 
 
 @functools.cache
@@ -95,21 +101,22 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("targets", [EVERY, *((target,) for target in EVERY)], ids="-".join)
-def test_an_adapter_equals_the_sum_of_weights(tiny_config, targets):
-    config = adapted(tiny_config, targets)
+def test_an_adapter_equals_the_sum_of_weights(config_without, targets):
+    config = adapted(config_without, targets)
     params, tokens = random_params_of(config), tokens_of(config)
     explicit = with_explicit_weights(config, params)
     found = _logits(config)(params, tokens)
-    expected = _logits(tiny_config)(explicit, tokens)
+    expected = _logits(config_without)(explicit, tokens)
     assert_close(found, expected, 1e-5)
-    base = _logits(tiny_config)(split_params(params, lora.is_adapter)[1], tokens)
+    base = _logits(config_without)(split_params(params, lora.is_adapter)[1], tokens)
     assert np.abs(found - base).max() > 1e-2 * np.abs(base).max()
 
 
 def test_the_dialect_without_biases_and_head(notebook_config):
-    config = adapted(notebook_config, tuple(t for t in EVERY if t != "head"))
+    base = dataclasses.replace(notebook_config, num_hidden_layers=2, layer_types=(SLIDING,) * 2)
+    config = adapted(base, tuple(t for t in EVERY if t != "head"))
     params, tokens = random_params_of(config), tokens_of(config)
-    expected = _logits(notebook_config)(with_explicit_weights(config, params), tokens)
+    expected = _logits(base)(with_explicit_weights(config, params), tokens)
     assert_close(_logits(config)(params, tokens), expected, 1e-5)
 
 
@@ -134,8 +141,8 @@ def adapter_gradients(config, params, tokens, explicit=False):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
-def test_gradients_are_those_of_the_sum_of_weights(tiny_config, remat):
-    config = dataclasses.replace(adapted(tiny_config), remat=remat)
+def test_gradients_are_those_of_the_sum_of_weights(config_without, remat):
+    config = dataclasses.replace(adapted(config_without), remat=remat)
     params, tokens = random_params_of(config), tokens_of(config)
     (loss, found) = adapter_gradients(config, params, tokens)
     (expected_loss, expected) = adapter_gradients(config, params, tokens, explicit=True)
@@ -182,12 +189,12 @@ def test_decoding_equals_the_sum_of_weights(packed_config, cpu_form, form):
         np.testing.assert_allclose(f.logprobs, e.logprobs, atol=1e-4)
 
 
-def test_a_new_adapter_changes_nothing(tiny_config):
-    config = adapted(tiny_config)
+def test_a_new_adapter_changes_nothing(config_without):
+    config = adapted(config_without)
     params = init_params(config, jax.random.key(0))
     adapters, base = split_params(params, lora.is_adapter)
     tokens = tokens_of(config)
-    np.testing.assert_array_equal(_logits(config)(params, tokens), _logits(tiny_config)(base, tokens))
+    np.testing.assert_array_equal(_logits(config)(params, tokens), _logits(config_without)(base, tokens))
     for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
         name = path_names(path)[-1]
         assert leaf.dtype == jnp.float32
@@ -200,9 +207,9 @@ def test_a_new_adapter_changes_nothing(tiny_config):
         assert abs(leaf.mean()) < 0.1 / math.sqrt(inputs)
 
 
-def test_shapes_and_counts(tiny_config):
-    config = adapted(tiny_config)
-    layers, D, N, K, H, E, F, V = 4, 24, 6, 2, 8, 5, 40, 97
+def test_shapes_and_counts(config_without):
+    config = adapted(config_without)
+    layers, D, N, K, H, E, F, V = 2, 24, 6, 2, 8, 5, 40, 97
     assert shape_of(config, "attention.q_lora_a") == (D, 7)
     assert shape_of(config, "attention.k_lora_b") == (7, K, H)
     assert shape_of(config, "moe.gate_up_lora_b") == (E, 3, 2, F)
@@ -220,12 +227,12 @@ def test_shapes_and_counts(tiny_config):
     assert sum(leaf.size for leaf in jax.tree.leaves(adapters)) == sum(lora.adapter_counts(config).values())
 
 
-def test_targets_that_are_not_named_have_no_parameters(tiny_config):
-    config = adapted(tiny_config, ("v", "down"))
+def test_targets_that_are_not_named_have_no_parameters(config_without):
+    config = adapted(config_without, ("v", "down"))
     adapters, base = split_params(abstract_params(config), lora.is_adapter)
     names = {path_names(path)[-1] for path, _ in jax.tree_util.tree_leaves_with_path(adapters)}
     assert names == {"v_lora_a", "v_lora_b", "down_lora_a", "down_lora_b"}
-    assert base == abstract_params(tiny_config)
+    assert base == abstract_params(config_without)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +244,14 @@ def test_targets_that_are_not_named_have_no_parameters(tiny_config):
         (16, 4, True, (16, 4, 4.0, 8.0)),
     ],
 )
-def test_ranks_and_scaling(tiny_config, rank, expert_rank, rslora, expected):
-    config = adapted(tiny_config, rank=rank, expert_rank=expert_rank, alpha=16.0, rslora=rslora)
+def test_ranks_and_scaling(config_without, rank, expert_rank, rslora, expected):
+    config = adapted(config_without, rank=rank, expert_rank=expert_rank, alpha=16.0, rslora=rslora)
     scalings = lora.scaling(config, "q"), lora.scaling(config, "down")
     assert (config.lora_rank("q"), config.lora_rank("down"), *scalings) == expected
 
 
-def test_adapters_are_cast_to_the_compute_type(tiny_config):
-    config = dataclasses.replace(adapted(tiny_config), compute_dtype="bfloat16")
+def test_adapters_are_cast_to_the_compute_type(config_without):
+    config = dataclasses.replace(adapted(config_without), compute_dtype="bfloat16")
     params, tokens = random_params_of(config), tokens_of(config)
     hidden, _, _ = jax.eval_shape(lambda: bind(config, params).hidden_states(tokens))
     assert hidden.dtype == jnp.bfloat16
