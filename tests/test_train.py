@@ -657,7 +657,8 @@ def test_weights_of_another_tokenizer_are_rejected(finished, make_config, tmp_pa
     config = make_config(tmp_path / "other", init_from=finished[0].run_dir)
     values = config.to_dict()
     values["data"]["tokenizer"] = "bpe:257"
-    with pytest.raises(ValueError, match="must match init_from, which uses bytes"):
+    other = "data.tokenizer is 'bpe:257': must match init_from, which uses bytes"
+    with pytest.raises(ValueError, match=other):
         train(TrainConfig.from_dict(values))
 
 
