@@ -248,7 +248,8 @@ def test_many_mismatched_tensors_are_cut_short(hf_folder, edited_folder):
     folder = edited_folder("bfloat16")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"head_dim": 32}))
-    with pytest.raises(ValueError, match=r"q_proj\.weight has shape \[96, 160\], expected \[192, 160\]"):
+    wrong = r"self_attn\.q_proj\.weight has shape \[96, 160\], expected \[192, 160\]"
+    with pytest.raises(ValueError, match=wrong):
         from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 192}))
     with pytest.raises(ValueError, match="and [0-9]+ more$") as caught:
@@ -272,7 +273,8 @@ def test_missing_folders(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder") as caught:
         from_pretrained(tmp_path / "nowhere")
     one_line(caught)
-    with pytest.raises(ValueError, match="gpt-oss-99b: no such folder; did you mean hf:openai/gpt-oss-99b"):
+    missing = r"openai/gpt-oss-99b: no such folder; did you mean hf:openai/gpt-oss-99b\?"
+    with pytest.raises(ValueError, match=missing):
         from_pretrained("openai/gpt-oss-99b")
     with pytest.raises(ValueError, match="neither config.json nor original/config.json") as caught:
         from_pretrained(tmp_path)

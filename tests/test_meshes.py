@@ -352,9 +352,12 @@ def test_mesh_must_match_the_number_of_devices(mesh, allowed):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"expert": 8}, "expert is 8: must divide model.num_local_experts (12); valid sizes: 1, 2, 3, 4, 6"),
-        ({"tensor": 8}, "tensor is 8: must divide model.num_key_value_heads (4); valid sizes: 1, 2, 4"),
-        ({"fsdp": 16}, "fsdp is 16: must divide model.hidden_size (40); valid sizes: 1, 2, 4, 5, 8, 10"),
+        (
+            {"expert": 8},
+            "mesh.expert is 8: must divide model.num_local_experts (12); valid sizes: 1, 2, 3, 4, 6",
+        ),
+        ({"tensor": 8}, "mesh.tensor is 8: must divide model.num_key_value_heads (4); valid sizes: 1, 2, 4"),
+        ({"fsdp": 16}, "mesh.fsdp is 16: must divide model.hidden_size (40); valid sizes: 1, 2, 4, 5, 8, 10"),
         ({"tensor": 4}, None),
     ],
 )

@@ -401,7 +401,10 @@ def test_compiler_messages_are_shown(capsys):
         (["--chip", "v5p"], "such as --topology v5p:4x4x4, or --chip h200 --devices 64"),
         (["--chip", "v5p", "--devices", "0"], "devices is 0: must be above 0"),
         (["--topology", "v5p:2x2x2", "--chip", "v5p"], "already gives chip and devices"),
-        (["--chip", "h200", "--devices", "8", "--mesh", "fsdp=3"], "must multiply to 8, the number"),
+        (
+            ["--chip", "h200", "--devices", "8", "--mesh", "fsdp=3"],
+            "must multiply to 8, the number of devices",
+        ),
         (["--chip", "h200", "--devices", "8", "--json", "/nowhere/x.json"], "its folder does not exist"),
     ],
 )

@@ -74,7 +74,7 @@ def test_sampling_params_out_of_range(settings, message):
         ([[1.5]], {}, r"prompts\[0\]\[0\] is 1.5: a token id must be an integer from 0 to 96"),
         ([[2**70]], {}, r"prompts\[0\]\[0\] is 1180591620717411303424: a token id must be"),
         ([[[1], [1, 2]]], {}, r"prompts\[0\] is \[\[1\], \[1, 2\]\]: must be a sequence of token ids"),
-        ([[1]], {"stop_strings": "a"}, "stop_strings need a tokenizer to find them"),
+        ([[1]], {"stop_strings": "a"}, r"stop_strings is \('a',\): must come with a tokenizer"),
         ([[1]], {"stop_tokens": [97]}, r"stop_tokens is \(97,\): each must be an integer from 0 to 96"),
         ([[1]], {"stop_tokens": [2**31]}, r"stop_tokens is \(2147483648,\): each must be an integer from"),
         ([[1], [1] * 182], {"max_new_tokens": 11}, "max_new_tokens is 11: must be at most 10, because"),

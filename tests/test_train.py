@@ -659,12 +659,13 @@ def test_weights_of_another_tokenizer_are_rejected(finished, make_config, tmp_pa
     config = make_config(tmp_path / "other", init_from=finished[0].run_dir)
     values = config.to_dict()
     words = {"<|endoftext|>": 0, "ka": 1, "?": 2}
-    other = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    other.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    other.add_special_tokens(["<|endoftext|>"])
-    other.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     values["data"]["tokenizer"] = f"file:{tmp_path}/tokenizer.json"
-    with pytest.raises(ValueError, match="must match init_from, which uses bytes"):
+    other = f"data.tokenizer is 'file:{tmp_path}/tokenizer.json': must match init_from, which uses bytes"
+    with pytest.raises(ValueError, match=other):
         train(TrainConfig.from_dict(values))
 
 

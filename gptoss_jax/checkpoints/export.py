@@ -157,7 +157,7 @@ def _refuse_adapter(config: ModelConfig, what: str | os.PathLike) -> None:
 def _new_tensors(
     reader: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
 ) -> list[NewTensor]:
-    """Yields every tensor of a config's Hugging Face folder, layer by layer. While they are written,
+    """Returns every tensor of a config's Hugging Face folder, layer by layer. While they are written,
     `non_finite` collects the names of tensors with NaN or infinite values."""
     present = {parameter_name(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16

@@ -85,8 +85,8 @@ class Engine:
         stop_strings = next((one.stop_strings for one in sampling if one.stop_strings), ())
         if stop_strings and self._tokenizer is None and self._origin is not None:
             self._tokenizer = find_tokenizer(pathlib.Path(self._origin))
-        if stop_strings and self._tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer to find them: pass tokenizer=…")
+        found = not stop_strings or self._tokenizer is not None
+        require(found, "stop_strings", stop_strings, "must come with a tokenizer to find them: tokenizer=…")
         return self._run(checked, sampling, streaming or bool(stop_strings))
 
     def _check(self, i: int, prompt: Sequence[int], sampling: SamplingParams) -> np.ndarray:

@@ -15,8 +15,12 @@ import numpy as np
 Setting = float | int | jax.Array
 
 # Fields of `SamplingParams` that `sample` takes: the neutral value, for sequences without one, and the dtype.
-SETTINGS = {"temperature": (0.0, np.float32), "top_k": (np.iinfo(np.int32).max, np.int32)}
-SETTINGS |= {"top_p": (1.0, np.float32), "min_p": (0.0, np.float32)}
+SETTINGS = {
+    "temperature": (0.0, np.float32),
+    "top_k": (np.iinfo(np.int32).max, np.int32),
+    "top_p": (1.0, np.float32),
+    "min_p": (0.0, np.float32),
+}
 
 
 def sequence_keys(seed_B: jax.Array) -> jax.Array:
