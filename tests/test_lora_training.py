@@ -1,8 +1,10 @@
 """Training adapters: meshes match one device, every adapter that is used learns, and frozen weights cost
 nothing."""
 
+import collections
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -80,7 +82,11 @@ def make_batch(seed):
 
 @functools.cache
 def start_params(model):
-    """Random parameters, those of adapters too, and a router with clear decisions."""
+    """Random parameters, those of adapters too, and a router with clear decisions.
+
+    With these spreads, changes of one unit in the last place of all parameters change gradients by up to 3e-6
+    of the largest; with 0.5 and 0.15 by 1.2e-5, which is more than the tolerance below.
+    """
     rng = np.random.default_rng(7)
 
     def one(path, leaf):
@@ -88,7 +94,7 @@ def start_params(model):
         if leaf.dtype == jnp.uint8:
             low, high = (0, 256) if name.endswith("blocks") else (121, 124)
             return rng.integers(low, high, leaf.shape, np.uint8)
-        spread = 0.5 if name in ("router", "router_bias", "sinks") else 0.15
+        spread = 0.3 if name in ("router", "router_bias", "sinks") else 0.1
         return ((name == "scale") + spread * rng.standard_normal(leaf.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(one, abstract_params(model))
@@ -159,14 +165,13 @@ def test_every_expert_adapter_that_got_tokens_changes_in_ten_steps(expert_format
         assert not np.array_equal(leaf, block_before["attention"][name]), name
 
 
-def stacked_shapes(hlo_text, layers):
-    """Returns the shapes with a leading dimension of layers that the loops of a program carry, each as often
-    as in the loop that has it most often."""
-    found = {}
+def carried_arrays(hlo_text):
+    """Returns how often the loops of a program carry arrays of each element type and size, of whatever shape:
+    the number in the loop that has the most of them."""
+    found = collections.Counter()
     for carried in re.findall(r"= \((.*?)\) while\(", hlo_text):
-        shapes = re.findall(rf"\w+\[{layers},([\d,]+)\]", carried)
-        for shape in set(shapes):
-            found[shape] = max(found.get(shape, 0), shapes.count(shape))
+        arrays = re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", carried)
+        found |= collections.Counter((kind, math.prod(map(int, shape.split(",")))) for kind, shape in arrays)
     return found
 
 
@@ -184,10 +189,13 @@ def test_frozen_weights_have_no_gradient_no_state_and_no_copies(expert_format, r
     # Two moments and a few scalars.
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 2 * trained + 10
     program = make_train_step(config).lower(state, jax.eval_shape(lambda: make_batch(0)), frozen).compile()
-    shapes = stacked_shapes(program.as_text(), layers)
+    arrays = carried_arrays(program.as_text())
     # Each stack of weights is read by the loops over layers, and no loop carries another one of its size.
     for name, leaf in frozen["blocks"]["0"]["moe"].items():
         if leaf.ndim > 3:
-            assert shapes[",".join(map(str, leaf.shape[1:]))] == 1, name
-    merged = {f"{E},{D},{2 * F}", f"{E},{2 * F},{D}", f"{E},{D},{F}"}
-    assert not merged & shapes.keys()
+            kind = "u8" if leaf.dtype == jnp.uint8 else "f32"
+            assert arrays[kind, leaf.size] == 1, name
+    if expert_format == "mxfp4":
+        # Neither the stack nor a layer of it is unpacked.
+        unpacked = {stack * size for stack in (1, layers) for size in (E * D * 2 * F, E * F * D)}
+        assert not unpacked & {size for kind, size in arrays if kind != "u8"}

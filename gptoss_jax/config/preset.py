@@ -40,7 +40,7 @@ def read_preset(
     if not path.is_file():
         folder = pathlib.Path(__file__).parents[2]
         presets = (path.relative_to(folder).as_posix() for path in (folder / "configs").rglob("*.py"))
-        known = ", ".join(sorted(presets))
+        known = ", ".join(sorted(presets, key=lambda name: (name.count("/"), name)))
         raise ValueError(f"config is {str(path)!r}: no such file" + (f"; there are {known}" if known else ""))
     config = _run(path) if path.suffix == ".py" else None
     allowed = "must be a Python file that ends with `config = TrainConfig(...)`"
