@@ -1,12 +1,12 @@
-"""Slices and nodes that full training fits on: python benchmarks/scaling.py [--only TEXT ...] [--table].
+"""Slices and nodes that training fits on: python benchmarks/scaling.py [--only TEXT ...] [--table].
 
-For each line of PLANS: the estimate from shapes and, for a TPU slice, the real train step compiled by libtpu
-(minutes to an hour each, and several GB of memory). Each result is written to results/scaling.json at once;
-results that are there are not repeated, except with --again. Prints the table of docs/scaling.md.
+For each line of PLANS and FINETUNING: the estimate from shapes and, for a TPU slice, the real train step
+compiled by libtpu (minutes to an hour each, and several GB of memory). Each result is written to
+results/scaling.json at once; results that are there are not repeated, except with --again. Prints the tables
+of docs/scaling.md and docs/finetuning.md.
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -41,10 +41,42 @@ PLANS = (
     ("gpt_oss_120b", "8x8xH200", "expert=64", 64),
     ("gpt_oss_120b", "8x8xH200", "fsdp=8,expert=8", 64),
 )
+ONE_ROW = "--optim.grad-accum-steps 8"
+TWO_STEPS = "--optim.grad-accum-steps 2"
+BF16 = "--model.expert-format plain"
+LARGE = "--model.num-hidden-layers 36 --model.num-local-experts 128"
+# The same, and flags.
+FINETUNING = (
+    ("finetune/sft_qlora_20b", "v5p:1x1x1", "data=1", 8, ONE_ROW),
+    ("finetune/sft_qlora_20b", "v6e:1x1", "data=1", 8, ONE_ROW),
+    ("finetune/sft_qlora_20b", "v6e:2x2", "data=4", 8, TWO_STEPS),
+    ("finetune/sft_qlora_20b", "v5e:2x2", "expert=4", 8, TWO_STEPS),
+    ("finetune/sft_qlora_20b", "1xH100", "data=1", 8, ONE_ROW),
+    ("finetune/sft_qlora_120b", "v5p:1x1x1", "data=1", 8, ONE_ROW),
+    ("finetune/sft_qlora_120b", "v6e:2x2", "expert=4", 8, TWO_STEPS),
+    ("finetune/sft_qlora_120b", "v5e:2x2", "expert=4", 8, TWO_STEPS),
+    ("finetune/sft_qlora_120b", "v5e:2x4", "expert=8", 8, ""),
+    ("finetune/sft_qlora_120b", "1xH100", "data=1", 8, ONE_ROW),
+    ("finetune/sft_qlora_120b", "1xH200", "data=1", 8, ONE_ROW),
+    ("finetune/sft_lora_20b", "v5p:1x1x1", "data=1", 8, ONE_ROW),
+    ("finetune/sft_lora_20b", "v6e:2x2", "expert=4", 8, TWO_STEPS),
+    ("finetune/sft_lora_20b", "v5e:2x2", "expert=4", 8, TWO_STEPS),
+    ("finetune/sft_lora_20b", "1xH100", "data=1", 8, ONE_ROW),
+    ("finetune/sft_qlora_120b", "v5p:2x2x1", "expert=4", 8, f"{TWO_STEPS} {BF16}"),
+    ("finetune/sft_qlora_120b", "4xH100", "expert=4", 8, f"{TWO_STEPS} {BF16}"),
+    ("finetune/sft_qlora_120b", "2xH200", "expert=2", 8, f"--optim.grad-accum-steps 4 {BF16}"),
+    ("finetune/sft_full_20b", "v5p:2x2x1", "expert=4", 8, TWO_STEPS),
+    ("finetune/sft_full_20b", "8xH100", "expert=8", 8, ""),
+    ("finetune/sft_full_20b", "4xH200", "expert=4", 8, TWO_STEPS),
+    ("finetune/sft_full_20b", "v5p:4x4x2", "expert=32", 32, LARGE),
+    ("finetune/sft_full_20b", "4x8xH100", "expert=32", 32, LARGE),
+    ("finetune/sft_full_20b", "2x8xH200", "expert=16", 16, LARGE),
+)
 
 
 def key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("preset", "devices", "mesh", "batch_size"))
+    names = ("preset", "devices", "mesh", "batch_size", "flags")
+    return tuple(row[name] for name in names if name in row)
 
 
 def read() -> list[dict]:
@@ -54,22 +86,25 @@ def read() -> list[dict]:
 def keep(row: dict) -> None:
     """Writes a row to the file, replacing an older one of the same plan."""
     rows = [other for other in read() if key(other) != key(row)] + [row]
-    order = {plan: i for i, plan in enumerate(PLANS)}
-    rows.sort(key=lambda other: order.get(key(other), len(PLANS)))
+    order = {plan: i for i, plan in enumerate(PLANS + FINETUNING)}
+    rows.sort(key=lambda other: order.get(key(other), len(order)))
     RESULTS.parent.mkdir(exist_ok=True)
     temporary = RESULTS.with_suffix(".tmp")
     temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, RESULTS)
 
 
-def measure(preset: str, devices: str, mesh: str, batch_size: int, compiled: bool = True) -> dict:
+def measure(
+    preset: str, devices: str, mesh: str, batch_size: int, flags: str | None = None, *, compiled: bool = True
+) -> dict:
     from gptoss_jax.config.preset import read_preset
     from gptoss_jax.hardware import parse_topology
     from gptoss_jax.planning.plan import make_plan
 
-    config = read_preset(HERE.parent / "configs" / f"{preset}.py")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
+    changes = [*(flags or "").split(), "--data.batch-size", str(batch_size)]
+    config = read_preset(HERE.parent / "configs" / f"{preset}.py", changes)
     row = {"preset": preset, "devices": devices, "mesh": mesh, "batch_size": batch_size}
+    row |= {} if flags is None else {"flags": flags}
     row |= {"seq_len": config.data.seq_len, "remat": config.model.remat}
     row |= {"versions": {"jax": importlib.metadata.version("jax")}}
     if ":" in devices and not compiled:
@@ -89,6 +124,15 @@ def measure(preset: str, devices: str, mesh: str, batch_size: int, compiled: boo
     return row | {"compiled": values["compiled"][0] if values["compiled"] else None}
 
 
+def name_of(row: dict) -> str:
+    """Returns the model and, in fine-tuning, what is trained beside which weights."""
+    size = "120b" if "120b" in row["preset"] or LARGE in row.get("flags", "") else "20b"
+    if "flags" not in row:
+        return size
+    is_packed = "qlora" in row["preset"] and BF16 not in row["flags"]
+    return f"{size} {'full' if 'full' in row['preset'] else 'QLoRA' if is_packed else 'LoRA'}"
+
+
 def table(rows: list[dict]) -> str:
     """Returns the table, in GB of one device. Compiled: the peak, or the need of a step that is too large."""
     lines = [
@@ -103,7 +147,7 @@ def table(rows: list[dict]) -> str:
             size = f"{needed / 1e9:,.1f}" if needed else "too much"
             capacity = compiled["available"] or capacity
         lines.append(
-            f"| {row['preset'].removeprefix('gpt_oss_')} | {row['count']} ({row['devices']}) "
+            f"| {name_of(row)} | {row['count']} ({row['devices']}) "
             f"| `{row['mesh']}` | {row['batch_size']} | {capacity / 1e9:,.1f} "
             f"| {guess['memory']['total'] / 1e9:,.1f} | {size} | {'yes' if fits else 'no'} "
             f"| {guess['compute_seconds']:,.2f} + {guess['communication_seconds']:,.2f} s |"
@@ -125,13 +169,14 @@ def main() -> None:
     done = set() if options.again else {key(row) for row in read()}
     for row in read() if options.estimates else ():
         keep(row | {"estimate": measure(*key(row), compiled=False)["estimate"]})
-    for plan in () if options.table or options.estimates else PLANS:
+    for plan in () if options.table or options.estimates else PLANS + FINETUNING:
         line = " ".join(map(str, plan))
         if plan in done or not all(word in line for word in options.only):
             continue
         print(line, flush=True)
         keep(measure(*plan))
-    print(table(read()))
+    for is_finetuning in (False, True):
+        print(table([row for row in read() if ("flags" in row) == is_finetuning]), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import re
 
 from gptoss_jax.config import SLIDING, ModelConfig
 from gptoss_jax.config.base import nearest
+from gptoss_jax.config.model import EXPERT_TARGETS, LORA_TARGETS
 
 GIB = 1 << 30
 
@@ -127,7 +128,8 @@ def _matmul_weights(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """Returns the numbers of parameters, `(total, active)`; norms, biases and sinks are in both.
+    """Returns the numbers of parameters, `(total, active)`, without adapters; norms, biases and sinks are in
+    both.
 
     Active are the ones a token is multiplied with: `num_experts_per_tok` of the experts, and not the input
     embedding, from which a row is only looked up. Tied weights count once, in both, because the head uses
@@ -147,6 +149,21 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     return (total if config.tie_word_embeddings else total + vocabulary), active
 
 
+def adapter_weights(config: ModelConfig, targets: tuple[str, ...] = LORA_TARGETS) -> int:
+    """Returns the weights that a token is multiplied with in the adapters of some targets, in all layers."""
+    hidden, width, size = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    outputs = {"q": queries, "k": keys, "v": keys, "out": queries, "gate_up": 2 * width, "down": width}
+    outputs |= {"router": config.num_local_experts, "head": config.vocab_size}
+    count = 0
+    for target in targets if config.lora is not None else ():
+        times = config.num_experts_per_tok if target in EXPERT_TARGETS else 1
+        times *= 1 if target == "head" else config.num_hidden_layers
+        if target in config.lora.targets:
+            count += times * config.lora_rank(target) * (hidden + outputs[target])
+    return count
+
+
 def mean_visible_keys(config: ModelConfig, layer_type: str, seq_len: int) -> float:
     """Returns how many keys a query sees, averaged over the positions of one document of `seq_len` tokens.
 
@@ -162,10 +179,11 @@ def mean_visible_keys(config: ModelConfig, layer_type: str, seq_len: int) -> flo
 def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) -> float:
     """Returns the useful FLOPs for one token of a row of `seq_len` tokens, head included.
 
-    Two for each multiply-add of a matrix product: projections, router, active experts, head, and q·k and
-    p·v over the mean number of visible keys. Norms, softmax and activations are left out, as is usual.
-    Training is three times the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Rows packed
-    from several short documents need less in attention: this is the cost of one document per row.
+    Two for each multiply-add of a matrix product: projections, router, active experts, head, their adapters,
+    and q·k and p·v over the mean number of visible keys. Norms, softmax and activations are left out, as is
+    usual. Training is three times the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), but
+    twice for the weights that adapters leave frozen: they have no gradient. Rows packed from several short
+    documents need less in attention: this is the cost of one document per row.
 
     Raises ValueError if `seq_len` is below 1.
     """
@@ -175,5 +193,7 @@ def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) ->
     layer = attention + router + config.num_experts_per_tok * expert
     keys = sum(mean_visible_keys(config, kind, seq_len) for kind in config.resolved_layer_types)
     scores = 2 * config.num_attention_heads * config.head_dim * keys
-    forward = 2 * (config.num_hidden_layers * layer + scores + head)
-    return 3.0 * forward if training else float(forward)
+    weights, adapters = config.num_hidden_layers * layer + head, adapter_weights(config)
+    if not training:
+        return 2.0 * (weights + adapters + scores)
+    return 2.0 * ((3 if config.lora is None else 2) * weights + 3 * (adapters + scores))

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from gptoss_jax.config import FULL, SLIDING, ModelConfig
+from gptoss_jax.config import FULL, SLIDING, LoraConfig, ModelConfig
 from gptoss_jax.hardware import (
     CHIPS,
+    adapter_weights,
     find_chip,
     flops_per_token,
     mean_visible_keys,
@@ -80,6 +81,19 @@ def test_flops_counted_by_hand():
     assert flops_per_token(TINY, 5) == pytest.approx(3 * forward)
     with pytest.raises(ValueError, match="seq_len is 0"):
         flops_per_token(TINY, 0)
+
+
+def test_flops_of_adapters():
+    config = dataclasses.replace(TINY, lora=LoraConfig(rank=4, expert_rank=2))
+    # q and out 4 * (10 + 24), k and v 4 * (10 + 8), three experts 2 * (10 + 14) + 2 * (7 + 10).
+    adapters = 2 * (2 * 136 + 2 * 72 + 3 * 82)
+    assert adapter_weights(config) == adapters == 1324
+    assert adapter_weights(config, ("down", "head")) == 2 * 3 * 34
+    assert flops_per_token(config, 5, training=False) == pytest.approx(2 * (2750 + adapters + 259.2))
+    # The frozen weights have no gradient.
+    assert flops_per_token(config, 5) == pytest.approx(4 * 2750 + 6 * (adapters + 259.2))
+    every = dataclasses.replace(config, lora=LoraConfig(rank=4, targets=("router", "head")))
+    assert adapter_weights(every) == 2 * 4 * (10 + 5) + 4 * (10 + 11)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, 
 from gptoss_jax.hardware import CHIPS, GIB, flops_per_token, parameter_counts
 from gptoss_jax.parallel.mesh import AXES, make_mesh
 from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step, read_refusal
-from gptoss_jax.planning.estimate import estimate, transfer_seconds
+from gptoss_jax.planning.estimate import estimate
 from gptoss_jax.planning.hlo import collectives, mesh_axes, parse_groups, shape_bytes
 from gptoss_jax.planning.plan import all_meshes, make_plan, parse_mesh, rank
 from gptoss_jax.planning.report import show
+from gptoss_jax.planning.traffic import transfer_seconds
 from gptoss_jax.training.state import create_state
 
 # Sizes that all differ, and are divisible by 2 and 4 where a mesh axis splits them.

@@ -112,21 +112,34 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     import jax
     from jax.experimental import topologies
 
+    from gptoss_jax.checkpoints.load import load_target
     from gptoss_jax.data.batches import abstract_batch
+    from gptoss_jax.model.lora import is_adapter
+    from gptoss_jax.model.transformer import compute_dtype
     from gptoss_jax.parallel.mesh import make_mesh
     from gptoss_jax.parallel.rules import batch_sharding
+    from gptoss_jax.training.base_weights import base_config
     from gptoss_jax.training.state import abstract_state
     from gptoss_jax.training.step import make_train_step
 
+    # By default libtpu only knows slices of whole hosts, each with four chips.
+    is_one_chip = {*topology.partition(":")[2].split("x")} == {"1"}
+    options = {"chips_per_host_bounds": (1, 1, 1)} if is_one_chip else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     mesh = make_mesh(config.mesh, devices)
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh))
     began = time.monotonic()
     with jax.set_mesh(mesh):
-        lowered = make_train_step(config).lower(abstract_state(config, mesh), batch)
+        frozen, is_trainable = {}, None
+        if config.model.lora is not None:
+            # Published weights: in bfloat16 where the model computes in it.
+            dtype, is_trainable = compute_dtype(config.model).name, is_adapter
+            frozen = load_target(base_config(config.model), mesh, dtype)
+        state = abstract_state(config, mesh, is_trainable)
+        lowered = make_train_step(config).lower(state, batch, frozen)
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

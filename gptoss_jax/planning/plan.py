@@ -9,6 +9,7 @@ from typing import Any
 from gptoss_jax.config import MeshConfig, TrainConfig, require
 from gptoss_jax.config.base import nearest
 from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology
+from gptoss_jax.model.lora import adapter_counts
 from gptoss_jax.parallel.mesh import AXES, divisors
 from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step
 from gptoss_jax.planning.estimate import Estimate, estimate
@@ -28,6 +29,12 @@ class Plan:
     compiled: list[CompiledStep]
 
     @property
+    def trained_parameters(self) -> int:
+        """Those of the adapters, if there are any, else all."""
+        model = self.config.model
+        return parameter_counts(model)[0] if model.lora is None else sum(adapter_counts(model).values())
+
+    @property
     def fits(self) -> bool:
         """Whether any mesh fits, according to the compiler if it ran."""
         return any(one.fits for one in self.compiled or self.estimates)
@@ -44,6 +51,7 @@ class Plan:
             "config": self.config.to_dict(),
             "parameters": total,
             "active_parameters": active,
+            "trained_parameters": self.trained_parameters,
             "chip": dataclasses.asdict(self.chip),
             "devices": self.devices,
             "topology": self.topology,

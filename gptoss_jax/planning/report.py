@@ -20,13 +20,16 @@ def show(plan: Plan, console: Console) -> None:
     """Prints a plan."""
     model, data, best = plan.config.model, plan.config.data, plan.estimates[0]
     total, active = parameter_counts(model)
+    size = f"{format_count(total)} parameters, {format_count(active)} active per token"
+    if model.lora is not None:
+        size += f", frozen; {format_count(plan.trained_parameters)} trained"
     step = f"{data.batch_size:,} rows of {data.seq_len:,} tokens: "
     step += f"{format_si(best.useful_flops * plan.devices, 'FLOPs')} useful"
     if best.flops > best.useful_flops:
         step += f", {format_si(best.flops * plan.devices, 'FLOPs')} with remat {model.remat}"
     memory, peak = gigabytes(plan.chip.memory), format_si(plan.chip.peak, "FLOP/s")
     for name, text in (
-        ("Model", f"{format_count(total)} parameters, {format_count(active)} active per token"),
+        ("Model", size),
         ("Step", step),
         ("Devices", f"{plan.devices:,} of {plan.topology or plan.chip.name}, each {memory} GB and {peak}"),
     ):
@@ -70,11 +73,14 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], widths: Sequen
 
 def _estimates(plan: Plan) -> Table:
     title = "Estimate from shapes, one device: GB (1e9 bytes), seconds at published rates"
-    names = ("param", "optim", "grad", "activ", "temp", "total", "", "compute", "send")
+    has_frozen = plan.config.model.lora is not None
+    names = ("frozen", "trained") if has_frozen else ("param",)
+    names += ("optim", "grad", "activ", "temp", "total", "", "compute", "send")
     table = _table(title, ["mesh"], names)
     for i, one in enumerate(plan.estimates[:MAX_ROWS]):
         memory = one.memory
-        sizes = (memory.parameters, memory.optimizer, memory.gradients, memory.activations)
+        sizes = (memory.frozen, memory.parameters)[not has_frozen :]
+        sizes += (memory.optimizer, memory.gradients, memory.activations)
         table.add_row(
             mesh_name(one.mesh, ", "),
             *map(gigabytes, (*sizes, memory.temporaries, memory.total)),

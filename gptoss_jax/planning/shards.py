@@ -1,0 +1,140 @@
+"""What one device of a mesh holds of a train state and of frozen weights, from shapes."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.model.lora import is_adapter
+from gptoss_jax.model.parameters import letters_of, parameter_shardings, path_names, split_params
+from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.parallel.mesh import AXES, batch_shards
+from gptoss_jax.parallel.rules import compute_spec
+from gptoss_jax.training.state import TrainState, abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter on one device: its path, elements, bytes of an element in use, and the mesh axes that
+    shard it in storage and over which it is gathered for use."""
+
+    names: tuple[str, ...]
+    size: int
+    itemsize: int
+    is_trained: bool
+    axes: frozenset[str]
+    gathered_over: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step on a mesh, as seen by one device."""
+
+    config: TrainConfig
+    mesh: dict[str, int]
+    parameters: list[Parameter]
+    # Bytes of the trained parameters, of the rest of the state, and of the frozen parameters.
+    trained_bytes: int
+    optimizer_bytes: int
+    frozen_bytes: int
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def microbatches(self) -> int:
+        return self.config.optim.grad_accum_steps
+
+    @property
+    def rows(self) -> int:
+        """Rows of a microbatch, on all devices."""
+        return self.config.data.batch_size // self.microbatches
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch, on one device."""
+        return self.rows // batch_shards(self.mesh) * self.config.data.seq_len
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return _compute_type(self.model).itemsize
+
+    def trains(self, target: str) -> bool:
+        """Returns True if a weight such as "down" is trained or has an adapter."""
+        return self.model.lora is None or target in self.model.lora.targets
+
+    def axis_size(self, axes: tuple[str, ...]) -> int:
+        return math.prod(self.mesh[axis] for axis in axes)
+
+    def gathered(self, parameters: Iterable[Parameter], itemsize: int | None = None) -> int:
+        """Bytes of parameters, gathered, in the type in which they are used or with `itemsize` bytes each."""
+        return sum(p.size * self.axis_size(p.gathered_over) * (itemsize or p.itemsize) for p in parameters)
+
+
+def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
+    """Returns the step of a config on a mesh, given as sizes by axis in place of the config's own.
+
+    Raises ValueError, with the valid sizes, if the mesh does not divide a parameter.
+    """
+    shapes = _shapes(dataclasses.replace(config, mesh=type(config.mesh)()))
+    shardings = parameter_shardings(shapes, _abstract_mesh(mesh))
+    state, frozen = jax.tree.map(_local_bytes, shapes, shardings)
+    trained = sum(jax.tree.leaves(state.params))
+    rest = sum(jax.tree.leaves(state)) - trained
+    parameters = _parameters(config.model, *shapes, *shardings)
+    return Step(config, mesh, parameters, trained, rest, sum(jax.tree.leaves(frozen)))
+
+
+@functools.cache
+def _shapes(config: TrainConfig) -> tuple[TrainState, dict]:
+    """The abstract state, and the frozen parameters as published ones are loaded."""
+    is_trained = None if config.model.lora is None else is_adapter
+    state = abstract_state(config, _abstract_mesh(dict.fromkeys(AXES, 1)), is_trained)
+    _, frozen = split_params(abstract_params(config.model), is_trained)
+    dtype = _compute_type(config.model)
+    return state, jax.tree.map(
+        lambda leaf: leaf if leaf.dtype == jnp.uint8 else jax.ShapeDtypeStruct(leaf.shape, dtype), frozen
+    )
+
+
+def _compute_type(model: ModelConfig) -> jnp.dtype:
+    """The type of activations; "auto" is bfloat16 on every accelerator."""
+    return jnp.dtype("bfloat16" if model.compute_dtype == "auto" else model.compute_dtype)
+
+
+def _abstract_mesh(mesh: dict[str, int]) -> AbstractMesh:
+    return AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _local_bytes(leaf, sharding) -> int:
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _parameters(
+    model: ModelConfig, state: TrainState, frozen: dict, of_state: TrainState, of_frozen: dict
+) -> list[Parameter]:
+    """All parameters; the last two arguments are the shardings."""
+
+    def axes_of(spec) -> frozenset[str]:
+        return frozenset(a for entry in spec for a in ((entry,) if isinstance(entry, str) else entry or ()))
+
+    def parameter(is_trained, path, leaf, sharding) -> Parameter:
+        axes, kept = axes_of(sharding.spec), axes_of(compute_spec(letters_of(path)))
+        gathered = tuple(axis for axis in AXES if axis in axes - kept and sharding.mesh.shape[axis] > 1)
+        size = math.prod(sharding.shard_shape(leaf.shape))
+        # Packed bytes are used as they are.
+        itemsize = 1 if leaf.dtype == jnp.uint8 else _compute_type(model).itemsize
+        return Parameter(path_names(path), size, itemsize, is_trained, axes, gathered)
+
+    found = [
+        jax.tree_util.tree_map_with_path(functools.partial(parameter, is_trained), tree, placed)
+        for is_trained, tree, placed in ((True, state.params, of_state.params), (False, frozen, of_frozen))
+    ]
+    return jax.tree.leaves(found, is_leaf=lambda leaf: isinstance(leaf, Parameter))

@@ -1,0 +1,97 @@
+"""Collectives of a training step from shapes: what sharding asks for, in bytes and seconds."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from gptoss_jax.hardware import Chip
+from gptoss_jax.parallel.mesh import BATCH
+from gptoss_jax.planning.hlo import bytes_sent
+from gptoss_jax.planning.shards import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectiveCost:
+    """All collectives of one purpose in a step: bytes that a device sends, seconds at the published rates."""
+
+    purpose: str
+    # One of `hlo.KINDS`.
+    kind: str
+    axes: tuple[str, ...]
+    sent: float
+    seconds: float
+
+
+def collective_costs(step: Step, chip: Chip) -> tuple[CollectiveCost, ...]:
+    """Returns the collectives of a step that send anything."""
+    return tuple(
+        CollectiveCost(*cost, sent, transfer_seconds(chip, step.mesh, *cost[1:], sent))
+        for *cost, sent in _collectives(step)
+        if sent > 0
+    )
+
+
+def transfer_seconds(
+    chip: Chip, mesh: dict[str, int], kind: str, axes: tuple[str, ...], sent: float
+) -> float:
+    """Seconds for one device to send `sent` bytes along some axes; the mesh's last axis has the nearest
+    neighbors.
+
+    In a slice all links of a chip work at once. If a group spans nodes, its k devices in a node share the
+    uplink: each carries 1/k of a ring's traffic; an all-to-all sends all cross-node traffic out.
+    """
+    inside = sent / chip.link
+    if chip.node is None or math.prod(mesh.values()) <= chip.node:
+        return inside
+    near, stride = 1, 1
+    for axis, size in reversed(mesh.items()):
+        if axis in axes:
+            near *= min(size, max(1, chip.node // stride))
+        stride *= size
+    size = math.prod(mesh[axis] for axis in axes)
+    if near >= size:
+        return inside
+    out = sent * (size - near) / (size - 1) if "all-to-all" in kind else sent / near
+    return max(inside, out / chip.network)
+
+
+def _collectives(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
+    """Yields (purpose, kind, axes, bytes sent by a device in a step) for all that the sharding requires."""
+    model, width, n = step.model, step.itemsize, step.microbatches
+    for axes in sorted({p.gathered_over for p in step.parameters if p.gathered_over}):
+        size = step.axis_size(axes)
+        found = [p for p in step.parameters if p.gathered_over == axes]
+        blocks, embedding, head = (
+            [p for p in found if part in p.names] for part in ("blocks", "embedding", "head")
+        )
+        # Forward and backward pass gather, with or without remat. The embedding is sent as it is stored, and
+        # gradients of embedding and head in float32.
+        stored = width if model.lora else 4
+        gathers = n * (2 * step.gathered(blocks) + step.gathered(embedding, stored) + step.gathered(head))
+        yield "gather parameters", "all-gather", axes, bytes_sent("all-gather", gathers, size)
+        blocks, rest = ([p for p in part if p.is_trained] for part in (blocks, embedding + head))
+        scatters = n * (step.gathered(blocks) + step.gathered(rest, itemsize=4))
+        yield "scatter gradients", "reduce-scatter", axes, bytes_sent("reduce-scatter", scatters, size)
+    # Gradients are summed over the batch axes that do not shard the parameter: they hold copies of it.
+    replicated: dict[tuple[str, ...], int] = {}
+    for p in step.parameters:
+        axes = tuple(axis for axis in BATCH if axis not in p.axes and step.mesh[axis] > 1)
+        size = p.size * (width if "blocks" in p.names else 4)
+        replicated[axes] = replicated.get(axes, 0) + p.is_trained * size
+    for axes, size in replicated.items():
+        yield "sum gradients", "all-reduce", axes, n * bytes_sent("all-reduce", size, step.axis_size(axes))
+    # Rows travel to their experts and back, in the forward and backward pass and, with remat, once more.
+    passes = (3 if model.remat == "block" else 2) * model.num_hidden_layers
+    stream = n * step.tokens * model.hidden_size * width
+    rows = stream * model.num_experts_per_tok * 2 * passes
+    sent = bytes_sent("all-to-all", rows, step.mesh["expert"])
+    yield "dispatch and combine", "ragged-all-to-all", ("expert",), sent
+    # Outputs of attention and experts, gradients of their inputs; embedding and loss. Packed experts instead
+    # gather their rows, between their two products and after them.
+    is_packed, tensor = model.expert_format == "mxfp4", step.mesh["tensor"]
+    sums = stream * ((1 if is_packed else 2) * passes + 2)
+    yield "sum over tensor", "all-reduce", ("tensor",), bytes_sent("all-reduce", sums, tensor)
+    if is_packed:
+        width_of_rows = model.intermediate_size + model.hidden_size
+        rows = n * step.tokens * model.num_experts_per_tok * width_of_rows * width * passes
+        yield "gather expert rows", "all-gather", ("tensor",), bytes_sent("all-gather", rows, tensor)
