@@ -141,12 +141,15 @@ def uneven_sizes(rows: int, groups: int) -> np.ndarray:
 
 
 class Training:
-    """Trains a model on one device, always on the same batch of random tokens, one document per row."""
+    """Trains a model on one device, by default always on the same batch of random tokens, one document per
+    row. A model with adapters trains only them, beside random weights."""
 
     def __init__(self, model, rows: int, length: int):
         from gptoss_jax.config import DataConfig, MeshConfig, TrainConfig
+        from gptoss_jax.model.lora import is_adapter
+        from gptoss_jax.model.parameters import split_params
         from gptoss_jax.parallel.mesh import make_mesh
-        from gptoss_jax.training.state import create_state
+        from gptoss_jax.training.state import create_params, create_state
         from gptoss_jax.training.step import make_train_step
 
         config = TrainConfig(
@@ -158,13 +161,29 @@ class Training:
         self._batch = batch_of(random_tokens(model.vocab_size, rows, length))
         self._mesh = make_mesh(config.mesh, jax.devices()[:1])
         with jax.set_mesh(self._mesh):
-            self._state = create_state(config, self._mesh)
-            self.program = make_train_step(config).lower(self._state, self._batch).compile()
+            params = create_params(config, self._mesh)
+            trained, self._frozen = split_params(params, is_adapter if model.lora else None)
+            self._state = create_state(config, self._mesh, trained)
+            self._step = make_train_step(config)
+        self._programs = {}
+        start = time.perf_counter()
+        self.program = self.compile(self._batch)
+        self.compile_seconds = time.perf_counter() - start
 
-    def step(self) -> jax.Array:
+    def compile(self, batch: dict):
+        """Returns the step's program for batches of this shape."""
+        shape = batch["tokens"].shape
+        if shape not in self._programs:
+            with jax.set_mesh(self._mesh):
+                self._programs[shape] = self._step.lower(self._state, batch, self._frozen).compile()
+        return self._programs[shape]
+
+    def step(self, batch: dict | None = None) -> jax.Array:
         """Takes one step and returns its loss, when the loss and the whole state are ready."""
+        batch = self._batch if batch is None else batch
+        program = self.compile(batch)
         with jax.set_mesh(self._mesh):
-            self._state, metrics = self.program(self._state, self._batch)
+            self._state, metrics = program(self._state, batch, self._frozen)
         jax.block_until_ready(self._state)
         return metrics["loss"]
 

@@ -3,6 +3,7 @@ and the bytes of a decoding step are counted right."""
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -182,10 +183,34 @@ def test_tokens_before_a_difference(module):
     assert same([[1, 2, 3]], [[1, 2, 3]]) == 3
 
 
+def test_packed_and_padded_rows_have_the_same_examples(module, tmp_path):
+    finetune, file = module("finetune"), tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"Count to {i}.", "input": "", "output": "1 2 3 " * i} for i in range(1, 41)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    batches = finetune.batches_of(str(file), str(tmp_path / "cache"), rows=2, length=512, rounds=10)
+    found = {kind: set() for kind in batches}
+    for kind, batch in ((kind, batch) for kind, some in batches.items() for batch in some):
+        segments = batch["segment_ids"]
+        for row, segment in itertools.product(range(len(segments)), range(1, segments.max() + 1)):
+            place = row, segments[row] == segment
+            positions = batch["positions"][place].tolist()
+            assert positions == list(range(len(positions)))
+            example = [batch[name][place].tolist() for name in ("tokens", "targets", "loss_weights")]
+            found[kind] |= {str(example)} if positions else set()
+    assert found["packed"] == found["padded"] == found["padded to the longest"]
+    # One of the 40 rows is held out.
+    assert len(found["packed"]) == 39
+    assert {batch["tokens"].shape for batch in batches["packed"]} == {(2, 512)}
+    assert {batch["tokens"].shape for batch in batches["padded"]} == {(5, 512)}
+    for batch in batches["padded to the longest"]:
+        padding = batch["segment_ids"] == 0
+        assert padding.shape[0] == 5 and padding.shape[1] % 64 == 0 and padding.sum(axis=1).min() < 64
+
+
 NAMES = ["compile_time", "context", "decode_limit", "decode_vs_transformers", "experts", "kernels", "remat"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "train_vs_transformers"])
+@pytest.mark.parametrize("name", [*NAMES, "finetune", "train_vs_transformers"])
 def test_help(name, module):
     text = module(name).make_parser().format_help()
     assert f"python benchmarks/{name}.py" in text and "--quick" in text
