@@ -41,42 +41,41 @@ PLANS = (
     ("gpt_oss_120b", "8x8xH200", "expert=64", 64),
     ("gpt_oss_120b", "8x8xH200", "fsdp=8,expert=8", 64),
 )
-ONE_ROW = "--optim.grad-accum-steps 8"
-TWO_STEPS = "--optim.grad-accum-steps 2"
-BF16 = "--model.expert-format plain"
+# Preset, slice or GPUs, mesh, flags of train.py: one row at a time for each device that splits the batch.
 LARGE = "--model.num-hidden-layers 36 --model.num-local-experts 128"
-# The same, and flags.
 FINETUNING = (
-    ("finetune/sft_qlora_20b", "v5p:1x1x1", "data=1", 8, ONE_ROW),
-    ("finetune/sft_qlora_20b", "v6e:1x1", "data=1", 8, ONE_ROW),
-    ("finetune/sft_qlora_20b", "v6e:2x2", "data=4", 8, TWO_STEPS),
-    ("finetune/sft_qlora_20b", "v5e:2x2", "expert=4", 8, TWO_STEPS),
-    ("finetune/sft_qlora_20b", "1xH100", "data=1", 8, ONE_ROW),
-    ("finetune/sft_qlora_120b", "v5p:1x1x1", "data=1", 8, ONE_ROW),
-    ("finetune/sft_qlora_120b", "v6e:2x2", "expert=4", 8, TWO_STEPS),
-    ("finetune/sft_qlora_120b", "v5e:2x2", "expert=4", 8, TWO_STEPS),
-    ("finetune/sft_qlora_120b", "v5e:2x4", "expert=8", 8, ""),
-    ("finetune/sft_qlora_120b", "1xH100", "data=1", 8, ONE_ROW),
-    ("finetune/sft_qlora_120b", "1xH200", "data=1", 8, ONE_ROW),
-    ("finetune/sft_lora_20b", "v5p:1x1x1", "data=1", 8, ONE_ROW),
-    ("finetune/sft_lora_20b", "v6e:2x2", "expert=4", 8, TWO_STEPS),
-    ("finetune/sft_lora_20b", "v5e:2x2", "expert=4", 8, TWO_STEPS),
-    ("finetune/sft_lora_20b", "1xH100", "data=1", 8, ONE_ROW),
-    ("finetune/sft_qlora_120b", "v5p:2x2x1", "expert=4", 8, f"{TWO_STEPS} {BF16}"),
-    ("finetune/sft_qlora_120b", "4xH100", "expert=4", 8, f"{TWO_STEPS} {BF16}"),
-    ("finetune/sft_qlora_120b", "2xH200", "expert=2", 8, f"--optim.grad-accum-steps 4 {BF16}"),
-    ("finetune/sft_full_20b", "v5p:2x2x1", "expert=4", 8, TWO_STEPS),
-    ("finetune/sft_full_20b", "8xH100", "expert=8", 8, ""),
-    ("finetune/sft_full_20b", "4xH200", "expert=4", 8, TWO_STEPS),
-    ("finetune/sft_full_20b", "v5p:4x4x2", "expert=32", 32, LARGE),
-    ("finetune/sft_full_20b", "4x8xH100", "expert=32", 32, LARGE),
-    ("finetune/sft_full_20b", "2x8xH200", "expert=16", 16, LARGE),
+    ("sft_qlora_20b", "v5p:1x1x1", "data=1", ""),
+    ("sft_qlora_20b", "v6e:1x1", "data=1", ""),
+    ("sft_qlora_20b", "v6e:2x2", "data=4", "--optim.grad-accum-steps 2"),
+    ("sft_qlora_20b", "v5e:2x2", "expert=4", "--optim.grad-accum-steps 2"),
+    ("sft_qlora_20b", "1xH100", "data=1", ""),
+    ("sft_qlora_120b", "v5p:1x1x1", "data=1", "--optim.grad-accum-steps 8"),
+    ("sft_qlora_120b", "v6e:2x2", "expert=4", ""),
+    ("sft_qlora_120b", "v5e:2x2", "expert=4", ""),
+    ("sft_qlora_120b", "v5e:2x4", "expert=8", "--optim.grad-accum-steps 1"),
+    ("sft_qlora_120b", "1xH100", "data=1", "--optim.grad-accum-steps 8"),
+    ("sft_qlora_120b", "1xH200", "data=1", "--optim.grad-accum-steps 8"),
+    ("sft_lora_20b", "v5p:1x1x1", "data=1", "--optim.grad-accum-steps 16"),
+    ("sft_lora_20b", "v6e:2x2", "expert=4", "--optim.grad-accum-steps 4"),
+    ("sft_lora_20b", "v5e:2x2", "expert=4", "--optim.grad-accum-steps 4"),
+    ("sft_lora_20b", "1xH100", "data=1", "--optim.grad-accum-steps 16"),
+    ("sft_lora_20b", "v5p:2x2x1", "expert=4", f"--optim.grad-accum-steps 4 {LARGE}"),
+    ("sft_lora_20b", "4xH100", "expert=4", f"--optim.grad-accum-steps 4 {LARGE}"),
+    ("sft_lora_20b", "2xH200", "expert=2", f"--optim.grad-accum-steps 8 {LARGE}"),
+    ("sft_full_20b", "v5p:2x2x1", "expert=4", "--optim.grad-accum-steps 4"),
+    ("sft_full_20b", "v5p:2x2x2", "expert=8", "--optim.grad-accum-steps 2"),
+    ("sft_full_20b", "8xH100", "expert=8", "--optim.grad-accum-steps 2"),
+    ("sft_full_20b", "4xH200", "expert=4", "--optim.grad-accum-steps 4"),
+    ("sft_full_20b", "v5p:4x4x2", "expert=32", f"--data.batch-size 32 {LARGE}"),
+    ("sft_full_20b", "4x8xH100", "expert=32", f"--data.batch-size 32 {LARGE}"),
+    ("sft_full_20b", "2x8xH200", "expert=16", LARGE),
 )
 
 
 def key(row: dict) -> tuple:
-    names = ("preset", "devices", "mesh", "batch_size", "flags")
-    return tuple(row[name] for name in names if name in row)
+    return tuple(
+        row[name] for name in ("preset", "devices", "mesh", "flags" if "flags" in row else "batch_size")
+    )
 
 
 def read() -> list[dict]:
@@ -94,17 +93,17 @@ def keep(row: dict) -> None:
     os.replace(temporary, RESULTS)
 
 
-def measure(
-    preset: str, devices: str, mesh: str, batch_size: int, flags: str | None = None, *, compiled: bool = True
-) -> dict:
+def measure(preset: str, devices: str, mesh: str, change: int | str, compiled: bool = True) -> dict:
     from gptoss_jax.config.preset import read_preset
     from gptoss_jax.hardware import parse_topology
     from gptoss_jax.planning.plan import make_plan
 
-    changes = [*(flags or "").split(), "--data.batch-size", str(batch_size)]
-    config = read_preset(HERE.parent / "configs" / f"{preset}.py", changes)
-    row = {"preset": preset, "devices": devices, "mesh": mesh, "batch_size": batch_size}
-    row |= {} if flags is None else {"flags": flags}
+    is_finetuning = isinstance(change, str)
+    flags = change.split() if is_finetuning else ["--data.batch-size", str(change)]
+    folder = HERE.parent / "configs" / ("finetune" if is_finetuning else "")
+    config = read_preset(folder / f"{preset}.py", flags)
+    row = {"preset": preset, "devices": devices, "mesh": mesh, "batch_size": config.data.batch_size}
+    row |= {"flags": change} if is_finetuning else {}
     row |= {"seq_len": config.data.seq_len, "remat": config.model.remat}
     row |= {"versions": {"jax": importlib.metadata.version("jax")}}
     if ":" in devices and not compiled:
@@ -124,15 +123,6 @@ def measure(
     return row | {"compiled": values["compiled"][0] if values["compiled"] else None}
 
 
-def name_of(row: dict) -> str:
-    """Returns the model and, in fine-tuning, what is trained beside which weights."""
-    size = "120b" if "120b" in row["preset"] or LARGE in row.get("flags", "") else "20b"
-    if "flags" not in row:
-        return size
-    is_packed = "qlora" in row["preset"] and BF16 not in row["flags"]
-    return f"{size} {'full' if 'full' in row['preset'] else 'QLoRA' if is_packed else 'LoRA'}"
-
-
 def table(rows: list[dict]) -> str:
     """Returns the table, in GB of one device. Compiled: the peak, or the need of a step that is too large."""
     lines = [
@@ -140,18 +130,41 @@ def table(rows: list[dict]) -> str:
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for row in rows:
-        guess, compiled = row["estimate"], row["compiled"]
-        fits, size, capacity = guess["fits"], "from shapes", row["memory"]
-        if compiled is not None:
-            fits, needed = compiled["fits"], compiled["peak"] if compiled["fits"] else compiled["needed"]
-            size = f"{needed / 1e9:,.1f}" if needed else "too much"
-            capacity = compiled["available"] or capacity
+        guess, (fits, size, capacity) = row["estimate"], figures(row)
         lines.append(
-            f"| {name_of(row)} | {row['count']} ({row['devices']}) "
+            f"| {row['preset'].removeprefix('gpt_oss_')} | {row['count']} ({row['devices']}) "
             f"| `{row['mesh']}` | {row['batch_size']} | {capacity / 1e9:,.1f} "
             f"| {guess['memory']['total'] / 1e9:,.1f} | {size} | {'yes' if fits else 'no'} "
             f"| {guess['compute_seconds']:,.2f} + {guess['communication_seconds']:,.2f} s |"
         )
+    return "\n".join(lines)
+
+
+def figures(row: dict) -> tuple[bool, str, float]:
+    """Returns whether a step fits, its compiled size in GB, and the bytes of memory."""
+    compiled = row["compiled"]
+    if compiled is None:
+        return row["estimate"]["fits"], "from shapes", row["memory"]
+    needed = compiled["peak"] if compiled["fits"] else compiled["needed"]
+    size = f"{needed / 1e9:,.1f}" if needed else "too much"
+    return compiled["fits"], size, compiled["available"] or row["memory"]
+
+
+def finetuning_table(rows: list[dict]) -> str:
+    """Returns the table of fine-tuning, in GB of one device, with the arguments of `gptoss plan`."""
+    lines = [
+        "| `gptoss plan configs/finetune/` … | HBM | frozen | trained | estimated | compiled | fits |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        memory, (fits, size, capacity) = row["estimate"]["memory"], figures(row)
+        slice_ = f"--topology {row['devices']}"
+        gpus = f"--chip {row['devices'].split('x')[-1].lower()} --devices {row['count']}"
+        flags = f"{slice_ if ':' in row['devices'] else gpus} --mesh {row['mesh']} {row['flags']}".strip()
+        trained = sum(memory[name] for name in ("parameters", "optimizer", "gradients"))
+        sizes = (capacity, memory["frozen"], trained, memory["total"])
+        cells = " | ".join(f"{size / 1e9:,.1f}" for size in sizes)
+        lines.append(f"| `{row['preset']}.py {flags}` | {cells} | {size} | {'yes' if fits else 'no'} |")
     return "\n".join(lines)
 
 
@@ -175,8 +188,8 @@ def main() -> None:
             continue
         print(line, flush=True)
         keep(measure(*plan))
-    for is_finetuning in (False, True):
-        print(table([row for row in read() if ("flags" in row) == is_finetuning]), end="\n\n")
+    print(table([row for row in read() if "flags" not in row]), end="\n\n")
+    print(finetuning_table([row for row in read() if "flags" in row]))
 
 
 if __name__ == "__main__":

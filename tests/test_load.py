@@ -193,7 +193,8 @@ def test_memory_layouts_on_tpu(divisible_folder, mesh_config, monkeypatch):
     # [layers, experts, outputs, groups, bytes] and [layers, experts, outputs, groups]: outputs innermost.
     assert orders["moe.gate_up_blocks"] == orders["moe.down_blocks"] == (0, 1, 3, 4, 2)
     assert orders["moe.gate_up_scales"] == orders["moe.down_scales"] == (0, 1, 3, 2)
-    assert orders["embedding.weight"] == (0, 1) and orders["attention.q"] == (0, 1, 2, 3)
+    assert orders["embedding.weight"] == orders["head.weight"] == (0, 1)
+    assert orders["attention.q"] == (0, 1, 2, 3)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         np.testing.assert_array_equal(logits(model), logits(plain))
 

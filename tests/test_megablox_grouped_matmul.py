@@ -1,6 +1,7 @@
 """Grouped matmul on TPUs, in interpret mode against a loop, and through the TPU compiler."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,11 @@ def test_several_tiles():
     check(300, 200, 900, (130, 0, 20, 140), np.nan)
 
 
+@pytest.mark.parametrize(("width", "outputs"), [(200, 2), (2, 200)])
+def test_factors_of_adapters(width, outputs):
+    check(300, width, outputs, (130, 0, 20, 140), np.nan)
+
+
 def test_tiles():
     # gpt-oss: gate and up, their gradient, and down; then one expert with few rows, and float32.
     assert _tiles(2048, 2880, 5760, 2) == (256, 2880, 768)
@@ -73,3 +79,16 @@ def test_compiles_for_tpus():
         with jax.default_matmul_precision("highest"):
             for text in on_tpus(three, shapes):
                 assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
+@needs_libtpu
+def test_no_narrow_matrix_is_padded():
+    def gradients(x, w, g, sizes):
+        def one_layer(_, w):
+            return None, with_gradients(x, w, g, sizes, False)[2]
+
+        return jax.lax.scan(one_layer, None, w.astype(x.dtype))[1].astype(w.dtype)
+
+    shapes = [((100, 192), jnp.bfloat16), ((3, E, 192, 2), jnp.float32), ((100, 2), jnp.bfloat16)]
+    for text in on_tpus(gradients, [*shapes, ((E,), jnp.int32)]):
+        assert not re.findall(r"\[\S*192,2\]\{(?:3,)?2,1,0", text)

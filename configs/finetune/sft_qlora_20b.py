@@ -1,6 +1,7 @@
 """QLoRA on gpt-oss-20b: the experts stay packed in MXFP4, as published, and only adapters are trained.
 
-Set `--data.source chat:GLOB`; `gptoss plan` says what fits on a chip.
+For one device, with one row of 4,096 tokens at a time. Set `--data.source chat:GLOB`; `gptoss plan` says what
+fits elsewhere.
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ lora = runpy.run_path(str(pathlib.Path(__file__).parent / "sft_lora_20b.py"))["c
 config = dataclasses.replace(
     lora,
     model=dataclasses.replace(lora.model, expert_format="mxfp4"),
-    # One row of 4,096 tokens at a time, on one chip.
     data=dataclasses.replace(lora.data, batch_size=8),
     optim=dataclasses.replace(lora.optim, grad_accum_steps=8),
     mesh=dataclasses.replace(lora.mesh, fsdp=1),

@@ -41,8 +41,9 @@ def with_layout(
 ) -> jax.ShapeDtypeStruct:
     """Adds a sharding to an abstract parameter and, on TPU, a memory layout if programs read one other than
     XLA's default. `key` is the last two names of the parameter's path."""
-    # XLA's default for the embedding is column-major, and it transposes the whole table before each lookup.
-    order = (0, 1) if key == "embedding.weight" else TPU_LAYOUTS.get(key.rpartition("_")[2])
+    # XLA's default for these is column-major, and it transposes the whole table for each lookup, and the head
+    # for the loss.
+    order = (0, 1) if key in ("embedding.weight", "head.weight") else TPU_LAYOUTS.get(key.rpartition("_")[2])
     place = sharding
     if order is not None and _platform(sharding) == "tpu":
         leading = leaf.ndim - len(order)

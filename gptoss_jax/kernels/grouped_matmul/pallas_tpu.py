@@ -5,6 +5,9 @@ gradient of x, but its gradient of the matrices multiplies every group by every 
 65,536 rows of gate and up in gpt-oss-20b, v5e's compiler counts 835 million cycles for it, and 20 million for
 the kernel here. For the gradient of x, it also writes the transposed matrices to memory first.
 
+Matrices with few outputs, as those of adapters, are multiplied transposed, [E, F, D]: TPUs store the last
+dimension in whole lanes, and [E, D, 2], with its gradient for all layers, would take 64 times its size.
+
 Letters as in api.py: R rows, E groups, D input width, F output width.
 """
 
@@ -60,6 +63,8 @@ def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret):
     """[R, D] x [E, D, F] -> [R, F] or, transposed, [R, F] x [E, D, F] -> [R, D]."""
     rows, groups = x_RD.shape[0], w_EDF.shape[0]
     tiles = _tiles(rows // groups, x_RD.shape[1], w_EDF.shape[1 if transposed else 2], x_RD.dtype.itemsize)
+    if _has_few_outputs(*w_EDF.shape[1:]):
+        w_EDF, transposed = w_EDF.swapaxes(1, 2), not transposed
     tiles = (min(tiles[0], _round_up(rows, 16)), *tiles[1:])
     with jax.default_matmul_precision(matmul_precision(x_RD.dtype)):
         y_RF = gmm(
@@ -73,6 +78,8 @@ def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret):
 @without_x64
 def _weight_grad(x_RD, g_RF, group_sizes_E, dtype, interpret):
     """The sum over each group's rows of x^T g, in float32, then cast: [E, D, F]."""
+    if _has_few_outputs(x_RD.shape[1], g_RF.shape[1]):
+        return _weight_grad(g_RF, x_RD, group_sizes_E, dtype, interpret).swapaxes(1, 2)
     row_tile, *widths = (size * 2 // x_RD.dtype.itemsize for size in WEIGHT_GRAD_TILE)
     row_tile = min(row_tile, _round_up(x_RD.shape[0], 16))
     widths = (_even_parts(x.shape[1], w // LANES * LANES) for x, w in zip((x_RD, g_RF), widths, strict=True))
@@ -81,6 +88,10 @@ def _weight_grad(x_RD, g_RF, group_sizes_E, dtype, interpret):
             _pad_rows(x_RD, row_tile).T, _pad_rows(g_RF, row_tile), group_sizes_E, dtype,
             (row_tile, *widths), interpret=interpret,
         )  # fmt: skip
+
+
+def _has_few_outputs(width: int, outputs: int) -> bool:
+    return outputs < min(LANES, width)
 
 
 def _tiles(rows_in_group: int, width: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
