@@ -127,7 +127,12 @@ def loss_of(config, params, tokens):
     return cross_entropy(*model.head_operands(hidden), targets, weights)
 
 
-def adapter_gradients(config, params, tokens, explicit=False):
+def adapter_gradients(config, explicit=False, packed=None):
+    """Returns the loss and the gradients of random adapters; with `explicit`, they are added to the weights.
+    `packed`: the config of the packed experts whose values to use, unpacked."""
+    params, tokens = random_params_of(packed or config), tokens_of(config)
+    if packed:
+        params = dequantized(params)
     adapters, base = split_params(params, lora.is_adapter)
 
     def loss(adapters):
@@ -140,12 +145,14 @@ def adapter_gradients(config, params, tokens, explicit=False):
     return jax.jit(jax.value_and_grad(loss))(adapters)
 
 
+expected_gradients = functools.cache(adapter_gradients)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "block"])
 def test_gradients_are_those_of_the_sum_of_weights(config_without, remat):
-    config = dataclasses.replace(adapted(config_without), remat=remat)
-    params, tokens = random_params_of(config), tokens_of(config)
-    (loss, found) = adapter_gradients(config, params, tokens)
-    (expected_loss, expected) = adapter_gradients(config, params, tokens, explicit=True)
+    config = adapted(config_without)
+    loss, found = adapter_gradients(dataclasses.replace(config, remat=remat))
+    expected_loss, expected = expected_gradients(config, explicit=True)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     assert_close(found, expected, 1e-5)
 
@@ -166,24 +173,32 @@ def dequantized(params):
 
 def test_adapters_of_packed_experts_equal_those_of_the_unpacked_ones(packed_config, cpu_form):
     config = adapted(packed_config)
-    params, tokens = random_params_of(config), tokens_of(config)
     plain = dataclasses.replace(config, expert_format="plain")
-    loss, found = adapter_gradients(config, params, tokens)
-    expected_loss, expected = adapter_gradients(plain, dequantized(params), tokens)
+    loss, found = adapter_gradients(config)
+    expected_loss, expected = expected_gradients(plain, packed=config)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
     assert_close(found, expected, 1e-5)
 
 
+DECODING = SamplingParams(max_new_tokens=9, logprobs=True)
+PROMPTS = [[3, 1, 4, 1, 5], [2, 7], [9]]
+
+
+@functools.cache
+def decoded_with_explicit_weights(config):
+    params = with_explicit_weights(config, dequantized(random_params_of(config)))
+    return generate(
+        bind(dataclasses.replace(config, lora=None, expert_format="plain"), params), PROMPTS, DECODING
+    )
+
+
 @pytest.mark.parametrize("form", ["plain", "mxfp4"])
 def test_decoding_equals_the_sum_of_weights(packed_config, cpu_form, form):
-    config = dataclasses.replace(adapted(packed_config), expert_format=form)
-    packed = random_params_of(adapted(packed_config))
-    params = packed if form == "mxfp4" else dequantized(packed)
-    plain = dataclasses.replace(config, lora=None, expert_format="plain")
-    explicit = with_explicit_weights(config, dequantized(packed))
-    prompts = [[3, 1, 4, 1, 5], [2, 7], [9]]
-    found = generate(bind(config, params), prompts, SamplingParams(max_new_tokens=9, logprobs=True))
-    expected = generate(bind(plain, explicit), prompts, SamplingParams(max_new_tokens=9, logprobs=True))
+    packed = adapted(packed_config)
+    config, params = dataclasses.replace(packed, expert_format=form), random_params_of(packed)
+    params = params if form == "mxfp4" else dequantized(params)
+    found = generate(bind(config, params), PROMPTS, DECODING)
+    expected = decoded_with_explicit_weights(packed)
     for f, e in zip(found, expected, strict=True):
         assert f.tokens == e.tokens
         np.testing.assert_allclose(f.logprobs, e.logprobs, atol=1e-4)
@@ -255,5 +270,5 @@ def test_adapters_are_cast_to_the_compute_type(config_without):
     params, tokens = random_params_of(config), tokens_of(config)
     hidden, _, _ = jax.eval_shape(lambda: bind(config, params).hidden_states(tokens))
     assert hidden.dtype == jnp.bfloat16
-    _, gradients = adapter_gradients(config, params, tokens)
+    _, gradients = adapter_gradients(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
