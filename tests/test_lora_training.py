@@ -63,6 +63,7 @@ MESHES = {
     "data 2 x tensor 4": MeshConfig(data=2, tensor=4),
     "fsdp 2 x expert 2 x tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
 }
+COMBINED = "fsdp 2 x expert 2 x tensor 2"
 
 
 def with_model(**changes):
@@ -133,8 +134,14 @@ def alone(expert_format):
     return run(with_model(expert_format=expert_format), None, 3)
 
 
-@pytest.mark.parametrize("expert_format", FORMATS)
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    ("name", "expert_format"),
+    [
+        pytest.param(name, form, marks=() if form == "plain" or name == COMBINED else pytest.mark.slow)
+        for name in MESHES
+        for form in FORMATS
+    ],
+)
 def test_every_mesh_trains_adapters_like_one_device(name, expert_format):
     rows, gradients, adapters = run(with_model(expert_format=expert_format), MESHES[name], 3)
     expected_rows, expected_gradients, expected_adapters = alone(expert_format)
@@ -176,7 +183,7 @@ def carried_arrays(hlo_text):
 
 
 @pytest.mark.parametrize("expert_format", FORMATS)
-@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "block"])
 def test_frozen_weights_have_no_gradient_no_state_and_no_copies(expert_format, remat):
     layers = 6
     config = with_model(
