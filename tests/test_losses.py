@@ -1,5 +1,6 @@
 """Losses: chunked cross-entropy against the plain one, and values by hand."""
 
+import contextlib
 import math
 
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptoss_jax.config import MeshConfig
+from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.training import losses
 
 B, T, D, V = 2, 12, 5, 31
@@ -67,6 +70,35 @@ def test_targets_of_weight_zero_have_no_effect(content):
     # An id outside the vocabulary, which some pipelines use for targets to ignore.
     for f, e in zip(loss(spoilt, jnp.where(off, -100, targets)), expected, strict=True):
         np.testing.assert_allclose(f, e, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_chunks_without_a_weight_are_skipped(sharded, monkeypatch):
+    """Row 0 has 5 weights and row 1 has 2: with chunks of 2 positions, three chunks of six are needed."""
+    hidden, head, targets, _ = inputs(3)
+    weights = np.zeros((B, T), np.float32)
+    weights[0, [1, 2, 6, 9, 11]], weights[1, [4, 8]] = [1.0, 0.5, 2.0, 0.25, 1.5], [3.0, 0.75]
+    expected = value_and_gradients(lambda h, w: plain(h, w, targets, weights), hidden, head)
+    calls, cond = [], jax.lax.cond
+
+    def counting_cond(needed, compute, skip, *operands):
+        def counted(*operands):
+            jax.debug.callback(lambda: calls.append(1))
+            return compute(*operands)
+
+        return cond(needed, counted, skip, *operands)
+
+    monkeypatch.setattr(jax.lax, "cond", counting_cond)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2]) if sharded else None
+    with jax.set_mesh(mesh) if sharded else contextlib.nullcontext():
+        found = value_and_gradients(
+            lambda h, w: losses.cross_entropy((h,), (w,), targets, weights, 2), hidden, head
+        )
+    jax.effects_barrier()
+    # With a row on each device, both compute the chunks that either needs.
+    assert len(calls) == (6 if sharded else 3)
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_may_be_boolean():

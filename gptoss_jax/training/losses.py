@@ -56,7 +56,8 @@ def cross_entropy(
 
     On a mesh the weights of the head are sharded as parameters are stored, and so are their gradients, and
     each device processes its rows of the batch against its shard of the vocabulary. If a weight of the loss
-    is not positive, the values of hidden state and target are ignored.
+    is not positive, the values of hidden state and target are ignored: such positions are moved behind the
+    others of their row, and chunks that hold only them are skipped.
 
     Args:
       hidden, head: of `Transformer.head_operands`: the logits are the sum of the products of each activation,
@@ -143,7 +144,7 @@ def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, is_
 
     def one_chunk(carry, inputs):
         loss, d_head = carry
-        xs, target_BC, weight_BC = inputs
+        xs, target_BC, weight_BC, _ = inputs
         # Positions of weight 0 may hold anything, and 0 times infinity is not 0.
         xs = [jnp.where(weight_BC[..., None] > 0, x, 0) for x in xs]
         products = [einsum_float32(f"BC{d},V{d}->BCV", x, w) for (d, w), x in zip(pairs, xs, strict=True)]
@@ -178,16 +179,34 @@ def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, is_
         ]
         return (loss, d_head), [einsum(f"BCV,V{d}->BC{d}", d_logits_BCV, w) for d, w in pairs]
 
+    def skip(carry, inputs):
+        return carry, None if is_trained is None else [jnp.zeros_like(x) for x in inputs[0]]
+
+    def one_chunk_if_needed(carry, inputs):
+        return jax.lax.cond(inputs[-1], one_chunk, skip, carry, inputs)
+
     zeros = [
         jnp.zeros(weight.shape, jnp.float32) if train else None
         for weight, train in zip(head, is_trained or [False] * len(head), strict=True)
     ]
-    inputs = split_chunks((hidden, targets_BT, weights_BT.astype(jnp.float32)), chunk)
-    (loss, d_head), d_xs = jax.lax.scan(one_chunk, (jnp.float32(0), zeros), inputs)
+    order_BT = jnp.argsort(~(weights_BT > 0), axis=1, stable=True)
+    arrays = (hidden, targets_BT, weights_BT.astype(jnp.float32))
+    chunks = split_chunks(jax.tree.map(lambda x: _reorder(x, order_BT), arrays), chunk)
+    is_needed = jnp.any(chunks[-1] > 0, axis=(1, 2))
+    if is_sharded:
+        # All devices agree: a step waits for the slowest, and none may miss in a collective.
+        is_needed = jax.lax.pmax(is_needed.astype(jnp.int32), BATCH) > 0
+    (loss, d_head), d_xs = jax.lax.scan(one_chunk_if_needed, (jnp.float32(0), zeros), (*chunks, is_needed))
     if is_trained is None:
         return (loss,)
-    d_hidden = (jnp.moveaxis(d_x, 0, 1).reshape(B, T, -1) for d_x in d_xs)
+    back_BT = jnp.argsort(order_BT, axis=1)
+    d_hidden = (_reorder(jnp.moveaxis(d_x, 0, 1).reshape(B, T, -1), back_BT) for d_x in d_xs)
     return loss, tuple(over_vocabulary(jax.lax.psum, d) for d in d_hidden), tuple(d_head)
+
+
+def _reorder(x: jax.Array, order_BT: jax.Array) -> jax.Array:
+    """Returns `x` [B, T, ...] with the positions of each row in another order."""
+    return jnp.take_along_axis(x, order_BT.reshape(*order_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def load_balance_loss(stats: RouterStats) -> jax.Array:
