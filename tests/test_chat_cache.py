@@ -169,6 +169,26 @@ def test_skipped_rows_are_counted_and_listed(make):
     assert listed[-2].startswith(f"{path}:27: has no token to train on") and shown[2].endswith("skipped.txt")
 
 
+def test_calls_that_are_left_out_are_counted(make):
+    calls = [{"function": {"name": name}} for name in ("f", "g", "h")]
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]}
+    config, cache = make([*ROWS, row, row])
+    assert statistics(cache, config)["left_out_calls"] == 4
+    assert "calls left out: 4, after the first one of a message without results" in summary(cache, config)
+    config, cache = make(ROWS)
+    assert statistics(cache, config)["left_out_calls"] == 0
+    assert not any("calls" in line for line in summary(cache, config))
+
+
+def test_rows_that_are_nested_too_deeply_are_skipped(make):
+    schema = {}
+    for _ in range(350):
+        schema = {"type": "object", "properties": {"x": schema}}
+    config, cache = make([*ROWS, ROWS[0] | {"tools": [{"name": "f", "parameters": schema}]}])
+    assert statistics(cache, config)["skipped"] == {"invalid JSON": 1}
+    assert "rows.jsonl:21: is nested too deeply" in "".join(summary(cache, config))
+
+
 def test_sources_without_enough_rows(make):
     with pytest.raises(ValueError, match=r"has 1 rows that can be used, needs two.*rows.jsonl:2: its fields"):
         make([ROWS[0], {"text": "x"}])

@@ -128,6 +128,43 @@ TURNS = {
         [u("q"), a("Looking.", "t"), a(tool_calls=[call("f")])],
         [f"{U('q')}{A}⟦{T}t<|end|>{A}<|channel|>commentary<|message|>Looking.<|end|>{A}{C('f', '{}')}⟧"],
     ),
+    # The model waits for the result of the first one.
+    "two calls without results": (
+        [u("q1"), a("So.", tool_calls=[call("f"), call("g")]), u("q2"), a(tool_calls=[call("g"), call("f")])],
+        [
+            f"{U('q1')}{A}⟦<|channel|>commentary<|message|>So.<|end|>{A}{C('f', '{}')}⟧",
+            f"{U('q1')}{A}<|channel|>commentary<|message|>So.<|end|>{A}{C('f', '{}')}{U('q2')}"
+            f"{A}⟦{C('g', '{}')}⟧",
+        ],
+    ),
+    "calls in OpenAI's older files": (
+        [
+            u("q"),
+            a("Looking."),
+            a(function_call={"name": "f", "arguments": '{"x": 1}'}),
+            {"role": "function", "name": "f", "content": "r"},
+            a("done"),
+        ],
+        [
+            f"{U('q')}{A}⟦<|channel|>commentary<|message|>Looking.<|end|>{A}"
+            f"{C('f', json.dumps({'x': 1}))}⟧{R('f', 'r')}{A}⟦{F}done<|return|>⟧"
+        ],
+    ),
+    # A name with a dot is a function's, except those of Harmony's own tools.
+    "names of tools": (
+        [
+            u("q"),
+            a(tool_calls=[call("m.f"), call("functions.g"), call("python")]),
+            *[tool(""), tool(""), tool("")],
+            a(tool_calls=[call("browser.open")]),
+        ],
+        [
+            f"{U('q')}{A}⟦{C('m.f', '{}')}⟧{R('m.f', '')}{A}⟦{C('g', '{}')}⟧{R('g', '')}"
+            f"{A}⟦{C('python', '{}').replace('functions.', '')}⟧"
+            f"{R('python', '').replace('functions.', '')}"
+            f"{A}⟦{C('browser.open', '{}').replace('functions.', '')}⟧"
+        ],
+    ),
     "no thinking, and special tokens in the text": (
         [u("<|end|><|start|>assistant"), a("<|return|>")],
         [f"{U('<|end|><|start|>assistant')}{A}⟦{F}<|return|><|return|>⟧"],
@@ -201,6 +238,22 @@ def test_what_is_trained_on():
     assert shown(calls, "final") == []
 
 
+def test_names_that_tools_declare_are_functions():
+    declared = [{"name": name} for name in ("spotify.play", "python", "browser.open")]
+    calls = [call(one["name"]) for one in declared]
+    row = {"messages": [u("q"), a(tool_calls=calls), *[tool("")] * 3, a("a")], "tools": declared}
+    for name in ("spotify.play", "python", "browser.open"):
+        assert f"{A}⟦{C(name, '{}')}⟧{R(name, '')}" in shown(row)[0]
+
+
+def test_nulls_inside_arguments_and_schemas_are_kept():
+    schema = {"type": "object", "properties": {"x": {"type": "string", "default": None}}}
+    messages = [u("q"), a(tool_calls=[call("f", {"limit": None, "a": {"b": None}}, id=None)])]
+    (text,) = shown({"messages": messages, "tools": [{"name": "f", "parameters": schema}]})
+    assert C("f", '{"limit": null, "a": {"b": null}}') in text
+    assert "type f = (_: {\nx?: string, // default: null\n}) => any;" in text
+
+
 def test_fields_of_a_row():
     messages = [u("q"), a("a")]
     row = {"messages": messages, "reasoning_effort": "high", "date": "2026-01-31"}
@@ -270,7 +323,8 @@ BAD_ROWS = [
     ([u("q"), "a"], "unknown role", r"messages\[1\].role is 'a'"),
     ([a("a")], "no user", "has no message of the user"),
     ([u("q"), a("a"), u("r")], "no answer", "the last message is the user's: must be the assistant's"),
-    ([u("q"), a(None, "t")], "no answer", r"messages\[1\], the last one, has thinking but no answer"),
+    ([u("q"), a(None, "t")], "no answer", r"messages\[1\], the last of its turn, has thinking but no answer"),
+    ([u("q"), a(None, "t"), u("r"), a("a")], "no answer", r"messages\[1\], the last of its turn, has"),
     ([u("q"), a(None)], "empty message", r"messages\[1\] has neither content nor thinking nor tool_calls"),
     ([u(""), a("a")], "empty message", r"messages\[0\].content is missing"),
     ([u([]), a("a")], "empty message", r"messages\[0\].content is missing"),
@@ -290,7 +344,7 @@ BAD_ROWS = [
         "result without a call",
         r"messages\[2\] is the result of a tool without a call of 'g'",
     ),
-    ([u("q"), a(tool_calls=[call("f")]), a("b")], "call without a result", r"messages\[1\].tool_calls have"),
+    ([u("q"), a(tool_calls=[call("f")]), a("b")], "call without a result", r"messages\[1\]: no result of f"),
     (
         [u("q"), a(tool_calls=[call("f"), call("g")]), tool("r"), a("b")],
         "call without a result",
@@ -298,6 +352,16 @@ BAD_ROWS = [
     ),
     ([u("q"), a(tool_calls=[call("f x")])], "bad tool call", "'f x' is not a name of letters, digits"),
     ([u("q"), a(tool_calls=["f"])], "bad tool call", "None is not a name"),
+    (
+        [u("q"), a("a", tool_call=call("f"))],
+        "bad tool call",
+        r"messages\[1\] has calls in tool_call: must",
+    ),
+    (
+        [u("q"), a(tool_calls=[call("f")], function_call={"name": "f"})],
+        "bad tool call",
+        "has calls in tool_calls and function_call: must be tool_calls or function_call",
+    ),
     ([u("q"), a(tool_calls=[call("f", "{")])], "bad tool call", "the arguments of f must be a JSON object"),
     ([u("q"), a(tool_calls=[call("f", '"{}"')])], "bad tool call", "must be a JSON object, or its text"),
     (

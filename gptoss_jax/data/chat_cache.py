@@ -19,7 +19,7 @@ from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.sources import is_picked
 from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
 
-FORMAT = 1
+FORMAT = 2
 ROWS_AT_ONCE = 1024  # are encoded together, to use all cores and bound memory
 MAX_HELD_OUT_BYTES = 8 << 20
 SKIPPED_FILE = "skipped.txt"
@@ -58,6 +58,8 @@ def _read(
                 yield _Row(prefix, number, conversation.format, messages)
             except RowError as error:
                 skipped.append((f"{prefix}{number}", error))
+            except RecursionError:
+                skipped.append((f"{prefix}{number}", RowError("invalid JSON", "is nested too deeply")))
         yield None
 
     index, held_bytes = -1, 0
@@ -90,12 +92,15 @@ def build_chat(
     rows = _read(corpus, config, skipped)
     prefixes, formats = {}, collections.Counter()
     lengths, flags, origins, held_out_text = [], [], [], []
-    counts = collections.Counter(trained_tokens=0, held_out_trained_tokens=0, with_thinking=0)
+    counts = collections.Counter(
+        trained_tokens=0, held_out_trained_tokens=0, with_thinking=0, left_out_calls=0
+    )
     with open(folder / "tokens.bin", "wb") as tokens, open(folder / "weights.bin", "wb") as weights:
         while group := list(itertools.islice(rows, ROWS_AT_ONCE)):
             examples = make_examples(harmony, [row.messages for row, _ in group], config.train_on)
             for (row, is_held_out), some in zip(group, examples, strict=True):
                 formats[row.format] += 1
+                counts["left_out_calls"] += sum(one.left_out_calls for one in row.messages)
                 file = prefixes.setdefault(row.prefix, len(prefixes))
                 for example in some:
                     tokens.write(example.tokens.astype(token_dtype(tokenizer.vocab_size)).tobytes())

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from gptoss_jax.data.chat_rows import THINKING, Conversation, Row, RowError
@@ -21,6 +21,12 @@ from gptoss_jax.data.harmony import (
 
 TOOL = "tool"
 ROLES = (SYSTEM, DEVELOPER, USER, ASSISTANT, TOOL)
+OLD_TOOL = "function"  # the role in OpenAI's older files, whose calls are in function_call
+CALL_FIELDS = ("tool_calls", "function_call")
+LIKE_CALLS = re.compile(r"((tool|function)s?)?_?calls?", re.IGNORECASE)
+# Tools of Harmony that are not functions.
+BUILT_IN = re.compile(r"python|(browser|container)\..+")
+FUNCTIONS = "functions."
 EFFORTS = ("low", "medium", "high")
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -31,6 +37,7 @@ class TrainMessage:
 
     message: Message
     is_trained: bool = True
+    left_out_calls: int = 0  # the calls after this one in its row's message, which have no results
 
 
 def harmony_messages(conversation: Conversation, default_effort: str = "medium") -> list[TrainMessage]:
@@ -38,9 +45,14 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
 
     The system messages at its start are the instructions of the developer message, which also declares the
     tools. Content before or beside a tool call is commentary; several calls of one message each come before
-    their result, because the model makes one call at a time. Raises RowError for what does not fit.
+    their result, because the model makes one call at a time. Without results only the first of them remains:
+    the model waits after it. Raises RowError for what does not fit.
     """
-    row, messages = conversation.row, conversation.messages
+    row = conversation.row
+    messages = [
+        {**one, "role": TOOL} if isinstance(one, dict) and one.get("role") == OLD_TOOL else one
+        for one in conversation.messages
+    ]
     if not messages:
         raise RowError("no messages", "has no messages")
     for i, message in enumerate(messages):
@@ -53,6 +65,7 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
     if roles[-1] != ASSISTANT:
         raise RowError("no answer", f"the last message is the {roles[-1]}'s: must be the assistant's")
     functions = _functions(row.get("tools"))
+    declared = {function["name"] for function in functions}
     first = next(i for i, role in enumerate(roles) if role not in (SYSTEM, DEVELOPER))
     instructions = "\n\n".join(_content(message, i) for i, message in enumerate(messages[:first]))
     is_trained = all(_is_trained(message, i) for i, message in enumerate(messages[:first]))
@@ -65,7 +78,7 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
         if roles[i] == ASSISTANT:
             after = next(j for j in range(i + 1, len(roles) + 1) if roles[j : j + 1] != [TOOL])
             end = next((j for j in range(i, len(roles)) if roles[j] == USER), len(roles))
-            found += _answer(messages, i, range(i + 1, after), range(after, end))
+            found += _answer(messages, i, range(i + 1, after), range(after, end), declared)
             i = after
             continue
         if roles[i] == TOOL:
@@ -76,33 +89,37 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
     return found
 
 
-def _answer(messages: Sequence[Row], i: int, results: range, rest: range) -> Iterator[TrainMessage]:
+def _answer(
+    messages: Sequence[Row], i: int, results: range, rest: range, declared: Collection[str]
+) -> Iterator[TrainMessage]:
     """Yields the messages of the assistant's message i and of its tool results, which `rest` of its turn
     follows."""
     message, is_trained = messages[i], _is_trained(messages[i], i)
-    thinking, calls = _thinking(message, i), _calls(message, i)
+    thinking, calls = _thinking(message, i), _calls(message, i, declared)
     text = _content(message, i, required=False)
     later = [j for j in rest if messages[j]["role"] == ASSISTANT]
     if not (thinking or calls or text):
         raise RowError("empty message", f"messages[{i}] has neither content nor thinking nor tool_calls")
-    if i == len(messages) - 1 and not (calls or text):
-        raise RowError("no answer", f"messages[{i}], the last one, has thinking but no answer")
+    if not (later or calls or text):
+        raise RowError("no answer", f"messages[{i}], the last of its turn, has thinking but no answer")
     if results and not calls:
         raise RowError("result without a call", f"messages[{i + 1}] is the result of a tool without a call")
     if calls and not results and later:
-        raise RowError("call without a result", f"messages[{i}].tool_calls have no result")
+        raise RowError("call without a result", f"messages[{i}]: no result of {calls[0].name}")
     if thinking:
         yield TrainMessage(Message(ASSISTANT, thinking, "analysis"), is_trained)
     if text:
-        is_preamble = bool(calls) or any(messages[j].get("tool_calls") for j in later)
+        is_preamble = bool(calls) or any(_call_field(messages[j], j) for j in later)
         if later and not is_preamble:
             reason = f"messages[{later[0]}] follows the answer in messages[{i}]: must follow a user's message"
             raise RowError("two answers", reason)
         yield TrainMessage(Message(ASSISTANT, text, "commentary" if is_preamble else "final"), is_trained)
+    left_out = 0 if results else len(calls[1:])
+    calls = calls if results else calls[:1]
     matched = _match(messages, calls, results)
     for call, result in zip(calls, matched, strict=True):
         arguments = Message(ASSISTANT, call.arguments, "commentary", call.tool, f"{CONSTRAIN}json")
-        yield TrainMessage(arguments, is_trained)
+        yield TrainMessage(arguments, is_trained, left_out)
         if result is not None:
             text = _content(messages[result], result, allow_empty=True)
             answer = Message(call.tool, text, "commentary", ASSISTANT)
@@ -117,26 +134,37 @@ class _Call:
     id: Any
 
 
-def _calls(message: Row, i: int) -> list[_Call]:
-    """Returns the tool calls of an assistant's message."""
-    calls, found = message.get("tool_calls") or [], []
+def _call_field(message: Row, i: int) -> str | None:
+    """Returns the name of the field with the tool calls of an assistant's message; None without calls."""
+    fields = [name for name, value in message.items() if value and LIKE_CALLS.fullmatch(name)]
+    if len(fields) > 1 or not set(fields) <= set(CALL_FIELDS):
+        allowed = f"must be {' or '.join(CALL_FIELDS)}"
+        raise RowError("bad tool call", f"messages[{i}] has calls in {' and '.join(fields)}: {allowed}")
+    return fields[0] if fields else None
+
+
+def _calls(message: Row, i: int, declared: Collection[str]) -> list[_Call]:
+    """Returns the tool calls of an assistant's message. Those that `tools` declares are functions."""
+    field, found = _call_field(message, i), []
+    calls = message[field] if field else []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
             allowed = "a name of letters, digits, _, - and ."
-            raise RowError("bad tool call", f"messages[{i}].tool_calls: {name!r} is not {allowed}")
+            raise RowError("bad tool call", f"messages[{i}].{field}: {name!r} is not {allowed}")
         arguments = function.get("arguments", "{}")
         if isinstance(arguments, dict):
             arguments = json.dumps(arguments, ensure_ascii=False)
-        where = f"messages[{i}].tool_calls: the arguments of {name}"
+        where = f"messages[{i}].{field}: the arguments of {name}"
         try:
             is_object = isinstance(json.loads(arguments), dict)
         except (TypeError, ValueError, RecursionError):
             is_object = False
         if not is_object:
             raise RowError("bad tool call", f"{where} must be a JSON object, or its text")
-        tool = name if "." in name else f"functions.{name}"
+        is_built_in = name not in declared and BUILT_IN.fullmatch(name)
+        tool = name if is_built_in or name.startswith(FUNCTIONS) else FUNCTIONS + name
         found.append(_Call(tool, _unicode(arguments, where), name, call.get("id")))
     return found
 

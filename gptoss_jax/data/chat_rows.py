@@ -2,13 +2,14 @@
 
 `data.source` is `chat:GLOB`, JSON lines, JSON arrays or parquet, or `stdlib-chat`. The format of a row is
 that of its fields: `messages` (OpenAI), `conversations` (ShareGPT), `prompt` and `completion`, or
-`instruction` and `output` (Alpaca). A field that is None counts as absent.
+`instruction` and `output` (Alpaca). A field that is None counts as absent, but not inside the arguments of
+a call or the JSON schema of a tool, except in parquet: there Arrow gives all objects the same fields.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from gptoss_jax.config import require
@@ -25,6 +26,8 @@ SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool",
     "function_call": "function_call",
 }  # fmt: skip
+# Fields that hold the user's JSON.
+JSON_FIELDS = ("arguments", "parameters")
 KNOWN_FORMATS = "messages, conversations, prompt and completion, or instruction and output"
 
 Row = Mapping[str, Any]
@@ -88,7 +91,7 @@ def _read_file(path: str) -> Iterator[tuple[str, int, Row | RowError]]:
         is_parquet = file.read(4) == b"PAR1"
     if is_parquet:
         for number, row in enumerate(files.parquet_rows(path)):
-            yield f"{path} row ", number, row
+            yield f"{path} row ", number, without_none(row, ())
         return
     lines = files.jsonl_lines(path)
     for index, (number, line) in enumerate(lines):
@@ -116,19 +119,20 @@ def _parse_line(line: bytes) -> Row | RowError:
         return RowError("invalid JSON", str(error).removeprefix(": "))
 
 
-def _without_none(value: Any) -> Any:
-    """Drops the fields that are None, which Arrow adds to objects of different fields."""
+def without_none(value: Any, kept: Collection[str] = JSON_FIELDS) -> Any:
+    """Drops the fields that are None. Those with a name in `kept` are not looked into."""
     if isinstance(value, dict):
-        return {name: _without_none(one) for name, one in value.items() if one is not None}
-    return [_without_none(one) for one in value] if isinstance(value, list) else value
+        return {
+            name: one if name in kept else without_none(one, kept)
+            for name, one in value.items()
+            if one is not None
+        }
+    return [without_none(one, kept) for one in value] if isinstance(value, list) else value
 
 
 def read_conversation(row: Row) -> Conversation:
     """Converts a row of any format to messages. Raises RowError for another one."""
-    try:
-        row = _without_none(row)
-    except RecursionError:
-        raise RowError("invalid JSON", "is nested too deeply") from None
+    row = without_none(row)
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     if "messages" in row:
         return Conversation("messages", system + _list(row, "messages"), row)

@@ -16,6 +16,7 @@ def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
     """Returns the statistics of a cache of conversations, JSON-ready.
 
     `overlong` examples have more than `data.seq_len` pairs; `left_out` of them are not trained on.
+    `left_out_calls` come after the first call of a message without results.
     """
     lengths, meta = np.diff(cache.offsets), cache.meta["chat"]
     packed = packed_lengths(cache, config.seq_len, config.overlong)
@@ -33,6 +34,7 @@ def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
         "overlong": int((lengths - 1 > config.seq_len).sum()),
         "left_out": int((packed == 0).sum()),
         "without_thinking": len(lengths) - meta["with_thinking"],
+        "left_out_calls": meta["left_out_calls"],
     }
 
 
@@ -58,6 +60,10 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
         hint = "" if cut else "; --data.overlong cut cuts their end"
         lines.append(
             f"longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,} examples, {done}{hint}"
+        )
+    if found["left_out_calls"]:
+        lines.append(
+            f"calls left out: {found['left_out_calls']:,}, after the first one of a message without results"
         )
     if found["without_thinking"] == found["examples"]:
         lines.append(
