@@ -2,6 +2,7 @@
 nothing."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,6 +24,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.config.model import LORA_TARGETS
+from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import path_names, split_params
 from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
@@ -184,24 +186,29 @@ def carried_arrays(hlo_text):
 
 @pytest.mark.parametrize("expert_format", FORMATS)
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "block"])
-def test_frozen_weights_have_no_gradient_no_state_and_no_copies(expert_format, remat):
+@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_frozen_weights_have_no_gradient_no_state_and_no_copies(fsdp, remat, expert_format):
     layers = 6
     config = with_model(
         expert_format=expert_format, remat=remat, num_hidden_layers=layers, layer_types=(SLIDING,) * layers
     )
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
     state = abstract_state(config, mesh, lora.is_adapter)
-    _, frozen = split_params(abstract_params(config.model), lora.is_adapter)
+    _, frozen = split_params(place_on_mesh(abstract_params(config.model), mesh), lora.is_adapter)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     # Two moments and a few scalars.
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) < 2 * trained + 10
-    program = make_train_step(config).lower(state, jax.eval_shape(lambda: make_batch(0)), frozen).compile()
+    batch = jax.eval_shape(lambda: make_batch(0))
+    if fsdp > 1:
+        batch = abstract_batch(B, T, batch_sharding(mesh))
+    with jax.set_mesh(mesh) if fsdp > 1 else contextlib.nullcontext():
+        program = make_train_step(config).lower(state, batch, frozen).compile()
     arrays = carried_arrays(program.as_text())
     # Each stack of weights is read by the loops over layers, and no loop carries another one of its size.
     for name, leaf in frozen["blocks"]["0"]["moe"].items():
         if leaf.ndim > 3:
             kind = "u8" if leaf.dtype == jnp.uint8 else "f32"
-            assert arrays[kind, leaf.size] == 1, name
+            assert arrays[kind, math.prod(leaf.sharding.shard_shape(leaf.shape))] == 1, name
     if expert_format == "mxfp4":
         # Neither the stack nor a layer of it is unpacked.
         unpacked = {stack * size for stack in (1, layers) for size in (E * D * 2 * F, E * F * D)}

@@ -75,15 +75,14 @@ def apply_experts(
     }
     used = {name: compute_spec(letters[name]) for name in parameters}
     is_gathered = any(gathered_dimensions(stored[name], used[name]) for name in parameters)
-    if is_gathered:
-        parameters = {name: read(value) for name, value in parameters.items()}
     is_partial_sum = axes["tensor"] > 1 and "down" in parameters
 
     def on_mesh(x_MD, routing, parameters):
         parameters = _cast(parameters, x_MD.dtype)
         if is_gathered:
             parameters = {
-                name: gather_parameter(value, stored[name], used[name]) for name, value in parameters.items()
+                name: gather_parameter(read(value), stored[name], used[name])
+                for name, value in parameters.items()
             }
         if is_partial_sum and "down_bias" in parameters:
             # Add the bias on only the first tensor device, so the sum counts it once.
@@ -117,8 +116,9 @@ def _is_packed(value: jax.Array | LayerView) -> bool:
 
 def _saves_residual(primitive, *_, **__) -> bool:
     """Saves all residuals except gathered experts, also cast or reshaped: every device would hold the whole
-    experts of all layers. The backward pass gathers them again."""
-    return primitive.name not in ("all_gather", "convert_element_type", "reshape")
+    experts of all layers. The backward pass gathers them again, and reads them again from their stack."""
+    names = ("all_gather", "convert_element_type", "reshape", "dynamic_slice", "squeeze")
+    return primitive.name not in names
 
 
 def _one_device(expert_function, x_MD, routing, parameters, *, expert_devices, capacity_factor):
