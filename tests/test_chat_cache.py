@@ -134,6 +134,9 @@ def test_a_longer_example_is_left_out_or_cut(make):
         train_batches(cache, dataclasses.replace(config, seq_len=9), 0)
     with pytest.raises(ValueError, match="no held-out example fits"):
         held_out_batches(cache, dataclasses.replace(config, seq_len=9))
+    # Nothing is cut, and the advice not given again.
+    config, cache = make([*ROWS, rows[-1], ROWS[0]], overlong="cut")
+    assert "longer than data.seq_len (512): 1 examples, 1 left out" in summary(cache, config)
 
 
 def test_skipped_rows_are_counted_and_listed(make):

@@ -210,6 +210,15 @@ TURNS = {
         ],
         [f"{D('x' + chr(10) * 2 + 'yz')}{A}{F}Hi<|end|>{U('q1')}{D('w')}{U('q2')}{A}⟦{F}a1<|return|>⟧"],
     ),
+    "empty instructions are absent": (
+        [{"role": "system", "content": ""}, {"role": "developer"}, u("q"), a("a")],
+        [f"{U('q')}{A}⟦{F}a<|return|>⟧"],
+    ),
+    "results whose names have another prefix": (
+        [u("q"), a(tool_calls=[call("functions.f"), call("g")])]
+        + [tool("r2", name="functions.g"), tool("r1", name="f"), a("done")],
+        [f"{U('q')}{A}⟦{C('f', '{}')}⟧{R('f', 'r1')}{A}⟦{C('g', '{}')}⟧{R('g', 'r2')}{A}⟦{F}done<|return|>⟧"],
+    ),
     "None, empty lists and empty thinking are absent": (
         [
             {"role": "user", "content": "q", "tool_calls": None, "thinking": None, "name": None},
@@ -260,9 +269,12 @@ def test_fields_of_a_row():
     about = system("high", "2026-01-31", has_functions=True).text
     tools = "<|start|>developer<|message|># Tools\n\n## functions\n\nnamespace functions {\n\n"
     declared = "type f = (_: {\n}) => any;\n\n} // namespace functions<|end|>"
-    for given in ([FUNCTION], [FUNCTION["function"]], json.dumps([FUNCTION])):
+    none = FUNCTION["function"] | {"description": None}
+    for given in ([FUNCTION], [none], json.dumps([FUNCTION]), json.dumps([none])):
         (text,) = shown(row | {"tools": given})
         assert text.startswith(f"<|start|>system<|message|>{about}<|end|>{tools}{declared}")
+    for given in ("", " ", "[]", "null", []):
+        assert shown({"messages": messages, "tools": given}) == [f"{U('q')}{A}⟦{F}a<|return|>⟧"]
     (text,) = shown({"messages": messages, "chat_template_kwargs": {"reasoning_effort": "low"}})
     assert "\n\nReasoning: low\n\n" in text
     message = harmony_messages(read_conversation({"messages": messages}), "low")[0].message
@@ -328,7 +340,7 @@ BAD_ROWS = [
     ([u("q"), a(None)], "empty message", r"messages\[1\] has neither content nor thinking nor tool_calls"),
     ([u(""), a("a")], "empty message", r"messages\[0\].content is missing"),
     ([u([]), a("a")], "empty message", r"messages\[0\].content is missing"),
-    ([u(3), a("a")], "bad content", r"messages\[0\].content is a int: must be text"),
+    ([u(3), a("a")], "bad content", r"messages\[0\].content is an int: must be text"),
     ([u("\ud83d"), a("a")], "bad content", r"holds '\\ud83d', half of a surrogate pair"),
     ([u([{"type": "image_url"}]), a("a")], "bad content", "has a part of type 'image_url': must be text"),
     ([u("q"), a("a"), a("b")], "two answers", r"messages\[2\] follows the answer in messages\[1\]"),
@@ -379,9 +391,14 @@ BAD_ROWS = [
     ),
     ({"messages": [u("q"), a("a")], "date": "today"}, "bad date", "date is 'today': must be YYYY-MM-DD"),
     ({"messages": [u("q"), a("a")], "tools": "["}, "bad tools", "tools: not JSON"),
+    (
+        {"messages": [u("q"), a("a")], "tools": [{"name": "f", "description": "\ud83d"}]},
+        "bad content",
+        r"tools holds '\\ud83d', half of a surrogate pair",
+    ),
     ({"messages": [u("q"), a("a")], "tools": [{}]}, "bad tools", r"tools\[0\] must be a function"),
     ({"instruction": 3, "output": "a"}, "bad content", "instruction and input must be text"),
-    ({"prompt": 3, "completion": "a"}, "bad content", r"messages\[0\].content is a int"),
+    ({"prompt": 3, "completion": "a"}, "bad content", r"messages\[0\].content is an int"),
     (
         {"conversations": [{"from": "function_call", "value": "f"}]},
         "bad tool call",

@@ -53,6 +53,18 @@ def test_examples_and_statistics(preset, tmp_path, capsys):
     assert "first is -1: must be 0 or more" in capsys.readouterr().err
 
 
+def test_nothing_is_read_as_markup(tmp_path, capsys):
+    folder = tmp_path / "[train]"
+    folder.mkdir()
+    rows = [*ROWS[:3], {"messages": [{"role": "[/INST]", "content": ":smile:"}]}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "preset.py").write_text(PRESET.format(folder))
+    assert main.main(["inspect-data", str(folder / "preset.py")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{folder}/rows.jsonl:1 turn 1: ")
+    assert f"  {folder}/rows.jsonl:4: messages[0].role is '[/INST]': must be system" in shown
+
+
 def test_text_is_shown_too(preset, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("one two\nthree " * 99)
     source = ["--data.source", f"text:{tmp_path}/a.txt", "--data.tokenizer", "bytes"]

@@ -64,7 +64,7 @@ def test_jsonl(tmp_path):
         (b"[" * 10_000, "not JSON (maximum recursion depth"),
         (b'["text"]', "must be a JSON object"),
         (b'{"body": "a", "id": 1}', "has no field 'text'; it has body, id"),
-        (b'{"text": 3}', "field 'text' is a int: must be text or null"),
+        (b'{"text": 3}', "field 'text' is an int: must be text or null"),
         (b'{"text": "\\ud800"}', "field 'text' holds '\\ud800', half of a surrogate pair"),
     ],
 )
@@ -87,7 +87,7 @@ def test_parquet(tmp_path):
     source = f"parquet:{tmp_path}/a.parquet"
     assert read(f"{source}#body") == ["a", "c\nd"]
     assert fails(source) == f"{tmp_path}/a.parquet: has no field 'text'; it has id, body"
-    assert "row 0: field 'id' is a int: must be text or null" in fails(f"{source}#id")
+    assert "row 0: field 'id' is an int: must be text or null" in fails(f"{source}#id")
     (tmp_path / "a.parquet").write_text("not parquet")
     assert f"{tmp_path}/a.parquet: not a parquet file" in fails(source)
 

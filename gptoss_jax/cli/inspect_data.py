@@ -54,20 +54,23 @@ class InspectData:
         from gptoss_jax.config.paths import output_file
         from gptoss_jax.config.preset import flags_of, read_preset
         from gptoss_jax.data.token_cache import build_cache
+        from gptoss_jax.terminal import encodable, printable
 
         for name in ("examples", "first"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         data = read_preset(self.config, flags_of(self.overrides), prog="gptoss inspect-data CONFIG").data
         path = None if self.json_file is None else output_file(self.json_file, "json")
         cache = build_cache(data, lambda line: print(line, file=sys.stderr))
-        console = Console(highlight=False, soft_wrap=True)
+        # Paths and roles may look like markup.
+        console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         chosen = np.flatnonzero(cache.held_out == self.held_out)[self.first :][: self.examples]
         for document in chosen.tolist():
             tokens, weights = example(cache, document)
-            console.print(f"{cache.where(document)}: {len(tokens):,} tokens, {weights.sum():,} trained")
+            line = f"{cache.where(document)}: {len(tokens):,} tokens, {weights.sum():,} trained"
+            console.print(encodable(printable(line), console.file))
             console.print(spelled(cache.tokenizer, tokens, weights, console.file), end="\n\n")
         for line in statistics_lines(cache, data):
-            console.print(line)
+            console.print(encodable(printable(line), console.file))
         if path is not None:
             with open(path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records(cache, data))

@@ -39,6 +39,12 @@ def listed(names: Iterable[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def type_name(value: object) -> str:
+    """Returns the name of a value's type with its article: `a str`, `an int`."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def one_line(error: BaseException) -> str:
     """Returns an error's message on one line, or the name of its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

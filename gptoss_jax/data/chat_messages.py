@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from gptoss_jax.data.chat_rows import THINKING, Conversation, Row, RowError
+from gptoss_jax.config.base import type_name
+from gptoss_jax.data.chat_rows import THINKING, Conversation, Row, RowError, without_none
 from gptoss_jax.data.harmony import (
     ASSISTANT,
     CONSTRAIN,
@@ -67,11 +68,14 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
     functions = _functions(row.get("tools"))
     declared = {function["name"] for function in functions}
     first = next(i for i, role in enumerate(roles) if role not in (SYSTEM, DEVELOPER))
-    instructions = "\n\n".join(_content(message, i) for i, message in enumerate(messages[:first]))
+    texts = [_content(message, i, required=False) for i, message in enumerate(messages[:first])]
+    instructions = "\n\n".join(filter(None, texts))
     is_trained = all(_is_trained(message, i) for i, message in enumerate(messages[:first]))
     found = [TrainMessage(system(_effort(row, default_effort), _date(row), has_functions=bool(functions)))]
     if instructions or functions:
-        found.append(TrainMessage(developer(instructions or None, functions), is_trained))
+        declaration = developer(instructions or None, functions)
+        _unicode(declaration.text, "tools")
+        found.append(TrainMessage(declaration, is_trained))
     i = first
     while i < len(messages):
         message, is_trained = messages[i], _is_trained(messages[i], i)
@@ -179,7 +183,8 @@ def _match(messages: Sequence[Row], calls: Sequence[_Call], results: range) -> l
         if given is not None and ids:
             open_calls = [k for k in open_calls if calls[k].id == given]
         elif name is not None:
-            open_calls = [k for k in open_calls if name in (calls[k].name, calls[k].tool)]
+            tool = str(name).removeprefix(FUNCTIONS)
+            open_calls = [k for k in open_calls if calls[k].tool.removeprefix(FUNCTIONS) == tool]
         if not open_calls:
             of = f" with the id {given!r}" if given is not None and ids else f" of {name!r}" if name else ""
             raise RowError(
@@ -196,7 +201,7 @@ def _functions(tools: Any) -> list[Mapping[str, Any]]:
     """Returns the functions of a row's `tools`: a list, or its JSON."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = without_none(json.loads(tools)) if tools.strip() else None
         except (ValueError, RecursionError) as error:
             raise RowError("bad tools", f"tools: not JSON ({error})") from None
     functions = []
@@ -269,7 +274,7 @@ def _content(message: Row, i: int, required: bool = True, allow_empty: bool = Fa
 
 def _unicode(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise RowError("bad content", f"{where} is a {type(text).__name__}: must be text")
+        raise RowError("bad content", f"{where} is {type_name(text)}: must be text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

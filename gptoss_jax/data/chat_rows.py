@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from gptoss_jax.config import require
-from gptoss_jax.config.base import listed
+from gptoss_jax.config.base import listed, type_name
 from gptoss_jax.data import files
 from gptoss_jax.data.sources import Source, stdlib_files
 from gptoss_jax.data.stdlib_chat import question_rows
@@ -169,7 +169,7 @@ def read_conversation(row: Row) -> Conversation:
 def _list(row: Row, field: str) -> list:
     value = row.get(field, [])
     if not isinstance(value, list):
-        raise RowError("bad messages", f"{field} is a {type(value).__name__}: must be a list")
+        raise RowError("bad messages", f"{field} is {type_name(value)}: must be a list")
     return value
 
 

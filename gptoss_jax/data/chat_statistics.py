@@ -57,7 +57,7 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
     if found["overlong"]:
         left_out, cut = found["left_out"], found["overlong"] - found["left_out"]
         done = f"{left_out:,} left out" + (f", {cut:,} cut" if cut else "")
-        hint = "" if cut else "; --data.overlong cut cuts their end"
+        hint = "" if config.overlong == "cut" else "; --data.overlong cut cuts their end"
         lines.append(
             f"longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,} examples, {done}{hint}"
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 from gptoss_jax.config import require
-from gptoss_jax.config.base import listed, one_line
+from gptoss_jax.config.base import listed, one_line, type_name
 from gptoss_jax.config.paths import user_path
 
 INSTALL_HF = "pip install 'gptoss-jax[hf]'"
@@ -176,7 +176,7 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str | None:
         raise ValueError(f"{where}: has no field {field!r}; it has {listed(record, SHOWN_NAMES)}")
     value = record[field]
     if not isinstance(value, str | None):
-        raise ValueError(f"{where}: field {field!r} is a {type(value).__name__}: must be text or null")
+        raise ValueError(f"{where}: field {field!r} is {type_name(value)}: must be text or null")
     return value
 
 
