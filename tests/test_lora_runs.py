@@ -324,6 +324,36 @@ def test_other_parameters_than_adapters(make_config, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["2"]
 
 
+def test_frozen_adapters_are_in_checkpoints(make_config, tmp_path):
+    """Only B of k is trained: A, and the adapters of q, must stay what they were."""
+
+    def is_trainable(path):
+        return path[-1] == "k_lora_b"
+
+    model = dataclasses.replace(MODEL, lora=LoraConfig(rank=4, targets=("q", "k")))
+    whole, halves = (make_config(tmp_path / name, model=model, steps=4) for name in ("whole", "halves"))
+    state = train(whole, is_trainable=is_trainable)
+    assert_same_params(leaves(get_params(from_pretrained(whole.run_dir))), leaves(state.params))
+    train(dataclasses.replace(halves, steps=2), is_trainable=is_trainable)
+    again = train(halves, is_trainable=is_trainable)
+    assert_same_params(leaves(again.params), leaves(state.params))
+    assert leaves(read_checkpoint(whole.run_dir)[2]).keys() == {
+        f"blocks.0.attention.{name}_lora_{part}" for name in "qk" for part in "ab"
+    }
+    export_adapter(whole.run_dir, tmp_path / "adapter")
+    assert not read_adapter(tmp_path / "adapter", MODEL).tensors["attention.q_lora_b", 1].array.any()
+
+
+def test_adapter_of_the_head_alone(make_config, base_folder, tmp_path):
+    model = dataclasses.replace(MODEL, lora=LoraConfig(rank=4, targets=("head",)))
+    config = make_config(tmp_path / "run", model=model, steps=1)
+    train(config)
+    assert read_adapter(config.run_dir, MODEL).tensors.keys() == {("head.lora_a", -1), ("head.lora_b", -1)}
+    expected = logits(from_pretrained(config.run_dir), TOKENS)
+    found = from_pretrained(base_folder("float32"), adapter=config.run_dir)
+    np.testing.assert_array_equal(logits(found, TOKENS), expected)
+
+
 def test_adapter_of_a_run_for_another_model(finished, tmp_path):
     other = dataclasses.replace(MODEL, hidden_size=96)
     with pytest.raises(ValueError, match=r"for another model: .*_lora_a of layer 0 has shape \[64, 4\]"):

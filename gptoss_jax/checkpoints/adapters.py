@@ -65,8 +65,9 @@ def read_adapter(folder: str | os.PathLike, config: ModelConfig) -> Adapter:
     for (key, layer), tensor in adapter.tensors.items():
         if layer >= config.num_hidden_layers or tensor.shape != shape_of(config, key):
             wrong.append(f"{key} of layer {layer} has shape {list(tensor.shape)}")
+    # The head has no layers.
     layers = {layer for _, layer in adapter.tensors} - {-1}
-    if wrong or len(layers) != config.num_hidden_layers:
+    if wrong or len(layers) not in (0, config.num_hidden_layers):
         raise ValueError(
             f"{local}: the adapter is for another model: {listed(wrong) or f'{len(layers)} layers'}"
         )

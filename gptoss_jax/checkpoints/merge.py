@@ -26,6 +26,7 @@ from gptoss_jax.checkpoints.lazy_tensors import (
 )
 from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES
 from gptoss_jax.checkpoints.readers import ExpertFormat, WeightReader
+from gptoss_jax.config.base import listed
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.model.lora import adapter_names
 from gptoss_jax.model.parameters import LETTERS, adapted_target
@@ -81,12 +82,21 @@ def merge(
 
     Returns what survived for each target, such as "gate_up".
 
-    Raises ValueError as `adapters.open_adapted`, and for a source without an adapter.
+    Raises ValueError as `adapters.open_adapted`, for a source without an adapter, and for an adapter with NaN
+    or infinite values.
     """
     export.check_target(target)
     reader = open_adapted(source, adapter)
     if reader.config.lora is None:
         raise ValueError(f"{source}: has no adapter to merge; name one (--adapter)")
+    damaged = [
+        tensor.name
+        for name in adapter_names(reader.config)
+        for layer in ([-1] if name.startswith("head.") else range(reader.config.num_hidden_layers))
+        if not is_finite((tensor := reader.stored(name, layer)).array)
+    ]
+    if damaged:
+        raise ValueError(f"{adapter or source}: NaN or infinite values in {listed(damaged)}: not merged")
     merged = MergedReader(reader)
     export.write_folder(merged, target, experts, on_progress=on_progress)
     return dict(merged.survival)
@@ -258,7 +268,7 @@ def merge_packed(blocks, scales, a, b):
     """Returns the blocks and scales of one expert with its delta, and the sums of `Survival`.
 
     Each block takes the base's scale s, s/2 or 2s, whichever has the least squared error, s if equal. Without
-    a delta it keeps its bytes.
+    a delta it keeps its bytes, and with one that overflows it becomes NaN.
 
     Args:
       blocks: uint8 [out, G, 16].
@@ -277,6 +287,7 @@ def merge_packed(blocks, scales, a, b):
         better = loss < error
         best = jnp.where(better[..., None], codes, best[0]), jnp.where(better, tried, best[1])
         error = jnp.where(better, loss, error)
+    best = best[0], jnp.where(_block_sums(~jnp.isfinite(wanted)) > 0, codec.NAN_SCALE, best[1])
     kept = (_block_sums(delta != 0) == 0) | (scales == codec.NAN_SCALE)
     best = jnp.where(kept[..., None], blocks, best[0]), jnp.where(kept, scales, best[1])
     return *best, survival_sums(base, delta, codec.dequantize(*best, jnp.float32) - base)
@@ -304,7 +315,7 @@ def _block_sums(values):
 
 def survival_sums(base, delta, effect) -> list:
     """The fields of `Survival` for float32 arrays of one shape; values that are not finite count as 0."""
-    finite = jnp.isfinite(effect)
+    finite = jnp.isfinite(effect) & jnp.isfinite(delta)
     base, effect, delta = (jnp.where(finite, values, 0) for values in (base, effect, delta))
     rest = effect - delta
     return [jnp.sum(x * y) for x, y in ((base, base), (delta, delta), (effect, delta), (rest, rest))]

@@ -247,7 +247,7 @@ def write_tensors(
 def write_file(
     path: pathlib.Path, tensors: list[NewTensor], on_write: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Writes one file. Raises ValueError for a tensor whose chunks have not its size."""
+    """Writes one file. Raises ValueError for a tensor whose chunks do not have its size."""
     # The widest dtypes first, so that every tensor is aligned to its own width.
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     # transformers refuses a file without this.

@@ -97,7 +97,7 @@ class Chat:
 
     def _run_config(self) -> "TrainConfig | None":
         """Returns the config of the run that was trained last, adapter or model; None for other folders."""
-        from gptoss_jax.checkpoints.readers import is_run
+        from gptoss_jax.checkpoints.run_params import is_run
         from gptoss_jax.config import TrainConfig
         from gptoss_jax.config.paths import user_path
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gptoss_jax.checkpoints.base_model import BaseModel
 from gptoss_jax.checkpoints.load import read_params, warn_non_finite_params
@@ -16,6 +16,7 @@ from gptoss_jax.checkpoints.run import Checkpoints, check_folder_name
 from gptoss_jax.checkpoints.run_params import is_run, load_run
 from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.data.token_cache import TokenCache
+from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import IsTrainable, merge_params, split_params
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.terminal import format_rate
@@ -53,9 +54,10 @@ def init_or_restore_state(
     if text or tokenizer differ from the checkpoint's, or `init_from` has another tokenizer.
     """
     abstract = place_on_mesh(abstract_params(config.model), mesh)
-    trained, rest, _ = checkpoint_items(abstract_state(config, mesh, is_trainable), {}, {})
     base = None if config.model.lora is None else find_base(config, checkpoints)
-    found = checkpoints.restore(abstract if base is None else trained, rest, report)
+    metadata = _describe(config, base)
+    state, (_, frozen) = abstract_state(config, mesh, is_trainable), split_params(abstract, is_trainable)
+    found = checkpoints.restore(*checkpoint_items(state, frozen, metadata)[:2], report)
     if found is None:
         if base is not None:
             _check_tokenizer(config, cache, report)
@@ -65,8 +67,8 @@ def init_or_restore_state(
         else:
             params = _load_init_weights(config, abstract, cache, report)
         trainable, frozen = split_params(params, is_trainable)
-        metadata = {"data": None, "tokens_seen": 0, "schedule_jumped": False, "text": describe_text(cache)}
-        return create_state(config, mesh, trainable), frozen, metadata | _describe(config, base)
+        metadata |= {"data": None, "tokens_seen": 0, "schedule_jumped": False, "text": describe_text(cache)}
+        return create_state(config, mesh, trainable), frozen, metadata
     step, params, rest, metadata = found
     changed = [name for name, value in describe_text(cache).items() if metadata["text"].get(name) != value]
     if changed:
@@ -118,10 +120,13 @@ def _check_tokenizer(config: TrainConfig, cache: TokenCache, report: Callable[[s
 def checkpoint_items(
     state: TrainState, frozen: dict, metadata: dict[str, Any]
 ) -> tuple[dict, dict[str, Any], dict[str, Any]]:
-    """Returns the items of a checkpoint: all parameters, or only those trained beside a base model; the rest
-    of the state; the metadata."""
+    """Returns the items of a checkpoint: all parameters, or only those trained beside a base model and all
+    adapters; the rest of the state; the metadata."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return merge_params(rest.pop("params"), {} if "base" in metadata else frozen), rest, metadata
+    if "base" in metadata:
+        kept = {path: leaf for path, leaf in flatten_dict(frozen).items() if is_adapter(path)}
+        frozen = unflatten_dict(kept)
+    return merge_params(rest.pop("params"), frozen), rest, metadata
 
 
 def describe_text(cache: TokenCache) -> dict[str, Any]:
