@@ -59,14 +59,10 @@ FINETUNING = (
     ("sft_lora_20b", "v6e:2x2", "expert=4", "--optim.grad-accum-steps 4"),
     ("sft_lora_20b", "v5e:2x2", "expert=4", "--optim.grad-accum-steps 4"),
     ("sft_lora_20b", "1xH100", "data=1", "--optim.grad-accum-steps 16"),
-    ("sft_lora_20b", "v5p:2x2x1", "expert=4", f"--optim.grad-accum-steps 4 {LARGE}"),
     ("sft_lora_20b", "4xH100", "expert=4", f"--optim.grad-accum-steps 4 {LARGE}"),
     ("sft_lora_20b", "2xH200", "expert=2", f"--optim.grad-accum-steps 8 {LARGE}"),
-    ("sft_full_20b", "v5p:2x2x1", "expert=4", "--optim.grad-accum-steps 4"),
-    ("sft_full_20b", "v5p:2x2x2", "expert=8", "--optim.grad-accum-steps 2"),
-    ("sft_full_20b", "8xH100", "expert=8", "--optim.grad-accum-steps 2"),
-    ("sft_full_20b", "4xH200", "expert=4", "--optim.grad-accum-steps 4"),
-    ("sft_full_20b", "v5p:4x4x2", "expert=32", f"--data.batch-size 32 {LARGE}"),
+    ("sft_full_20b", "8xH100", "expert=8", "--data.batch-size 8"),
+    ("sft_full_20b", "4xH200", "expert=4", "--data.batch-size 4"),
     ("sft_full_20b", "4x8xH100", "expert=32", f"--data.batch-size 32 {LARGE}"),
     ("sft_full_20b", "2x8xH200", "expert=16", LARGE),
 )
@@ -153,18 +149,23 @@ def figures(row: dict) -> tuple[bool, str, float]:
 def finetuning_table(rows: list[dict]) -> str:
     """Returns the table of fine-tuning, in GB of one device, with the arguments of `gptoss plan`."""
     lines = [
-        "| `gptoss plan configs/finetune/` … | HBM | frozen | trained | estimated | compiled | fits |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| | `gptoss plan configs/finetune/` … | HBM | frozen | trained | estimated | compiled | fits |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
         memory, (fits, size, capacity) = row["estimate"]["memory"], figures(row)
+        kinds = {"sft_qlora": "QLoRA", "sft_lora": "LoRA", "sft_full": "full"}
+        name = f"{row['preset'].rpartition('_')[2]} {kinds[row['preset'].rpartition('_')[0]]}"
+        name = name.replace("20b", "120b") if LARGE in row["flags"] else name
         slice_ = f"--topology {row['devices']}"
         gpus = f"--chip {row['devices'].split('x')[-1].lower()} --devices {row['count']}"
         flags = f"{slice_ if ':' in row['devices'] else gpus} --mesh {row['mesh']} {row['flags']}".strip()
         trained = sum(memory[name] for name in ("parameters", "optimizer", "gradients"))
         sizes = (capacity, memory["frozen"], trained, memory["total"])
         cells = " | ".join(f"{size / 1e9:,.1f}" for size in sizes)
-        lines.append(f"| `{row['preset']}.py {flags}` | {cells} | {size} | {'yes' if fits else 'no'} |")
+        lines.append(
+            f"| {name} | `{row['preset']}.py {flags}` | {cells} | {size} | {'yes' if fits else 'no'} |"
+        )
     return "\n".join(lines)
 
 

@@ -142,8 +142,9 @@ def test_report(capsys, tmp_path):
 
 @needs_libtpu
 def test_a_step_of_adapters_is_compiled():
-    # One chip of a slice, and widths that the compiler does not pad.
-    config = dataclasses.replace(with_model(hidden_size=256, intermediate_size=128), data=CONFIG.data)
+    # One chip, and widths that the compiler does not pad.
+    sizes = {"hidden_size": 256, "intermediate_size": 128}
+    config = with_model(layer_types=(SLIDING,) * 2, remat="none", **sizes)
     plan = make_plan(config, topology="v5p:1x1x1")
     (one,), (guess,) = plan.compiled, plan.estimates
     assert plan.devices == 1 and one.fits and one.refusal == ""
