@@ -262,6 +262,39 @@ def test_layers_ranks_and_scalings_of_their_own(written, config, hf_folder, tmp_
         np.testing.assert_allclose(after[name] - before[name], factor * delta, atol=2e-6, err_msg=name)
 
 
+def test_modules_that_are_named_and_left_out(written, config):
+    """What PEFT does not adapt need not be in the file."""
+    lora = LoraConfig(rank=4, targets=("q", "v", "out"))
+    _, folder = written(lora)
+    expected = read_adapter(folder, config)
+    for settings in (
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj", "lm_head"]},
+        {"target_modules": "All-Linear", "exclude_modules": r".*\.k_proj"},
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "exclude_modules": ["self_attn.k_proj"]},
+        {"target_modules": r".*\.(q|v|o)_proj", "exclude_modules": []},
+    ):
+        found = read_adapter(edit_adapter(folder, lambda t, c, new=settings: c.update(new)), config)
+        assert_same_adapters(found, expected)
+    for excluded in ("k_proj", ["proj"], None):
+        edit_adapter(
+            folder, lambda t, c, new=excluded: c.update(target_modules="all-linear", exclude_modules=new)
+        )
+        with pytest.raises(ValueError, match="self_attn.k_proj.lora_A.weight is missing"):
+            read_adapter(folder, config)
+
+
+def test_layers_of_modules_but_not_of_parameters(written, config):
+    _, folder = written(LoraConfig(rank=4, targets=("q", "router")))
+
+    def edit(tensors, config):
+        config |= {"layers_to_transform": 2, "target_modules": ["q_proj", "model.layers.0.self_attn.q_proj"]}
+        return {name: array for name, array in tensors.items() if ".1." not in name and ".3." not in name}
+
+    with pytest.raises(ValueError, match=r" 4 tensors do not fit: model.layers.1.mlp.router") as caught:
+        read_adapter(edit_adapter(folder, edit), config)
+    assert "q_proj" not in str(caught.value)
+
+
 REFUSALS = {
     "rank": (lambda t, c: c.update(r=8), r"q_proj.lora_A.weight has shape \[5, 160\], expected \[8, 160\]"),
     "expert rank": (
@@ -303,7 +336,44 @@ REFUSALS = {
         lambda t, c: c.update(init_lora_weights="pissa_niter_4"),
         "the adapter is for changed base weights",
     ),
-    "alpha": (lambda t, c: c.update(lora_alpha=None), "lora_alpha is None: must be a number above 0"),
+    "alpha": (lambda t, c: c.update(lora_alpha=None), "lora_alpha is None: must be a finite number above 0"),
+    "rank 5.0": (lambda t, c: c.update(r=5.0), f"/{FILES[1]}: r is 5.0: must be an integer above 0"),
+    "pattern": (
+        lambda t, c: c.update(rank_pattern={"*.q_proj": 4}),
+        rf"/{FILES[1]}: rank_pattern is '\*.q_proj': not a regular expression \(",
+    ),
+    "target pattern": (
+        lambda t, c: c.update(target_modules="("),
+        rf"/{FILES[1]}: target_modules is '\(': not a regular expression \(",
+    ),
+    "list of patterns": (
+        lambda t, c: c.update(rank_pattern=["q_proj"]),
+        rf"/{FILES[1]}: rank_pattern is \['q_proj'\]: must be a JSON object",
+    ),
+    "rank of a pattern": (
+        lambda t, c: c["rank_pattern"].update(q_proj="5"),
+        rf"/{FILES[1]}: rank_pattern\['q_proj'\] is '5': must be an integer above 0",
+    ),
+    "alpha of a pattern": (
+        lambda t, c: c["alpha_pattern"].update(q_proj=None),
+        rf"/{FILES[1]}: alpha_pattern\['q_proj'\] is None: must be a finite number above 0",
+    ),
+    "text as alpha of a pattern": (
+        lambda t, c: c["alpha_pattern"].update(q_proj="all"),
+        rf"/{FILES[1]}: alpha_pattern\['q_proj'\] is 'all': must be a finite number above 0",
+    ),
+    "auto mapping": (
+        lambda t, c: c.update(auto_mapping="x"),
+        f"/{FILES[1]}: auto_mapping is 'x': must be a JSON object or None",
+    ),
+    "layers": (
+        lambda t, c: c.update(layers_to_transform=["1"]),
+        rf"/{FILES[1]}: layers_to_transform is \['1'\]: must be a sequence, each item an integer or an",
+    ),
+    "parameters": (
+        lambda t, c: c.update(target_parameters="mlp.experts"),
+        f"/{FILES[1]}: target_parameters is 'mlp.experts': must be a sequence, each item text or None",
+    ),
 }
 
 

@@ -268,6 +268,11 @@ def test_continuing_an_adapter(finished, make_config, base_folder, tmp_path):
         model = dataclasses.replace(MODEL, lora=lora)
         with pytest.raises(ValueError, match=f"init_from is .*: an adapter with other settings: .*{message}"):
             train(make_config(tmp_path / "bad", model=model, init_from=config.run_dir))
+    message = (
+        f"init_adapter is '{tmp_path}/adapter': {config.run_dir} .init_from. has an adapter already; name"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(again, init_from=config.run_dir, run_dir=str(tmp_path / "bad")))
     with pytest.raises(ValueError, match="init_adapter is 'x': must be left out without model.lora"):
         make_config(tmp_path / "bad", model=MODEL, init_adapter="x")
 

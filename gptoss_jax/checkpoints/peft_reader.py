@@ -14,7 +14,7 @@ from gptoss_jax.checkpoints.mappings import HUGGINGFACE, PER_EXPERT_ADAPTERS, SW
 from gptoss_jax.checkpoints.readers import Adapter
 from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG, ADAPTERS, map_file
 from gptoss_jax.config import LoraConfig, ModelConfig
-from gptoss_jax.config.base import read_json, require
+from gptoss_jax.config.base import fits, read_json, require, spelled
 from gptoss_jax.config.model import EXPERT_TARGETS, LORA_TARGETS
 from gptoss_jax.model.lora import adapter_names
 from gptoss_jax.model.parameters import adapted_target, shape_of
@@ -42,6 +42,15 @@ PLAIN_SETTINGS = {
 }  # fmt: skip
 # Initializations that change the base weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
+
+# The types of the settings that are read.
+NAMES = list[str] | str | None
+READ_SETTINGS = {
+    "use_rslora": bool | None, "rank_pattern": dict | None, "alpha_pattern": dict | None,
+    "target_modules": NAMES, "exclude_modules": NAMES, "target_parameters": list[str] | None,
+    "layers_to_transform": list[int] | int | None, "auto_mapping": dict | None,
+}  # fmt: skip
+BY_PATTERN = r"(.*\.)?({})"  # how a pattern matches the name of a module
 BASE_WEIGHTS = r"(lm_head|embed_tokens)(\.base_layer)?\.weight$"
 MAX_NAMED = 4  # tensors in an error message
 
@@ -53,7 +62,7 @@ class PeftFolder:
         self.folder, self.config = folder, config
         where = ": must be a PEFT adapter, or a run that trained adapters"
         self.values = read_json(folder / ADAPTER_CONFIG, where)
-        _refuse_settings(folder, self.values)
+        _check_settings(folder / ADAPTER_CONFIG, self.values)
         if not (folder / WEIGHTS).is_file():
             raise ValueError(f"{folder}: contains no {WEIGHTS}")
         tensors = map_file(folder / WEIGHTS)
@@ -141,8 +150,8 @@ class PeftFolder:
         return np.float32(factor) * array.astype(np.float32) if is_scaled else array
 
 
-def _refuse_settings(folder: pathlib.Path, values: dict[str, Any]) -> None:
-    path = folder / ADAPTER_CONFIG
+def _check_settings(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Raises ValueError for an adapter_config.json with settings that are damaged, or more than LoRA."""
     for name, plain in PLAIN_SETTINGS.items():
         value = values.get(name)
         require(
@@ -154,28 +163,52 @@ def _refuse_settings(folder: pathlib.Path, values: dict[str, Any]) -> None:
     start = values.get("init_lora_weights")
     changes_base = isinstance(start, str) and start.startswith(CHANGE_BASE)
     require(not changes_base, f"{path}: init_lora_weights", start, "the adapter is for changed base weights")
-    for name in ("r", "lora_alpha"):
-        value = values.get(name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        require(is_number, f"{path}: {name}", value, "must be a number above 0")
+    for name, kind in READ_SETTINGS.items():
+        require(fits(values.get(name), kind), f"{path}: {name}", values.get(name), f"must be {spelled(kind)}")
+    numbers = [("r", int, values.get("r")), ("lora_alpha", float, values.get("lora_alpha"))]
+    patterns = [(name, values.get(name), "{}") for name in ("target_modules", "exclude_modules")]
+    for name, kind in {"rank_pattern": int, "alpha_pattern": float}.items():
+        for pattern, value in (values.get(name) or {}).items():
+            numbers.append((f"{name}[{pattern!r}]", kind, value))
+            patterns.append((name, pattern, BY_PATTERN))
+    for name, kind, value in numbers:
+        is_above = fits(value, kind) and value > 0
+        require(is_above, f"{path}: {name}", value, f"must be {spelled(kind)} above 0")
+    for name, pattern, form in patterns:
+        try:
+            re.compile(form.format(pattern) if isinstance(pattern, str) else "")
+        except re.error as error:
+            raise ValueError(f"{path}: {name} is {pattern!r}: not a regular expression ({error})") from None
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     """The value of the first pattern that a module's name ends with."""
-    found = (value for name, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({name})", module))
+    found = (
+        value for name, value in (patterns or {}).items() if re.fullmatch(BY_PATTERN.format(name), module)
+    )
     return next(found, default)
 
 
 def _is_named(values: dict[str, Any], target: str, module: str) -> bool:
     """Returns True if the config says that PEFT adapts a module."""
-    names = values.get("target_parameters" if target in PARAMETERS else "target_modules") or []
-    layers = values.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    if target != "head" and layers is not None and int(module.split(".")[2]) not in layers:
+    if target in PARAMETERS:
+        return _matches(values.get("target_parameters"), module)
+    names, layers = values.get("target_modules") or [], values.get("layers_to_transform")
+    if _matches(values.get("exclude_modules"), module):
         return False
+    if isinstance(names, str) and names.lower() == "all-linear":
+        return target != "head"
+    layers = [layers] if isinstance(layers, int) else layers
+    # A full name counts in all layers.
+    is_in = not layers or module in names or (target != "head" and int(module.split(".")[2]) in layers)
+    return is_in and _matches(names, module)
+
+
+def _matches(names: str | list[str] | None, module: str) -> bool:
+    """Returns True if a module has the whole name of a regular expression, or ends with one of some names."""
     if isinstance(names, str):
-        return target != "head" if names == "all-linear" else re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names or ())
 
 
 def _misfits(shapes: dict[str, tuple[int, ...]], tensors: dict[str, np.ndarray]) -> list[str]:
@@ -206,7 +239,7 @@ def _expert_table(
     if not any(".base_layer." in name for name in names):
         # PEFT leaves out the inner wrapper where only one of the two is adapted.
         named = [target for target in EXPERT_TARGETS if any(
-            str(name).endswith(MODULES[target]) for name in values.get("target_parameters") or ()
+            name.endswith(MODULES[target]) for name in values.get("target_parameters") or ()
         )]  # fmt: skip
         tables = [
             {key: _outer(table[key]) for key in PAIRS[target]}

@@ -102,15 +102,15 @@ def _fields(cls: type) -> dict[str, tuple[Any, tuple[Bound, ...]]]:
     return {name: (kinds[name], getattr(bounds[name], "__metadata__", ())) for name in names}
 
 
-def _fits(value: object, kind: Any) -> bool:
+def fits(value: object, kind: Any) -> bool:
     """Returns True if a value is of an annotated type; an int is also a float."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         return value in typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, choice) for choice in typing.get_args(kind))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(kind)[0]) for item in value)
+        return any(fits(value, choice) for choice in typing.get_args(kind))
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(fits(item, typing.get_args(kind)[0]) for item in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:
@@ -118,19 +118,21 @@ def _fits(value: object, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _spelled(kind: Any) -> str:
+def spelled(kind: Any) -> str:
+    """Returns an annotated type in words."""
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(kind))
     if typing.get_origin(kind) is types.UnionType:
-        return " or ".join(_spelled(choice) for choice in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return f"a sequence, each item {_spelled(typing.get_args(kind)[0])}"
+        return " or ".join(spelled(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) in (tuple, list):
+        return f"a sequence, each item {spelled(typing.get_args(kind)[0])}"
     return {
         type(None): "None",
         float: "a finite number",
         int: "an integer",
         bool: "True or False",
         str: "text",
+        dict: "a JSON object",
     }.get(kind, getattr(kind, "__name__", str(kind)))
 
 
@@ -141,7 +143,7 @@ class ConfigBase:
 
     def __post_init__(self) -> None:
         for name, (kind, bounds) in _fields(type(self)).items():
-            self._require(_fits(getattr(self, name), kind), name, f"must be {_spelled(kind)}")
+            self._require(fits(getattr(self, name), kind), name, f"must be {spelled(kind)}")
             for bound in bounds:
                 self._require(bound.holds(getattr(self, name)), name, bound.allowed)
         self._check()

@@ -78,13 +78,15 @@ def first_adapters(config: TrainConfig, mesh: Mesh) -> dict:
 
 def find_adapter(config: TrainConfig) -> Adapter | None:
     """The adapter that a run continues; see `first_adapters`. Raises ValueError if `model.lora` has other
-    settings."""
+    settings, or for two adapters."""
     field, folder = "init_adapter", config.init_adapter
-    if folder is None:
-        init_from = local_folder(config.init_from)
-        if not is_run(init_from) or TrainConfig.load(init_from / "config.json").model.lora is None:
-            return None
+    init_from = local_folder(config.init_from)
+    if is_run(init_from) and TrainConfig.load(init_from / "config.json").model.lora is not None:
+        allowed = f"{config.init_from} (init_from) has an adapter already; name its base model instead"
+        require(folder is None, field, folder, allowed)
         field, folder = "init_from", config.init_from
+    if folder is None:
+        return None
     adapter, lora = read_adapter(folder, base_config(config.model)), config.model.lora
     extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
     require(not extra, field, folder, f"also trained {listed(extra)}: merge it first (gptoss merge)")
