@@ -1,18 +1,19 @@
 """Training adapters: meshes match one device, every adapter that is used learns, and frozen weights cost
 nothing."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import math
-import re
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.programs import carried_arrays, largest_arrays
+from helpers.tpu_compiler import needs_libtpu
 
 from gptoss_jax.config import (
     SLIDING,
@@ -24,15 +25,18 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.config.model import LORA_TARGETS
+from gptoss_jax.config.preset import read_preset
 from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import path_names, split_params
 from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
+from gptoss_jax.planning.compile_tpu import compile_step
 from gptoss_jax.training.state import abstract_state, create_state, place_on_mesh
 from gptoss_jax.training.step import make_train_step
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 B, T, V, D, F, E = 8, 13, 104, 32, 64, 16
 MODEL = ModelConfig(
     vocab_size=V,
@@ -174,16 +178,6 @@ def test_every_expert_adapter_that_got_tokens_changes_in_ten_steps(expert_format
         assert not np.array_equal(leaf, block_before["attention"][name]), name
 
 
-def carried_arrays(hlo_text):
-    """Returns how often the loops of a program carry arrays of each element type and size, of whatever shape:
-    the number in the loop that has the most of them."""
-    found = collections.Counter()
-    for carried in re.findall(r"= \((.*?)\) while\(", hlo_text):
-        arrays = re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", carried)
-        found |= collections.Counter((kind, math.prod(map(int, shape.split(",")))) for kind, shape in arrays)
-    return found
-
-
 @pytest.mark.parametrize("expert_format", FORMATS)
 @pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "block"])
 @pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -213,3 +207,31 @@ def test_frozen_weights_have_no_gradient_no_state_and_no_copies(fsdp, remat, exp
         # Neither the stack nor a layer of it is unpacked.
         unpacked = {stack * size for stack in (1, layers) for size in (E * D * 2 * F, E * F * D)}
         assert not unpacked & {size for kind, size in arrays if kind != "u8"}
+
+
+def test_no_layer_is_unpacked(cpu_form):
+    config = with_model(expert_format="mxfp4", num_local_experts=64)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    _, frozen = split_params(abstract_params(config.model), lora.is_adapter)
+    arguments = abstract_state(config, mesh, lora.is_adapter), jax.eval_shape(lambda: make_batch(0)), frozen
+    largest = largest_arrays(make_train_step(config).lower(*arguments).compile().as_text())
+    layers, packed = config.model.num_hidden_layers, 64 * 2 * F * D // 2
+    assert largest.pop("u8") == layers * packed
+    # Those of anything else are smaller than the smaller matrices of a layer.
+    assert max(largest.values()) < 64 * D * F, largest
+
+
+@needs_libtpu
+def test_two_layers_of_20b_on_tpu():
+    """A step of QLoRA on 4,096 tokens takes less memory, beside parameters and state, than a layer's experts
+    would unpacked."""
+    config = read_preset(CONFIGS / "finetune/sft_qlora_20b.py")
+    model = dataclasses.replace(
+        config.model, num_hidden_layers=2, layer_types=("sliding_attention", "full_attention")
+    )
+    data = dataclasses.replace(config.data, batch_size=1)
+    optim = dataclasses.replace(config.optim, grad_accum_steps=1)
+    config = dataclasses.replace(config, model=model, data=data, optim=optim)
+    step = compile_step(config, "v5p:1x1x1", {"data": 1})
+    unpacked = 2 * 3 * model.num_local_experts * model.hidden_size * model.intermediate_size
+    assert step.fits and step.arguments < step.peak < step.arguments + unpacked

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.programs import largest_arrays
 from helpers.tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
 
 from gptoss_jax.checkpoints.load import load_target
@@ -128,15 +127,6 @@ def test_gradients_on_meshes(mesh):
         batch = jax.device_put(make_batch(), batch_sharding(mesh))
         found = loss_and_gradients(MODEL)(*split_params(params, is_trained), batch)
     assert_close(found, expected())
-
-
-def largest_arrays(hlo_text):
-    """Returns the number of elements of the largest array of each type in a program."""
-    largest = {}
-    for dtype, shape in re.findall(r"\b(pred|[usbf]\w*\d)\[([\d,]*)\]", hlo_text):
-        size = math.prod(int(length) for length in shape.split(",") if length)
-        largest[dtype] = max(largest.get(dtype, 0), size)
-    return largest
 
 
 def test_no_layer_is_unpacked_or_copied(cpu_form):
