@@ -35,4 +35,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     startup.keep_memory()
-    sys.exit(startup.run(main, "train.py"))
+    startup.leave(startup.run(main, "train.py"))

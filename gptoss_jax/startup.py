@@ -8,7 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
+INTERRUPTED = 130
 # Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step.
 TUNABLES = (
     "glibc.malloc.hugetlb=1",
@@ -28,7 +30,9 @@ def keep_memory() -> None:
     if not sys.platform.startswith("linux") or "glibc.malloc." in tunables or not sys.executable:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join((*filter(None, [tunables]), *TUNABLES))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    # Without permission to start the interpreter again, the command is only slower.
+    with contextlib.suppress(OSError):
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # Environment variables that a TPU machine or its user sets.
@@ -109,7 +113,7 @@ def report(error: BaseException, name: str) -> int:
     2: ValueError, input that is not allowed. 1: a failure on the way. 130: Ctrl-C.
     """
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         # The reader is gone, for example `| head`; flushing the rest at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,6 +122,20 @@ def report(error: BaseException, name: str) -> int:
         raise error
     say(name, "error", error)
     return 2 if isinstance(error, ValueError) else 1
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with the exit code of `run`.
+
+    After Ctrl-C at once: the interpreter's own shutdown waits for threads, and threads of JAX and Orbax that
+    still run when it is over crash the process.
+    """
+    if code == INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def print_any_text() -> None:

@@ -204,3 +204,30 @@ config = TrainConfig(
     run_dir="{folder}/run",
 )
 """
+
+
+def test_ctrl_c_ends_the_process_while_threads_run():
+    """The interpreter's own shutdown would wait for the thread."""
+    program = """
+import sys, threading, time
+from gptoss_jax import startup
+
+def command():
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    print("begun")
+    raise KeyboardInterrupt
+
+startup.leave(startup.run(command, "name"))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "begun\n", "")
+
+
+def test_a_process_that_cannot_restart_goes_on(monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(os, "execv", refuse)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # restored afterwards
+    startup.keep_memory()
+    assert "glibc.malloc" in os.environ["GLIBC_TUNABLES"] or not sys.platform.startswith("linux")

@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
         startup.keep_memory()
     startup.hide_tpu_compiler()
     set_matplotlib_folder()
-    args = list(sys.argv[1:] if args is None else args)
+    is_process, args = args is None, list(sys.argv[1:] if args is None else args)
     if args[:1] in (["plan"], ["inspect-data"]):
         args = with_settings(args)
 
@@ -78,4 +78,5 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         settings.run()
 
-    return startup.run(run_command, "gptoss")
+    code = startup.run(run_command, "gptoss")
+    return startup.leave(code) if is_process else code
