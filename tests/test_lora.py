@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.params import assert_close, random_params, unpacked
 
 from gptoss_jax.config import SLIDING, LoraConfig, ModelConfig
 from gptoss_jax.config.model import LORA_TARGETS
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
-from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import merge_params, path_names, shape_of, split_params
 from gptoss_jax.model.transformer import abstract_params, bind, init_params
@@ -51,19 +51,9 @@ def packed_config(config_without):
 
 
 @functools.cache
-def random_params_of(config, seed=0):
-    """Random parameters, those of adapters too, so that activations stay small."""
-    rng = np.random.default_rng(seed)
-
-    def one(path, leaf):
-        name = path_names(path)[-1]
-        if leaf.dtype == jnp.uint8:
-            low, high = (0, 256) if name.endswith("blocks") else (121, 124)
-            return jnp.asarray(rng.integers(low, high, leaf.shape, np.uint8))
-        spread = 0.1 if "lora" in name else 0.2
-        return jnp.asarray((name == "scale") + spread * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(config))
+def random_params_of(config):
+    """Random parameters that keep activations small."""
+    return jax.tree.map(jnp.asarray, random_params(config, lambda name: 0.1 if "lora" in name else 0.2))
 
 
 def with_explicit_weights(config, params, xp=np):
@@ -89,15 +79,6 @@ def _logits(config):
 
 def tokens_of(config, rows=3, length=11):
     return jnp.asarray(np.random.default_rng(1).integers(0, config.vocab_size, (rows, length)), jnp.int32)
-
-
-def assert_close(found, expected, tolerance):
-    for (path, f), e in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        scale = np.abs(e).max()
-        assert scale > 0, path
-        np.testing.assert_allclose(f, e, rtol=0, atol=tolerance * scale, err_msg=str(path))
 
 
 @pytest.mark.parametrize("targets", [EVERY, *((target,) for target in EVERY)], ids="-".join)
@@ -132,7 +113,7 @@ def adapter_gradients(config, explicit=False, packed=None):
     `packed`: the config of the packed experts whose values to use, unpacked."""
     params, tokens = random_params_of(packed or config), tokens_of(config)
     if packed:
-        params = dequantized(params)
+        params = unpacked(params)
     adapters, base = split_params(params, lora.is_adapter)
 
     def loss(adapters):
@@ -157,20 +138,6 @@ def test_gradients_are_those_of_the_sum_of_weights(config_without, remat):
     assert_close(found, expected, 1e-5)
 
 
-def dequantized(params):
-    """Returns the parameters with experts that are not packed."""
-    blocks = {}
-    for i, block in params["blocks"].items():
-        moe = dict(block["moe"])
-        for name in ("gate_up", "down"):
-            moe[name] = codec.dequantize(moe.pop(f"{name}_blocks"), moe.pop(f"{name}_scales"), jnp.float32)
-        L, E, U, D = moe["gate_up"].shape
-        moe["gate_up"] = moe["gate_up"].reshape(L, E, U // 2, 2, D).transpose(0, 1, 4, 3, 2)
-        moe["down"] = moe["down"].swapaxes(2, 3)
-        blocks[i] = block | {"moe": moe}
-    return params | {"blocks": blocks}
-
-
 def test_adapters_of_packed_experts_equal_those_of_the_unpacked_ones(packed_config, cpu_form):
     config = adapted(packed_config)
     plain = dataclasses.replace(config, expert_format="plain")
@@ -186,7 +153,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [2, 7], [9]]
 
 @functools.cache
 def decoded_with_explicit_weights(config):
-    params = with_explicit_weights(config, dequantized(random_params_of(config)))
+    params = with_explicit_weights(config, unpacked(random_params_of(config)))
     return generate(
         bind(dataclasses.replace(config, lora=None, expert_format="plain"), params), PROMPTS, DECODING
     )
@@ -196,7 +163,7 @@ def decoded_with_explicit_weights(config):
 def test_decoding_equals_the_sum_of_weights(packed_config, cpu_form, form):
     packed = adapted(packed_config)
     config, params = dataclasses.replace(packed, expert_format=form), random_params_of(packed)
-    params = params if form == "mxfp4" else dequantized(params)
+    params = params if form == "mxfp4" else unpacked(params)
     found = generate(bind(config, params), PROMPTS, DECODING)
     expected = decoded_with_explicit_weights(packed)
     for f, e in zip(found, expected, strict=True):

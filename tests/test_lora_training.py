@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.params import assert_close, random_params
 from helpers.programs import carried_arrays, largest_arrays
 from helpers.tpu_compiler import needs_libtpu
 
@@ -28,7 +29,7 @@ from gptoss_jax.config.model import LORA_TARGETS
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.model import lora
-from gptoss_jax.model.parameters import path_names, split_params
+from gptoss_jax.model.parameters import split_params
 from gptoss_jax.model.transformer import abstract_params, init_params, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
@@ -94,17 +95,8 @@ def start_params(model):
     With these spreads, changes of one unit in the last place of all parameters change gradients by up to 3e-6
     of the largest; with 0.5 and 0.15 by 1.2e-5, which is more than the tolerance below.
     """
-    rng = np.random.default_rng(7)
-
-    def one(path, leaf):
-        name = path_names(path)[-1]
-        if leaf.dtype == jnp.uint8:
-            low, high = (0, 256) if name.endswith("blocks") else (121, 124)
-            return rng.integers(low, high, leaf.shape, np.uint8)
-        spread = 0.3 if name in ("router", "router_bias", "sinks") else 0.1
-        return ((name == "scale") + spread * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(one, abstract_params(model))
+    wide = ("router", "router_bias", "sinks")
+    return random_params(model, lambda name: 0.3 if name in wide else 0.1, seed=7)
 
 
 def run(config, mesh_config, steps, params=None):
@@ -124,15 +116,6 @@ def run(config, mesh_config, steps, params=None):
             if seed == 0:  # AdamW's first moment is then a tenth of the gradient
                 gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
     return rows, gradients, jax.device_get(state.params)
-
-
-def assert_close(found, expected, tolerance):
-    for (path, f), e in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        scale = np.abs(e).max()
-        assert scale > 0, path
-        np.testing.assert_allclose(f, e, rtol=0, atol=tolerance * scale, err_msg=str(path))
 
 
 @functools.cache

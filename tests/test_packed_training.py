@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.params import assert_close, unpacked
 from helpers.programs import largest_arrays
 from helpers.tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
 
@@ -15,7 +16,6 @@ from gptoss_jax.checkpoints.load import load_target
 from gptoss_jax.config import SLIDING, MeshConfig, ModelConfig
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.data.batches import abstract_batch
-from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.model.parameters import merge_params, split_params
 from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
@@ -64,21 +64,6 @@ def start_params():
     return init_params(MODEL, jax.random.key(0))
 
 
-def unpacked(params):
-    """Returns the same parameters with plain experts."""
-
-    def block(block):
-        moe = {name: value for name, value in block["moe"].items() if is_trained((name,))}
-        gate_up_LEUD, down_LEDF = (
-            codec.dequantize(block["moe"][f"{name}_blocks"], block["moe"][f"{name}_scales"], jnp.float32)
-            for name in ("gate_up", "down")
-        )
-        gate_up = gate_up_LEUD.reshape(L, E, F, 2, D).transpose(0, 1, 4, 3, 2)
-        return block | {"moe": moe | {"gate_up": gate_up, "down": down_LEDF.swapaxes(2, 3)}}
-
-    return params | {"blocks": {i: block(value) for i, value in params["blocks"].items()}}
-
-
 def loss_and_gradients(model):
     """Returns a jitted function of the trained and the frozen parameters and a batch."""
 
@@ -87,12 +72,6 @@ def loss_and_gradients(model):
         return sums["loss"]
 
     return jax.jit(jax.value_and_grad(loss))
-
-
-def assert_close(found, expected):
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
 
 
 @functools.cache
