@@ -40,6 +40,7 @@ def test_examples_and_statistics(preset, tmp_path, capsys):
     assert f"  {tmp_path}/rows.jsonl:5: its fields are prompt, answer: must be messages" in shown
     assert "1 examples, 1 left out; --data.overlong cut" in shown
     records = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
+    assert "shown: 0 to 0 of 3 training examples, numbered from 0\n" in shown
     assert [record["where"].rpartition(":")[2] for record in records] == [f"{i} turn 1" for i in (1, 2, 3, 4)]
     assert [record["used_tokens"] > 0 for record in records] == [True, True, True, False]
     tokenizer = make_tokenizer(f"file:{next(tmp_path.glob('cache/*/tokenizer.json'))}")
@@ -51,6 +52,11 @@ def test_examples_and_statistics(preset, tmp_path, capsys):
     assert "rows.jsonl:3 turn 1" in capsys.readouterr().out
     assert main.main(["inspect-data", str(preset), "--first", "-1"]) == 2
     assert "first is -1: must be 0 or more" in capsys.readouterr().err
+    assert main.main(["inspect-data", str(preset), "--first", "7"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("shown: none of 3 training examples, numbered from 0 (--first 7, --examples 3)\n")
+    assert main.main(["inspect-data", str(preset), "--json", str(tmp_path / "none" / "o")]) == 2
+    assert f"--json is '{tmp_path}/none/o': its folder does not exist" in capsys.readouterr().err
 
 
 def test_nothing_is_read_as_markup(tmp_path, capsys):
@@ -83,3 +89,11 @@ def test_colors_and_other_encodings():
     assert [span.style for span in text.spans] == ["dim", "bold green", "bold green", "dim", "dim"]
     text = spelled(tokenizer, tokens, weights, io.TextIOWrapper(io.BytesIO(), "ascii"))
     assert text.plain == "\\xc3[[\\xa9|\\n\n]]\\x1b|b"
+
+
+def test_tokens_that_share_a_character_are_shown_together():
+    tokenizer, file = make_tokenizer("bytes"), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    # The bytes of é, of 中, half of é before a letter, half at the end of the text, and half at the very end.
+    tokens = [*"é中".encode(), 0xC3, ord("x"), 0xA9, 0xC3, tokenizer.eos_id, 0xE4, 0xB8]
+    text = spelled(tokenizer, np.array(tokens), np.zeros(len(tokens), np.uint8), file)
+    assert text.plain == "é│中│\\xc3│x│\\xa9│\\xc3│<|endoftext|>│\\xe4│\\xb8"

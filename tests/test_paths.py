@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from gptoss_jax.config.paths import output_file, user_path
+from gptoss_jax.config.paths import output_file, replace_file, user_path
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,28 @@ def test_output_files_are_checked_first(tmp_path, monkeypatch):
         output_file("~/none/x.json", "json")
     with pytest.raises(ValueError, match="json is '~': is a folder; name a file"):
         output_file("~", "json")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=r"json is '~/x.json': cannot be written \(permission denied\)"):
+        output_file("~/x.json", "json")
+
+
+def test_a_file_is_replaced_when_it_is_complete(tmp_path):
+    path, link = tmp_path / "x.json", tmp_path / "link"
+    path.write_text("old")
+    link.symlink_to(path)
+    for error in (KeyError, OSError(28, "No space left on device")):
+        with pytest.raises((KeyError, ValueError)), replace_file(path, "--json") as file:
+            file.write("new")
+            raise error
+        assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    with replace_file(link, "--json") as file:
+        file.write("é")
+    assert path.read_text("utf-8") == "é" and link.is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device that is always full")
+def test_a_full_disk():
+    message = r"--json is '/dev/full': cannot be written \(No space left on device\)"
+    with pytest.raises(ValueError, match=message), replace_file("/dev/full", "--json") as file:
+        file.write("x")
+    assert os.path.exists("/dev/full")

@@ -1,5 +1,6 @@
 """`gptoss inspect-data`."""
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ class InspectData:
         import numpy as np
         from rich.console import Console
 
-        from gptoss_jax.config.paths import output_file
+        from gptoss_jax.config.paths import output_file, replace_file
         from gptoss_jax.config.preset import flags_of, read_preset
         from gptoss_jax.data.token_cache import build_cache
         from gptoss_jax.terminal import encodable, printable
@@ -59,20 +60,26 @@ class InspectData:
         for name in ("examples", "first"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         data = read_preset(self.config, flags_of(self.overrides), prog="gptoss inspect-data CONFIG").data
-        path = None if self.json_file is None else output_file(self.json_file, "json")
+        path = None if self.json_file is None else output_file(self.json_file, "--json")
         cache = build_cache(data, lambda line: print(line, file=sys.stderr))
         # Paths and roles may look like markup.
         console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-        chosen = np.flatnonzero(cache.held_out == self.held_out)[self.first :][: self.examples]
+        available = np.flatnonzero(cache.held_out == self.held_out)
+        chosen = available[self.first :][: self.examples]
         for document in chosen.tolist():
             tokens, weights = example(cache, document)
             line = f"{cache.where(document)}: {len(tokens):,} tokens, {weights.sum():,} trained"
             console.print(encodable(printable(line), console.file))
             console.print(spelled(cache.tokenizer, tokens, weights, console.file), end="\n\n")
+        noun = "documents" if cache.weights is None else "examples"
+        which = f"{self.first:,} to {self.first + len(chosen) - 1:,}" if len(chosen) else "none"
+        asked = "" if len(chosen) else f" (--first {self.first}, --examples {self.examples})"
+        kind = "held-out" if self.held_out else "training"
+        console.print(f"shown: {which} of {len(available):,} {kind} {noun}, numbered from 0{asked}")
         for line in statistics_lines(cache, data):
             console.print(encodable(printable(line), console.file))
         if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
+            with replace_file(path, "--json") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records(cache, data))
 
 
@@ -91,24 +98,52 @@ def spelled(
 ) -> "rich.text.Text":
     """Returns the text of tokens: separated, with those that are trained on in brackets and in color.
 
-    Bytes that are no character by themselves are escaped, and so are control characters.
+    Tokens that make up a character only together are shown as one. Bytes that are no character are escaped,
+    and so are control characters.
     """
     from rich.text import Text
 
     from gptoss_jax.terminal import encodable, printable
 
-    names = {token: name for name, token in tokenizer.special_tokens.items()}
     signs = "⟦⟧│↵"
     left, right, line, newline = signs if encodable(signs, file) == signs else ("[[", "]]", "|", "\\n")
     text, before = Text(), 0
-    for index, (token, weight) in enumerate(zip(tokens.tolist(), weights.tolist(), strict=True)):
-        written = names.get(token) or tokenizer.decode_bytes([token]).decode(errors="backslashreplace")
+    for index, (written, weight) in enumerate(_cells(tokenizer, tokens, weights)):
         separator = (right if before else left) if bool(weight) != bool(before) else line if index else ""
         text.append(separator)
         shown = encodable(printable(written).replace("\n", f"{newline}\n"), file)
         text.append(shown, TRAINED if weight else UNTRAINED)
         before = weight
     return text.append(right if before else "")
+
+
+def _cells(tokenizer: "Tokenizer", tokens: "np.ndarray", weights: "np.ndarray") -> Iterator[tuple[str, int]]:
+    """Yields the text and weight of each token, or of several with the same weight that share a character."""
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    pending, before = [], 0  # tokens' bytes that end within a character, and their weight
+
+    def flush() -> Iterator[tuple[str, int]]:
+        yield from ((data.decode(errors="backslashreplace"), before) for data in pending)
+        pending.clear()
+
+    for token, weight in zip(tokens.tolist(), weights.tolist(), strict=True):
+        if token in names or weight != before:
+            yield from flush()
+        before = weight
+        if token in names:
+            yield names[token], weight
+            continue
+        pending.append(tokenizer.decode_bytes([token]))
+        try:
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            written = decoder.decode(b"".join(pending))
+        except UnicodeDecodeError:
+            yield from flush()
+            continue
+        if not decoder.getstate()[0]:
+            pending.clear()
+            yield written, weight
+    yield from flush()
 
 
 def statistics_lines(cache: "TokenCache", data: "DataConfig") -> Iterator[str]:

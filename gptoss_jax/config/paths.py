@@ -9,6 +9,8 @@ import shutil
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
+from typing import TextIO
 
 from gptoss_jax.config.base import require
 
@@ -52,12 +54,40 @@ def path_exists(text: str, field: str) -> bool:
 def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
     """Returns the file for a command's result.
 
-    Raises ValueError before the work is done if it could not be written: its folder is missing, or it is one.
+    Raises ValueError before the work is done if it could not be written: its folder is missing or read-only,
+    or it is one.
     """
     file = user_path(path, field)
     require(file.parent.is_dir(), field, os.fspath(path), "its folder does not exist")
     require(not file.is_dir(), field, os.fspath(path), "is a folder; name a file")
+    is_writable = os.access(file if file.exists() else file.parent, os.W_OK)
+    require(is_writable, field, os.fspath(path), "cannot be written (permission denied)")
     return file
+
+
+@contextlib.contextmanager
+def replace_file(path: pathlib.Path, field: str) -> Iterator[TextIO]:
+    """Opens a text file that takes the place of `path` when it is complete, and not after an error.
+
+    What is not a regular file, such as /dev/stdout, is written directly, and so is a file in a folder that is
+    read-only. Raises ValueError with the field and the path if writing fails.
+    """
+    target = pathlib.Path(os.path.realpath(path))
+    is_special = target.exists() and not target.is_file()
+    is_direct = is_special or not os.access(target.parent, os.W_OK)
+    partial = target if is_direct else target.with_name(f".partial-{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        if not is_direct:
+            os.replace(partial, target)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        require(False, field, os.fspath(path), f"cannot be written ({error.strerror})")
+    finally:
+        if not is_direct:
+            partial.unlink(missing_ok=True)
 
 
 def require_utf8(path: str | os.PathLike, field: str) -> None:
