@@ -332,7 +332,16 @@ BAD_ROWS = [
     ({"messages": "x"}, "bad messages", "messages is a str: must be a list"),
     ({"messages": []}, "no messages", "has no messages"),
     ([u("q"), {"role": "wizard"}], "unknown role", r"messages\[1\].role is 'wizard': must be system, dev"),
-    ([u("q"), "a"], "unknown role", r"messages\[1\].role is 'a'"),
+    ([u("q"), {"content": "a"}], "unknown role", r"messages\[1\].role is missing: must be system"),
+    ([u("q"), {"role": "x" * 99}], "unknown role", r"role is 'x{77}…': must be sys"),
+    ([u("q"), "a"], "bad messages", r"messages\[1\] is a str: must be an object with role and content"),
+    ([None], "bad messages", r"messages\[0\] is null: must be an object"),
+    (
+        {"messages": None, "id": 3},
+        "unknown format",
+        r"its fields are messages \(null\), id: must be messages",
+    ),
+    ({}, "unknown format", "it has no fields: must be messages"),
     ([a("a")], "no user", "has no message of the user"),
     ([u("q"), a("a"), u("r")], "no answer", "the last message is the user's: must be the assistant's"),
     ([u("q"), a(None, "t")], "no answer", r"messages\[1\], the last of its turn, has thinking but no answer"),
@@ -362,8 +371,16 @@ BAD_ROWS = [
         "call without a result",
         r"messages\[1\]: no result of g",
     ),
-    ([u("q"), a(tool_calls=[call("f x")])], "bad tool call", "'f x' is not a name of letters, digits"),
-    ([u("q"), a(tool_calls=["f"])], "bad tool call", "None is not a name"),
+    ([u("q"), a(tool_calls=[call("f x")])], "bad tool call", r"s\[0\].function.name is 'f x': must have 1"),
+    (
+        [u("q"), a(tool_calls=[call("f"), None])],
+        "bad tool call",
+        r"messages\[1\].tool_calls\[1\] is null: must be a call, with the name and arguments of a function",
+    ),
+    ([u("q"), a(tool_calls="abc")], "bad tool call", r"messages\[1\].tool_calls is 'abc': must be a list of"),
+    ([u("q"), a(tool_calls=[{"id": "1"}])], "bad tool call", r"messages\[1\].tool_calls\[0\] has no name"),
+    ([u("q"), a(function_call={})], "empty message", r"messages\[1\] has neither content nor thinking nor"),
+    ([u("q"), a(function_call={"x": 1})], "bad tool call", r"messages\[1\].function_call has no name of a"),
     (
         [u("q"), a("a", tool_call=call("f"))],
         "bad tool call",
@@ -374,7 +391,11 @@ BAD_ROWS = [
         "bad tool call",
         "has calls in tool_calls and function_call: must be tool_calls or function_call",
     ),
-    ([u("q"), a(tool_calls=[call("f", "{")])], "bad tool call", "the arguments of f must be a JSON object"),
+    (
+        [u("q"), a(tool_calls=[call("f", "{")])],
+        "bad tool call",
+        r"\[0\].function.arguments is '{': must be a JSON",
+    ),
     ([u("q"), a(tool_calls=[call("f", '"{}"')])], "bad tool call", "must be a JSON object, or its text"),
     (
         {"instruction": "q", "output": "a", "history": [["q1"]]},
@@ -389,7 +410,17 @@ BAD_ROWS = [
         "bad reasoning_effort",
         "reasoning_effort is 'max': must be low, medium, high",
     ),
-    ({"messages": [u("q"), a("a")], "date": "today"}, "bad date", "date is 'today': must be YYYY-MM-DD"),
+    (
+        {"messages": [u("q"), a("a")], "date": "today"},
+        "bad date",
+        "date is 'today': must be a date, YYYY-MM-DD",
+    ),
+    (
+        {"messages": [u("q"), a("a")], "date": "2025-13-45"},
+        "bad date",
+        "date is '2025-13-45': must be a date",
+    ),
+    ({"messages": [u("q"), a("a")], "date": "20250131"}, "bad date", "date is '20250131': must be a date"),
     ({"messages": [u("q"), a("a")], "tools": "["}, "bad tools", "tools: not JSON"),
     (
         {"messages": [u("q"), a("a")], "tools": [{"name": "f", "description": "\ud83d"}]},
@@ -397,8 +428,52 @@ BAD_ROWS = [
         r"tools holds '\\ud83d', half of a surrogate pair",
     ),
     ({"messages": [u("q"), a("a")], "tools": [{}]}, "bad tools", r"tools\[0\] must be a function"),
-    ({"instruction": 3, "output": "a"}, "bad content", "instruction and input must be text"),
-    ({"prompt": 3, "completion": "a"}, "bad content", r"messages\[0\].content is an int"),
+    ({"instruction": 3, "output": "a"}, "bad content", "instruction is an int: must be text"),
+    ({"instruction": "", "output": "a"}, "empty message", "^instruction is missing"),
+    (
+        {"instruction": "q", "output": "a", "history": [["b", "c"], ["d", None]]},
+        "empty message",
+        r"^history\[1\]\[1\] is missing",
+    ),
+    ({"prompt": 3, "completion": "a"}, "bad content", r"^prompt is an int: must be text"),
+    ({"prompt": "q", "completion": 5, "system": "s"}, "bad content", r"^completion is an int: must be text"),
+    ({"prompt": [u(3)], "completion": "a"}, "bad content", r"^prompt\[0\].content is an int: must be text"),
+    ({"question": "q", "answer": "a", "thinking": 5}, "bad content", "^thinking is an int: must be text"),
+    (
+        {"conversations": [{"from": "martian", "value": "q"}]},
+        "unknown role",
+        r"conversations\[0\].from is 'martian': must be system, human, gpt, function_call or observation",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": 5}, {"from": "gpt", "value": "a"}], "system": "s"},
+        "bad content",
+        r"conversations\[0\].value is an int: must be text",
+    ),
+    (
+        {"conversations": [{"value": "q"}]},
+        "bad messages",
+        r"conversations\[0\] has no from: must be an object",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]},
+        "empty message",
+        r"conversations\[1\] has neither value nor thinking",
+    ),
+    (
+        {"conversations": [{"from": "function_call", "value": "5"}]},
+        "bad tool call",
+        r"conversations\[0\].value is '5': must be the JSON of a call",
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '[{"x": 1}]'},
+            ]
+        },
+        "bad tool call",
+        r"conversations\[1\].value\[0\] has no name of a function",
+    ),
     (
         {"conversations": [{"from": "function_call", "value": "f"}]},
         "bad tool call",
@@ -425,13 +500,16 @@ def rows_of(path):
 def test_files(tmp_path):
     row = FORMATS["messages"][0]
     lines = tmp_path / "a.jsonl"
-    lines.write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b'\n\n{"a": \n[1]\n\xff\n{}')
+    lines.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(row).encode() + b'\n\n{"a": \n[1]\n\xff\n{}\n[' + b"1" * 4400 + b"]"
+    )
     assert rows_of(lines) == [
         (f"{lines}:1", row),
         (f"{lines}:3", "invalid JSON: not JSON (Expecting value: line 1 column 7 (char 6))"),
         (f"{lines}:4", "invalid JSON: must be a JSON object"),
         (f"{lines}:5", "invalid JSON: not UTF-8 at byte 0 (invalid start byte)"),
         (f"{lines}:6", {}),
+        (f"{lines}:7", "invalid JSON: has an integer of too many digits"),
     ]
     array = tmp_path / "a.json"
     array.write_text(json.dumps([row, 3], indent=2))

@@ -19,7 +19,7 @@ from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.sources import is_picked
 from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
 
-FORMAT = 2
+FORMAT = 3
 ROWS_AT_ONCE = 1024  # are encoded together, to use all cores and bound memory
 MAX_HELD_OUT_BYTES = 8 << 20
 SKIPPED_FILE = "skipped.txt"

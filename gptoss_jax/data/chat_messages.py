@@ -1,13 +1,23 @@
 """Conversations of chat data as Harmony messages, and why a row cannot be used."""
 
 import dataclasses
+import datetime
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from gptoss_jax.config.base import type_name
-from gptoss_jax.data.chat_rows import THINKING, Conversation, Row, RowError, without_none
+from gptoss_jax.data.chat_rows import (
+    THINKING,
+    Conversation,
+    Row,
+    RowError,
+    RowMessage,
+    kind_of,
+    shown,
+    without_none,
+)
+from gptoss_jax.data.files import json_reason
 from gptoss_jax.data.harmony import (
     ASSISTANT,
     CONSTRAIN,
@@ -29,6 +39,7 @@ LIKE_CALLS = re.compile(r"((tool|function)s?)?_?calls?", re.IGNORECASE)
 BUILT_IN = re.compile(r"python|(browser|container)\..+")
 FUNCTIONS = "functions."
 EFFORTS = ("low", "medium", "high")
+NO_CALL = "is the result of a tool without a call"
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -50,17 +61,10 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
     the model waits after it. Raises RowError for what does not fit.
     """
     row = conversation.row
-    messages = [
-        {**one, "role": TOOL} if isinstance(one, dict) and one.get("role") == OLD_TOOL else one
-        for one in conversation.messages
-    ]
+    messages = conversation.messages
     if not messages:
         raise RowError("no messages", "has no messages")
-    for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else message
-        if role not in ROLES:
-            raise RowError("unknown role", f"messages[{i}].role is {role!r}: must be {', '.join(ROLES)}")
-    roles = [message["role"] for message in messages]
+    roles = [_role(message) for message in messages]
     if USER not in roles:
         raise RowError("no user", "has no message of the user")
     if roles[-1] != ASSISTANT:
@@ -68,9 +72,9 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
     functions = _functions(row.get("tools"))
     declared = {function["name"] for function in functions}
     first = next(i for i, role in enumerate(roles) if role not in (SYSTEM, DEVELOPER))
-    texts = [_content(message, i, required=False) for i, message in enumerate(messages[:first])]
+    texts = [_content(message, required=False) for message in messages[:first]]
     instructions = "\n\n".join(filter(None, texts))
-    is_trained = all(_is_trained(message, i) for i, message in enumerate(messages[:first]))
+    is_trained = all(map(_is_trained, messages[:first]))
     found = [TrainMessage(system(_effort(row, default_effort), _date(row), has_functions=bool(functions)))]
     if instructions or functions:
         declaration = developer(instructions or None, functions)
@@ -78,56 +82,71 @@ def harmony_messages(conversation: Conversation, default_effort: str = "medium")
         found.append(TrainMessage(declaration, is_trained))
     i = first
     while i < len(messages):
-        message, is_trained = messages[i], _is_trained(messages[i], i)
+        message, is_trained = messages[i], _is_trained(messages[i])
         if roles[i] == ASSISTANT:
             after = next(j for j in range(i + 1, len(roles) + 1) if roles[j : j + 1] != [TOOL])
             end = next((j for j in range(i, len(roles)) if roles[j] == USER), len(roles))
-            found += _answer(messages, i, range(i + 1, after), range(after, end), declared)
+            later = [messages[j] for j in range(after, end) if roles[j] == ASSISTANT]
+            found += _answer(message, messages[i + 1 : after], later, declared)
             i = after
             continue
         if roles[i] == TOOL:
-            raise RowError("result without a call", f"messages[{i}] is the result of a tool without a call")
-        text = _content(message, i)
+            raise RowError("result without a call", f"{message.name} {NO_CALL}")
+        text = _content(message)
         found.append(TrainMessage(user(text) if roles[i] == USER else developer(text), is_trained))
         i += 1
     return found
 
 
+def _role(message: RowMessage) -> str:
+    role = message.fields.get("role")
+    if role == OLD_TOOL:
+        return TOOL
+    if role not in ROLES:
+        found = "missing" if role is None else shown(role)
+        raise RowError("unknown role", f"{message.where('role')} is {found}: must be {', '.join(ROLES)}")
+    return role
+
+
 def _answer(
-    messages: Sequence[Row], i: int, results: range, rest: range, declared: Collection[str]
+    message: RowMessage, results: Sequence[RowMessage], later: Sequence[RowMessage], declared: Collection[str]
 ) -> Iterator[TrainMessage]:
-    """Yields the messages of the assistant's message i and of its tool results, which `rest` of its turn
-    follows."""
-    message, is_trained = messages[i], _is_trained(messages[i], i)
-    thinking, calls = _thinking(message, i), _calls(message, i, declared)
-    text = _content(message, i, required=False)
-    later = [j for j in rest if messages[j]["role"] == ASSISTANT]
+    """Yields the messages of an assistant's message and of its tool results.
+
+    `later` are the assistant's other messages of this turn, after the results.
+    """
+    name, is_trained = message.name, _is_trained(message)
+    thinking, calls = _thinking(message), _calls(message, declared)
+    text = _content(message, required=False)
     if not (thinking or calls or text):
-        raise RowError("empty message", f"messages[{i}] has neither content nor thinking nor tool_calls")
+        content = message.where("content")
+        field = content.removeprefix(f"{name}.")
+        reason = f"{name} has neither {field} nor thinking nor tool_calls"
+        raise RowError("empty message", f"{name} is missing" if content == name else reason)
     if not (later or calls or text):
-        raise RowError("no answer", f"messages[{i}], the last of its turn, has thinking but no answer")
+        raise RowError("no answer", f"{name}, the last of its turn, has thinking but no answer")
     if results and not calls:
-        raise RowError("result without a call", f"messages[{i + 1}] is the result of a tool without a call")
+        raise RowError("result without a call", f"{results[0].name} {NO_CALL}")
     if calls and not results and later:
-        raise RowError("call without a result", f"messages[{i}]: no result of {calls[0].name}")
+        raise RowError("call without a result", f"{name}: no result of {calls[0].name}")
     if thinking:
         yield TrainMessage(Message(ASSISTANT, thinking, "analysis"), is_trained)
     if text:
-        is_preamble = bool(calls) or any(_call_field(messages[j], j) for j in later)
+        is_preamble = bool(calls) or any(map(_call_field, later))
         if later and not is_preamble:
-            reason = f"messages[{later[0]}] follows the answer in messages[{i}]: must follow a user's message"
+            reason = f"{later[0].name} follows the answer in {name}: must follow a user's message"
             raise RowError("two answers", reason)
         yield TrainMessage(Message(ASSISTANT, text, "commentary" if is_preamble else "final"), is_trained)
     left_out = 0 if results else len(calls[1:])
     calls = calls if results else calls[:1]
-    matched = _match(messages, calls, results)
+    matched = _match(name, calls, results)
     for call, result in zip(calls, matched, strict=True):
         arguments = Message(ASSISTANT, call.arguments, "commentary", call.tool, f"{CONSTRAIN}json")
         yield TrainMessage(arguments, is_trained, left_out)
         if result is not None:
-            text = _content(messages[result], result, allow_empty=True)
+            text = _content(result, allow_empty=True)
             answer = Message(call.tool, text, "commentary", ASSISTANT)
-            yield TrainMessage(answer, _is_trained(messages[result], result))
+            yield TrainMessage(answer, _is_trained(result))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,62 +157,78 @@ class _Call:
     id: Any
 
 
-def _call_field(message: Row, i: int) -> str | None:
+def _call_field(message: RowMessage) -> str | None:
     """Returns the name of the field with the tool calls of an assistant's message; None without calls."""
-    fields = [name for name, value in message.items() if value and LIKE_CALLS.fullmatch(name)]
+    fields = [name for name, value in message.fields.items() if value and LIKE_CALLS.fullmatch(name)]
     if len(fields) > 1 or not set(fields) <= set(CALL_FIELDS):
         allowed = f"must be {' or '.join(CALL_FIELDS)}"
-        raise RowError("bad tool call", f"messages[{i}] has calls in {' and '.join(fields)}: {allowed}")
+        raise RowError("bad tool call", f"{message.name} has calls in {' and '.join(fields)}: {allowed}")
     return fields[0] if fields else None
 
 
-def _calls(message: Row, i: int, declared: Collection[str]) -> list[_Call]:
+def _calls(message: RowMessage, declared: Collection[str]) -> list[_Call]:
     """Returns the tool calls of an assistant's message. Those that `tools` declares are functions."""
-    field, found = _call_field(message, i), []
-    calls = message[field] if field else []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-            allowed = "a name of letters, digits, _, - and ."
-            raise RowError("bad tool call", f"messages[{i}].{field}: {name!r} is not {allowed}")
-        arguments = function.get("arguments", "{}")
-        if isinstance(arguments, dict):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        where = f"messages[{i}].{field}: the arguments of {name}"
-        try:
-            is_object = isinstance(json.loads(arguments), dict)
-        except (TypeError, ValueError, RecursionError):
-            is_object = False
-        if not is_object:
-            raise RowError("bad tool call", f"{where} must be a JSON object, or its text")
-        is_built_in = name not in declared and BUILT_IN.fullmatch(name)
-        tool = name if is_built_in or name.startswith(FUNCTIONS) else FUNCTIONS + name
-        found.append(_Call(tool, _unicode(arguments, where), name, call.get("id")))
-    return found
+    field = _call_field(message)
+    if field is None:
+        return []
+    calls, where = message.fields[field], message.where(field)
+    if isinstance(calls, dict) or field != "tool_calls":
+        return [_call(calls, where, declared)]
+    if not isinstance(calls, list):
+        raise RowError("bad tool call", f"{where} is {shown(calls)}: must be a list of calls")
+    return [_call(call, f"{where}[{k}]", declared) for k, call in enumerate(calls)]
 
 
-def _match(messages: Sequence[Row], calls: Sequence[_Call], results: range) -> list[int | None]:
-    """Returns the index of each call's result: that with its id, else its name, else the next one."""
-    matched: list[int | None] = [None] * len(calls)
+def _call(call: Any, where: str, declared: Collection[str]) -> _Call:
+    """Returns a tool call, the value of the field `where` or, in OpenAI's form, of its field `function`."""
+    given = call
+    if isinstance(call, dict) and "function" in call:
+        given, where = call["function"], f"{where}.function"
+    if not isinstance(given, dict):
+        allowed = "must be a call, with the name and arguments of a function"
+        raise RowError("bad tool call", f"{where} is {shown(given)}: {allowed}")
+    name = given.get("name")
+    if name is None:
+        raise RowError("bad tool call", f"{where} has no name of a function")
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+        allowed = "must have 1 to 64 letters, digits, _, - and ."
+        raise RowError("bad tool call", f"{where}.name is {shown(name)}: {allowed}")
+    arguments = given.get("arguments", "{}")
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    where = f"{where}.arguments"
+    try:
+        is_object = isinstance(json.loads(arguments), dict)
+    except (TypeError, ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise RowError("bad tool call", f"{where} is {shown(arguments)}: must be a JSON object, or its text")
+    is_built_in = name not in declared and BUILT_IN.fullmatch(name)
+    tool = name if is_built_in or name.startswith(FUNCTIONS) else FUNCTIONS + name
+    return _Call(tool, _unicode(arguments, where), name, call.get("id"))
+
+
+def _match(name: str, calls: Sequence[_Call], results: Sequence[RowMessage]) -> list[RowMessage | None]:
+    """Returns the result of each call of message `name`: that with its id, else its name, else the next."""
+    matched: list[RowMessage | None] = [None] * len(calls)
     ids = {call.id for call in calls if isinstance(call.id, str)}
-    for i in results:
-        given, name = messages[i].get("tool_call_id"), messages[i].get("name")
+    for result in results:
+        given, tool = result.fields.get("tool_call_id"), result.fields.get("name")
         open_calls = [k for k, found in enumerate(matched) if found is None]
+        of = ""
         if given is not None and ids:
             open_calls = [k for k in open_calls if calls[k].id == given]
-        elif name is not None:
-            tool = str(name).removeprefix(FUNCTIONS)
-            open_calls = [k for k in open_calls if calls[k].tool.removeprefix(FUNCTIONS) == tool]
+            of = f" with the id {shown(given)}"
+        elif tool is not None:
+            plain = str(tool).removeprefix(FUNCTIONS)
+            open_calls = [k for k in open_calls if calls[k].tool.removeprefix(FUNCTIONS) == plain]
+            of = f" of {shown(tool)}"
         if not open_calls:
-            of = f" with the id {given!r}" if given is not None and ids else f" of {name!r}" if name else ""
-            raise RowError(
-                "result without a call", f"messages[{i}] is the result of a tool without a call{of}"
-            )
-        matched[open_calls[0]] = i
+            raise RowError("result without a call", f"{result.name} {NO_CALL}{of}")
+        matched[open_calls[0]] = result
     missing = [call.name for call, found in zip(calls, matched, strict=True) if found is None]
     if missing and len(missing) < len(calls):
-        raise RowError("call without a result", f"messages[{results.start - 1}]: no result of {missing[0]}")
+        raise RowError("call without a result", f"{name}: no result of {missing[0]}")
     return matched
 
 
@@ -203,7 +238,7 @@ def _functions(tools: Any) -> list[Mapping[str, Any]]:
         try:
             tools = without_none(json.loads(tools)) if tools.strip() else None
         except (ValueError, RecursionError) as error:
-            raise RowError("bad tools", f"tools: not JSON ({error})") from None
+            raise RowError("bad tools", f"tools: {json_reason(error)}") from None
     functions = []
     for i, tool in enumerate(tools if isinstance(tools, list) else [tools] if tools else []):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -223,46 +258,57 @@ def _effort(row: Row, default: str) -> str:
     options = options if isinstance(options, dict) else {}
     effort = row.get("reasoning_effort", options.get("reasoning_effort", default))
     if effort not in EFFORTS:
-        reason = f"reasoning_effort is {effort!r}: must be {', '.join(EFFORTS)}"
+        reason = f"reasoning_effort is {shown(effort)}: must be {', '.join(EFFORTS)}"
         raise RowError("bad reasoning_effort", reason)
     return effort
 
 
 def _date(row: Row) -> str | None:
     date = row.get("date")
-    if date is not None and not (isinstance(date, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", date)):
-        raise RowError("bad date", f"date is {date!r}: must be YYYY-MM-DD")
+    if date is not None and not _is_date(date):
+        raise RowError("bad date", f"date is {shown(date)}: must be a date, YYYY-MM-DD")
     return date
 
 
-def _is_trained(message: Row, i: int) -> bool:
+def _is_date(text: Any) -> bool:
+    """Returns True for the text of a day that exists, as YYYY-MM-DD."""
+    if not isinstance(text, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
+        return False
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_trained(message: RowMessage) -> bool:
     """Returns False for a message with `train: false`, or `weight: 0` as OpenAI's files have it."""
+    fields = message.fields
     for field in ("train", "weight"):
-        if field in message and message[field] not in (0, 1):
+        if field in fields and fields[field] not in (0, 1):
+            found = f"{message.where(field)} is {shown(fields[field])}"
             allowed = "true or false" if field == "train" else "0 or 1"
-            raise RowError(
-                "bad train flag", f"messages[{i}].{field} is {message[field]!r}: must be {allowed}"
-            )
-    return bool(message.get("train", True)) and bool(message.get("weight", 1))
+            raise RowError("bad train flag", f"{found}: must be {allowed}")
+    return bool(fields.get("train", True)) and bool(fields.get("weight", 1))
 
 
-def _thinking(message: Row, i: int) -> str:
-    texts = {name: message[name] for name in THINKING if message.get(name)}
+def _thinking(message: RowMessage) -> str:
+    texts = {name: message.fields[name] for name in THINKING if message.fields.get(name)}
     for name, text in texts.items():
-        _unicode(text, f"messages[{i}].{name}")
+        _unicode(text, message.where(name))
     if len(set(texts.values())) > 1:
-        raise RowError("bad thinking", f"messages[{i}]: {' and '.join(texts)} differ; must be one of them")
+        raise RowError("bad thinking", f"{message.name}: {' and '.join(texts)} differ; must be one of them")
     return next(iter(texts.values()), "")
 
 
-def _content(message: Row, i: int, required: bool = True, allow_empty: bool = False) -> str:
+def _content(message: RowMessage, required: bool = True, allow_empty: bool = False) -> str:
     """Returns the content of a message: text, or parts of text, which are joined."""
-    where, content = f"messages[{i}].content", message.get("content")
+    where, content = message.where("content"), message.fields.get("content")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         kinds = [part.get("type", "text") for part in content if isinstance(part, dict)]
         if other := [kind for kind in kinds if kind != "text"]:
-            raise RowError("bad content", f"{where} has a part of type {other[0]!r}: must be text")
+            raise RowError("bad content", f"{where} has a part of type {shown(other[0])}: must be text")
         texts = [_unicode(part, where) for part in parts]
         content = "".join(texts) if texts else None
     if content is None or (content == "" and not allow_empty):
@@ -274,7 +320,7 @@ def _content(message: Row, i: int, required: bool = True, allow_empty: bool = Fa
 
 def _unicode(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise RowError("bad content", f"{where} is {type_name(text)}: must be text")
+        raise RowError("bad content", f"{where} is {kind_of(text)}: must be text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -24,10 +24,13 @@ THINKING = ("thinking", "reasoning", "reasoning_content")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
 SHAREGPT_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool",
-    "function_call": "function_call",
+    "function_call": "assistant", "system": "system", "developer": "developer", "user": "user",
+    "assistant": "assistant", "tool": "tool",
 }  # fmt: skip
+SHAREGPT_NAMES = "system, human, gpt, function_call or observation"
 # Fields that hold the user's JSON.
 JSON_FIELDS = ("arguments", "parameters")
+MAX_SHOWN = 80  # characters of a value in an error
 KNOWN_FORMATS = "messages, conversations, prompt and completion, or instruction and output"
 
 Row = Mapping[str, Any]
@@ -42,11 +45,24 @@ class RowError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class RowMessage:
+    """A message in OpenAI's form, unchecked, and what its row calls it, for errors."""
+
+    fields: Row
+    name: str  # such as messages[2] or completion
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of fields that the row has elsewhere
+
+    def where(self, field: str) -> str:
+        """Returns where the row has a field of OpenAI's form, such as `conversations[2].value`."""
+        return self.names.get(field, f"{self.name}.{field}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A row in OpenAI's form, its messages unchecked. `format` names the form that it had."""
+    """A row in OpenAI's form. `format` names the form that it had."""
 
     format: str
-    messages: list[Any]
+    messages: list[RowMessage]
     row: Row  # the other fields: tools, reasoning_effort, date
 
 
@@ -106,7 +122,7 @@ def _read_array(path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, int, R
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: {files.json_reason(error)}") from None
     for number, item in enumerate(items):
         is_object = isinstance(item, dict)
         yield f"{path} item ", number, item if is_object else RowError("invalid JSON", "must be an object")
@@ -132,61 +148,109 @@ def without_none(value: Any, kept: Collection[str] = JSON_FIELDS) -> Any:
 
 def read_conversation(row: Row) -> Conversation:
     """Converts a row of any format to messages. Raises RowError for another one."""
-    row = without_none(row)
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    given, row = row, without_none(row)
+    system = [_text("system", row["system"], "system")] if row.get("system") else []
     if "messages" in row:
-        return Conversation("messages", system + _list(row, "messages"), row)
+        return Conversation("messages", system + _messages(row, "messages"), row)
     if "conversations" in row:
-        messages = [_sharegpt(one, i) for i, one in enumerate(_list(row, "conversations"))]
+        messages = [
+            _sharegpt(one, f"conversations[{i}]") for i, one in enumerate(_list(row, "conversations"))
+        ]
         return Conversation("ShareGPT (conversations)", system + messages, row)
     if "instruction" in row and "output" in row:
-        history = _list(row, "history")
-        if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-            raise RowError("bad messages", "history must have pairs of a question and its answer")
-        messages = [
-            {"role": role, "content": text}
-            for pair in history
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
-        parts = [row[key] for key in ("instruction", "input") if row.get(key)]
-        if not all(isinstance(part, str) for part in parts):
-            raise RowError("bad content", "instruction and input must be text")
-        messages += [{"role": "user", "content": "\n\n".join(parts)}, _answer(row, row["output"])]
-        return Conversation("Alpaca (instruction, input, output)", system + messages, row)
+        return Conversation("Alpaca (instruction, input, output)", system + _alpaca(row), row)
     for asked, answered in PAIRS:
         if asked in row and answered in row:
-            prompt, completion = row[asked], row[answered]
-            if isinstance(prompt, list):  # messages, of which only the completion's are trained
-                before = [{**one, "train": False} if isinstance(one, dict) else one for one in prompt]
+            if isinstance(row[asked], list):  # messages, of which only the completion's are trained
+                before = [
+                    dataclasses.replace(one, fields={**one.fields, "train": False})
+                    for one in _messages(row, asked)
+                ]
             else:
-                before = [{"role": "user", "content": prompt}]
-            after = completion if isinstance(completion, list) else [_answer(row, completion)]
+                before = [_text("user", row[asked], asked)]
+            is_list = isinstance(row[answered], list)
+            after = _messages(row, answered) if is_list else [_answer(row, answered)]
             return Conversation(f"pairs ({asked}, {answered})", [*system, *before, *after], row)
-    fields = listed(row, files.SHOWN_NAMES) or "none"
-    raise RowError("unknown format", f"its fields are {fields}: must be {KNOWN_FORMATS}")
+    names = [shown(name)[1:-1] + ("" if name in row else " (null)") for name in given]
+    found = f"its fields are {listed(names, files.SHOWN_NAMES)}" if names else "it has no fields"
+    raise RowError("unknown format", f"{found}: must be {KNOWN_FORMATS}")
+
+
+def shown(value: Any) -> str:
+    """Returns a value of a row for an error, at most MAX_SHOWN characters of it."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 2]}…{text[-1]}"
+
+
+def kind_of(value: Any) -> str:
+    """Returns the type of a value of a row for an error: `a str`, `null`."""
+    return "null" if value is None else type_name(value)
 
 
 def _list(row: Row, field: str) -> list:
     value = row.get(field, [])
     if not isinstance(value, list):
-        raise RowError("bad messages", f"{field} is {type_name(value)}: must be a list")
+        raise RowError("bad messages", f"{field} is {kind_of(value)}: must be a list")
     return value
 
 
-def _answer(row: Row, text: Any) -> Row:
+def _messages(row: Row, field: str) -> list[RowMessage]:
+    """Returns the messages of a field that has OpenAI's form."""
+    return [_message(one, f"{field}[{i}]") for i, one in enumerate(_list(row, field))]
+
+
+def _message(value: Any, name: str) -> RowMessage:
+    if not isinstance(value, dict):
+        raise RowError("bad messages", f"{name} is {kind_of(value)}: must be an object with role and content")
+    return RowMessage(value, name)
+
+
+def _text(role: str, text: Any, name: str, thinking: Row | None = None) -> RowMessage:
+    """Returns a message whose text is itself a field of the row, as is its thinking."""
+    fields = {"role": role, "content": text, **(thinking or {})}
+    return RowMessage(fields, name, {"content": name} | {field: field for field in THINKING})
+
+
+def _answer(row: Row, name: str) -> RowMessage:
     """The assistant's message of a row that is one question and its answer."""
-    return {"role": "assistant", "content": text} | {name: row[name] for name in THINKING if name in row}
+    return _text("assistant", row[name], name, {field: row[field] for field in THINKING if field in row})
 
 
-def _sharegpt(message: Any, index: int) -> Any:
+def _alpaca(row: Row) -> list[RowMessage]:
+    history = _list(row, "history")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError("bad messages", "history must have pairs of a question and its answer")
+    messages = [
+        _text(role, pair[k], f"history[{i}][{k}]")
+        for i, pair in enumerate(history)
+        for k, role in enumerate(("user", "assistant"))
+    ]
+    parts = {name: row[name] for name in ("instruction", "input") if row.get(name)}
+    for name, part in parts.items():
+        if not isinstance(part, str):
+            raise RowError("bad content", f"{name} is {kind_of(part)}: must be text")
+    return [*messages, _text("user", "\n\n".join(parts.values()), "instruction"), _answer(row, "output")]
+
+
+def _sharegpt(message: Any, name: str) -> RowMessage:
     """Converts `from` and `value`; messages with `role` and `content` pass."""
+    if isinstance(message, dict) and "from" not in message and "role" in message:
+        return RowMessage(message, name)
     if not isinstance(message, dict) or "from" not in message:
-        return message
-    role = SHAREGPT_ROLES.get(str(message["from"]), message["from"])
-    if role != "function_call":
-        return {**message, "role": role, "content": message.get("value")}
+        found = "has no from" if isinstance(message, dict) else f"is {kind_of(message)}"
+        raise RowError("bad messages", f"{name} {found}: must be an object with from and value")
+    role, value = SHAREGPT_ROLES.get(str(message["from"])), message.get("value")
+    if role is None:
+        found = f"{name}.from is {shown(message['from'])}"
+        raise RowError("unknown role", f"{found}: must be {SHAREGPT_NAMES}")
+    names = {"role": f"{name}.from"} | dict.fromkeys(("content", "tool_calls"), f"{name}.value")
+    if message["from"] != "function_call":
+        return RowMessage({**message, "role": role, "content": value}, name, names)
     try:
-        call = json.loads(message.get("value", ""))
-    except (ValueError, TypeError) as error:
-        raise RowError("bad tool call", f"conversations[{index}].value: not JSON ({error})") from None
-    return {**message, "role": "assistant", "tool_calls": call if isinstance(call, list) else [call]}
+        call = json.loads(value if isinstance(value, str) else "null")
+    except (ValueError, RecursionError) as error:
+        raise RowError("bad tool call", f"{name}.value: {files.json_reason(error)}") from None
+    if not call or not isinstance(call, dict | list):
+        allowed = "must be the JSON of a call, an object with name and arguments"
+        raise RowError("bad tool call", f"{name}.value is {shown(value)}: {allowed}")
+    return RowMessage({**message, "role": role, "tool_calls": call}, name, names)

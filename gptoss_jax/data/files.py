@@ -140,10 +140,17 @@ def parse_object(line: bytes | bytearray, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise ValueError(f"{where}: {json_reason(error)}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: must be a JSON object")
     return record
+
+
+def json_reason(error: ValueError | RecursionError) -> str:
+    """Returns why text could not be parsed as JSON."""
+    # Python limits integers, JSON does not; its message advises to change a setting of Python.
+    is_limit = "sys.set_int_max_str_digits" in str(error)
+    return "has an integer of too many digits" if is_limit else f"not JSON ({one_line(error)})"
 
 
 def read_parquet(path: str, field: str) -> Iterator[str | None]:
