@@ -10,7 +10,7 @@ import pytest
 from helpers.data import shared_data
 
 from gptoss_jax.config import DataConfig
-from gptoss_jax.data.batches import PackedRows, held_out_batches, packed_lengths, train_batches
+from gptoss_jax.data.batches import PackedRows, held_out_batches, packed_lengths, train_batches, trained_pairs
 from gptoss_jax.data.chat import make_examples
 from gptoss_jax.data.chat_messages import harmony_messages
 from gptoss_jax.data.chat_rows import read_conversation
@@ -127,16 +127,38 @@ def test_a_longer_example_is_left_out_or_cut(make):
         "longer than data.seq_len (512): 2 examples, 2 left out; --data.overlong cut cuts their end" in lines
     )
     lines = summary(cache, dataclasses.replace(config, overlong="cut"))
-    assert "longer than data.seq_len (512): 2 examples, 1 left out, 1 cut" in lines
+    assert "longer than data.seq_len (512): 2 examples, 1 cut, 1 left out: no trained token is left" in lines
     shortest = int(lengths[~cache.held_out].min())
     expected = f"data.seq_len is 9: no training example fits; the shortest needs {shortest}"
     with pytest.raises(ValueError, match=expected):
         train_batches(cache, dataclasses.replace(config, seq_len=9), 0)
     with pytest.raises(ValueError, match="no held-out example fits"):
         held_out_batches(cache, dataclasses.replace(config, seq_len=9))
+    # The shortest prompt of the user decides.
+    needed = min(
+        cache.weights[part].tolist().index(1) for part in np.array(documents(cache))[~cache.held_out]
+    )
+    expected = f"cut at that, no training example has a trained token; at least {needed} is needed"
+    for seq_len in (9, needed - 1):
+        with pytest.raises(ValueError, match=expected):
+            PackedRows(cache, False, seq_len, "cut")
+    assert PackedRows(cache, False, needed, "cut")[0]["loss_weights"].sum() == 1
     # Nothing is cut, and the advice not given again.
     config, cache = make([*ROWS, rows[-1], ROWS[0]], overlong="cut")
-    assert "longer than data.seq_len (512): 1 examples, 1 left out" in summary(cache, config)
+    expected = "longer than data.seq_len (512): 1 examples, 0 cut, 1 left out: no trained token is left"
+    assert expected in summary(cache, config)
+
+
+def test_trained_pairs(make):
+    config, cache = make([*ROWS, turns(1, words=200), {"prompt": "q " * 500, "completion": "a"}])
+    whole = np.add.reduceat(cache.weights, cache.offsets[:-1], dtype=np.int64)
+    assert np.array_equal(trained_pairs(cache, np.diff(cache.offsets) - 1), whole)
+    for overlong in ("skip", "cut"):
+        lengths = packed_lengths(cache, config.seq_len, overlong)
+        rows = [*PackedRows(cache, False, config.seq_len, overlong)]
+        trained = trained_pairs(cache, lengths)
+        assert trained[~cache.held_out].sum() == sum(row["loss_weights"].sum() for row in rows)
+        assert trained[-1] == 0 and (trained[-2] > 0) == (overlong == "cut")
 
 
 def test_skipped_rows_are_counted_and_listed(make):

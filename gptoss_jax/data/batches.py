@@ -56,6 +56,18 @@ def packed_lengths(cache: TokenCache, seq_len: int, overlong: Literal["skip", "c
     return lengths
 
 
+def trained_pairs(cache: TokenCache, lengths: np.ndarray) -> np.ndarray:
+    """Returns the number of trained targets of each document with `packed_lengths`, int64 [documents]."""
+    if cache.weights is None:
+        return lengths
+    # The first token of an example is no target, and its weight is 0.
+    trained = np.add.reduceat(cache.weights, cache.offsets[:-1], dtype=np.int64)
+    for i in np.flatnonzero(lengths < np.diff(cache.offsets) - 1):
+        start = cache.offsets[i] + 1
+        trained[i] = np.sum(cache.weights[start : start + lengths[i]], dtype=np.int64)
+    return trained
+
+
 class PackedRows:
     """Packed rows, read from the cache on access.
 
@@ -71,9 +83,12 @@ class PackedRows:
         lengths = packed_lengths(cache, seq_len, overlong)
         documents = np.flatnonzero((cache.held_out == held_out) & (lengths > 0))
         if not len(documents):
-            kind, shortest = "held-out" if held_out else "training", np.diff(cache.offsets)
-            shortest = int(shortest[cache.held_out == held_out].min()) - 1
-            allowed = f"no {kind} example fits; the shortest needs {shortest}"
+            kind, those = "held-out" if held_out else "training", np.flatnonzero(cache.held_out == held_out)
+            allowed = f"no {kind} example fits; the shortest needs {np.diff(cache.offsets)[those].min() - 1}"
+            if overlong == "cut":
+                pairs = zip(cache.offsets[those], cache.offsets[those + 1], strict=True)
+                needed = min(int(np.argmax(cache.weights[start:end])) for start, end in pairs)
+                allowed = f"cut at that, no {kind} example has a trained token; at least {needed} is needed"
             require(False, "data.seq_len", seq_len, allowed)
         self.plan = pack(lengths[documents], seq_len)
         self._start = cache.offsets[documents][self.plan.document] + self.plan.start

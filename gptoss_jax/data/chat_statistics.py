@@ -56,11 +56,10 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
         lines += [f"  and {total - SHOWN_ROWS:,} more"] if total > SHOWN_ROWS else []
     if found["overlong"]:
         left_out, cut = found["left_out"], found["overlong"] - found["left_out"]
-        done = f"{left_out:,} left out" + (f", {cut:,} cut" if cut else "")
-        hint = "" if config.overlong == "cut" else "; --data.overlong cut cuts their end"
-        lines.append(
-            f"longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,} examples, {done}{hint}"
-        )
+        done = f"{left_out:,} left out; --data.overlong cut cuts their end"
+        if config.overlong == "cut":
+            done = f"{cut:,} cut" + (f", {left_out:,} left out: no trained token is left" if left_out else "")
+        lines.append(f"longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,} examples, {done}")
     if found["left_out_calls"]:
         lines.append(
             f"calls left out: {found['left_out_calls']:,}, after the first one of a message without results"
