@@ -50,7 +50,7 @@ def main() -> None:
         counts["ended"] += is_ended
         counts["both"] += is_final and is_ended
         if counts["answers"] <= SHOWN:
-            print(harmony.spelled_text(question) + harmony.spelled_text(answer.tokens), end="\n\n")
+            print(harmony.spelled_text(question), harmony.spelled_text(answer.tokens), sep="\n", end="\n\n")
     print(json.dumps(counts))
 
 

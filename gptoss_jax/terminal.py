@@ -51,7 +51,9 @@ def format_count(count: float | None) -> str:
 
 
 def format_si(value: float | None, unit: str) -> str:
-    """Three digits with an SI prefix: 132 GFLOP/s, 1.05 PFLOPs, 12.5 ms, 777 B. None gives a dash."""
+    """Three digits with an SI prefix: 132 GFLOP/s, 1.05 PFLOPs, 12.5 ms, 22 B. None gives a dash."""
+    if unit == "B" and value is not None and abs(value) < 1000:
+        return f"{value:.0f} B"  # no fractions of a byte
     units = [f" {prefix}{unit}" for prefix in ("m", "", "k", "M", "G", "T", "P", "E")]
     return _with_unit(value and 1e3 * value, units, "#.3g").replace(". ", " ")
 

@@ -17,6 +17,7 @@ from gptoss_jax.data.batches import held_out_batches
 from gptoss_jax.data.harmony import is_harmony
 from gptoss_jax.data.token_cache import build_cache
 from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
+from gptoss_jax.terminal import format_count
 from gptoss_jax.training import resume, setup
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
@@ -51,10 +52,15 @@ def test_a_run_on_conversations(make_config, apply_model, tmp_path, capsys):
     assert "  rows: 41; 40 of pairs (question, answer)" in shown
     assert "skipped rows: 1 (unknown format 1)" in shown and "rows.jsonl:41: its fields are text" in shown
     # A held-out question is answered, and the run ends with the command that chats.
-    assert re.search(r"│ What is \d+\?<\|end\|><\|start\|>assistant", shown)
-    assert f"gptoss chat {tmp_path}/run" in shown
+    assert re.search(r"\n  │ What is \d+\?\n  │ ", shown) and "<|end|><|start|>assistant" not in shown
+    assert f"gptoss chat {tmp_path}/run" in shown and "held-out loss   " in shown
+    assert "gzip" not in shown and "gzip_bits_per_byte" not in (tmp_path / "run/metrics.jsonl").read_text()
     # The validation loss is the mean over the trained tokens of the held-out rows.
     cache = build_cache(config.data)
+    trained = format_count(cache.weights.sum() - cache.meta["chat"]["held_out_trained_tokens"])
+    assert re.search(
+        rf"tokens of bpe:\d+, {re.escape(trained)} of them trained on, [\d.]+ k?B of text", shown
+    )
     nats = weights = 0.0
     for batch in held_out_batches(cache, config.data):
         inputs = (batch[name] for name in ("tokens", "segment_ids", "positions"))

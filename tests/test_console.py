@@ -38,6 +38,7 @@ def run_console(stream):
         console.update(step, 4.314, 3950.4, 1.2e-3)
     console.evaluation(111, 3.5, 1.25, is_best=True)
     console.sample("[bold]hi[/bold] \x1b[2J\nbye")
+    console.sample("a", question="q\x1b\nr")
     console.stop()
     console.comparison({"gzip -9": 2.4, "xz -9": 2.1, "this model": 1.25})
     console.summary({"Parameters": "105.7M"}, 'gptoss generate runs/x --prompt "[a]"')
@@ -55,6 +56,9 @@ def test_plain_output(monkeypatch):
         "step 111 · held-out loss 3.500 · 1.2500 bits per byte · best so far",
         "  │ [bold]hi[/bold] \\x1b[2J",
         "  │ bye",
+        "  │ q\\x1b",
+        "  │ r",
+        "  │ a",
         "",
         "  Bits per byte of held-out text (fewer is better)",
         "    gzip -9      2.400  ━━━━━━━━━━━━━━━━━━━━━━━━━━━━",

@@ -408,4 +408,4 @@ def test_prompt_of_the_last_turn():
     tokens = [token for some in harmony.encode(pieces) for token in some]
     prompt, question = harmony.prompt_of_last_turn(tokens)
     assert prompt == harmony.render([one, answer, two])
-    assert harmony.spelled_text(question) == "two<|end|><|start|>assistant"
+    assert harmony.spelled_text(question) == "two"

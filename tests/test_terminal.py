@@ -13,7 +13,7 @@ def test_number_formats():
     assert [format_si(f, "FLOP/s") for f in (132.4e9, 999.9e9, 1.05e15, None)] == [
         "132 GFLOP/s", "1.00 TFLOP/s", "1.05 PFLOP/s", "–",
     ]  # fmt: skip
-    assert [format_si(n, "B") for n in (777, 5.3e9)] == ["777 B", "5.30 GB"]
+    assert [format_si(n, "B") for n in (22, 777, 5.3e9)] == ["22 B", "777 B", "5.30 GB"]
     assert [format_si(s, "s") for s in (0.0125, 0.0, 1.5)] == ["12.5 ms", "0.00 ms", "1.50 s"]
     assert [format_rate(r) for r in (1.2e-3, 3e-4, 0.0, math.nan)] == ["1.2e-3", "3.0e-4", "0", "nan"]
 

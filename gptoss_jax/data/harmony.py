@@ -212,14 +212,13 @@ class Harmony:
         return b"".join(map(self.spelled, tokens)).decode(errors="replace")
 
     def prompt_of_last_turn(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Returns the prompt for the last user message of a rendered conversation, and its part from the
-        text of that message on."""
+        """Returns the prompt for the last user message of a rendered conversation, and the text of that
+        message."""
         (start, user), (_, assistant) = self.encode([self.start, USER]), self.encode([self.start, ASSISTANT])
         header = [*start, *user, self.message]
         first = max(i for i in range(len(tokens)) if tokens[i : i + len(header)] == header)
         end = tokens.index(self.end, first) + 1
-        prompt = [*tokens[:end], *start, *assistant]
-        return prompt, prompt[first + len(header) :]
+        return [*tokens[:end], *start, *assistant], list(tokens[first + len(header) : end - 1])
 
 
 class AnswerReader:

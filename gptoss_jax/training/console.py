@@ -109,13 +109,15 @@ class Console:
             (" · best so far" if is_best else "", "green"),
         )
 
-    def sample(self, text: str) -> None:
-        """Prints text that the model wrote, which may hold anything, as a quoted block."""
-        for line in printable(text).split("\n"):
+    def sample(self, text: str, question: str = "") -> None:
+        """Prints text that the model wrote, which may hold anything, as a quoted block, after the question
+        that it answers."""
+        lines = [(line, "bold") for line in printable(question).split("\n") if question]
+        for line, style in [*lines, *((line, "dim") for line in printable(text).split("\n"))]:
             # At a terminal, wrapped here so that continuation lines have the mark as well.
             parts = Text(line).wrap(self._rich, max(self._rich.width - 5, 1)) if self._is_terminal else ()
             for part in [part.plain.rstrip() for part in parts] or [line]:
-                self._print(("  │ ", "bright_black"), (part, "dim"))
+                self._print(("  │ ", "bright_black"), (part, style))
 
     def summary(self, values: dict[str, str], next_command: str) -> None:
         """Prints the closing table, and the command to run next."""

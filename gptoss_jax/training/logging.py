@@ -11,7 +11,7 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.paths import user_text
-from gptoss_jax.data.batches import packed_lengths
+from gptoss_jax.data.batches import packed_lengths, trained_pairs
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
@@ -62,6 +62,7 @@ class RunLog:
         self._stop_tokens = tuple(distributed.allgather_host(found)[0])
         lengths = packed_lengths(cache, config.data.seq_len, config.data.overlong)
         self._train_tokens = int(lengths[~cache.held_out].sum())
+        self._trained_tokens = int(trained_pairs(cache, lengths)[~cache.held_out].sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
 
     def log_header(self, mesh: jax.sharding.Mesh, first_step: int) -> None:
@@ -69,12 +70,15 @@ class RunLog:
         config, meta = self.config, self.cache.meta
         total, active = parameter_counts(config.model)
         axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+        trained = " to train on"
+        if self.cache.weights is not None:
+            trained = f", {format_count(self._trained_tokens)} of them trained on"
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         lines = {
             "model": f"{format_count(total)} parameters, {format_count(active)} active per token",
             "lora": _describe_adapters(config.model),
             "text": f"{config.data.source}: {format_count(self._train_tokens)} tokens of {meta['tokenizer']}"
-            f" to train on, {format_si(meta['held_out_bytes'], 'B')} of text held out",
+            f"{trained}, {format_si(meta['held_out_bytes'], 'B')} of text held out",
             "step": f"{config.data.batch_size} rows × {config.data.seq_len} tokens",
             "on": devices + (f" ({axes})" if axes else ""),
             "run": str(self.run_dir),
@@ -160,7 +164,9 @@ class RunLog:
         row = {"step": step} | {f"val_{name}": mean for name, mean in means.items()}
         row["val_bits_per_byte"] = bits
         if is_final:
-            row |= {"final": True} | {k: meta[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
+            row["final"] = True
+        if is_final and "chat" not in meta:  # answers by themselves are no text to compress
+            row |= {k: meta[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
         self._write(row)
         if not is_final:
             is_best = val_loss < self._best_loss and math.isfinite(val_loss)
@@ -172,15 +178,15 @@ class RunLog:
         """Continues `eval.prompt` or, when training on conversations, answers a held-out one; prints the
         text."""
         config, tokenizer = self.config.eval, self.cache.tokenizer
-        text, stop_tokens = user_text(config.prompt), self._stop_tokens
+        text, question, stop_tokens = user_text(config.prompt), "", self._stop_tokens
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
         harmony = Harmony(tokenizer) if self.cache.weights is not None else None
         if harmony is not None:
             held_out, stop_tokens = np.flatnonzero(self.cache.held_out), harmony.ends
             document = held_out[step // config.every % len(held_out)]
             start, end = self.cache.offsets[document : document + 2]
-            prompt, question = harmony.prompt_of_last_turn(self.cache.tokens[start:end].tolist())
-            text = harmony.spelled_text(question)
+            prompt, asked = harmony.prompt_of_last_turn(self.cache.tokens[start:end].tolist())
+            text, question = "", harmony.spelled_text(asked)
         max_new_tokens = min(config.sample_tokens, self.config.model.max_position_embeddings - len(prompt))
         if max_new_tokens < 1:
             return
@@ -192,7 +198,7 @@ class RunLog:
         )
         (answer,) = generate(bind(self.config.model, params), [prompt], sampling_params)
         spell = functools.partial(detokenize, tokenizer) if harmony is None else harmony.spelled_text
-        self.console.sample(text + spell(answer.tokens))
+        self.console.sample(text + spell(answer.tokens), question)
 
     def finish(self, step: int, first_step: int) -> None:
         """Writes report.png and prints the summary."""
@@ -209,13 +215,14 @@ class RunLog:
         if step == first_step:
             self.console.message(f"This run is finished: all {step} steps are done.")
         final = next((row for row in reversed(self.rows) if row.get("final")), {})
-        self.console.comparison(
-            {
-                "gzip -9": final.get("gzip_bits_per_byte"),
-                "xz -9": final.get("xz_bits_per_byte"),
-                "this model": final.get("val_bits_per_byte"),
-            }
-        )
+        if self.cache.weights is None:
+            self.console.comparison(
+                {
+                    "gzip -9": final.get("gzip_bits_per_byte"),
+                    "xz -9": final.get("xz_bits_per_byte"),
+                    "this model": final.get("val_bits_per_byte"),
+                }
+            )
         steps = [row for row in self.rows if "loss" in row]
         if not steps:
             return
