@@ -138,7 +138,7 @@ def test_a_longer_example_is_left_out_or_cut(make):
     needed = min(
         cache.weights[part].tolist().index(1) for part in np.array(documents(cache))[~cache.held_out]
     )
-    expected = f"cut at that, no training example has a trained token; at least {needed} is needed"
+    expected = f"cut at that, no training example has a trained token; must be at least {needed}"
     for seq_len in (9, needed - 1):
         with pytest.raises(ValueError, match=expected):
             PackedRows(cache, False, seq_len, "cut")

@@ -88,7 +88,7 @@ class PackedRows:
             if overlong == "cut":
                 pairs = zip(cache.offsets[those], cache.offsets[those + 1], strict=True)
                 needed = min(int(np.argmax(cache.weights[start:end])) for start, end in pairs)
-                allowed = f"cut at that, no {kind} example has a trained token; at least {needed} is needed"
+                allowed = f"cut at that, no {kind} example has a trained token; must be at least {needed}"
             require(False, "data.seq_len", seq_len, allowed)
         self.plan = pack(lengths[documents], seq_len)
         self._start = cache.offsets[documents][self.plan.document] + self.plan.start
