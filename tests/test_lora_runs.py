@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -31,7 +33,7 @@ from gptoss_jax.config import (
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.transformer import bind, get_params, init_params
-from gptoss_jax.training.base_weights import find_adapter
+from gptoss_jax.training.base_weights import check_base, find_adapter
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
 
@@ -223,10 +225,57 @@ def test_commands_take_an_adapter(finished, base_folder, tmp_path, capsys):
     assert "must be a run of train.py that trained adapters" in capsys.readouterr().err
 
 
-def test_qlora_run(make_config, base_folder, tmp_path):
+def test_adapter_on_another_base(finished, make_config, base_folder, tmp_path):
+    run, base, other = finished[0].run_dir, base_folder("float32"), tmp_path / "other"
+    save_pretrained(bind(MODEL, init_params(MODEL, jax.random.key(4))), other, "float32", tokenizer=base)
+    message = f"^{run}: trained on the weights of {base}, and those of {other} are not the same files$"
+    with pytest.warns(UserWarning, match=message):
+        merge(other, tmp_path / "merged", run)
+    with pytest.warns(UserWarning, match=message):
+        check_base(make_config(tmp_path / "x", init_from=str(other), init_adapter=run), print)
+    export_adapter(run, tmp_path / "peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_pretrained(base, adapter=run)
+        # PEFT's files do not say what they were trained on.
+        from_pretrained(other, adapter=tmp_path / "peft")
+
+
+def test_runs_without_an_adapter_and_without_lora(finished, make_config, tmp_path):
+    run, plain = finished[0].run_dir, tmp_path / "plain"
+    message = f"^init_from is '{run}': holds an adapter of rank 4; add --model.lora.rank 4 to"
+    with pytest.raises(ValueError, match=message):
+        train(make_config(tmp_path / "x", model=MODEL, init_from=run))
+    plain.mkdir()
+    make_config(plain, model=MODEL, init_from=None).save(plain / "config.json")
+    with pytest.raises(ValueError, match=f"^init_adapter is '{plain}': a run without an adapter$"):
+        find_adapter(make_config(tmp_path / "x", init_adapter=str(plain)))
+    with pytest.raises(ValueError, match=f"^RUN is '{plain}': a run without an adapter$"):
+        export_adapter(plain, tmp_path / "x")
+    (plain / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=f"^{plain}/config.json: not JSON"):
+        export_adapter(plain, tmp_path / "x")
+
+
+def test_nan_in_an_adapter_names_its_folder(base_folder, tmp_path):
+    adapter = random_adapter(MODEL, LORA)
+    adapter.tensors["attention.k_lora_b", 1].array[2] = np.nan
+    write_adapter(adapter, MODEL, tmp_path / "a")
+    message = f"^{tmp_path}/a: contains NaN or infinite values in .*layers.1.self_attn.k_proj.lora_B.weight$"
+    with pytest.warns(UserWarning, match=message):
+        from_pretrained(base_folder("float32"), adapter=tmp_path / "a")
+
+
+def test_qlora_run(make_config, base_folder, tmp_path, capsys):
     model = dataclasses.replace(MODEL, lora=LORA, expert_format="mxfp4")
     config = make_config(tmp_path / "run", "mxfp4", model=model, steps=3)
     state = train(config)
+    said = capsys.readouterr().out
+    assert re.search("  lora .* parameters are trained: .*; experts packed in MXFP4\n", said)
+    train(make_config(tmp_path / "unpacked", "mxfp4", steps=1))
+    said = capsys.readouterr().out
+    assert re.search("; experts unpacked, in float32\n", said)
+    assert re.search("packed in MXFP4 and are unpacked in this run; --model.expert-format mxfp4 keeps", said)
     loaded = from_pretrained(config.run_dir)
     assert loaded.config.expert_format == "mxfp4" and loaded.config.lora
     unpacked = from_pretrained(config.run_dir, experts="float32")
@@ -277,7 +326,7 @@ def test_continuing_an_adapter(finished, make_config, base_folder, tmp_path):
         make_config(tmp_path / "bad", model=MODEL, init_adapter="x")
 
 
-def test_base_that_is_a_run(make_config, tmp_path):
+def test_base_that_is_a_run(make_config, tmp_path, capsys):
     pretrained = make_config(tmp_path / "base", model=MODEL, init_from=None)
     (tmp_path / "base").mkdir()
     pretrained.save(tmp_path / "base/config.json")
@@ -298,6 +347,9 @@ def test_base_that_is_a_run(make_config, tmp_path):
     found = leaves(get_params(model))
     assert_same_params(found, {name: leaf for name, leaf in leaves(state.params).items()})
     merge(config.run_dir, tmp_path / "merged")
+    assert main.main(["export-adapter", config.run_dir, str(tmp_path / "adapter")]) == 0
+    said = f"For PEFT and vLLM, convert that: gptoss convert {pretrained.run_dir} OUT\n"
+    assert capsys.readouterr().out.endswith(f"Its base model is a run. {said}")
     expected = logits(model, TOKENS)
     assert np.abs(logits(from_pretrained(tmp_path / "merged"), TOKENS) - expected).max() < 1e-4
     # The base is trained further; its checkpoint of step 4 stays the base of the adapter.

@@ -6,6 +6,7 @@ docs/weights.md describes the format. vLLM reads the same files.
 import dataclasses
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from gptoss_jax.checkpoints.readers import (
     AdaptedReader,
     Adapter,
     WeightReader,
+    describe_base,
     local_folder,
     open_weights,
     read_run_adapter,
@@ -26,7 +28,7 @@ from gptoss_jax.checkpoints.readers import (
 from gptoss_jax.checkpoints.run_params import is_run, run_base
 from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG, NewTensor, write_file
 from gptoss_jax.config import ModelConfig, TrainConfig
-from gptoss_jax.config.base import listed, require, write_json
+from gptoss_jax.config.base import listed, read_json, require, write_json
 from gptoss_jax.config.model import EXPERT_TARGETS, LORA_TARGETS
 from gptoss_jax.model.lora import adapter_names
 from gptoss_jax.model.parameters import adapted_target, shape_of
@@ -45,14 +47,36 @@ def open_adapted(folder: str | os.PathLike, adapter: str | os.PathLike | None = 
         return reader
     allowed = f"{folder} has an adapter already; name its base model instead"
     require(reader.config.lora is None, "adapter", str(adapter), allowed)
-    return AdaptedReader(reader, read_adapter(adapter, reader.config))
+    found = read_adapter(adapter, reader.config)
+    warn_of_other_base(adapter, folder)
+    return AdaptedReader(reader, found)
 
 
-def read_adapter(folder: str | os.PathLike, config: ModelConfig) -> Adapter:
+def warn_of_other_base(adapter: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Warns if a run trained its adapter beside other weights than those of a folder. PEFT's files do not
+    say which weights theirs belongs to."""
+    local = local_folder(adapter)
+    base = run_base(local) if is_run(local) else None
+    if base is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the folder's own, which opening it has shown
+        ours = describe_base(folder)
+    if base.fingerprint != ours.fingerprint:
+        where = base.folder if base.step is None else f"step {base.step} of {base.folder}"
+        warnings.warn(
+            f"{adapter}: trained on the weights of {where}, and those of {folder} are not the same files",
+            stacklevel=3,
+        )
+
+
+def read_adapter(folder: str | os.PathLike, config: ModelConfig, field: str = "adapter") -> Adapter:
     """Reads an adapter for a model: a folder of PEFT, `hf:OWNER/NAME`, or a run that trained adapters.
 
     Layers and experts that a PEFT adapter leaves out get zeros, and so do the ranks of targets with a lower
     rank than others; a target with another scaling gets the difference multiplied into its B.
+
+    `field` is the setting that names the folder, for error messages.
 
     Raises ValueError, in one line, for a folder without an adapter or with one that is more than LoRA, for a
     layout that cannot be told for certain, and for tensors that do not fit the model, naming them.
@@ -60,7 +84,7 @@ def read_adapter(folder: str | os.PathLike, config: ModelConfig) -> Adapter:
     local = local_folder(folder)
     if not is_run(local):
         return PeftFolder(local, config).read()
-    adapter, wrong = read_run_adapter(local), []
+    adapter, wrong = read_run_adapter(local, field), []
     config = dataclasses.replace(config, lora=adapter.lora)
     for (key, layer), tensor in adapter.tensors.items():
         if layer >= config.num_hidden_layers or tensor.shape != shape_of(config, key):
@@ -78,8 +102,10 @@ def export_adapter(run: str | os.PathLike, folder: str | os.PathLike) -> Adapter
     """Writes the adapter of a run for PEFT and vLLM; see `write_adapter`. Returns it."""
     local = local_folder(run)
     if not is_run(local):
+        if (local / "config.json").is_file():
+            read_json(local / "config.json")  # says what is wrong with a damaged one
         raise ValueError(f"{run}: must be a run of train.py that trained adapters")
-    adapter, config = read_run_adapter(local), TrainConfig.load(local / "config.json")
+    adapter, config = read_run_adapter(local, "RUN"), TrainConfig.load(local / "config.json")
     extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
     if extra:
         raise ValueError(f"{run}: also trained {listed(extra)}, which is no adapter: use gptoss merge")

@@ -130,17 +130,18 @@ def load_target(
 def read_params(reader: WeightReader | Adapter, config: ModelConfig, target: dict) -> dict:
     """Reads the parameters of a config; `target` gives the shape, dtype and sharding of each array."""
     layers_of = parameter_layers(config)
-    non_finite: set[str] = set()
+    non_finite: dict[pathlib.Path | None, set[str]] = {}
 
     def read(path, leaf):
         path = path_names(path)
-        tensors = [reader.tensor(parameter_name(path), layer) for layer in layers_of[path]]
-        array, names = load_sharded(leaf, tensors)
-        non_finite.update(names)
+        key = parameter_name(path)
+        array, names = load_sharded(leaf, [reader.tensor(key, layer) for layer in layers_of[path]])
+        non_finite.setdefault(reader.origin_of(key), set()).update(names)
         return array
 
     params = jax.tree_util.tree_map_with_path(read, target)
-    warn_non_finite(non_finite, reader.origin)
+    for origin, names in non_finite.items():
+        warn_non_finite(names, origin)
     return params
 
 

@@ -66,6 +66,10 @@ class WeightReader(abc.ABC):
     def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
         """A parameter as it is stored; -1 is the layer of parameters outside the layers."""
 
+    def origin_of(self, key: str) -> pathlib.Path | None:
+        """The folder that a parameter is read from."""
+        return self.origin
+
     @abc.abstractmethod
     def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
         """The dtypes of a parameter in all layers."""
@@ -170,6 +174,9 @@ class Adapter:
     def origin(self) -> pathlib.Path:
         return pathlib.Path(self.name)
 
+    def origin_of(self, key: str) -> pathlib.Path:
+        return self.origin
+
     def tensor(self, key: str, layer: int) -> LazyTensor:
         return self.tensors[key, layer]
 
@@ -181,6 +188,10 @@ class AdaptedReader(WeightReader):
         self._base, self._adapter = base, adapter
         self.packed, self.origin = base.packed, base.origin
         self.config = dataclasses.replace(base.config, lora=adapter.lora)
+        self._adapted = {key for key, _ in adapter.tensors}
+
+    def origin_of(self, key: str) -> pathlib.Path | None:
+        return self._adapter.origin if key in self._adapted else self._base.origin
 
     def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
         found = self._adapter.tensors.get((key, layer))
@@ -235,11 +246,11 @@ def describe_base(folder: str | os.PathLike) -> BaseModel:
         return BaseModel.from_record(checkpoints.record(step)) or BaseModel.of(folder, step)
 
 
-def read_run_adapter(folder: str | pathlib.Path) -> Adapter:
+def read_run_adapter(folder: str | pathlib.Path, field: str = "adapter") -> Adapter:
     """Reads the adapter of a run, of the checkpoint that `read_checkpoint` takes, without its base model."""
     folder = pathlib.Path(folder)
     config = TrainConfig.load(folder / "config.json").model
-    require(config.lora is not None, "adapter", str(folder), "a run without an adapter")
+    require(config.lora is not None, field, str(folder), "a run without an adapter")
     _, base, params = read_checkpoint(folder)
     if base is None:
         params, _ = split_params(params, is_adapter)

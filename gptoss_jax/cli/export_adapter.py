@@ -19,8 +19,14 @@ class ExportAdapter:
         import pathlib
 
         from gptoss_jax.checkpoints.adapters import export_adapter
+        from gptoss_jax.checkpoints.run_params import is_run
+        from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG
+        from gptoss_jax.config.base import read_json
 
         lora = export_adapter(self.run_dir, self.target).lora
         size = sum(path.stat().st_size for path in pathlib.Path(self.target).iterdir())
         ranks = f"rank {lora.rank}, in each expert {lora.expert_rank}"
         print(f"{self.target}: adapter of {', '.join(lora.targets)}, {ranks}, {size / 1e6:,.2f} MB")
+        base = read_json(pathlib.Path(self.target) / ADAPTER_CONFIG)["base_model_name_or_path"]
+        if is_run(base):
+            print(f"Its base model is a run. For PEFT and vLLM, convert that: gptoss convert {base} OUT")

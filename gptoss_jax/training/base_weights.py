@@ -2,11 +2,12 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
 
-from gptoss_jax.checkpoints.adapters import read_adapter
+from gptoss_jax.checkpoints.adapters import read_adapter, warn_of_other_base
 from gptoss_jax.checkpoints.base_model import BaseModel
 from gptoss_jax.checkpoints.load import load_target, read_params, warn_non_finite_params
 from gptoss_jax.checkpoints.readers import HUB, Adapter, describe_base, local_folder, open_weights
@@ -87,7 +88,7 @@ def find_adapter(config: TrainConfig) -> Adapter | None:
         field, folder = "init_from", config.init_from
     if folder is None:
         return None
-    adapter, lora = read_adapter(folder, base_config(config.model)), config.model.lora
+    adapter, lora = read_adapter(folder, base_config(config.model), field), config.model.lora
     extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
     require(not extra, field, folder, f"also trained {listed(extra)}: merge it first (gptoss merge)")
     ours = _settings(lora, config.model)
@@ -118,9 +119,9 @@ def create_adapters(config: TrainConfig, mesh: Mesh) -> dict:
     return jax.jit(init, out_shardings=parameter_shardings(abstract, mesh))()
 
 
-def check_base(config: TrainConfig) -> None:
+def check_base(config: TrainConfig, report: Callable[[str], None]) -> None:
     """Raises ValueError if `init_from` cannot be the base of the run's adapters, or `init_adapter` not their
-    start; reads no weights of the base."""
+    start; reads no weights of the base. Reports packed experts that are unpacked."""
     require(config.init_from is not None, "init_from", None, "must name the weights that model.lora adapts")
     folder = local_folder(config.init_from)
     base = run_base(folder) if is_run(folder) else None
@@ -136,4 +137,11 @@ def check_base(config: TrainConfig) -> None:
     )
     is_fitting = is_packed or config.model.expert_format == "plain"
     require(is_fitting, "init_from", config.init_from, allowed)
+    if is_packed and config.model.expert_format == "plain":
+        report(
+            f"The experts of {config.init_from} are packed in MXFP4 and are unpacked in this run; "
+            "--model.expert-format mxfp4 keeps them packed"
+        )
     find_adapter(config)
+    if config.init_adapter is not None:
+        warn_of_other_base(config.init_adapter, config.init_from)

@@ -19,6 +19,7 @@ from gptoss_jax.inference.detokenizer import detokenize
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.lora import adapter_counts
+from gptoss_jax.model.parameters import parameter_name
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 from gptoss_jax.terminal import format_count, format_duration, format_number, format_si
@@ -65,7 +66,7 @@ class RunLog:
         self._trained_tokens = int(trained_pairs(cache, lengths)[~cache.held_out].sum())
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
 
-    def log_header(self, mesh: jax.sharding.Mesh, first_step: int) -> None:
+    def log_header(self, mesh: jax.sharding.Mesh, first_step: int, params: dict) -> None:
         """Prints model, text and devices, and starts the progress line."""
         config, meta = self.config, self.cache.meta
         total, active = parameter_counts(config.model)
@@ -76,7 +77,7 @@ class RunLog:
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         lines = {
             "model": f"{format_count(total)} parameters, {format_count(active)} active per token",
-            "lora": _describe_adapters(config.model),
+            "lora": _describe_adapters(config.model, params),
             "text": f"{config.data.source}: {format_count(self._train_tokens)} tokens of {meta['tokenizer']}"
             f"{trained}, {format_si(meta['held_out_bytes'], 'B')} of text held out",
             "step": f"{config.data.batch_size} rows × {config.data.seq_len} tokens",
@@ -257,11 +258,17 @@ class RunLog:
             self._metrics.close()
 
 
-def _describe_adapters(config: ModelConfig) -> str:
-    """The number of trained parameters in all and of each target; "" without adapters."""
+def _describe_adapters(config: ModelConfig, params: dict) -> str:
+    """The number of trained parameters in all and of each target, and the experts' format; "" without
+    adapters."""
     counts = adapter_counts(config)
     each = ", ".join(f"{target} {format_count(count)}" for target, count in counts.items())
-    return f"{format_count(sum(counts.values()))} parameters are trained: {each}" if counts else ""
+    if not counts:
+        return ""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    dtype = next((leaf.dtype for path, leaf in paths if parameter_name(path) == "moe.gate_up"), None)
+    experts = "packed in MXFP4" if dtype is None else f"unpacked, in {dtype}"
+    return f"{format_count(sum(counts.values()))} parameters are trained: {each}; experts {experts}"
 
 
 def next_command(run_dir: pathlib.Path, prompt: str | None) -> str:

@@ -80,7 +80,7 @@ def train(
         train_step = make_train_step(config, objective)
         evaluate = functools.partial(_evaluate, config, cache, make_eval_step(config.model, objective))
         stop = stack.enter_context(StopSignal(console.message))
-        log.log_header(mesh, first_step)
+        log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
             is_last, stopping = step == config.steps, stop.requested(step)
             is_eval = step > first_step and (is_last or step % config.eval.every == 0)

@@ -80,12 +80,19 @@ def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
     if has_checkpoints(pathlib.Path(config.run_dir)):
         return
     if config.model.lora is not None:
-        check_base(config)
+        check_base(config, report)
     if config.init_from is None:
         return
     folder = local_folder(config.init_from)
     if is_run(folder):
         theirs = TrainConfig.load(folder / "config.json").model
+        if theirs.lora is not None and config.model.lora is None:
+            rank = theirs.lora.rank
+            allowed = (
+                f"holds an adapter of rank {rank}; add --model.lora.rank {rank} to continue it, or merge it "
+                "(gptoss merge)"
+            )
+            require(False, "init_from", config.init_from, allowed)
     else:
         # Published files store each layer separately and can be loaded stacked or not.
         theirs = dataclasses.replace(open_weights(folder).config, scan_layers=config.model.scan_layers)
