@@ -167,6 +167,21 @@ BAD = [
     ),
     (
         TrainConfig,
+        {"model": ModelConfig(lora=LoraConfig(rank=513))},
+        "model.lora.rank is 513: the rank of k, 513, must be at most 512, the smaller side of 2880 x 512",
+    ),
+    (
+        TrainConfig,
+        {"model": ModelConfig(intermediate_size=32, lora=LoraConfig(rank=264, targets=("q", "gate_up")))},
+        "model.lora.rank is 264: the rank of gate_up, 66, must be at most 64, the smaller side of 2880 x 64",
+    ),
+    (
+        TrainConfig,
+        {"model": ModelConfig(intermediate_size=8, lora=LoraConfig(expert_rank=9))},
+        "model.lora.expert_rank is 9: the rank of down, 9, must be at most 8, the smaller side of 8 x 2880",
+    ),
+    (
+        TrainConfig,
         {"optim": OptimConfig(grad_accum_steps=3)},
         "optim.grad_accum_steps is 3: must divide data.batch_size (16)",
     ),

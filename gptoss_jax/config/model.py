@@ -166,6 +166,13 @@ class ModelConfig(ConfigBase):
             return lora.rank
         return lora.expert_rank or max(1, lora.rank // self.num_experts_per_tok)
 
+    def target_shape(self, target: str) -> tuple[int, int]:
+        """Returns the inputs and outputs of the matrix of a target; in the experts, of each expert."""
+        D, F = self.hidden_size, self.intermediate_size
+        N, K = (self.head_dim * heads for heads in (self.num_attention_heads, self.num_key_value_heads))
+        shapes = {"q": (D, N), "k": (D, K), "v": (D, K), "out": (N, D), "gate_up": (D, 2 * F), "down": (F, D)}
+        return (shapes | {"router": (D, self.num_local_experts), "head": (D, self.vocab_size)})[target]
+
     @property
     def resolved_layer_types(self) -> tuple[str, ...]:
         """The type of every layer: `layer_types`, or the alternation that None means."""

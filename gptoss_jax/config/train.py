@@ -7,7 +7,7 @@ import typing
 from typing import Literal, Self
 
 from gptoss_jax.config.base import BelowOne, ConfigBase, NonNegative, Positive, read_json, require, write_json
-from gptoss_jax.config.model import ModelConfig
+from gptoss_jax.config.model import EXPERT_TARGETS, ModelConfig
 from gptoss_jax.config.paths import user_path
 
 
@@ -151,11 +151,21 @@ class TrainConfig(ConfigBase):
         require(experts == "plain" or self.model.lora is not None, "model.expert_format", experts, allowed)
         is_used = self.init_adapter is None or self.model.lora is not None
         self._require(is_used, "init_adapter", "must be left out without model.lora")
+        self._check_ranks()
         longest, length = self.model.max_position_embeddings, self.data.seq_len
         allowed = f"must be at most model.max_position_embeddings ({longest})"
         require(length <= longest, "data.seq_len", length, allowed)
         size, steps = self.data.batch_size, self.optim.grad_accum_steps
         require(size % steps == 0, "optim.grad_accum_steps", steps, f"must divide data.batch_size ({size})")
+
+    def _check_ranks(self) -> None:
+        model = self.model
+        for target in () if model.lora is None else model.lora.targets:
+            rank, shape = model.lora_rank(target), model.target_shape(target)
+            name = "expert_rank" if target in EXPERT_TARGETS and model.lora.expert_rank else "rank"
+            sides = f"the smaller side of {shape[0]} x {shape[1]}"
+            allowed = f"the rank of {target}, {rank}, must be at most {min(shape)}, {sides}"
+            require(rank <= min(shape), f"model.lora.{name}", getattr(model.lora, name), allowed)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the config as JSON, atomically."""
