@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import pathlib
 import shutil
 import signal
@@ -18,7 +19,7 @@ from helpers.weights import (
     write,
 )
 
-from gptoss_jax.checkpoints.export import atomic_folder
+from gptoss_jax.checkpoints.export import atomic_folder, check_target
 from gptoss_jax.checkpoints.safetensors_io import NewTensor, map_folder, write_tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_symlink_to_an_empty_folder(tmp_path):
 def test_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3_000_000_000))
     with (
-        pytest.raises(OSError, match=r"model: 3\.5 GB are needed, the disk has 3\.0 GB left"),
+        pytest.raises(OSError, match=r"model: 3\.50 GB are needed, the disk has 3\.00 GB left"),
         atomic_folder(tmp_path / "model", 3_500_000_000),
     ):
         raise AssertionError("must not be reached")
@@ -139,11 +140,23 @@ def test_disk_that_is_too_small(tmp_path, monkeypatch):
         pass
 
 
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for check in (check_target, lambda target: atomic_folder(target, 10).__enter__()):
+        with pytest.raises(ValueError, match=f"^folder is '{tmp_path}/file/x/y': {tmp_path}/file is a file$"):
+            check(tmp_path / "file/x/y")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    message = f"^folder is '{tmp_path}/new/x': no permission to write in {tmp_path}$"
+    with pytest.raises(ValueError, match=message):
+        check_target(tmp_path / "new/x")
+    assert listing(tmp_path) == ["file"]
+
+
 # Writes a tensor whose second half never arrives.
 HANGING = """
 import sys, time
 import numpy as np
-from gptoss_jax.checkpoints.export import atomic_folder
+from gptoss_jax.checkpoints.export import atomic_folder, check_target
 from gptoss_jax.checkpoints.safetensors_io import NewTensor, write_tensors
 
 def chunks():

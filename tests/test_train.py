@@ -316,6 +316,13 @@ def test_more_steps_and_free_settings_give_the_same_result(
         train(dataclasses.replace(now, steps=9))
 
 
+def test_run_dir_that_cannot_be_written(make_config, tmp_path):
+    (tmp_path / "file").touch()
+    config = make_config(tmp_path / "file/run")
+    with pytest.raises(ValueError, match=f"^run_dir is '{tmp_path}/file/run': {tmp_path}/file is a file$"):
+        train(config)
+
+
 def test_settings_that_a_resumed_run_may_change(finished, make_config):
     config = finished[0]
     changes = {

@@ -29,10 +29,11 @@ from gptoss_jax.checkpoints.safetensors_io import SHARD_BYTES, NewTensor, write_
 from gptoss_jax.checkpoints.sharded_io import read_slices
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.base import read_json, write_json
-from gptoss_jax.config.paths import user_path
+from gptoss_jax.config.paths import require_writable, user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.parameters import parameter_name, shape_of
 from gptoss_jax.model.transformer import Transformer, get_params
+from gptoss_jax.terminal import format_si
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -226,13 +227,11 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
     # A symbolic link stays, and the folder that it points to is written.
     target = user_path(target, "folder").resolve()
     check_target(target)
-    if target.is_mount():
-        raise ValueError(f"{target}: is a mount point; name a folder in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:
         raise OSError(
-            f"{target}: {needed_bytes / 1e9:,.1f} GB are needed, the disk has {free / 1e9:,.1f} GB left"
+            f"{target}: {format_si(needed_bytes, 'B')} are needed, the disk has {format_si(free, 'B')} left"
         )
     partial, lock = (target.with_name(f".{target.name}.{end}") for end in ("partial", "lock"))
     with open(lock, "w", encoding="utf-8") as file:
@@ -259,8 +258,12 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
 
 
 def check_target(target: str | os.PathLike) -> None:
-    """Raises ValueError if the folder to be written already exists and is not empty, or is a file."""
-    target = user_path(target, "folder")
+    """Raises ValueError if the folder to be written already exists and is not empty, is a file or a mount
+    point, or cannot be created."""
+    target, name = user_path(target, "folder"), os.fspath(target)
+    if target.is_mount():
+        raise ValueError(f"{target}: is a mount point; name a folder in it")
+    require_writable(target.parent, "folder", name)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: already exists; choose a new folder")
 

@@ -1,11 +1,15 @@
 """`gptoss convert`."""
 
+import contextlib
 import dataclasses
+import signal
 import sys
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+from gptoss_jax.terminal import format_si
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +50,22 @@ class WriteProgress:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._target, self._size, self._began = target, 0, time.monotonic()
         self._task = self._progress.add_task("", total=None)
+        self._handler, self._is_interrupted = None, False
 
     def __enter__(self) -> "WriteProgress":
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         self._progress.start()
         return self
 
+    def _interrupt(self, number: int, frame: Any) -> None:
+        # Python ignores an exception in a callback of a weak reference, such as JAX has: `show` repeats it.
+        self._is_interrupted = True
+        raise KeyboardInterrupt
+
     def show(self, done: int, total: int) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt
         self._size = total
         self._progress.update(self._task, completed=done, total=total)
 
@@ -59,9 +73,11 @@ class WriteProgress:
         import resource
 
         self._progress.stop()
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
         if kind is None:
             # Kilobytes on Linux, bytes on macOS.
             unit = 1 if sys.platform == "darwin" else 1024
             peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             cost = f"{time.monotonic() - self._began:,.0f} s, peak memory {peak / 1e9:,.2f} GB"
-            print(f"{self._target}: {self._size / 1e9:,.2f} GB written in {cost}")
+            print(f"{self._target}: {format_si(self._size, 'B')} written in {cost}")

@@ -90,6 +90,13 @@ def replace_file(path: pathlib.Path, field: str) -> Iterator[TextIO]:
             partial.unlink(missing_ok=True)
 
 
+def require_writable(folder: pathlib.Path, field: str, value: str) -> None:
+    """Raises ValueError for a folder that cannot be written to or, if it does not exist, be created."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    require(there.is_dir(), field, value, f"{there} is a file")
+    require(os.access(there, os.W_OK | os.X_OK), field, value, f"no permission to write in {there}")
+
+
 def require_utf8(path: str | os.PathLike, field: str) -> None:
     """Raises ValueError for a path whose bytes in the locale's encoding are not UTF-8.
 

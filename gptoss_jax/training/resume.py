@@ -15,6 +15,7 @@ from gptoss_jax.checkpoints.readers import find_tokenizer, local_folder, open_we
 from gptoss_jax.checkpoints.run import Checkpoints, check_folder_name
 from gptoss_jax.checkpoints.run_params import is_run, load_run
 from gptoss_jax.config import TrainConfig, require
+from gptoss_jax.config.paths import require_writable
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import IsTrainable, merge_params, split_params
@@ -140,6 +141,7 @@ def check_run_dir(config: TrainConfig) -> None:
     a config that computes something else, naming the fields that differ."""
     run_dir = pathlib.Path(config.run_dir)
     check_folder_name(run_dir.absolute(), "run_dir", config.run_dir)
+    require_writable(run_dir, "run_dir", config.run_dir)
     path = run_dir / "config.json"
     if not path.exists() or not has_checkpoints(run_dir):
         return
