@@ -1,6 +1,7 @@
 """Merging adapters: the arithmetic against formulas, MXFP4 block by block, and the report."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def test_each_block_takes_the_best_of_three_scales(rel):
     assert (step[tried[0] <= np.min(tried, axis=0) * (1 - 1e-5)] == 0).all()
     effect = dequantized(np.asarray(found), np.asarray(powers)) - base
     delta = wanted - base
-    expected = [np.sum(base**2), np.sum(delta**2), np.sum(effect * delta), np.sum((effect - delta) ** 2)]
+    expected = [np.sum(base**2), np.sum(delta**2), np.sum(effect * delta), np.sum((effect - delta) ** 2), 0]
     np.testing.assert_allclose(np.asarray(sums), expected, rtol=1e-4)
 
 
@@ -138,7 +139,7 @@ def test_overflow_becomes_nan_and_counts_as_nothing():
     assert (powers[7] == codec.NAN_SCALE).all() and (np.delete(powers, 7, 0) != codec.NAN_SCALE).all()
     assert np.isfinite(sums).all()
     delta = jnp.array([1.0, jnp.nan, jnp.inf])
-    assert merging.survival_sums(jnp.ones(3), delta, jnp.array([0.5, 0, 0])) == [1, 1, 0.5, 0.25]
+    assert merging.survival_sums(jnp.ones(3), delta, jnp.array([0.5, 0, 0])) == [1, 1, 0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -234,7 +235,10 @@ def test_plain_base_is_quantized_as_a_merged_one(hf_folder, adapter, tmp_path):
     merge(hf_folder("float32"), tmp_path / "plain", folder, "float32")
     export.convert(tmp_path / "plain", tmp_path / "converted", "mxfp4")
     assert_same_tensors(tensors_of(tmp_path / "packed"), tensors_of(tmp_path / "converted"))
-    assert 0.5 < survival["gate_up"].share < 1.5
+    assert 0.9 < survival["gate_up"].share < 1.1
+    assert [*survival] == ["q", "k", "v", "out", "router", "gate_up", "down", "head"]
+    # The base's own rounding is reported separately, as large as without an adapter.
+    assert survival["q"].base_noise == 0 and survival["down"].base_noise == pytest.approx(0.115, abs=0.01)
 
 
 def test_negative_zeros_of_the_base_stay(edited_folder, adapter, tmp_path):
@@ -249,12 +253,12 @@ def test_command_and_report(hf_folder, adapter, tmp_path, capsys):
     arguments = ["merge", str(hf_folder("mxfp4")), str(tmp_path / "out"), "--adapter", str(folder)]
     assert main.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert f"{tmp_path / 'out'}: 0.00 GB written in" in lines[0]
-    assert [line.split()[0] for line in lines[2:5]] == ["q", "down", "gate_up"]
-    assert lines[5].startswith("Rounding removed most of the adapter in down and gate_up. Write --experts")
+    assert re.match(rf"{tmp_path / 'out'}: [\d.]+ kB written in", lines[0])
+    assert [line.split()[0] for line in lines[2:5]] == ["q", "gate_up", "down"]
+    assert lines[5].startswith("Rounding outweighs or removes the adapter in gate_up and down. Write a wider")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert main.main([*arguments[:2], str(tmp_path / "bf16"), *arguments[3:], "--experts", "bfloat16"]) == 0
-    assert "Rounding removed" not in capsys.readouterr().out
+    assert "Rounding" not in capsys.readouterr().out
     assert main.main(arguments) == 2
     assert "already exists" in capsys.readouterr().err
 
@@ -264,3 +268,9 @@ def test_report_of_what_survived():
     assert lines[1].split() == ["q", "10.000%", "98.0%", "1.000%"]
     assert lines[2].split() == ["down", "20.000%", "10.0%", "20.000%"]
     assert "in down. Write" in lines[3] and len(describe({"q": Survival(100, 1, 0.98, 0.01)})) == 2
+    # A change of 0.5% of a dense base, whose own rounding is 12% of it.
+    lines = describe({"down": Survival(100, 0.0025, 0.0025, 0.01, 1.44)})
+    assert lines[1].split() == ["down", "0.500%", "100.0%", "1.000%"]
+    assert lines[2].endswith("not in MXFP4. Its own rounding is not part of the noise: 12.000% in down")
+    assert lines[3].startswith("Rounding outweighs or removes the adapter in down. Write") and len(lines) == 4
+    assert len(describe({"down": Survival(100, 4, 4, 1, 1.44)})) == 3

@@ -36,13 +36,15 @@ from gptoss_jax.model.parameters import LETTERS, adapted_target
 class Survival:
     """What the written weights of one kind keep of the delta D = scaling A B.
 
-    W is the base, E the change that was written; sums run over all values of the kind.
+    W is the base, E the change that was written; sums run over all values of the kind. Where a dense base is
+    written in MXFP4, E is the difference from the base in MXFP4, Q(W), without an adapter.
     """
 
     base: float = 0.0  # |W|^2
     delta: float = 0.0  # |D|^2
     product: float = 0.0  # E D
     error: float = 0.0  # |E - D|^2
+    rounding: float = 0.0  # |Q(W) - W|^2
 
     @property
     def size(self) -> float:
@@ -58,6 +60,11 @@ class Survival:
     def noise(self) -> float:
         """|E - D| / |W|."""
         return math.sqrt(self.error / self.base) if self.base else 0.0
+
+    @property
+    def base_noise(self) -> float:
+        """|Q(W) - W| / |W|: what quantizing the base costs without an adapter."""
+        return math.sqrt(self.rounding / self.base) if self.base else 0.0
 
     def __add__(self, sums: Iterable[float]) -> "Survival":
         pairs = zip(dataclasses.astuple(self), sums, strict=True)
@@ -80,7 +87,7 @@ def merge(
       source: a run that trained adapters, or the folder of a base model.
       adapter: see `adapters.read_adapter`; None is that of the run.
 
-    Returns what survived for each target, such as "gate_up".
+    Returns what survived for each target, such as "gate_up", in the model's order.
 
     Raises ValueError as `adapters.open_adapted`, for a source without an adapter, and for an adapter with NaN
     or infinite values.
@@ -99,7 +106,7 @@ def merge(
         raise ValueError(f"{adapter or source}: NaN or infinite values in {listed(damaged)}: not merged")
     merged = MergedReader(reader)
     export.write_folder(merged, target, experts, on_progress=on_progress)
-    return dict(merged.survival)
+    return {target: merged.survival[target] for target in map(adapted_target, adapter_names(reader.config))}
 
 
 class MergedReader(WeightReader):
@@ -301,8 +308,9 @@ def merge_dense(base, a, b):
       a, b: as for `merge_packed`.
     """
     delta = _delta(a, b)
-    packed = codec.quantize(base + delta)
-    return *packed, survival_sums(base, delta, codec.dequantize(*packed, jnp.float32) - base)
+    packed, alone = codec.quantize(base + delta), codec.dequantize(*codec.quantize(base), jnp.float32)
+    effect = codec.dequantize(*packed, jnp.float32) - alone
+    return *packed, survival_sums(base, delta, effect, alone - base)
 
 
 def _delta(a, b):
@@ -313,9 +321,10 @@ def _block_sums(values):
     return jnp.sum(values.reshape(*values.shape[:-1], -1, codec.BLOCK_SIZE), axis=-1)
 
 
-def survival_sums(base, delta, effect) -> list:
+def survival_sums(base, delta, effect, rounding=0.0) -> list:
     """The fields of `Survival` for float32 arrays of one shape; values that are not finite count as 0."""
     finite = jnp.isfinite(effect) & jnp.isfinite(delta)
-    base, effect, delta = (jnp.where(finite, values, 0) for values in (base, effect, delta))
+    base, delta, effect, rounding = (jnp.where(finite, x, 0) for x in (base, delta, effect, rounding))
     rest = effect - delta
-    return [jnp.sum(x * y) for x, y in ((base, base), (delta, delta), (effect, delta), (rest, rest))]
+    pairs = (base, base), (delta, delta), (effect, delta), (rest, rest), (rounding, rounding)
+    return [jnp.sum(x * y) for x, y in pairs]

@@ -47,11 +47,17 @@ def describe(survival: "dict[str, Survival]") -> list[str]:
     lines = [f"{'':<9}{'change':>9}{'written':>9}{'noise':>9}   (change and noise relative to the weights)"]
     for target, found in survival.items():
         lines.append(f"{target:<9}{found.size:>9.3%}{found.share:>9.1%}{found.noise:>9.3%}")
-    lost = [target for target, found in survival.items() if found.share < LITTLE]
+    rounded = {target: found for target, found in survival.items() if found.base_noise}
+    if rounded:
+        each = ", ".join(f"{found.base_noise:.3%} in {target}" for target, found in rounded.items())
+        lines.append(f"The base was not in MXFP4. Its own rounding is not part of the noise: {each}")
+    lost = [
+        target for target, found in survival.items() if found.share < LITTLE or found.base_noise > found.size
+    ]
     if lost:
         lines.append(
-            f"Rounding removed most of the adapter in {' and '.join(lost)}. Write --experts bfloat16, or "
-            "serve the base model with the adapter beside it (gptoss export-adapter), or train with "
-            "quantization (QAT) before merging into MXFP4"
+            f"Rounding outweighs or removes the adapter in {' and '.join(lost)}. Write a wider type "
+            "(--experts bfloat16, or float32), or serve the base model with the adapter beside it (gptoss "
+            "export-adapter). Training with quantization (QAT) would help, but is not part of this project"
         )
     return lines
