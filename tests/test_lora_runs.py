@@ -381,6 +381,7 @@ def test_other_parameters_than_adapters(make_config, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["2"]
 
 
+@pytest.mark.slow
 def test_frozen_adapters_are_in_checkpoints(make_config, tmp_path):
     """Only B of k is trained: A, and the adapters of q, must stay what they were."""
 

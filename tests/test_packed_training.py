@@ -10,12 +10,9 @@ import numpy as np
 import pytest
 from helpers.params import assert_close, unpacked
 from helpers.programs import largest_arrays
-from helpers.tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
+from helpers.tpu_compiler import BYTES_MADE
 
-from gptoss_jax.checkpoints.load import load_target
 from gptoss_jax.config import SLIDING, MeshConfig, ModelConfig
-from gptoss_jax.config.preset import read_preset
-from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.model.parameters import merge_params, split_params
 from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
@@ -120,28 +117,3 @@ def test_no_layer_is_unpacked_or_copied(cpu_form):
     assert max(largest.values()) < 64 * D * F, largest
     created = [line for line in text.splitlines() if BYTES_MADE.search(line)]
     assert largest_arrays("\n".join(line.split("(")[0] for line in created)).get("u8", 0) <= F * D
-
-
-@needs_libtpu
-def test_two_layers_of_20b_on_tpu():
-    """A step on 1,024 tokens takes less memory beside the parameters than unpacked experts of a layer."""
-    model = dataclasses.replace(
-        read_preset(CONFIGS / "gpt_oss_20b.py").model,
-        num_hidden_layers=2,
-        layer_types=(SLIDING,) * 2,
-        vocab_size=1024,
-        expert_format="mxfp4",
-        compute_dtype="bfloat16",
-        remat="block",
-    )
-    with tpu_devices("v5e:2x2") as devices:
-        mesh = make_mesh(MeshConfig(), devices[:1])
-    with jax.set_mesh(mesh):
-        parameters = split_params(load_target(model, mesh, "bfloat16"), is_trained)
-        batch = abstract_batch(1, 1024, batch_sharding(mesh))
-        program = loss_and_gradients(model).lower(*parameters, batch).compile()
-    text, layer = program.as_text(), 3 * 32 * 2880 * 2880
-    assert not BYTES_MADE.search(text)
-    largest = largest_arrays(text)
-    assert max(largest["bf16"], largest["f32"]) < layer / 3
-    assert program.memory_analysis().temp_size_in_bytes < 2 * layer

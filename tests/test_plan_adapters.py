@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import pytest
 from helpers.tpu_compiler import needs_libtpu
 
 from gptoss_jax.checkpoints.load import load_target
@@ -113,6 +114,7 @@ def test_collectives_of_adapters():
     assert sent["sum over tensor", "all-reduce"] == 2048 * 64 * 2 * (3 * 2 + 2)
 
 
+@pytest.mark.slow
 def test_arguments_of_a_compiled_step():
     # One kind of layer, and no second forward pass to compile.
     config, sizes = with_model(layer_types=(SLIDING,) * 2, remat="none"), (1, 2, 2, 2)

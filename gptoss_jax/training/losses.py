@@ -189,7 +189,7 @@ def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, is_
         jnp.zeros(weight.shape, jnp.float32) if train else None
         for weight, train in zip(head, is_trained or [False] * len(head), strict=True)
     ]
-    order_BT = jnp.argsort(~(weights_BT > 0), axis=1, stable=True)
+    order_BT = _sorted_positions(~(weights_BT > 0))
     arrays = (hidden, targets_BT, weights_BT.astype(jnp.float32))
     chunks = split_chunks(jax.tree.map(lambda x: _reorder(x, order_BT), arrays), chunk)
     is_needed = jnp.any(chunks[-1] > 0, axis=(1, 2))
@@ -199,9 +199,15 @@ def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, is_
     (loss, d_head), d_xs = jax.lax.scan(one_chunk_if_needed, (jnp.float32(0), zeros), (*chunks, is_needed))
     if is_trained is None:
         return (loss,)
-    back_BT = jnp.argsort(order_BT, axis=1)
+    back_BT = _sorted_positions(order_BT)
     d_hidden = (_reorder(jnp.moveaxis(d_x, 0, 1).reshape(B, T, -1), back_BT) for d_x in d_xs)
     return loss, tuple(over_vocabulary(jax.lax.psum, d) for d in d_hidden), tuple(d_head)
+
+
+def _sorted_positions(keys_BT: jax.Array) -> jax.Array:
+    """Returns the positions of each row in the order of their keys; equal keys keep theirs."""
+    positions_BT = jax.lax.broadcasted_iota(jnp.int32, keys_BT.shape, 1)
+    return jax.lax.sort_key_val(keys_BT, positions_BT, dimension=1, is_stable=True)[1]
 
 
 def _reorder(x: jax.Array, order_BT: jax.Array) -> jax.Array:
