@@ -159,7 +159,7 @@ def decoded_with_explicit_weights(config):
     )
 
 
-@pytest.mark.parametrize("form", ["plain", "mxfp4"])
+@pytest.mark.parametrize("form", [pytest.param("plain", marks=pytest.mark.slow), "mxfp4"])
 def test_decoding_equals_the_sum_of_weights(packed_config, cpu_form, form):
     packed = adapted(packed_config)
     config, params = dataclasses.replace(packed, expert_format=form), random_params_of(packed)

@@ -360,6 +360,7 @@ def test_base_that_is_a_run(make_config, tmp_path, capsys):
         from_pretrained(config.run_dir)
 
 
+@pytest.mark.slow
 def test_other_parameters_than_adapters(make_config, tmp_path):
     def with_norms(path):
         return is_adapter(path) or path[-1] == "scale"

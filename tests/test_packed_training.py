@@ -78,7 +78,7 @@ def expected():
     return loss_and_gradients(plain)(*split_params(unpacked(start_params()), is_trained), make_batch())
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("block", marks=pytest.mark.slow)])
 def test_gradients_equal_those_of_plain_experts(cpu_form, remat):
     model = dataclasses.replace(MODEL, remat=remat)
     assert_close(
