@@ -96,7 +96,7 @@ class Checkpoints:
         try:
             tree = self._manager.item_metadata(step)["params"].tree
         except Exception as error:  # Orbax, TensorStore and JSON each have their own
-            raise ValueError(f"{self.folder}/{step}: cannot be read ({root_message(error)})") from error
+            raise self._unreadable(step, f"params: {root_message(error)}") from error
         return {path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
     def save(
@@ -239,10 +239,13 @@ class Checkpoints:
         try:
             return self._read(step, {"params": ocp.args.StandardRestore(params)})["params"]
         except ValueError as error:
-            others = ", ".join(str(other) for other in self.steps if other != step)
-            hint = f"running train.py again sets it aside and uses another ({others})"
-            hint = hint if others else "there is no other one"
-            raise ValueError(f"{self.folder}/{step}: cannot be read ({error}); {hint}") from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, reason: ValueError | str) -> ValueError:
+        others = ", ".join(str(other) for other in self.steps if other != step)
+        hint = f"running train.py again sets it aside and uses another ({others})"
+        hint = hint if others else "there is no other one"
+        return ValueError(f"{self.folder}/{step}: cannot be read ({reason}); {hint}")
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         """Reads items of one checkpoint. Raises ValueError, naming the item, for one missing or damaged."""
