@@ -142,14 +142,17 @@ def expert_outputs(
         a = parameters.get(f"{name}_lora_a")
         return None if a is None else scalings[name] * grouped_matmul(x_RD, a, group_sizes_E)
 
-    def dense(name, x_RD, bias):
-        h_Rr = adapter_inputs(name, x_RD)
-        added = None if h_Rr is None else (h_Rr, parameters[f"{name}_lora_b"])
-        return grouped_matmul(x_RD, parameters[name], group_sizes_E, bias, added)
+    def add_adapter(name, y_RF, h_Rr):
+        if h_Rr is None:
+            return y_RF
+        return y_RF + grouped_matmul(h_Rr, parameters[f"{name}_lora_b"], group_sizes_E)
 
-    if "down" in parameters:
-        return dense("down", swiglu_halves(swiglu, dense("gate_up", x_RD, bias)), down_bias)
     h_Rr = adapter_inputs("gate_up", x_RD)
+    if "down" in parameters:
+        h_RF = grouped_matmul(x_RD, parameters["gate_up"], group_sizes_E, bias)
+        a_RF = swiglu_halves(swiglu, add_adapter("gate_up", h_RF, h_Rr))
+        y_RD = grouped_matmul(a_RF, parameters["down"], group_sizes_E, down_bias)
+        return add_adapter("down", y_RD, adapter_inputs("down", a_RF))
     # Packed: rows of gate and up alternate, and the tensor axis splits outputs, which are gathered here.
     # `apply_experts` sums dense outputs over that axis instead.
     weights = {
@@ -168,9 +171,7 @@ def expert_outputs(
     # The bias is added after the gather: it is not split, unlike the rows of `down`.
     a_RF = tensor_all_gather(a_RF)
     y_RD = tensor_all_gather(mxfp4_grouped_matmul(a_RF, *weights["down"], group_sizes_E))
-    if h_Rr is not None:
-        y_RD = y_RD + grouped_matmul(h_Rr, parameters["down_lora_b"], group_sizes_E)
-    return add_group_bias(y_RD, down_bias, group_sizes_E)
+    return add_group_bias(add_adapter("down", y_RD, h_Rr), down_bias, group_sizes_E)
 
 
 class SwiGLU(NamedTuple):

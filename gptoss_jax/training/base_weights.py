@@ -103,7 +103,7 @@ def find_adapter(config: TrainConfig) -> Adapter | None:
 
 
 def _settings(lora: LoraConfig, config: ModelConfig) -> dict[str, object]:
-    """What must be equal for one adapter to continue another, by field."""
+    """Returns the settings that must be equal for one adapter to continue another, by field."""
     settings = {"targets": tuple(sorted(lora.targets)), "alpha": lora.alpha, "rslora": lora.rslora}
     ranks = {f"rank of {target}": config.lora_rank(target) for target in lora.targets}
     return {f"model.lora.{name}": value for name, value in settings.items()} | ranks

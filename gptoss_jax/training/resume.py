@@ -88,7 +88,7 @@ def init_or_restore_state(
 
 
 def _describe(config: TrainConfig, base: BaseModel | None) -> dict[str, Any]:
-    """What the record of a checkpoint says of the config, and of the base model of adapters."""
+    """Returns what the record of a checkpoint says of the config and of the base model of adapters."""
     return {"config": config.to_dict()} | ({} if base is None else base.to_record())
 
 

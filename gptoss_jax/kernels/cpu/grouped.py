@@ -16,51 +16,33 @@ def is_supported(kernel: str, dtype: jnp.dtype) -> bool:
 
 
 def cpu_grouped_matmul(
-    x_RD: jax.Array,
-    w_EDF: jax.Array,
-    group_sizes_E: jax.Array,
-    bias_EF: jax.Array | None = None,
-    added: tuple[jax.Array, jax.Array] | None = None,
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
 ) -> jax.Array:
-    """`grouped_matmul`, also for the matrices of all layers with the biases, and the matrices in `added`, of
-    the layer that has rows."""
+    """`grouped_matmul`, also for the matrices of all layers with the biases of the layer that has rows."""
     bias = jnp.zeros((0, 0), jnp.float32) if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
-    h_Rr, v_ErF = _nothing() if added is None else added
-    return _matmul(x_RD, w_EDF, bias, h_Rr, v_ErF, group_sizes_E)
-
-
-def _nothing() -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros((0, 0), jnp.float32), jnp.zeros((0, 0, 0), jnp.float32)
+    return _matmul(x_RD, w_EDF, bias, group_sizes_E)
 
 
 @jax.custom_vjp
-def _matmul(x_RD, w_EDF, bias_EF, h_Rr, v_ErF, group_sizes_E):
+def _matmul(x_RD, w_EDF, bias_EF, group_sizes_E):
     w_EDF = as_matrices(w_EDF)
     call = _call("GroupedMatmul", (x_RD.shape[0], w_EDF.shape[2]))
-    v_ErF = as_matrices(v_ErF) if v_ErF.size else v_ErF
-    return call(x_RD, w_EDF, bias_EF, h_Rr, v_ErF, group_sizes_E, transposed=False)[0]
+    return call(x_RD, w_EDF, bias_EF, group_sizes_E, transposed=False)[0]
 
 
 def _backward(residuals, g_RF):
-    x_RD, stored, bias_EF, h_Rr, v_ErF, group_sizes_E = residuals
-    dx_RD, dw_EDF, db_EF = _gradients(x_RD, stored, g_RF, group_sizes_E)
-    dh_Rr, dv_ErF = h_Rr, v_ErF
-    if h_Rr.size:
-        # Only one layer has rows.
-        sizes_E = jnp.sum(group_sizes_E.reshape(-1, v_ErF.shape[0]), axis=0)
-        dh_Rr, dv_ErF, _ = _gradients(h_Rr, v_ErF, g_RF, sizes_E)
-    db_EF = jnp.sum(db_EF.reshape(-1, *bias_EF.shape), axis=0) if bias_EF.size else bias_EF
-    return dx_RD, dw_EDF, db_EF, dh_Rr, dv_ErF, None
-
-
-def _gradients(x_RD, stored, g_RF, group_sizes_E):
-    """The gradients of rows and matrices of a product, and the sum of `g_RF` for each group."""
-    w_EDF, no_bias = as_matrices(stored), jnp.zeros((0, 0), jnp.float32)
-    call = _call("GroupedMatmul", x_RD.shape)
-    (dx_RD,) = call(g_RF, w_EDF, no_bias, *_nothing(), group_sizes_E, transposed=True)
+    x_RD, stored, bias_EF, group_sizes_E = residuals
+    w_EDF = as_matrices(stored)
+    no_bias = jnp.zeros((0, 0), jnp.float32)
+    (dx_RD,) = _call("GroupedMatmul", x_RD.shape)(g_RF, w_EDF, no_bias, group_sizes_E, transposed=True)
     weight_grad = _call("GroupedMatmulWeightGrad", w_EDF.shape, (w_EDF.shape[0], w_EDF.shape[2]))
     dw_EDF, db_EF = weight_grad(x_RD, g_RF, group_sizes_E)
-    return dx_RD, dw_EDF.reshape(stored.shape), db_EF
+    return (
+        dx_RD,
+        dw_EDF.reshape(stored.shape),
+        jnp.sum(db_EF.reshape(-1, *bias_EF.shape), axis=0) if bias_EF.size else no_bias,
+        None,
+    )
 
 
 _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)

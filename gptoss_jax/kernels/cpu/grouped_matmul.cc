@@ -35,8 +35,6 @@ struct Matmul {
   const uint8_t* blocks = nullptr;   // B in MXFP4 instead of b: [n, k / 32, 16], or [k, n / 32, 16] by rows
   const uint8_t* scales = nullptr;   // [n, k / 32] or [k, n / 32]
   bool blocks_by_rows = false;
-  Strided added_a = {}, added_b = {};  // a product [m, added_k] [added_k, n] that is added, unless added_k is 0
-  int64_t added_k = 0;
 };
 
 // C[rows, width] = first + A[rows, inner] B[inner, width], with a packed panel of B. first may be null, for zero.
@@ -71,11 +69,9 @@ void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, 
   }
 }
 
-// The block of B that is packed: rows row … row + inner, columns column … column + columns. Its product is added to what
-// is in C, or else to the bias.
+// The block of B that is packed: rows row … row + inner, columns column … column + columns.
 struct Block {
   int64_t row, inner, column, columns;
-  bool adds;
 };
 
 // All microkernels of `rows` rows of C from `row` on; returns the first row that is left.
@@ -86,8 +82,8 @@ int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Bl
     for (int64_t j = 0; j < b.columns; j += kPanelCols) {
       float* c = p.c + row * p.n + b.column + j;
       // Sums start from the bias, and in later blocks from what is there.
-      const float* first = b.adds ? c : p.bias == nullptr ? nullptr : p.bias + b.column + j;
-      Microkernel<rows, a_is_row_major>(p, a, packed + j * b.inner, c, b.inner, first, b.adds ? p.n : 0,
+      const float* first = b.row > 0 ? c : p.bias == nullptr ? nullptr : p.bias + b.column + j;
+      Microkernel<rows, a_is_row_major>(p, a, packed + j * b.inner, c, b.inner, first, b.row > 0 ? p.n : 0,
                                         std::min<int64_t>(kPanelCols, b.columns - j));
     }
   }
@@ -195,39 +191,26 @@ float* Scratch() {
   return memory.get();
 }
 
-template <bool a_is_row_major>
-void MultiplyAllRows(const Matmul& p, const float* packed, const Block& block) {
-  int64_t row = MultiplyRows<12, a_is_row_major>(p, 0, packed, block);
-  row = MultiplyRows<8, a_is_row_major>(p, row, packed, block);
-  row = MultiplyRows<4, a_is_row_major>(p, row, packed, block);
-  row = MultiplyRows<2, a_is_row_major>(p, row, packed, block);
-  MultiplyRows<1, a_is_row_major>(p, row, packed, block);
-}
-
 // One task: kColBlock columns of C.
 template <bool a_is_row_major>
 void MultiplyColumns(const Matmul& p, int64_t column) {
   float* packed = Scratch();
-  const int64_t columns = std::min<int64_t>(kColBlock, p.n - column);
   // Blocks of equal size, so that the last one is not a sliver.
   int64_t step = CeilDiv(p.k, std::max<int64_t>(1, CeilDiv(p.k, kInnerBlock)));
   if (p.blocks != nullptr) step = CeilDiv(step, kBlockSize) * kBlockSize;
   for (int64_t from = 0; from == 0 || from < p.k; from += step) {
-    const Block block{from, std::min(step, p.k - from), column, columns, from > 0};
+    const Block block{from, std::min(step, p.k - from), column, std::min<int64_t>(kColBlock, p.n - column)};
     if (p.blocks == nullptr)
       Pack(p, block, packed);
     else
       p.blocks_by_rows ? PackMxfp4Rows(p, block, packed) : PackMxfp4Columns(p, block, packed);
     if (p.b_sums != nullptr) SumColumns(p, block, packed);
-    MultiplyAllRows<a_is_row_major>(p, packed, block);
+    int64_t row = MultiplyRows<12, a_is_row_major>(p, 0, packed, block);
+    row = MultiplyRows<8, a_is_row_major>(p, row, packed, block);
+    row = MultiplyRows<4, a_is_row_major>(p, row, packed, block);
+    row = MultiplyRows<2, a_is_row_major>(p, row, packed, block);
+    MultiplyRows<1, a_is_row_major>(p, row, packed, block);
     if (step == 0) break;
-  }
-  if (p.added_k > 0) {
-    Matmul added = p;  // while these columns of C are in the cache
-    added.a = p.added_a, added.b = p.added_b, added.k = p.added_k;
-    const Block block{0, p.added_k, column, columns, true};
-    Pack(added, block, packed);
-    MultiplyAllRows<a_is_row_major>(added, packed, block);
   }
 }
 
@@ -269,20 +252,15 @@ ffi::Error MultiplyGroups(const std::vector<Matmul>& matmuls, ffi::Result<Floats
 }
 
 // y[R, n] = x[R, k] w[e], or x[R, k] w[e]^T with w [G, n, k]. The bias [E, n], which may be empty, is that of one layer
-// of E groups; w has the groups of all layers. The product of h[R, r] and v[E, r, n], unless empty, is added.
-ffi::Error Grouped(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Floats h, Floats v, Ints sizes,
-                   ffi::Result<Floats> y, bool transposed) {
+// of E groups; w has the groups of all layers.
+ffi::Error Grouped(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Ints sizes, ffi::Result<Floats> y,
+                   bool transposed) {
   const int64_t k = x.dimensions()[1], n = y->dimensions()[1];
   const int64_t num_biases = bias.element_count() ? bias.dimensions()[0] : 0;
   auto make = [&](int64_t e, int64_t row, int64_t count) {
     const Strided b{w.typed_data() + e * n * k, transposed ? 1 : n, transposed ? k : 1};
     Matmul p{count, n, k, {x.typed_data() + row * k, k, 1}, b, y->typed_data() + row * n};
     if (num_biases) p.bias = bias.typed_data() + e % num_biases * n;
-    if (h.element_count()) {
-      const int64_t rank = h.dimensions()[1];
-      p.added_a = {h.typed_data() + row * rank, rank, 1}, p.added_k = rank;
-      p.added_b = {v.typed_data() + e % v.dimensions()[0] * rank * n, n, 1};
-    }
     return p;
   };
   return MultiplyGroups(GroupMatmuls(sizes, x.dimensions()[0], make), y, pool);
@@ -321,7 +299,7 @@ ffi::Error GroupedWeightGrad(ffi::ThreadPool pool, Floats x, Floats g, Ints size
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmul, Grouped,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
-                                  .Arg<Floats>().Arg<Floats>().Arg<Ints>().Ret<Floats>().Attr<bool>("transposed"));
+                                  .Arg<Ints>().Ret<Floats>().Attr<bool>("transposed"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupedMatmulMxfp4, GroupedMxfp4,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Bytes>().Arg<Bytes>()
                                   .Arg<Ints>().Ret<Floats>().Attr<bool>("transposed"));

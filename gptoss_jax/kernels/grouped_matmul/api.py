@@ -16,7 +16,7 @@ from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, is_supported
 from gptoss_jax.kernels.group_tiles import group_of_row, zero_ungrouped
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
-from gptoss_jax.kernels.layer_view import LayerView, as_groups, read
+from gptoss_jax.kernels.layer_view import LayerView, as_groups
 from gptoss_jax.kernels.shapes import assert_shapes
 
 
@@ -25,16 +25,13 @@ def grouped_matmul(
     w_EDF: jax.Array | LayerView,
     group_sizes_E: jax.Array,
     bias_EF: jax.Array | None = None,
-    added: tuple[jax.Array, jax.Array | LayerView] | None = None,
 ) -> jax.Array:
-    """Multiplies each group of rows by its matrix and adds its bias; differentiable in all arrays.
+    """Multiplies each group of rows by its matrix and adds its bias; differentiable in all three.
 
     Args:
       x_RD: rows, group 0's first, then group 1's, and so on.
       w_EDF: one matrix per group; all dimensions after D are outputs, like those of the bias after E.
       group_sizes_E: int32, the number of rows of each group; the sum may be below R.
-      added: other rows and matrices, [R, r] and [E, r, F], whose product is added. The kernel for CPU does so
-        while the results are in the cache.
 
     Returns:
       [R, F] in the dtype of `x_RD`; rows without a group are zero.
@@ -44,11 +41,8 @@ def grouped_matmul(
     # A view becomes the matrices of all layers, so that kernels read the stack in place.
     w_GDF, sizes_G = as_groups(w_EDF, group_sizes_E)
     if is_supported("grouped_matmul", x_RD.dtype):
-        if added is not None:
-            added = added[0], read(added[1])
-        return cpu_grouped_matmul(x_RD, w_GDF, sizes_G, bias_EF, added)
-    y_RF = add_group_bias(_implementation()(x_RD, w_GDF, sizes_G), bias_EF, group_sizes_E)
-    return y_RF if added is None else y_RF + grouped_matmul(*added, group_sizes_E)
+        return cpu_grouped_matmul(x_RD, w_GDF, sizes_G, bias_EF)
+    return add_group_bias(_implementation()(x_RD, w_GDF, sizes_G), bias_EF, group_sizes_E)
 
 
 def _implementation() -> Callable:
