@@ -20,7 +20,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "gptoss_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Bottom to top. Modules outside any folder are on top, except those in MODULES.
 FOLDERS = ["config", "kernels", "parallel", "model", "data", "checkpoints", "inference", "training"]
-FOLDERS += ["evaluation", "planning", "cli"]
+FOLDERS += ["evaluation", "planning", "server", "cli"]
 # Standard library only: below everything. `hardware` imports only `config`.
 MODULES = {"startup": -1, "terminal": -1, "hardware": FOLDERS.index("kernels")}
 

@@ -9,6 +9,9 @@ import numpy as np
 from gptoss_jax.config.base import ConfigBase, Positive
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+# Most log-probabilities of a position beside the chosen token's, and most biases of a request.
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,17 @@ class SamplingParams(ConfigBase):
     stop_strings: tuple[str, ...] = ()
     # Also return each token's log-probability under the model, before temperature and filters.
     logprobs: bool = False
+    # Also return the most likely tokens of each position; needs `logprobs`.
+    top_logprobs: int = 0
+    # Also return the log-probabilities of the prompt's tokens.
+    prompt_logprobs: bool = False
+    # Subtracted from the logits of tokens that the answer has; the second times their count.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # (token, added to its logit).
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # Lark grammar of the whole answer, in llguidance's dialect.
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):
@@ -51,6 +65,15 @@ class SamplingParams(ConfigBase):
         self._require(top_p is None or 0 < top_p <= 1, "top_p", "must be above 0 and at most 1, or None")
         self._require(min_p is None or 0 <= min_p < 1, "min_p", "must be at least 0 and below 1, or None")
         self._require(0 <= self.seed < 1 << 32, "seed", "must be from 0 to 4294967295")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._require(-2 <= getattr(self, name) <= 2, name, "must be from -2 to 2")
+        few = len(self.logit_bias) <= MAX_LOGIT_BIAS
+        self._require(few, "logit_bias", f"must have at most {MAX_LOGIT_BIAS} tokens")
+        in_range = all(-100 <= bias <= 100 for _, bias in self.logit_bias)
+        self._require(in_range, "logit_bias", "each bias must be from -100 to 100")
+        top = self.top_logprobs
+        self._require(0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", f"must be from 0 to {MAX_TOP_LOGPROBS}")
+        self._require(top == 0 or self.logprobs, "top_logprobs", "needs logprobs")
         self._require("" not in self.stop_strings, "stop_strings", "must not contain an empty string")
 
 
@@ -64,6 +87,13 @@ class Completion:
     logprobs: list[float] | None
     # "stop": a stop token or string; "length": max_new_tokens; None: stream still running.
     finish_reason: Literal["stop", "length"] | None
+    # (token, log-probability) of the most likely tokens, best first, for each token.
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    # Of the prompt's tokens, in a stream's first part; None for the first token.
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None
+    # The stop token that ended the answer, in a stream's last part.
+    stop_token: int | None = None
 
 
 def _to_python(value: Any) -> Any:

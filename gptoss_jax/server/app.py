@@ -1,0 +1,199 @@
+"""The web application: routes, access, errors in OpenAI's shape, request ids."""
+
+import contextlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptoss_jax.server.errors import ApiError, internal_error
+from gptoss_jax.server.fields import shown
+from gptoss_jax.server.service import Service, Settings, request_id
+from gptoss_jax.server.transport import error_response, json_response
+from gptoss_jax.terminal import printable
+
+log = logging.getLogger(__name__)
+# Answered without a key, and while the server loads or drains.
+OPEN_PATHS = ("/", "/health")
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(service: Service) -> Starlette:
+    """Returns the ASGI application that serves a model, with the access rules of `service.settings`."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        service.engine.close()
+
+    settings, middleware = service.settings, []
+    if settings.cors_origins:
+        cors = {
+            "allow_origins": list(settings.cors_origins),
+            "allow_methods": ["GET", "POST", "DELETE"],
+            "allow_headers": ["*"],
+            "expose_headers": ["x-request-id"],
+        }
+        middleware.append(Middleware(CORSMiddleware, **cors))
+    middleware.append(Middleware(Guard, service=service))
+    handlers = {ApiError: _on_api_error, HTTPException: _on_http_error}
+    app = Starlette(
+        routes=make_routes(), middleware=middleware, exception_handlers=handlers, lifespan=lifespan
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
+
+
+def make_routes() -> list[BaseRoute]:
+    """Returns the endpoints."""
+    return [
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", model),
+    ]
+
+
+async def health(request: Request) -> Response:
+    """`GET /health`: 200 when the server answers requests, else 503."""
+    service: Service = request.app.state.service
+    service.check_ready()
+    return json_response({"status": "ok"})
+
+
+async def metrics(request: Request) -> Response:
+    """`GET /metrics`: Prometheus's text format."""
+    return Response(request.app.state.service.metrics.render(), media_type=METRICS_TYPE)
+
+
+async def models(request: Request) -> Response:
+    """`GET /v1/models`."""
+    return json_response({"object": "list", "data": [_model_card(request.app.state.service)]})
+
+
+async def model(request: Request) -> Response:
+    """`GET /v1/models/ID`."""
+    service: Service = request.app.state.service
+    name = request.path_params["model"]
+    if name != service.model_id:
+        raise service.model_not_found(name)
+    return json_response(_model_card(service))
+
+
+def _model_card(service: Service) -> Mapping[str, object]:
+    return {
+        "id": service.model_id,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "gptoss-jax",
+        "max_model_len": service.max_context,
+    }
+
+
+class Guard:
+    """Outer layer of the application: access, errors, request ids, and a log line for each request."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        scope.setdefault("state", {})["request_id"] = name = request_id(headers.get("x-request-id"))
+        status, began = 0, time.monotonic()
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                added = MutableHeaders(scope=message)
+                added["x-request-id"] = name
+                added["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            try:
+                self._check(scope, headers)
+                await self._app(scope, receive, send_with_headers)
+            except ApiError as error:
+                await error_response(error)(scope, receive, send_with_headers)
+            except Exception:
+                log.exception("%s failed", name)
+                if not status:  # else it is too late for an error response
+                    await error_response(internal_error())(scope, receive, send_with_headers)
+        finally:
+            handler = getattr(scope.get("endpoint"), "__name__", "other")
+            self._service.metrics.on_response(scope["method"], handler, status)
+            seconds = time.monotonic() - began
+            log.info("%s %s %s %d %.3f s", name, scope["method"], safe_path(scope["path"]), status, seconds)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Raises ApiError for a request that is not answered."""
+        settings, path = self._service.settings, scope["path"]
+        check_origin(settings, headers)
+        if path not in OPEN_PATHS:
+            check_key(settings, headers)
+        if scope["method"] == "POST":
+            self._service.check_ready()
+
+
+def check_key(settings: Settings, headers: Headers) -> None:
+    """Raises the 401 for a missing or wrong key."""
+    if settings.api_key is None:
+        return
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    # Headers are Latin-1: back to the bytes that came.
+    if not hmac.compare_digest(given.encode("latin-1"), settings.api_key.encode()):
+        message = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
+        raise ApiError(401, message, code="invalid_api_key")
+
+
+def check_origin(settings: Settings, headers: Headers) -> None:
+    """Raises the 403 for requests that a web page of another origin makes in a browser.
+
+    Without CORS headers that page cannot read an answer, but it could start one; and a name that resolves to
+    127.0.0.1 would make it the same origin.
+    """
+    host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
+    if settings.allowed_hosts and host not in settings.allowed_hosts:
+        allowed = f"must be one of {', '.join(settings.allowed_hosts)}, or the server needs an API key"
+        raise ApiError(403, f"The Host header is {shown(host)}: {allowed}.")
+    is_allowed = not {"*", headers.get("origin")}.isdisjoint(settings.cors_origins)
+    if headers.get("sec-fetch-site") == "cross-site" and not is_allowed:
+        raise ApiError(403, "Pages of other origins may not call this server; see --cors-origins.")
+
+
+def safe_path(path: str) -> str:
+    """Returns a path for a log line: harmless to a terminal, on one line, at most 100 characters."""
+    return printable(path[:100]).replace("\n", "\\n")
+
+
+async def _on_api_error(request: Request, error: ApiError) -> Response:
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    """Converts the router's 404 and 405."""
+    path = safe_path(request.url.path)
+    message = (
+        f"{request.method} is not supported for {path}."
+        if error.status_code == 405
+        else f"There is no {path}."
+    )
+    return json_response(ApiError(error.status_code, message).body(), error.status_code, error.headers)

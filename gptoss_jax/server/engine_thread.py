@@ -1,0 +1,287 @@
+"""The engine on a thread of its own, for asyncio: streams of answers, a bounded queue, cancellation."""
+
+import asyncio
+import collections
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
+
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams
+from gptoss_jax.server.errors import ApiError, bad_request, internal_error
+
+log = logging.getLogger(__name__)
+# Seconds after which a client that was refused should try again.
+RETRY_AFTER = 2
+
+
+class Engine(Protocol):
+    """The methods of `inference.engine.Engine` that the server uses, all on one thread."""
+
+    has_work: bool
+    num_running: int
+    num_waiting: int
+    max_context: int
+    vocab_size: int
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Any: ...
+    def step(self) -> list[tuple[Any, Completion]]: ...
+    def cancel(self, request: Any) -> None: ...
+
+
+class Observer:
+    """Is told about requests, on the engine's thread; see `metrics.Metrics`."""
+
+    def on_part(self, stream: "Stream", part: Completion, now: float) -> None:
+        """Called for each new part of an answer, before the stream's times and counts are updated."""
+
+    def on_cancel(self, stream: "Stream") -> None:
+        """Called once for a request that was cancelled or failed."""
+
+
+class Stream:
+    """One answer, an asynchronous iterator of its parts. Closing it cancels the request.
+
+    Parts that arrive while the reader is busy are joined, so a slow reader gets fewer and longer ones. Raises
+    ApiError for input that the engine refuses and for faults.
+    """
+
+    def __init__(
+        self, thread: "EngineThread", prompt: Sequence[int], params: SamplingParams, cache_salt: str
+    ) -> None:
+        self.prompt, self.params, self.cache_salt = prompt, params, cache_salt
+        self.cached_tokens = 0
+        self.num_tokens = 0  # sampled so far, as the engine's thread counts
+        self.created = time.monotonic()
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.request: Any = None  # the engine's, on its thread only
+        self.is_done = False  # the engine has finished or dropped it
+        self._thread = thread
+        self._loop = asyncio.get_running_loop()
+        self._parts: list[Completion] = []
+        self._error: ApiError | None = None
+        self._arrived = asyncio.Event()
+        self._is_finished = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Completion:
+        if self._is_finished:
+            raise StopAsyncIteration
+        await self._arrived.wait()
+        self._arrived.clear()
+        parts, self._parts = self._parts, []
+        if self._error is not None:
+            self._is_finished = True
+            raise self._error
+        part = join(parts)
+        self._is_finished = part.finish_reason is not None
+        return part
+
+    async def completion(self) -> Completion:
+        """Returns the whole answer."""
+        return join([part async for part in self])
+
+    def close(self) -> None:
+        """Cancels the request unless it has finished. May be called again."""
+        if not self._is_finished:
+            self._is_finished = True
+            self._thread.cancel(self)
+
+    async def aclose(self) -> None:
+        """`close`, for `contextlib.aclosing`."""
+        self.close()
+
+    def deliver(self, part: Completion | ApiError) -> None:
+        """Adds a part; called on the event loop's thread."""
+        if isinstance(part, ApiError):
+            self._error = part
+        else:
+            self._parts.append(part)
+        self._arrived.set()
+
+
+class EngineThread:
+    """Owns an engine. `stream` and `cancel` are called on the event loop's thread."""
+
+    def __init__(self, engine: Engine, max_queue: int = 256, observer: Observer | None = None) -> None:
+        """`max_queue` is the number of requests that may wait for a slot before `stream` refuses more."""
+        self.engine, self.max_queue = engine, max_queue
+        self.failure: BaseException | None = None  # of the engine; nothing is accepted after it
+        self._observer = observer or Observer()
+        self._inbox: collections.deque[tuple[str, Stream]] = collections.deque()
+        self._condition = threading.Condition()
+        self._streams: dict[Any, Stream] = {}  # by the engine's request
+        self._num_open = 0  # streams that were accepted and are not done; on the loop's thread
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stops the thread after its current step; unfinished streams get an error."""
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were accepted and have not finished."""
+        return self._num_open
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are decoded."""
+        return self.engine.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self.engine.num_waiting + len(self._inbox)
+
+    def stream(self, prompt: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Stream:
+        """Submits one request. Raises ApiError 429 if the queue is full."""
+        return self.streams([(prompt, params)], cache_salt=cache_salt)[0]
+
+    def streams(
+        self, requests: Sequence[tuple[Sequence[int], SamplingParams]], *, cache_salt: str = ""
+    ) -> list[Stream]:
+        """Submits requests of one client, all or none. Raises ApiError 429 if the queue is full."""
+        waiting = self.num_waiting
+        if waiting >= self.max_queue:
+            message = f"{waiting:,} requests are waiting, the limit of this server; try again later."
+            raise ApiError(429, message, code="queue_full", retry_after=RETRY_AFTER)
+        streams = [Stream(self, prompt, params, cache_salt) for prompt, params in requests]
+        if not self._send([("submit", stream) for stream in streams]):
+            raise ApiError(503, "The engine has stopped.", retry_after=RETRY_AFTER)
+        self._num_open += len(streams)
+        return streams
+
+    def cancel(self, stream: Stream) -> None:
+        """Cancels a request; see `Stream.close`."""
+        self._send([("cancel", stream)])
+
+    def _send(self, messages: Sequence[tuple[str, Stream]]) -> bool:
+        """Returns False if the thread reads no more messages."""
+        with self._condition:
+            if not self._is_closed:
+                self._inbox.extend(messages)
+                self._condition.notify()
+            return not self._is_closed
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._read_inbox()
+                if self.engine.has_work:
+                    self._deliver(self.engine.step())
+        except BaseException as error:
+            log.exception("the engine failed")
+            self.failure = error
+        with self._condition:
+            self._is_closed = True
+        self._read_inbox(refuse=True)
+        self._finish([(stream, internal_error()) for stream in self._streams.values()])
+
+    def _wait(self) -> bool:
+        """Waits for work; returns False when the thread should end."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._is_closed or self._inbox or self.engine.has_work)
+            return not self._is_closed
+
+    def _read_inbox(self, refuse: bool = False) -> None:
+        faults: list[tuple[Stream, ApiError | None]] = []
+        while self._inbox:
+            kind, stream = self._inbox.popleft()
+            if refuse:
+                faults.append((stream, internal_error()))
+            elif kind == "submit":
+                try:
+                    request = self.engine.submit(stream.prompt, stream.params, cache_salt=stream.cache_salt)
+                except ValueError as error:
+                    faults.append((stream, bad_request(str(error))))
+                    continue
+                stream.request = request
+                self._streams[request] = stream
+            elif not stream.is_done:
+                if stream.request is not None:
+                    self.engine.cancel(stream.request)
+                faults.append((stream, None))
+        self._finish(faults)
+
+    def _deliver(self, parts: Sequence[tuple[Any, Completion]]) -> None:
+        now = time.monotonic()
+        delivered: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Completion]]] = {}
+        for request, part in parts:
+            stream = self._streams.get(request)
+            if stream is None:
+                continue
+            stream.cached_tokens = request.cached_tokens or 0
+            self._observer.on_part(stream, part, now)
+            stream.num_tokens += len(part.tokens)
+            if part.tokens:
+                stream.first_token, stream.last_token = stream.first_token or now, now
+            if part.finish_reason is not None:
+                del self._streams[request]
+                stream.is_done = True
+            delivered.setdefault(stream._loop, []).append((stream, part))
+        for loop, items in delivered.items():
+            _call(loop, self._deliver_on_loop, items)
+
+    def _deliver_on_loop(self, items: Sequence[tuple[Stream, Completion | ApiError | None]]) -> None:
+        for stream, part in items:
+            if part is not None:
+                stream.deliver(part)
+            self._num_open -= stream_ended(part)
+
+    def _finish(self, faults: Sequence[tuple[Stream, ApiError | None]]) -> None:
+        """Ends streams with an error, or cancelled ones (None) without."""
+        for stream, error in faults:
+            if stream.is_done:
+                continue
+            stream.is_done = True
+            self._streams.pop(stream.request, None)
+            self._observer.on_cancel(stream)
+            _call(stream._loop, self._deliver_on_loop, [(stream, error)])
+
+
+def stream_ended(part: Completion | ApiError | None) -> bool:
+    """Returns True if this is the last that a stream gets; None stands for a cancellation."""
+    return not isinstance(part, Completion) or part.finish_reason is not None
+
+
+def join(parts: Sequence[Completion]) -> Completion:
+    """Returns consecutive parts of an answer as one."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def joined(name: str) -> list | None:
+        lists = [getattr(part, name) for part in parts]
+        return None if lists[0] is None else [item for items in lists for item in items]
+
+    def first(name: str) -> list | None:
+        return next((value for part in parts if (value := getattr(part, name)) is not None), None)
+
+    return Completion(
+        tokens=[token for part in parts for token in part.tokens],
+        logprobs=joined("logprobs"),
+        finish_reason=parts[-1].finish_reason,
+        top_logprobs=joined("top_logprobs"),
+        prompt_logprobs=first("prompt_logprobs"),
+        prompt_top_logprobs=first("prompt_top_logprobs"),
+        stop_token=parts[-1].stop_token,
+    )
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:  # the loop is closed: nobody waits
+        log.debug("event loop closed")

@@ -1,0 +1,241 @@
+"""Typed reading of a request's JSON body. Faults are 400s that name the field in `param`."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gptoss_jax.server.errors import ApiError, bad_request
+
+# Objects and lists inside each other; schemas of tools have about 20 levels.
+MAX_DEPTH = 64
+# Longest value in an error message.
+MAX_SHOWN = 60
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Fields:
+    """The fields of a JSON object; null counts as absent.
+
+    `path` is the object's own path in the body, such as `messages[2]`, for `param`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self.values, self.path = values, path
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        """Returns a field's value as it came; None if it is absent."""
+        return self.values.get(name)
+
+    def param(self, name: str) -> str:
+        """Returns the path of a field."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def fault(self, name: str, allowed: str, code: str | None = None) -> ApiError:
+        """Returns the 400 for a field: its path, its value and what is allowed."""
+        message = f"{self.param(name)} is {shown(self.values.get(name))}: {allowed}"
+        return bad_request(message, self.param(name), code)
+
+    def require(self, condition: bool, name: str, allowed: str) -> None:
+        """Raises the 400 for a field unless the condition holds."""
+        if not condition:
+            raise self.fault(name, allowed)
+
+    def text(self, name: str, default: str | None = None) -> str | None:
+        """Returns a string."""
+        value = self.get(name)
+        self.require(value is None or isinstance(value, str), name, "must be a string")
+        return default if value is None else value
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        """Returns true or false."""
+        value = self.get(name)
+        self.require(value is None or isinstance(value, bool), name, "must be true or false")
+        return default if value is None else value
+
+    def integer(
+        self, name: str, default: int | None = None, low: int | None = None, high: int | None = None
+    ) -> int | None:
+        """Returns an integer from `low` to `high`; 3.0 counts as 3."""
+        value = self.get(name)
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        self.require(
+            is_integer and in_range(value, low, high), name, f"must be an integer{limits(low, high)}"
+        )
+        return value
+
+    def number(
+        self, name: str, default: float | None = None, low: float | None = None, high: float | None = None
+    ) -> float | None:
+        """Returns a finite number from `low` to `high`."""
+        value = self.get(name)
+        if value is None:
+            return default
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_finite = is_number and abs(value) < 1e308 and math.isfinite(value)
+        self.require(is_finite and in_range(value, low, high), name, f"must be a number{limits(low, high)}")
+        return float(value)
+
+    def choice(self, name: str, allowed: Collection[str], default: str | None = None) -> str | None:
+        """Returns one of several strings."""
+        value = self.get(name)
+        names = ", ".join(allowed)
+        self.require(
+            value is None or (isinstance(value, str) and value in allowed), name, f"must be one of {names}"
+        )
+        return default if value is None else value
+
+    def object(self, name: str) -> "Fields | None":
+        """Returns the fields of an object."""
+        value = self.get(name)
+        self.require(value is None or isinstance(value, dict), name, "must be an object")
+        return None if value is None else Fields(value, self.param(name))
+
+    def array(self, name: str) -> list[Any] | None:
+        """Returns a list as it came."""
+        value = self.get(name)
+        self.require(value is None or isinstance(value, list), name, "must be a list")
+        return value
+
+    def objects(self, name: str) -> list["Fields"] | None:
+        """Returns the fields of each object of a list."""
+        values = self.array(name)
+        if values is None:
+            return None
+        for i, value in enumerate(values):
+            if not isinstance(value, dict):
+                path = f"{self.param(name)}[{i}]"
+                raise bad_request(f"{path} is {shown(value)}: must be an object", path)
+        return [Fields(value, f"{self.param(name)}[{i}]") for i, value in enumerate(values)]
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Returns the strings of a list, or a single string as one."""
+        value = self.get(name)
+        values = [value] if isinstance(value, str) else [] if value is None else value
+        is_list = isinstance(values, list) and all(isinstance(item, str) for item in values)
+        self.require(is_list, name, "must be a string or a list of strings")
+        return tuple(values)
+
+    def needed(self, name: str) -> None:
+        """Raises the 400 for an absent field."""
+        if name not in self:
+            raise bad_request(
+                f"{self.param(name)} is missing", self.param(name), "missing_required_parameter"
+            )
+
+    def refuse(self, neutral: Mapping[str, Collection[Any]], allowed: str = "is not supported") -> None:
+        """Raises the 400 for the first of these fields with another value than the neutral ones given."""
+        for name, values in neutral.items():
+            self.require(name not in self or self.get(name) in list(values), name, allowed)
+
+
+def parse_json(body: bytes) -> Fields:
+    """Parses a request's body.
+
+    Stricter than `json.loads`: no NaN or infinities, no repeated keys, no lone surrogates, no deep nesting,
+    and an object on top.
+    """
+    try:
+        values = json.loads(
+            body.decode(),
+            parse_constant=_refuse_number,
+            parse_float=_finite,
+            object_pairs_hook=_without_repeats,
+        )
+    except RecursionError:
+        raise bad_request(f"The body has objects or lists nested more than {MAX_DEPTH} deep.") from None
+    except UnicodeDecodeError as error:
+        raise bad_request(f"The body is not UTF-8: invalid byte at {error.start}.") from None
+    except ValueError as error:
+        raise bad_request(f"The body is not JSON: {str(error)[:200]}.") from None
+    if not isinstance(values, dict):
+        raise bad_request(f"The body is {shown(values)}: must be a JSON object.")
+    _check_tree(values, b"\\u" in body)
+    return Fields(values)
+
+
+def shown(value: Any) -> str:
+    """Returns a value for an error message, at most `MAX_SHOWN` characters of ASCII."""
+    if isinstance(value, (dict, list)) and len(value) > 8:
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,} items"
+    if isinstance(value, str):
+        value = value[: MAX_SHOWN + 1]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 64:
+        return "an integer of more than 64 bits"
+    text = "undefined" if value is None else json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+def in_range(value: float, low: float | None, high: float | None) -> bool:
+    """Returns True for a value from `low` to `high`."""
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def limits(low: float | None, high: float | None) -> str:
+    """Returns a range in words, for error messages."""
+    if low is not None and high is not None:
+        return f" from {low} to {high}"
+    if low is not None:
+        return f", {low} or more"
+    return "" if high is None else f", at most {high}"
+
+
+def _refuse_number(name: str) -> None:
+    raise ValueError(f"{name[:MAX_SHOWN]} is not a finite number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        param = None if LONE_SURROGATE.search(name) else name[:MAX_SHOWN]
+        raise bad_request(f"{shown(name)} occurs more than once in an object.", param)
+    return values
+
+
+# The keys and indices from the top to a value, the last one first: `(index, (name, ()))`.
+Trail = tuple[()] | tuple[str | int, Any]
+
+
+def _check_tree(values: Mapping[str, Any], has_escapes: bool) -> None:
+    """Raises the 400 for deep nesting and, if the body has `\\u` escapes, lone surrogates."""
+    stack: list[tuple[Any, Trail, int]] = [(values, (), 1)]
+    while stack:
+        value, trail, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise bad_request(
+                f"The body has objects or lists nested more than {MAX_DEPTH} deep.", _path(trail)
+            )
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if has_escapes and isinstance(key, str) and LONE_SURROGATE.search(key):
+                raise bad_request("A key has half a surrogate pair, which is not a character.", _path(trail))
+            if isinstance(inner, (dict, list)):
+                stack.append((inner, (key, trail), depth + 1))
+            elif has_escapes and isinstance(inner, str) and LONE_SURROGATE.search(inner):
+                path = _path((key, trail))
+                raise bad_request(f"{path} has half a surrogate pair, which is not a character.", path)
+
+
+def _path(trail: Trail) -> str | None:
+    keys: list[str | int] = []
+    while trail:
+        key, trail = trail
+        keys.append(key)
+    path = ""
+    for key in list(reversed(keys))[:8]:
+        path += f"[{key}]" if isinstance(key, int) else f"{'.' * bool(path)}{key[:MAX_SHOWN]}"
+    return path or None

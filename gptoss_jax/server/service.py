@@ -1,0 +1,108 @@
+"""State of a server: engine, tokenizer, names, limits and defaults, shared by all endpoints."""
+
+import dataclasses
+import re
+import time
+from typing import Literal
+
+from gptoss_jax.data.harmony import Harmony, Reasoning
+from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.server.engine_thread import EngineThread
+from gptoss_jax.server.errors import ApiError
+from gptoss_jax.server.fields import Fields, shown
+from gptoss_jax.server.metrics import Metrics
+
+State = Literal["loading", "ready", "draining", "stopped"]
+# Seconds after which a client of a loading or draining server should try again.
+RETRY_AFTER = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """Sampling settings for requests without them: OpenAI's, or those of generation_config.json."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Limits and access rules of a server."""
+
+    # Required of every request but /health and the page's file; None: no key.
+    api_key: str | None = None
+    # Origins of web pages that may call the API; "*" allows any.
+    cors_origins: tuple[str, ...] = ()
+    # Values of the Host header that are answered; empty: any.
+    allowed_hosts: tuple[str, ...] = ()
+    # Bytes of a request body.
+    max_body: int = 16 << 20
+    # Seconds in which a request body must arrive.
+    body_timeout: float = 60.0
+    # Seconds that a client may leave a stream unread.
+    send_timeout: float = 60.0
+    # Seconds between comments in a stream that has nothing to send.
+    ping_interval: float = 15.0
+    # Choices of one request: prompts times `n`.
+    max_choices: int = 1024
+
+
+@dataclasses.dataclass
+class Service:
+    """A model that is served."""
+
+    engine: EngineThread
+    tokenizer: Tokenizer
+    model_id: str
+    # None for a base model: chat is refused.
+    harmony: Harmony | None = None
+    max_context: int = 131072
+    vocab_size: int = 201088
+    defaults: Defaults = Defaults()
+    system_fingerprint: str = "fp_unknown"
+    metrics: Metrics = dataclasses.field(default_factory=Metrics)
+    # Date in the system message, YYYY-MM-DD; None: today's.
+    date: str | None = None
+    reasoning: Reasoning = "medium"
+    settings: Settings = Settings()
+    state: State = "ready"
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, fields: Fields) -> None:
+        """Raises the 404 for a request to another model; a request without `model` is accepted."""
+        name = fields.text("model")
+        if name not in (None, "", self.model_id):
+            raise self.model_not_found(name)
+
+    def model_not_found(self, name: str) -> ApiError:
+        """Returns the 404 for a model that is not served."""
+        message = f"The model {shown(name)} does not exist; this server has {shown(self.model_id)}."
+        return ApiError(404, message, param="model", code="model_not_found")
+
+    def check_ready(self) -> None:
+        """Raises the 503 while the server loads, drains, or after the engine failed."""
+        if self.engine.failure is not None:
+            raise ApiError(503, "The engine has failed; the server's log has the details.")
+        if self.state != "ready":
+            raise ApiError(503, f"The server is {self.state}.", retry_after=RETRY_AFTER)
+
+    def need_harmony(self) -> Harmony:
+        """Returns the chat format. Raises the 400 for a base model."""
+        if self.harmony is None:
+            message = f"{self.model_id} is a base model without a chat format; use /v1/completions."
+            raise ApiError(400, message, param="model", code="chat_not_supported")
+        return self.harmony
+
+
+def make_id(prefix: str) -> str:
+    """Returns a new id, such as `chatcmpl-…`."""
+    import secrets
+
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def request_id(given: str | None) -> str:
+    """Returns a client's x-request-id if it is harmless, else a new one."""
+    is_safe = given is not None and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", given)
+    return given if is_safe else make_id("req")
