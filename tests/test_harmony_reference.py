@@ -18,6 +18,7 @@ from gptoss_jax.data.harmony import (
     user,
     without_old_analysis,
 )
+from gptoss_jax.server.readable_schema import readable_schema
 
 RANKS = 199998
 
@@ -159,6 +160,24 @@ def test_any_schema_is_written_as_the_reference_does(ours, encoding, parameters,
     # The library takes no null, nor do rows: there it means absent.
     parameters = json.loads(json.dumps(parameters), object_hook=without_null)
     functions = [{"name": "f", "description": description, "parameters": parameters}]
+    assert ours.render([developer("", functions)]) == their_prompt(encoding, [their_tools("", functions)])
+
+
+def with_references(inner):
+    """Schemas with the keywords that the reference writes as `any`."""
+    variants = st.lists(inner | st.just({"type": "null"}), min_size=1, max_size=3)
+    return optional(
+        anyOf=variants,
+        allOf=variants,
+        const=SCALARS,
+        properties=st.dictionaries(NAMES, inner | st.just({"$ref": "#"}), max_size=3),
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(parameters=with_references(SCHEMAS | with_references(LEAVES)))
+def test_readable_schemas_are_written_as_the_reference_does(ours, encoding, parameters):
+    functions = [{"name": "f", "parameters": readable_schema(parameters)}]
     assert ours.render([developer("", functions)]) == their_prompt(encoding, [their_tools("", functions)])
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from gptoss_jax.data import harmony
 from gptoss_jax.data.chat_rows import (
     THINKING,
     Conversation,
@@ -20,9 +21,10 @@ from gptoss_jax.data.chat_rows import (
 from gptoss_jax.data.files import json_reason
 from gptoss_jax.data.harmony import (
     ASSISTANT,
-    CONSTRAIN,
     DEVELOPER,
+    FUNCTIONS,
     SYSTEM,
+    TOOL_NAME,
     USER,
     Message,
     developer,
@@ -37,10 +39,8 @@ CALL_FIELDS = ("tool_calls", "function_call")
 LIKE_CALLS = re.compile(r"((tool|function)s?)?_?calls?", re.IGNORECASE)
 # Tools of Harmony that are not functions.
 BUILT_IN = re.compile(r"python|(browser|container)\..+")
-FUNCTIONS = "functions."
 EFFORTS = ("low", "medium", "high")
 NO_CALL = "is the result of a tool without a call"
-TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +141,9 @@ def _answer(
     calls = calls if results else calls[:1]
     matched = _match(name, calls, results)
     for call, result in zip(calls, matched, strict=True):
-        arguments = Message(ASSISTANT, call.arguments, "commentary", call.tool, f"{CONSTRAIN}json")
-        yield TrainMessage(arguments, is_trained, left_out)
+        yield TrainMessage(harmony.call(call.tool, call.arguments), is_trained, left_out)
         if result is not None:
-            text = _content(result, allow_empty=True)
-            answer = Message(call.tool, text, "commentary", ASSISTANT)
+            answer = harmony.result(call.tool, _content(result, allow_empty=True))
             yield TrainMessage(answer, _is_trained(result))
 
 

@@ -18,6 +18,8 @@ from gptoss_jax.data.tokenizer import Tokenizer
 SYSTEM, DEVELOPER, USER, ASSISTANT = "system", "developer", "user", "assistant"
 CHANNELS = ("analysis", "commentary", "final")
 CONSTRAIN = "<|constrain|>"
+FUNCTIONS = "functions."  # the namespace of a developer message's functions
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
 # Longest header. Names of tools may have 64 characters.
@@ -93,19 +95,35 @@ def system(
     return Message(SYSTEM, "\n\n".join(["\n".join(about), f"Reasoning: {reasoning}", valid]))
 
 
-def developer(instructions: str | None = None, functions: Sequence[Mapping[str, Any]] = ()) -> Message:
+def developer(
+    instructions: str | None = None,
+    functions: Sequence[Mapping[str, Any]] = (),
+    response_format: str | None = None,
+) -> Message:
     """Returns the developer message: instructions, which take precedence over the user's, and functions.
 
-    Each function has `name`, and optionally `description` and `parameters`, a JSON schema.
+    Each function has `name`, and optionally `description` and `parameters`, a JSON schema. The format of the
+    answer is a section of `harmony_tools.response_formats_section`.
     """
     sections = [] if instructions is None else ["# Instructions", instructions]
     sections += [tools_section(functions)] if functions else []
+    sections += [] if response_format is None else [response_format]
     return Message(DEVELOPER, "\n\n".join(sections))
 
 
 def user(text: str) -> Message:
     """Returns a user message. Special tokens in the text are encoded as characters."""
     return Message(USER, text)
+
+
+def call(tool: str, arguments: str) -> Message:
+    """Returns the assistant's call of a tool, such as `functions.get_weather`, with JSON for arguments."""
+    return Message(ASSISTANT, arguments, "commentary", tool, f"{CONSTRAIN}json")
+
+
+def result(tool: str, text: str) -> Message:
+    """Returns a tool's result."""
+    return Message(tool, text, "commentary", ASSISTANT)
 
 
 def without_old_analysis(messages: Sequence[Message]) -> list[Message]:

@@ -1,6 +1,6 @@
-"""Tool definitions in Harmony's developer message: a TypeScript type for each JSON schema.
+"""Sections of Harmony's developer message: tools, a TypeScript type for each, and the answer's format.
 
-The text is that of openai-harmony for any schema, character by character; the tests hold them equal.
+The text of tools is that of openai-harmony for any schema, character by character; the tests hold them equal.
 """
 
 import json
@@ -23,6 +23,13 @@ def tools_section(functions: Sequence[Schema]) -> str:
         arguments = "" if schema is None else f"_: {_type(schema, '')}"
         lines += [f"type {function['name']} = ({arguments}) => any;", ""]
     return "\n".join([*lines, "} // namespace functions"])
+
+
+def response_formats_section(name: str, schema: Schema, description: str | None = None) -> str:
+    """Returns the section that names the format of the answer, a JSON schema."""
+    about = [f"// {line}" for line in _lines(description or "")]
+    written = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    return "\n".join(["# Response Formats", "", f"## {name}", "", *about, written])
 
 
 def _lines(text: str) -> list[str]:

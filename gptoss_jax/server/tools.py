@@ -1,0 +1,124 @@
+"""Tools of a request: functions for the developer message, and which of them the answer may or must call.
+
+Reads the forms of chat completions, `{"type": "function", "function": {"name", …}}`, and of responses,
+`{"type": "function", "name", …}`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from gptoss_jax.data.harmony import TOOL_NAME
+from gptoss_jax.server.errors import bad_request
+from gptoss_jax.server.fields import Fields, shown
+from gptoss_jax.server.readable_schema import readable_schema
+
+MODES = ("none", "auto", "required")
+NAME_RULE = "must have 1 to 64 letters, digits, _, - and ."
+MAX_TOOLS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A tool that the client offers. `parameters` is the client's JSON schema."""
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    # The arguments must follow the schema.
+    strict: bool = False
+    # Where the request has the schema, for errors.
+    path: str = "tools"
+
+    def declaration(self) -> dict[str, Any]:
+        """Returns the function for `data.harmony.developer`."""
+        parameters = None if self.parameters is None else readable_schema(self.parameters)
+        fields = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """The functions of a request, and which of them the answer may call, or must call one of."""
+
+    functions: tuple[Function, ...] = ()
+    mode: Literal["none", "auto", "required"] = "auto"
+    # The functions that `tool_choice` leaves.
+    allowed: tuple[Function, ...] = ()
+
+    def declarations(self) -> list[dict[str, Any]]:
+        """Returns the functions for `data.harmony.developer`."""
+        return [function.declaration() for function in self.functions]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the functions."""
+        return frozenset(function.name for function in self.functions)
+
+
+def read_tools(fields: Fields) -> Tools:
+    """Reads `tools` and `tool_choice`.
+
+    With `none` no function is declared. A choice of some of them leaves the prompt as it is, for the prefix
+    cache; the grammar of the answer enforces it. Raises ApiError for tools that are not functions, and for
+    the choice of a function that is not among them.
+    """
+    functions = [_function(tool) for tool in fields.objects("tools") or []]
+    fields.require(len(functions) <= MAX_TOOLS, "tools", f"must be at most {MAX_TOOLS:,} tools")
+    names = [function.name for function in functions]
+    for function in functions:
+        if names.count(function.name) > 1:
+            raise bad_request(f"tools has more than one function {function.name!r}", "tools")
+    mode, chosen = _tool_choice(fields, names)
+    if mode == "none":
+        return Tools(mode="none")
+    allowed = functions if chosen is None else [one for one in functions if one.name in chosen]
+    return Tools(tuple(functions), mode, tuple(allowed))
+
+
+def _function(tool: Fields) -> Function:
+    kind = tool.text("type", "function")
+    tool.require(kind == "function", "type", "must be function, the only type of tools that is supported")
+    given = tool.object("function") or tool
+    given.needed("name")
+    name = given.text("name")
+    given.require(TOOL_NAME.fullmatch(name) is not None, "name", NAME_RULE)
+    parameters = given.object("parameters")
+    return Function(
+        name,
+        given.text("description"),
+        None if parameters is None else parameters.values,
+        given.boolean("strict") or tool.boolean("strict"),
+        given.param("parameters"),
+    )
+
+
+def _tool_choice(fields: Fields, names: Sequence[str]) -> tuple[str, Sequence[str] | None]:
+    """Returns the mode, and the functions to which the choice is limited."""
+    choice = fields.get("tool_choice")
+    if choice is None:
+        return "auto", None
+    if isinstance(choice, str):
+        mode = fields.choice("tool_choice", MODES)
+        fields.require(mode != "required" or names, "tool_choice", "needs tools")
+        return mode, None
+    allowed = f"must be one of {', '.join(MODES)}, or an object that names a function"
+    fields.require(isinstance(choice, dict), "tool_choice", allowed)
+    given = Fields(choice, "tool_choice")
+    kind = given.choice("type", ("function", "allowed_tools"), "function")
+    if kind == "function":
+        return "required", [_named(given, names)]
+    given = given.object("allowed_tools") or given
+    mode = given.choice("mode", MODES[1:], "auto")
+    chosen = [_named(tool, names) for tool in given.objects("tools") or []]
+    given.require(bool(chosen), "tools", "must name functions of tools")
+    return mode, chosen
+
+
+def _named(choice: Fields, names: Sequence[str]) -> str:
+    given = choice.object("function") or choice
+    given.needed("name")
+    name = given.text("name")
+    if name not in names:
+        raise bad_request(f"{given.param('name')} is {shown(name)}: is not in tools", given.param("name"))
+    return name
