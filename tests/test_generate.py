@@ -15,7 +15,7 @@ from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import engine
 from gptoss_jax.inference.engine import max_compilations
 from gptoss_jax.inference.generate import generate, stream
-from gptoss_jax.inference.sampling import sample
+from gptoss_jax.inference.sampling import SamplingSettings, sample
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.kernels import backend
 from gptoss_jax.model.kv_cache import init_cache
@@ -66,10 +66,10 @@ def test_tokens_match_the_plain_forward_pass(any_model, apply_model, sampling):
     # In one forward pass: if the first t tokens are right, the next logits are those of a loop.
     logits_BTV = apply_model(config, params, rows_BT)
     keys = jnp.stack([jax.random.fold_in(jax.random.key(9), t) for t in range(NEW)])
-    filters = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+    settings = SamplingSettings.of([sampling] * NEW)
     for b, prompt in enumerate(PROMPTS):
         logits_TV = logits_BTV[b, len(prompt) - 1 : len(prompt) - 1 + NEW]
-        assert answers[b] == sample(logits_TV, keys, *filters).tolist()
+        assert answers[b] == sample(logits_TV, keys, settings).tolist()
     other = complete(config, params, PROMPTS, dataclasses.replace(sampling, seed=10))
     assert (answers == other) == (sampling is GREEDY)
 
@@ -377,10 +377,11 @@ def test_compilations(gpt_oss, monkeypatch):
     with compilations() as programs:
         complete(config, params, [[3] * 17, [4] * 5], other)
         list(stream(bind(config, params), [[1] * 3, [2] * 2], third))
+        complete(config, params, [[1] * 9, [2]], SamplingParams(max_new_tokens=15))
     assert (len(traces), len(programs)) == (2, 0)
     with compilations() as programs:
-        complete(config, params, [[1] * 9, [2]], SamplingParams(max_new_tokens=15))
-    assert (len(traces), len(programs)) == (3, 1)  # greedy is another decoder
+        complete(config, params, [[1] * 9, [2]], SamplingParams(max_new_tokens=15, logprobs=True))
+    assert (len(traces), len(programs)) == (3, 1)  # another decoder
 
 
 @pytest.mark.slow

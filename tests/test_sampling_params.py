@@ -30,6 +30,8 @@ def test_numpy_and_jax_values(model):
     assert complete(prompts, other) == complete([[5, 6], [7]], sampling)
     assert SamplingParams(stop_strings="ab").stop_strings == ("ab",)
     assert SamplingParams(stop_tokens=np.array([3, 4])).stop_tokens == (3, 4)
+    biased = SamplingParams(logit_bias={np.int32(3): jnp.float32(0.5), 7: -100})
+    assert biased == SamplingParams(logit_bias=[[3, 0.5], (7, -100)]) and hash(biased)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,22 @@ def test_numpy_and_jax_values(model):
         ({"stop_tokens": [1.5]}, "stop_tokens is (1.5,): must be a sequence, each item an integer"),
         ({"stop_tokens": [True]}, "stop_tokens is (True,): must be a sequence, each item an integer"),
         ({"stop_tokens": 5}, "stop_tokens is 5: must be a sequence, each item an integer"),
+        ({"presence_penalty": 2.1}, "presence_penalty is 2.1: must be from -2 to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3: must be from -2 to 2"),
+        ({"logit_bias": {5: 101}}, "logit_bias of token 5 is 101: must be from -100 to 100"),
+        ({"logit_bias": {-1: 1}}, "token in logit_bias is -1: must be from 0 to 2147483647"),
+        ({"logit_bias": [(5, 1), (5, 2)]}, "token in logit_bias is 5: must not occur twice"),
+        (
+            {"logit_bias": {"5": 1}},
+            "logit_bias is (('5', 1),): must be a sequence, each item (an integer, a finite number)",
+        ),
+        (
+            {"logit_bias": dict.fromkeys(range(301), 1)},
+            "number of pairs in logit_bias is 301: must be at most 300",
+        ),
+        ({"grammar": " "}, "grammar is ' ': must not be empty, or None"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs is 21: must be from 0 to 20"),
+        ({"top_logprobs": 1}, "top_logprobs is 1: must be 0 without logprobs"),
     ],
 )
 def test_sampling_params_out_of_range(settings, message):

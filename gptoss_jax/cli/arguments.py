@@ -30,6 +30,10 @@ class SamplingFlags:
     top_p: OptionalFloat = None
     # Sample from the tokens at least this many times as likely as the most likely one.
     min_p: OptionalFloat = None
+    # Lowers the logit of each token that the answer already has, -2 to 2. Default: 0.
+    presence_penalty: OptionalFloat = None
+    # The same for each occurrence, -2 to 2. Default: 0.
+    frequency_penalty: OptionalFloat = None
     # Random seed.
     seed: int = 0
 

@@ -109,6 +109,9 @@ def fits(value: object, kind: Any) -> bool:
         return value in typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return any(fits(value, choice) for choice in typing.get_args(kind))
+    if origin is tuple and typing.get_args(kind)[-1] is not Ellipsis:
+        kinds = typing.get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(fits, value, kinds))
     if origin in (tuple, list):
         return isinstance(value, origin) and all(fits(item, typing.get_args(kind)[0]) for item in value)
     if kind is float:
@@ -124,6 +127,8 @@ def spelled(kind: Any) -> str:
         return " or ".join(repr(choice) for choice in typing.get_args(kind))
     if typing.get_origin(kind) is types.UnionType:
         return " or ".join(spelled(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is not Ellipsis:
+        return f"({', '.join(spelled(item) for item in typing.get_args(kind))})"
     if typing.get_origin(kind) in (tuple, list):
         return f"a sequence, each item {spelled(typing.get_args(kind)[0])}"
     return {

@@ -21,7 +21,7 @@ from gptoss_jax.checkpoints.readers import find_tokenizer
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
-from gptoss_jax.inference.sampling import SETTINGS, sample, sequence_keys, step_keys
+from gptoss_jax.inference.sampling import SamplingSettings, sample, sequence_keys, step_keys
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.kv_cache import KVCache, grow, init_cache
 from gptoss_jax.model.transformer import Transformer, bind, compute_dtype, get_params
@@ -54,7 +54,7 @@ class DecodeState:
     max_new_tokens_B: jax.Array  # int32
     is_stop_BV: jax.Array  # bool
     seed_B: jax.Array  # uint32
-    sampling_settings: dict[str, jax.Array]  # [B] each, arguments of `sampling.sample`
+    sampling_settings: SamplingSettings
 
 
 class Engine:
@@ -195,7 +195,7 @@ class _Answer:
 def max_compilations(config: ModelConfig, decoders: int = 1) -> int:
     """Returns the maximum number of programs compiled for a number of prompts (rounded to a power of two).
 
-    `decoders` is the number of combinations of sampling settings used.
+    `decoders` is 2 if answers both with and without log-probabilities are wanted.
     """
     lengths = {_cache_len(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)}
     return len(lengths) * (2 + len(PREFILL_CHUNKS) + decoders)
@@ -250,13 +250,6 @@ def _initial_state(
     is_stop_BV = np.zeros((batch, config.vocab_size), bool)
     for row, one in zip(is_stop_BV, sampling, strict=False):
         row[list(one.stop_tokens)] = True
-    # Greedy decoding has no settings, and a filter that no prompt asks for is left out: it would cost time.
-    is_greedy = not any(one.temperature for one in sampling)
-    sampling_settings = {
-        name: column(name, neutral, dtype)
-        for name, (neutral, dtype) in SETTINGS.items()
-        if not is_greedy and any(getattr(one, name) is not None for one in sampling)
-    }
     return DecodeState(
         token_B=np.array([prompt[-1] for prompt in prompts] + [0] * unused, np.int32),
         done_B=np.array([False] * len(prompts) + [True] * unused),
@@ -264,7 +257,7 @@ def _initial_state(
         max_new_tokens_B=column("max_new_tokens", 0, np.int32),
         is_stop_BV=is_stop_BV,
         seed_B=column("seed", 0, np.uint32),
-        sampling_settings=sampling_settings,
+        sampling_settings=SamplingSettings.of([*sampling, *[None] * unused]),
     )
 
 
@@ -321,7 +314,7 @@ def _decode(
             token_B[:, None], (~done_B).astype(jnp.int32)[:, None], cache=cache
         )
         logits_BV = model.logits(hidden_BTD)[:, 0]
-        token_B = sample(logits_BV, step_keys(keys_B, state.num_generated + step), **state.sampling_settings)
+        token_B = sample(logits_BV, step_keys(keys_B, state.num_generated + step), state.sampling_settings)
         done_B |= jnp.take_along_axis(state.is_stop_BV, token_B[:, None], axis=1)[:, 0]
         tokens_BC = tokens_BC.at[:, step].set(jnp.where(done_B, -1, token_B))
         if logprobs:

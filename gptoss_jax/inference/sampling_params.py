@@ -1,24 +1,25 @@
 """Sampling settings, and the completion they produce."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from gptoss_jax.config.base import ConfigBase, Positive
+from gptoss_jax.config.base import ConfigBase, Positive, require
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
-# Most log-probabilities of a position beside the chosen token's, and most biases of a request.
-MAX_TOP_LOGPROBS = 20
+# Limits of OpenAI's API.
 MAX_LOGIT_BIAS = 300
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams(ConfigBase):
     """Settings for one prompt. The default is greedy decoding of at most 32 tokens.
 
-    NumPy and JAX scalars and any iterables are accepted. Raises ValueError for a value out of range.
+    NumPy and JAX scalars and any iterables and mappings are accepted. Raises ValueError for a value out of
+    range.
     """
 
     max_new_tokens: Positive[int] = 32
@@ -30,25 +31,25 @@ class SamplingParams(ConfigBase):
     top_p: float | None = None
     # Keeps the tokens at least this many times as likely as the most likely one.
     min_p: float | None = None
+    # Subtracted from the logit of each token that the answer already has: once, and once for each occurrence.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # Pairs of a token and what is added to its logit, or a mapping.
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # Grammar of the whole answer, special tokens included, in the Lark dialect of llguidance.
+    grammar: str | None = None
     # Token t is drawn with fold_in(key(seed), t): identical prompts need different seeds to differ.
     seed: int = 0
     # Each ends the answer and is not part of it. For a model's folder: `load_tokenizer(folder).stop_ids`.
     stop_tokens: tuple[int, ...] = ()
     # The answer ends with the token that completes one of these; `StreamingDetokenizer` cuts the text.
     stop_strings: tuple[str, ...] = ()
-    # Also return each token's log-probability under the model, before temperature and filters.
+    # Also return each token's log-probability under the model, before all of the settings above.
     logprobs: bool = False
-    # Also return the most likely tokens of each position; needs `logprobs`.
+    # Also return as many of the most likely tokens at each position, with their log-probabilities.
     top_logprobs: int = 0
-    # Also return the log-probabilities of the prompt's tokens.
+    # The same for the tokens of the prompt.
     prompt_logprobs: bool = False
-    # Subtracted from the logits of tokens that the answer has; the second times their count.
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    # (token, added to its logit).
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    # Lark grammar of the whole answer, in llguidance's dialect.
-    grammar: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):
@@ -65,16 +66,25 @@ class SamplingParams(ConfigBase):
         self._require(top_p is None or 0 < top_p <= 1, "top_p", "must be above 0 and at most 1, or None")
         self._require(min_p is None or 0 <= min_p < 1, "min_p", "must be at least 0 and below 1, or None")
         self._require(0 <= self.seed < 1 << 32, "seed", "must be from 0 to 4294967295")
+        self._require("" not in self.stop_strings, "stop_strings", "must not contain an empty string")
         for name in ("presence_penalty", "frequency_penalty"):
             self._require(-2 <= getattr(self, name) <= 2, name, "must be from -2 to 2")
-        few = len(self.logit_bias) <= MAX_LOGIT_BIAS
-        self._require(few, "logit_bias", f"must have at most {MAX_LOGIT_BIAS} tokens")
-        in_range = all(-100 <= bias <= 100 for _, bias in self.logit_bias)
-        self._require(in_range, "logit_bias", "each bias must be from -100 to 100")
-        top = self.top_logprobs
-        self._require(0 <= top <= MAX_TOP_LOGPROBS, "top_logprobs", f"must be from 0 to {MAX_TOP_LOGPROBS}")
-        self._require(top == 0 or self.logprobs, "top_logprobs", "needs logprobs")
-        self._require("" not in self.stop_strings, "stop_strings", "must not contain an empty string")
+        self._check_logit_bias()
+        self._require(self.grammar is None or self.grammar.strip(), "grammar", "must not be empty, or None")
+        allowed = f"must be from 0 to {MAX_TOP_LOGPROBS}"
+        self._require(0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", allowed)
+        has_logprobs = self.logprobs or self.prompt_logprobs
+        self._require(not self.top_logprobs or has_logprobs, "top_logprobs", "must be 0 without logprobs")
+
+    def _check_logit_bias(self) -> None:
+        tokens = [token for token, _ in self.logit_bias]
+        allowed = f"must be at most {MAX_LOGIT_BIAS}"
+        require(len(tokens) <= MAX_LOGIT_BIAS, "number of pairs in logit_bias", len(tokens), allowed)
+        twice = next((token for token in tokens if tokens.count(token) > 1), None)
+        require(twice is None, "token in logit_bias", twice, "must not occur twice")
+        for token, bias in self.logit_bias:
+            require(0 <= token < 1 << 31, "token in logit_bias", token, "must be from 0 to 2147483647")
+            require(-100 <= bias <= 100, f"logit_bias of token {token}", bias, "must be from -100 to 100")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +97,24 @@ class Completion:
     logprobs: list[float] | None
     # "stop": a stop token or string; "length": max_new_tokens; None: stream still running.
     finish_reason: Literal["stop", "length"] | None
-    # (token, log-probability) of the most likely tokens, best first, for each token.
+    # For each token the most likely ones, best first, as pairs of a token and its log-probability.
     top_logprobs: list[list[tuple[int, float]]] | None = None
-    # Of the prompt's tokens, in a stream's first part; None for the first token.
+    # Of the prompt's tokens, in the first part. The first token has none.
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None
-    # The stop token that ended the answer, in a stream's last part.
+    # The stop token that ended the answer, in the last part.
     stop_token: int | None = None
 
 
 def _to_python(value: Any) -> Any:
-    """Converts scalars of NumPy and JAX to Python's, and iterables other than strings to tuples."""
+    """Converts scalars of NumPy and JAX to Python's, and iterables other than strings to tuples.
+
+    A mapping becomes a tuple of pairs.
+    """
     if getattr(value, "ndim", None) == 0:
         return value.item()
+    if isinstance(value, Mapping):
+        value = value.items()
     if isinstance(value, Iterable) and not isinstance(value, str):
         return tuple(map(_to_python, value))
     return value
