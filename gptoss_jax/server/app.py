@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gptoss_jax.server.chat_page import chat_page
 from gptoss_jax.server.errors import ApiError, internal_error
 from gptoss_jax.server.fields import shown
 from gptoss_jax.server.service import Service, Settings, request_id
@@ -60,6 +61,7 @@ def create_app(service: Service) -> Starlette:
 def make_routes() -> list[BaseRoute]:
     """Returns the endpoints."""
     return [
+        Route("/", chat_page),
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/models", models),
@@ -100,6 +102,8 @@ def _model_card(service: Service) -> Mapping[str, object]:
         "created": service.created,
         "owned_by": "gptoss-jax",
         "max_model_len": service.max_context,
+        # For the chat page.
+        "kind": "completion" if service.harmony is None else "chat",
     }
 
 
@@ -145,7 +149,9 @@ class Guard:
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises ApiError for a request that is not answered."""
         settings, path = self._service.settings, scope["path"]
-        check_origin(settings, headers)
+        check_host(settings, headers)
+        if path != "/":  # which may follow a link
+            check_origin(settings, headers)
         if path not in OPEN_PATHS:
             check_key(settings, headers)
         if scope["method"] == "POST":
@@ -164,16 +170,21 @@ def check_key(settings: Settings, headers: Headers) -> None:
         raise ApiError(401, message, code="invalid_api_key")
 
 
-def check_origin(settings: Settings, headers: Headers) -> None:
-    """Raises the 403 for requests that a web page of another origin makes in a browser.
-
-    Without CORS headers that page cannot read an answer, but it could start one; and a name that resolves to
-    127.0.0.1 would make it the same origin.
+def check_host(settings: Settings, headers: Headers) -> None:
+    """Raises the 403 for a name that is not the server's: a web page could use one that resolves to 127.0.0.1
+    to be of the same origin.
     """
     host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
     if settings.allowed_hosts and host not in settings.allowed_hosts:
         allowed = f"must be one of {', '.join(settings.allowed_hosts)}, or the server needs an API key"
         raise ApiError(403, f"The Host header is {shown(host)}: {allowed}.")
+
+
+def check_origin(settings: Settings, headers: Headers) -> None:
+    """Raises the 403 for requests that a web page of another origin makes in a browser.
+
+    Without CORS headers that page cannot read an answer, but it could start one.
+    """
     is_allowed = not {"*", headers.get("origin")}.isdisjoint(settings.cors_origins)
     if headers.get("sec-fetch-site") == "cross-site" and not is_allowed:
         raise ApiError(403, "Pages of other origins may not call this server; see --cors-origins.")
