@@ -108,6 +108,13 @@ def test_decode_limit_quick(script):
     assert set((FOLDER / "results").iterdir()) == before
 
 
+@pytest.mark.slow
+def test_sampling_quick(script):
+    done = script("sampling.py", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "300, 1, greedy" in done.stdout and "300, 8, top-k 50, top-p 0.9" in done.stdout
+
+
 @pytest.mark.parity
 def test_decode_vs_transformers_quick(script):
     pytest.importorskip("transformers", reason="the peer: pip install -e '.[parity]'")
@@ -210,7 +217,7 @@ def test_packed_and_padded_rows_have_the_same_examples(module, tmp_path):
 NAMES = ["compile_time", "context", "decode_limit", "decode_vs_transformers", "experts", "kernels", "remat"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "finetune", "train_vs_transformers"])
+@pytest.mark.parametrize("name", [*NAMES, "finetune", "sampling", "train_vs_transformers"])
 def test_help(name, module):
     text = module(name).make_parser().format_help()
     assert f"python benchmarks/{name}.py" in text and "--quick" in text

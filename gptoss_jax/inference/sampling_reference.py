@@ -9,16 +9,20 @@ from gptoss_jax.inference.sampling import SamplingSettings
 def filter_logits(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
     """Returns what `sampling.filter_logits` returns, but for the rounding of sums of probabilities."""
     logits_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
-    scaled_BV = logits_BV / jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    temperature_B1 = jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
+    scaled_BV = logits_BV / temperature_B1
     token_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
-    _, order_BV = jax.lax.sort((-logits_BV, token_BV), num_keys=1, is_stable=True)
-    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=1)
+    sorted_BV, order_BV = jax.lax.sort((-logits_BV, token_BV), num_keys=1, is_stable=True)
+    sorted_BV = -sorted_BV
     kept_BV = token_BV < settings.top_k[:, None]
-    share_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV, -jnp.inf), axis=1)
+    share_BV = jax.nn.softmax(jnp.where(kept_BV, sorted_BV / temperature_B1, -jnp.inf), axis=1)
     before_BV = jnp.cumsum(share_BV, axis=1) - share_BV
-    # The first token stays, however small top_p is; all stay if it is 1, however the sum is rounded.
-    top_p_B1 = settings.top_p[:, None]
-    kept_BV &= (before_BV < top_p_B1) | (top_p_B1 >= 1) | (token_BV == 0)
-    kept_BV &= sorted_BV >= jnp.log(settings.min_p)[:, None]
-    rank_BV = jnp.argsort(order_BV, axis=1)
-    return jnp.where(jnp.take_along_axis(kept_BV, rank_BV, axis=1), scaled_BV, -jnp.inf)
+    # A sum of rounded probabilities may reach 1 before the last one.
+    kept_BV &= (before_BV < settings.top_p[:, None]) | (settings.top_p[:, None] >= 1)
+    # A prefix of the sorted row is kept, at least one token: its last one decides for all.
+    last_B1 = jnp.maximum(jnp.sum(kept_BV, axis=1, keepdims=True, dtype=jnp.int32) - 1, 0)
+    min_logit_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=1)
+    last_token_B1 = jnp.take_along_axis(order_BV, last_B1, axis=1)
+    keep_BV = (logits_BV > min_logit_B1) | ((logits_BV == min_logit_B1) & (token_BV <= last_token_B1))
+    keep_BV &= scaled_BV >= jnp.log(settings.min_p)[:, None]
+    return jnp.where(keep_BV, scaled_BV, -jnp.inf)
