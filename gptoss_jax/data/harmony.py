@@ -66,6 +66,10 @@ class Part:
         return Message(ASSISTANT, self.text, channel, self.recipient, self.content_type)
 
 
+# A part, the text that a token completes in it, and the token; without a token, the part has ended.
+Step = tuple[Part, str, int | None]
+
+
 def is_harmony(tokenizer: Tokenizer) -> bool:
     """Returns True if a tokenizer has the format's special tokens."""
     return tokenizer.special_tokens.keys() >= set(HARMONY_TOKENS)
@@ -257,16 +261,23 @@ class AnswerReader:
 
     def feed(self, tokens: Sequence[int]) -> list[tuple[Part, str]]:
         """Returns the parts with new text, each with that text. Incomplete characters are buffered."""
-        return [piece for token in tokens for piece in self._one(token) if piece[1]]
+        pieces = (piece for token in tokens for piece in self.steps(token))
+        return [(part, text) for part, text, _ in pieces if text]
 
     def close(self) -> list[tuple[Part, str]]:
         """Returns the remaining text: a header without a message, U+FFFD for an incomplete character."""
-        return [piece for piece in self._finish() if piece[1]]
+        return [(part, text) for part, text, _ in self.last_steps() if text]
 
-    def _one(self, token: int) -> Iterator[tuple[Part, str]]:
+    @property
+    def in_header(self) -> bool:
+        """True if the last tokens are a header so far; they become text if it turns out not to be one."""
+        return bool(self._header)
+
+    def steps(self, token: int) -> Iterator[Step]:
+        """Yields what a token changes."""
         harmony = self._harmony
         if token == harmony.start:
-            yield from self._finish()
+            yield from self.last_steps()
             self._header = [token]
         elif self._header is not None:
             self._header.append(token)
@@ -275,30 +286,32 @@ class AnswerReader:
             elif token in (harmony.message, *harmony.ends) or len(self._header) > HEADER_TOKENS:
                 yield from self._header_as_text()
         elif self._framed and token in harmony.ends:
-            yield from self._finish()
+            yield from self.last_steps()
         else:
-            yield self._add(harmony.spelled(token))
+            yield self._add(harmony.spelled(token), token)
+
+    def last_steps(self) -> Iterator[Step]:
+        """Yields what the end of the answer changes."""
+        if self._header:
+            yield from self._header_as_text()
+        if self._part is not None:
+            yield self._add(b"", None)
+        self._part, self._framed, self._header = None, False, None
 
     def _begin(self, part: Part, framed: bool) -> None:
         self.parts.append(part)
         self._part, self._framed, self._header = part, framed, None
 
-    def _finish(self) -> Iterator[tuple[Part, str]]:
-        if self._header:
-            yield from self._header_as_text()
-        if self._part is not None:
-            yield self._add(b"", final=True)
-        self._part, self._framed, self._header = None, False, None
-
-    def _header_as_text(self) -> Iterator[tuple[Part, str]]:
+    def _header_as_text(self) -> Iterator[Step]:
         tokens = self._header
         self._begin(Part(), framed=False)
         for token in tokens:
-            yield self._add(self._harmony.spelled(token))
+            yield self._add(self._harmony.spelled(token), token)
 
-    def _add(self, data: bytes, final: bool = False) -> tuple[Part, str]:
+    def _add(self, data: bytes, token: int | None) -> Step:
+        """Adds the bytes of a token; None ends the part."""
         if self._part is None:
             self._begin(Part(), framed=False)
-        text = self._utf8.decode(data, final)
+        text = self._utf8.decode(data, final=token is None)
         self._part.text += text
-        return self._part, text
+        return self._part, text, token

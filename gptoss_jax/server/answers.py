@@ -1,0 +1,201 @@
+"""What a model writes, as typed deltas: reasoning, content and calls of functions.
+
+Nothing that it may write is an error, and no text is lost: every sampled token is in the text of a delta, or
+belongs to the header or the end of a message.
+"""
+
+import collections
+import dataclasses
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal
+
+from gptoss_jax.data.harmony import FUNCTIONS, Harmony, Part
+from gptoss_jax.data.harmony import AnswerReader as HarmonyReader
+from gptoss_jax.inference.detokenizer import StopStrings
+from gptoss_jax.inference.sampling_params import Completion
+
+Kind = Literal["reasoning", "content", "call"]
+FinishReason = Literal["stop", "length", "tool_calls"]
+# For tokens of no probability, as JSON has no infinities; OpenAI's value.
+MIN_LOGPROB = -9999.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprob:
+    """A sampled token's log-probability, and the most likely tokens, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a function. `index` counts the calls of an answer."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclasses.dataclass
+class Delta:
+    """New text of a message: reasoning, content, or the arguments of a call."""
+
+    kind: Kind
+    message: int  # index of the message in the answer
+    text: str
+    channel: str | None  # None: not in the format
+    is_first: bool  # of its message; of a call also without text
+    call: Call | None = None
+    logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)  # of content
+
+
+class AnswerReader:
+    """Streaming parser of an answer.
+
+    A message with a recipient in the namespace `functions` calls it, on any channel; so does one whose
+    recipient is the bare name of a declared function. Other messages on the channel `analysis` are reasoning,
+    and all else is content, including text that is not in the format. Stop strings are looked for in the
+    messages of content. Without functions there are no calls: a model that writes one writes content.
+    """
+
+    def __init__(self, harmony: Harmony, functions: Collection[str] = (), stop: Sequence[str] = ()) -> None:
+        """`functions` are the names of those that the request declares."""
+        self.calls: list[Call] = []
+        self.num_tokens = 0  # sampled, up to the one that completes a stop string
+        self.num_reasoning_tokens = 0  # in the text of reasoning
+        self.finish_reason: FinishReason | None = None
+        self._harmony, self._functions, self._stop = harmony, frozenset(functions), tuple(stop)
+        self._reader = HarmonyReader(harmony)
+        # Of tokens that are in no message yet: a header may turn out to be text.
+        self._pending: collections.deque[TokenLogprob | None] = collections.deque()
+        self._num_begun = 0  # messages whose first delta is out
+        self._message: _Message | None = None
+
+    def feed(self, part: Completion) -> list[Delta]:
+        """Returns the deltas of a completion's next part; after its last part, `finish_reason` is set."""
+        if self.finish_reason is not None:
+            return []
+        deltas: list[Delta] = []
+        for i, token in enumerate(part.tokens):
+            self.num_tokens += 1
+            self._pending.append(_logprob(part, i))
+            self._add(deltas, self._reader.steps(token))
+            if self.finish_reason is not None:
+                return deltas
+        if part.finish_reason is not None:
+            self.num_tokens += part.stop_token is not None
+            self._add(deltas, self._reader.last_steps())
+            self._finish(part.finish_reason)
+        return deltas
+
+    def _finish(self, reason: Literal["stop", "length"]) -> None:
+        if self.finish_reason is None:
+            self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
+
+    def _add(self, deltas: list[Delta], steps: Iterator[tuple[Part, str, int | None]]) -> None:
+        """Appends the deltas of steps of the parser; a stop string ends the answer."""
+        for _, text, token in steps:
+            self._begin(deltas)
+            message = self._message
+            logprob = None if token is None else self._pending.popleft()
+            self.num_reasoning_tokens += token is not None and message.kind == "reasoning"
+            text, logprobs = message.add(text, logprob, is_last=token is None)
+            self._append(deltas, message, text, logprobs)
+            if message.stop.stopped:
+                self._finish("stop")
+                return
+        self._begin(deltas)
+        if not self._reader.in_header:
+            self._pending.clear()
+
+    def _begin(self, deltas: list[Delta]) -> None:
+        """Starts the parser's latest message, if it is new."""
+        parts = self._reader.parts
+        if len(parts) == self._num_begun:
+            return
+        part, call = parts[-1], None
+        name = self._called(part.recipient)
+        if name is not None:
+            call = Call(len(self.calls), f"call_{secrets.token_hex(12)}", name)
+            self.calls.append(call)
+        kind = "call" if call else "reasoning" if part.channel == "analysis" else "content"
+        self._message = _Message(
+            self._num_begun, kind, part.channel, call, StopStrings(self._stop if kind == "content" else ())
+        )
+        self._num_begun += 1
+        if call is not None:
+            self._append(deltas, self._message, "", [])
+
+    def _called(self, recipient: str | None) -> str | None:
+        """Returns the function that a recipient is; None for others, such as `assistant`."""
+        if not recipient or not self._functions:
+            return None
+        name = recipient.removeprefix(FUNCTIONS)
+        return name if name and (name != recipient or name in self._functions) else None
+
+    @staticmethod
+    def _append(deltas: list[Delta], message: "_Message", text: str, logprobs: list[TokenLogprob]) -> None:
+        """Adds text to the last delta of the same message, or a delta."""
+        begins_call = message.call is not None and not message.has_delta
+        if not (text or logprobs or begins_call):
+            return
+        if deltas and deltas[-1].message == message.index:
+            deltas[-1].text += text
+            deltas[-1].logprobs += logprobs
+            return
+        is_first, message.has_delta = not message.has_delta, True
+        delta = Delta(message.kind, message.index, text, message.channel, is_first, message.call, logprobs)
+        deltas.append(delta)
+
+
+@dataclasses.dataclass
+class _Message:
+    """The message that is being written."""
+
+    index: int
+    kind: Kind
+    channel: str | None
+    call: Call | None
+    stop: StopStrings
+    has_delta: bool = False
+    # Characters that were written, and that are out: the rest may be the beginning of a stop string.
+    num_written: int = 0
+    num_out: int = 0
+    # Where each token whose text is not out begins. Those of an incomplete character begin where it will.
+    held: collections.deque[tuple[int, TokenLogprob]] = dataclasses.field(default_factory=collections.deque)
+
+    def add(self, text: str, logprob: TokenLogprob | None, is_last: bool) -> tuple[str, list[TokenLogprob]]:
+        """Returns the text that is known not to be in a stop string, and the tokens in it."""
+        if logprob is not None and self.kind == "content":
+            self.held.append((self.num_written, logprob))
+        self.num_written += len(text)
+        out = self.stop.feed(text)
+        if is_last:
+            out += self.stop.close()
+        self.num_out += len(out)
+        is_out = is_last and not self.stop.stopped
+        ready = []
+        while self.held and (is_out or self.held[0][0] < self.num_out):
+            ready.append(self.held.popleft()[1])
+        return out, ready
+
+
+def _logprob(part: Completion, i: int) -> TokenLogprob | None:
+    if part.logprobs is None:
+        return None
+    top = part.top_logprobs[i] if part.top_logprobs is not None else ()
+    return TokenLogprob(part.tokens[i], part.logprobs[i], tuple(top))
+
+
+def logprob_json(harmony: Harmony, entry: TokenLogprob) -> dict[str, Any]:
+    """Returns a token's log-probability in OpenAI's form."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        data = harmony.spelled(token)
+        text = data.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(data)}
+
+    return {**one(entry.token, entry.logprob), "top_logprobs": [one(*top) for top in entry.top]}
