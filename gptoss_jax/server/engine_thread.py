@@ -5,7 +5,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol, Self
 
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
@@ -73,6 +73,8 @@ class Stream:
             raise StopAsyncIteration
         await self._arrived.wait()
         self._arrived.clear()
+        if self._is_finished:  # closed meanwhile
+            raise StopAsyncIteration
         parts, self._parts = self._parts, []
         if self._error is not None:
             self._is_finished = True
@@ -89,6 +91,8 @@ class Stream:
         """Cancels the request unless it has finished. May be called again."""
         if not self._is_finished:
             self._is_finished = True
+            self._parts = []
+            self._arrived.set()
             self._thread.cancel(self)
 
     async def aclose(self) -> None:
@@ -97,6 +101,8 @@ class Stream:
 
     def deliver(self, part: Completion | ApiError) -> None:
         """Adds a part; called on the event loop's thread."""
+        if self._is_finished:
+            return
         if isinstance(part, ApiError):
             self._error = part
         else:
@@ -278,6 +284,34 @@ def join(parts: Sequence[Completion]) -> Completion:
         prompt_top_logprobs=first("prompt_top_logprobs"),
         stop_token=parts[-1].stop_token,
     )
+
+
+async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completion]]:
+    """Yields the parts of several streams as they arrive, each with the index of its stream."""
+    queue: asyncio.Queue[tuple[int, Completion | BaseException | None]] = asyncio.Queue(maxsize=1)
+
+    async def pump(i: int, stream: Stream) -> None:
+        try:
+            async for part in stream:
+                await queue.put((i, part))
+            await queue.put((i, None))
+        except Exception as error:
+            await queue.put((i, error))
+
+    pumps = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        open_streams = len(streams)
+        while open_streams:
+            i, part = await queue.get()
+            if isinstance(part, BaseException):
+                raise part
+            if part is None:
+                open_streams -= 1
+            else:
+                yield i, part
+    finally:
+        for one in pumps:
+            one.cancel()
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:

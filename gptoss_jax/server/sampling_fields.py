@@ -27,6 +27,8 @@ def read_sampling(
     prompt_len: int,
     max_tokens_names: Sequence[str] = ("max_completion_tokens", "max_tokens"),
     default_max_tokens: int | None = None,
+    *,
+    prompt_name: str = "messages",
 ) -> SamplingParams:
     """Returns the sampling settings of a request, with its first choice's seed (random if it has none).
 
@@ -41,12 +43,16 @@ def read_sampling(
       prompt_len: tokens of the (longest) prompt.
       max_tokens_names: fields with the limit of sampled tokens; the first that is given counts.
       default_max_tokens: the limit without these fields; None: what the context leaves.
+      prompt_name: the field to blame for a prompt that is too long.
     """
     defaults = service.defaults
     top_k = fields.integer("top_k", defaults.top_k or 0, -1, MAX_INT32)
     ends = () if fields.boolean("ignore_eos") else tuple(stop_tokens)
+    max_new_tokens = read_max_tokens(
+        fields, service, prompt_len, max_tokens_names, default_max_tokens, prompt_name=prompt_name
+    )
     return SamplingParams(
-        max_new_tokens=read_max_tokens(fields, service, prompt_len, max_tokens_names, default_max_tokens),
+        max_new_tokens=max_new_tokens,
         temperature=fields.number("temperature", defaults.temperature, 0, MAX_FLOAT32),
         top_k=top_k if top_k > 0 else None,
         top_p=_top_p(fields, defaults.top_p),
@@ -60,7 +66,13 @@ def read_sampling(
 
 
 def read_max_tokens(
-    fields: Fields, service: Service, prompt_len: int, names: Sequence[str], default: int | None = None
+    fields: Fields,
+    service: Service,
+    prompt_len: int,
+    names: Sequence[str],
+    default: int | None = None,
+    *,
+    prompt_name: str = "messages",
 ) -> int:
     """Returns the limit of sampled tokens; at most what the context leaves.
 
@@ -71,7 +83,7 @@ def read_max_tokens(
     name, wanted = next(((name, n) for name, n in given.items() if n is not None), (names[0], None))
     has = f"This model's context is {limit:,} tokens, and the prompt has {prompt_len:,}"
     if left < 1:
-        raise context_length_exceeded(f"{has}, which leaves no room for an answer.", "messages")
+        raise context_length_exceeded(f"{has}, which leaves no room for an answer.", prompt_name)
     if wanted is None:
         return left if default is None else min(default, left)
     if wanted > left:

@@ -1,9 +1,12 @@
 """State of a server: engine, tokenizer, names, limits and defaults, shared by all endpoints."""
 
 import dataclasses
+import logging
 import re
+import secrets
 import time
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from gptoss_jax.data.harmony import Harmony, Reasoning
 from gptoss_jax.data.tokenizer import Tokenizer
@@ -12,9 +15,12 @@ from gptoss_jax.server.errors import ApiError
 from gptoss_jax.server.fields import Fields, shown
 from gptoss_jax.server.metrics import Metrics
 
+log = logging.getLogger(__name__)
 State = Literal["loading", "ready", "draining", "stopped"]
 # Seconds after which a client of a loading or draining server should try again.
 RETRY_AFTER = 5
+# Names of unknown fields that are logged.
+MAX_UNKNOWN = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Settings:
     send_timeout: float = 60.0
     # Seconds between comments in a stream that has nothing to send.
     ping_interval: float = 15.0
+    # Put bos before prompts of token ids too, unless a request says `add_special_tokens`.
+    prepend_bos: bool = False
     # Choices of one request: prompts times `n`.
     max_choices: int = 1024
 
@@ -67,7 +75,15 @@ class Service:
     reasoning: Reasoning = "medium"
     settings: Settings = Settings()
     state: State = "ready"
+    unknown_fields: set[str] = dataclasses.field(default_factory=set)  # that were logged
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    def log_unknown(self, fields: Fields, known: Collection[str]) -> None:
+        """Logs the fields of a request that its endpoint does not know, each name once."""
+        for name in fields.values.keys() - set(known):
+            if len(self.unknown_fields) < MAX_UNKNOWN and name not in self.unknown_fields:
+                self.unknown_fields.add(name)
+                log.warning("unknown field %s is ignored", shown(name))
 
     def check_model(self, fields: Fields) -> None:
         """Raises the 404 for a request to another model; a request without `model` is accepted."""
@@ -97,9 +113,20 @@ class Service:
 
 def make_id(prefix: str) -> str:
     """Returns a new id, such as `chatcmpl-…`."""
-    import secrets
-
     return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def make_usage(prompt: int, completion: int, cached: int, reasoning: int | None = None) -> dict[str, Any]:
+    """Returns `usage`: numbers of tokens of the prompt, sampled, found in the prefix cache, of reasoning."""
+    usage: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+    if reasoning is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return usage
 
 
 def request_id(given: str | None) -> str:

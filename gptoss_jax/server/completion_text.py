@@ -1,0 +1,149 @@
+"""Text and log-probabilities of one choice of `/v1/completions`, as parts of an answer arrive."""
+
+import codecs
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer
+from gptoss_jax.inference.sampling_params import Completion
+from gptoss_jax.server.tokenization import TokenTexts
+
+# JSON has no infinities; clients add up what they find.
+LEAST_LOGPROB = -9999.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """How the tokens of a choice become text."""
+
+    tokenizer: Tokenizer
+    stop_strings: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    # Spell tokens in log-probabilities as `token_id:ID`.
+    tokens_as_ids: bool = False
+    # Most likely tokens of each position; None: no log-probabilities.
+    logprobs: int | None = None
+
+    @functools.cached_property
+    def spelled(self) -> TokenTexts:
+        """The tokenizer with special tokens as text."""
+        return TokenTexts(self.tokenizer)
+
+    @property
+    def text_tokenizer(self) -> Tokenizer | TokenTexts:
+        """The tokenizer that decodes the text."""
+        return self.tokenizer if self.skip_special_tokens else self.spelled
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of a prompt's tokens."""
+        tokenizer = self.text_tokenizer
+        known = [token for token in tokens if token < tokenizer.vocab_size]
+        return tokenizer.decode_bytes(known).decode(errors="replace")
+
+    def name(self, token: int) -> str:
+        """Returns a token as log-probabilities name it."""
+        return f"token_id:{token}" if self.tokens_as_ids else self.spelled.name(token)
+
+
+@dataclasses.dataclass
+class LogprobEntry:
+    """A token with its place in the text."""
+
+    offset: int
+    token: int
+    logprob: float | None
+    top: Sequence[tuple[int, float]]
+
+
+class ChoiceText:
+    """The text of one choice. A stop string ends it, and is no part of it.
+
+    Log-probabilities are those of the tokens that begin in the text that was sent.
+    """
+
+    def __init__(self, options: TextOptions, start: int = 0) -> None:
+        """`start` is the number of characters before the answer, which an echo has."""
+        self.num_tokens = 0  # sampled, the stop token and a stop string's tokens included
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+        self._options = options
+        self._detokenizer = StreamingDetokenizer(options.text_tokenizer, options.stop_strings)
+        self._offsets = Offsets(options.text_tokenizer, start)
+        self._end = start  # of the text that was sent
+        self._entries: list[LogprobEntry] = []  # that are not sent
+
+    def feed(self, part: Completion) -> tuple[str, list[int], dict[str, Any] | None]:
+        """Returns the new text, the new tokens and their log-probabilities."""
+        text, tokens = "", []
+        for i, token in enumerate(part.tokens):
+            tokens.append(token)
+            if part.logprobs is not None:
+                top = part.top_logprobs[i] if part.top_logprobs else ()
+                self._entries.append(LogprobEntry(self._offsets.next(token), token, part.logprobs[i], top))
+            text += self._detokenizer.feed([token])
+            if self._detokenizer.stopped:
+                self.finish_reason = "stop"
+                break
+        self.num_tokens += len(tokens)
+        if self.finish_reason is None and part.finish_reason is not None:
+            self.num_tokens += part.stop_token is not None
+            text += self._detokenizer.close()
+            self.finish_reason = part.finish_reason
+        self.tokens += tokens
+        self._end += len(text)
+        return text, tokens, self._logprobs()
+
+    def _logprobs(self) -> dict[str, Any] | None:
+        if self._options.logprobs is None:
+            return None
+        stopped, finished = self._detokenizer.stopped, self.finish_reason is not None
+        ready = [entry for entry in self._entries if entry.offset < self._end or (finished and not stopped)]
+        self._entries = [] if finished else self._entries[len(ready) :]
+        return logprobs_object(self._options, ready)
+
+
+class Offsets:
+    """Where tokens begin in a text, in characters; the tokens of one character share its offset."""
+
+    def __init__(self, tokenizer: Tokenizer | TokenTexts, start: int = 0) -> None:
+        self.length = start
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token: int) -> int:
+        """Returns the offset of the next token."""
+        offset = self.length
+        if token < self._tokenizer.vocab_size:
+            self.length += len(self._utf8.decode(self._tokenizer.decode_bytes([token])))
+        return offset
+
+
+def logprobs_object(options: TextOptions, entries: Sequence[LogprobEntry]) -> dict[str, Any]:
+    """Returns OpenAI's `logprobs` of completions, with the sampled token among the most likely ones."""
+    names = [options.name(entry.token) for entry in entries]
+    return {
+        "tokens": names,
+        "token_logprobs": [finite(entry.logprob) for entry in entries],
+        "top_logprobs": [_top(options.name, *pair) for pair in zip(entries, names, strict=True)],
+        "text_offset": [entry.offset for entry in entries],
+    }
+
+
+def finite(logprob: float | None) -> float | None:
+    """Returns a log-probability that JSON can have."""
+    return LEAST_LOGPROB if logprob is not None and not math.isfinite(logprob) else logprob
+
+
+def _top(name_of: Callable[[int], str], entry: LogprobEntry, name: str) -> dict[str, float] | None:
+    if entry.logprob is None:
+        return None
+    top: dict[str, float] = {}
+    for token, logprob in (*entry.top, (entry.token, entry.logprob)):
+        # Two tokens may have the same text: the first is the more likely one.
+        top.setdefault(name_of(token), finite(logprob))
+    top[name] = finite(entry.logprob)
+    return top
