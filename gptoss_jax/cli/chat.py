@@ -13,7 +13,6 @@ from gptoss_jax.config import require
 
 if TYPE_CHECKING:
     from gptoss_jax.cli.terminal import Write
-    from gptoss_jax.config import TrainConfig
     from gptoss_jax.data.harmony import Part
     from gptoss_jax.data.tokenizer import Tokenizer
     from gptoss_jax.inference.chat import Conversation
@@ -77,32 +76,17 @@ class Chat:
         import datetime
 
         from gptoss_jax.config.paths import user_text
-        from gptoss_jax.data.chat_rows import is_chat_source
-        from gptoss_jax.data.harmony import is_harmony
-        from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
+        from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation, find_model_kind
 
-        run = self._run_config()
-        on_rows = run is not None and is_chat_source(run.data.source)
-        # bpe:SIZE has Harmony's special tokens, which a model of plain text has never seen.
-        is_base = run is not None and not on_rows and run.init_from is None
-        if is_harmony(tokenizer) and not is_base and not self.plain:
+        kind = find_model_kind(self.folder if self.adapter is None else self.adapter, tokenizer)
+        if kind.is_chat and not self.plain:
             instructions = None if self.instructions is None else user_text(self.instructions)
-            # Rows have no date unless they name one.
-            today = None if on_rows else datetime.date.today().isoformat()
+            today = datetime.date.today().isoformat() if kind.has_date else None
             return HarmonyConversation(tokenizer, self.reasoning, instructions, today)
         unused = "must be left out for plain completion"
         require(self.instructions is None, "instructions", self.instructions, unused)
         note("plain completion: every line is a separate text to continue")
         return PlainConversation(tokenizer)
-
-    def _run_config(self) -> "TrainConfig | None":
-        """Returns the config of the run that was trained last, adapter or model; None for other folders."""
-        from gptoss_jax.checkpoints.run_params import is_run
-        from gptoss_jax.config import TrainConfig
-        from gptoss_jax.config.paths import user_path
-
-        folder = user_path(self.folder if self.adapter is None else self.adapter, "folder")
-        return TrainConfig.load(folder / "config.json") if is_run(folder) else None
 
 
 @dataclasses.dataclass

@@ -17,6 +17,7 @@ from gptoss_jax.cli.inspect_data import InspectData
 from gptoss_jax.cli.merge import Merge
 from gptoss_jax.cli.plan import Plan
 from gptoss_jax.cli.report import Report
+from gptoss_jax.cli.serve import Serve
 from gptoss_jax.config.kernels import kernel_variable
 from gptoss_jax.config.paths import set_matplotlib_folder
 from gptoss_jax.config.preset import with_settings
@@ -44,6 +45,7 @@ class Check:
 COMMANDS = {
     "generate": Generate,
     "chat": Chat,
+    "serve": Serve,
     "eval": Evaluate,
     "convert": Convert,
     "export-adapter": ExportAdapter,
@@ -54,7 +56,7 @@ COMMANDS = {
     "inspect-data": InspectData,
 }
 # Worth the restart that keeps memory in huge pages.
-RUN_MODELS = ("generate", "chat", "eval")
+RUN_MODELS = ("generate", "chat", "serve", "eval")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -72,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def run_command() -> None:
         kernel_variable()  # raises for a bad value before anything is printed
-        description = "Run, evaluate, convert and plan gpt-oss models in JAX."
+        description = "Run, serve, evaluate, convert and plan gpt-oss models in JAX."
         settings = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="gptoss", description=description, args=args
         )

@@ -1,9 +1,14 @@
 """Conversations as prompts: in Harmony, gpt-oss's chat format, or as plain completion for a base model."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
+from gptoss_jax.checkpoints.readers import local_folder
+from gptoss_jax.checkpoints.run_params import is_run
+from gptoss_jax.config import TrainConfig
 from gptoss_jax.data import harmony
+from gptoss_jax.data.chat_rows import is_chat_source
 from gptoss_jax.data.harmony import Harmony, Part
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
@@ -11,6 +16,28 @@ from gptoss_jax.inference.sampling_params import SamplingParams
 
 # Defaults for text that a base model continues.
 PLAIN = SamplingParams(max_new_tokens=200, temperature=0.8)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKind:
+    """How a model is prompted."""
+
+    is_chat: bool  # in Harmony; else plain completion
+    has_date: bool  # its system message names today's date
+
+
+def find_model_kind(folder: str | os.PathLike, tokenizer: Tokenizer) -> ModelKind:
+    """Returns the kind of the model in a folder: that of the adapter, if there is one.
+
+    A tokenizer with Harmony's special tokens marks a chat model, except in a run of train.py that began at
+    random on plain text: `bpe:SIZE` has these tokens, too.
+    """
+    folder = local_folder(folder)
+    run = TrainConfig.load(folder / "config.json") if is_run(folder) else None
+    on_rows = run is not None and is_chat_source(run.data.source)
+    is_base = run is not None and not on_rows and run.init_from is None
+    # Rows of conversations have no date unless they name one.
+    return ModelKind(harmony.is_harmony(tokenizer) and not is_base, has_date=not on_rows)
 
 
 class HarmonyConversation:

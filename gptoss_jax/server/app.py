@@ -123,6 +123,7 @@ class Guard:
         headers = Headers(scope=scope)
         scope.setdefault("state", {})["request_id"] = name = request_id(headers.get("x-request-id"))
         status, began = 0, time.monotonic()
+        needs_engine = scope["method"] == "POST"
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -134,6 +135,7 @@ class Guard:
             await send(message)
 
         try:
+            self._service.num_requests += needs_engine
             try:
                 self._check(scope, headers)
                 await self._app(scope, receive, send_with_headers)
@@ -144,6 +146,7 @@ class Guard:
                 if not status:  # else it is too late for an error response
                     await error_response(internal_error())(scope, receive, send_with_headers)
         finally:
+            self._service.num_requests -= needs_engine
             handler = getattr(scope.get("endpoint"), "__name__", "other")
             self._service.metrics.on_response(scope["method"], handler, status)
             seconds = time.monotonic() - began

@@ -194,7 +194,15 @@ class EngineThread:
         with self._condition:
             self._is_closed = True
         self._read_inbox(refuse=True)
-        self._finish([(stream, internal_error()) for stream in self._streams.values()])
+        self._finish([(stream, self._end_error()) for stream in list(self._streams.values())])
+
+    def _end_error(self) -> ApiError:
+        """Returns the error of requests that the thread leaves unfinished."""
+        if self.failure is not None:
+            return internal_error()
+        return ApiError(
+            503, "The server has stopped before the answer was complete.", retry_after=RETRY_AFTER
+        )
 
     def _wait(self) -> bool:
         """Waits for work; returns False when the thread should end."""
@@ -207,7 +215,7 @@ class EngineThread:
         while self._inbox:
             kind, stream = self._inbox.popleft()
             if refuse:
-                faults.append((stream, internal_error()))
+                faults.append((stream, self._end_error()))
             elif kind == "submit":
                 try:
                     request = self.engine.submit(stream.prompt, stream.params, cache_salt=stream.cache_salt)

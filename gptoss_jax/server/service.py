@@ -1,6 +1,7 @@
 """State of a server: engine, tokenizer, names, limits and defaults, shared by all endpoints."""
 
 import dataclasses
+import datetime
 import logging
 import re
 import secrets
@@ -70,12 +71,13 @@ class Service:
     defaults: Defaults = Defaults()
     system_fingerprint: str = "fp_unknown"
     metrics: Metrics = dataclasses.field(default_factory=Metrics)
-    # Date in the system message, YYYY-MM-DD; None: today's.
-    date: str | None = None
+    # Date in the system message, see `system_date`: YYYY-MM-DD or "today"; None leaves it out.
+    date: str | None = "today"
     reasoning: Reasoning = "medium"
     settings: Settings = Settings()
     state: State = "ready"
     unknown_fields: set[str] = dataclasses.field(default_factory=set)  # that were logged
+    num_requests: int = 0  # that are answered now and may need the engine
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def log_unknown(self, fields: Fields, known: Collection[str]) -> None:
@@ -102,6 +104,10 @@ class Service:
             raise ApiError(503, "The engine has failed; the server's log has the details.")
         if self.state != "ready":
             raise ApiError(503, f"The server is {self.state}.", retry_after=RETRY_AFTER)
+
+    def system_date(self) -> str | None:
+        """Returns the date for `harmony.system`. It changes at midnight unless --date fixes it."""
+        return datetime.date.today().isoformat() if self.date == "today" else self.date
 
     def need_harmony(self) -> Harmony:
         """Returns the chat format. Raises the 400 for a base model."""

@@ -1,0 +1,126 @@
+"""A model's folder as a `Service`: engine, tokenizer, names and defaults."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+from typing import Literal
+
+import jax
+
+from gptoss_jax.checkpoints.load import load_model
+from gptoss_jax.checkpoints.readers import HUB, local_folder
+from gptoss_jax.config import require
+from gptoss_jax.config.base import read_json
+from gptoss_jax.data.harmony import Harmony, Reasoning
+from gptoss_jax.inference.chat import find_model_kind
+from gptoss_jax.inference.engine import Engine
+from gptoss_jax.model.transformer import compute_dtype
+from gptoss_jax.server.engine_thread import EngineThread
+from gptoss_jax.server.metrics import Metrics
+from gptoss_jax.server.service import Defaults, Service, Settings
+
+# Bytes at the start, the middle and the end of each file of weights that count for the fingerprint.
+SAMPLED_BYTES = 1 << 16
+WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json", "checkpoints/**/*", "original/*")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """What is served, and how; see `gptoss serve --help`."""
+
+    folder: str
+    adapter: str | None = None
+    model_name: str | None = None  # None: the folder's
+    slots: int | None = None
+    context: int | None = None
+    prefix_reuse: Literal["any", "exact", "off"] = "any"
+    prefix_cache_bytes: int | None = None
+    max_queue: int = 256
+    plain: bool = False
+    date: str | None = None  # None: today's if the model was trained with dates
+    reasoning: Reasoning = "medium"
+    settings: Settings = Settings()
+
+
+def load_service(config: ServeConfig) -> Service:
+    """Loads the model. Raises ValueError as `from_pretrained` does, and for a bad generation_config.json."""
+    folder = local_folder(config.folder)
+    defaults = read_defaults(folder)
+    model, tokenizer = load_model(folder, config.adapter)
+    kind = find_model_kind(folder if config.adapter is None else config.adapter, tokenizer)
+    limit = model.config.max_position_embeddings
+    context = limit if config.context is None else config.context
+    allowed = f"must be from 2 to the model's max_position_embeddings, {limit}"
+    require(2 <= context <= limit, "context", context, allowed)
+    slots = config.slots or (8 if jax.default_backend() == "cpu" else 16)
+    cache = {} if config.prefix_cache_bytes is None else {"prefix_cache_bytes": config.prefix_cache_bytes}
+    engine = Engine(
+        model, tokenizer, num_slots=slots, max_context=context, prefix_reuse=config.prefix_reuse, **cache
+    )
+    name = config.model_name or default_name(config.folder)
+    metrics = Metrics(name)
+    thread = EngineThread(engine, config.max_queue, metrics)
+    metrics.watch(thread)
+    return Service(
+        engine=thread,
+        tokenizer=tokenizer,
+        model_id=name,
+        harmony=Harmony(tokenizer) if kind.is_chat and not config.plain else None,
+        max_context=context,
+        vocab_size=model.config.vocab_size,
+        defaults=defaults,
+        system_fingerprint=fingerprint(folder, config.adapter, compute_dtype(model.config).name),
+        metrics=metrics,
+        date=config.date or ("today" if kind.has_date else None),
+        reasoning=config.reasoning,
+        settings=config.settings,
+        state="loading",
+    )
+
+
+def default_name(folder: str) -> str:
+    """Returns the name of a model without --model-name: OWNER/NAME, or the folder's name."""
+    return folder.removeprefix(HUB) if folder.startswith(HUB) else pathlib.Path(folder).resolve().name
+
+
+def read_defaults(folder: pathlib.Path) -> Defaults:
+    """Returns temperature, top_p and top_k of generation_config.json; OpenAI's where it has none.
+
+    Raises ValueError for values that are out of range.
+    """
+    file = folder / "generation_config.json"
+    values = read_json(file) if file.is_file() else {}
+    given = {field.name: values.get(field.name) for field in dataclasses.fields(Defaults)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        require(is_number and value >= 0, f"{file.name}: {name}", value, "must be a number, 0 or more")
+    top_p = given.get("top_p", 1.0)
+    require(0 < top_p <= 1, f"{file.name}: top_p", top_p, "must be above 0 and at most 1")
+    if "top_k" in given:
+        given["top_k"] = int(given["top_k"]) or None
+    return Defaults(**given)
+
+
+def fingerprint(folder: pathlib.Path, adapter: str | os.PathLike | None, dtype: str) -> str:
+    """Returns `fp_…`: a hash of the weights' files (names, sizes, parts of their bytes), the dtype of the
+    computation, and the versions of this package and of jax."""
+    folders = [folder] if adapter is None else [folder, local_folder(adapter)]
+    parts: list[object] = [dtype, importlib.metadata.version("gptoss-jax"), jax.__version__]
+    for one in folders:
+        files = sorted({file for pattern in WEIGHTS for file in one.glob(pattern) if file.is_file()})
+        parts += [(file.relative_to(one).as_posix(), _sample(file)) for file in files]
+    return "fp_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _sample(file: pathlib.Path) -> tuple[int, str]:
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        for start in (0, max(size // 2, SAMPLED_BYTES), max(size - SAMPLED_BYTES, 0)):
+            opened.seek(start)
+            digest.update(opened.read(SAMPLED_BYTES))
+    return size, digest.hexdigest()
