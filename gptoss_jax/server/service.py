@@ -15,6 +15,7 @@ from gptoss_jax.server.engine_thread import EngineThread
 from gptoss_jax.server.errors import ApiError
 from gptoss_jax.server.fields import Fields, shown
 from gptoss_jax.server.metrics import Metrics
+from gptoss_jax.server.response_store import ResponseStore
 
 log = logging.getLogger(__name__)
 State = Literal["loading", "ready", "draining", "stopped"]
@@ -79,6 +80,7 @@ class Service:
     unknown_fields: set[str] = dataclasses.field(default_factory=set)  # that were logged
     num_requests: int = 0  # that are answered now and may need the engine
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    responses: ResponseStore = dataclasses.field(default_factory=ResponseStore)
 
     def log_unknown(self, fields: Fields, known: Collection[str]) -> None:
         """Logs the fields of a request that its endpoint does not know, each name once."""
@@ -97,6 +99,10 @@ class Service:
         """Returns the 404 for a model that is not served."""
         message = f"The model {shown(name)} does not exist; this server has {shown(self.model_id)}."
         return ApiError(404, message, param="model", code="model_not_found")
+
+    def today(self) -> str:
+        """Returns the date for the system message."""
+        return self.date or datetime.date.today().isoformat()
 
     def check_ready(self) -> None:
         """Raises the 503 while the server loads, drains, or after the engine failed."""

@@ -1,0 +1,240 @@
+"""The fields of a request to `/v1/responses`."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import anyio.to_thread
+
+from gptoss_jax.data.harmony import (
+    ASSISTANT,
+    DEVELOPER,
+    SYSTEM,
+    Harmony,
+    Message,
+    Reasoning,
+    without_old_analysis,
+)
+from gptoss_jax.inference.sampling_params import SamplingParams
+from gptoss_jax.server.answer_grammar import answer_grammar
+from gptoss_jax.server.fields import Fields
+from gptoss_jax.server.response_events import make_response_id
+from gptoss_jax.server.response_format import ResponseFormat, read_response_format
+from gptoss_jax.server.response_input import read_input
+from gptoss_jax.server.sampling_fields import read_sampling, read_top_logprobs
+from gptoss_jax.server.service import Service
+from gptoss_jax.server.tools import Tools, read_tools
+
+LOGPROBS, ENCODED_REASONING = "message.output_text.logprobs", "reasoning.encrypted_content"
+INCLUDABLE = (
+    LOGPROBS, ENCODED_REASONING, "file_search_call.results", "web_search_call.results",
+    "web_search_call.action.sources", "message.input_image.image_url",
+    "computer_call_output.output.image_url", "code_interpreter_call.outputs",
+)  # fmt: skip
+EFFORTS: Mapping[str, Reasoning] = {
+    "none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high",
+    "max": "high",
+}  # fmt: skip
+SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority")
+MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
+# Tokens that truncation leaves for an answer without max_output_tokens; at most half of the context.
+ROOM = 4096
+# Roles of the messages that truncation keeps at the start.
+FIXED = (SYSTEM, DEVELOPER)
+# Fields that are known but not supported, with the values that ask for nothing.
+UNSUPPORTED: dict[str, Sequence[Any]] = {
+    "background": (False,),
+    "conversation": (),
+    "prompt": (),
+    "context_management": ([],),
+    "moderation": (),
+}
+# Fields that a response repeats, without effect here.
+ECHOED = ("max_tool_calls", "prompt_cache_key", "safety_identifier", "user")
+KNOWN = (
+    "model", "input", "instructions", "previous_response_id", "tools", "tool_choice", "parallel_tool_calls",
+    "text", "reasoning", "max_output_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+    "frequency_penalty", "logit_bias", "seed", "stop_token_ids", "ignore_eos", "top_logprobs", "include",
+    "metadata", "store", "stream", "stream_options", "truncation", "service_tier", "cache_salt",
+    "prompt_cache_retention", *ECHOED, *UNSUPPORTED,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseRequest:
+    """A request, checked. `response` is the response's JSON before its output."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tools: Tools
+    # The conversation's input, for the store.
+    items: Sequence[Mapping[str, Any]]
+    response: dict[str, Any]
+    is_stored: bool
+    has_encoded_reasoning: bool
+    cache_salt: str
+
+
+async def read_request(fields: Fields, service: Service) -> ResponseRequest:
+    """Checks the fields of a request, and tokenizes its prompt.
+
+    Raises ApiError with the path of the field for what does not fit or is not supported.
+    """
+    fields.refuse(UNSUPPORTED)
+    harmony = service.need_harmony()
+    tools, effort = read_tools(fields), _effort(fields, service)
+    include = _include(fields)
+    top_logprobs = read_top_logprobs(fields)
+    given = read_input(fields, service.responses)
+    text = fields.object("text") or Fields({}, "text")
+    wanted = read_response_format(text.object("format"))
+    section = None if wanted is None else wanted.section
+    messages = given.conversation.with_system(effort, service.today(), tools, section)
+    is_cut = fields.choice("truncation", ("auto", "disabled"), "disabled") == "auto"
+    room = fields.integer("max_output_tokens", low=1) if is_cut else None
+    prompt = await anyio.to_thread.run_sync(harmony.render, messages)
+    if is_cut and len(prompt) > (limit := service.max_context - min(room or ROOM, service.max_context // 2)):
+        prompt = await anyio.to_thread.run_sync(truncated, harmony, messages, limit)
+    stop_tokens = (*service.tokenizer.stop_ids, harmony.return_id, harmony.call)
+    params = read_sampling(
+        fields, service, stop_tokens, len(prompt), ("max_output_tokens",), prompt_name="input"
+    )
+    grammar = await anyio.to_thread.run_sync(
+        answer_grammar, service.tokenizer, service.vocab_size, tools, wanted
+    )
+    params = dataclasses.replace(
+        params,
+        grammar=grammar,
+        logprobs=LOGPROBS in include or top_logprobs > 0,
+        top_logprobs=top_logprobs,
+    )
+    return ResponseRequest(
+        prompt=prompt,
+        params=params,
+        tools=tools,
+        items=given.items,
+        response=_response(fields, service, params) | {"text": _text(text, wanted)},
+        is_stored=fields.boolean("store", True),
+        has_encoded_reasoning=ENCODED_REASONING in include,
+        cache_salt=fields.text("cache_salt", ""),
+    )
+
+
+def truncated(harmony: Harmony, messages: Sequence[Message], limit: int) -> list[int]:
+    """Returns the prompt without the oldest messages that exceed a limit of tokens.
+
+    System and developer messages stay, and so does the last message. A result goes with its call.
+    """
+    messages = without_old_analysis(messages)
+    first = next((i for i, message in enumerate(messages) if message.role not in FIXED), len(messages))
+    start_of_answer = len(harmony.render([]))
+    sizes = [len(harmony.render([message])) - start_of_answer for message in messages]
+    excess, end = sum(sizes) + start_of_answer - limit, first
+    while end < len(messages) - 1 and (excess > 0 or messages[end].recipient == ASSISTANT):
+        excess -= sizes[end]
+        end += 1
+    return harmony.render(messages[:first] + messages[end:])
+
+
+def _effort(fields: Fields, service: Service) -> Reasoning:
+    reasoning = fields.object("reasoning")
+    if reasoning is None:
+        return service.reasoning
+    reasoning.choice("summary", ("auto", "concise", "detailed"))
+    return EFFORTS.get(reasoning.choice("effort", EFFORTS), service.reasoning)
+
+
+def _include(fields: Fields) -> tuple[str, ...]:
+    include = fields.texts("include")
+    for name in include:
+        fields.require(name in INCLUDABLE, "include", f"must be a list of {', '.join(INCLUDABLE)}")
+    return include
+
+
+def _metadata(fields: Fields) -> dict[str, str]:
+    metadata = fields.object("metadata")
+    if metadata is None:
+        return {}
+    values = metadata.values
+    fits = len(values) <= MAX_METADATA and all(
+        isinstance(value, str) and len(value) <= MAX_VALUE and len(key) <= MAX_KEY
+        for key, value in values.items()
+    )
+    allowed = f"must have at most {MAX_METADATA} strings of {MAX_VALUE} characters, keys of {MAX_KEY}"
+    fields.require(fits, "metadata", allowed)
+    return dict(values)
+
+
+def _response(fields: Fields, service: Service, params: SamplingParams) -> dict[str, Any]:
+    """Returns the response's JSON before its output."""
+    reasoning = fields.object("reasoning") or Fields({})
+    fields.choice("service_tier", SERVICE_TIERS)
+    return {
+        "id": make_response_id(),
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": fields.text("instructions"),
+        "max_output_tokens": fields.integer("max_output_tokens"),
+        "model": service.model_id,
+        "output": [],
+        "parallel_tool_calls": fields.boolean("parallel_tool_calls", True),
+        "previous_response_id": fields.text("previous_response_id"),
+        "reasoning": {"effort": reasoning.get("effort") or service.reasoning, "summary": None},
+        "service_tier": "default",
+        "store": fields.boolean("store", True),
+        "temperature": params.temperature,
+        "tool_choice": _tool_choice(fields),
+        "tools": [_tool(tool) for tool in fields.objects("tools") or []],
+        "top_logprobs": params.top_logprobs,
+        "top_p": 1.0 if params.top_p is None else params.top_p,
+        "truncation": fields.choice("truncation", ("auto", "disabled"), "disabled"),
+        "usage": None,
+        "metadata": _metadata(fields),
+        **_echoed(fields),
+        "seed": params.seed,
+    }
+
+
+def _echoed(fields: Fields) -> dict[str, Any]:
+    texts = {name: fields.text(name) for name in ("prompt_cache_key", "safety_identifier", "user")}
+    return {"max_tool_calls": fields.integer("max_tool_calls", low=1), **texts}
+
+
+def _text(text: Fields, wanted: ResponseFormat | None) -> dict[str, Any]:
+    """Returns `text` as a response repeats it."""
+    given = {"type": "text"} if wanted is None else {"type": text.object("format").get("type")}
+    if given["type"] == "json_schema":
+        given |= {"name": wanted.name, "schema": wanted.schema, "strict": wanted.strict}
+        given["description"] = wanted.description
+    verbosity = text.choice("verbosity", ("low", "medium", "high"), "medium")
+    return {"format": given, "verbosity": verbosity}
+
+
+def _tool(tool: Fields) -> dict[str, Any]:
+    """Returns a function as a response lists it; `read_tools` has checked it."""
+    given = tool.object("function") or tool
+    names = ("name", "description", "parameters")
+    strict = given.boolean("strict") or tool.boolean("strict")
+    return {"type": "function", **{name: given.get(name) for name in names}, "strict": strict}
+
+
+def _tool_choice(fields: Fields) -> Any:
+    """Returns the choice as a response repeats it; `read_tools` has checked it."""
+    choice = fields.get("tool_choice")
+    if not isinstance(choice, dict):
+        return choice or "auto"
+
+    def named(one: Mapping[str, Any]) -> dict[str, Any]:
+        return {"type": "function", "name": (one.get("function") or one).get("name")}
+
+    if choice.get("type", "function") == "function":
+        return named(choice)
+    given = choice.get("allowed_tools") or choice
+    tools = [named(tool) for tool in given.get("tools")]
+    return {"type": "allowed_tools", "mode": given.get("mode") or "auto", "tools": tools}
