@@ -4,9 +4,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from gptoss_jax.checkpoints.readers import local_folder
 from gptoss_jax.checkpoints.run_params import is_run
 from gptoss_jax.config import TrainConfig
+from gptoss_jax.config.paths import user_path
 from gptoss_jax.data import harmony
 from gptoss_jax.data.chat_rows import is_chat_source
 from gptoss_jax.data.harmony import Harmony, Part
@@ -32,7 +32,7 @@ def find_model_kind(folder: str | os.PathLike, tokenizer: Tokenizer) -> ModelKin
     A tokenizer with Harmony's special tokens marks a chat model, except in a run of train.py that began at
     random on plain text: `bpe:SIZE` has these tokens, too.
     """
-    folder = local_folder(folder)
+    folder = user_path(folder, "folder")
     run = TrainConfig.load(folder / "config.json") if is_run(folder) else None
     on_rows = run is not None and is_chat_source(run.data.source)
     is_base = run is not None and not on_rows and run.init_from is None
