@@ -29,6 +29,22 @@ def readable_schema(schema: Mapping[str, Any]) -> Schema:
     return _Reader(schema).read(schema, ())
 
 
+def find_reference(root: Mapping[str, Any], name: str) -> Schema | None:
+    """Returns what a reference, such as `#/$defs/Node`, points to; None if there is no such schema."""
+    if name != "#" and not name.startswith("#/"):
+        return None
+    value: Any = root
+    for key in name.split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        if isinstance(value, list) and key.isdecimal() and len(key) < 6 and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, dict) and key in value:
+            value = value[key]
+        else:
+            return None
+    return value if isinstance(value, dict) else None
+
+
 class _Reader:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
@@ -45,11 +61,11 @@ class _Reader:
             return _about(schema)
         while isinstance(name := schema.get("$ref"), str):
             siblings = {key: value for key, value in schema.items() if key != "$ref"}
-            target = self._target(name)
+            target = find_reference(self._root, name)
             if target is None or name in path:
                 return _about({**(target or {}), **siblings})
             path = (*path, name)
-            schema = {**target, **siblings}
+            schema = {**{key: value for key, value in target.items() if value is not None}, **siblings}
         schema = self._merge_all_of(schema, path, depth)
         schema = self._variants(schema, path, depth)
         schema = _enum(schema)
@@ -63,21 +79,6 @@ class _Reader:
             schema.setdefault("type", "array")
             schema["items"] = self.read(schema["items"], path, depth + 1)
         return schema
-
-    def _target(self, name: str) -> Mapping[str, Any] | None:
-        """Returns what a reference inside the schema points to; None if there is no such schema."""
-        if name != "#" and not name.startswith("#/"):
-            return None
-        value: Any = self._root
-        for key in name.split("/")[1:]:
-            key = key.replace("~1", "/").replace("~0", "~")
-            if isinstance(value, list) and key.isdecimal() and len(key) < 6 and int(key) < len(value):
-                value = value[int(key)]
-            elif isinstance(value, dict) and key in value:
-                value = value[key]
-            else:
-                return None
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else None
 
     def _merge_all_of(self, schema: Schema, path: tuple[str, ...], depth: int) -> Schema:
         """Merges the schemas of `allOf` into the one that has them, whose own keywords win."""

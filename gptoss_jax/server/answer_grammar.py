@@ -1,0 +1,83 @@
+"""Grammar of a whole Harmony answer, for formats, required calls and strict tools.
+
+Control tokens are part of it, from the answer's first token on: the model reasons freely, and only its final
+message or its calls are bound to a schema. See `inference.grammar`.
+"""
+
+from gptoss_jax.data.harmony import FUNCTIONS
+from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.inference.grammar import GrammarMatcher
+from gptoss_jax.server.enforced_schema import Schema, enforced_schema, reason_of
+from gptoss_jax.server.errors import bad_request
+from gptoss_jax.server.response_format import ANY_OBJECT, ResponseFormat
+from gptoss_jax.server.tools import Tools
+
+# A prompt ends with `<|start|>assistant`. openai-harmony puts the recipient of a call before the channel, but
+# gpt-oss writes it after, and may call from `analysis` too.
+RULES = r"""
+before: <|channel|> ("analysis" | "commentary") <|message|> TEXT <|end|> <|start|> "assistant"
+json_type: (" "? <|constrain|> "json" | " json")?
+TEXT: /(.|\n)*/
+"""
+CHANNEL = '<|channel|> ("commentary" | "analysis")'
+
+
+def answer_grammar(
+    tokenizer: Tokenizer, vocab_size: int, tools: Tools, response_format: ResponseFormat | None
+) -> str | None:
+    """Returns the Lark grammar of an answer, which compiles; None if any answer will do.
+
+    Arguments follow the schema for strict functions, and for others where a call is required and the schema
+    can be enforced. Without a strict function or a required call, arguments are free, so that nothing that a
+    model writes is lost. Compiling takes milliseconds, for large schemas up to seconds.
+
+    Args:
+      tokenizer: of the model.
+      vocab_size: of the model.
+      tools: the functions that may be called, and if one must be.
+      response_format: of the final message; None: text.
+
+    Raises ApiError 400 for a schema that cannot be enforced.
+    """
+    is_required = tools.mode == "required"
+    is_limited = tools.allowed != tools.functions or any(one.strict for one in tools.allowed)
+    if response_format is None and not is_required and not is_limited:
+        return None
+    rules, ends = [], []
+
+    def json_rule(schema: Schema, strict: bool, path: str) -> str:
+        return f"%json {_checked(tokenizer, vocab_size, schema, strict, path)}"
+
+    if not is_required:
+        ends.append("final")
+        text = "TEXT"
+        if response_format is not None:
+            text = json_rule(response_format.schema, response_format.strict, response_format.path)
+        header = '<|channel|> "final"' + (" json_type" if response_format is not None else "")
+        rules.append(f"final: {header} <|message|> {text} <|return|>")
+    for i, function in enumerate(tools.allowed):
+        ends.append(f"call{i}")
+        text = "TEXT"
+        if function.strict or is_required:
+            text = json_rule(function.parameters or ANY_OBJECT, function.strict, function.path)
+        name = f'" to={FUNCTIONS}{function.name}"'
+        rules.append(f"call{i}: ({CHANNEL} {name} | {name} {CHANNEL}) json_type <|message|> {text} <|call|>")
+    grammar = "\n".join([f"start: before* ({' | '.join(ends)})", RULES.strip(), *rules])
+    try:
+        GrammarMatcher(tokenizer, vocab_size, grammar)
+    except ValueError as error:  # too large as a whole
+        field = "tools" if tools.allowed else "response_format"
+        raise bad_request(f"{field} cannot be enforced: {reason_of(error)}", field) from None
+    return grammar
+
+
+def _checked(tokenizer: Tokenizer, vocab_size: int, schema: Schema, strict: bool, path: str) -> str:
+    """Returns a schema for `%json`. One that cannot be enforced is any object, or the 400 if it is strict."""
+    try:
+        written = enforced_schema(schema)
+        GrammarMatcher(tokenizer, vocab_size, f"start: %json {written}")
+    except ValueError as error:
+        if strict:
+            raise bad_request(f"{path} cannot be enforced: {reason_of(error)}", path) from None
+        return enforced_schema(ANY_OBJECT)
+    return written

@@ -1,0 +1,54 @@
+"""The format that a request asks of the answer: `response_format` of chat, `text.format` of responses."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from gptoss_jax.data.harmony_tools import response_formats_section
+from gptoss_jax.server.fields import Fields
+
+ANY_OBJECT = {"type": "object"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseFormat:
+    """A JSON schema that the final message must follow."""
+
+    name: str
+    schema: Mapping[str, Any]
+    description: str | None = None
+    # With False, a schema that cannot be enforced is only shown to the model, and the answer is some object.
+    strict: bool = True
+    # Where the request has the schema, for errors.
+    path: str = "response_format"
+
+    @property
+    def section(self) -> str:
+        """The section of the developer message."""
+        return response_formats_section(self.name, self.schema, self.description)
+
+
+def read_response_format(given: Fields | None) -> ResponseFormat | None:
+    """Reads a format; None for text. Raises ApiError for a bad one.
+
+    Args:
+      given: `{"type": "json_schema", "json_schema": {"name", "schema", …}}`, or the same without the inner
+        object, `{"type": "json_object"}` or `{"type": "text"}`; None: text.
+    """
+    if given is None:
+        return None
+    given.needed("type")
+    kind = given.choice("type", ("text", "json_object", "json_schema"))
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ResponseFormat("json_object", ANY_OBJECT, path=given.path)
+    given = given.object("json_schema") or given
+    given.needed("schema")
+    name = given.text("name", "response")
+    fits = re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) is not None
+    given.require(fits, "name", "must have 1 to 64 letters, digits, _, - and .")
+    schema = given.object("schema").values
+    description, strict = given.text("description"), given.boolean("strict", True)
+    return ResponseFormat(name, schema, description, strict, given.param("schema"))
