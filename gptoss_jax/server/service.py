@@ -54,6 +54,8 @@ class Settings:
     ping_interval: float = 15.0
     # Put bos before prompts of token ids too, unless a request says `add_special_tokens`.
     prepend_bos: bool = False
+    # Send a chat's reasoning as `reasoning_content` too.
+    reasoning_content: bool = False
     # Choices of one request: prompts times `n`.
     max_choices: int = 1024
 
