@@ -55,8 +55,8 @@ class PrefixCache:
     """A tree of blocks, bounded by its bytes; what was not used for the longest time is removed first."""
 
     def __init__(self, config: ModelConfig, reuse: Reuse, max_bytes: int) -> None:
-        """`reuse`: "any" prefix that is stored, or "exact": only where reading the prompt from its start gives
-        the same bits (ends of whole blocks, and equal prompts)."""
+        """`reuse` is "any" prefix that is stored or "exact": only those with the bits that reading the prompt
+        from its start gives, ends of whole blocks and equal prompts."""
         self.max_bytes, self.num_bytes = max_bytes, 0
         self._config, self._reuse = config, reuse
         self._roots: dict[str, _Node] = {}
@@ -185,7 +185,7 @@ def _write_block(row: KVCache, full: Arrays, start: jax.Array, *, kinds: tuple[s
 
 @functools.partial(jax.jit, static_argnames="kinds", donate_argnames="row")
 def _write_rings(row: KVCache, rings: Arrays, length: jax.Array, *, kinds: tuple[str, ...]) -> KVCache:
-    """A ring that is shorter or longer than the row's has not wrapped around, so its tokens keep their slots."""
+    """A ring with other slots than the row's has not wrapped around, so its tokens keep their slots."""
     full, old = _split(kinds, row.layers)
 
     def write(leaf_LBKSH, ring_LKSH):

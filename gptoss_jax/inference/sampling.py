@@ -67,6 +67,13 @@ class SamplingSettings:
             bias_BJ=bias_BJ,
         )
 
+    def where(self, is_wanted_B: jax.Array) -> Self:
+        """Returns the settings with neutral ones, which cost nothing, in the other rows."""
+        neutral = type(self).of([None])
+        return jax.tree.map(
+            lambda x, y: jnp.where(is_wanted_B.reshape(-1, *[1] * (x.ndim - 1)), x, y), self, neutral
+        )
+
 
 def sequence_keys(seed_B: jax.Array) -> jax.Array:
     """Returns random keys [B], each from its sequence's seed (uint32)."""

@@ -25,8 +25,8 @@ from gptoss_jax.inference.sampling import (
     sample,
     sequence_keys,
     step_keys,
+    token_bits,
     token_logprobs,
-    token_mask,
     top_logprobs,
 )
 from gptoss_jax.inference.sampling_params import SamplingParams
@@ -79,7 +79,7 @@ class SlotRequest:
         return cls(
             max_new_tokens=np.array([0 if params is None else one.max_new_tokens], np.int32),
             seed=np.array([one.seed], np.uint32),
-            stop_mask=token_mask(one.stop_tokens, config.vocab_size)[None],
+            stop_mask=token_bits(one.stop_tokens, config.vocab_size)[None],
             pause_token=np.array([-1 if pause_token is None else pause_token], np.int32),
             has_logprobs=np.array([one.logprobs]),
             has_top_logprobs=np.array([one.logprobs and one.top_logprobs > 0]),
@@ -172,7 +172,9 @@ def prefill(
         return jnp.pad(x, ((0, batch - num_rows), *[(0, 0)] * (x.ndim - 1)))
 
     tokens_BT, count_B = pad(tokens_BT), pad(count_B)
-    layers = jax.tree.map(lambda *leaves: _pad_rows(jnp.concatenate(leaves, axis=1), batch), *[r.layers for r in rows])
+    layers = jax.tree.map(
+        lambda *leaves: _pad_rows(jnp.concatenate(leaves, axis=1), batch), *[r.layers for r in rows]
+    )
     cache = _constrain_cache(KVCache(layers, pad(jnp.concatenate([row.lengths for row in rows]))))
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None]).astype(jnp.int32)
     model = bind(config, params)
@@ -269,9 +271,7 @@ def decode(
     """
     model = bind(config, params)
     requests, (ends_B, continues_B) = slots.requests, changes
-    slots = dataclasses.replace(
-        slots, done_B=slots.done_B | ends_B, paused_B=slots.paused_B & ~continues_B
-    )
+    slots = dataclasses.replace(slots, done_B=slots.done_B | ends_B, paused_B=slots.paused_B & ~continues_B)
     keys_B = sequence_keys(requests.seed)
     B, V = slots.counts_BV.shape
 
@@ -285,7 +285,7 @@ def decode(
         hidden_BTD, cache, _ = model.hidden_states(
             slots.token_B[:, None], running_B.astype(jnp.int32)[:, None], cache=slots.cache
         )
-        logits_BV = constrain(model.logits(hidden_BTD)[:, 0], P())
+        logits_BV = model.logits(hidden_BTD)[:, 0]
         settings = requests.sampling.where(running_B)
         adjusted_BV = adjust_logits(
             logits_BV, settings, slots.counts_BV, jnp.where(running_B[:, None], allowed_BU, -1)
@@ -298,8 +298,7 @@ def decode(
         slots = Slots(
             cache=_constrain_cache(cache),
             token_B=jnp.where(running_B, token_B, slots.token_B),
-            done_B=slots.done_B
-            | (running_B & (stops_B | (num_generated_B >= requests.max_new_tokens))),
+            done_B=slots.done_B | (running_B & (stops_B | (num_generated_B >= requests.max_new_tokens))),
             paused_B=slots.paused_B | (is_added_B & (token_B == requests.pause_token)),
             num_generated_B=num_generated_B,
             counts_BV=slots.counts_BV.at[jnp.arange(B, dtype=jnp.int32), token_B].add(
@@ -320,9 +319,10 @@ def decode(
         )
         return step + 1, slots, decoded
 
-    none_BCK = [jnp.zeros((B, MAX_STEPS, *x.shape[1:]), x.dtype) for x in jax.eval_shape(
-        top_logprobs, jax.ShapeDtypeStruct((B, V), jnp.float32), ends_B
-    )]
+    none_BCK = [
+        jnp.zeros((B, MAX_STEPS, *x.shape[1:]), x.dtype)
+        for x in jax.eval_shape(top_logprobs, jax.ShapeDtypeStruct((B, V), jnp.float32), ends_B)
+    ]
     decoded = Decoded(
         jnp.full((B, MAX_STEPS), NOT_RUN, jnp.int32), jnp.zeros((B, MAX_STEPS), jnp.float32), *none_BCK
     )
@@ -331,3 +331,15 @@ def decode(
     slots = _constrain_slots(dataclasses.replace(slots, requests=requests))
     # Every process of a mesh reads all answers.
     return slots, jax.tree.map(lambda x: constrain(x, P()), decoded)
+
+
+def to_host(decoded: Decoded, has_logprobs: bool, has_top_logprobs: bool) -> Decoded:
+    """Returns the results as NumPy arrays, those of log-probabilities only if they are needed."""
+    return Decoded(
+        np.asarray(decoded.tokens_BC),
+        np.asarray(decoded.logprobs_BC) if has_logprobs else None,
+        *(
+            np.asarray(x) if has_top_logprobs else None
+            for x in (decoded.top_tokens_BCK, decoded.top_logprobs_BCK)
+        ),
+    )

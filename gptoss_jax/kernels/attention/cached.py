@@ -112,7 +112,7 @@ def prefill_attention(
     attend = functools.partial(_attend_rows, cache=cache, spec=spec, sinks_N=sinks_N)
     if B == 1 or backend.platform() != "cpu" or backend.is_multi_device():
         return attend(jnp.int32(0), *rows)
-    # XLA for CPU rounds by the number of rows: one at a time, so that a sequence does not depend on the others.
+    # XLA for CPU rounds by the number of rows: one at a time, so that none depends on the others.
     one_row = jax.tree.map(lambda x: x[:, None], (jnp.arange(B, dtype=jnp.int32), *rows))
     return lax.map(lambda row: attend(row[0][0], *row[1:]), one_row)[:, 0]
 

@@ -52,7 +52,7 @@ _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
-    """Returns True if `einsum` applies: one device, a float32 result, weights whose first letters are summed."""
+    """Returns True if `einsum` applies: float32 on one device, and weights whose first letters are summed."""
     x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
     summed = "".join(letter for letter in x_letters if letter not in y_letters)
     fits = x_letters.endswith(summed) and w_letters.startswith(summed) and result_type in (None, x.dtype)
@@ -60,10 +60,9 @@ def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) 
 
 
 def einsum(equation: str, x: jax.Array, layer: LayerView) -> jax.Array:
-    """Returns `jnp.einsum(equation, x, weight)` for the weight of one layer, read in place: one group with all
-    rows.
+    """Returns `jnp.einsum(equation, x, weight)` for the weight of one layer, read in place.
 
-    Each row is rounded alike, however many there are; XLA for CPU rounds by the number of rows.
+    All rows are one group. Each is rounded alike, however many there are; XLA for CPU rounds by their number.
     """
     x_letters, _, y_letters = equation.replace("->", ",").split(",")
     inner = math.prod(x.shape[i] for i, letter in enumerate(x_letters) if letter not in y_letters)
