@@ -22,9 +22,9 @@ from gptoss_jax.data.special_tokens import END_OF_MESSAGE
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference import slots
 from gptoss_jax.inference.grammar import GrammarMatcher
-from gptoss_jax.inference.prefill import CHUNKS, GROUPS, Prefills, cache_length
+from gptoss_jax.inference.prefill import CHUNKS, GROUPS, MIN_CACHE_LEN, Prefills, cache_length, max_group
 from gptoss_jax.inference.prefix_cache import PrefixCache, Reuse
-from gptoss_jax.inference.request import Request
+from gptoss_jax.inference.request import Request, check_tokens
 from gptoss_jax.inference.sampling import num_words
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.transformer import Transformer, get_params
@@ -159,26 +159,11 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams, name: str = "prompt") -> np.ndarray:
         """Returns a prompt as int32 [T]; raises ValueError if it cannot be submitted with these settings."""
-        try:
-            tokens = np.asarray(prompt)
-        except ValueError:  # rows of several lengths
-            tokens = np.empty((0, 0))
-        require(tokens.ndim == 1, name, prompt, "must be a sequence of token ids")
-        require(tokens.size > 0, name, prompt, "must hold at least one token")
-        is_known = tokens.dtype.kind in "iu" and (tokens >= 0) & (tokens < self.vocab_size)
-        first = int(np.argmin(is_known))
-        allowed = f"must be an integer from 0 to {self.vocab_size - 1}"
-        require(np.all(is_known), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
-        stops, biased = params.stop_tokens, [token for token, _ in params.logit_bias]
-        require(all(0 <= t < self.vocab_size for t in stops), "stop_tokens", stops, f"each {allowed}")
-        require(all(t < self.vocab_size for t in biased), "logit_bias", biased, f"each token {allowed}")
-        limit = self.max_context
-        limit_name = (
-            "model.max_position_embeddings"
-            if limit == self._config.max_position_embeddings
-            else "max_context"
-        )
-        left, has = limit - len(tokens), f"{name} has {len(tokens)} tokens and {limit_name} is {limit}"
+        is_default = self.max_context == self._config.max_position_embeddings
+        limit_name = "model.max_position_embeddings" if is_default else "max_context"
+        tokens = check_tokens(prompt, params, name, self.vocab_size)
+        left = self.max_context - len(tokens)
+        has = f"{name} has {len(tokens)} tokens and {limit_name} is {self.max_context}"
         require(left > 0, name, f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
         wanted = params.max_new_tokens
         require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
@@ -188,7 +173,7 @@ class Engine:
             field = "stop_strings" if params.stop_strings else "grammar"
             allowed = "must come with a tokenizer: tokenizer=…"
             require(self._tokenizer is not None, field, getattr(params, field), allowed)
-        return tokens.astype(np.int32)
+        return tokens
 
     def cancel(self, request: Request) -> None:
         """Drops a request: no part of it comes after, and its slot is free for another."""
@@ -369,5 +354,6 @@ def max_compilations(config: ModelConfig) -> int:
     insertion for each pair of lengths.
     """
     lengths = len({cache_length(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
-    prefills = len(CHUNKS) * (len(GROUPS) + 1)
+    most = (max_group(config, chunk, MIN_CACHE_LEN) for chunk in CHUNKS)
+    prefills = sum(1 + sum(count <= one for count in GROUPS) for one in most)
     return lengths * (4 + prefills + 6) + lengths * (lengths + 1) // 2

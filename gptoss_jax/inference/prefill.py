@@ -36,7 +36,8 @@ class PromptRow:
     row: KVCache
     position: int  # tokens that the row has
     cached_tokens: int
-    logprobs: list[tuple[jax.Array, ...]] = dataclasses.field(default_factory=list)  # of each chunk
+    # For each chunk, how many of its tokens are the prompt's, and the log-probabilities of `slots.prefill`.
+    logprobs: list[tuple[int, tuple[jax.Array, ...]]] = dataclasses.field(default_factory=list)
 
     @property
     def prompt(self) -> np.ndarray:
@@ -57,7 +58,7 @@ class PromptRow:
 
     def prompt_logprobs(self, request: Request) -> Completion:
         """Returns the fields of a completion that describe the prompt."""
-        chunks = [[np.asarray(x) for x in chunk] for chunk in self.logprobs]
+        chunks = [[np.asarray(x)[0, :count] for x in chunk] for count, chunk in self.logprobs]
         logprobs, tokens, best = (
             (np.concatenate([c[i] for c in chunks]) for i in range(3)) if chunks else ([],) * 3
         )
@@ -123,7 +124,7 @@ class Prefills:
         for b, (one, row) in enumerate(zip(group, rows, strict=True)):
             one.row, one.position = row, one.position + int(count_B[b])
             if logprobs is not None:
-                one.logprobs.append(tuple(x[b, : count_B[b]] for x in logprobs))
+                one.logprobs.append((int(count_B[b]), logprobs))
             if self._prefix_cache is not None and (one.position % BLOCK == 0 or one.position == one.end):
                 read = one.prompt[: one.position]
                 self._prefix_cache.store(read, one.requests[0].cache_salt, row)

@@ -1,10 +1,12 @@
 """A request to the engine: a prompt, its settings, and its answer so far, on the host."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from gptoss_jax.config import require
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.grammar import GrammarMatcher
@@ -100,3 +102,21 @@ def top_pairs(tokens_TK: np.ndarray, logprobs_TK: np.ndarray, count: int) -> Top
     """Returns pairs of the `count` most likely tokens of each position and their log-probabilities."""
     rows = zip(tokens_TK[:, :count].tolist(), logprobs_TK[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in rows]
+
+
+def check_tokens(prompt: Sequence[int], params: SamplingParams, name: str, vocab_size: int) -> np.ndarray:
+    """Returns a prompt as int32 [T]; raises ValueError if it or the settings have unknown tokens."""
+    try:
+        tokens = np.asarray(prompt)
+    except ValueError:  # rows of several lengths
+        tokens = np.empty((0, 0))
+    require(tokens.ndim == 1, name, prompt, "must be a sequence of token ids")
+    require(tokens.size > 0, name, prompt, "must hold at least one token")
+    is_known = tokens.dtype.kind in "iu" and (tokens >= 0) & (tokens < vocab_size)
+    first = int(np.argmin(is_known))
+    allowed = f"must be an integer from 0 to {vocab_size - 1}"
+    require(np.all(is_known), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
+    stops, biased = params.stop_tokens, [token for token, _ in params.logit_bias]
+    require(all(0 <= token < vocab_size for token in stops), "stop_tokens", stops, f"each {allowed}")
+    require(all(token < vocab_size for token in biased), "logit_bias", biased, f"each token {allowed}")
+    return tokens.astype(np.int32)
