@@ -13,8 +13,8 @@ from gptoss_jax.checkpoints import load
 from gptoss_jax.config import MeshConfig, ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import engine, prefill, slots
-from gptoss_jax.inference.engine import max_compilations
 from gptoss_jax.inference.generate import generate, stream
+from gptoss_jax.inference.prefill import max_compilations
 from gptoss_jax.inference.sampling import SamplingSettings, sample
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.kernels import backend

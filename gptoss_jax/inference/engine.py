@@ -17,12 +17,12 @@ import jax
 import numpy as np
 
 from gptoss_jax.checkpoints.readers import find_tokenizer
-from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.config import require
 from gptoss_jax.data.special_tokens import END_OF_MESSAGE
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference import slots
 from gptoss_jax.inference.grammar import GrammarMatcher
-from gptoss_jax.inference.prefill import CHUNKS, GROUPS, MIN_CACHE_LEN, Prefills, cache_length, max_group
+from gptoss_jax.inference.prefill import Prefills, cache_length
 from gptoss_jax.inference.prefix_cache import PrefixCache, Reuse
 from gptoss_jax.inference.request import Request, check_tokens
 from gptoss_jax.inference.sampling import num_words
@@ -205,11 +205,9 @@ class Engine:
                 return list(self._read(self._calls.popleft()))
         return []
 
-    @contextlib.contextmanager
-    def _on_mesh(self) -> Iterator[None]:
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
         """Sets the mesh of the constructor: `jax.set_mesh` holds in one thread only."""
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            yield
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _admit(self) -> None:
         """Starts to read the prompts that get a slot; equal ones together."""
@@ -344,16 +342,3 @@ def next_num_steps(num_steps: int, limit: int, seconds: float) -> int:
     if seconds < STREAM_INTERVAL / 2 and num_steps == limit:
         return min(2 * limit, slots.MAX_STEPS)
     return max(num_steps // 2, 1) if seconds > STREAM_INTERVAL else limit
-
-
-def max_compilations(config: ModelConfig) -> int:
-    """Returns the most programs that one engine compiles.
-
-    For each length of a cache: an empty row and slots, growing, decoding, a prefill for each size of a chunk
-    and of a group (once more with log-probabilities, alone), and five to store and restore prefixes; and an
-    insertion for each pair of lengths.
-    """
-    lengths = len({cache_length(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
-    most = (max_group(config, chunk, MIN_CACHE_LEN) for chunk in CHUNKS)
-    prefills = sum(1 + sum(count <= one for count in GROUPS) for one in most)
-    return lengths * (4 + prefills + 6) + lengths * (lengths + 1) // 2

@@ -39,8 +39,8 @@ def generate(
         or a grammar without a tokenizer.
 
     Compiles for each number of prompts (rounded up to a power of two) and each length of the cache (256 times
-    a power of two, or the context); see `engine.max_compilations`. New values of settings, stop tokens, seeds
-    or prompts do not recompile.
+    a power of two, or the context); see `prefill.max_compilations`. New values of settings, stop tokens,
+    seeds or prompts do not recompile.
     """
     parts = list(_run(model, prompts, params, tokenizer, streaming=False))
     return [join_parts(one) for one in zip(*parts, strict=True)]

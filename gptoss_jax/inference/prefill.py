@@ -192,3 +192,16 @@ def cache_length(config: ModelConfig, tokens: int) -> int:
 def next_power_of_two(count: int) -> int:
     """Returns the smallest power of two that is at least `count`."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def max_compilations(config: ModelConfig) -> int:
+    """Returns the most programs that one engine compiles.
+
+    For each length of a cache: an empty row and slots, growing, decoding, a prefill for each size of a chunk
+    and of a group (once more with log-probabilities, alone), and five to store and restore prefixes; and an
+    insertion for each pair of lengths.
+    """
+    lengths = len({cache_length(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
+    most = (max_group(config, chunk, MIN_CACHE_LEN) for chunk in CHUNKS)
+    prefills = sum(1 + sum(count <= one for count in GROUPS) for one in most)
+    return lengths * (4 + prefills + 6) + lengths * (lengths + 1) // 2

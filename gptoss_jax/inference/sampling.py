@@ -151,7 +151,7 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, settings: SamplingSettings) -
     def draw(greedy_B):
         filtered_BV = filter_logits(logits_BV, settings)
         # `jax.random.categorical`, but the barrier keeps `_argmax` from computing the noise twice.
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(key_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32))(key_B)
         sampled_B = _argmax(jax.lax.optimization_barrier(noise_BV + filtered_BV))
         return jnp.where(settings.temperature == 0, greedy_B, sampled_B)
 
