@@ -102,10 +102,6 @@ class Service:
         message = f"The model {shown(name)} does not exist; this server has {shown(self.model_id)}."
         return ApiError(404, message, param="model", code="model_not_found")
 
-    def today(self) -> str:
-        """Returns the date for the system message."""
-        return self.date or datetime.date.today().isoformat()
-
     def check_ready(self) -> None:
         """Raises the 503 while the server loads, drains, or after the engine failed."""
         if self.engine.failure is not None:
