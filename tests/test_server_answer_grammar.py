@@ -7,7 +7,7 @@ import jsonschema
 import numpy as np
 import pytest
 from helpers.grammars import sample
-from helpers.scripted_engine import tiny_tokenizer
+from helpers.scripted_engine import encode_special, tiny_tokenizer
 
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.inference.grammar import GrammarMatcher, mask_words
@@ -43,13 +43,11 @@ def allows(tokenizer, grammar, text):
     """True if the masks allow a whole answer and nothing after it."""
     vocab_size = tokenizer.vocab_size + 40
     matcher, row = GrammarMatcher(tokenizer, vocab_size, grammar), np.zeros(mask_words(vocab_size), np.int32)
-    for piece in filter(None, re.split(r"(<\|\w+\|>)", text)):
-        special = tokenizer.special_tokens.get(piece)
-        for token in tokenizer.encode(piece) if special is None else [special]:
-            matcher.fill_mask(row)
-            if not (row[token // 32] >> (token % 32)) & 1:
-                return False
-            matcher.accept(token)
+    for token in encode_special(tokenizer, text):
+        matcher.fill_mask(row)
+        if not (row[token // 32] >> (token % 32)) & 1:
+            return False
+        matcher.accept(token)
     return matcher.is_finished
 
 

@@ -1,7 +1,6 @@
 """`/v1/chat/completions` over a scripted engine, through the openai client and its pydantic models."""
 
 import json
-import re
 import time
 
 import numpy as np
@@ -9,7 +8,7 @@ import openai
 import pydantic
 import pytest
 from helpers.grammars import sample
-from helpers.scripted_engine import ScriptedEngine, logprob, scripted_service, tiny_tokenizer
+from helpers.scripted_engine import ScriptedEngine, encode_special, logprob, scripted_service, tiny_tokenizer
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.testclient import TestClient
 
@@ -37,12 +36,7 @@ HI = [{"role": "user", "content": "Hi"}]
 
 
 def tokens_of(text):
-    """Tokens of a text, with special tokens for their names."""
-    found = []
-    for piece in re.split(r"(<\|\w+\|>)", text):
-        special = TOKENIZER.special_tokens.get(piece)
-        found += TOKENIZER.encode(piece) if special is None else [special]
-    return found
+    return encode_special(TOKENIZER, text)
 
 
 @pytest.fixture
