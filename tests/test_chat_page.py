@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from helpers.browser import CHROMIUM, Browser
+from helpers.browser import CHROMIUM, SECONDS, Browser
 from helpers.live_server import live_server
 from helpers.scripted_engine import ScriptedEngine, scripted_service, tiny_tokenizer
 from starlette.testclient import TestClient
@@ -135,6 +135,7 @@ def page(browser, address):
 
 def fresh(browser, url):
     browser.open(url)
+    browser.wait_text("h1", "tiny")
     browser.evaluate("localStorage.clear(), sessionStorage.clear()")
     browser.reload()
     browser.wait_text("h1", "tiny")
@@ -159,6 +160,13 @@ def ask(page, text="fox"):
 
 def wait_idle(page):
     page.wait_for("document.querySelector('#send').ariaLabel == 'Send'")
+
+
+def wait_until(condition):
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def texts(page, selector="#log article"):
@@ -190,11 +198,7 @@ def test_long_answer_is_stopped_and_kept(page, engine):
     page.wait_text("footer span", "stopped")
     kept = page.text("article > .md")
     assert kept.startswith("fox 1 fox 2 fox 3") and "fox 300" not in kept
-    page.wait_for("true")
-    until = time.monotonic() + 5
-    while engine.requests[-1] not in engine.cancelled and time.monotonic() < until:
-        time.sleep(0.01)
-    assert engine.requests[-1] in engine.cancelled
+    wait_until(lambda: engine.requests[-1] in engine.cancelled)
     ask(page)
     assert f"<|channel|>final<|message|>{kept.rstrip()}" in prompt_of(engine.requests[-1])
 
@@ -202,8 +206,9 @@ def test_long_answer_is_stopped_and_kept(page, engine):
 def test_answer_is_regenerated_and_message_edited(page, engine):
     ask(page, "first")
     ask(page, "second")
+    count = len(engine.requests)
     page.click("button", "Regenerate")
-    page.wait_for("document.querySelector('#send').ariaLabel == 'Stop'")
+    wait_until(lambda: len(engine.requests) > count)
     wait_idle(page)
     assert len(texts(page)) == 4
     assert engine.requests[-1].prompt == engine.requests[-2].prompt
