@@ -23,7 +23,7 @@ class EventStream(Response):
     Args:
       events: yields what is sent: `data` alone, or (event, `data`); `data` is written as JSON.
       close: cancels the requests behind it; called once, however the stream ends.
-      done: send `data: [DONE]` at the end.
+      done: send `data: [DONE]` at the end, unless there was an error.
       error_event: makes the event for an error in the stream; default: `data: {"error": …}`.
     """
 
@@ -37,7 +37,7 @@ class EventStream(Response):
         done: bool = True,
         error_event: Callable[[ApiError], Any] | None = None,
     ) -> None:
-        self.status_code, self.background = 200, None  # no body, or it would get a Content-Length
+        self.status_code, self.background = 200, None
         self.init_headers(HEADERS)
         self._events, self._close, self._done = events, close, done
         self._error_event = error_event or ApiError.body
@@ -85,12 +85,12 @@ class EventStream(Response):
                     continue
                 try:
                     event = upcoming.result()
-                except ApiError as error:
+                except Exception as error:
+                    if not isinstance(error, ApiError):
+                        log.exception("a stream failed")
+                        error = internal_error()
+                    self._done = False
                     yield encode(self._error_event(error))
-                    return
-                except Exception:
-                    log.exception("a stream failed")
-                    yield encode(self._error_event(internal_error()))
                     return
                 if event is None:
                     return

@@ -34,7 +34,7 @@ async def read_json(request: Request) -> Fields:
                     raise _too_long(settings.max_body)
     except TimeoutError:
         message = f"The request's body did not arrive within {settings.body_timeout:g} s."
-        raise ApiError(408, message, code="request_timeout") from None
+        raise _unread(ApiError(408, message, code="request_timeout")) from None
     except ClientDisconnect:
         raise bad_request("The client left before the request's end.") from None
     if len(body) <= PARSE_INLINE:
@@ -45,7 +45,7 @@ async def read_json(request: Request) -> Fields:
 async def while_connected(request: Request, work: Awaitable[Result], cancel: Callable[[], None]) -> Result:
     """Awaits `work` for an answer without a stream, but calls `cancel` if the client leaves.
 
-    Raises ApiError 499 then, which nobody receives.
+    Raises ApiError then, which nobody receives.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
@@ -53,7 +53,7 @@ async def while_connected(request: Request, work: Awaitable[Result], cancel: Cal
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise ApiError(499, "The client left.")
+        raise bad_request("The client left.")
     finally:
         gone.cancel()
         task.cancel()
@@ -79,4 +79,11 @@ def error_response(error: ApiError) -> Response:
 
 
 def _too_long(limit: int) -> ApiError:
-    return ApiError(413, f"The request's body has more than {limit:,} bytes.", code="request_too_large")
+    message = f"The request's body has more than {limit:,} bytes."
+    return _unread(ApiError(413, message, code="request_too_large"))
+
+
+def _unread(error: ApiError) -> ApiError:
+    """Closes the connection, whose next bytes are the rest of the body."""
+    error.headers["Connection"] = "close"
+    return error
