@@ -22,7 +22,6 @@ import time
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,8 +29,7 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax.checkpoints import load
 from gptoss_jax.config import MeshConfig
 from gptoss_jax.config.preset import read_preset
-from gptoss_jax.inference import engine
-from gptoss_jax.inference.sampling_params import SamplingParams
+from gptoss_jax.inference import slots
 from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.grouped_matmul.pallas_tpu import megablox_grouped_matmul
@@ -131,10 +129,16 @@ def generation(mesh, batch, tokens):
     layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=rules.CACHE_LBKSH), cache.layers)
     cache = KVCache(layers, array(batch))
     if tokens > 1:
-        return engine._prefill, (config, params, cache, array(batch, tokens), array(batch))
-    state = engine._initial_state(config, [np.array([0])] * batch, [SamplingParams()] * batch, batch)
+        row = jax.tree.map(lambda x: array(x.shape[0], 1, *x.shape[2:], dtype=x.dtype), layers)
+        tokens_BT, rows = array(batch, tokens), [KVCache(row, array(1))] * batch
+        read = functools.partial(slots.prefill, batch=batch, has_logprobs=False)
+        return jax.jit(read, static_argnums=0), (config, params, rows, tokens_BT, tokens_BT, array(batch))
+    state = jax.eval_shape(lambda: slots.init_slots(config, batch, 256))
     state = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), state)
-    return engine._decode, (config, params, cache, state, array(), False)
+    state = dataclasses.replace(state, cache=cache)
+    allowed_BU = array(*state.requests.stop_mask.shape)
+    flags_B = array(batch, dtype="bool")
+    return slots.decode, (config, params, state, array(), allowed_BU, (flags_B, flags_B))
 
 
 def measure(function, arguments) -> dict:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -124,6 +125,48 @@ def test_decode_vs_transformers_quick(script):
     assert "4 experts, batch 2: 10 of 10 greedy tokens are the same on both sides" in done.stdout
 
 
+@pytest.mark.slow
+def test_serve_load_quick(script):
+    done = script("serve_load.py", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'num_requests_running': 0.0, 'num_requests_waiting': 0.0" in done.stdout
+    assert "'same_answer': True" in done.stdout
+    assert "8 clients" in done.stdout and "Poisson, " in done.stdout
+    assert "tokens/s of 8 clients / engine's batch 8: " in done.stdout
+
+
+@pytest.mark.parity
+def test_serve_vs_llamacpp_quick(script):
+    for name in ("xllamacpp", "gguf"):
+        pytest.importorskip(name, reason="the peer: pip install xllamacpp gguf")
+    done = script("serve_vs_llamacpp.py", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 top-2, mxfp4, 2 clients" in done.stdout
+    assert "4 experts, float32: 12 of 12 greedy tokens are the same on both sides" in done.stdout
+
+
+def test_figures_of_a_load(module):
+    serving = module("serving")
+    # Three tokens after 1 s, two more 0.5 s later; and one token after 3 s.
+    answers = [serving.Answer(10.0, [(11.0, 3), (11.5, 2)]), serving.Answer(10.5, [(13.5, 1)])]
+    found = serving.figures(answers)
+    assert found["tokens_per_second"] == 6 / 3.5 and found["requests_per_second"] == 2 / 3.5
+    assert (found["ttft_p50"], found["ttft_p90"]) == (2000, 2800)
+    # Two tokens came 0.5 s after the first event.
+    assert (found["itl_p50"], found["tpot_p99"]) == (500, 250)
+
+
+def test_packed_experts_in_the_order_of_gguf(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", types.SimpleNamespace(GGUFWriter=None))
+    values = np.arange(64).reshape(1, 1, 2, 32) % 16
+    blocks = (values[..., ::2] | values[..., 1::2] << 4).astype(np.uint8)
+    scales = np.array([[[120, 121]]], np.uint8)
+    packed = module("llamacpp").pack_mxfp4(blocks, scales).reshape(2, 17)
+    assert packed[:, 0].tolist() == [120, 121]
+    nibbles = np.concatenate([packed[:, 1:] & 15, packed[:, 1:] >> 4], axis=1)
+    np.testing.assert_array_equal(nibbles, values[0, 0])
+
+
 @pytest.mark.parametrize(
     "form, itemsize, expected",
     [
@@ -215,9 +258,12 @@ def test_packed_and_padded_rows_have_the_same_examples(module, tmp_path):
 
 
 NAMES = ["compile_time", "context", "decode_limit", "decode_vs_transformers", "experts", "kernels", "remat"]
+NAMES += ["finetune", "sampling", "serve_load", "serve_vs_llamacpp", "train_vs_transformers"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "finetune", "sampling", "train_vs_transformers"])
+@pytest.mark.parametrize(
+    "name", [*NAMES, "finetune", "sampling", "serve_load", "serve_vs_llamacpp", "train_vs_transformers"]
+)
 def test_help(name, module):
     text = module(name).make_parser().format_help()
     assert f"python benchmarks/{name}.py" in text and "--quick" in text

@@ -12,13 +12,12 @@ from helpers.tpu_compiler import BYTES_MADE, needs_libtpu, tpu_devices
 from gptoss_jax.checkpoints import load
 from gptoss_jax.config import MeshConfig, ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import engine
-from gptoss_jax.inference.engine import max_compilations
+from gptoss_jax.inference import engine, prefill, slots
 from gptoss_jax.inference.generate import generate, stream
+from gptoss_jax.inference.prefill import max_compilations
 from gptoss_jax.inference.sampling import SamplingSettings, sample
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.kernels import backend
-from gptoss_jax.model.kv_cache import init_cache
 from gptoss_jax.model.parameters import parameter_shardings
 from gptoss_jax.model.transformer import bind, init_params
 from gptoss_jax.parallel.mesh import make_mesh
@@ -102,11 +101,11 @@ def test_many_prefill_chunks_and_a_growing_cache(gpt_oss, monkeypatch):
     prompts, sampling = [[(7 * i) % 97 for i in range(170)], [4]], SamplingParams(max_new_tokens=22)
     expected = complete(*gpt_oss, prompts, sampling)
     assert [len(answer) for answer in expected] == [22, 22]
-    monkeypatch.setattr(engine, "PREFILL_CHUNKS", (16, 4))
-    monkeypatch.setattr(engine, "MIN_CACHE_LEN", 2)
-    monkeypatch.setattr(engine, "MAX_STEPS", 5)
+    monkeypatch.setattr(prefill, "CHUNKS", (16, 4))
+    monkeypatch.setattr(prefill, "MIN_CACHE_LEN", 2)
+    monkeypatch.setattr(slots, "MAX_STEPS", 5)
     lengths = []
-    monkeypatch.setattr(engine, "grow", lambda *args: lengths.append(args[2]) or GROW(*args))
+    monkeypatch.setattr(slots, "grow", lambda *args: lengths.append(args[2]) or GROW(*args))
     jax.clear_caches()
     assert complete(*gpt_oss, prompts, sampling) == expected
     assert complete(*gpt_oss, [[4]], SamplingParams(max_new_tokens=20)) == [expected[1][:20]]
@@ -114,22 +113,32 @@ def test_many_prefill_chunks_and_a_growing_cache(gpt_oss, monkeypatch):
     jax.clear_caches()
 
 
-GROW = engine.grow
+GROW = slots.grow
 
 
 def test_prefill_chunks():
-    def sizes(tokens, batch=1):
-        return [size for _, size in engine._prefill_chunks(tokens, batch)]
+    def sizes(end, position=0):
+        return [size for _, size in prefill.chunks(position, end)]
 
     assert sizes(0) == [] and sizes(1) == sizes(32) == [32] and sizes(33) == [32, 32]
     assert sizes(63) == [32, 32] and sizes(64) == sizes(127) == [128] and sizes(200) == [128, 128]
     assert sizes(256) == [512] and sizes(1200) == [512, 512, 128, 32, 32]
-    # Many sequences use shorter chunks.
-    assert sizes(300, batch=16) == [128, 128, 32, 32] and sizes(100, batch=500) == [32] * 4
-    for tokens in range(1, 1500):
-        chunks = list(engine._prefill_chunks(tokens, 1))
-        ends = [start + size for start, size in chunks]
-        assert [start for start, _ in chunks] == [0, *ends[:-1]] and ends[-1] >= tokens > chunks[-1][0]
+    # After a prefix that was reused, up to the end of its block first.
+    assert sizes(1200, position=300) == [128, 128, 512, 128, 32, 32] and sizes(1000, position=512) == [512]
+    for position in (0, 1, 300, 512, 700):
+        for end in range(position, 1500):
+            counts = [count for count, _ in prefill.chunks(position, end)]
+            ends = np.cumsum([position, *counts])
+            assert ends[-1] == end and all(0 < count <= 512 for count in counts)
+            assert {512, 1024} & set(range(position, end)) <= set(ends.tolist())
+
+
+def test_groups_of_prompts(tiny_config):
+    wide = dataclasses.replace(tiny_config, hidden_size=128)
+    # On CPU at most 512 tokens.
+    assert [prefill.max_group(wide, size, 256) for size in (512, 128, 32)] == [1, 4, 16]
+    assert prefill.max_group(wide, 32, 1 << 15) == 2
+    assert prefill.max_group(tiny_config, 32, 256) == 1
 
 
 def test_stop_tokens(gpt_oss):
@@ -183,20 +192,19 @@ def test_stop_strings(tiny_config, random_params, monkeypatch):
     each[b] = dataclasses.replace(each[b], max_new_tokens=end + 1)
     (*_, answer) = (parts[b] for parts in stream(bind(config, params), PROMPTS, each, tokenizer=tokenizer))
     assert answer.finish_reason == "stop"
-    # A finished prompt is not continued.
-    calls, decode = [], engine._decode
+    # A finished prompt is not continued, but for a call that was sent before.
+    steps, decode = [], slots.decode
 
-    def counted(config, params, cache, state, num_steps, logprobs):
-        calls.append((int(state.num_generated), int(num_steps)))
-        return decode(config, params, cache, state, num_steps, logprobs)
+    def counted(config, params, state, num_steps, *args):
+        steps.append(int(num_steps))
+        return decode(config, params, state, num_steps, *args)
 
-    monkeypatch.setattr(engine, "_decode", counted)
-    monkeypatch.setattr(engine, "MAX_STEPS", 4)
+    monkeypatch.setattr(slots, "decode", counted)
+    monkeypatch.setattr(slots, "MAX_STEPS", 4)
     jax.clear_caches()
     each[b] = dataclasses.replace(each[b], max_new_tokens=NEW)
     assert complete(config, params, [PROMPTS[b]], each[b], tokenizer=tokenizer) == [whole[b][:end]]
-    num_generated, num_steps = calls[-1]
-    assert num_generated < end <= num_generated + num_steps < NEW
+    assert end <= sum(steps) <= end + 2 * 4 < NEW
     jax.clear_caches()
 
 
@@ -212,10 +220,12 @@ def test_tokens_outside_the_tokenizer(tiny_config, random_params):
 
 def test_multi_host_streams_ignore_the_clock(monkeypatch):
     # Clocks differ between hosts, which must all take the same steps.
-    assert (engine._next_num_steps(4, 0.0), engine._next_num_steps(4, 9.0)) == (8, 2)
+    assert (engine.next_num_steps(4, 4, 0.0), engine.next_num_steps(4, 4, 9.0)) == (8, 2)
+    # A call that was shorter than it could have been does not lengthen the next.
+    assert (engine.next_num_steps(1, 4, 0.0), engine.next_num_steps(1, 4, 9.0)) == (4, 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for steps, expected in ((1, 2), (4, 8), (8, 8)):
-        assert engine._next_num_steps(steps, 0.0) == engine._next_num_steps(steps, 9.0) == expected
+    for limit, expected in ((1, 2), (4, 8), (8, 8)):
+        assert engine.next_num_steps(1, limit, 0.0) == engine.next_num_steps(1, limit, 9.0) == expected
 
 
 def test_default_tokenizer_is_that_of_the_model_folder(tiny_config, random_params, tmp_path):
@@ -300,13 +310,17 @@ def test_cache_is_sharded_on_a_mesh(tiny_config, random_params):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     params = random_params(config)
     placed = jax.device_put(params, parameter_shardings(params, mesh))
-    state = engine._initial_state(config, [np.array([1])], [SamplingParams()], batch=4)
     with jax.set_mesh(mesh):
-        cache = engine._init_cache(config, 4, 192)
-        lowered = engine._decode.lower(config, placed, cache, state, np.int32(4), False)
-        text = lowered.compile().as_text()
+        state = slots.init_slots(config, 4, 192)
+        text = slots.decode.lower(config, placed, state, *decode_arguments(state)).compile().as_text()
     # A device has one of two heads of one of four sequences: [2 periods, 1, 1, 192 slots, 8].
     assert "f32[2,1,1,192,8]" in text and "f32[2,4,2,192,8]" not in text
+
+
+def decode_arguments(state):
+    """Returns a number of steps, masks and changes for `slots.decode`."""
+    flags_B = np.zeros(len(state.token_B), bool)
+    return np.int32(1), np.full(state.requests.stop_mask.shape, -1, np.int32), (flags_B, flags_B)
 
 
 @needs_libtpu
@@ -332,10 +346,9 @@ def test_on_tpus_no_packed_bytes_are_copied(topology, tensor, monkeypatch):
         def abstract(leaf):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-        cache = jax.eval_shape(lambda: init_cache(config, 2, 256, jnp.bfloat16))
-        state = engine._initial_state(config, [np.array([1])] * 2, [SamplingParams()] * 2, batch=2)
-        arguments = jax.tree.map(abstract, (cache, state, np.int32(1)))
-        lowered = engine._decode.lower(config, params, *arguments, False)
+        state = jax.eval_shape(lambda: slots.init_slots(config, 2, 256))
+        arguments = jax.tree.map(abstract, (state, *decode_arguments(state)))
+        lowered = slots.decode.lower(config, params, *arguments)
         compiled = lowered.compile()
     text = compiled.as_text()
     # Two expert matmuls in each of the two layers of a period.
@@ -366,12 +379,13 @@ def test_compilations(gpt_oss, monkeypatch):
         traces.append(None)
         return bind(*args, **kwargs)
 
-    monkeypatch.setattr(engine, "bind", counted)
+    monkeypatch.setattr(slots, "bind", counted)
     jax.clear_caches()
     sampling = SamplingParams(max_new_tokens=15, temperature=1.0, top_k=5)
     with compilations() as programs:
         complete(config, params, [[1] * 9, [2]], sampling)
-    assert (len(traces), len(programs)) == (2, 3)  # the empty cache, the prefill and the decoder
+    # An empty row, a prefill, slots, an insertion and the decoder.
+    assert (len(traces), len(programs)) == (2, 5)
     other = SamplingParams(max_new_tokens=8, temperature=0.5, top_k=90, seed=7)
     third = SamplingParams(max_new_tokens=20, temperature=2, top_k=3, stop_tokens=range(20))
     with compilations() as programs:
@@ -379,19 +393,22 @@ def test_compilations(gpt_oss, monkeypatch):
         list(stream(bind(config, params), [[1] * 3, [2] * 2], third))
         complete(config, params, [[1] * 9, [2]], SamplingParams(max_new_tokens=15))
     assert (len(traces), len(programs)) == (2, 0)
+    asked = SamplingParams(
+        max_new_tokens=15, logprobs=True, top_logprobs=3, presence_penalty=1, logit_bias={5: 1}, min_p=0.1
+    )
     with compilations() as programs:
-        complete(config, params, [[1] * 9, [2]], SamplingParams(max_new_tokens=15, logprobs=True))
-    assert (len(traces), len(programs)) == (3, 1)  # another decoder
+        complete(config, params, [[1] * 9, [2]], asked)
+    assert (len(traces), len(programs)) == (2, 0)
 
 
 @pytest.mark.slow
 def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, monkeypatch):
     config = dataclasses.replace(tiny_config, num_hidden_layers=2, max_position_embeddings=90)
     params = random_params(config)
-    monkeypatch.setattr(engine, "MIN_CACHE_LEN", 16)
-    monkeypatch.setattr(engine, "PREFILL_CHUNKS", (32, 8, 4))
-    assert max_compilations(config, decoders=2) == 4 * (2 + 3 + 2)  # lengths 16, 32, 64, 90
-    assert max_compilations(dataclasses.replace(config, max_position_embeddings=131072)) == 14 * (2 + 3 + 1)
+    monkeypatch.setattr(prefill, "MIN_CACHE_LEN", 16)
+    monkeypatch.setattr(prefill, "CHUNKS", (32, 8, 4))
+    # Lengths 16, 32, 64 and 90, three chunks, one group.
+    assert max_compilations(config) == 4 * (4 + 3 * (1 + 1) + 6) + 4 * 5 // 2
     rng = np.random.default_rng(0)
     jax.clear_caches()
     with compilations() as programs:
@@ -406,5 +423,5 @@ def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, mo
             complete(config, params, prompts, sampling)
             done += len(prompts)
     # Nothing else is compiled, not even eager operations.
-    assert 8 <= len(programs) <= max_compilations(config, decoders=2)
+    assert 8 <= len(programs) <= max_compilations(config)
     jax.clear_caches()

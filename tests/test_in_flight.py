@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from gptoss_jax.inference import engine
+from gptoss_jax.inference import prefill as prompts
+from gptoss_jax.inference import slots
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import bind
@@ -58,10 +59,10 @@ def test_results_are_in_order_and_few_are_in_flight(monkeypatch, backend, most):
 def test_a_prompt_of_many_chunks_waits_for_each(tiny_config, random_params, monkeypatch):
     queue, sizes = Queue(), []
 
-    def prefill(config, params, cache, tokens_BT, counts_B):
+    def prefill(config, params, rows, tokens_BT, *args, **kwargs):
         queue.dispatched()
         sizes.append(tokens_BT.shape[1])
-        return cache
+        return rows, None
 
     def wait(tree):
         queue.finished(queue.now)
@@ -73,9 +74,9 @@ def test_a_prompt_of_many_chunks_waits_for_each(tiny_config, random_params, monk
     def decode(*args):
         raise Prefilled
 
-    monkeypatch.setattr(engine, "PREFILL_CHUNKS", (8, 4))
-    monkeypatch.setattr(engine, "_prefill", prefill)
-    monkeypatch.setattr(engine, "_decode", decode)
+    monkeypatch.setattr(prompts, "CHUNKS", (8, 4))
+    monkeypatch.setattr(slots, "prefill", prefill)
+    monkeypatch.setattr(slots, "decode", decode)
     monkeypatch.setattr(jax, "block_until_ready", wait)
     prompt = [(7 * i) % 97 for i in range(90)]
     with pytest.raises(Prefilled):

@@ -6,7 +6,8 @@ import re
 import jsonschema
 import numpy as np
 import pytest
-from helpers.scripted_engine import tiny_tokenizer
+from helpers.grammars import sample
+from helpers.scripted_engine import encode_special, tiny_tokenizer
 
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.inference.grammar import GrammarMatcher, mask_words
@@ -42,13 +43,11 @@ def allows(tokenizer, grammar, text):
     """True if the masks allow a whole answer and nothing after it."""
     vocab_size = tokenizer.vocab_size + 40
     matcher, row = GrammarMatcher(tokenizer, vocab_size, grammar), np.zeros(mask_words(vocab_size), np.int32)
-    for piece in filter(None, re.split(r"(<\|\w+\|>)", text)):
-        special = tokenizer.special_tokens.get(piece)
-        for token in tokenizer.encode(piece) if special is None else [special]:
-            matcher.fill_mask(row)
-            if not (row[token // 32] >> (token % 32)) & 1:
-                return False
-            matcher.accept(token)
+    for token in encode_special(tokenizer, text):
+        matcher.fill_mask(row)
+        if not (row[token // 32] >> (token % 32)) & 1:
+            return False
+        matcher.accept(token)
     return matcher.is_finished
 
 
@@ -68,6 +67,7 @@ def test_a_format_binds_the_final_message_and_leaves_reasoning_free(kind, reques
         f"{THOUGHT}{FINAL}{{}}<|return|>",
         f'{FINAL}{{"a":1}} <|return|>',
         f"{CALL}{{}}<|call|>",
+        f'{THOUGHT.replace("analysis", "commentary")}{FINAL}{{"a":1}}<|return|>',
     ]:
         assert not allows(tokenizer, grammar, answer), answer
 
@@ -232,19 +232,6 @@ class Schemas:
         return [{"enum": ["x", 'q"\\', 3, None]}, {"const": {"k": [1]}}, {"type": "boolean"}][
             self._rng.integers(3)
         ]
-
-
-def sample(tokenizer, grammar, rng, limit):
-    """Returns the tokens of an answer, each drawn uniformly from those that the grammar allows."""
-    vocab_size = tokenizer.vocab_size + 40
-    matcher, row = GrammarMatcher(tokenizer, vocab_size, grammar), np.zeros(mask_words(vocab_size), np.int32)
-    tokens = []
-    while not matcher.is_finished and len(tokens) < limit:
-        matcher.fill_mask(row)
-        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
-        tokens.append(int(rng.choice(allowed)))
-        matcher.accept(tokens[-1])
-    return tokens, matcher.is_finished
 
 
 @pytest.mark.parametrize("number", [30, pytest.param(300, marks=pytest.mark.slow)])

@@ -1,10 +1,11 @@
 """Answers as deltas: whatever tokens a model writes, nothing is an error and no text is lost."""
 
+import functools
 import re
 
 import numpy as np
 import pytest
-from helpers.scripted_engine import tiny_tokenizer
+from helpers.scripted_engine import encode_special, tiny_tokenizer
 
 from gptoss_jax.data.harmony import AnswerReader as HarmonyReader
 from gptoss_jax.data.harmony import Harmony
@@ -24,14 +25,7 @@ def tokenizer():
 def tokens_of(tokenizer):
     """(text) -> tokens, with special tokens for their names."""
 
-    def encode(text):
-        found = []
-        for piece in re.split(r"(<\|\w+\|>)", text):
-            special = tokenizer.special_tokens.get(piece)
-            found += tokenizer.encode(piece) if special is None else [special]
-        return found
-
-    return encode
+    return functools.partial(encode_special, tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """`/v1/responses` over a scripted engine, through the openai client and its pydantic models."""
 
+import asyncio
 import json
 import re
 
@@ -7,6 +8,7 @@ import numpy as np
 import openai
 import pydantic
 import pytest
+from helpers.live_server import live_server
 from helpers.scripted_engine import ScriptedEngine, scripted_service, tiny_tokenizer
 from openai.types.responses import Response, ResponseStreamEvent
 from starlette.testclient import TestClient
@@ -431,3 +433,36 @@ def test_nothing_that_a_model_writes_is_an_error_or_lost(start):
         )
         assert texts == shown
         create(client, tools=[TOOL])
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_tool_loop_of_openai_agents(is_streamed):
+    agents = pytest.importorskip("agents")
+    agents.set_tracing_disabled(True)
+    heights = []
+
+    @agents.function_tool
+    def jump(high: int) -> str:
+        """Jumps."""
+        heights.append(high)
+        return "landed"
+
+    async def run(url):
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+        model = agents.OpenAIResponsesModel("tiny", client)
+        agent = agents.Agent("fox", instructions="hello", model=model, tools=[jump])
+        if not is_streamed:
+            return await agents.Runner.run(agent, "jump")
+        result = agents.Runner.run_streamed(agent, "jump")
+        async for _ in result.stream_events():
+            pass
+        return result
+
+    scripts = [tokens_of(PREAMBLE + THOUGHT + CALL), tokens_of(ANSWER)]
+    engine = ScriptedEngine(lambda _: scripts.pop(0))
+    with live_server(scripted_service(engine, TOKENIZER)) as url:
+        result = asyncio.run(run(url))
+    assert (heights, result.final_output) == ([2], "hello world")
+    # The reasoning and the preamble before the call come back.
+    assert PREAMBLE + THOUGHT in prompt_of(engine)
+    assert "functions.jump to=assistant<|channel|>commentary<|message|>landed<|end|>" in prompt_of(engine)

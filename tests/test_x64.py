@@ -1,6 +1,7 @@
 """With `jax_enable_x64` everything computes in the same types, and gives the same results, as without."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from gptoss_jax.checkpoints.load import load_pretrained
 from gptoss_jax.config import SLIDING, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.evaluation.logprobs import token_logprobs
-from gptoss_jax.inference import engine
+from gptoss_jax.inference import slots
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
@@ -126,19 +127,24 @@ def test_inference_has_no_64_bit_arrays(config, mesh, native, rows, monkeypatch)
     scored = abstract_batch(rows, 16)
     with jax.enable_x64(True), jax.set_mesh(mesh_of(mesh)):
         params = abstract_params(config)
-        cache = jax.eval_shape(lambda: engine._init_cache(config, rows, 256))
-        assert {str(leaf.dtype) for leaf in jax.tree.leaves(cache)} == {"float32", "int32"}
+        state = jax.eval_shape(lambda: slots.init_slots(config, rows, 256))
+        row = jax.eval_shape(lambda: slots.init_row(config, 256))
+        types = {str(leaf.dtype) for leaf in jax.tree.leaves((state, row))}
+        assert types == {"float32", "int32", "uint32", "bool"}
+        prefill = functools.partial(slots.prefill, batch=rows, has_logprobs=True)
+        prompts = [row] * 4, shape(4, 32), shape(4, 32), shape(4)
+        request = slots.SlotRequest.of(config, SAMPLING[0], pause_token=3)
+        flags = shape(rows, dtype=bool)
+        allowed = shape(*state.requests.stop_mask.shape)
         programs = [
-            (engine._prefill, (params, cache, shape(rows, 32), shape(rows))),
-            (token_logprobs, (params, scored)),
+            (prefill, (config, params, *prompts), 0),
+            (token_logprobs, (config, params, scored), 0),
+            (slots.insert, (state, row, np.int32(2), np.int32(5), request), ()),
+            (slots.decode, (config, params, state, np.int32(4), allowed, (flags, flags)), 0),
         ]
-        for function, arguments in programs:
-            traced = jax.make_jaxpr(function, static_argnums=0)(config, *arguments)
+        for function, arguments, static in programs:
+            traced = jax.make_jaxpr(function, static_argnums=static)(*arguments)
             assert wide_arrays(traced.jaxpr) == []
-        state = engine._initial_state(config, [np.array(p) for p in PROMPTS], SAMPLING, rows)
-        arguments = config, params, cache, state, np.int32(4), True
-        decode = jax.make_jaxpr(engine._decode, static_argnums=(0, 5))(*arguments)
-        assert wide_arrays(decode.jaxpr) == []
 
 
 @pytest.mark.slow

@@ -67,6 +67,8 @@ class Serve:
     plain: tyro.conf.FlagCreatePairsOff[bool] = False
     # Start completions of token ids with the beginning-of-text token, as gptoss eval does. Texts have it.
     prepend_bos: tyro.conf.FlagCreatePairsOff[bool] = False
+    # Send a chat's reasoning as reasoning_content too, for clients that know only this name.
+    reasoning_content: tyro.conf.FlagCreatePairsOff[bool] = False
     # Print a line for each request.
     log_requests: tyro.conf.FlagCreatePairsOff[bool] = False
 
@@ -125,6 +127,7 @@ class Serve:
             allowed_hosts=hosts,
             max_body=int(self.max_body * 1e6),
             prepend_bos=self.prepend_bos,
+            reasoning_content=self.reasoning_content,
         )
 
     def _config(self, settings: "Settings") -> "ServeConfig":

@@ -19,8 +19,9 @@ from gptoss_jax.config.paths import path_exists, user_path, user_text
 END_OF_TEXT = "<|endoftext|>"
 # Ends of a turn and of a tool call in gpt-oss's chat format; END_OF_TEXT ends a document.
 RETURN, CALL = "<|return|>", "<|call|>"
+END_OF_MESSAGE = "<|end|>"
 # All special tokens of that format, Harmony, in the order of gpt-oss's ids.
-HARMONY_TOKENS = (RETURN, "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", CALL)
+HARMONY_TOKENS = (RETURN, "<|constrain|>", "<|channel|>", "<|start|>", END_OF_MESSAGE, "<|message|>", CALL)
 BOS_NAMES = (
     "<|startoftext|>", "<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "[BOS]",
     "<\uff5cbegin\u2581of\u2581sentence\uff5c>",

@@ -24,8 +24,8 @@ from gptoss_jax.config import require
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.evaluation.logprobs import batch_rows, token_logprobs
 from gptoss_jax.inference.detokenizer import detokenize
-from gptoss_jax.inference.engine import next_power_of_two
 from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.prefill import next_power_of_two
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import get_params
 

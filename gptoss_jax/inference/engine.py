@@ -1,332 +1,344 @@
-"""The engine: chunked prefill into a KV cache, then a jitted decode loop.
+"""The engine: continuous batching of prompts in slots that decode together (`inference/slots.py`).
 
-A prefill reads all tokens of the prompts except the last. From then on every step is the same: read the
-latest token, sample the next one. Between calls only the cache stays on the devices.
-
-Letters: B sequences, T prompt tokens of a chunk, V vocabulary, C tokens of a decode call.
+Prompts wait until a slot is free. They are read in chunks, each in a row of its own, between decode calls, so
+neither waits long for the other. The next decode call is sent before the tokens of the last are read: the
+slots know by themselves when an answer ends, and only stop strings, grammars and cancellations wait for the
+host.
 """
 
+import collections
+import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.checkpoints.readers import find_tokenizer
-from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.config import require
+from gptoss_jax.data.special_tokens import END_OF_MESSAGE
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.inference.detokenizer import StreamingDetokenizer
-from gptoss_jax.inference.sampling import SamplingSettings, sample, sequence_keys, step_keys
+from gptoss_jax.inference import slots
+from gptoss_jax.inference.grammar import GrammarMatcher
+from gptoss_jax.inference.prefill import Prefills, cache_length
+from gptoss_jax.inference.prefix_cache import PrefixCache, Reuse
+from gptoss_jax.inference.request import Request, check_tokens
+from gptoss_jax.inference.sampling import num_words
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
-from gptoss_jax.model.kv_cache import KVCache, grow, init_cache
-from gptoss_jax.model.transformer import Transformer, bind, compute_dtype, get_params
+from gptoss_jax.model.transformer import Transformer, get_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
-from gptoss_jax.parallel.rules import CACHE_LBKSH, ROWS, constrain
 
-# Tokens of each sequence that one prefill call reads.
-PREFILL_CHUNKS = (512, 128, 32)
-# Bounds the memory of a prefill call: tokens of all sequences, unless the smallest chunks have more.
-MAX_PREFILL_TOKENS = 4096
-# Tokens of each sequence that one decode call samples.
-MAX_STEPS = 64
-# The same when several processes stream: their clocks differ, so time cannot decide.
+# Most steps of a decode call while a prompt is read.
+BUSY_STEPS = 8
+# Most steps when several processes stream: their clocks differ, so time cannot decide.
 MULTI_HOST_STEPS = 8
-# Slots of the smallest cache; each larger size doubles.
-MIN_CACHE_LEN = 256
 # Target seconds between parts of a stream, and between searches for stop strings.
-STREAM_INTERVAL = 0.1
+STREAM_INTERVAL = 0.05
+DEFAULT_PREFIX_BYTES = 1 << 30
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The sequences of a batch, one row each, without their cache."""
+@dataclasses.dataclass
+class _Call:
+    """A decode call whose tokens have not been read."""
 
-    token_B: jax.Array  # int32, the latest token, which is not in the cache yet
-    done_B: jax.Array  # bool
-    num_generated: jax.Array  # int32, tokens sampled so far
-    max_new_tokens_B: jax.Array  # int32
-    is_stop_BV: jax.Array  # bool
-    seed_B: jax.Array  # uint32
-    sampling_settings: SamplingSettings
+    decoded: slots.Decoded
+    owners: list[Request | None]  # of the slots
+    num_steps: int
+    sent: float
 
 
 class Engine:
-    """Decodes batches of prompts with one model."""
+    """Answers prompts with one model. All methods are called from one thread."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer` finds stop strings; default: the one in the folder that the model was loaded from."""
-        self._config, self._params, self._origin = model.config, get_params(model), model.origin
-        self._tokenizer = tokenizer
-
-    def run(
+    def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams | Sequence[SamplingParams],
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
         *,
-        streaming: bool,
-    ) -> Iterator[list[Completion]]:
-        """Yields the answers in parts as they are decoded; see `generate.stream`.
+        num_slots: int = 8,
+        max_context: int | None = None,
+        prefix_reuse: Reuse = "any",
+        prefix_cache_bytes: int = DEFAULT_PREFIX_BYTES,
+        streaming: bool = True,
+    ) -> None:
+        """Uses the mesh that is current now, of one process or, without prefix reuse, of several.
 
-        Without `streaming` and stop strings, each part has all tokens of one decode call.
+        Args:
+          model: under a mesh its parameters must have the shardings that `parallel.rules` gives them.
+          tokenizer: finds stop strings and compiles grammars. Default: the one in the folder that the model
+            was loaded from. With gpt-oss's special tokens and any prefix reuse, the ends of reasoning are
+            kept for it.
+          num_slots: answers that decode together; rounded up to what the mesh splits.
+          max_context: most tokens of a prompt and its answer; default: the model's limit.
+          prefix_reuse: see `PrefixCache`; "off" reads every prompt whole.
+          prefix_cache_bytes: bound of its memory.
+          streaming: False reads all prompts that have a slot before decoding, and returns parts seldom.
+
+        Raises ValueError for a value out of range.
         """
-        prompts = list(prompts)
-        require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
-        sampling = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        allowed = f"must be one for all prompts, or {len(prompts)}, one for each"
-        require(len(sampling) == len(prompts), "number of sampling params", len(sampling), allowed)
-        checked = [self._check(i, *pair) for i, pair in enumerate(zip(prompts, sampling, strict=True))]
-        stop_strings = next((one.stop_strings for one in sampling if one.stop_strings), ())
-        if stop_strings and self._tokenizer is None and self._origin is not None:
-            self._tokenizer = find_tokenizer(pathlib.Path(self._origin))
-        found = not stop_strings or self._tokenizer is not None
-        require(found, "stop_strings", stop_strings, "must come with a tokenizer to find them: tokenizer=…")
-        return self._run(checked, sampling, streaming or bool(stop_strings))
-
-    def _check(self, i: int, prompt: Sequence[int], sampling: SamplingParams) -> np.ndarray:
-        """Returns a prompt as int32 [T]; raises ValueError if the model cannot continue it."""
-        name, vocab_size = f"prompts[{i}]", self._config.vocab_size
-        try:
-            tokens = np.asarray(prompt)
-        except ValueError:  # rows of several lengths
-            tokens = np.empty((0, 0))
-        require(tokens.ndim == 1, name, prompt, "must be a sequence of token ids")
-        require(tokens.size > 0, name, prompt, "must hold at least one token")
-        is_known = tokens.dtype.kind in "iu" and (tokens >= 0) & (tokens < vocab_size)
-        first = int(np.argmin(is_known))
-        allowed = f"must be an integer from 0 to {vocab_size - 1}"
-        require(np.all(is_known), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
-        stops = sampling.stop_tokens
-        require(all(0 <= t < vocab_size for t in stops), "stop_tokens", stops, f"each {allowed}")
-        limit = self._config.max_position_embeddings
-        left, has = limit - len(tokens), f"{name} has {len(tokens)} tokens"
-        has = f"{has} and model.max_position_embeddings is {limit}"
-        require(left > 0, "prompts", f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
-        wanted = sampling.max_new_tokens
-        require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
-        return tokens.astype(np.int32)
-
-    def _run(
-        self, prompts: list[np.ndarray], sampling: list[SamplingParams], streaming: bool
-    ) -> Iterator[list[Completion]]:
-        config = self._config
-        distributed.agree_on_kernels(config.kernels)
-        shards = batch_shards(current_axes())
-        # Rows without a sequence pad the batch, so that the mesh splits it evenly.
-        batch = next_power_of_two(-(-len(prompts) // shards)) * shards
-        state = _initial_state(config, prompts, sampling, batch)
-        prefill_len_B = np.zeros(batch, np.int32)
-        prefill_len_B[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
-        max_new_tokens, max_prefill = int(state.max_new_tokens_B.max()), int(prefill_len_B.max())
-        cache_len = _cache_len(config, max_prefill + min(max_new_tokens, MAX_STEPS))
-        cache = _init_cache(config, batch, cache_len)
-        for start, size in _prefill_chunks(max_prefill, batch):
-            tokens_BT = np.zeros((batch, size), np.int32)
-            for row, prompt in zip(tokens_BT, prompts, strict=False):
-                chunk = prompt[start : min(start + size, len(prompt) - 1)]
-                row[: len(chunk)] = chunk
-            # At most one chunk in flight (see `parallel/in_flight.py`): a long prompt has hundreds. The next
-            # call donates the cache, so this is the only result to wait for.
-            jax.block_until_ready(cache)
-            cache = _prefill(config, self._params, cache, tokens_BT, np.clip(prefill_len_B - start, 0, size))
-
-        answers = [_Answer(one, self._tokenizer) for one in sampling]
-        logprobs = any(one.logprobs for one in sampling)
-        num_generated, num_steps = 0, 1 if streaming else MAX_STEPS
-        while not state.done_B.all():
-            num_steps = min(num_steps, max_new_tokens - num_generated)
-            end_B = prefill_len_B + np.minimum(num_generated + num_steps, state.max_new_tokens_B)
-            needed = int(np.max(np.where(state.done_B, 0, end_B)))
-            if needed > cache_len:
-                cache_len = _cache_len(config, needed)
-                cache = _grow(config, cache, cache_len)
-            began = time.monotonic()
-            cache, tokens_BC, logprobs_BC = _decode(
-                config, self._params, cache, state, np.int32(num_steps), logprobs
-            )
-            tokens_BC, logprobs_BC = np.asarray(tokens_BC)[:, :num_steps], np.asarray(logprobs_BC)
-            yield [answer.add(tokens_BC[b], logprobs_BC[b]) for b, answer in enumerate(answers)]
-            num_generated += num_steps
-            done_B = np.ones(batch, bool)
-            done_B[: len(answers)] = [answer.finish_reason is not None for answer in answers]
-            state = dataclasses.replace(
-                state, token_B=tokens_BC[:, -1], done_B=done_B, num_generated=np.int32(num_generated)
-            )
-            if streaming:
-                num_steps = _next_num_steps(num_steps, time.monotonic() - began)
-
-
-class _Answer:
-    """The answer to one prompt, on the host: finds stop strings and the reason why it ended."""
-
-    def __init__(self, sampling: SamplingParams, tokenizer: Tokenizer | None) -> None:
-        self.finish_reason = None
-        self._sampling = sampling
-        self._num_generated = 0
-        self._detokenizer = None
-        if sampling.stop_strings:
-            self._detokenizer = StreamingDetokenizer(tokenizer, sampling.stop_strings)
-
-    def add(self, tokens_C: np.ndarray, logprobs_C: np.ndarray) -> Completion:
-        """Adds the tokens that one call decoded for this prompt, -1 from its end on; returns the new part."""
-        if self.finish_reason is not None:
-            return Completion([], [] if self._sampling.logprobs else None, self.finish_reason)
-        tokens = [int(token) for token in tokens_C if token >= 0]
-        if len(tokens) < len(tokens_C):
-            self.finish_reason = "stop"
-        self._num_generated += len(tokens)
-        if self._num_generated == self._sampling.max_new_tokens:
-            self.finish_reason = "length"
-        for i, token in enumerate(tokens if self._detokenizer else ()):
-            self._detokenizer.feed([token])
-            if self._detokenizer.stopped:
-                tokens, self.finish_reason = tokens[: i + 1], "stop"
-                break
-        logprobs = logprobs_C[: len(tokens)].tolist() if self._sampling.logprobs else None
-        return Completion(tokens, logprobs, self.finish_reason)
-
-
-def max_compilations(config: ModelConfig, decoders: int = 1) -> int:
-    """Returns the maximum number of programs compiled for a number of prompts (rounded to a power of two).
-
-    `decoders` is 2 if answers both with and without log-probabilities are wanted.
-    """
-    lengths = {_cache_len(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)}
-    return len(lengths) * (2 + len(PREFILL_CHUNKS) + decoders)
-
-
-def next_power_of_two(count: int) -> int:
-    """Returns the smallest power of two that is at least `count`."""
-    return 1 << max(count - 1, 0).bit_length()
-
-
-def _cache_len(config: ModelConfig, tokens: int) -> int:
-    """Returns the slots of the smallest cache that holds `tokens` tokens."""
-    length = MIN_CACHE_LEN * next_power_of_two(-(-tokens // MIN_CACHE_LEN))
-    return min(length, config.max_position_embeddings)
-
-
-def _prefill_chunks(tokens: int, batch: int) -> Iterator[tuple[int, int]]:
-    """Splits `tokens` tokens into chunks (start, size).
-
-    At most half of the last chunk is padding, unless it has the smallest size: every call reads all weights,
-    so fewer calls are worth some padding.
-    """
-    sizes = [size for size in PREFILL_CHUNKS if size * batch <= MAX_PREFILL_TOKENS] or PREFILL_CHUNKS[-1:]
-    start = 0
-    while start < tokens:
-        left = tokens - start
-        size = next((size for size in sizes if size <= left), sizes[-1])
-        size = min((wider for wider in sizes if left <= wider <= 2 * left), default=size)
-        yield start, size
-        start += size
-
-
-def _next_num_steps(num_steps: int, seconds: float) -> int:
-    """Returns the steps of a stream's next decode call, given the last call's steps and time."""
-    if jax.process_count() > 1:
-        return min(2 * num_steps, MULTI_HOST_STEPS)
-    if seconds < STREAM_INTERVAL:
-        return min(2 * num_steps, MAX_STEPS)
-    return max(num_steps // 2, 1) if seconds > 2 * STREAM_INTERVAL else num_steps
-
-
-def _initial_state(
-    config: ModelConfig, prompts: list[np.ndarray], sampling: list[SamplingParams], batch: int
-) -> DecodeState:
-    """Returns the state after the prefill. Rows from `len(prompts)` to `batch` are done."""
-    unused = batch - len(prompts)
-
-    def column(name, neutral, dtype):
-        values = [getattr(one, name) for one in sampling]
-        return np.array([neutral if value is None else value for value in values] + [neutral] * unused, dtype)
-
-    is_stop_BV = np.zeros((batch, config.vocab_size), bool)
-    for row, one in zip(is_stop_BV, sampling, strict=False):
-        row[list(one.stop_tokens)] = True
-    return DecodeState(
-        token_B=np.array([prompt[-1] for prompt in prompts] + [0] * unused, np.int32),
-        done_B=np.array([False] * len(prompts) + [True] * unused),
-        num_generated=np.int32(0),
-        max_new_tokens_B=column("max_new_tokens", 0, np.int32),
-        is_stop_BV=is_stop_BV,
-        seed_B=column("seed", 0, np.uint32),
-        sampling_settings=SamplingSettings.of([*sampling, *[None] * unused]),
-    )
-
-
-def _constrain_cache(cache: KVCache) -> KVCache:
-    """Gives the cache the same sharding after every program; a different one would recompile the next."""
-    layers = jax.tree.map(lambda leaf: constrain(leaf, CACHE_LBKSH), cache.layers)
-    return KVCache(layers, constrain(cache.lengths, ROWS))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "batch", "cache_len"))
-def _init_cache(config: ModelConfig, batch: int, cache_len: int) -> KVCache:
-    return _constrain_cache(init_cache(config, batch, cache_len, compute_dtype(config)))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "cache_len"))
-def _grow(config: ModelConfig, cache: KVCache, cache_len: int) -> KVCache:
-    return _constrain_cache(grow(config, cache, cache_len))
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _prefill(
-    config: ModelConfig, params: dict, cache: KVCache, tokens_BT: jax.Array, count_B: jax.Array
-) -> KVCache:
-    """Reads the first `count_B` tokens of each row into the cache."""
-    segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None]).astype(jnp.int32)
-    model = bind(config, params)
-    return _constrain_cache(model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)[1])
-
-
-@functools.partial(jax.jit, static_argnames=("config", "logprobs"), donate_argnames="cache")
-def _decode(
-    config: ModelConfig,
-    params: dict,
-    cache: KVCache,
-    state: DecodeState,
-    num_steps: jax.Array,
-    logprobs: bool,
-) -> tuple[KVCache, jax.Array, jax.Array]:
-    """Samples up to `num_steps` (traced, at most MAX_STEPS) tokens for every row that is not done.
-
-    Returns the cache; the tokens, int32 [B, MAX_STEPS], -1 where a row was done; and, if `logprobs`, their
-    log-probabilities, float32 of the same shape, else [B, 0].
-    """
-    model = bind(config, params)
-    keys_B = sequence_keys(state.seed_B)
-
-    def is_running(carry):
-        step, _, _, done_B, *_ = carry
-        return (step < num_steps) & ~jnp.all(done_B)
-
-    def one_step(carry):
-        step, cache, token_B, done_B, tokens_BC, logprobs_BC = carry
-        hidden_BTD, cache, _ = model.hidden_states(
-            token_B[:, None], (~done_B).astype(jnp.int32)[:, None], cache=cache
+        config = self._config = model.config
+        limit = config.max_position_embeddings
+        require(num_slots >= 1, "num_slots", num_slots, "must be 1 or more")
+        max_context = limit if max_context is None else max_context
+        allowed = f"must be from 2 to {limit}, model.max_position_embeddings"
+        require(2 <= max_context <= limit, "max_context", max_context, allowed)
+        require(
+            prefix_reuse in ("any", "exact", "off"), "prefix_reuse", prefix_reuse, "must be any, exact or off"
         )
-        logits_BV = model.logits(hidden_BTD)[:, 0]
-        token_B = sample(logits_BV, step_keys(keys_B, state.num_generated + step), state.sampling_settings)
-        done_B |= jnp.take_along_axis(state.is_stop_BV, token_B[:, None], axis=1)[:, 0]
-        tokens_BC = tokens_BC.at[:, step].set(jnp.where(done_B, -1, token_B))
-        if logprobs:
-            chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
-            logprobs_BC = logprobs_BC.at[:, step].set(chosen_B - jax.nn.logsumexp(logits_BV, axis=1))
-        done_B |= state.num_generated + step + 1 >= state.max_new_tokens_B
-        return step + 1, _constrain_cache(cache), token_B, done_B, tokens_BC, logprobs_BC
+        require(prefix_cache_bytes >= 0, "prefix_cache_bytes", prefix_cache_bytes, "must be 0 or more")
+        self.max_context, self.vocab_size = max_context, config.vocab_size
+        self._params, self._origin, self._tokenizer = get_params(model), model.origin, tokenizer
+        self._streaming = streaming
+        mesh = jax.sharding.get_mesh()
+        self._mesh = None if mesh.empty else mesh
+        shards = batch_shards(current_axes())
+        self.num_slots = -(-num_slots // shards) * shards
+        distributed.agree_on_kernels(config.kernels)
+        is_one_process = jax.process_count() == 1
+        keeps_prefixes = prefix_reuse != "off" and is_one_process
+        self.prefix_cache = PrefixCache(config, prefix_reuse, prefix_cache_bytes) if keeps_prefixes else None
+        # On CPU the devices of a mesh share a thread pool, which programs in flight would fill.
+        self._is_cpu_mesh = jax.default_backend() == "cpu" and self._mesh is not None and self._mesh.size > 1
+        self._lookahead = int(is_one_process and not self._is_cpu_mesh)
+        special = {} if tokenizer is None else tokenizer.special_tokens
+        self._pause_token = special.get(END_OF_MESSAGE) if keeps_prefixes and prefix_reuse == "any" else None
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._prefills = Prefills(config, self._params, self.prefix_cache)
+        self._slots: slots.Slots | None = None
+        self._cache_len = 0
+        self._owners: list[Request | None] = [None] * self.num_slots
+        self._calls: collections.deque[_Call] = collections.deque()
+        self._ends_B, self._continues_B = np.zeros((2, self.num_slots), bool)
+        self._num_steps, self._last_read = 1, 0.0
+        all_allowed = np.full((self.num_slots, num_words(config.vocab_size)), -1, np.int32)
+        with self._on_mesh():
+            self._all_allowed_BU = all_allowed if self._mesh is not None else jax.device_put(all_allowed)
 
-    B = state.token_B.shape[0]
-    tokens_BC = jnp.full((B, MAX_STEPS), -1, jnp.int32)
-    logprobs_BC = jnp.zeros((B, MAX_STEPS if logprobs else 0), jnp.float32)
-    carry = jnp.int32(0), cache, state.token_B, state.done_B, tokens_BC, logprobs_BC
-    _, cache, _, _, tokens_BC, logprobs_BC = jax.lax.while_loop(is_running, one_step, carry)
-    # Every process of a mesh reads all answers.
-    return _constrain_cache(cache), constrain(tokens_BC, P()), constrain(logprobs_BC, P())
+    @property
+    def num_running(self) -> int:
+        """Requests that have a slot."""
+        return sum(owner is not None for owner in self._owners)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot, or whose prompts are being read."""
+        return len(self._waiting) + self._prefills.num_requests
+
+    @property
+    def has_work(self) -> bool:
+        """True until all answers are complete and read."""
+        return bool(self.num_waiting or self._calls or self.num_running)
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams = SamplingParams(),  # noqa: B008 (it is frozen)
+        *,
+        cache_salt: str = "",
+    ) -> Request:
+        """Adds a request, which `step` then answers.
+
+        Args:
+          prompt: token ids.
+          params: its settings.
+          cache_salt: prefixes are reused only among equal salts.
+
+        Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt and `max_new_tokens`
+        that exceed `max_context`, stop strings or a grammar without a tokenizer, and a bad grammar.
+        """
+        tokens = self.check(prompt, params)
+        matcher = None
+        if params.grammar is not None:
+            matcher = GrammarMatcher(self._tokenizer, self.vocab_size, params.grammar)
+        request = Request(tokens, params, cache_salt, self._tokenizer, matcher)
+        self._waiting.append(request)
+        return request
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, name: str = "prompt") -> np.ndarray:
+        """Returns a prompt as int32 [T]; raises ValueError if it cannot be submitted with these settings."""
+        is_default = self.max_context == self._config.max_position_embeddings
+        limit_name = "model.max_position_embeddings" if is_default else "max_context"
+        tokens = check_tokens(prompt, params, name, self.vocab_size)
+        left = self.max_context - len(tokens)
+        has = f"{name} has {len(tokens)} tokens and {limit_name} is {self.max_context}"
+        require(left > 0, name, f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
+        wanted = params.max_new_tokens
+        require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
+        if params.stop_strings or params.grammar is not None:
+            if self._tokenizer is None and self._origin is not None:
+                self._tokenizer = find_tokenizer(pathlib.Path(self._origin))
+            field = "stop_strings" if params.stop_strings else "grammar"
+            allowed = "must come with a tokenizer: tokenizer=…"
+            require(self._tokenizer is not None, field, getattr(params, field), allowed)
+        return tokens
+
+    def cancel(self, request: Request) -> None:
+        """Drops a request: no part of it comes after, and its slot is free for another."""
+        if request.is_done:
+            return
+        request.is_cancelled = True
+        if request in self._waiting:
+            self._waiting.remove(request)
+        self._prefills.remove(request)
+        if request in self._owners:
+            self._release(self._owners.index(request), is_running=True)
+
+    def step(self) -> list[tuple[Request, Completion]]:
+        """Sends at most one chunk of prompts and one decode call, and reads the oldest call that is due.
+
+        Returns the new parts, possibly none, in the order of the slots.
+        """
+        with self._on_mesh():
+            self._admit()
+            if self._is_cpu_mesh or not self._calls:
+                # One chunk in flight (see `parallel/in_flight.py`): a long prompt has hundreds.
+                jax.block_until_ready(self._prefills.rows_in_flight())
+            self._prefills.step()
+            self._insert()
+            is_sent = self._can_decode()
+            if is_sent:
+                self._decode()
+            if self._calls and (not is_sent or len(self._calls) > self._lookahead):
+                return list(self._read(self._calls.popleft()))
+        return []
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        """Sets the mesh of the constructor: `jax.set_mesh` holds in one thread only."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _admit(self) -> None:
+        """Starts to read the prompts that get a slot; equal ones together."""
+        num_free = self._owners.count(None) - self._prefills.num_requests
+        while self._waiting and num_free:
+            self._prefills.start(self._waiting.popleft())
+            num_free -= 1
+
+    def _insert(self) -> None:
+        """Moves prompts that have been read into slots."""
+        for done in self._prefills.take_finished():
+            for request in done.requests:
+                slot = self._owners.index(None)
+                self._owners[slot] = request
+                self._ends_B[slot] = self._continues_B[slot] = False
+                request.cached_tokens = done.cached_tokens
+                if request.params.prompt_logprobs:
+                    request.of_prompt = done.prompt_logprobs(request)
+                self._reserve(len(request.prompt) - 1 + self._first_steps(request))
+                row = slots.SlotRequest.of(self._config, request.params, self._pause_token)
+                self._slots = slots.insert(
+                    self._slots, done.row, np.int32(slot), np.int32(request.prompt[-1]), row
+                )
+
+    def _first_steps(self, request: Request) -> int:
+        return min(request.params.max_new_tokens, 1 if self._streaming else slots.MAX_STEPS)
+
+    def _reserve(self, tokens: int) -> None:
+        """Makes room for `tokens` tokens in every slot."""
+        length = cache_length(self._config, tokens)
+        is_idle = self.num_running <= 1 and not self._calls
+        if self._slots is None or (is_idle and length < self._cache_len):
+            self._slots = slots.init_slots(self._config, self.num_slots, length)
+            self._cache_len = length
+        elif length > self._cache_len:
+            self._slots = slots.grow_slots(self._config, self._slots, length)
+            self._cache_len = length
+
+    def _sent_steps(self, request: Request) -> int:
+        """Steps of the calls that have not been read, in which the request's slot takes part."""
+        return sum(call.num_steps for call in self._calls if request in call.owners)
+
+    def _can_decode(self) -> bool:
+        if not self._streaming and self._prefills.num_requests:
+            return False
+        running = [owner for owner in self._owners if owner is not None]
+        # The mask of a grammar depends on the last token.
+        if self._calls and any(owner.matcher is not None for owner in running):
+            return False
+        return any(self._sent_steps(owner) < owner.num_left for owner in running)
+
+    def _decode(self) -> None:
+        """Sends a decode call."""
+        running = [owner for owner in self._owners if owner is not None]
+        sent = {owner: self._sent_steps(owner) for owner in running}
+        num_steps = self._num_steps if self._streaming else slots.MAX_STEPS
+        if self._streaming and any(not owner.tokens and not sent[owner] for owner in running):
+            num_steps = 1  # for a first token as soon as possible
+        elif self._streaming and self._prefills.num_requests:
+            num_steps = min(num_steps, BUSY_STEPS)
+        allowed_BU = self._all_allowed_BU
+        if any(owner.matcher is not None for owner in running):
+            num_steps, allowed_BU = 1, self._grammar_masks()
+        num_steps = min(num_steps, max(owner.num_left - sent[owner] for owner in running))
+        ends = [
+            len(owner.prompt) - 1 + len(owner.tokens) + min(sent[owner] + num_steps, owner.num_left)
+            for owner in running
+        ]
+        self._reserve(max(ends))
+        changes = self._ends_B.copy(), self._continues_B.copy()
+        self._ends_B[:] = self._continues_B[:] = False
+        self._slots, decoded = slots.decode(
+            self._config, self._params, self._slots, np.int32(num_steps), allowed_BU, changes
+        )
+        self._calls.append(_Call(decoded, list(self._owners), num_steps, time.monotonic()))
+
+    def _grammar_masks(self) -> np.ndarray:
+        allowed_BU = np.full((self.num_slots, num_words(self.vocab_size)), -1, np.int32)
+        for owner, row in zip(self._owners, allowed_BU, strict=True):
+            if owner is not None and owner.matcher is not None:
+                owner.matcher.fill_mask(row)
+        return allowed_BU
+
+    def _read(self, call: _Call) -> Iterator[tuple[Request, Completion]]:
+        """Reads a call's tokens; yields the new parts."""
+        needed = [owner for owner in call.owners if owner is not None and not owner.is_done]
+        wants = (
+            any(owner.params.logprobs for owner in needed),
+            any(owner.params.top_logprobs for owner in needed),
+        )
+        decoded = slots.to_host(call.decoded, *wants)
+        now = time.monotonic()
+        if self._streaming:
+            self._num_steps = next_num_steps(
+                call.num_steps, self._num_steps, now - max(call.sent, self._last_read)
+            )
+        self._last_read = now
+        for b, request in enumerate(call.owners):
+            if request is None or request.is_done:
+                continue
+            part = request.add(decoded, b, call.num_steps)
+            if request.finish_reason is not None:
+                # A stop string or a grammar ends it here; the slot does not know yet.
+                self._release(b, is_running=part.stop_token is None and part.finish_reason == "stop")
+            elif self._pause_token is not None and part.tokens and part.tokens[-1] == self._pause_token:
+                self._keep_prefix(request, b)
+            if part.tokens or part.finish_reason is not None:
+                yield request, part
+
+    def _keep_prefix(self, request: Request, slot: int) -> None:
+        """Stores what a paused slot has read, for a prompt that repeats it, and lets it continue."""
+        if self._owners[slot] is request:
+            tokens = np.concatenate([request.prompt, np.array(request.tokens[:-1], np.int32)])
+            self.prefix_cache.store(tokens, request.cache_salt, self._slots.cache, slot)
+            self._continues_B[slot] = True
+
+    def _release(self, slot: int, is_running: bool) -> None:
+        self._owners[slot] = None
+        self._ends_B[slot] = is_running
+
+
+def next_num_steps(num_steps: int, limit: int, seconds: float) -> int:
+    """Returns the steps of a stream's next decode call.
+
+    Args:
+      num_steps: of the last call, which may have had fewer than it could.
+      limit: steps that it could have had.
+      seconds: that the last call took.
+    """
+    if jax.process_count() > 1:
+        return min(2 * limit, MULTI_HOST_STEPS)
+    if seconds < STREAM_INTERVAL / 2 and num_steps == limit:
+        return min(2 * limit, slots.MAX_STEPS)
+    return max(num_steps // 2, 1) if seconds > STREAM_INTERVAL else limit

@@ -67,6 +67,13 @@ class SamplingSettings:
             bias_BJ=bias_BJ,
         )
 
+    def where(self, is_wanted_B: jax.Array) -> Self:
+        """Returns the settings with neutral ones, which cost nothing, in the other rows."""
+        neutral = type(self).of([None])
+        return jax.tree.map(
+            lambda x, y: jnp.where(is_wanted_B.reshape(-1, *[1] * (x.ndim - 1)), x, y), self, neutral
+        )
+
 
 def sequence_keys(seed_B: jax.Array) -> jax.Array:
     """Returns random keys [B], each from its sequence's seed (uint32)."""
@@ -144,7 +151,7 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, settings: SamplingSettings) -
     def draw(greedy_B):
         filtered_BV = filter_logits(logits_BV, settings)
         # `jax.random.categorical`, but the barrier keeps `_argmax` from computing the noise twice.
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(key_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:], jnp.float32))(key_B)
         sampled_B = _argmax(jax.lax.optimization_barrier(noise_BV + filtered_BV))
         return jnp.where(settings.temperature == 0, greedy_B, sampled_B)
 

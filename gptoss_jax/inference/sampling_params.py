@@ -1,7 +1,7 @@
 """Sampling settings, and the completion they produce."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -104,6 +104,22 @@ class Completion:
     prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None
     # The stop token that ended the answer, in the last part.
     stop_token: int | None = None
+
+
+def join_parts(parts: Sequence[Completion]) -> Completion:
+    """Returns consecutive parts of an answer as one."""
+
+    def joined(name: str) -> list | None:
+        lists = [values for part in parts if (values := getattr(part, name)) is not None]
+        return [one for values in lists for one in values] if lists else None
+
+    lists = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+    return Completion(
+        tokens=[token for part in parts for token in part.tokens],
+        finish_reason=parts[-1].finish_reason,
+        stop_token=next((part.stop_token for part in parts if part.stop_token is not None), None),
+        **{name: joined(name) for name in lists},
+    )
 
 
 def _to_python(value: Any) -> Any:

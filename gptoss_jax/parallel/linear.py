@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.kernels.cpu import decode
-from gptoss_jax.kernels.layer_view import LayerView, as_view, read
+from gptoss_jax.kernels.cpu import decode, grouped
+from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, compute_spec, constrain, spec_axes, storage_spec
@@ -54,6 +54,10 @@ def sharded_einsum(
             # All of them, because the kernel reads the same layer of every stack.
             each = [read(weight).astype(x.dtype) for weight in each]
         results = decode.einsum(equation, x, [as_view(weight) for weight in each])
+    elif all(isinstance(weight, LayerView) for weight in each) and grouped.supports_einsum(
+        equation, x, result_type
+    ):
+        results = [grouped.einsum(equation, x, as_view(cast(weight, x.dtype))) for weight in each]
     else:
         x_spec, y_spec = activation_specs(equation)
         x = constrain(x, x_spec)

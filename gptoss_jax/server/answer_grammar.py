@@ -14,11 +14,9 @@ from gptoss_jax.server.tools import Tools
 
 # A prompt ends with `<|start|>assistant`. openai-harmony puts the recipient of a call before the channel, but
 # gpt-oss writes it after, and may call from `analysis` too.
-RULES = r"""
-before: <|channel|> ("analysis" | "commentary") <|message|> TEXT <|end|> <|start|> "assistant"
+RULES = r"""before: <|channel|> BEFORE <|message|> TEXT <|end|> <|start|> "assistant"
 json_type: (" "? <|constrain|> "json" | " json")?
-TEXT: /(.|\n)*/
-"""
+TEXT: /(.|\n)*/"""
 CHANNEL = '<|channel|> ("commentary" | "analysis")'
 
 
@@ -62,7 +60,9 @@ def answer_grammar(
             text = json_rule(function.parameters or ANY_OBJECT, function.strict, function.path)
         name = f'" to={FUNCTIONS}{function.name}"'
         rules.append(f"call{i}: ({CHANNEL} {name} | {name} {CHANNEL}) json_type <|message|> {text} <|call|>")
-    grammar = "\n".join([f"start: before* ({' | '.join(ends)})", RULES.strip(), *rules])
+    # A preamble is content, as the final message is: it would stand before the JSON.
+    before = '"analysis"' if response_format is not None else '("analysis" | "commentary")'
+    grammar = "\n".join([f"start: before* ({' | '.join(ends)})", RULES.replace("BEFORE", before), *rules])
     try:
         GrammarMatcher(tokenizer, vocab_size, grammar)
     except ValueError as error:  # too large as a whole

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptoss_jax.server import completions, responses, tokenization
+from gptoss_jax.server import chat, completions, responses, tokenization
 from gptoss_jax.server.chat_page import chat_page
 from gptoss_jax.server.errors import ApiError, internal_error
 from gptoss_jax.server.fields import shown
@@ -67,6 +67,7 @@ def make_routes() -> list[BaseRoute]:
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", model),
+        *chat.routes(),
         *completions.routes(),
         *responses.routes(),
         *tokenization.routes(),

@@ -22,7 +22,7 @@ from gptoss_jax.server.fields import Fields
 from gptoss_jax.server.response_events import make_response_id
 from gptoss_jax.server.response_format import ResponseFormat, read_response_format
 from gptoss_jax.server.response_input import read_input
-from gptoss_jax.server.sampling_fields import read_sampling, read_top_logprobs
+from gptoss_jax.server.sampling_fields import read_effort, read_sampling, read_top_logprobs
 from gptoss_jax.server.service import Service
 from gptoss_jax.server.tools import Tools, read_tools
 
@@ -32,10 +32,6 @@ INCLUDABLE = (
     "web_search_call.action.sources", "message.input_image.image_url",
     "computer_call_output.output.image_url", "code_interpreter_call.outputs",
 )  # fmt: skip
-EFFORTS: Mapping[str, Reasoning] = {
-    "none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high",
-    "max": "high",
-}  # fmt: skip
 SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority")
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 # Tokens that truncation leaves for an answer without max_output_tokens; at most half of the context.
@@ -89,19 +85,23 @@ async def read_request(fields: Fields, service: Service) -> ResponseRequest:
     given = read_input(fields, service.responses)
     text = fields.object("text") or Fields({}, "text")
     wanted = read_response_format(text.object("format"))
-    section = None if wanted is None else wanted.section
-    messages = given.conversation.with_system(effort, service.today(), tools, section)
     is_cut = fields.choice("truncation", ("auto", "disabled"), "disabled") == "auto"
-    room = fields.integer("max_output_tokens", low=1) if is_cut else None
-    prompt = await anyio.to_thread.run_sync(harmony.render, messages)
-    if is_cut and len(prompt) > (limit := service.max_context - min(room or ROOM, service.max_context // 2)):
-        prompt = await anyio.to_thread.run_sync(truncated, harmony, messages, limit)
+    room = fields.integer("max_output_tokens", min(ROOM, service.max_context // 2), 1)
+
+    def prepare() -> tuple[list[int], str | None]:
+        section = None if wanted is None else wanted.section
+        messages = given.conversation.with_system(effort, service.system_date(), tools, section)
+        prompt = harmony.render(messages)
+        if is_cut and len(prompt) + room > service.max_context:
+            prompt = truncated(harmony, messages, service.max_context - room)
+        return prompt, answer_grammar(service.tokenizer, service.vocab_size, tools, wanted)
+
+    prompt, grammar = await anyio.to_thread.run_sync(prepare)
+    is_bound = grammar is not None and fields.boolean("ignore_eos")
+    fields.require(not is_bound, "ignore_eos", "must be false for an answer in a format or with bound calls")
     stop_tokens = (*service.tokenizer.stop_ids, harmony.return_id, harmony.call)
     params = read_sampling(
         fields, service, stop_tokens, len(prompt), ("max_output_tokens",), prompt_name="input"
-    )
-    grammar = await anyio.to_thread.run_sync(
-        answer_grammar, service.tokenizer, service.vocab_size, tools, wanted
     )
     params = dataclasses.replace(
         params,
@@ -142,7 +142,7 @@ def _effort(fields: Fields, service: Service) -> Reasoning:
     if reasoning is None:
         return service.reasoning
     reasoning.choice("summary", ("auto", "concise", "detailed"))
-    return EFFORTS.get(reasoning.choice("effort", EFFORTS), service.reasoning)
+    return read_effort(reasoning, "effort", service.reasoning)
 
 
 def _include(fields: Fields) -> tuple[str, ...]:

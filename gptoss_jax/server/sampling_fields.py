@@ -2,8 +2,9 @@
 
 import dataclasses
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from gptoss_jax.data.harmony import Reasoning
 from gptoss_jax.inference.sampling_params import (
     MAX_FLOAT32,
     MAX_LOGIT_BIAS,
@@ -18,6 +19,11 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_INT32 = (1 << 31) - 1
+# OpenAI's names of reasoning efforts, and those of the chat format.
+EFFORTS: Mapping[str, Reasoning] = {
+    "none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high",
+    "max": "high",
+}  # fmt: skip
 
 
 def read_sampling(
@@ -95,6 +101,12 @@ def read_seed(fields: Fields) -> int:
     """Returns `seed` modulo 2^32, as it may be any 64-bit integer; a random one if there is none."""
     seed = fields.integer("seed", low=-(1 << 63), high=(1 << 64) - 1)
     return secrets.randbits(32) if seed is None else seed % (1 << 32)
+
+
+def read_effort(fields: Fields, name: str, default: Reasoning) -> Reasoning:
+    """Returns the reasoning effort that a field asks for."""
+    effort = fields.choice(name, EFFORTS)
+    return default if effort is None else EFFORTS[effort]
 
 
 def choice_params(params: SamplingParams, i: int) -> SamplingParams:

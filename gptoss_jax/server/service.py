@@ -54,6 +54,8 @@ class Settings:
     ping_interval: float = 15.0
     # Put bos before prompts of token ids too, unless a request says `add_special_tokens`.
     prepend_bos: bool = False
+    # Send a chat's reasoning as `reasoning_content` too.
+    reasoning_content: bool = False
     # Choices of one request: prompts times `n`.
     max_choices: int = 1024
 
@@ -99,10 +101,6 @@ class Service:
         """Returns the 404 for a model that is not served."""
         message = f"The model {shown(name)} does not exist; this server has {shown(self.model_id)}."
         return ApiError(404, message, param="model", code="model_not_found")
-
-    def today(self) -> str:
-        """Returns the date for the system message."""
-        return self.date or datetime.date.today().isoformat()
 
     def check_ready(self) -> None:
         """Raises the 503 while the server loads, drains, or after the engine failed."""

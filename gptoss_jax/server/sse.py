@@ -37,7 +37,7 @@ class EventStream(Response):
         done: bool = True,
         error_event: Callable[[ApiError], Any] | None = None,
     ) -> None:
-        self.status_code, self.background = 200, None
+        self.status_code, self.background = 200, None  # no body, or it would get a Content-Length
         self.init_headers(HEADERS)
         self._events, self._close, self._done = events, close, done
         self._error_event = error_event or ApiError.body

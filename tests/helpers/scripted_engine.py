@@ -1,6 +1,7 @@
 """An engine that answers with given tokens, for tests of the server; it has the methods of the real one."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -164,3 +165,12 @@ def scripted_service(
         settings=settings,
     )
     return dataclasses.replace(service, **fields)
+
+
+def encode_special(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the tokens of a text, in which names of special tokens stand for them."""
+    tokens: list[int] = []
+    for piece in re.split(r"(<\|\w+\|>)", text):
+        special = tokenizer.special_tokens.get(piece)
+        tokens += tokenizer.encode(piece) if special is None else [special]
+    return tokens

@@ -7,11 +7,13 @@ Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, H
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.attention.blockwise import init_softmax, update_softmax
 from gptoss_jax.kernels.attention.reference import (
     AttentionSpec,
@@ -105,11 +107,22 @@ def prefill_attention(
     Args:
       cache: before this chunk, which may overwrite ring slots that its early tokens still need.
     """
-    sizes = assert_shapes(
-        "BTNH BTKH BTKH BKSH BKSH N", q_BTNH, k_BTKH, v_BTKH, cache.keys, cache.values, sinks_N
-    )
+    B = q_BTNH.shape[0]
+    rows = q_BTNH, k_BTKH, v_BTKH, cache.lengths_B, cache.counts_B
+    attend = functools.partial(_attend_rows, cache=cache, spec=spec, sinks_N=sinks_N)
+    if B == 1 or backend.platform() != "cpu" or backend.is_multi_device():
+        return attend(jnp.int32(0), *rows)
+    # XLA for CPU rounds by the number of rows: one at a time, so that none depends on the others.
+    one_row = jax.tree.map(lambda x: x[:, None], (jnp.arange(B, dtype=jnp.int32), *rows))
+    return lax.map(lambda row: attend(row[0][0], *row[1:]), one_row)[:, 0]
+
+
+def _attend_rows(first_row, q_BTNH, k_BTKH, v_BTKH, lengths_B, counts_B, *, cache, spec, sinks_N):
+    """`prefill_attention` for B sequences of the cache from `first_row` on."""
+    sizes = assert_shapes("BTNH BTKH BTKH N B B", q_BTNH, k_BTKH, v_BTKH, sinks_N, lengths_B, counts_B)
+    S = cache.keys.shape[2]
     new_T = jnp.arange(sizes.T, dtype=jnp.int32)
-    positions_BT = cache.lengths_B[:, None] + new_T
+    positions_BT = lengths_B[:, None] + new_T
     q_BKRH = group_heads(q_BTNH, sizes.K)
 
     def update(state, k_BKSH, v_BKSH, positions_BS):
@@ -120,24 +133,24 @@ def prefill_attention(
         scores_BKRS = einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH.astype(q_BKRH.dtype))
         return update_softmax(state, masked(scores_BKRS, mask_BTS), v_BKSH.astype(q_BKRH.dtype))
 
-    block = min(BLOCK, sizes.S)
-    blocks = -(-jnp.minimum(jnp.max(cache.lengths_B), sizes.S) // block)
+    block = min(BLOCK, S)
+    blocks = -(-jnp.minimum(jnp.max(lengths_B), S) // block)
 
     def update_from_cache(i, state):
         # The last block may start earlier, to end with the last slot; slots already seen are masked.
-        start, zero = jnp.minimum(i * block, sizes.S - block), jnp.int32(0)
+        start, zero = jnp.minimum(i * block, S - block), jnp.int32(0)
         index_S = start + jnp.arange(block, dtype=jnp.int32)
-        positions_BS = slot_positions(cache.lengths_B, index_S, sizes.S, spec.sink_tokens)
+        positions_BS = slot_positions(lengths_B, index_S, S, spec.sink_tokens)
         k_BKSH, v_BKSH = (
             lax.dynamic_slice(
-                x.stack, (x.index, zero, zero, start, zero), (1, sizes.B, sizes.K, block, sizes.H)
+                x.stack, (x.index, first_row, zero, start, zero), (1, sizes.B, sizes.K, block, sizes.H)
             )[0]
             for x in (cache.keys, cache.values)
         )
         return update(state, k_BKSH, v_BKSH, jnp.where(index_S >= i * block, positions_BS, -1))
 
     state = lax.fori_loop(0, blocks, update_from_cache, init_softmax(q_BKRH, sinks_N))
-    positions_BT = jnp.where(new_T < cache.counts_B[:, None], positions_BT, -1)
+    positions_BT = jnp.where(new_T < counts_B[:, None], positions_BT, -1)
     state = update(state, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), positions_BT)
     out_BKRH = state.out_BKRH / state.total_BKR[..., None]
     return ungroup_heads(out_BKRH, sizes.T).astype(q_BTNH.dtype)

@@ -1,11 +1,14 @@
 """Grouped matmul on CPU in float32, dense and MXFP4: the kernels of `grouped_matmul.cc`."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.group_tiles import as_matrices
+from gptoss_jax.kernels.layer_view import LayerView, as_groups
 from gptoss_jax.kernels.mxfp4.codec import BLOCK_SIZE
 
 
@@ -46,6 +49,28 @@ def _backward(residuals, g_RF):
 
 
 _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)
+
+
+def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
+    """Returns True if `einsum` applies: float32 on one device, and weights whose first letters are summed."""
+    x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+    summed = "".join(letter for letter in x_letters if letter not in y_letters)
+    fits = x_letters.endswith(summed) and w_letters.startswith(summed) and result_type in (None, x.dtype)
+    return fits and not backend.is_multi_device() and is_supported("grouped_matmul", x.dtype)
+
+
+def einsum(equation: str, x: jax.Array, layer: LayerView) -> jax.Array:
+    """Returns `jnp.einsum(equation, x, weight)` for the weight of one layer, read in place.
+
+    All rows are one group. Each is rounded alike, however many there are; XLA for CPU rounds by their number.
+    """
+    x_letters, _, y_letters = equation.replace("->", ",").split(",")
+    inner = math.prod(x.shape[i] for i, letter in enumerate(x_letters) if letter not in y_letters)
+    kept = tuple(x.shape[i] for i, letter in enumerate(x_letters) if letter in y_letters)
+    rows, outputs = x.size // inner, layer.shape[x.ndim - len(kept) :]
+    stack = layer.stack.reshape(layer.stack.shape[0], 1, inner, math.prod(outputs))
+    w_GDF, sizes_G = as_groups(LayerView(stack, layer.index), jnp.full(1, rows, jnp.int32))
+    return cpu_grouped_matmul(x.reshape(rows, inner), w_GDF, sizes_G).reshape(*kept, *outputs)
 
 
 def cpu_mxfp4_matmul(

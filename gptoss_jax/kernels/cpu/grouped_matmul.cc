@@ -9,6 +9,7 @@
 // A block of B is packed into panels of 32 columns that stay in the second-level cache; A is read in place, each float
 // broadcast. A task is a group and a block of columns.
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 
@@ -191,15 +192,15 @@ float* Scratch() {
   return memory.get();
 }
 
-// One task: kColBlock columns of C.
+// One task: at most `columns` columns of C from `column` on.
 template <bool a_is_row_major>
-void MultiplyColumns(const Matmul& p, int64_t column) {
+void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
   float* packed = Scratch();
   // Blocks of equal size, so that the last one is not a sliver.
   int64_t step = CeilDiv(p.k, std::max<int64_t>(1, CeilDiv(p.k, kInnerBlock)));
   if (p.blocks != nullptr) step = CeilDiv(step, kBlockSize) * kBlockSize;
   for (int64_t from = 0; from == 0 || from < p.k; from += step) {
-    const Block block{from, std::min(step, p.k - from), column, std::min<int64_t>(kColBlock, p.n - column)};
+    const Block block{from, std::min(step, p.k - from), column, std::min(columns, p.n - column)};
     if (p.blocks == nullptr)
       Pack(p, block, packed);
     else
@@ -215,15 +216,21 @@ void MultiplyColumns(const Matmul& p, int64_t column) {
 }
 
 void Multiply(const std::vector<Matmul>& matmuls, bool a_is_row_major, ffi::ThreadPool pool) {
+  const int64_t groups = std::count_if(matmuls.begin(), matmuls.end(), [](auto& p) { return p.m > 0; });
+  if (groups == 0) return;
+  // Narrower tasks where there are few groups, so that every thread has one. An element of C is rounded alike in all.
+  const int64_t parts = CeilDiv(std::max<int64_t>(pool.num_threads(), 1), groups);
+  const int64_t share = CeilDiv(CeilDiv(matmuls[0].n, parts), kPanelCols) * kPanelCols;
+  const int64_t columns = std::min<int64_t>(kColBlock, share);
   std::vector<std::pair<const Matmul*, int64_t>> tasks;
   for (const Matmul& p : matmuls)
-    for (int64_t column = 0; p.m > 0 && column < p.n; column += kColBlock) tasks.emplace_back(&p, column);
+    for (int64_t column = 0; p.m > 0 && column < p.n; column += columns) tasks.emplace_back(&p, column);
   // The longest first, so that threads end at about the same time.
   std::stable_sort(tasks.begin(), tasks.end(),
                    [](auto& x, auto& y) { return x.first->m * x.first->k > y.first->m * y.first->k; });
   auto run = [&](int64_t index) {
     const auto [p, column] = tasks[index];
-    a_is_row_major ? MultiplyColumns<true>(*p, column) : MultiplyColumns<false>(*p, column);
+    a_is_row_major ? MultiplyColumns<true>(*p, column, columns) : MultiplyColumns<false>(*p, column, columns);
   };
   RunPhases({{(int64_t)tasks.size(), run}}, pool);
 }

@@ -1,0 +1,122 @@
+"""A request to the engine: a prompt, its settings, and its answer so far, on the host."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from gptoss_jax.config import require
+from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.inference.detokenizer import StreamingDetokenizer
+from gptoss_jax.inference.grammar import GrammarMatcher
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams
+from gptoss_jax.inference.slots import NOT_RUN, STOPPED, Decoded
+
+TopLogprobs = list[list[tuple[int, float]]]
+
+
+class Request:
+    """A prompt and its answer; created by `Engine.submit`, compared by identity."""
+
+    def __init__(
+        self,
+        prompt: np.ndarray,
+        params: SamplingParams,
+        cache_salt: str,
+        tokenizer: Tokenizer | None = None,
+        matcher: GrammarMatcher | None = None,
+    ) -> None:
+        """`prompt` is int32 [T]; `tokenizer` finds the stop strings, `matcher` follows the grammar."""
+        self.prompt, self.params, self.cache_salt, self.matcher = prompt, params, cache_salt, matcher
+        # Tokens of the prompt that were not read again; set when the first part arrives.
+        self.cached_tokens = 0
+        self.tokens: list[int] = []
+        self.finish_reason: Literal["stop", "length"] | None = None
+        self.is_cancelled = False
+        # The prompt's log-probabilities, for the first part.
+        self.of_prompt: Completion | None = None
+        self._detokenizer = None
+        if params.stop_strings:
+            self._detokenizer = StreamingDetokenizer(tokenizer, params.stop_strings)
+
+    @property
+    def is_done(self) -> bool:
+        """True if no further part comes."""
+        return self.is_cancelled or self.finish_reason is not None
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that the answer may still get."""
+        return self.params.max_new_tokens - len(self.tokens)
+
+    def add(self, decoded: Decoded, b: int, num_steps: int) -> Completion:
+        """Adds what a call of `num_steps` steps decoded in slot `b`; returns the new part.
+
+        Args:
+          decoded: as NumPy arrays.
+        """
+        found = [int(token) for token in decoded.tokens_BC[b, :num_steps] if token != NOT_RUN]
+        stop_token = None
+        if found and found[-1] <= STOPPED:
+            self.finish_reason, stop_token = "stop", STOPPED - found.pop()
+        tokens = self._until_stop_string(found)
+        if len(tokens) < len(found):
+            stop_token = None
+        self._follow_grammar(tokens)
+        self.tokens += tokens
+        if self.finish_reason is None and not self.num_left:
+            self.finish_reason = "length"
+        part = Completion(tokens, None, self.finish_reason, stop_token=stop_token)
+        if self.params.logprobs:
+            logprobs = decoded.logprobs_BC[b, : len(tokens)].tolist()
+            part = dataclasses.replace(part, logprobs=logprobs)
+        if self.params.logprobs and self.params.top_logprobs:
+            best = (x[b, : len(tokens)] for x in (decoded.top_tokens_BCK, decoded.top_logprobs_BCK))
+            part = dataclasses.replace(part, top_logprobs=top_pairs(*best, self.params.top_logprobs))
+        if self.of_prompt is not None and (tokens or self.is_done):
+            of_prompt, self.of_prompt = self.of_prompt, None
+            part = dataclasses.replace(
+                part,
+                prompt_logprobs=of_prompt.prompt_logprobs,
+                prompt_top_logprobs=of_prompt.prompt_top_logprobs,
+            )
+        return part
+
+    def _until_stop_string(self, tokens: list[int]) -> list[int]:
+        for i, token in enumerate(tokens if self._detokenizer else ()):
+            self._detokenizer.feed([token])
+            if self._detokenizer.stopped:
+                self.finish_reason = "stop"
+                return tokens[: i + 1]
+        return tokens
+
+    def _follow_grammar(self, tokens: list[int]) -> None:
+        for token in tokens if self.matcher else ():
+            self.matcher.accept(token)
+        if self.matcher is not None and self.matcher.is_finished:
+            self.finish_reason = "stop"
+
+
+def top_pairs(tokens_TK: np.ndarray, logprobs_TK: np.ndarray, count: int) -> TopLogprobs:
+    """Returns pairs of the `count` most likely tokens of each position and their log-probabilities."""
+    rows = zip(tokens_TK[:, :count].tolist(), logprobs_TK[:, :count].tolist(), strict=True)
+    return [list(zip(*row, strict=True)) for row in rows]
+
+
+def check_tokens(prompt: Sequence[int], params: SamplingParams, name: str, vocab_size: int) -> np.ndarray:
+    """Returns a prompt as int32 [T]; raises ValueError if it or the settings have unknown tokens."""
+    try:
+        tokens = np.asarray(prompt)
+    except ValueError:  # rows of several lengths
+        tokens = np.empty((0, 0))
+    require(tokens.ndim == 1, name, prompt, "must be a sequence of token ids")
+    require(tokens.size > 0, name, prompt, "must hold at least one token")
+    is_known = tokens.dtype.kind in "iu" and (tokens >= 0) & (tokens < vocab_size)
+    first = int(np.argmin(is_known))
+    allowed = f"must be an integer from 0 to {vocab_size - 1}"
+    require(np.all(is_known), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
+    stops, biased = params.stop_tokens, [token for token, _ in params.logit_bias]
+    require(all(0 <= token < vocab_size for token in stops), "stop_tokens", stops, f"each {allowed}")
+    require(all(token < vocab_size for token in biased), "logit_bias", biased, f"each token {allowed}")
+    return tokens.astype(np.int32)
