@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.data.tokenizer import make_tokenizer
+from gptoss_jax.inference import grammar
 from gptoss_jax.inference.grammar import GrammarMatcher, mask_words
 
 ANSWER = 'start: <|channel|> "final" <|message|> /[ab]+/ <|return|>'
@@ -61,8 +62,20 @@ def test_a_grammar_that_may_end_allows_the_stop_tokens():
     assert allowed(matcher, 257) == {0xC3, 256}
     matcher.accept(0xC3)
     assert allowed(matcher, 257) == {0xA9}
-    with pytest.raises(ValueError, match="token 97 is not allowed by the grammar"):
-        matcher.accept(97)
+    assert matcher.failure is None
+    matcher.accept(97)
+    assert "doesn't satisfy the grammar" in matcher.failure and matcher.is_finished
+
+
+def test_a_grammar_that_becomes_too_complex_ends_the_answer(monkeypatch):
+    monkeypatch.setitem(grammar.LIMITS, "max_lexer_states", 12)
+    tokenizer = make_tokenizer("bytes")
+    matcher = GrammarMatcher(tokenizer, 257, 'start: %json {"type": "object", "title": "Small"}')
+    for token in tokenizer.encode('{"a"'):
+        allowed(matcher, 257)
+        matcher.accept(token)
+    assert "too many states" in matcher.failure and matcher.is_finished
+    assert allowed(matcher, 257) == {256}
 
 
 def test_matchers_of_one_grammar_are_independent(tiny):
@@ -73,7 +86,7 @@ def test_matchers_of_one_grammar_are_independent(tiny):
 
 
 @pytest.mark.parametrize(
-    ("grammar", "reason"),
+    ("text", "reason"),
     [
         ("start: other", 'unknown name: "other"'),
         ('start: "a" <|nope|>', 'unknown special token: "<|nope|>"'),
@@ -81,9 +94,9 @@ def test_matchers_of_one_grammar_are_independent(tiny):
         ('start: %json{"type": "string", "format": "poem"}', "Unknown format: poem"),
     ],
 )
-def test_bad_grammars_are_one_line(tiny, grammar, reason):
+def test_bad_grammars_are_one_line(tiny, text, reason):
     with pytest.raises(ValueError, match=reason) as caught:
-        GrammarMatcher(tiny, 300, grammar)
+        GrammarMatcher(tiny, 300, text)
     assert str(caught.value).startswith("grammar: ") and "\n" not in str(caught.value)
 
 

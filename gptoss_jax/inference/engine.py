@@ -311,7 +311,7 @@ class Engine:
             part = request.add(decoded, b, call.num_steps)
             if request.finish_reason is not None:
                 # A stop string or a grammar ends it here; the slot does not know yet.
-                self._release(b, is_running=part.stop_token is None and part.finish_reason == "stop")
+                self._release(b, is_running=part.stop_token is None and request.num_left > 0)
             elif self._pause_token is not None and part.tokens and part.tokens[-1] == self._pause_token:
                 self._keep_prefix(request, b)
             if part.tokens or part.finish_reason is not None:

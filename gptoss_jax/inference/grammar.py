@@ -13,6 +13,8 @@ import numpy as np
 from gptoss_jax.config import require
 from gptoss_jax.data.tokenizer import Tokenizer
 
+# Of llguidance, on the work for a token and the states in memory; its own are about 20 ms and 500 MB.
+LIMITS = {"max_lexer_states": 100_000, "verbose_errors": False}
 MASK_BITS = 32  # tokens in a word of a mask
 
 
@@ -52,19 +54,24 @@ class GrammarMatcher:
         row[self._known_words :] = 0
 
     def accept(self, token: int) -> None:
-        """Advances by a token. Raises ValueError if the mask does not allow it."""
-        if not self._matcher.consume_token(int(token)):
-            raise ValueError(f"token {token} is not allowed by the grammar")
+        """Advances by a token. One that the mask does not allow is a failure."""
+        self._matcher.consume_token(int(token))
 
     @property
     def is_finished(self) -> bool:
         """True if the grammar allows nothing more, only the end of the answer."""
         return self._matcher.is_stopped()
 
+    @property
+    def failure(self) -> str | None:
+        """Why the answer cannot be completed, if the grammar has become too complex; it is finished then."""
+        return self._matcher.get_error().partition("\n")[0] if self._matcher.is_error() else None
+
 
 @functools.lru_cache(maxsize=16)
 def _compile(tokenizer: Tokenizer, grammar: str):
-    matcher = _llguidance().LLMatcher(_llguidance_tokenizer(tokenizer), grammar, log_level=0)
+    limits = _llguidance().LLParserLimits(**LIMITS)
+    matcher = _llguidance().LLMatcher(_llguidance_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
     if matcher.is_error():
         reason = matcher.get_error().partition("\n")[0].partition("; following special tokens")[0]
         raise ValueError(f"grammar: {reason}")

@@ -1,6 +1,7 @@
 """A request to the engine: a prompt, its settings, and its answer so far, on the host."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,7 @@ from gptoss_jax.inference.grammar import GrammarMatcher
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.inference.slots import NOT_RUN, STOPPED, Decoded
 
+log = logging.getLogger(__name__)
 TopLogprobs = list[list[tuple[int, float]]]
 
 
@@ -92,9 +94,14 @@ class Request:
         return tokens
 
     def _follow_grammar(self, tokens: list[int]) -> None:
-        for token in tokens if self.matcher else ():
+        if self.matcher is None:
+            return
+        for token in tokens:
             self.matcher.accept(token)
-        if self.matcher is not None and self.matcher.is_finished:
+        if self.matcher.failure is not None:  # cut off: the answer does not follow the grammar to its end
+            log.warning("the grammar failed: %s", self.matcher.failure)
+            self.finish_reason = "length"
+        elif self.matcher.is_finished:
             self.finish_reason = "stop"
 
 
