@@ -1,5 +1,6 @@
 """Grammars of answers: what they allow, and that whatever a model picks among it is valid."""
 
+import dataclasses
 import json
 import re
 
@@ -10,8 +11,10 @@ from helpers.grammars import sample
 from helpers.scripted_engine import encode_special, tiny_tokenizer
 
 from gptoss_jax.data.harmony import Harmony
+from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.grammar import GrammarMatcher, mask_words
-from gptoss_jax.inference.sampling_params import Completion
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams
+from gptoss_jax.model.transformer import bind
 from gptoss_jax.server.answer_grammar import answer_grammar
 from gptoss_jax.server.answers import AnswerReader
 from gptoss_jax.server.errors import ApiError
@@ -253,3 +256,32 @@ def test_whatever_the_model_picks_validates(tiny, number):
         assert (len(last), reader.finish_reason) == (1, "tool_calls" if is_call else "stop")
         jsonschema.Draft202012Validator(schema).validate(json.loads(last[0].text))
     assert num_finished > 0.8 * number
+
+
+@pytest.mark.slow
+def test_answers_of_random_weights_validate(tiny, tiny_config, random_params):
+    """Through the engine, with other requests in the same batch."""
+    config = dataclasses.replace(tiny_config, vocab_size=tiny.vocab_size + 9, max_position_embeddings=2048)
+    engine = Engine(bind(config, random_params(config)), tiny, num_slots=8)
+    rng, schemas, answers = np.random.default_rng(5), {}, {}
+    for i in range(300):
+        schema, is_call = Schemas(rng).root(), i % 2 == 0
+        chosen = tools(Function("f", None, schema, strict=True), mode="required") if is_call else Tools()
+        grammar = answer_grammar(tiny, config.vocab_size, chosen, ResponseFormat("r", schema))
+        params = SamplingParams(max_new_tokens=1000, temperature=3.0, seed=i, grammar=grammar)
+        params = dataclasses.replace(params, stop_tokens=tiny.stop_ids)
+        request = engine.submit(tiny.encode("the fox"), params)
+        schemas[request] = schema, AnswerReader(Harmony(tiny), chosen.names), is_call
+        engine.submit(tiny.encode("the dog"), SamplingParams(max_new_tokens=20))
+    while engine.has_work:
+        for request, part in engine.step():
+            if request in schemas:
+                answers.setdefault(request, []).extend(schemas[request][1].feed(part))
+    finished = [request for request in schemas if schemas[request][1].finish_reason != "length"]
+    assert len(finished) > 150
+    for request in finished:
+        schema, reader, is_call = schemas[request]
+        assert reader.finish_reason == ("tool_calls" if is_call else "stop")
+        last = [delta for delta in answers[request] if delta.kind == "call" or delta.channel == "final"]
+        text = "".join(delta.text for delta in last)
+        jsonschema.Draft202012Validator(schema).validate(json.loads(text))
