@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 
 import numpy as np
 import openai
@@ -448,15 +449,15 @@ def test_tool_loop_of_openai_agents(is_streamed):
         return "landed"
 
     async def run(url):
-        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
-        model = agents.OpenAIResponsesModel("tiny", client)
-        agent = agents.Agent("fox", instructions="hello", model=model, tools=[jump])
-        if not is_streamed:
-            return await agents.Runner.run(agent, "jump")
-        result = agents.Runner.run_streamed(agent, "jump")
-        async for _ in result.stream_events():
-            pass
-        return result
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            model = agents.OpenAIResponsesModel("tiny", client)
+            agent = agents.Agent("fox", instructions="hello", model=model, tools=[jump])
+            if not is_streamed:
+                return await agents.Runner.run(agent, "jump")
+            result = agents.Runner.run_streamed(agent, "jump")
+            async for _ in result.stream_events():
+                pass
+            return result
 
     scripts = [tokens_of(PREAMBLE + THOUGHT + CALL), tokens_of(ANSWER)]
     engine = ScriptedEngine(lambda _: scripts.pop(0))
@@ -466,3 +467,150 @@ def test_tool_loop_of_openai_agents(is_streamed):
     # The reasoning and the preamble before the call come back.
     assert PREAMBLE + THOUGHT in prompt_of(engine)
     assert "functions.jump to=assistant<|channel|>commentary<|message|>landed<|end|>" in prompt_of(engine)
+
+
+def test_stateless_loop_as_codex_sends_it(start):
+    _, engine, http = start(PREAMBLE + THOUGHT + CALL, ANSWER)
+    asked = [
+        {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+        for role, text in (("developer", "be quick"), ("user", "jump"))
+    ]
+    body = {
+        "model": "tiny",
+        "instructions": "hello",
+        "tools": [{**TOOL, "strict": False}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "store": False,
+        "stream": True,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "0c4e",
+        "text": {"verbosity": "low"},
+    }
+
+    def turn(items):
+        lines = http.post("/v1/responses", json={**body, "input": items}).text.split("\n")
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+        assert events[-1]["type"] == "response.completed" and events[-1]["response"]["usage"]
+        return [event["item"] for event in events if event["type"] == "response.output_item.done"]
+
+    message, thought, call = turn(asked)
+    sent = [
+        {key: message[key] for key in ("type", "role", "content")},
+        {"type": "reasoning", "summary": [], "encrypted_content": thought["encrypted_content"]},
+        {key: call[key] for key in ("type", "name", "arguments", "call_id")},
+        {"type": "function_call_output", "call_id": call["call_id"], "output": "done"},
+    ]
+    assert turn(asked + sent)[-1]["content"][0]["text"] == "hello world"
+    # The channel of the preamble is found again without its phase.
+    assert prompt_of(engine).startswith(prompt_of(engine, 0) + PREAMBLE + THOUGHT)
+
+
+def test_failure_in_a_stream_is_an_event(start):
+    _, engine, http = start(chunk=1)
+
+    def fail():
+        engine.step = broken
+        return engine_step()
+
+    def broken():
+        raise RuntimeError("broken")
+
+    engine_step, engine.step = engine.step, fail
+    lines = http.post("/v1/responses", json={"input": "x", "stream": True}).text.strip().split("\n")
+    last = json.loads(lines[-1][6:])
+    EVENT.validate_python(last)
+    assert last["type"] == "response.failed" and last["response"]["error"]["code"] == "server_error"
+    assert "broken" not in lines[-1]
+
+
+def test_request_is_cancelled_when_the_client_leaves():
+    engine = ScriptedEngine(tokens_of("fox " * 900), step_seconds=0.01)
+    with live_server(scripted_service(engine, TOKENIZER)) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        with client.responses.stream(model="tiny", input="fox") as events:
+            next(event for event in events if event.type == "response.output_text.delta")
+        until = time.monotonic() + 10
+        while not engine.cancelled and time.monotonic() < until:
+            time.sleep(0.01)
+    assert engine.cancelled == engine.requests and engine.num_steps < 100
+
+
+VALID = {
+    "model": "tiny",
+    "instructions": "hello",
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "jump"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "fox"}]},
+        {"type": "function_call", "call_id": "c", "name": "jump", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "done"},
+        {"type": "message", "role": "assistant", "phase": "final_answer", "content": "x"},
+        {"role": "user", "content": "again"},
+    ],
+    "tools": [TOOL],
+    "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "jump"}]},
+    "text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "object"}}},
+    "reasoning": {"effort": "low", "summary": "auto"},
+    "include": ["message.output_text.logprobs"],
+    "metadata": {"a": "b"},
+    "max_output_tokens": 9,
+    "temperature": 1,
+    "top_p": 1,
+    "top_logprobs": 1,
+    "store": True,
+    "stream": False,
+    "truncation": "auto",
+    "previous_response_id": None,
+}
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    1.5,
+    1e300,
+    10**30,
+    "",
+    "x",
+    "\x00\u2028\ud7ff",
+    [],
+    [[]],
+    [None],
+    {},
+    {"type": 1},
+]
+
+
+def mutated(value, rng):
+    """Replaces, drops or repeats one random value inside another."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        copy = value.copy()
+        key = rng.choice(list(copy)) if isinstance(copy, dict) else int(rng.integers(len(copy)))
+        if rng.random() < 0.1:
+            del copy[key]
+        else:
+            copy[key] = mutated(copy[key], rng)
+        return copy
+    return ODD[rng.integers(len(ODD))]
+
+
+def test_mutated_requests_never_fail(start):
+    _, _, http = start()
+    assert http.post("/v1/responses", json=VALID).status_code == 200
+    rng = np.random.default_rng(0)
+    statuses = []
+    for _ in range(400):
+        body = VALID
+        for _ in range(rng.integers(1, 3)):
+            body = mutated(body, rng)
+        answer = http.post("/v1/responses", json=body)
+        statuses.append(answer.status_code)
+        if answer.status_code == 200 and "text/event-stream" not in answer.headers["content-type"]:
+            Response.model_validate(answer.json())
+        elif answer.status_code != 200:
+            assert answer.status_code in (400, 404), answer.text
+            error = answer.json()["error"]
+            assert error["param"] is not None or not isinstance(body, dict), error
+    assert statuses.count(200) > 40
