@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.server.app import create_app
 from gptoss_jax.server.chat_page import content_security_policy
+from gptoss_jax.server.lifecycle import LateApp
 from gptoss_jax.server.service import Settings
 
 MAX_BYTES = 25_000
@@ -80,6 +81,12 @@ def test_page_is_one_small_file_without_a_key():
     # Nothing is loaded from elsewhere, and nothing becomes HTML.
     assert re.findall(r"(?:src|href)=\"(?!data:)[^\"]*|https?://[\w.]+|@import|url\(", response.text) == []
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", response.text)
+
+
+def test_page_is_there_while_the_model_loads():
+    with TestClient(LateApp()) as client:
+        assert client.get("/").text.startswith("<!doctype html>")
+        assert client.get("/v1/models").status_code == 503
 
 
 def test_page_may_be_opened_by_a_link_of_another_site():

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.server.app import create_app
+from gptoss_jax.server.chat_page import page_response
 from gptoss_jax.server.errors import ApiError
 from gptoss_jax.server.service import RETRY_AFTER, Service
 from gptoss_jax.server.transport import error_response
@@ -48,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class LateApp:
-    """An application that answers 503 until it is there."""
+    """An application that answers 503 until it is there, but for the chat page, which asks again."""
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
@@ -61,6 +62,8 @@ class LateApp:
             await send({"type": "lifespan.shutdown.complete"})
         elif self.app is not None:
             await self.app(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] == "/":
+            await page_response()(scope, receive, send)
         elif scope["type"] == "http":
             error = ApiError(503, "The server is loading the model.", retry_after=RETRY_AFTER)
             await error_response(error)(scope, receive, send)
