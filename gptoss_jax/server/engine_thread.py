@@ -84,7 +84,7 @@ class Stream:
         return part
 
     async def completion(self) -> Completion:
-        """Returns the whole answer."""
+        """Returns the whole answer; what there is of it if the stream is closed meanwhile."""
         return join([part async for part in self])
 
     def close(self) -> None:
@@ -273,8 +273,8 @@ def stream_ended(part: Completion | ApiError | None) -> bool:
 
 def join(parts: Sequence[Completion]) -> Completion:
     """Returns consecutive parts of an answer as one."""
-    if len(parts) == 1:
-        return parts[0]
+    if len(parts) < 2:
+        return parts[0] if parts else Completion([], None, None)
 
     def joined(name: str) -> list | None:
         lists = [getattr(part, name) for part in parts]
