@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import pathlib
+import re
 
 import agents
 import numpy as np
@@ -34,10 +36,11 @@ def script(request):
     """A call and, after its result, an answer; to other questions, whatever the grammar allows."""
     prompt, grammar = HARMONY.spelled_text(request.prompt), request.params.grammar
     rng, limit = np.random.default_rng(4), request.params.max_new_tokens
-    if QUESTION not in prompt:
+    if QUESTION not in prompt and grammar is not None:
         return sample(TOKENIZER, grammar, rng, limit)[0]
     has_result = "<|start|>functions.weather to=assistant" in prompt
-    tokens = encode_special(TOKENIZER, FINAL if has_result else THOUGHT + CALL)
+    is_call = QUESTION in prompt and not has_result
+    tokens = encode_special(TOKENIZER, THOUGHT + CALL if is_call else FINAL)
     # Raises ValueError if the grammar does not allow them.
     return tokens if grammar is None else sample(TOKENIZER, grammar, rng, limit, tokens)[0]
 
@@ -135,3 +138,17 @@ def test_langchain_gets_structured_output(server, method):
     else:
         assert isinstance(found["parsed"], City)
     assert engine.requests[-1].params.grammar is not None
+
+
+def test_the_examples_of_the_docs_run(server):
+    url, _ = server
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    blocks = [
+        block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "client.chat" in block
+    ]
+    assert len(blocks) == 3
+    code = "\n".join(blocks).replace("http://127.0.0.1:8000/v1", url).replace("gpt-oss-20b", "tiny")
+    found = {}
+    exec(code, found)
+    assert isinstance(found["answer"].choices[0].message.parsed, found["City"])
+    assert [message["content"] for message in found["messages"] if isinstance(message, dict)][1] == "warm"
