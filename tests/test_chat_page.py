@@ -282,6 +282,8 @@ def test_markdown(page):
 
 
 def test_settings_go_into_the_request(page, engine):
+    ask(page)
+    assert "Reasoning: medium" in prompt_of(engine.requests[-1])  # the server's
     page.evaluate("document.querySelector('#effort').value = 'high'")
     page.click("#set")
     for name, value in {"system": "hello", "temperature": "0.5", "top_p": "0.9", "seed": "7"}.items():
