@@ -10,6 +10,7 @@ import openai
 import pydantic
 import pytest
 from helpers.live_server import live_server
+from helpers.mutations import mutated
 from helpers.scripted_engine import ScriptedEngine, scripted_service, tiny_tokenizer
 from openai.types.responses import Response, ResponseStreamEvent
 from starlette.testclient import TestClient
@@ -563,37 +564,6 @@ VALID = {
     "truncation": "auto",
     "previous_response_id": None,
 }
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    1.5,
-    1e300,
-    10**30,
-    "",
-    "x",
-    "\x00\u2028\ud7ff",
-    [],
-    [[]],
-    [None],
-    {},
-    {"type": 1},
-]
-
-
-def mutated(value, rng):
-    """Replaces, drops or repeats one random value inside another."""
-    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
-        copy = value.copy()
-        key = rng.choice(list(copy)) if isinstance(copy, dict) else int(rng.integers(len(copy)))
-        if rng.random() < 0.1:
-            del copy[key]
-        else:
-            copy[key] = mutated(copy[key], rng)
-        return copy
-    return ODD[rng.integers(len(ODD))]
 
 
 def test_mutated_requests_never_fail(start):
