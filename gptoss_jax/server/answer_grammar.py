@@ -4,6 +4,8 @@ Control tokens are part of it, from the answer's first token on: the model reaso
 message or its calls are bound to a schema. See `inference.grammar`.
 """
 
+from collections.abc import Callable
+
 from gptoss_jax.data.harmony import FUNCTIONS
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.grammar import GrammarMatcher
@@ -41,43 +43,52 @@ def answer_grammar(
     is_limited = tools.allowed != tools.functions or any(one.strict for one in tools.allowed)
     if response_format is None and not is_required and not is_limited:
         return None
+    try:
+        grammar = _build(tools, response_format, lambda schema, *_: enforced_schema(schema))
+        GrammarMatcher(tokenizer, vocab_size, grammar)
+        return grammar
+    except ValueError as error:
+        reason = reason_of(error)
+
+    def checked(schema: Schema, strict: bool, path: str) -> str:
+        try:
+            written = enforced_schema(schema)
+            GrammarMatcher(tokenizer, vocab_size, f"start: %json {written}")
+        except ValueError as error:
+            if strict:
+                raise bad_request(f"{path} cannot be enforced: {reason_of(error)}", path) from None
+            return enforced_schema(ANY_OBJECT)
+        return written
+
+    try:
+        grammar = _build(tools, response_format, checked)
+        GrammarMatcher(tokenizer, vocab_size, grammar)
+    except ValueError:  # too large as a whole
+        field = "tools" if tools.allowed else "response_format"
+        raise bad_request(f"{field} cannot be enforced: {reason}", field) from None
+    return grammar
+
+
+def _build(
+    tools: Tools, response_format: ResponseFormat | None, write: Callable[[Schema, bool, str], str]
+) -> str:
+    """Returns the grammar. `write` returns a schema for `%json`, given if it is strict and its field."""
+    is_required = tools.mode == "required"
     rules, ends = [], []
-
-    def json_rule(schema: Schema, strict: bool, path: str) -> str:
-        return f"%json {_checked(tokenizer, vocab_size, schema, strict, path)}"
-
     if not is_required:
         ends.append("final")
-        text = "TEXT"
+        header, text = '<|channel|> "final"', "TEXT"
         if response_format is not None:
-            text = json_rule(response_format.schema, response_format.strict, response_format.path)
-        header = '<|channel|> "final"' + (" json_type" if response_format is not None else "")
+            text = write(response_format.schema, response_format.strict, response_format.path)
+            header, text = f"{header} json_type", f"%json {text}"
         rules.append(f"final: {header} <|message|> {text} <|return|>")
     for i, function in enumerate(tools.allowed):
         ends.append(f"call{i}")
         text = "TEXT"
         if function.strict or is_required:
-            text = json_rule(function.parameters or ANY_OBJECT, function.strict, function.path)
+            text = f"%json {write(function.parameters or ANY_OBJECT, function.strict, function.path)}"
         name = f'" to={FUNCTIONS}{function.name}"'
         rules.append(f"call{i}: ({CHANNEL} {name} | {name} {CHANNEL}) json_type <|message|> {text} <|call|>")
     # A preamble is content, as the final message is: it would stand before the JSON.
     before = '"analysis"' if response_format is not None else '("analysis" | "commentary")'
-    grammar = "\n".join([f"start: before* ({' | '.join(ends)})", RULES.replace("BEFORE", before), *rules])
-    try:
-        GrammarMatcher(tokenizer, vocab_size, grammar)
-    except ValueError as error:  # too large as a whole
-        field = "tools" if tools.allowed else "response_format"
-        raise bad_request(f"{field} cannot be enforced: {reason_of(error)}", field) from None
-    return grammar
-
-
-def _checked(tokenizer: Tokenizer, vocab_size: int, schema: Schema, strict: bool, path: str) -> str:
-    """Returns a schema for `%json`. One that cannot be enforced is any object, or the 400 if it is strict."""
-    try:
-        written = enforced_schema(schema)
-        GrammarMatcher(tokenizer, vocab_size, f"start: %json {written}")
-    except ValueError as error:
-        if strict:
-            raise bad_request(f"{path} cannot be enforced: {reason_of(error)}", path) from None
-        return enforced_schema(ANY_OBJECT)
-    return written
+    return "\n".join([f"start: before* ({' | '.join(ends)})", RULES.replace("BEFORE", before), *rules])
