@@ -220,7 +220,7 @@ def test_metrics(client):
         assert float(values[name + labels]) == value, name
     success = 'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"}'
     assert float(values[success]) == 1
-    assert float(values['http_requests_total{handler="create",method="POST",status="4xx"}']) == 1
+    assert float(values['http_requests_total{handler="/v1/completions",method="POST",status="4xx"}']) == 1
 
 
 def test_a_fault_of_the_engine(client, caplog):

@@ -149,7 +149,7 @@ class Guard:
                     await error_response(internal_error())(scope, receive, send_with_headers)
         finally:
             self._service.num_requests -= needs_engine
-            handler = getattr(scope.get("endpoint"), "__name__", "other")
+            handler = getattr(scope.get("route"), "path", "other")
             self._service.metrics.on_response(scope["method"], handler, status)
             seconds = time.monotonic() - began
             log.info("%s %s %s %d %.3f s", name, scope["method"], safe_path(scope["path"]), status, seconds)

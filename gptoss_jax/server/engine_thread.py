@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol, Self
 
-from gptoss_jax.inference.sampling_params import Completion, SamplingParams
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams, join_parts
 from gptoss_jax.server.errors import ApiError, bad_request, internal_error
 
 log = logging.getLogger(__name__)
@@ -79,13 +79,14 @@ class Stream:
         if self._error is not None:
             self._is_finished = True
             raise self._error
-        part = join(parts)
+        part = join_parts(parts)
         self._is_finished = part.finish_reason is not None
         return part
 
     async def completion(self) -> Completion:
         """Returns the whole answer; what there is of it if the stream is closed meanwhile."""
-        return join([part async for part in self])
+        parts = [part async for part in self]
+        return join_parts(parts) if parts else Completion([], None, None)
 
     def close(self) -> None:
         """Cancels the request unless it has finished. May be called again."""
@@ -113,11 +114,11 @@ class Stream:
 class EngineThread:
     """Owns an engine. `stream` and `cancel` are called on the event loop's thread."""
 
-    def __init__(self, engine: Engine, max_queue: int = 256, observer: Observer | None = None) -> None:
+    def __init__(self, engine: Engine, max_queue: int = 256) -> None:
         """`max_queue` is the number of requests that may wait for a slot before `stream` refuses more."""
         self.engine, self.max_queue = engine, max_queue
         self.failure: BaseException | None = None  # of the engine; nothing is accepted after it
-        self._observer = observer or Observer()
+        self.observer = Observer()
         self._inbox: collections.deque[tuple[str, Stream]] = collections.deque()
         self._condition = threading.Condition()
         self._streams: dict[Any, Stream] = {}  # by the engine's request
@@ -238,7 +239,7 @@ class EngineThread:
             if stream is None:
                 continue
             stream.cached_tokens = request.cached_tokens or 0
-            self._observer.on_part(stream, part, now)
+            self.observer.on_part(stream, part, now)
             stream.num_tokens += len(part.tokens)
             if part.tokens:
                 stream.first_token, stream.last_token = stream.first_token or now, now
@@ -262,36 +263,13 @@ class EngineThread:
                 continue
             stream.is_done = True
             self._streams.pop(stream.request, None)
-            self._observer.on_cancel(stream)
+            self.observer.on_cancel(stream)
             _call(stream._loop, self._deliver_on_loop, [(stream, error)])
 
 
 def stream_ended(part: Completion | ApiError | None) -> bool:
     """Returns True if this is the last that a stream gets; None stands for a cancellation."""
     return not isinstance(part, Completion) or part.finish_reason is not None
-
-
-def join(parts: Sequence[Completion]) -> Completion:
-    """Returns consecutive parts of an answer as one."""
-    if len(parts) < 2:
-        return parts[0] if parts else Completion([], None, None)
-
-    def joined(name: str) -> list | None:
-        lists = [getattr(part, name) for part in parts]
-        return None if lists[0] is None else [item for items in lists for item in items]
-
-    def first(name: str) -> list | None:
-        return next((value for part in parts if (value := getattr(part, name)) is not None), None)
-
-    return Completion(
-        tokens=[token for part in parts for token in part.tokens],
-        logprobs=joined("logprobs"),
-        finish_reason=parts[-1].finish_reason,
-        top_logprobs=joined("top_logprobs"),
-        prompt_logprobs=first("prompt_logprobs"),
-        prompt_top_logprobs=first("prompt_top_logprobs"),
-        stop_token=parts[-1].stop_token,
-    )
 
 
 async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completion]]:

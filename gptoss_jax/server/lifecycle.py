@@ -30,6 +30,7 @@ WARMUP = (
     SamplingParams(max_new_tokens=4),
     SamplingParams(max_new_tokens=4, temperature=1.0),
     SamplingParams(max_new_tokens=4, temperature=1.0, top_p=0.9),
+    SamplingParams(max_new_tokens=4, temperature=1.0, logprobs=True),
 )
 WARMUP_PROMPT = 700  # tokens: a chunk of each size
 
@@ -157,6 +158,7 @@ async def _serve(
             if not warming.done():
                 raise KeyboardInterrupt
             warming.result()
+        service.metrics.watch(service.engine)
         service.state = "ready"
         on_ready(service)
         await asyncio.wait((serving, signal_seen), return_when=asyncio.FIRST_COMPLETED)

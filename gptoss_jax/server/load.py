@@ -61,11 +61,8 @@ def load_service(config: ServeConfig) -> Service:
         model, tokenizer, num_slots=slots, max_context=context, prefix_reuse=config.prefix_reuse, **cache
     )
     name = config.model_name or default_name(config.folder)
-    metrics = Metrics(name)
-    thread = EngineThread(engine, config.max_queue, metrics)
-    metrics.watch(thread)
     return Service(
-        engine=thread,
+        engine=EngineThread(engine, config.max_queue),
         tokenizer=tokenizer,
         model_id=name,
         harmony=Harmony(tokenizer) if kind.is_chat and not config.plain else None,
@@ -73,7 +70,7 @@ def load_service(config: ServeConfig) -> Service:
         vocab_size=model.config.vocab_size,
         defaults=defaults,
         system_fingerprint=fingerprint(folder, config.adapter, compute_dtype(model.config).name),
-        metrics=metrics,
+        metrics=Metrics(name),
         date=config.date or ("today" if kind.has_date else None),
         reasoning=config.reasoning,
         settings=config.settings,

@@ -42,6 +42,7 @@ class Metrics(Observer):
 
     def __init__(self, model_id: str = "model") -> None:
         self.registry = prometheus.CollectorRegistry()
+        self._engine: EngineThread | None = None
         self._labels = {"model_name": model_id, "engine": "0"}
         self._prompt_tokens = self._make(prometheus.Counter, "prompt_tokens", "Prompt tokens read.")
         self._tokens = self._make(prometheus.Counter, "generation_tokens", "Tokens sampled.")
@@ -69,7 +70,11 @@ class Metrics(Observer):
         )
 
     def watch(self, engine: EngineThread) -> None:
-        """Reports the number of running and waiting requests of an engine."""
+        """Observes the requests of an engine, from now on."""
+        engine.observer = self
+        if self._engine is engine:
+            return
+        self._engine = engine
         for name, about in (("running", "decoded"), ("waiting", "waiting for a slot")):
             gauge = prometheus.Gauge(
                 f"vllm:num_requests_{name}", f"Requests {about}.", list(self._labels), registry=self.registry

@@ -150,7 +150,7 @@ def scripted_service(
     """A service over a scripted engine; its model is `tiny`. `fields` are other fields of `Service`."""
     tokenizer = tokenizer or tiny_tokenizer()
     metrics = Metrics("tiny")
-    thread = EngineThread(engine, max_queue, metrics)
+    thread = EngineThread(engine, max_queue)
     metrics.watch(thread)
     service = Service(
         engine=thread,
