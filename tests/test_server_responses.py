@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.server.app import create_app
 from gptoss_jax.server.response_events import decode_reasoning, encode_reasoning
-from gptoss_jax.server.response_store import ResponseStore
+from gptoss_jax.server.response_store import ResponseStore, num_json_bytes
 
 TOKENIZER = tiny_tokenizer()
 HARMONY = Harmony(TOKENIZER)
@@ -302,6 +302,8 @@ def test_format_is_parsed_and_enforced(start):
     client, engine, _ = start(THOUGHT + '<|channel|>final<|message|>{"high":3,"name":null}<|return|>')
     answer = client.responses.parse(model="tiny", input="jump", text_format=Jump)
     assert answer.output_parsed == Jump(high=3)
+    with client.responses.stream(model="tiny", input="jump", text_format=Jump) as events:
+        assert events.get_final_response().output_parsed == Jump(high=3)
     assert "# Response Formats\n\n## Jump" in prompt_of(engine)
     assert "%json" in engine.requests[0].params.grammar
     again = create(client, text={"format": {"type": "json_object"}, "verbosity": "low"})
@@ -354,7 +356,8 @@ def test_store_is_limited_in_number_and_bytes():
     store = ResponseStore(max_responses=2, max_bytes=1000)
 
     def put(name, text=""):
-        store.put({"id": name, "output": [{"id": f"item-{name}"}]}, [{"text": text}])
+        items = [{"text": text}]
+        store.put({"id": name, "output": [{"id": f"item-{name}"}]}, items, num_json_bytes(items))
 
     put("a"), put("b"), store.get("a"), put("c")
     assert [store.get(name) is not None for name in "abc"] == [True, False, True]

@@ -22,6 +22,7 @@ from gptoss_jax.server.fields import Fields
 from gptoss_jax.server.response_events import make_response_id
 from gptoss_jax.server.response_format import ResponseFormat, read_response_format
 from gptoss_jax.server.response_input import read_input
+from gptoss_jax.server.response_store import num_json_bytes
 from gptoss_jax.server.sampling_fields import read_effort, read_sampling, read_top_logprobs
 from gptoss_jax.server.service import Service
 from gptoss_jax.server.tools import Tools, read_tools
@@ -66,6 +67,7 @@ class ResponseRequest:
     tools: Tools
     # The conversation's input, for the store.
     items: Sequence[Mapping[str, Any]]
+    items_bytes: int  # as JSON
     response: dict[str, Any]
     is_stored: bool
     has_encoded_reasoning: bool
@@ -88,15 +90,16 @@ async def read_request(fields: Fields, service: Service) -> ResponseRequest:
     is_cut = fields.choice("truncation", ("auto", "disabled"), "disabled") == "auto"
     room = fields.integer("max_output_tokens", min(ROOM, service.max_context // 2), 1)
 
-    def prepare() -> tuple[list[int], str | None]:
+    def prepare() -> tuple[list[int], str | None, int]:
         section = None if wanted is None else wanted.section
         messages = given.conversation.with_system(effort, service.system_date(), tools, section)
         prompt = harmony.render(messages)
         if is_cut and len(prompt) + room > service.max_context:
             prompt = truncated(harmony, messages, service.max_context - room)
-        return prompt, answer_grammar(service.tokenizer, service.vocab_size, tools, wanted)
+        grammar = answer_grammar(service.tokenizer, service.vocab_size, tools, wanted)
+        return prompt, grammar, num_json_bytes(given.items)
 
-    prompt, grammar = await anyio.to_thread.run_sync(prepare)
+    prompt, grammar, items_bytes = await anyio.to_thread.run_sync(prepare)
     is_bound = grammar is not None and fields.boolean("ignore_eos")
     fields.require(not is_bound, "ignore_eos", "must be false for an answer in a format or with bound calls")
     stop_tokens = (*service.tokenizer.stop_ids, harmony.return_id, harmony.call)
@@ -114,6 +117,7 @@ async def read_request(fields: Fields, service: Service) -> ResponseRequest:
         params=params,
         tools=tools,
         items=given.items,
+        items_bytes=items_bytes,
         response=_response(fields, service, params) | {"text": _text(text, wanted)},
         is_stored=fields.boolean("store", True),
         has_encoded_reasoning=ENCODED_REASONING in include,

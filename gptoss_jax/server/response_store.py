@@ -31,13 +31,13 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._responses)
 
-    def put(self, response: Mapping[str, Any], items: Sequence[Item]) -> None:
+    def put(self, response: Mapping[str, Any], items: Sequence[Item], items_bytes: int) -> None:
         """Stores a response and its conversation: `items` are what came before its output.
 
         The least recently used ones make room. A response that exceeds the limit itself is not stored.
         """
         output = response["output"]
-        num_bytes = num_json_bytes(response) + num_json_bytes(items)
+        num_bytes = num_json_bytes(response) + items_bytes
         if num_bytes > self.max_bytes or self.max_responses < 1:
             return
         self._responses[response["id"]] = StoredResponse(response, (*items, *output), num_bytes)

@@ -117,5 +117,5 @@ class Answer:
             return self._events.fail(internal_error())
         events = self._events.finish(reader.finish_reason, usage)
         if asked.is_stored:
-            self._service.responses.put(self._events.response, asked.items)
+            self._service.responses.put(self._events.response, asked.items, asked.items_bytes)
         return events
