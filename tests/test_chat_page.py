@@ -1,5 +1,7 @@
 """The chat page: its file and headers, and the page in a headless Chromium against a scripted engine."""
 
+import json
+import random
 import re
 import time
 
@@ -279,6 +281,43 @@ def test_markdown(page):
         "<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table><hr>"
         "<blockquote>said</blockquote>"
     )
+
+
+def test_no_markdown_breaks_the_page(page):
+    rng = random.Random(0)
+    pieces = [
+        "**",
+        "*",
+        "_",
+        "`",
+        "```",
+        "~~~",
+        "\n",
+        "\n\n",
+        "  ",
+        "- ",
+        "1. ",
+        "> ",
+        "# ",
+        "|",
+        "|-|\n",
+        "---",
+    ]
+    pieces += ["x", "[a](", ")", "http://x.y", "<b>", "\\", "é🦊", "\x00", "javascript:"]
+    stored = [
+        {"role": "assistant", "content": "".join(rng.choices(pieces, k=rng.randrange(40))), "reasoning": ""}
+        for _ in range(300)
+    ]
+    stored.append({"role": "assistant", "content": "# " * 30_000 + "- " * 30_000, "reasoning": ""})
+    page.evaluate(f"sessionStorage['gptoss.messages'] = {json.dumps(json.dumps(stored))}")
+    page.reload()
+    page.wait_text("h1", "tiny")
+    assert len(texts(page)) == 301
+    allowed = (
+        "article, footer, span, button, div, details, summary, p, h3, ul, ol, li, blockquote, hr, pre, code"
+    )
+    allowed += ", strong, em, a, table, tr, th, td"
+    assert page.evaluate(f"document.querySelectorAll('#log :not({allowed})').length") == 0
 
 
 def test_settings_go_into_the_request(page, engine):
