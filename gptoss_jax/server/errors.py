@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from gptoss_jax.terminal import printable
+
 # `type` of the error body by HTTP status; others have `invalid_request_error` or, from 500, `server_error`.
 TYPES = {
     401: "authentication_error",
@@ -12,12 +14,15 @@ TYPES = {
 }
 
 
+MAX_MESSAGE = 1000
+
+
 class ApiError(Exception):
     """An error that is sent to the client.
 
     Args:
       status: of the HTTP response.
-      message: one sentence for the client's user.
+      message: one sentence for the client's user; made one line that is safe to print.
       param: the request's field, such as `messages[2].content`.
       code: machine-readable, such as `context_length_exceeded`.
       retry_after: seconds after which the client should try again.
@@ -33,6 +38,8 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
+        # Messages may quote the request, and those of libraries have several lines.
+        message = printable(" ".join(message.split()))[:MAX_MESSAGE]
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.type = type or TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
