@@ -20,7 +20,7 @@ from gptoss_jax.cli.chat import HELP
 from gptoss_jax.cli.chat import Session as ChatSession
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import generate
+from gptoss_jax.inference import engine, generate
 from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.transformer import bind
@@ -206,12 +206,17 @@ def folder(monkeypatch):
         model = types.SimpleNamespace(config=config)
         monkeypatch.setattr(load, "load_model", lambda folder, adapter: (model, tokenizer))
 
-        def stream(model, prompts, params):
-            asked.append((prompts, params))
-            # The first call only checks the settings.
-            return iter([[Completion(list(chunk), None, None)] for chunk in answers[len(asked) - 2]])
+        class Engine:
+            def __init__(self, model, tokenizer, *, num_slots):
+                self.check = lambda prompt, params: asked.append((prompt, params))
 
-        monkeypatch.setattr(generate, "stream", stream)
+        def stream_one(engine, prompt, params):
+            asked.append((prompt, params))
+            # The first entry of `asked` only checks the settings.
+            return iter([Completion(list(chunk), None, None) for chunk in answers[len(asked) - 2]])
+
+        monkeypatch.setattr(engine, "Engine", Engine)
+        monkeypatch.setattr(generate, "stream_one", stream_one)
         return asked
 
     return load_folder
@@ -226,10 +231,10 @@ def test_the_command_with_a_chat_model(folder, harmony, session, monkeypatch, ca
     captured = capsys.readouterr()
     assert captured.out == "hé\n"
     assert re.fullmatch(r"\d tokens · – tokens/s\n", captured.err)
-    prompts, params = asked[1]
+    prompt, params = asked[1]
     stops = (200002, 199999, 200012)
     assert params == SamplingParams(4096, 1.0, top_p=0.9, seed=3, stop_tokens=stops)
-    text = session.spell(prompts[0])
+    text = session.spell(prompt)
     assert "Reasoning: high" in text and "Be kind." in text and "a\ufffd<|end|>" in text
     assert re.search(r"Current date: \d{4}-\d\d-\d\d\n", text)
 
@@ -244,8 +249,8 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
     captured = capsys.readouterr()
     assert captured.out == "b\n\n"
     assert captured.err.startswith("plain completion: every line is a separate text to continue\n2 tok")
-    assert [prompts for prompts, _ in asked[1:]] == [
-        [[tokenizer.bos_id, *tokenizer.encode(text)]] for text in "ac"
+    assert [prompt for prompt, _ in asked[1:]] == [
+        [tokenizer.bos_id, *tokenizer.encode(text)] for text in "ac"
     ]
     stops = (200002, 199999, 200012) if flags else (256,)
     assert asked[1][1] == SamplingParams(200, 0.8, stop_tokens=stops)
@@ -298,18 +303,26 @@ from gptoss_jax.checkpoints import load
 from gptoss_jax.cli.main import main
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import generate
+from gptoss_jax.inference import engine, generate
 from gptoss_jax.inference.sampling_params import Completion
 
 class Model:
     config = ModelConfig(vocab_size=260)
 
-def stream(model, prompts, params):
+class Engine:
+    def __init__(self, model, tokenizer, *, num_slots):
+        pass
+
+    def check(self, prompt, params):
+        pass
+
+def stream_one(engine, prompt, params):
     for number in itertools.count():
         time.sleep(0.01)
-        yield [Completion(list(b"%d " % number), None, None)]
+        yield Completion(list(b"%d " % number), None, None)
 
-generate.stream = stream
+engine.Engine = Engine
+generate.stream_one = stream_one
 load.load_model = lambda folder, adapter: (Model, make_tokenizer("bytes"))
 sys.exit(main(["chat", "x", "--max-new-tokens", "10000"]))
 """

@@ -43,7 +43,8 @@ class Chat:
     def run(self) -> None:
         from gptoss_jax.checkpoints.load import load_model
         from gptoss_jax.cli.terminal import writer
-        from gptoss_jax.inference.generate import stream
+        from gptoss_jax.inference.engine import Engine
+        from gptoss_jax.inference.generate import stream_one
 
         model, tokenizer = load_model(self.folder, self.adapter)
         write_error = writer(sys.stderr)
@@ -51,17 +52,19 @@ class Chat:
         def note(text: str) -> None:
             write_error(text + "\n", True)
 
-        def answer(prompt: list[int], params: "SamplingParams") -> Iterator[list[int]]:
-            chunks = stream(model, [prompt], params)
-            return (part.tokens for (part,) in chunks)
-
         conversation = self._conversation(tokenizer, note)
         params = self.sampling.update(conversation.params)
         max_context = model.config.max_position_embeddings
+        # One for the whole conversation: it keeps what it has read, so each turn reads only what is new.
+        engine = Engine(model, tokenizer, num_slots=1)
+
+        def answer(prompt: list[int], params: "SamplingParams") -> Iterator[list[int]]:
+            return (part.tokens for part in stream_one(engine, prompt, params))
+
         # Checks the settings and the start of the conversation; decodes nothing.
         start = conversation.prompt("")
         left = max(max_context - len(start), 1)
-        answer(start, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, left)))
+        engine.check(start, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, left)))
         # Bytes that are not text must not end the chat. The ASCII of LC_ALL=C is read as UTF-8.
         is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
         sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")

@@ -24,7 +24,7 @@ from gptoss_jax.inference import slots
 from gptoss_jax.inference.grammar import GrammarMatcher
 from gptoss_jax.inference.prefill import Prefills, cache_length
 from gptoss_jax.inference.prefix_cache import PrefixCache, Reuse
-from gptoss_jax.inference.request import Request, check_tokens
+from gptoss_jax.inference.request import Request, check_length, check_tokens
 from gptoss_jax.inference.sampling import num_words
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.transformer import Transformer, get_params
@@ -106,12 +106,9 @@ class Engine:
         special = {} if tokenizer is None else tokenizer.special_tokens
         self._pause_token = special.get(END_OF_MESSAGE) if keeps_prefixes and prefix_reuse == "any" else None
         self._waiting: collections.deque[Request] = collections.deque()
-        self._prefills = Prefills(config, self._params, self.prefix_cache)
-        self._slots: slots.Slots | None = None
-        self._cache_len = 0
         self._owners: list[Request | None] = [None] * self.num_slots
-        self._calls: collections.deque[_Call] = collections.deque()
-        self._ends_B, self._continues_B = np.zeros((2, self.num_slots), bool)
+        self._prefills = Prefills(config, self._params, self.prefix_cache)
+        self.reset()
         self._num_steps, self._last_read = 1, 0.0
         all_allowed = np.full((self.num_slots, num_words(config.vocab_size)), -1, np.int32)
         with self._on_mesh():
@@ -159,14 +156,10 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams, name: str = "prompt") -> np.ndarray:
         """Returns a prompt as int32 [T]; raises ValueError if it cannot be submitted with these settings."""
+        tokens = check_tokens(prompt, params, name, self.vocab_size)
         is_default = self.max_context == self._config.max_position_embeddings
         limit_name = "model.max_position_embeddings" if is_default else "max_context"
-        tokens = check_tokens(prompt, params, name, self.vocab_size)
-        left = self.max_context - len(tokens)
-        has = f"{name} has {len(tokens)} tokens and {limit_name} is {self.max_context}"
-        require(left > 0, name, f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
-        wanted = params.max_new_tokens
-        require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
+        check_length(tokens, params, name, self.max_context, limit_name)
         if params.stop_strings or params.grammar is not None:
             if self._tokenizer is None and self._origin is not None:
                 self._tokenizer = find_tokenizer(pathlib.Path(self._origin))
@@ -185,6 +178,22 @@ class Engine:
         self._prefills.remove(request)
         if request in self._owners:
             self._release(self._owners.index(request), is_running=True)
+
+    def reset(self) -> None:
+        """Drops all requests and frees the memory of the slots, also after a step that was interrupted.
+
+        Stored prefixes are kept.
+        """
+        for request in (*self._waiting, *self._prefills.requests, *self._owners):
+            if request is not None:
+                request.is_cancelled = True
+        self._waiting.clear()
+        self._prefills.clear()
+        self._slots: slots.Slots | None = None
+        self._cache_len = 0
+        self._owners = [None] * self.num_slots
+        self._calls: collections.deque[_Call] = collections.deque()
+        self._ends_B, self._continues_B = np.zeros((2, self.num_slots), bool)
 
     def step(self) -> list[tuple[Request, Completion]]:
         """Sends at most one chunk of prompts and one decode call, and reads the oldest call that is due.
@@ -272,11 +281,8 @@ class Engine:
         if any(owner.matcher is not None for owner in running):
             num_steps, allowed_BU = 1, self._grammar_masks()
         num_steps = min(num_steps, max(owner.num_left - sent[owner] for owner in running))
-        ends = [
-            len(owner.prompt) - 1 + len(owner.tokens) + min(sent[owner] + num_steps, owner.num_left)
-            for owner in running
-        ]
-        self._reserve(max(ends))
+        new = {owner: min(sent[owner] + num_steps, owner.num_left) for owner in running}
+        self._reserve(max(len(one.prompt) - 1 + len(one.tokens) + new[one] for one in running))
         changes = self._ends_B.copy(), self._continues_B.copy()
         self._ends_B[:] = self._continues_B[:] = False
         self._slots, decoded = slots.decode(

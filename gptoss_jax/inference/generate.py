@@ -72,6 +72,9 @@ def stream_one(engine: Engine, prompt: Sequence[int], params: SamplingParams) ->
         try:
             while not request.is_done:
                 yield from (part for owner, part in engine.step() if owner is request)
+        except KeyboardInterrupt:
+            engine.reset()  # Ctrl-C may have come in the middle of a step
+            raise
         finally:
             engine.cancel(request)
 

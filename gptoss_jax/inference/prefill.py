@@ -77,8 +77,12 @@ class Prefills:
         self._rows: list[PromptRow] = []
 
     @property
+    def requests(self) -> list[Request]:
+        return [request for one in self._rows for request in one.requests]
+
+    @property
     def num_requests(self) -> int:
-        return sum(len(one.requests) for one in self._rows)
+        return len(self.requests)
 
     def start(self, request: Request) -> None:
         """Starts to read a request's prompt, unless an equal one is being read."""
@@ -100,8 +104,13 @@ class Prefills:
     def remove(self, request: Request) -> None:
         """Drops a request, and its prompt if no other needs it."""
         for one in self._rows:
-            one.requests = [other for other in one.requests if other is not request] or one.requests
-        self._rows = [one for one in self._rows if not all(other.is_cancelled for other in one.requests)]
+            if request in one.requests and len(one.requests) > 1:
+                one.requests.remove(request)
+        self._rows = [one for one in self._rows if one.requests != [request]]
+
+    def clear(self) -> None:
+        """Drops all prompts."""
+        self._rows = []
 
     def step(self) -> None:
         """Sends one call, for the next chunk of the first prompt and of others that fit."""

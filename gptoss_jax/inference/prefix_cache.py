@@ -92,8 +92,10 @@ class PrefixCache:
             child = node.children.get(key)
             if child is None:
                 full = _read_block(cache, np.int32(b), np.int32(start), kinds=self._config.period)
-                child = node.children[key] = _Node(key, node, start, full, None)
+                child = _Node(key, node, start, full, None)
+                # In this order, and removed alike, so that Ctrl-C in between does no harm.
                 self._nodes[child] = salt
+                node.children[key] = child
                 self.num_bytes += tree_bytes(full)
             if is_last and child.rings is None:
                 child.rings = _read_rings(cache, np.int32(b), kinds=self._config.period)
@@ -129,10 +131,10 @@ class PrefixCache:
 
     def _remove_oldest(self) -> None:
         node, salt = self._nodes.popitem(last=False)
-        del node.parent.children[node.key]
+        node.parent.children.pop(node.key, None)
         self.num_bytes -= tree_bytes((node.full, node.rings))
         if node.parent.parent is None and not node.parent.children:
-            del self._roots[salt]
+            self._roots.pop(salt, None)
 
 
 def _key(tokens: np.ndarray) -> bytes:

@@ -127,3 +127,16 @@ def check_tokens(prompt: Sequence[int], params: SamplingParams, name: str, vocab
     require(all(0 <= token < vocab_size for token in stops), "stop_tokens", stops, f"each {allowed}")
     require(all(token < vocab_size for token in biased), "logit_bias", biased, f"each token {allowed}")
     return tokens.astype(np.int32)
+
+
+def check_length(
+    tokens: np.ndarray, params: SamplingParams, name: str, max_context: int, limit_name: str
+) -> None:
+    """Raises ValueError if a prompt and its answer do not fit in the context."""
+    left, has = (
+        max_context - len(tokens),
+        f"{name} has {len(tokens)} tokens and {limit_name} is {max_context}",
+    )
+    require(left > 0, name, f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
+    wanted = params.max_new_tokens
+    require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")
