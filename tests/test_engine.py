@@ -179,7 +179,7 @@ def engines(model):
     return get
 
 
-@settings(QUICKLY, max_examples=40)
+@settings(QUICKLY, max_examples=25)
 @given(SCHEDULES, st.sampled_from(["off", "exact", "any"]), st.sampled_from([3, 8]))
 def test_answers_do_not_depend_on_the_load(engines, alone, schedule, reuse, num_slots):
     check_schedule(engines(reuse, num_slots), schedule, alone, is_exact=reuse != "any")
@@ -306,12 +306,12 @@ def test_prompt_logprobs(model, apply_model):
     logprobs = np.asarray(jax.nn.log_softmax(logits))
     assert found.prompt_logprobs[0] is None and len(found.prompt_logprobs) == 70
     expected = logprobs[np.arange(69), prompt[1:]]
-    np.testing.assert_allclose(found.prompt_logprobs[1:], expected, atol=2e-5)
+    np.testing.assert_allclose(found.prompt_logprobs[1:], expected, atol=1e-4)
     assert found.prompt_top_logprobs[0] is None
     for position, best in enumerate(found.prompt_top_logprobs[1:]):
         order = np.argsort(-logprobs[position])[:4]
         assert [token for token, _ in best] == order.tolist()
-        np.testing.assert_allclose([one for _, one in best], logprobs[position, order], atol=2e-5)
+        np.testing.assert_allclose([one for _, one in best], logprobs[position, order], atol=1e-4)
     (short,) = generate(model, [[5]], params)
     assert short.prompt_logprobs == [None] and short.prompt_top_logprobs == [None]
 
@@ -403,6 +403,7 @@ def test_harmony_answers_pause_at_the_end_of_messages(model):
         assert Engine(model, tokenizer, prefix_reuse=reuse)._pause_token is None
 
 
+@pytest.mark.slow
 def test_on_a_mesh(alone):
     config = dataclasses.replace(CONFIG, num_local_experts=6, vocab_size=264)
     params = init_params(config, jax.random.key(0))
@@ -425,7 +426,7 @@ def test_many_requests_leave_nothing_behind(model):
     engine = Engine(model, num_slots=4, prefix_cache_bytes=200_000)
     rng = np.random.default_rng(0)
     open_requests = []
-    for i in range(300):
+    for i in range(150):
         prompt = [i % 256, *SHARED[: int(rng.integers(0, 120))]]
         open_requests.append(engine.submit(prompt, SamplingParams(max_new_tokens=int(rng.integers(1, 12)))))
         if rng.random() < 0.4:

@@ -235,7 +235,8 @@ class Engine:
                 request.cached_tokens = done.cached_tokens
                 if request.params.prompt_logprobs:
                     request.of_prompt = done.prompt_logprobs(request)
-                self._reserve(len(request.prompt) - 1 + self._first_steps(request))
+                is_alone = self.num_running == 1 and not self._calls
+                self._reserve(len(request.prompt) - 1 + self._first_steps(request), may_shrink=is_alone)
                 row = slots.SlotRequest.of(self._config, request.params, self._pause_token)
                 self._slots = slots.insert(
                     self._slots, done.row, np.int32(slot), np.int32(request.prompt[-1]), row
@@ -244,11 +245,10 @@ class Engine:
     def _first_steps(self, request: Request) -> int:
         return min(request.params.max_new_tokens, 1 if self._streaming else slots.MAX_STEPS)
 
-    def _reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` tokens in every slot."""
+    def _reserve(self, tokens: int, may_shrink: bool = False) -> None:
+        """Makes room for `tokens` tokens in every slot; `may_shrink` if no slot runs."""
         length = cache_length(self._config, tokens)
-        is_idle = self.num_running <= 1 and not self._calls
-        if self._slots is None or (is_idle and length < self._cache_len):
+        if self._slots is None or (may_shrink and length < self._cache_len):
             self._slots = slots.init_slots(self._config, self.num_slots, length)
             self._cache_len = length
         elif length > self._cache_len:
