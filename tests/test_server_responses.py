@@ -71,14 +71,13 @@ def start():
 
 def create(client, input="the quick fox", **fields):
     answer = client.responses.create(**{"model": "tiny", "input": input, **fields})
-    Response.model_validate(answer.model_dump())
+    Response.model_validate(answer.to_dict())
     return answer
 
 
 def stream(client, input="the quick fox", **fields):
     events = [
-        event.model_dump()
-        for event in client.responses.create(model="tiny", input=input, stream=True, **fields)
+        event.to_dict() for event in client.responses.create(model="tiny", input=input, stream=True, **fields)
     ]
     for i, event in enumerate(events):
         EVENT.validate_python(event)
@@ -150,7 +149,7 @@ def test_events_of_a_stream(start):
     assert events[10]["delta"] == events[11]["text"] == "hello world"
     final = events[-1]["response"]
     assert final["output"] == [events[7]["item"], events[13]["item"]]
-    assert without_ids(final) == without_ids(create(client).model_dump())
+    assert without_ids(final) == without_ids(create(client).to_dict())
 
 
 def test_stream_sends_names_of_events_and_no_other_end(start):
@@ -306,6 +305,9 @@ def test_format_is_parsed_and_enforced(start):
         assert events.get_final_response().output_parsed == Jump(high=3)
     assert "# Response Formats\n\n## Jump" in prompt_of(engine)
     assert "%json" in engine.requests[0].params.grammar
+    schema = {"type": "object", "properties": {"high": {"type": "integer"}}}
+    shown = create(client, text={"format": {"type": "json_schema", "name": "a", "schema": schema}})
+    assert shown.text.format.schema_ == schema
     again = create(client, text={"format": {"type": "json_object"}, "verbosity": "low"})
     assert (again.text.format.type, again.text.verbosity) == ("json_object", "low")
 
