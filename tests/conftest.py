@@ -10,9 +10,19 @@ import dataclasses
 import functools
 import hashlib
 import os
+import pathlib
 import shutil
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiled programs are shared by all processes of a run, and by later runs.
+COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+if os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED)) == str(COMPILED):
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    for file in COMPILED.glob("*"):
+        # Old ones are of code that has changed; another process may remove them, too.
+        if time.time() - file.stat().st_mtime > 7 * 86400:
+            file.unlink(missing_ok=True)
 # Most of the time goes into compilation, which level 0 halves. The caller's flags come last and win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
