@@ -6,6 +6,7 @@ read from `../shared/data`, beside the checkout (`helpers/data.py`), and gpt-oss
 tiktoken's cache or the network. No other test needs a network or a file outside the checkout.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,14 +16,6 @@ import shutil
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled programs are shared by all processes of a run, and by later runs.
-COMPILED = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
-if os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED)) == str(COMPILED):
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    for file in COMPILED.glob("*"):
-        # Old ones are of code that has changed; another process may remove them, too.
-        if time.time() - file.stat().st_mtime > 7 * 86400:
-            file.unlink(missing_ok=True)
 # Most of the time goes into compilation, which level 0 halves. The caller's flags come last and win.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
@@ -44,7 +37,23 @@ from gptoss_jax.kernels.cpu import build
 from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params, bind, init_params
 
+# Compiled programs are shared by all processes of a run, and by later runs.
+COMPILED = {
+    "JAX_COMPILATION_CACHE_DIR": pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.1,
+}
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
+
+
+def pytest_configure(config):
+    for name, value in COMPILED.items():
+        value = os.environ.setdefault(name, str(value))
+        jax.config.update(name.lower(), float(value) if name.endswith("SECS") else value)
+    for file in COMPILED["JAX_COMPILATION_CACHE_DIR"].glob("*"):
+        # Old ones are of code that has changed. Another process may remove them, too.
+        with contextlib.suppress(OSError):
+            if time.time() - file.stat().st_mtime > 7 * 86400:
+                file.unlink()
 
 
 @pytest.fixture(scope="session")
