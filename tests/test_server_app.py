@@ -258,6 +258,17 @@ def test_tokenize(client):
     assert error_of(one.post("/tokenize", json={}))["param"] == "prompt"
 
 
+def test_tokenize_a_chat(client):
+    one = client(date="2026-01-02")
+    messages = [{"role": "user", "content": "the fox"}]
+    tokens = one.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    text = one.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert text.startswith("<|start|>system<|message|>")
+    assert text.endswith("<|start|>user<|message|>the fox<|end|><|start|>assistant")
+    bad = one.post("/tokenize", json={"messages": [{"role": "user"}]})
+    assert error_of(bad)["param"] == "messages[0].content"
+
+
 def test_detokenize(client):
     one = client()
     tokens = [TOKENIZER.special_tokens["<|start|>"], *TOKENIZER.encode("the fox"), 500]

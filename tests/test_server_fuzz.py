@@ -84,6 +84,7 @@ BODIES = [
         },
     ),
     ("/tokenize", {"prompt": "Hi <|start|>", "add_special_tokens": True, "return_token_strs": True}),
+    ("/tokenize", {"messages": MESSAGES}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
 ]
 JUNK = [

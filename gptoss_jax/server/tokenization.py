@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.server.chat_request import read_request
 from gptoss_jax.server.fields import Fields
 from gptoss_jax.server.sampling_fields import check_tokens
 from gptoss_jax.server.service import Service
@@ -30,13 +31,15 @@ def routes() -> list[Route]:
 
 
 async def tokenize(request: Request) -> Response:
-    """`POST /tokenize`: the ids of `prompt`, as `/v1/completions` reads it."""
+    """`POST /tokenize`: the ids of `prompt` as `/v1/completions` reads it, or of a chat's `messages`."""
     service: Service = request.app.state.service
     fields = await read_json(request)
     service.check_model(fields)
-    fields.needed("prompt")
-    text = fields.text("prompt")
-    tokens = await encode_prompt(service.tokenizer, text, *prompt_options(fields))
+    if "messages" in fields:
+        tokens = (await read_request(fields, service)).prompt
+    else:
+        fields.needed("prompt")
+        tokens = await encode_prompt(service.tokenizer, fields.text("prompt"), *prompt_options(fields))
     answer = {"count": len(tokens), "max_model_len": service.max_context, "tokens": tokens}
     if fields.boolean("return_token_strs"):
         answer["token_strs"] = [TokenTexts(service.tokenizer).name(token) for token in tokens]
