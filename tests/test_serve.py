@@ -1,9 +1,12 @@
 """`gptoss serve`: flags, what it loads, its banner, and a real process."""
 
+import asyncio
+import collections
 import importlib.util
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -11,6 +14,7 @@ import sys
 
 import httpx2 as httpx
 import pytest
+from helpers.live_server import live_server, wait_until
 from helpers.scripted_engine import ScriptedEngine, scripted_service
 
 from gptoss_jax.cli import main
@@ -172,6 +176,48 @@ def _model_with_bytes(folder, adapter=None):
         max_position_embeddings=128, rope_scaling=None, initializer_range=0.3, compute_dtype="float32",
     )  # fmt: skip
     return bind(config, init_params(config, jax.random.key(0)))
+
+
+@pytest.mark.slow
+def test_requests_that_are_cancelled_leak_nothing(model_folder, monkeypatch):
+    monkeypatch.setattr("gptoss_jax.checkpoints.load.from_pretrained", _model_with_bytes)
+    service = load_service(ServeConfig(str(model_folder), slots=4, prefix_cache_bytes=1 << 20))
+    service.state = "ready"
+    rng, statuses = random.Random(0), collections.Counter()
+
+    async def ask(client, room):
+        body = {
+            "prompt": [rng.randrange(256) for _ in range(rng.randrange(1, 60))],
+            "max_tokens": rng.randrange(1, 40),
+            "stream": rng.random() < 0.5,
+            "n": rng.choice((1, 1, 2)),
+            "ignore_eos": True,
+        }
+        async with room:
+            try:
+                async with asyncio.timeout(rng.choice((None, 0.01, 0.05))):
+                    statuses[(await client.post("/v1/completions", json=body)).status_code] += 1
+            except TimeoutError:
+                statuses["left"] += 1
+
+    async def ask_often(address, count):
+        room = asyncio.Semaphore(12)
+        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+            await asyncio.gather(*(ask(client, room) for _ in range(count)))
+
+    def resident_bytes():
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    with live_server(service) as address:
+        asyncio.run(ask_often(address, 200))  # compiles, and fills the prefix cache
+        before = resident_bytes()
+        asyncio.run(ask_often(address, 1000))
+        wait_until(lambda: service.engine.num_open == service.num_requests == 0)
+        assert service.engine.num_running == service.engine.num_waiting == 0
+        assert resident_bytes() - before < 50e6
+        assert service.engine.engine.has_work is False
+    assert set(statuses) == {200, "left"} and min(statuses.values()) > 100
 
 
 @pytest.mark.slow

@@ -149,27 +149,34 @@ def test_a_full_queue(serve):
 
 
 SERVER = """
-import sys
+import sys, time
+from gptoss_jax import startup
 from helpers.scripted_engine import ScriptedEngine, scripted_service
 from gptoss_jax.server import lifecycle
 engine = ScriptedEngine([70] * 5000, step_seconds=0.01, chunk=1)
 bound = lifecycle.bind("127.0.0.1", 0)
-ready = lambda service: print(bound.getsockname()[1], flush=True)
-load = lambda: scripted_service(engine)
-lifecycle.serve(load, bound, drain=float(sys.argv[1]), warmup=False, on_ready=ready)
-print("cancelled", len(engine.cancelled))
+drain, load_seconds = map(float, sys.argv[1:])
+show_port = lambda service=None: print(bound.getsockname()[1], flush=True)
+load = lambda: time.sleep(load_seconds) or scripted_service(engine)
+on_ready = (lambda service: None) if load_seconds else show_port
+def serve():
+    if load_seconds:
+        show_port()
+    lifecycle.serve(load, bound, drain=drain, warmup=False, on_ready=on_ready)
+    print("cancelled", len(engine.cancelled))
+startup.leave(startup.run(serve, "server"))
 """
 
 
 @pytest.fixture
 def process():
-    """(drain) -> a server in a process of its own, and its address."""
+    """(drain, load_seconds) -> a server in a process of its own, and its address."""
     started = []
 
-    def start(drain):
+    def start(drain, load_seconds=0):
         tests = pathlib.Path(__file__).parent
         environment = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}"}
-        command = [sys.executable, "-c", SERVER, str(drain)]
+        command = [sys.executable, "-c", SERVER, str(drain), str(load_seconds)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         return started[-1], f"http://127.0.0.1:{int(started[-1].stdout.readline())}"
 
@@ -230,3 +237,16 @@ def test_a_second_signal_stops_at_once(process):
         wait_until(lambda: httpx.get(f"{address}/health").status_code == 503)
         server.send_signal(signal.SIGINT)
         assert server.wait(10) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_loads(process, number):
+    server, address = process(60, load_seconds=60)
+    with httpx.Client(transport=httpx.HTTPTransport(retries=9)) as client:
+        health = client.get(f"{address}/health")
+        answer = client.post(f"{address}/v1/completions", json=LONG)
+    for one in (health, answer):
+        assert (one.status_code, one.headers["retry-after"]) == (503, "5")
+        assert one.json()["error"]["message"] == "The server is loading the model."
+    server.send_signal(number)
+    assert server.wait(10) == 130
