@@ -1,5 +1,7 @@
 """Tools of requests, and schemas in the form that Harmony can show."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from gptoss_jax.data.harmony_tools import tools_section
 from gptoss_jax.server.errors import ApiError
 from gptoss_jax.server.fields import Fields
-from gptoss_jax.server.readable_schema import MAX_NODES, readable_schema
+from gptoss_jax.server.readable_schema import MAX_NODES, MAX_REFERRED, readable_schema
 from gptoss_jax.server.tools import Tools, read_tools
 
 F = {"name": "f", "description": "Does f."}
@@ -71,6 +73,7 @@ def test_faults_name_the_field(body, param):
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+REFERENCE = {"$ref": "#/$defs/A"}
 NODE = {"type": "object", "description": "A node.", "properties": {"next": {"$ref": "#/$defs/Node"}}}
 
 
@@ -146,6 +149,19 @@ def test_references_that_double_are_bounded():
         [{"name": "f", "parameters": readable_schema({"$ref": "#/$defs/d0", "$defs": doubling})}]
     )
     assert written.count("\n") < 8 * MAX_NODES
+
+
+@pytest.mark.parametrize(
+    ("target", "schema"),
+    [
+        ({"description": "d" * 10_000}, {"properties": {f"p{i}": REFERENCE for i in range(1000)}}),
+        ({"enum": ["a"] * 10_000}, {"properties": {f"p{i}": REFERENCE for i in range(1000)}}),
+        ({"required": ["a"] * 10_000}, {"allOf": [REFERENCE] * 1000}),
+    ],
+)
+def test_what_is_referred_to_many_times_is_bounded(target, schema):
+    shown = readable_schema({**schema, "type": "object", "$defs": {"A": target}})
+    assert len(json.dumps({**shown, "$defs": {}})) < 2 * MAX_REFERRED
 
 
 KEYWORDS = [

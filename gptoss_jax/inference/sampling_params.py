@@ -1,5 +1,6 @@
 """Sampling settings, and the completion they produce."""
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -80,8 +81,8 @@ class SamplingParams(ConfigBase):
         tokens = [token for token, _ in self.logit_bias]
         allowed = f"must be at most {MAX_LOGIT_BIAS}"
         require(len(tokens) <= MAX_LOGIT_BIAS, "number of pairs in logit_bias", len(tokens), allowed)
-        twice = next((token for token in tokens if tokens.count(token) > 1), None)
-        require(twice is None, "token in logit_bias", twice, "must not occur twice")
+        twice = [token for token, count in collections.Counter(tokens).items() if count > 1]
+        require(not twice, "token in logit_bias", next(iter(twice), None), "must not occur twice")
         for token, bias in self.logit_bias:
             require(0 <= token < 1 << 31, "token in logit_bias", token, "must be from 0 to 2147483647")
             require(-100 <= bias <= 100, f"logit_bias of token {token}", bias, "must be from -100 to 100")

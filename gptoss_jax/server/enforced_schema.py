@@ -65,12 +65,14 @@ def _map_schemas(schema: Any, convert: Callable[[Schema], Schema]) -> Any:
 
 def _has_discriminator(variants: list[Any], root: Schema) -> bool:
     """Returns True if a property that all variants require has other values in each of them."""
-    found = [_required_strings(variant, root) for variant in variants]
-    names = set.intersection(*map(set, found)) if found else ()
-    return any(
-        len(set().union(*(one[name] for one in found))) == sum(len(one[name]) for one in found)
-        for name in names
-    )
+    found = _required_strings(variants[0], root) if variants else {}  # what earlier variants have
+    for variant in variants[1:]:
+        values = _required_strings(variant, root)
+        names = [name for name in found if name in values and found[name].isdisjoint(values[name])]
+        if not names:  # soon, if many variants refer to one large enum
+            return False
+        found = {name: found[name] | values[name] for name in names}
+    return bool(found)
 
 
 def _required_strings(schema: Any, root: Schema) -> dict[str, set[str]]:

@@ -100,27 +100,24 @@ class _Reader:
         # An answer that was cut off has no content, and clients may drop its reasoning.
         if text := read_text(message, is_required=False) or message.text("refusal"):
             found.append(Message(ASSISTANT, text, "commentary" if calls else "final"))
+        results = self._results(i) if calls else {}
         for identity, tool, arguments in calls:
             self._tools[identity] = tool
             found.append(harmony.call(tool, arguments))
-            for k in self._results(i, identity):
+            for k in results.pop(identity, ()):
                 self._read.add(k)
                 found.append(_result(tool, self._messages[k]))
         return found
 
-    def _results(self, i: int, identity: str) -> list[int]:
-        """Returns the indices of a call's results among the messages up to the assistant's next one."""
-        found = []
+    def _results(self, i: int) -> dict[str | None, list[int]]:
+        """Returns the indices of results between an assistant's message and its next one, by call."""
+        found: dict[str | None, list[int]] = {}
         for k in range(i + 1, len(self._messages)):
             message = self._messages[k]
             if message.get("role") == ASSISTANT:
                 break
-            if (
-                message.get("role") in (TOOL, OLD_TOOL)
-                and k not in self._read
-                and _result_id(message) == identity
-            ):
-                found.append(k)
+            if message.get("role") in (TOOL, OLD_TOOL):
+                found.setdefault(_result_id(message), []).append(k)
         return found
 
     def _tool(self, message: Fields) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 # Schemas inside each other; those further inside, and those beyond MAX_NODES, are shown as `any`.
 MAX_DEPTH = 24
 MAX_NODES = 4096
+# Characters of what references point to, counted each time; after them references are shown as `any`.
+MAX_REFERRED = 1 << 18
 # What variants of `anyOf` and `oneOf` have, but mere conditions on the object around them have not.
 SHOWS_TYPE = ("type", "enum", "const", "$ref", "properties", "items", "anyOf", "oneOf", "allOf")
 SCALARS = ("string", "number", "integer", "boolean")
@@ -48,7 +50,8 @@ def find_reference(root: Mapping[str, Any], name: str) -> Schema | None:
 class _Reader:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
-        self._nodes = 0
+        self._nodes = self._referred = 0
+        self._targets: dict[str, tuple[Schema | None, int]] = {}  # of references, with their sizes
 
     def read(self, schema: Any, path: tuple[str, ...], depth: int = 0) -> Schema:
         """Converts a schema. `path` are the references that it is inside of."""
@@ -61,7 +64,7 @@ class _Reader:
             return _about(schema)
         while isinstance(name := schema.get("$ref"), str):
             siblings = {key: value for key, value in schema.items() if key != "$ref"}
-            target = find_reference(self._root, name)
+            target = self._target(name)
             if target is None or name in path:
                 return _about({**(target or {}), **siblings})
             path = (*path, name)
@@ -79,6 +82,15 @@ class _Reader:
             schema.setdefault("type", "array")
             schema["items"] = self.read(schema["items"], path, depth + 1)
         return schema
+
+    def _target(self, name: str) -> Schema | None:
+        """Returns what a reference points to; None if there is no such schema or MAX_REFERRED is used up."""
+        if name not in self._targets:
+            target = find_reference(self._root, name)
+            self._targets[name] = target, len(json.dumps(target))
+        target, size = self._targets[name]
+        self._referred += size
+        return target if self._referred <= MAX_REFERRED else None
 
     def _merge_all_of(self, schema: Schema, path: tuple[str, ...], depth: int) -> Schema:
         """Merges the schemas of `allOf` into the one that has them, whose own keywords win."""

@@ -122,7 +122,9 @@ class _Reader:
 
     def _channel(self, i: int) -> str:
         """Returns the channel of an answer's text without a phase: before a call it is commentary."""
-        following = next((item for item in self._items[i + 1 :] if item.get("type") != "reasoning"), None)
+        # By index: copies of all later items would take hours for a body of the largest size.
+        later = (self._items[k] for k in range(i + 1, len(self._items)))
+        following = next((item for item in later if item.get("type") != "reasoning"), None)
         is_preamble = following is not None and following.get("type") == "function_call"
         return "commentary" if is_preamble else "final"
 
