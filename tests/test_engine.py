@@ -259,6 +259,15 @@ def test_cancelled_while_waiting_or_read(model, alone):
     assert join_parts(parts[same]) == alone[5] and join_parts(parts[other]) == alone[3]
 
 
+def test_short_prompts_pass_a_long_one(model):
+    engine = Engine(model, num_slots=4, prefix_reuse="off")
+    params = SamplingParams(max_new_tokens=1)
+    prompts = [SHARED, SHARED[60:120], SHARED[120:130], SHARED[130:140]]
+    requests = [engine.submit(prompt, params) for prompt in prompts]
+    order = list(run(engine))  # by the first part
+    assert order[0] in requests[1:] and order.index(requests[0]) >= 2
+
+
 def test_equal_prompts_are_read_once(model, monkeypatch):
     engine = Engine(model, num_slots=4, prefix_reuse="off")
     rows, read = [], slots.prefill

@@ -75,6 +75,7 @@ class Prefills:
     def __init__(self, config: ModelConfig, params: dict, prefix_cache: PrefixCache | None) -> None:
         self._config, self._params, self._prefix_cache = config, params, prefix_cache
         self._rows: list[PromptRow] = []
+        self._is_shortest_next = False
 
     @property
     def requests(self) -> list[Request]:
@@ -113,7 +114,11 @@ class Prefills:
         self._rows = []
 
     def step(self) -> None:
-        """Sends one call, for the next chunk of the first prompt and of others that fit."""
+        """Sends one call, for the next chunk of a prompt and of others that fit.
+
+        It is that of the first prompt and, every other time, of the one with the fewest tokens left: short
+        prompts pass a long one, which still gets half of the calls.
+        """
         group = self._next_group()
         if not group:
             return
@@ -152,13 +157,16 @@ class Prefills:
         unread = [one for one in self._rows if one.position < one.end]
         if not unread:
             return []
-        first, size = unread[0], next_chunk(unread[0].position, unread[0].end)[1]
+        first = min(unread, key=lambda one: one.end - one.position) if self._is_shortest_next else unread[0]
+        self._is_shortest_next = not self._is_shortest_next
+        size = next_chunk(first.position, first.end)[1]
 
         def fits(one: PromptRow) -> bool:
             is_equal = next_chunk(one.position, one.end)[1] == size and one.cache_len == first.cache_len
             return is_equal and not one.has_logprobs
 
-        group = [first] if first.has_logprobs else [one for one in unread if fits(one)]
+        others = () if first.has_logprobs else (one for one in unread if one is not first and fits(one))
+        group = [first, *others]
         most = max_group(self._config, size, first.cache_len)
         return group[: next(count for count in GROUPS if count <= min(most, len(group)))]
 
