@@ -96,6 +96,13 @@ def test_an_answer_has_reasoning_content_and_usage(start):
     assert answer.id.startswith("chatcmpl-") and answer.system_fingerprint == "fp_test"
 
 
+def test_a_message_without_reasoning_has_null(start):
+    client, _, _ = start("<|channel|>final<|message|>Hello<|return|>")
+    assert complete(client).choices[0].message.reasoning is None
+    message = complete(client, extra_body={"include_reasoning": False}).choices[0].message
+    assert not hasattr(message, "reasoning")
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_a_stream_has_the_same_answer(start, chunk):
     client, engine, _ = start(chunk=chunk)

@@ -90,7 +90,7 @@ class Answer:
     def __init__(self, service: Service, asked: ChatRequest, streams: Sequence[Stream]) -> None:
         names = ("reasoning", "reasoning_content") if service.settings.reasoning_content else ("reasoning",)
         names = names if asked.has_reasoning else ()
-        self._asked, self._streams = asked, streams
+        self._asked, self._streams, self._reasoning_names = asked, streams, names
         self._choices = [Choice(service.harmony, asked, names) for _ in streams]
         self._head = {
             "id": make_id("chatcmpl"),
@@ -139,6 +139,8 @@ class Answer:
             "role": "assistant",
             "content": None if calls and not content else "".join(content),
             "refusal": None,
+            # Null rather than missing, which clients raise AttributeError for.
+            **dict.fromkeys(self._reasoning_names),
             **{name: "".join(parts) for name, parts in sorted(texts.items())},
             **({"tool_calls": calls} if calls else {}),
         }
