@@ -289,6 +289,9 @@ def test_reset_drops_everything(model, alone):
     engine.reset()
     assert not engine.has_work and all(request.is_cancelled for request in requests)
     assert answer(engine, *REQUESTS[1])[0] == alone[1]
+    engine.reset(drop_prefixes=True)
+    assert len(engine.prefix_cache) == engine.prefix_cache.num_bytes == 0
+    assert answer(engine, *REQUESTS[1])[0] == alone[1]
 
 
 def test_ctrl_c_in_the_middle_of_a_step(model, alone, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from helpers.scripted_engine import ScriptedEngine
 
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
-from gptoss_jax.server.engine_thread import EngineThread, merge
+from gptoss_jax.server.engine_thread import MAX_FAULTS, EngineThread, merge
 from gptoss_jax.server.errors import ApiError
 
 PARAMS = SamplingParams(max_new_tokens=1000)
@@ -103,7 +103,25 @@ def test_input_that_the_engine_refuses():
     run(ScriptedEngine([7]), use)
 
 
-def test_a_fault_ends_all_requests():
+def test_a_fault_ends_the_requests_but_not_the_server():
+    class Fragile(ScriptedEngine):
+        def step(self):
+            if any(request.prompt == [0] for request in self._waiting):
+                raise RuntimeError("out of memory")
+            return super().step()
+
+    async def use(thread):
+        for _ in range(MAX_FAULTS):
+            streams = thread.streams([([i], PARAMS) for i in range(3)])
+            found = await asyncio.gather(*(stream.completion() for stream in streams), return_exceptions=True)
+            assert [error.status for error in found] == [500] * 3
+            assert (await thread.stream([1], PARAMS).completion()).tokens == [7]
+        assert thread.failure is None and thread.num_open == 0
+
+    run(Fragile([7]), use)
+
+
+def test_repeated_faults_end_the_engine():
     class Broken(ScriptedEngine):
         def step(self):
             if self.num_steps == 3:
@@ -111,9 +129,12 @@ def test_a_fault_ends_all_requests():
             return super().step()
 
     async def use(thread):
-        streams = [thread.stream([i], PARAMS) for i in range(6)]
+        streams = thread.streams([([i], PARAMS) for i in range(6)])
         found = await asyncio.gather(*(stream.completion() for stream in streams), return_exceptions=True)
         assert [error.status for error in found] == [500] * 6
+        for _ in range(MAX_FAULTS - 1):
+            with pytest.raises(ApiError, match="had an error"):
+                await thread.stream([1], PARAMS).completion()
         with pytest.raises(ApiError, match="has stopped"):
             thread.stream([1], PARAMS)
         assert isinstance(thread.failure, RuntimeError) and thread.num_open == 0

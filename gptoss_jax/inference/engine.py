@@ -179,11 +179,13 @@ class Engine:
         if request in self._owners:
             self._release(self._owners.index(request), is_running=True)
 
-    def reset(self) -> None:
+    def reset(self, *, drop_prefixes: bool = False) -> None:
         """Drops all requests and frees the memory of the slots, also after a step that was interrupted.
 
-        Stored prefixes are kept.
+        Stored prefixes are kept unless `drop_prefixes`: after a fault they may hold its results.
         """
+        if drop_prefixes and self.prefix_cache is not None:
+            self.prefix_cache.clear()
         for request in (*self._waiting, *self._prefills.requests, *self._owners):
             if request is not None:
                 request.is_cancelled = True
@@ -300,10 +302,7 @@ class Engine:
     def _read(self, call: _Call) -> Iterator[tuple[Request, Completion]]:
         """Reads a call's tokens; yields the new parts."""
         needed = [owner for owner in call.owners if owner is not None and not owner.is_done]
-        wants = (
-            any(owner.params.logprobs for owner in needed),
-            any(owner.params.top_logprobs for owner in needed),
-        )
+        wants = (any(getattr(one.params, name) for one in needed) for name in ("logprobs", "top_logprobs"))
         decoded = slots.to_host(call.decoded, *wants)
         now = time.monotonic()
         if self._streaming:

@@ -105,6 +105,12 @@ class PrefixCache:
         while self.num_bytes > self.max_bytes:
             self._remove_oldest()
 
+    def clear(self) -> None:
+        """Removes everything."""
+        self._roots.clear()
+        self._nodes.clear()
+        self.num_bytes = 0
+
     def _find(self, tokens: np.ndarray, salt: str) -> _Node | None:
         """Returns the last node of the longest stored prefix of `tokens` that can be resumed."""
         found, node = None, self._roots.get(salt)

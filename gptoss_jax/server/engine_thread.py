@@ -14,6 +14,8 @@ from gptoss_jax.server.errors import ApiError, bad_request, internal_error
 log = logging.getLogger(__name__)
 # Seconds after which a client that was refused should try again.
 RETRY_AFTER = 2
+# Steps that may fail one after the other before the engine counts as broken.
+MAX_FAULTS = 8
 
 
 class Engine(Protocol):
@@ -28,6 +30,7 @@ class Engine(Protocol):
     def submit(self, prompt: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Any: ...
     def step(self) -> list[tuple[Any, Completion]]: ...
     def cancel(self, request: Any) -> None: ...
+    def reset(self, *, drop_prefixes: bool = False) -> None: ...
 
 
 class Observer:
@@ -122,6 +125,7 @@ class EngineThread:
         self._inbox: collections.deque[tuple[str, Stream]] = collections.deque()
         self._condition = threading.Condition()
         self._streams: dict[Any, Stream] = {}  # by the engine's request
+        self._num_faults = 0  # steps that failed since the last part of an answer
         self._num_open = 0  # streams that were accepted and are not done; on the loop's thread
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -188,7 +192,7 @@ class EngineThread:
             while self._wait():
                 self._read_inbox()
                 if self.engine.has_work:
-                    self._deliver(self.engine.step())
+                    self._step()
         except BaseException as error:
             log.exception("the engine failed")
             self.failure = error
@@ -196,6 +200,23 @@ class EngineThread:
             self._is_closed = True
         self._read_inbox(refuse=True)
         self._finish([(stream, self._end_error()) for stream in list(self._streams.values())])
+
+    def _step(self) -> None:
+        """Steps the engine. A fault, such as too little memory for a longer cache, ends the requests that the
+        engine has, but not the server. Raises it if the engine has failed MAX_FAULTS times in a row."""
+        try:
+            parts = self.engine.step()
+        except Exception:
+            self._num_faults += 1
+            if self._num_faults >= MAX_FAULTS:
+                raise
+            log.exception("a step of the engine failed; its requests get an error")
+            self._finish([(stream, internal_error()) for stream in list(self._streams.values())])
+            self.engine.reset(drop_prefixes=True)
+            return
+        if parts:
+            self._num_faults = 0
+        self._deliver(parts)
 
     def _end_error(self) -> ApiError:
         """Returns the error of requests that the thread leaves unfinished."""

@@ -92,6 +92,9 @@ class ScriptedEngine:
             if request in requests:
                 requests.remove(request)
 
+    def reset(self, *, drop_prefixes: bool = False) -> None:
+        self._waiting, self._running = [], []
+
     def _part(self, request: Request) -> Completion:
         params, is_first = request.params, request.num_sent == 0
         request.cached_tokens = min(self.cached_tokens, len(request.prompt) - 1)
