@@ -223,6 +223,15 @@ def test_metrics(client):
     assert float(values['http_requests_total{handler="/v1/completions",method="POST",status="4xx"}']) == 1
 
 
+def test_unknown_methods_are_one_time_series(client):
+    one = client()
+    for i in range(5):
+        one.request(f"METHOD{i}", "/health")
+    lines = one.get("/metrics").text.splitlines()
+    (counted,) = (line for line in lines if line.startswith("http_requests_total"))
+    assert counted.endswith(" 5.0") and 'method="other"' in counted
+
+
 def test_a_fault_of_the_engine(client, caplog):
     class Broken(ScriptedEngine):
         def step(self):

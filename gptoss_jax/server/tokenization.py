@@ -42,7 +42,7 @@ async def tokenize(request: Request) -> Response:
         tokens = await encode_prompt(service.tokenizer, fields.text("prompt"), *prompt_options(fields))
     answer = {"count": len(tokens), "max_model_len": service.max_context, "tokens": tokens}
     if fields.boolean("return_token_strs"):
-        answer["token_strs"] = [TokenTexts(service.tokenizer).name(token) for token in tokens]
+        answer["token_strs"] = list(map(TokenTexts(service.tokenizer).name, tokens))
     return json_response(answer)
 
 
