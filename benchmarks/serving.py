@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import numpy as np
 from workers import MEMORY
@@ -54,12 +54,16 @@ def random_bodies(prompt: int, new: int, seed: int, vocabulary: int = 4096) -> I
         yield body(rng.integers(0, vocabulary, prompt), new)
 
 
-async def request(port: int, fields: dict) -> Answer:
-    """Sends a streaming request and reads the whole answer. Raises RuntimeError unless it gets all tokens."""
+async def request(port: int, fields: dict, see: Callable[[dict], None] = lambda event: None) -> Answer:
+    """Sends a streaming request and reads the whole answer; `see` gets each event.
+
+    Raises RuntimeError unless all tokens come.
+    """
     answer = Answer(time.perf_counter())
     async for event in events(port, fields):
         if "error" in event:
             raise RuntimeError(f"the server answers {event}")
+        see(event)
         for choice in event["choices"]:
             ids = choice.get("token_ids")
             count = bool(choice["text"]) if ids is None else len(ids)
