@@ -153,6 +153,18 @@ def test_merged_streams():
     run(ScriptedEngine(lambda request: request.prompt, chunk=1), use)
 
 
+def test_no_part_of_a_closed_stream_is_merged():
+    async def use(thread):
+        streams, parts = [thread.stream([1], PARAMS)], []
+        async for _, part in merge(streams):
+            parts.append(part)
+            await asyncio.sleep(0.05)  # the next one is on its way
+            streams[0].close()
+        assert len(parts) == 1
+
+    run(ScriptedEngine([5] * 1000, chunk=1, step_seconds=0.005), use)
+
+
 def test_merging_goes_on_without_a_stream_that_is_closed():
     async def use(thread):
         streams = [thread.stream([i], PARAMS) for i in range(2)]

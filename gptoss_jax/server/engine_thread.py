@@ -60,6 +60,7 @@ class Stream:
         self.first_token: float | None = None
         self.last_token: float | None = None
         self.request: Any = None  # the engine's, on its thread only
+        self.is_closed = False  # by its reader, before its end
         self.is_done = False  # the engine has finished or dropped it
         self._thread = thread
         self._loop = asyncio.get_running_loop()
@@ -94,7 +95,7 @@ class Stream:
     def close(self) -> None:
         """Cancels the request unless it has finished. May be called again."""
         if not self._is_finished:
-            self._is_finished = True
+            self._is_finished = self.is_closed = True
             self._parts = []
             self._arrived.set()
             self._thread.cancel(self)
@@ -294,7 +295,10 @@ def stream_ended(part: Completion | ApiError | None) -> bool:
 
 
 async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completion]]:
-    """Yields the parts of several streams as they arrive, each with the index of its stream."""
+    """Yields the parts of several streams as they arrive, each with the index of its stream.
+
+    A stream that the reader has closed has no further parts.
+    """
     queue: asyncio.Queue[tuple[int, Completion | BaseException | None]] = asyncio.Queue(maxsize=1)
 
     async def pump(i: int, stream: Stream) -> None:
@@ -314,7 +318,7 @@ async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completio
                 raise part
             if part is None:
                 open_streams -= 1
-            else:
+            elif not streams[i].is_closed:
                 yield i, part
     finally:
         for one in pumps:
