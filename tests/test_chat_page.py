@@ -52,6 +52,7 @@ x < **y**
 > said
 """
 ANSWERS = {
+    "short": f"{FINAL}y<|return|>",
     "harmful": f"{FINAL}{HARMFUL}<|return|>",
     "markdown": f"{FINAL}{MARKDOWN}<|return|>",
     "long": FINAL + " ".join(f"fox {i}" for i in range(1, 400)),
@@ -116,7 +117,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine():
-    """Answers "markdown", "harmful" and "long", and anything else with a thought and "hello world"."""
+    """Answers the keys of `ANSWERS`, and anything else with a thought and "hello world"."""
 
     def script(request):
         question = HARMONY.spelled_text(request.prompt).rsplit("<|message|>", 1)[1].removesuffix(ASK)
@@ -198,6 +199,12 @@ def test_answer_is_streamed_with_its_thoughts_folded(page, engine):
     page.click("summary")
     page.wait_text("details > div", "the quick fox")
     assert page.text("#status") == "Answer finished"
+
+
+def test_speed_of_a_few_tokens_is_not_shown(page):
+    # They come at once, which says nothing about it.
+    ask(page, "short")
+    assert re.fullmatch(r"\d tokens · prompt \d+, 5 cached · seed \d+", page.text("footer span"))
 
 
 def test_long_answer_is_stopped_and_kept(page, engine):

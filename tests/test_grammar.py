@@ -91,6 +91,7 @@ def test_matchers_of_one_grammar_are_independent(tiny):
         ("start: other", 'unknown name: "other"'),
         ('start: "a" <|nope|>', 'unknown special token: "<|nope|>"'),
         ('start: "a', "lexer error"),
+        ('start: %json{"type": "string", "pattern": "(("}', "regex parse error: unclosed group"),
         ('start: %json{"type": "string", "format": "poem"}', "Unknown format: poem"),
     ],
 )

@@ -73,8 +73,12 @@ def _compile(tokenizer: Tokenizer, grammar: str):
     limits = _llguidance().LLParserLimits(**LIMITS)
     matcher = _llguidance().LLMatcher(_llguidance_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
     if matcher.is_error():
-        reason = matcher.get_error().partition("\n")[0].partition("; following special tokens")[0]
-        raise ValueError(f"grammar: {reason}")
+        first, *more = matcher.get_error().splitlines()
+        # A fault in a regular expression is shown by a drawing, and told below it.
+        reason = " ".join(
+            [first, *(line.removeprefix("error: ") for line in more if line.startswith("error: "))]
+        )
+        raise ValueError(f"grammar: {reason.partition('; following special tokens')[0]}")
     return matcher
 
 
