@@ -104,6 +104,15 @@ def test_a_body_without_a_declared_length_is_cut_off(serve):
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
+def test_a_client_that_sends_too_much_gets_the_error(serve):
+    address, _, _ = serve(Settings(max_body=1000))
+    with connect(address) as connection:
+        # Its whole body first, as many clients do.
+        post(connection, LONG | {"prompt": "a" * 20_000_000})
+        answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    assert answer.startswith("HTTP/1.1 413 ") and "request_too_large" in answer
+
+
 def test_pings(serve):
     address, _, _ = serve(Settings(ping_interval=0.05), script=[70] * 2, chunk=1, step_seconds=0.2)
     with httpx.stream("POST", f"{address}/v1/completions", json=LONG | {"stream": True}) as answer:

@@ -155,7 +155,9 @@ def parse_json(body: bytes) -> Fields:
     except UnicodeDecodeError as error:
         raise bad_request(f"The body is not UTF-8: invalid byte at {error.start}.") from None
     except ValueError as error:
-        raise bad_request(f"The body is not JSON: {str(error)[:200]}.") from None
+        # Python's message tells how to raise its limit.
+        reason = str(error).partition("; use sys.")[0][:200]
+        raise bad_request(f"The body is not JSON: {reason}.") from None
     if not isinstance(values, dict):
         raise bad_request(f"The body is {shown(values)}: must be a JSON object.")
     _check_tree(values, b"\\u" in body)
@@ -170,7 +172,7 @@ def shown(value: Any) -> str:
         value = value[: MAX_SHOWN + 1]
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 64:
         return "an integer of more than 64 bits"
-    text = "undefined" if value is None else json.dumps(value)
+    text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 

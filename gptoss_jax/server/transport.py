@@ -1,12 +1,14 @@
 """Request bodies in, JSON answers out: size and time limits, and clients that leave."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import anyio.to_thread
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from gptoss_jax.server.errors import ApiError, bad_request
 from gptoss_jax.server.fields import Fields, parse_json
@@ -14,6 +16,9 @@ from gptoss_jax.server.fields import Fields, parse_json
 Result = TypeVar("Result")
 # Bodies of more bytes are parsed on another thread: megabytes of JSON take as long as many tokens.
 PARSE_INLINE = 1 << 16
+# Seconds for which the rest of a body that is too long is read and dropped: a connection that is closed with
+# unread bytes is reset, and the client may lose the error. And seconds without any of it, which end this.
+DROP_SECONDS, DROP_IDLE = 10.0, 0.25
 
 
 async def read_json(request: Request) -> Fields:
@@ -73,8 +78,23 @@ def json_response(
     return JSONResponse(content, status, headers=headers)
 
 
+class TooLongResponse(JSONResponse):
+    """An error that is sent before the end of the request's body, of which the rest is dropped."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DROP_SECONDS):
+                while (await asyncio.wait_for(receive(), DROP_IDLE)).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 def error_response(error: ApiError) -> Response:
     """Returns an error's response."""
+    if error.status == 413:
+        return TooLongResponse(error.body(), error.status, error.headers)
     return json_response(error.body(), error.status, error.headers)
 
 
