@@ -228,14 +228,14 @@ def test_the_command(tmp_path):
     save_pretrained(_model_with_bytes(None), tmp_path / "tiny", experts="float32")
     make_tokenizer("bytes").export(tmp_path / "tiny")
     command = [sys.executable, "-m", "gptoss_jax", "serve", str(tmp_path / "tiny"), "--port", "0", "--warmup"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         banner = [server.stdout.readline().split() for _ in range(4)]
         assert banner[0][1:4] == ["tiny", "·", "base"]
         address = banner[1][1]
         assert httpx.get(f"{address}health").status_code == 200
         body = {"prompt": "ab", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
-        answers = [httpx.post(f"{address}v1/completions", json=body).json() for _ in range(2)]
+        answers = [httpx.post(f"{address}v1/completions", json=body, timeout=60).json() for _ in range(2)]
         assert answers[0]["choices"] == answers[1]["choices"]
         assert answers[0]["usage"]["completion_tokens"] == 5
         server.send_signal(signal.SIGINT)

@@ -81,7 +81,7 @@ def test_a_reader_that_stops_reading_stalls_nobody_and_is_cut_off(serve):
         # About 1 MB of events.
         post(connection, LONG | {"stream": True, "n": 4, "logprobs": 0})
         wait_until(lambda: engine.num_running > 0)
-        answer = httpx.post(f"{address}/v1/completions", json=LONG | {"max_tokens": 5})
+        answer = httpx.post(f"{address}/v1/completions", json=LONG | {"max_tokens": 5}, timeout=60)
         assert answer.json()["usage"]["completion_tokens"] == 5
         wait_until(lambda: service.engine.num_open == 0)
         wait_until(lambda: service.num_requests == 0)
@@ -184,7 +184,7 @@ def process():
 
     def start(drain, load_seconds=0):
         tests = pathlib.Path(__file__).parent
-        environment = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}"}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), *sys.path])}
         command = [sys.executable, "-c", SERVER, str(drain), str(load_seconds)]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
         return started[-1], f"http://127.0.0.1:{int(started[-1].stdout.readline())}"
@@ -207,13 +207,15 @@ def test_sigterm_finishes_what_was_accepted(process):
 
     def ask(stream):
         answers.append(
-            httpx.post(f"{address}/v1/completions", json=LONG | {"max_tokens": 60, "stream": stream})
+            httpx.post(
+                f"{address}/v1/completions", json=LONG | {"max_tokens": 60, "stream": stream}, timeout=60
+            )
         )
 
     threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(6)]  # two of them wait
     for thread in threads:
         thread.start()
-    wait_until(lambda: (count(address, "running"), count(address, "waiting")) == (4, 2))
+    wait_until(lambda: count(address, "running") + count(address, "waiting") + len(answers) == 6)
     server.send_signal(signal.SIGTERM)
     wait_until(lambda: httpx.get(f"{address}/health").status_code == 503)
     refused = httpx.post(f"{address}/v1/completions", json=LONG)

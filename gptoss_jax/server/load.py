@@ -106,11 +106,18 @@ def fingerprint(folder: pathlib.Path, adapter: str | os.PathLike | None, dtype: 
     """Returns `fp_…`: a hash of the weights' files (names, sizes, parts of their bytes), the dtype of the
     computation, and the versions of this package and of jax."""
     folders = [folder] if adapter is None else [folder, local_folder(adapter)]
-    parts: list[object] = [dtype, importlib.metadata.version("gptoss-jax"), jax.__version__]
+    parts: list[object] = [dtype, _version(), jax.__version__]
     for one in folders:
         files = sorted({file for pattern in WEIGHTS for file in one.glob(pattern) if file.is_file()})
         parts += [(file.relative_to(one).as_posix(), _sample(file)) for file in files]
     return "fp_" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("gptoss-jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"
 
 
 def _sample(file: pathlib.Path) -> tuple[int, str]:
