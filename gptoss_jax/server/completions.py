@@ -152,9 +152,11 @@ async def read_request(fields: Fields, service: Service) -> CompletionRequest:
     limits = [
         read_max_tokens(fields, service, len(prompt.tokens), names, DEFAULT_MAX_TOKENS) for prompt in prompts
     ]
+    # Checked once for each limit: there may be many prompts.
+    params = {limit: dataclasses.replace(settings, max_new_tokens=limit) for limit in set(limits)}
     return CompletionRequest(
         prompts=prompts,
-        params=[dataclasses.replace(settings, max_new_tokens=limit) for limit in limits],
+        params=[params[limit] for limit in limits],
         n=n,
         text=text,
         is_echo=is_echo,

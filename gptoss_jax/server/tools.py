@@ -4,8 +4,9 @@ Reads the forms of chat completions, `{"type": "function", "function": {"name", 
 `{"type": "function", "name", …}`.
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from gptoss_jax.data.harmony import TOOL_NAME
@@ -65,10 +66,10 @@ def read_tools(fields: Fields) -> Tools:
     """
     functions = [_function(tool) for tool in fields.objects("tools") or []]
     fields.require(len(functions) <= MAX_TOOLS, "tools", f"must be at most {MAX_TOOLS:,} tools")
-    names = [function.name for function in functions]
-    for function in functions:
-        if names.count(function.name) > 1:
-            raise bad_request(f"tools has more than one function {function.name!r}", "tools")
+    names = collections.Counter(function.name for function in functions)
+    for name, count in names.items():
+        if count > 1:
+            raise bad_request(f"tools has more than one function {name!r}", "tools")
     mode, chosen = _tool_choice(fields, names)
     if mode == "none":
         return Tools(mode="none")
@@ -93,7 +94,7 @@ def _function(tool: Fields) -> Function:
     )
 
 
-def _tool_choice(fields: Fields, names: Sequence[str]) -> tuple[str, Sequence[str] | None]:
+def _tool_choice(fields: Fields, names: Collection[str]) -> tuple[str, Collection[str] | None]:
     """Returns the mode, and the functions to which the choice is limited."""
     choice = fields.get("tool_choice")
     if choice is None:
@@ -107,15 +108,15 @@ def _tool_choice(fields: Fields, names: Sequence[str]) -> tuple[str, Sequence[st
     given = Fields(choice, "tool_choice")
     kind = given.choice("type", ("function", "allowed_tools"), "function")
     if kind == "function":
-        return "required", [_named(given, names)]
+        return "required", {_named(given, names)}
     given = given.object("allowed_tools") or given
     mode = given.choice("mode", MODES[1:], "auto")
-    chosen = [_named(tool, names) for tool in given.objects("tools") or []]
+    chosen = {_named(tool, names) for tool in given.objects("tools") or []}
     given.require(bool(chosen), "tools", "must name functions of tools")
     return mode, chosen
 
 
-def _named(choice: Fields, names: Sequence[str]) -> str:
+def _named(choice: Fields, names: Collection[str]) -> str:
     given = choice.object("function") or choice
     given.needed("name")
     name = given.text("name")
