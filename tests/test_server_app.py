@@ -148,8 +148,9 @@ def test_names_of_other_hosts_are_refused(client, host, status):
     assert answer.status_code == status
 
 
-def test_pages_of_other_origins(client):
-    headers = {"Origin": "https://page.example", "Sec-Fetch-Site": "cross-site"}
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_pages_of_other_origins(client, site):
+    headers = {"Origin": "https://page.example", "Sec-Fetch-Site": site}
     plain, allowing = client(), client(Settings(cors_origins=("https://page.example",)))
     refused = plain.post("/v1/completions", json=BODY, headers=headers)
     assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers

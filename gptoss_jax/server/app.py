@@ -194,7 +194,8 @@ def check_origin(settings: Settings, headers: Headers) -> None:
     Without CORS headers that page cannot read an answer, but it could start one.
     """
     is_allowed = not {"*", headers.get("origin")}.isdisjoint(settings.cors_origins)
-    if headers.get("sec-fetch-site") == "cross-site" and not is_allowed:
+    # Another port of localhost is the same site, but another origin.
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not is_allowed:
         raise ApiError(403, "Pages of other origins may not call this server; see --cors-origins.")
 
 
