@@ -6,6 +6,7 @@ with epy.lazy_api_imports(globals()):
     from gptoss_jax.checkpoints.export import save_pretrained
     from gptoss_jax.checkpoints.load import from_pretrained
     from gptoss_jax.config import ModelConfig, TrainConfig
+    from gptoss_jax.inference.engine import Engine
     from gptoss_jax.inference.generate import generate, stream
     from gptoss_jax.inference.sampling_params import Completion, SamplingParams
     from gptoss_jax.model.transformer import Transformer
@@ -13,6 +14,7 @@ with epy.lazy_api_imports(globals()):
 
 __all__ = [
     "Completion",
+    "Engine",
     "ModelConfig",
     "SamplingParams",
     "TrainConfig",

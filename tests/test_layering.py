@@ -198,7 +198,16 @@ def test_importing_the_package_or_config_does_not_import_jax(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["Completion", "ModelConfig", "SamplingParams", "Transformer", "from_pretrained", "generate", "train"],
+    [
+        "Completion",
+        "Engine",
+        "ModelConfig",
+        "SamplingParams",
+        "Transformer",
+        "from_pretrained",
+        "generate",
+        "train",
+    ],
 )
 def test_public_names(name):
     assert callable(getattr(gptoss_jax, name))
