@@ -12,15 +12,10 @@ import numpy as np
 
 from gptoss_jax.config import require
 from gptoss_jax.data.tokenizer import Tokenizer
+from gptoss_jax.inference.sampling import num_words
 
 # Of llguidance, on the work for a token and the states in memory; its own are about 20 ms and 500 MB.
 LIMITS = {"max_lexer_states": 100_000, "verbose_errors": False}
-MASK_BITS = 32  # tokens in a word of a mask
-
-
-def mask_words(vocab_size: int) -> int:
-    """Returns the length of a mask of `vocab_size` tokens, in int32."""
-    return -(-vocab_size // MASK_BITS)
 
 
 class GrammarMatcher:
@@ -45,10 +40,10 @@ class GrammarMatcher:
         fits = vocab_size >= tokenizer.vocab_size
         require(fits, "vocab_size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size}")
         self._matcher = _compile(tokenizer, grammar).deep_copy()
-        self._known_words = mask_words(tokenizer.vocab_size)
+        self._known_words = num_words(tokenizer.vocab_size)
 
     def fill_mask(self, row: np.ndarray) -> None:
-        """Writes which tokens may come next: bit t % 32 of word t // 32, int32 [mask_words(V)]."""
+        """Writes which tokens may come next: a token mask, int32 [U]; see `sampling.token_bits`."""
         known = row[: self._known_words]
         self._matcher.unsafe_compute_mask_ptr(known.ctypes.data, known.nbytes)
         row[self._known_words :] = 0
@@ -96,7 +91,7 @@ def _llguidance() -> types.ModuleType:
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """A tokenizer in the form that llguidance asks for."""
 
     is_tokenizer_wrapper = True
 

@@ -14,11 +14,10 @@ from gptoss_jax.data.harmony import FUNCTIONS, Harmony, Part
 from gptoss_jax.data.harmony import AnswerReader as HarmonyReader
 from gptoss_jax.inference.detokenizer import StopStrings
 from gptoss_jax.inference.sampling_params import Completion
+from gptoss_jax.server.sampling_fields import MIN_LOGPROB
 
 Kind = Literal["reasoning", "content", "call"]
 FinishReason = Literal["stop", "length", "tool_calls"]
-# For tokens of no probability, as JSON has no infinities; OpenAI's value.
-MIN_LOGPROB = -9999.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,8 @@ from typing import Any
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.sampling_params import Completion
+from gptoss_jax.server.sampling_fields import MIN_LOGPROB
 from gptoss_jax.server.tokenization import TokenTexts
-
-# JSON has no infinities; clients add up what they find.
-LEAST_LOGPROB = -9999.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +133,7 @@ def logprobs_object(options: TextOptions, entries: Sequence[LogprobEntry]) -> di
 
 def finite(logprob: float | None) -> float | None:
     """Returns a log-probability that JSON can have."""
-    return LEAST_LOGPROB if logprob is not None and not math.isfinite(logprob) else logprob
+    return MIN_LOGPROB if logprob is not None and not math.isfinite(logprob) else logprob
 
 
 def _top(name_of: Callable[[int], str], entry: LogprobEntry, name: str) -> dict[str, float] | None:

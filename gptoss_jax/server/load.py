@@ -29,7 +29,7 @@ WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json", "checkpoints/*
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    """What is served, and how; see `gptoss serve --help`."""
+    """Settings of `gptoss serve`; see its --help."""
 
     folder: str
     adapter: str | None = None

@@ -22,7 +22,7 @@ REASONING = ("reasoning", "reasoning_content", "thinking")
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """What a request says: the texts at its start that instruct the model, and the messages after them."""
+    """A request's texts at its start that instruct the model, and the messages after them."""
 
     instructions: str | None
     messages: list[Message]

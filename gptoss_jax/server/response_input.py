@@ -20,7 +20,7 @@ PHASES = {"commentary": "commentary", "final_answer": "final"}
 
 @dataclasses.dataclass(frozen=True)
 class ResponseInput:
-    """What a request says. `items` are those of the whole conversation, for the store."""
+    """The conversation of a request. `items` are those of the whole conversation, for the store."""
 
     items: tuple[Mapping[str, Any], ...]
     conversation: Conversation

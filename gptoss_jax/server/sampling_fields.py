@@ -19,6 +19,8 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_INT32 = (1 << 31) - 1
+# For tokens of no probability, as JSON has no infinities; OpenAI's value.
+MIN_LOGPROB = -9999.0
 # OpenAI's names of reasoning efforts, and those of the chat format.
 EFFORTS: Mapping[str, Reasoning] = {
     "none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high",

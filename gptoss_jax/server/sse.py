@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gptoss_jax.server.errors import ApiError, internal_error
+from gptoss_jax.server.transport import disconnected
 
 log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
@@ -45,7 +46,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = scope["app"].state.service.settings
         sender = asyncio.ensure_future(self._send_all(send, settings.ping_interval, settings.send_timeout))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         try:
             await asyncio.wait((sender, gone), return_when=asyncio.FIRST_COMPLETED)
             if sender.done():
@@ -107,8 +108,3 @@ def encode(event: Mapping[str, Any] | tuple[str, Mapping[str, Any]]) -> bytes:
     head = "" if name is None else f"event: {name}\n"
     # JSON has no line breaks, so one `data:` line holds it.
     return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -53,7 +53,7 @@ async def while_connected(request: Request, work: Awaitable[Result], cancel: Cal
     Raises ApiError then, which nobody receives.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    gone = asyncio.ensure_future(disconnected(request.receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -65,9 +65,9 @@ async def while_connected(request: Request, work: Awaitable[Result], cancel: Cal
         cancel()
 
 
-async def _disconnected(request: Request) -> None:
-    """Returns when the client has left; its body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client has left; the request's body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
