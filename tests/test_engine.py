@@ -1,5 +1,6 @@
 """The engine: any load gives the answers of `generate`, slots are freed, prefixes are reused."""
 
+import collections
 import dataclasses
 import gc
 import os
@@ -166,14 +167,20 @@ def check_schedule(engine: Engine, schedule: list[Arrival], alone, is_exact: boo
 
 
 @pytest.fixture(scope="module")
-def engines(model):
-    """(reuse, slots) -> an engine that all schedules share, so that prefixes of earlier ones are reused."""
+def engines(model, alone):
+    """(reuse, slots) -> an engine that all schedules share, so that prefixes of earlier ones are reused.
+
+    Those that reuse any prefix pause after a frequent token, as at the end of a Harmony message.
+    """
     made = {}
+    sampled = collections.Counter(token for one in alone for token in one.tokens)
 
     def get(reuse, num_slots):
         key = reuse, num_slots
         if key not in made:
             made[key] = Engine(model, TOKENIZER, num_slots=num_slots, prefix_reuse=reuse)
+            if reuse == "any":
+                ((made[key]._pause_token, _),) = sampled.most_common(1)
         return made[key]
 
     return get
