@@ -62,7 +62,7 @@ KNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens, and its text for an echo."""
+    """A prompt's tokens, and its text; that of token ids only for an echo."""
 
     tokens: list[int]
     text: str
@@ -193,7 +193,8 @@ async def read_prompts(fields: Fields, service: Service, options: TextOptions) -
         check_tokens(item, path, service.vocab_size)
         is_added = bos_before_ids and item[0] != bos
         tokens = [bos] * is_added + item
-        prompts.append(Prompt(tokens, options.decode(item), is_text=False, has_added_bos=is_added))
+        text = options.decode(item) if fields.boolean("echo") else ""
+        prompts.append(Prompt(tokens, text, is_text=False, has_added_bos=is_added))
     return prompts
 
 

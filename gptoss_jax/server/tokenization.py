@@ -54,7 +54,8 @@ async def detokenize(request: Request) -> Response:
     fields.needed("tokens")
     tokens = fields.array("tokens")
     check_tokens(tokens, "tokens", service.vocab_size)
-    return json_response({"prompt": TokenTexts(service.tokenizer).decode(tokens)})
+    text = await inline_or_thread(len(tokens), lambda: TokenTexts(service.tokenizer).decode(tokens))
+    return json_response({"prompt": text})
 
 
 async def tokenizer_info(request: Request) -> Response:
