@@ -32,6 +32,12 @@ from gptoss_jax.server.service import Defaults, Settings
         (["--max-body", "0"], "max_body is 0.0: must be above 0"),
         (["--port", "70000"], "port is 70000: must be from 0 to 65535"),
         (["--date", "today"], "date is 'today': must be YYYY-MM-DD"),
+        (["--date", "2026-13-45"], "date is '2026-13-45': must be YYYY-MM-DD"),
+        (
+            ["--cors-origins", "example.com"],
+            "cors_origins is 'example.com': must be like https://example.com",
+        ),
+        (["--cors-origins", "https://a.example/"], "cors_origins is 'https://a.example/': must be like"),
         (["--api-key", "a\nb"], "api_key is '…': must be printable ASCII"),
         (
             ["--host", "no.such.host.invalid"],

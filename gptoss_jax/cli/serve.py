@@ -1,6 +1,7 @@
 """`gptoss serve`: an OpenAI-compatible API, and a chat page."""
 
 import dataclasses
+import datetime
 import ipaddress
 import os
 import re
@@ -105,8 +106,11 @@ class Serve:
             require(value is None or 0 <= value < 1e6, name, value, "must be 0 or more")
         require(0 < self.max_body <= 1024, "max_body", self.max_body, "must be above 0 and at most 1024 (MB)")
         require(0 <= self.port < 1 << 16, "port", self.port, "must be from 0 to 65535")
-        is_date = self.date is None or re.fullmatch(r"\d{4}-\d{2}-\d{2}", self.date)
-        require(bool(is_date), "date", self.date, "must be YYYY-MM-DD")
+        require(self.date is None or _is_date(self.date), "date", self.date, "must be YYYY-MM-DD")
+        for origin in self.cors_origins:
+            # Browsers send it so; in another form it would match nothing.
+            is_origin = origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin)
+            require(bool(is_origin), "cors_origins", origin, 'must be like https://example.com, or "*"')
         key = self._key()
         is_plain = key is None or (key.isascii() and key.isprintable() and key.strip() == key != "")
         # The key itself is not printed.
@@ -157,7 +161,12 @@ class Serve:
         key = "needed" if service.settings.api_key else "none"
         if key == "none" and not _is_loopback(self.host):
             key = "none: everyone who can reach this machine can use the model; see --api-key"
-        model = [printable(service.model_id), kind, f"{service.max_context:,} tokens", f"{slots} slots"]
+        model = [
+            printable(service.model_id),
+            kind,
+            f"{service.max_context:,} tokens",
+            f"{slots} slot{'s' * (slots != 1)}",
+        ]
         rows = {
             "model": " · ".join(model),
             "page": f"http://{host}:{port}/",
@@ -174,6 +183,13 @@ def _check_extra() -> None:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"gptoss serve needs {', '.join(missing)}: {INSTALL_SERVE}")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _is_loopback(host: str) -> bool:
