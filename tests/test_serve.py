@@ -11,15 +11,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import httpx2 as httpx
+import jax
 import pytest
 from helpers.live_server import live_server, wait_until
 from helpers.scripted_engine import ScriptedEngine, scripted_service
 
 from gptoss_jax.cli import main
 from gptoss_jax.cli.serve import Serve
-from gptoss_jax.server.load import ServeConfig, default_name, fingerprint, load_service, read_defaults
+from gptoss_jax.config import ModelConfig
+from gptoss_jax.server.load import (
+    ServeConfig,
+    default_name,
+    fingerprint,
+    load_service,
+    max_slots,
+    read_defaults,
+)
 from gptoss_jax.server.service import Defaults, Settings
 
 
@@ -182,6 +192,20 @@ def _model_with_bytes(folder, adapter=None):
         max_position_embeddings=128, rope_scaling=None, initializer_range=0.3, compute_dtype="float32",
     )  # fmt: skip
     return bind(config, init_params(config, jax.random.key(0)))
+
+
+def test_slots_that_fit_in_memory(monkeypatch):
+    config = ModelConfig(compute_dtype="bfloat16")  # gpt-oss-20b: 3.22 GB for its whole context
+
+    def slots(context, **stats):
+        device = types.SimpleNamespace(memory_stats=lambda: stats)
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+        return max_slots(config, context)
+
+    assert slots(131072, bytes_limit=85_000_000_000, bytes_in_use=14_000_000_000) == 13
+    assert slots(131072, bytes_limit=16_000_000_000, bytes_in_use=14_000_000_000) == 1
+    assert slots(8192, bytes_limit=16_000_000_000, bytes_in_use=14_000_000_000) == 5
+    assert slots(131072) == 1 << 31
 
 
 @pytest.mark.slow

@@ -14,9 +14,14 @@ from gptoss_jax.server.app import create_app
 TOKENIZER = tiny_tokenizer()
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer", "minimum": 1}},
+    "properties": {
+        "city": {"type": "string", "pattern": "^a+$"},
+        "days": {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]},
+        "kind": {"$ref": "#/$defs/Kind"},
+    },
     "required": ["city"],
     "additionalProperties": False,
+    "$defs": {"Kind": {"enum": ["p", 1]}, "Unused": {"type": "string", "format": "date"}},
 }
 TOOL = {"name": "get_weather", "description": "Weather of a city.", "parameters": SCHEMA, "strict": True}
 SAMPLING = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3, "n": 2, "max_tokens": 6}
@@ -47,6 +52,10 @@ BODIES = [
             "tools": [{"type": "function", "function": TOOL}],
             "tool_choice": "auto",
             "reasoning_effort": "low",
+            "reasoning": {"effort": "low", "exclude": False},
+            "chat_template_kwargs": {"reasoning_effort": "high"},
+            "parallel_tool_calls": True,
+            "cache_salt": "s",
             "logprobs": True,
             "top_logprobs": 2,
             **SAMPLING,
@@ -163,7 +172,7 @@ def check(path, body, answer):
 
 
 @pytest.mark.parametrize(
-    ("seed", "count"), [(0, 120), pytest.param(1, 2000, marks=pytest.mark.slow)], ids=["quick", "slow"]
+    ("seed", "count"), [(0, 120), pytest.param(1, 4000, marks=pytest.mark.slow)], ids=["quick", "slow"]
 )
 def test_bodies(seed, count):
     rng = random.Random(seed)

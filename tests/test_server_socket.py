@@ -16,6 +16,7 @@ import pytest
 from helpers.live_server import live_server, wait_until
 from helpers.scripted_engine import ScriptedEngine, scripted_service
 
+from gptoss_jax.server.engine_thread import MAX_FAULTS
 from gptoss_jax.server.service import Settings
 
 # Never ends by itself.
@@ -162,7 +163,12 @@ import sys, time
 from gptoss_jax import startup
 from helpers.scripted_engine import ScriptedEngine, scripted_service
 from gptoss_jax.server import lifecycle
-engine = ScriptedEngine([70] * 5000, step_seconds=0.01, chunk=1)
+class Engine(ScriptedEngine):
+    def step(self):
+        if any(request.prompt == [0] for request in self._waiting):
+            raise RuntimeError("out of memory")
+        return super().step()
+engine = Engine([70] * 5000, step_seconds=0.01, chunk=1)
 bound = lifecycle.bind("127.0.0.1", 0)
 drain, load_seconds = map(float, sys.argv[1:])
 show_port = lambda service=None: print(bound.getsockname()[1], flush=True)
@@ -199,6 +205,14 @@ def count(address, state):
     """Number of running or waiting requests, from the metrics."""
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     return float(next(line for line in lines if line.startswith(f"vllm:num_requests_{state}")).split()[-1])
+
+
+def test_a_broken_engine_ends_the_process(process):
+    server, address = process(20)
+    for _ in range(MAX_FAULTS):
+        answer = httpx.post(f"{address}/v1/completions", json=LONG | {"prompt": [0]}, timeout=60)
+        assert answer.status_code == 500
+    assert server.wait(20) == 1
 
 
 def test_sigterm_finishes_what_was_accepted(process):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import sys
@@ -116,8 +117,8 @@ def serve(
     """Loads a service and serves it until SIGTERM or Ctrl-C; then drains.
 
     Draining: /health and new requests get 503, those that were accepted finish, for at most `drain` seconds.
-    A second signal ends it at once. Raises what `load` raises, and KeyboardInterrupt for a signal while it
-    loads.
+    A second signal ends it at once. Raises what `load` raises, KeyboardInterrupt for a signal while it loads,
+    and OSError when the engine is broken.
     """
     asyncio.run(_serve(load, bound, drain, warmup, on_ready))
 
@@ -161,7 +162,11 @@ async def _serve(
         service.metrics.watch(service.engine)
         service.state = "ready"
         on_ready(service)
-        await asyncio.wait((serving, signal_seen), return_when=asyncio.FIRST_COMPLETED)
+        failed = asyncio.ensure_future(_until(lambda: service.engine.failure is not None, math.inf, server))
+        await asyncio.wait((serving, signal_seen, failed), return_when=asyncio.FIRST_COMPLETED)
+        failed.cancel()
+        if service.engine.failure is not None:
+            raise OSError("the engine has failed again and again; its log is above")
         await _drain(service, server, drain)
     finally:
         if service is not None:

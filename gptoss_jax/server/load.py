@@ -12,11 +12,13 @@ import jax
 
 from gptoss_jax.checkpoints.load import load_model
 from gptoss_jax.checkpoints.readers import HUB, local_folder
-from gptoss_jax.config import require
+from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.config.base import read_json
 from gptoss_jax.data.harmony import Harmony, Reasoning
 from gptoss_jax.inference.chat import find_model_kind
 from gptoss_jax.inference.engine import Engine
+from gptoss_jax.model.kv_cache import init_cache
+from gptoss_jax.model.parameters import tree_bytes
 from gptoss_jax.model.transformer import compute_dtype
 from gptoss_jax.server.engine_thread import EngineThread
 from gptoss_jax.server.metrics import Metrics
@@ -55,7 +57,7 @@ def load_service(config: ServeConfig) -> Service:
     context = limit if config.context is None else config.context
     allowed = f"must be from 2 to the model's max_position_embeddings, {limit}"
     require(2 <= context <= limit, "context", context, allowed)
-    slots = config.slots or (8 if jax.default_backend() == "cpu" else 16)
+    slots = config.slots or min(8 if jax.default_backend() == "cpu" else 16, max_slots(model.config, context))
     cache = {} if config.prefix_cache_bytes is None else {"prefix_cache_bytes": config.prefix_cache_bytes}
     engine = Engine(
         model, tokenizer, num_slots=slots, max_context=context, prefix_reuse=config.prefix_reuse, **cache
@@ -76,6 +78,20 @@ def load_service(config: ServeConfig) -> Service:
         settings=config.settings,
         state="loading",
     )
+
+
+def max_slots(config: ModelConfig, context: int) -> int:
+    """Returns the most slots for `context` tokens that fit beside the weights in a device's memory, at least
+    one; 2**31 if JAX does not know the memory.
+
+    A cache that grows takes the room of its old and its new size, at most 1.5 times the new one.
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return 1 << 31
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    row = jax.eval_shape(lambda: init_cache(config, 1, context, compute_dtype(config)))
+    return max(int(0.9 * free / (1.5 * tree_bytes(row))), 1)
 
 
 def default_name(folder: str) -> str:
