@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from gptoss_jax.checkpoints import load
 from gptoss_jax.cli import main
 from gptoss_jax.cli.convert import WriteProgress
+from gptoss_jax.cli.terminal import Throughput
 from gptoss_jax.config import ModelConfig, preset
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as generation
@@ -171,6 +172,12 @@ def test_an_empty_answer(run, capsys):
     run.chunks = [b""]
     assert main.main(["generate", "folder", "--prompt", ""]) == 0
     assert capsys.readouterr() == ("\n", "0 tokens · – tokens/s\n")
+
+
+def test_throughput_of_one_chunk_is_unknown():
+    speed = Throughput()
+    list(speed.count([[7, 8], []]))
+    assert str(speed) == "2 tokens · – tokens/s"
 
 
 def test_an_interruption_ends_the_line(run, capsys):

@@ -43,7 +43,7 @@ class Throughput:
 
     def __str__(self) -> str:
         rate = "–"
-        if self._first and self._last > self._first[1]:
+        if self._first and self._last > self._first[1] and self.num_tokens > self._first[0]:
             # The first chunk waited for the prompt and the compiler.
             rate = f"{(self.num_tokens - self._first[0]) / (self._last - self._first[1]):,.1f}"
         return f"{self.num_tokens:,} token{'s' * (self.num_tokens != 1)} · {rate} tokens/s"
