@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import tokenizers
+from helpers.xla_flags import FAST_COMPILE
 
 import gptoss_jax as gx
 from gptoss_jax.cli import main
@@ -50,7 +51,7 @@ metric_list:
 
 def run(*command: object, **environment: str) -> str:
     """Runs a process in the parent of the folder with special characters; returns its stdout."""
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=1 {FAST_COMPILE}"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | environment
     done = subprocess.run([*map(str, command)], capture_output=True, encoding="utf-8", env=environment)
     assert done.returncode == 0, done.stderr

@@ -14,6 +14,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from helpers.xla_flags import FAST_COMPILE
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import bind
@@ -27,7 +28,7 @@ def script():
 
     def run(*arguments):
         # One device, as on the machines that the scripts are for.
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        environment = os.environ | {"XLA_FLAGS": FAST_COMPILE}
         environment |= {"PYTHONPATH": str(FOLDER.parent), "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=FOLDER, env=environment, capture_output=True, text=True)

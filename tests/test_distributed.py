@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from helpers.xla_flags import FAST_COMPILE
 
 from gptoss_jax.config import (
     CheckpointConfig,
@@ -33,7 +34,7 @@ LOST = "process {} of {} lost contact with another process, which failed or was 
 
 
 def start_one(command, devices=1, **variables):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILE}"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(
         command, env=environment | variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import tokenizers
+from helpers.xla_flags import FAST_COMPILE
 
 from gptoss_jax import startup
 from gptoss_jax.config.paths import path_exists, require_utf8, user_path, user_text
@@ -160,7 +161,7 @@ def run(tmp_path):
         kept |= {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
+            "XLA_FLAGS": FAST_COMPILE,
             "COLUMNS": "100",
         }
         python = [sys.executable, "-X", "warn_default_encoding", "-W", "ignore::EncodingWarning"]

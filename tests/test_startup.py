@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.xla_flags import FAST_COMPILE
 
 from gptoss_jax import startup
 from gptoss_jax.config import paths
@@ -160,7 +161,7 @@ def test_commands_print_nothing_to_stderr(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name not in removed}
     environment |= {
         "HOME": "/dev/null/home", "TMPDIR": str(tmp_path), "PYTHONPATH": f"{tmp_path}/packages:{ROOT}",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {FAST_COMPILE}",
     }  # fmt: skip
     if build.is_available():
         # Found, because compiling it would take seconds.

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from helpers.xla_flags import FAST_COMPILE
 
 from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.checkpoints.load import from_pretrained
@@ -45,9 +46,8 @@ from gptoss_jax.training.state import create_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
-# One device, and half of the compile time.
-LEVEL_0 = "--xla_backend_optimization_level=0"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": LEVEL_0, "JAX_PLATFORMS": "cpu"}
+# One device.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu"}
 
 
 @pytest.fixture(scope="module")
