@@ -112,7 +112,7 @@ def add_metadata(writer: gguf.GGUFWriter, config: dict) -> None:
 
 
 def write(folder: str, file: str) -> None:
-    config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    config = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
     tensors = read_safetensors(pathlib.Path(folder))
     writer = gguf.GGUFWriter(file, "gpt-oss")
     add_metadata(writer, config)

@@ -146,7 +146,9 @@ def main() -> None:
     shape = {"layers": 2, "prompt": 8, "new": 6, "requests": 4, "checked": 2, "clients": [2]}
     full = {"layers": 6, "prompt": 128, "new": 128, "requests": 32, "checked": 4, "clients": list(CLIENTS)}
     version = "from importlib.metadata import version; print(version('xllamacpp'))"
-    peer = subprocess.run([options.peer_python, "-c", version], capture_output=True, text=True, check=True)
+    peer = subprocess.run(
+        [options.peer_python, "-c", version], capture_output=True, encoding="utf-8", check=True
+    )
     for (experts, top_k), form in itertools.product(SIZES[:1] if quick else SIZES, options.forms):
         if options.experts and experts not in options.experts:
             continue

@@ -183,7 +183,7 @@ class OwnServer(Server):
 
     def memory(self) -> int:
         """Returns the bytes that the process has in memory."""
-        status = pathlib.Path(f"/proc/{self._process.pid}/status").read_text()
+        status = pathlib.Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
         return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
     @contextlib.contextmanager
