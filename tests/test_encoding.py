@@ -68,7 +68,9 @@ def opened_without_encoding(source):
         keywords = {keyword.arg: keyword.value for keyword in call.keywords}
         constants = [getattr(value, "value", None) for value in (*call.args, *keywords.values())]
         binary = any(isinstance(mode, str) and mode in ("rb", "wb", "ab", "r+b", "xb") for mode in constants)
-        opens = name in ("read_text", "write_text", "fdopen", "NamedTemporaryFile", "TextIOWrapper")
+        # A function that is only called read_text reads no file.
+        opens = isinstance(call.func, ast.Attribute) and name in ("read_text", "write_text")
+        opens = opens or name in ("fdopen", "NamedTemporaryFile", "TextIOWrapper")
         opens = opens or (name == "open" and owner != "os")
         opens = opens or bool(keywords.keys() & {"text", "universal_newlines"} and name in ("run", "Popen"))
         if opens and not binary and "encoding" not in keywords:
@@ -83,6 +85,7 @@ open(path)
 path.write_text("x")
 subprocess.run(command, text=True)
 open(path, "rb"), os.open(path, 0), open(path, encoding="utf-8"), path.read_text(encoding="utf-8")
+read_text(message)
 """
     assert opened_without_encoding(source) == [2, 3, 4, 5]
 
