@@ -85,7 +85,10 @@ class Serve:
 
         def load() -> "Service":
             from gptoss_jax.server.load import load_service
+            from gptoss_jax.terminal import printable
 
+            then = " and compiling" if self.warmup else ""
+            print(f"loading {printable(self.folder)}{then} …", file=sys.stderr, flush=True)
             return load_service(self._config(settings))
 
         lifecycle.serve(

@@ -48,6 +48,7 @@ class _Call:
     owners: list[Request | None]  # of the slots
     num_steps: int
     sent: float
+    is_paced: bool  # nothing but the call's steps takes its time
 
 
 class Engine:
@@ -207,11 +208,11 @@ class Engine:
             if self._is_cpu_mesh or not self._calls:
                 # One chunk in flight (see `parallel/in_flight.py`): a long prompt has hundreds.
                 jax.block_until_ready(self._prefills.rows_in_flight())
-            self._prefills.step()
+            has_read = self._prefills.step()
             self._insert()
             is_sent = self._can_decode()
             if is_sent:
-                self._decode()
+                self._decode(is_paced=not has_read)
             if self._calls and (not is_sent or len(self._calls) > self._lookahead):
                 return list(self._read(self._calls.popleft()))
         return []
@@ -270,7 +271,7 @@ class Engine:
             return False
         return any(self._sent_steps(owner) < owner.num_left for owner in running)
 
-    def _decode(self) -> None:
+    def _decode(self, is_paced: bool) -> None:
         """Sends a decode call."""
         running = [owner for owner in self._owners if owner is not None]
         sent = {owner: self._sent_steps(owner) for owner in running}
@@ -290,7 +291,7 @@ class Engine:
         self._slots, decoded = slots.decode(
             self._config, self._params, self._slots, np.int32(num_steps), allowed_BU, changes
         )
-        self._calls.append(_Call(decoded, list(self._owners), num_steps, time.monotonic()))
+        self._calls.append(_Call(decoded, list(self._owners), num_steps, time.monotonic(), is_paced))
 
     def _grammar_masks(self) -> np.ndarray:
         allowed_BU = np.full((self.num_slots, num_words(self.vocab_size)), -1, np.int32)
@@ -305,7 +306,7 @@ class Engine:
         wants = (any(getattr(one.params, name) for one in needed) for name in ("logprobs", "top_logprobs"))
         decoded = slots.to_host(call.decoded, *wants)
         now = time.monotonic()
-        if self._streaming:
+        if self._streaming and call.is_paced:
             self._num_steps = next_num_steps(
                 call.num_steps, self._num_steps, now - max(call.sent, self._last_read)
             )

@@ -113,15 +113,16 @@ class Prefills:
         """Drops all prompts."""
         self._rows = []
 
-    def step(self) -> None:
-        """Sends one call, for the next chunk of a prompt and of others that fit.
+    def step(self) -> bool:
+        """Sends one call, for the next chunk of a prompt and of others that fit; returns False if none is
+        left.
 
         It is that of the first prompt and, every other time, of the one with the fewest tokens left: short
         prompts pass a long one, which still gets half of the calls.
         """
         group = self._next_group()
         if not group:
-            return
+            return False
         size = next_chunk(group[0].position, group[0].end)[1]
         tokens_BT, targets_BT = np.zeros((2, len(group), size), np.int32)
         count_B = np.zeros(len(group), np.int32)
@@ -142,6 +143,7 @@ class Prefills:
             if self._prefix_cache is not None and (one.position % BLOCK == 0 or one.position == one.end):
                 read = one.prompt[: one.position]
                 self._prefix_cache.store(read, one.requests[0].cache_salt, row)
+        return True
 
     def take_finished(self) -> list[PromptRow]:
         """Removes and returns the prompts that have been read."""
