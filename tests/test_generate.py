@@ -135,10 +135,11 @@ def test_prefill_chunks():
 
 def test_groups_of_prompts(tiny_config):
     wide = dataclasses.replace(tiny_config, hidden_size=128)
-    # On CPU at most 512 tokens.
-    assert [prefill.max_group(wide, size, 256) for size in (512, 128, 32)] == [1, 4, 16]
-    assert prefill.max_group(wide, 32, 1 << 15) == 2
-    assert prefill.max_group(tiny_config, 32, 256) == 1
+    # On CPU at most 512 tokens, or with more than 8 slots 4,096.
+    assert [prefill.max_group(wide, size, 256, num_slots=8) for size in (512, 128, 32)] == [1, 4, 16]
+    assert [prefill.max_group(wide, size, 256, num_slots=9) for size in (512, 128, 32)] == [8, 32, 128]
+    assert prefill.max_group(wide, 32, 1 << 15, num_slots=8) == 2
+    assert prefill.max_group(tiny_config, 32, 256, num_slots=8) == 1
 
 
 def test_stop_tokens(gpt_oss):
@@ -407,8 +408,9 @@ def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, mo
     params = random_params(config)
     monkeypatch.setattr(prefill, "MIN_CACHE_LEN", 16)
     monkeypatch.setattr(prefill, "CHUNKS", (32, 8, 4))
-    # Lengths 16, 32, 64 and 90, three chunks, one group.
+    # Lengths 16, 32, 64 and 90; three chunks, one group, or with 16 slots three.
     assert max_compilations(config) == 4 * (4 + 3 * (1 + 1) + 6) + 4 * 5 // 2
+    assert max_compilations(config, 16) == 4 * (4 + 3 * (1 + 3) + 6) + 4 * 5 // 2
     rng = np.random.default_rng(0)
     jax.clear_caches()
     with compilations() as programs:
@@ -423,5 +425,5 @@ def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, mo
             complete(config, params, prompts, sampling)
             done += len(prompts)
     # Nothing else is compiled, not even eager operations.
-    assert 8 <= len(programs) <= max_compilations(config)
+    assert 8 <= len(programs) <= max_compilations(config, 16)
     jax.clear_caches()

@@ -108,7 +108,7 @@ class Engine:
         self._pause_token = special.get(END_OF_MESSAGE) if keeps_prefixes and prefix_reuse == "any" else None
         self._waiting: collections.deque[Request] = collections.deque()
         self._owners: list[Request | None] = [None] * self.num_slots
-        self._prefills = Prefills(config, self._params, self.prefix_cache)
+        self._prefills = Prefills(config, self._params, self.prefix_cache, self.num_slots)
         self.reset()
         self._num_steps, self._last_read = 1, 0.0
         all_allowed = np.full((self.num_slots, num_words(config.vocab_size)), -1, np.int32)

@@ -21,9 +21,10 @@ CHUNKS = (BLOCK, 128, 32)
 GROUPS = (16, 4, 1)
 # Bounds the memory of a call: tokens of all its prompts, and tokens that their rows have room for.
 MAX_TOKENS, MAX_ROOM = 4096, 1 << 16
-# On CPU an answer has the same bits whatever is read beside its prompt. In calls of more tokens, or of models
-# with fewer hidden units, XLA adds up the norms in another order.
-MAX_CPU_TOKENS, MIN_CPU_HIDDEN = 512, 128
+# On CPU an answer has the same bits whatever is read beside its prompt, in engines of at most 8 slots; with
+# more, decoding rounds differently. In calls of more tokens, or of models with fewer hidden units, XLA adds up
+# norms in another order.
+MAX_EXACT_SLOTS, MAX_EXACT_TOKENS, MIN_EXACT_HIDDEN = 8, 512, 128
 # Slots of the smallest cache; each larger size doubles.
 MIN_CACHE_LEN = 256
 
@@ -72,8 +73,11 @@ class PromptRow:
 class Prefills:
     """The prompts that are being read, in the order in which they came."""
 
-    def __init__(self, config: ModelConfig, params: dict, prefix_cache: PrefixCache | None) -> None:
+    def __init__(
+        self, config: ModelConfig, params: dict, prefix_cache: PrefixCache | None, num_slots: int
+    ) -> None:
         self._config, self._params, self._prefix_cache = config, params, prefix_cache
+        self._num_slots = num_slots
         self._rows: list[PromptRow] = []
         self._is_shortest_next = False
 
@@ -169,16 +173,17 @@ class Prefills:
 
         others = () if first.has_logprobs else (one for one in unread if one is not first and fits(one))
         group = [first, *others]
-        most = max_group(self._config, size, first.cache_len)
+        most = max_group(self._config, size, first.cache_len, self._num_slots)
         return group[: next(count for count in GROUPS if count <= min(most, len(group)))]
 
 
-def max_group(config: ModelConfig, chunk: int, cache_len: int) -> int:
+def max_group(config: ModelConfig, chunk: int, cache_len: int, num_slots: int) -> int:
     """Returns how many prompts one call may read, in chunks of that size and rows of that length."""
     shards = batch_shards(current_axes())
+    is_exact = backend.platform() == "cpu" and not backend.is_multi_device() and num_slots <= MAX_EXACT_SLOTS
     tokens = MAX_TOKENS
-    if backend.platform() == "cpu" and not backend.is_multi_device():
-        tokens = MAX_CPU_TOKENS if config.hidden_size >= MIN_CPU_HIDDEN else 0
+    if is_exact:
+        tokens = MAX_EXACT_TOKENS if config.hidden_size >= MIN_EXACT_HIDDEN else 0
     return max(min(tokens // chunk, MAX_ROOM // cache_len) * shards, 1)
 
 
@@ -213,14 +218,14 @@ def next_power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def max_compilations(config: ModelConfig) -> int:
-    """Returns the most programs that one engine compiles.
+def max_compilations(config: ModelConfig, num_slots: int = 8) -> int:
+    """Returns the most programs that an engine with `num_slots` compiles.
 
     For each length of a cache: an empty row and slots, growing, decoding, a prefill for each size of a chunk
     and of a group (once more with log-probabilities, alone), and five to store and restore prefixes; and an
     insertion for each pair of lengths.
     """
     lengths = len({cache_length(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
-    most = (max_group(config, chunk, MIN_CACHE_LEN) for chunk in CHUNKS)
+    most = (max_group(config, chunk, MIN_CACHE_LEN, num_slots) for chunk in CHUNKS)
     prefills = sum(1 + sum(count <= one for count in GROUPS) for one in most)
     return lengths * (4 + prefills + 6) + lengths * (lengths + 1) // 2
