@@ -22,8 +22,8 @@ GROUPS = (16, 4, 1)
 # Bounds the memory of a call: tokens of all its prompts, and tokens that their rows have room for.
 MAX_TOKENS, MAX_ROOM = 4096, 1 << 16
 # On CPU an answer has the same bits whatever is read beside its prompt, in engines of at most 8 slots; with
-# more, decoding rounds differently. In calls of more tokens, or of models with fewer hidden units, XLA adds up
-# norms in another order.
+# more, decoding rounds differently. In calls of more tokens, or of models with fewer hidden units, XLA adds
+# up norms in another order.
 MAX_EXACT_SLOTS, MAX_EXACT_TOKENS, MIN_EXACT_HIDDEN = 8, 512, 128
 # Slots of the smallest cache; each larger size doubles.
 MIN_CACHE_LEN = 256
