@@ -299,6 +299,11 @@ async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completio
 
     A stream that the reader has closed has no further parts.
     """
+    if len(streams) == 1:  # as usual, and without a task and a queue
+        async for part in streams[0]:
+            if not streams[0].is_closed:
+                yield 0, part
+        return
     queue: asyncio.Queue[tuple[int, Completion | BaseException | None]] = asyncio.Queue(maxsize=1)
 
     async def pump(i: int, stream: Stream) -> None:
