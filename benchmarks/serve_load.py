@@ -3,13 +3,14 @@
 Starts `gptoss serve` on a small model with random weights (6 layers of width 384, 4 experts top-2, vocabulary
 4,096, float32) with 8 slots, and sends it greedy requests: random prompts of 128 tokens, answers of 128. Up
 to 1, 4, 8 and 16 at a time, then at random times (Poisson). The peer is the engine itself: 8 prompts in one
-call of `gx.generate` in another process, the time of 129 tokens minus that of one. The two alternate, and
-each is stopped while the other is measured.
+call of `gx.generate` in another process: its decoding (the time of 129 tokens minus that of one), and all of
+it, the prompts included, which the server has to read too. The two alternate, and each is stopped while the
+other is measured. Longer answers to shorter prompts (--prompt 32 --new 256) show the server's own cost.
 
 Shows p50, p90 and p99 of the time to the first token (TTFT), between events of a stream (ITL), and per token
-after the first (TPOT), in ms; the ratio of tokens/s at 8 to the engine's is the median of the rounds' ratios.
+after the first (TPOT), in ms; ratios of tokens/s at 8 to the engine's are medians of the rounds' ratios.
 --cancel N sends N requests instead, most of which are closed at random times, and shows what is left of them
-in the server. --url measures a server that runs already. Writes results/serve_load.json.
+in the server. --url measures a server that runs already. Writes results/serve_load_PROMPT_NEW.json.
 """
 
 import asyncio
@@ -29,6 +30,7 @@ from workers import Worker
 
 SLOTS, BUSIEST = 8, 16
 CONCURRENCY = (1, 4, SLOTS, BUSIEST)
+ENGINE = ("decoding", "with prompts")
 # The most that a server's memory may grow in a run with --cancel, in MB.
 MAX_GROWTH = 50
 
@@ -52,10 +54,10 @@ def engine(folder: str, prompt: int, new: int):
 # Runs in the parent.
 
 
-def engine_speed(worker: Worker, new: int) -> float:
-    """Returns tokens/s of the engine's decoding with all slots in use."""
+def engine_speed(worker: Worker, new: int) -> dict[str, float]:
+    """Returns tokens/s of the engine with all slots in use: of its decoding, and with the prompts."""
     short, long = (worker.ask(f"engine {SLOTS} {count}") for count in (1, new + 1))
-    return SLOTS * new / (long - short)
+    return {"decoding": SLOTS * new / (long - short), "with prompts": SLOTS * (new + 1) / long}
 
 
 async def measure(port: int, settings: dict, concurrency: int | None, rate: float | None, seed: int) -> dict:
@@ -136,10 +138,9 @@ def show_loads(found: dict, rounds: int) -> None:
             for kind in ("ttft", "itl", "tpot")
         )
         rows.append((name, show(spread([one["tokens_per_second"] for one in results]), 0), *times))
-    if found["engine_tokens_per_second"]:
-        rows.append(
-            (f"engine, batch {SLOTS}", show(spread(found["engine_tokens_per_second"]), 0), *[None] * 3)
-        )
+    for name in ENGINE if found["engine_tokens_per_second"] else ():
+        speeds = [one[name] for one in found["engine_tokens_per_second"]]
+        rows.append((f"engine, batch {SLOTS}, {name}", show(spread(speeds), 0), *[None] * 3))
     print_table(
         f"Load on gptoss serve, {rounds} rounds; p50 / p90 / p99 in ms",
         ("load", "tokens/s", "TTFT", "ITL", "TPOT"),
@@ -147,11 +148,11 @@ def show_loads(found: dict, rounds: int) -> None:
     )
 
 
-def ratio_to_engine(found: dict) -> float | None:
+def ratio_to_engine(found: dict, name: str) -> float | None:
     """Returns the median ratio of tokens/s with a client for each slot to the engine's."""
     served = [one["tokens_per_second"] for one in found["loads"].get(f"{SLOTS} clients", [])]
     pairs = zip(served, found["engine_tokens_per_second"], strict=False)
-    ratios = [ours / engines for ours, engines in pairs]
+    ratios = [ours / engines[name] for ours, engines in pairs]
     return statistics.median(ratios) if ratios else None
 
 
@@ -200,14 +201,13 @@ def main() -> None:
             if worker is not None:
                 worker.close()
     show_loads(found, rounds)
-    ratio = ratio_to_engine(found)
-    if ratio is not None:
-        name = f"tokens/s of {SLOTS} clients / engine's batch {SLOTS}"
-        bounds = [bounded(name, ratio, least=0.9)]
+    ratios = {name: ratio_to_engine(found, name) for name in ENGINE}
+    if None not in ratios.values():
+        title = f"tokens/s of {SLOTS} clients / engine's batch {SLOTS}"
+        bounds = [bounded(f"{title}, {name}", ratio, least=0.9) for name, ratio in ratios.items()]
         if not quick:
-            print(
-                write_json("serve_load", {"settings": settings, "rounds": rounds, "bounds": bounds} | found)
-            )
+            name = f"serve_load_{settings['prompt']}_{settings['new']}"
+            print(write_json(name, {"settings": settings, "rounds": rounds, "bounds": bounds} | found))
 
 
 if __name__ == "__main__":

@@ -142,12 +142,12 @@ def test_langchain_gets_structured_output(server, method):
 
 def test_the_examples_of_the_docs_run(server):
     url, _ = server
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
     blocks = [
         block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "client.chat" in block
     ]
     assert len(blocks) == 3
-    code = "\n".join(blocks).replace("http://127.0.0.1:8000/v1", url).replace("gpt-oss-20b", "tiny")
+    code = "\n".join(blocks).replace("http://127.0.0.1:8000/v1", url).replace("openai/gpt-oss-20b", "tiny")
     found = {}
     exec(code, found)
     assert isinstance(found["answer"].choices[0].message.parsed, found["City"])
