@@ -132,6 +132,7 @@ def make_parser():
     parser = base_parser(__doc__, rounds=5)
     parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON", help="of the environment")
     parser.add_argument("--experts", type=int, nargs="+", help="only these of 4 and 32")
+    parser.add_argument("--requests", type=int, default=32, help="requests of a load (default: 32)")
     parser.add_argument("--forms", nargs="+", default=FORMS, help="default: float32 mxfp4")
     return parser
 
@@ -144,7 +145,14 @@ def main() -> None:
     options = make_parser().parse_args()
     quick, rounds, results = options.quick, 1 if options.quick else options.rounds, []
     shape = {"layers": 2, "prompt": 8, "new": 6, "requests": 4, "checked": 2, "clients": [2]}
-    full = {"layers": 6, "prompt": 128, "new": 128, "requests": 32, "checked": 4, "clients": list(CLIENTS)}
+    full = {
+        "layers": 6,
+        "prompt": 128,
+        "new": 128,
+        "requests": options.requests,
+        "checked": 4,
+        "clients": list(CLIENTS),
+    }
     version = "from importlib.metadata import version; print(version('xllamacpp'))"
     peer = subprocess.run(
         [options.peer_python, "-c", version], capture_output=True, encoding="utf-8", check=True
