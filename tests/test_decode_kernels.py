@@ -54,6 +54,23 @@ def test_einsum(rows, equation, inner, outer):
         assert_near(y, jnp.einsum(equation, x, stack[2], precision="highest"))
 
 
+@pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTD,VD->BTV"])
+def test_rows_of_zeros_give_zeros_and_change_no_other(equation):
+    """Slots without a sequence are rows of zeros, which the kernels skip."""
+    weight = normal(1, 2, *((30, 210) if equation.endswith("V") else (210, 3, 11)))
+
+    def run(x_BTD):
+        (y,) = decode.einsum(equation, x_BTD, [LayerView(weight, jnp.int32(1))])
+        return np.asarray(y)
+
+    x_BTD = np.asarray(normal(0, 1, 9, 210)).copy()
+    x_BTD[0, [0, 3, 4, 8]] = 0
+    found, others = run(x_BTD)[0], [1, 2, 5, 6, 7]
+    assert not found[[0, 3, 4, 8]].any()
+    np.testing.assert_array_equal(found[others], run(x_BTD[:, others])[0])
+    assert not run(np.zeros_like(x_BTD)).any()
+
+
 @pytest.mark.parametrize("narrow", [0, 1])
 def test_weights_of_several_types(narrow):
     x, stacks = normal(0, 1, 2, 20), [normal(i, 3, 20, 3, 5) for i in (1, 2)]

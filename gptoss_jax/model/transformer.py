@@ -79,6 +79,9 @@ class Block(nnx.Module):
         router's statistics."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), segments, cache, keys[0])
+        if cache is not None:
+            # Zero at padding, without the output's bias: the decode kernels skip rows of zeros.
+            y_BTD = jnp.where(segments.ids_BT[..., None] > 0, y_BTD, 0)
         x_BTD = x_BTD + dropout(y_BTD, self.residual_dropout, keys[1])
         y_BTD, stats = self.moe(self.moe_norm(x_BTD), segments.ids_BT > 0, capacity_factor)
         x_BTD = x_BTD + dropout(y_BTD, self.residual_dropout, keys[2])
@@ -222,6 +225,8 @@ class Transformer(nnx.Module):
         with jax.default_matmul_precision("highest"), selection.using(config.kernels):
             # In float32, the dtype in which the gradients of a token's occurrences are summed.
             x_BTD = embedding_lookup(self.embedding.weight[...], tokens_BT).astype(compute_dtype(config))
+            if cache is not None:
+                x_BTD = jnp.where(segment_ids_BT[..., None] > 0, x_BTD, 0)
             x_BTD = constrain(x_BTD, HIDDEN_BTD)
             repetitions = config.num_hidden_layers // len(blocks)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)

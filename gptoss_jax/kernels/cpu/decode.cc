@@ -1,22 +1,43 @@
 // Matrix products and attention of decoding, as XLA FFI calls.
 
+#include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "decode.h"
 
 namespace {
 
+// The rows of x that are not zero: those of the others, slots without a sequence, are zero in the result too.
+std::vector<int64_t> NonzeroRows(Floats x) {
+  const int64_t num_rows = x.dimensions()[0], inner = x.dimensions()[1];
+  std::vector<int64_t> rows;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const float* row = x.typed_data() + r * inner;
+    if (std::any_of(row, row + inner, [](float value) { return value != 0; })) rows.push_back(r);
+  }
+  return rows;
+}
+
+void ZeroOtherRows(const std::vector<int64_t>& rows, Floats y) {
+  const int64_t num_rows = y.dimensions()[0], columns = y.dimensions()[1];
+  for (int64_t r = 0, next = 0; r < num_rows; ++r) {
+    if (next < (int64_t)rows.size() && rows[next] == r)
+      ++next;
+    else
+      std::memset(y.typed_data() + r * columns, 0, columns * sizeof(float));
+  }
+}
+
 // y_i = x w_i[layer] for every weight, [layers, inner, columns].
 ffi::Error Matmul(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const int64_t num_rows = x.dimensions()[0], inner = x.dimensions()[1];
-  std::vector<int64_t> rows(num_rows);
-  std::iota(rows.begin(), rows.end(), 0);
+  const std::vector<int64_t> rows = NonzeroRows(x);
   std::vector<SplitMatmul> matmuls;
   std::vector<std::pair<size_t, int64_t>> tasks;  // of which matmul
   std::vector<const float*> w;
   for (size_t i = 0; i < results.size(); ++i) {
     Floats y = **results.get<Floats>(i);
+    ZeroOtherRows(rows, y);
     matmuls.emplace_back(WorkSplit(1, inner, y.dimensions()[1]), num_rows, y.typed_data());
     w.push_back(weights.get<Floats>(i)->typed_data() + layer.typed_data()[0] * inner * y.dimensions()[1]);
     for (int64_t task = 0; task < matmuls[i].split.num_tasks(); ++task) tasks.emplace_back(i, task);
@@ -26,17 +47,18 @@ ffi::Error Matmul(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs
     matmuls[i].Multiply(matmuls[i].split.task(task), w[i], nullptr, rows,
                         [&](int64_t r) { return x.typed_data() + r * inner; });
   };
-  auto add = [&](int64_t row) {
-    for (const SplitMatmul& matmul : matmuls) matmul.AddPartialSums(row);
+  auto add = [&](int64_t index) {
+    for (const SplitMatmul& matmul : matmuls) matmul.AddPartialSums(rows[index]);
   };
-  RunPhases({{(int64_t)tasks.size(), multiply}, {num_rows, add}}, pool);
+  if (!rows.empty()) RunPhases({{(int64_t)tasks.size(), multiply}, {(int64_t)rows.size(), add}}, pool);
   return ffi::Error::Success();
 }
 
 // The same for transposed weights, [layers, columns, inner].
 ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights,
                             ffi::RemainingRets results) {
-  const int64_t num_rows = x.dimensions()[0], inner = x.dimensions()[1];
+  const int64_t inner = x.dimensions()[1];
+  const std::vector<int64_t> rows = NonzeroRows(x);
   struct Task {
     const float* w;
     float* y;
@@ -45,6 +67,7 @@ ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::Rem
   std::vector<Task> tasks;
   for (size_t i = 0; i < results.size(); ++i) {
     Floats y = **results.get<Floats>(i);
+    ZeroOtherRows(rows, y);
     const int64_t columns = y.dimensions()[1], step = TaskColumns(columns, columns, pool);
     const float* w = weights.get<Floats>(i)->typed_data() + layer.typed_data()[0] * inner * columns;
     for (int64_t c = 0; c < columns; c += step)
@@ -52,10 +75,10 @@ ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::Rem
   }
   auto multiply = [&](int64_t index) {
     const Task& task = tasks[index];
-    ForEachRowBlock(num_rows, [&](int64_t first, auto n) {
+    ForEachRowBlock(rows.size(), [&](int64_t first, auto n) {
       TokenBlock t;
       for (int i = 0; i < n; ++i)
-        t.x[i] = x.typed_data() + (first + i) * inner, t.y[i] = task.y + (first + i) * task.y_stride;
+        t.x[i] = x.typed_data() + rows[first + i] * inner, t.y[i] = task.y + rows[first + i] * task.y_stride;
       DotRows<n()>(t, task.w, inner, task.num_columns);
     });
   };
