@@ -37,7 +37,7 @@ def turn(server: serving.Server, prompt: list[int], new: int) -> tuple[serving.A
 
 
 def conversation(server: serving.Server, settings: dict, seed: int) -> dict:
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed}")  # of a text: the numbers 1 and -1 are the same seed
     prompt, more = (rng.choices(range(4096), k=settings[name]) for name in ("prompt", "more"))
     first, first_ms, _ = turn(server, prompt, settings["new"])
     second, second_ms, cached = turn(server, prompt + first.tokens + more, settings["new"])

@@ -191,9 +191,11 @@ def next_chunk(position: int, end: int) -> tuple[int, int]:
     """Returns the tokens of a prompt's next chunk and the size that it is padded to, after `position` tokens.
 
     At most half of the last chunk is padding, unless it has the smallest size: every call reads all weights,
-    so fewer calls are worth some padding. A chunk ends at the next multiple of BLOCK at the latest.
+    so fewer calls are worth some padding. While more than a block is left, chunks end at multiples of BLOCK.
     """
-    left = min(end, (position // BLOCK + 1) * BLOCK) - position
+    left = end - position
+    if left > BLOCK:
+        left = BLOCK - position % BLOCK
     size = next((size for size in CHUNKS if size <= left), CHUNKS[-1])
     size = min((wider for wider in CHUNKS if left <= wider <= 2 * left), default=size)
     return min(size, left), size
