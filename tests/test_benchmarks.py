@@ -133,7 +133,7 @@ def test_serve_load_quick(script):
     assert "'num_requests_running': 0.0, 'num_requests_waiting': 0.0" in done.stdout
     assert "'same_answer': True" in done.stdout
     assert "8 clients" in done.stdout and "Poisson, " in done.stdout
-    assert "tokens/s of 8 clients / engine's batch 8: " in done.stdout
+    assert "tokens/s of 8 clients / engine's batch 8, decoding: " in done.stdout
 
 
 @pytest.mark.parity

@@ -39,5 +39,5 @@ def on_tpus(function: Callable, shapes: list[tuple]) -> Iterator[str]:
             yield jax.jit(function).lower(*arguments).compile().as_text()
 
 
-# An operation that creates packed bytes, which programs should only read.
-BYTES_MADE = re.compile(r"= u8\[\S+ (?!bitcast|parameter|get-tuple-element)")
+# An operation that creates packed bytes (no scalar), which programs should only read.
+BYTES_MADE = re.compile(r"= u8\[\d\S* (?!bitcast|parameter|get-tuple-element)")
