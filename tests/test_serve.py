@@ -59,7 +59,7 @@ from gptoss_jax.server.service import Defaults, Settings
 def test_bad_flags(flags, words, capsys, monkeypatch):
     monkeypatch.delenv("GPTOSS_API_KEY", raising=False)
     assert main.main(["serve", "x", *flags]) == 2
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().err.removeprefix("loading x …\n")
     assert shown.startswith(f"gptoss: error: {words}") and shown.count("\n") == 1
 
 
