@@ -15,6 +15,7 @@ import types
 
 import httpx2 as httpx
 import jax
+import numpy as np
 import pytest
 from helpers.live_server import live_server, wait_until
 from helpers.scripted_engine import ScriptedEngine, scripted_service
@@ -22,6 +23,7 @@ from helpers.scripted_engine import ScriptedEngine, scripted_service
 from gptoss_jax.cli import main
 from gptoss_jax.cli.serve import Serve
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.model.transformer import bind, get_params, init_params
 from gptoss_jax.server.load import (
     ServeConfig,
     default_name,
@@ -29,6 +31,7 @@ from gptoss_jax.server.load import (
     load_service,
     max_slots,
     read_defaults,
+    widen,
 )
 from gptoss_jax.server.service import Defaults, Settings
 
@@ -192,6 +195,26 @@ def _model_with_bytes(folder, adapter=None):
         max_position_embeddings=128, rope_scaling=None, initializer_range=0.3, compute_dtype="float32",
     )  # fmt: skip
     return bind(config, init_params(config, jax.random.key(0)))
+
+
+def test_narrow_weights_are_widened_once_on_cpu():
+    config = ModelConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=3, num_experts_per_tok=2, expert_format="mxfp4",
+    )  # fmt: skip
+
+    def narrow(leaf):
+        return leaf.astype("bfloat16") if leaf.dtype == "float32" else leaf
+
+    params = jax.tree.map(narrow, init_params(config, jax.random.key(0)))
+    model = bind(config, params)
+    model.origin = "somewhere"
+    widened = widen(model)
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(get_params(widened))}
+    assert widened.origin == "somewhere" and types <= {"float32", "uint8", "bfloat16"}
+    assert widened.embedding.weight.get_value().dtype == "float32"
+    tokens = np.arange(12, dtype=np.int32)[None]
+    np.testing.assert_array_equal(widened(tokens), model(tokens))
 
 
 def test_slots_that_fit_in_memory(monkeypatch):

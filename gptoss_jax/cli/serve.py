@@ -42,7 +42,7 @@ class Serve:
     adapter: OptionalText = None
     # Name of the model in the API. Default: the folder's.
     model_name: OptionalText = None
-    # Requests decoded at the same time. Default: 8 on CPU, else 16.
+    # Requests decoded at the same time. Default: 8 on CPU, else at most 16, as many as fit.
     slots: OptionalInt = None
     # Most tokens of a prompt with its answer. Default: the model's limit.
     context: OptionalInt = None

@@ -9,6 +9,7 @@ import pathlib
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from gptoss_jax.checkpoints.load import load_model
 from gptoss_jax.checkpoints.readers import HUB, local_folder
@@ -18,8 +19,8 @@ from gptoss_jax.data.harmony import Harmony, Reasoning
 from gptoss_jax.inference.chat import find_model_kind
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.model.kv_cache import init_cache
-from gptoss_jax.model.parameters import tree_bytes
-from gptoss_jax.model.transformer import compute_dtype
+from gptoss_jax.model.parameters import parameter_name, tree_bytes
+from gptoss_jax.model.transformer import Transformer, bind, compute_dtype, get_params
 from gptoss_jax.server.engine_thread import EngineThread
 from gptoss_jax.server.metrics import Metrics
 from gptoss_jax.server.service import Defaults, Service, Settings
@@ -52,6 +53,7 @@ def load_service(config: ServeConfig) -> Service:
     folder = local_folder(config.folder)
     defaults = read_defaults(folder)
     model, tokenizer = load_model(folder, config.adapter)
+    model = widen(model)
     kind = find_model_kind(folder if config.adapter is None else config.adapter, tokenizer)
     limit = model.config.max_position_embeddings
     context = limit if config.context is None else config.context
@@ -78,6 +80,23 @@ def load_service(config: ServeConfig) -> Service:
         settings=config.settings,
         state="loading",
     )
+
+
+def widen(model: Transformer) -> Transformer:
+    """Returns a model whose parameters, but for the experts' matrices, have the dtype of the computation.
+
+    On CPU every decode step would convert bfloat16 to float32 again; the values are the same.
+    """
+    dtype = compute_dtype(model.config)
+
+    def one(path, leaf):
+        is_expert = parameter_name(path).startswith(("moe.gate_up", "moe.down"))
+        is_narrow = leaf.dtype == jnp.bfloat16 and dtype == jnp.float32
+        return leaf.astype(dtype) if is_narrow and not is_expert else leaf
+
+    widened = bind(model.config, jax.tree_util.tree_map_with_path(one, get_params(model)))
+    widened.origin = model.origin
+    return widened
 
 
 def max_slots(config: ModelConfig, context: int) -> int:
