@@ -30,9 +30,8 @@ from gptoss_jax.server.sampling_fields import (
     read_top_logprobs,
 )
 from gptoss_jax.server.service import Service, make_id, make_usage
-from gptoss_jax.server.sse import EventStream
+from gptoss_jax.server.sse import respond
 from gptoss_jax.server.tokenization import encode_prompt, prompt_options
-from gptoss_jax.server.transport import json_response, read_json, while_connected
 
 # OpenAI's default.
 DEFAULT_MAX_TOKENS = 16
@@ -96,20 +95,7 @@ def routes() -> list[Route]:
 
 async def create(request: Request) -> Response:
     """`POST /v1/completions`."""
-    service: Service = request.app.state.service
-    fields = await read_json(request)
-    service.check_model(fields)
-    service.log_unknown(fields, KNOWN)
-    is_stream = fields.boolean("stream")
-    options = fields.object("stream_options")
-    fields.require(options is None or is_stream, "stream_options", "is for requests with stream: true")
-    include_usage = options is not None and options.boolean("include_usage")
-    asked = await read_request(fields, service)
-    streams = service.engine.streams(asked.requests(), cache_salt=asked.cache_salt)
-    answer = Answer(service, asked, streams)
-    if is_stream:
-        return EventStream(answer.chunks(include_usage), answer.close)
-    return json_response(await while_connected(request, answer.whole(), answer.close))
+    return await respond(request, KNOWN, read_request, Answer)
 
 
 async def read_request(fields: Fields, service: Service) -> CompletionRequest:

@@ -3,14 +3,18 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gptoss_jax.server.engine_thread import Stream
 from gptoss_jax.server.errors import ApiError, internal_error
-from gptoss_jax.server.transport import disconnected
+from gptoss_jax.server.fields import Fields
+from gptoss_jax.server.service import Service
+from gptoss_jax.server.transport import disconnected, json_response, read_json, while_connected
 
 log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
@@ -108,3 +112,33 @@ def encode(event: Mapping[str, Any] | tuple[str, Mapping[str, Any]]) -> bytes:
     head = "" if name is None else f"event: {name}\n"
     # JSON has no line breaks, so one `data:` line holds it.
     return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+async def respond(
+    request: Request,
+    known: Collection[str],
+    read_request: Callable[[Fields, Service], Awaitable[Any]],
+    make_answer: Callable[[Service, Any, Sequence[Stream]], Any],
+) -> Response:
+    """Answers a request for completions, of a chat or of text, whole or as a stream.
+
+    Args:
+      request: its body has `stream` and `stream_options`.
+      known: names of all fields of the endpoint.
+      read_request: checks the fields; returns an object with `requests()` for the engine and `cache_salt`.
+      make_answer: returns an object with `whole()`, `chunks(include_usage)` and `close()`.
+    """
+    service: Service = request.app.state.service
+    fields = await read_json(request)
+    service.check_model(fields)
+    service.log_unknown(fields, known)
+    is_stream = fields.boolean("stream")
+    options = fields.object("stream_options")
+    fields.require(options is None or is_stream, "stream_options", "is for requests with stream: true")
+    include_usage = options is not None and options.boolean("include_usage")
+    asked = await read_request(fields, service)
+    streams = service.engine.streams(asked.requests(), cache_salt=asked.cache_salt)
+    answer = make_answer(service, asked, streams)
+    if is_stream:
+        return EventStream(answer.chunks(include_usage), answer.close)
+    return json_response(await while_connected(request, answer.whole(), answer.close))
