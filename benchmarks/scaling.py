@@ -3,7 +3,7 @@
 For each line of PLANS and FINETUNING: the estimate from shapes and, for a TPU slice, the real train step
 compiled by libtpu (minutes to an hour each, and several GB of memory). Each result is written to
 results/scaling.json at once; results that are there are not repeated, except with --again. Prints the tables
-of docs/scaling.md and docs/finetuning.md.
+of docs/distributed.md and docs/fine-tuning.md.
 """
 
 import argparse
