@@ -60,12 +60,7 @@ class Attention(nnx.Module):
         """
         assert_shapes("BTD BT BT", x_BTD, segments.ids_BT, segments.positions_BT)
         config, dtype = self.config, x_BTD.dtype
-        q_BTNH, k_BTKH, v_BTKH = lora.adapted_einsum(self, "BTD,DNH->BTNH", x_BTD, ("q", "k", "v"))
-        if config.attention_bias:
-            q_BTNH = q_BTNH + self.q_bias[...].astype(dtype)
-            k_BTKH = k_BTKH + self.k_bias[...].astype(dtype)
-            v_BTKH = v_BTKH + self.v_bias[...].astype(dtype)
-        q_BTNH, k_BTKH = apply_rope(q_BTNH, segments.cos_sin), apply_rope(k_BTKH, segments.cos_sin)
+        q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, segments)
         sinks_N = self.sinks[...] if config.learned_sinks else None
         if cache is None:
             y_BTNH = shard_map_heads(
@@ -84,3 +79,14 @@ class Attention(nnx.Module):
             cache = updated
         (y_BTD,) = lora.adapted_einsum(self, "BTNH,NHD->BTD", y_BTNH, ("out",))
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache
+
+    def qkv(self, x_BTD: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys are rotated."""
+        config, dtype = self.config, x_BTD.dtype
+        q_BTNH, k_BTKH, v_BTKH = lora.adapted_einsum(self, "BTD,DNH->BTNH", x_BTD, ("q", "k", "v"))
+        if config.attention_bias:
+            q_BTNH = q_BTNH + self.q_bias[...].astype(dtype)
+            k_BTKH = k_BTKH + self.k_bias[...].astype(dtype)
+            v_BTKH = v_BTKH + self.v_bias[...].astype(dtype)
+        q_BTNH, k_BTKH = apply_rope(q_BTNH, segments.cos_sin), apply_rope(k_BTKH, segments.cos_sin)
+        return q_BTNH, k_BTKH, v_BTKH

@@ -62,13 +62,7 @@ class MoE(nnx.Module):
         assert_shapes("BTD BT", x_BTD, token_mask_BT)
         B, T, D = x_BTD.shape
         x_MD, token_mask_M = x_BTD.reshape(B * T, D), token_mask_BT.reshape(-1)
-        (logits_ME,) = lora.adapted_einsum(self, "MD,De->Me", x_MD.astype(jnp.float32), ("router",))
-        if config.router_bias:
-            logits_ME = logits_ME + self.router_bias[...]
-        # Left to itself, the compiler gathers all tokens on every device for the top-k.
-        experts_MX, weights_MX = shard_map_batch(
-            functools.partial(top_experts, experts_per_token=config.num_experts_per_tok), logits_ME
-        )
+        logits_ME, experts_MX, weights_MX = self.route(x_MD)
         routing = Routing(jnp.where(token_mask_M[:, None], experts_MX, -1), weights_MX)
         parameters = self.expert_parameters()
         swiglu = SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset)
@@ -85,6 +79,18 @@ class MoE(nnx.Module):
         stats = router_stats(logits_ME, experts_MX, token_mask_M)
         num_rows = jnp.maximum(jnp.sum(token_mask_M, dtype=jnp.int32) * config.num_experts_per_tok, 1)
         return y_MD.reshape(B, T, D), stats | {"dropped": num_dropped / num_rows}
+
+    def route(self, x_MD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the router's logits, float32 [M, E], each token's top experts, int32 [M, X], and their
+        weights, float32 [M, X], which add up to 1."""
+        (logits_ME,) = lora.adapted_einsum(self, "MD,De->Me", x_MD.astype(jnp.float32), ("router",))
+        if self.config.router_bias:
+            logits_ME = logits_ME + self.router_bias[...]
+        # Left to itself, the compiler gathers all tokens on every device for the top-k.
+        experts_MX, weights_MX = shard_map_batch(
+            functools.partial(top_experts, experts_per_token=self.config.num_experts_per_tok), logits_ME
+        )
+        return logits_ME, experts_MX, weights_MX
 
     def expert_parameters(self) -> dict[str, jax.Array | LayerView]:
         """Returns the experts' weights, biases and adapters by name, weights in their stored format: dense or

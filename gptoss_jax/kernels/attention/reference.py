@@ -103,6 +103,24 @@ def reference_attention(
     return ungroup_heads(out_BKRH, q_BTNH.shape[1]).astype(q_BTNH.dtype)
 
 
+def reference_attention_weights(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, mask_BTS: jax.Array, *, sinks_N: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the softmax of `reference_attention`, to look at: the weights of the keys, float32
+    [B, N, T, S], and the share of each head's sink, float32 [B, N, T], zero without sinks.
+
+    For each query, both add up to 1.
+    """
+    B, T, N, _ = q_BTNH.shape
+    q_BKRH, k_BKHS = group_heads(q_BTNH, k_BSKH.shape[2]), k_BSKH.transpose(0, 2, 3, 1)
+    scores_BKRS = masked(einsum("BKRH,BKHS->BKRS", q_BKRH, k_BKHS), mask_BTS)
+    scores_BNTS = scores_BKRS.reshape(B, N, T, -1)
+    sinks_N = jnp.full(N, MASK_VALUE) if sinks_N is None else sinks_N.astype(scores_BNTS.dtype)
+    sinks_BNT1 = jnp.broadcast_to(sinks_N[:, None, None], (B, N, T, 1))
+    weights_BNTS = jax.nn.softmax(jnp.concatenate([scores_BNTS, sinks_BNT1], axis=-1), axis=-1)
+    return weights_BNTS[..., :-1], weights_BNTS[..., -1]
+
+
 def group_heads(q_BTNH: jax.Array, K: int) -> jax.Array:
     """Scales and groups queries, [B, K, R, H]: for each key/value head, its G query heads' tokens in order.
 
