@@ -1,8 +1,14 @@
-"""Trains a model: python train.py [configs/x.py] [--steps 500 --model.num-hidden-layers 6 …].
+"""Train or fine-tune a model, or resume a run.
 
-The first argument may be a preset, a Python file that ends with `config = TrainConfig(...)`; the default is
-configs/quickstart.py. Every field is a flag: --help lists them. Running the same command again resumes from
-the last checkpoint of the run.
+The first argument is a preset, a Python file that ends with `config = TrainConfig(...)`; the default is
+configs/quickstart.py. Every field of its config is a flag, and the defaults below are those of the preset. To
+resume an interrupted run from its last checkpoint, run the same command again.
+
+Examples:
+  python train.py
+  python train.py configs/tinystories.py --steps 500 --optim.learning-rate 3e-4
+  python train.py --data.source 'text:books/*.txt' --run-dir runs/books
+  python train.py configs/gpt_oss_20b.py --mesh.fsdp 2 --mesh.expert 8 --run-dir runs/mine
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Text for terminals: values in few characters, and arbitrary text made harmless. Standard library only."""
+"""Text for terminals: short number formats, and untrusted text made harmless. Standard library only."""
 
 import math
 import os
@@ -13,6 +13,11 @@ UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 def is_terminal(file: TextIO) -> bool:
     """True if a file is a terminal that understands escape codes."""
     return file.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def has_colors(file: TextIO) -> bool:
+    """True if text on a file may be colored: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
+    return is_terminal(file) and not os.environ.get("NO_COLOR")
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import os
+import pathlib
 import re
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +26,8 @@ from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import generate as generation
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 
 class Terminal(io.StringIO):
     """A stream that claims to be a terminal."""
@@ -37,15 +42,16 @@ class Terminal(io.StringIO):
     ("args", "words"),
     [
         (["--help"], ["usage: gptoss", "chat", "convert", "report", "Generate text", "Plot the training"]),
+        (["-h"], ["usage: gptoss", "--version", "gptoss COMMAND --help"]),
         (
             ["generate", "--help"],
-            ["FOLDER", "--prompt", "--max-new-tokens", "Default: 200,", "--top-k", "--top-p",
+            ["FOLDER", "--prompt", "--max-new-tokens", "(default: 200,", "--top-k", "--top-p",
              "--min-p", "--stop-strings", "--seed", "most likely"],
         ),
         (
             ["chat", "--help"],
             ["FOLDER", "--reasoning", "{low,medium,high}", "--instructions", "--analysis", "{show,hide}",
-             "--plain", "or 4096 in", "--temperature", "--seed"],
+             "--plain", "4096 for a", "--temperature", "--seed"],
         ),
         (
             ["eval", "--help"],
@@ -57,11 +63,88 @@ class Terminal(io.StringIO):
     ],
 )  # fmt: skip
 def test_help(capsys, args, words):
-    with pytest.raises(SystemExit) as caught:
-        main.main(args)
-    assert caught.value.code == 0
+    assert exit_code(args) == 0
     shown = capsys.readouterr().out
     assert [word for word in words if word not in shown] == []
+
+
+def exit_code(args):
+    """The exit code of a command line, whether tyro raises it or the command returns it."""
+    try:
+        return main.main(args)
+    except SystemExit as done:
+        return done.code
+
+
+def test_the_overview_has_a_line_for_each_command(capsys):
+    assert main.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 90
+    shown = [line.split()[0] for line in lines if re.match("  [a-z]", line)]
+    assert shown == list(main.COMMANDS) and len(shown) >= 11
+    assert set(main.HEADINGS) <= set(shown)
+
+
+def test_without_a_command_the_overview_is_an_error(capsys):
+    assert exit_code([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("usage: gptoss COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [("generte", "did you mean generate?"), ("--verbose", "gptoss --help lists the commands")],
+)
+def test_an_unknown_command(capsys, word, hint):
+    assert main.main([word]) == 2
+    assert capsys.readouterr().err == f"gptoss: error: {word!r} is not a command; {hint}\n"
+
+
+def test_versions(capsys):
+    assert main.main(["--version"]) == 0
+    assert re.fullmatch(
+        r"gptoss-jax [\d.]+, jax [\d.]+, flax [\d.]+, Python 3[\d.]+\n", capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_ends_with_examples_that_parse(monkeypatch, capsys, name, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert exit_code([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    about, _, examples = shown.partition("\nExamples:\n")
+    assert max(len(line) for line in about.splitlines() if not line.startswith("usage")) <= width
+    commands = [line.strip() for line in examples.splitlines() if "gptoss " in line]
+    assert len(commands) >= 2
+    ran = []
+    monkeypatch.setattr(main.COMMANDS[name], "run", lambda self: ran.append(self))
+    for line in commands:
+        words = shlex.split(line.rpartition("| ")[2])
+        assert words[:2] == ["gptoss", name]
+        assert main.main(words[1:]) == 0, line
+    assert len(ran) == len(commands)
+
+
+def test_examples_of_train_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    read_arguments = runpy.run_path("train.py")["read_arguments"]
+    _, _, examples = read_arguments.__globals__["__doc__"].partition("Examples:\n")
+    folders = [read_arguments(shlex.split(line)[2:]).run_dir for line in examples.splitlines()]
+    assert folders == ["runs/quickstart", "runs/tinystories", "runs/books", "runs/mine"]
+
+
+def test_no_color(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm")
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert exit_code(["report", "--help"]) == 0
+    assert "\x1b[" in out.getvalue()
+    out.truncate(0)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert exit_code(["report", "--help"]) == 0
+    assert "Examples:" in out.getvalue() and "\x1b[" not in out.getvalue()
 
 
 def test_help_does_not_wait_for_jax():

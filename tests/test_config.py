@@ -449,9 +449,9 @@ def test_help_shows_the_fields_of_sections_that_are_off(preset, capsys):
         read_preset(preset(rope_scaling=None), ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--model.rope-scaling.beta-fast" in shown
-    assert "--model.rope-scaling or --model.lora None switches that section off" in shown
+    assert "--model.rope-scaling and --model.lora are optional sections" in shown
     assert "--model.lora.rank" in shown
-    assert "Off in this preset: model.rope_scaling, model.lora." in shown
+    assert "Off in this preset: --model.rope-scaling, --model.lora." in shown
 
 
 def test_helpers_of_error_messages():

@@ -20,21 +20,22 @@ Texts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(meta
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFlags:
-    # Maximum number of new tokens. Default: 200, or 4096 in a Harmony chat.
+    # Maximum number of tokens to generate. (default: 200, or 4096 for a chat model in gptoss chat)
     max_new_tokens: OptionalInt = None
-    # Sampling temperature; 0 always takes the most likely token. Default: 0.8, or 1 in a Harmony chat.
+    # Sampling temperature; 0 always picks the most likely token. (default: 0.8, or 1 for a chat model in
+    # gptoss chat)
     temperature: OptionalFloat = None
-    # Sample from this many of the most likely tokens.
+    # Sample from the k most likely tokens. (default: no limit)
     top_k: OptionalInt = None
-    # Sample from the smallest set of most likely tokens whose probabilities add up to this.
+    # Sample from the smallest set of most likely tokens whose total probability reaches p. (default: 1)
     top_p: OptionalFloat = None
-    # Sample from the tokens at least this many times as likely as the most likely one.
+    # Drop tokens less likely than this fraction of the most likely token's probability. (default: 0)
     min_p: OptionalFloat = None
-    # Lowers the logit of each token that the answer already has, -2 to 2. Default: 0.
+    # Subtract this from the logit of every token already generated; from -2 to 2. (default: 0)
     presence_penalty: OptionalFloat = None
-    # The same for each occurrence, -2 to 2. Default: 0.
+    # Subtract this from a token's logit for each time it was generated; from -2 to 2. (default: 0)
     frequency_penalty: OptionalFloat = None
-    # Random seed.
+    # Random seed for sampling.
     seed: int = 0
 
     def update(self, params: "SamplingParams") -> "SamplingParams":

@@ -23,20 +23,30 @@ HELP = "/new starts a new conversation, /exit or Ctrl-D exits, Ctrl-C stops an a
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """Chat with a model in Harmony, gpt-oss's format; a base model continues each line. See /help."""
+    """Chat with a model in the terminal.
 
-    # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub. A tokenizer with
-    # Harmony's special tokens marks a chat model, except in a run that began at random on plain text.
+    A chat model answers in Harmony, gpt-oss's chat format. A base model continues each line as a separate
+    text. Ctrl-C stops an answer, /new starts a new conversation, and /exit or Ctrl-D leaves.
+
+    Examples:
+      gptoss chat runs/quickstart-sft
+      gptoss chat hf:openai/gpt-oss-20b --reasoning low --instructions "Answer in French."
+      echo "What is 2 + 2?" | gptoss chat hf:openai/gpt-oss-20b --analysis hide
+    """
+
+    # Model: a run folder, a Hugging Face folder, or hf:OWNER/NAME to download one from the Hugging Face Hub.
+    # It is a chat model if its tokenizer has Harmony's special tokens, unless it is a run that was trained
+    # from scratch on plain text.
     folder: Folder
-    # Adapter beside the model's weights: a folder of PEFT, or a run that trained adapters.
+    # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
     # Reasoning effort of a chat model.
     reasoning: Literal["low", "medium", "high"] = "medium"
-    # Developer instructions for a chat model, such as "Answer in French.".
+    # Developer message for a chat model, such as "Answer in French."
     instructions: OptionalText = None
-    # Show a chat model's reasoning, dimmed, or hide it.
+    # Show a chat model's reasoning (dimmed) or hide it.
     analysis: Literal["show", "hide"] = "show"
-    # Treat the model as a base model, although its tokenizer has Harmony's special tokens.
+    # Treat a chat model as a base model.
     plain: tyro.conf.FlagCreatePairsOff[bool] = False
     sampling: Sampling = SamplingFlags()
 

@@ -14,13 +14,21 @@ from gptoss_jax.terminal import format_si
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write a model as a Hugging Face folder that transformers and vLLM can load."""
+    """Write a model as a Hugging Face folder for transformers and vLLM.
 
-    # Run folder, Hugging Face folder of any type, original/ folder, or hf:OWNER/NAME of the Hugging Face Hub.
+    Examples:
+      gptoss convert runs/quickstart out
+      gptoss convert runs/mine out --experts mxfp4
+      gptoss convert hf:openai/gpt-oss-20b gpt-oss-20b-bf16 --experts bfloat16
+    """
+
+    # Model: a run folder, a Hugging Face folder, OpenAI's original/ folder, or hf:OWNER/NAME to download one
+    # from the Hugging Face Hub.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    # New folder. It appears only when it is complete.
+    # Folder to create. It appears only when it is complete.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: the source's.
+    # Type of the weights. mxfp4 packs the experts in MXFP4 and writes the rest in bfloat16. (default: as in
+    # SRC)
     experts: Annotated[
         Literal["bfloat16", "float32", "mxfp4"] | None, tyro.conf.arg(help_behavior_hint="")
     ] = None

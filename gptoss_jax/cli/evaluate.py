@@ -16,29 +16,38 @@ INSTALL_EVAL = "pip install 'gptoss-jax[eval]'"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a model: perplexity on text, or tasks of lm_eval."""
+    """Measure perplexity on text, or run lm_eval tasks.
 
-    # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
+    With --source, reports loss, perplexity and bits per byte. With --task, runs tasks of EleutherAI's
+    lm_eval, which needs the extra "eval".
+
+    Examples:
+      gptoss eval runs/quickstart --source stdlib --max-tokens 100000
+      gptoss eval hf:openai/gpt-oss-20b --source 'text:books/*.txt' --json result.json
+      gptoss eval hf:openai/gpt-oss-20b --task hellaswag --limit 100
+    """
+
+    # Model: a run folder, a Hugging Face folder, or hf:OWNER/NAME to download one from the Hugging Face Hub.
     folder: Folder
-    # Adapter beside the model's weights: a folder of PEFT, or a run that trained adapters.
+    # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
-    # Text, specified like data.source of train.py: text:GLOB, jsonl:GLOB#field, stdlib, ….
+    # Text to score: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME.
     source: OptionalText = None
-    # Name of a task of lm_eval, or a YAML file of your own.
+    # lm_eval task to run: a name, or your own YAML file.
     task: Texts = ()
-    # Tokens that the model sees at once. Default: data.seq_len of a run, else 2048; for tasks, all that fit.
+    # Context length in tokens. (default: data.seq_len of a run, otherwise 2048; for tasks, the model's limit)
     context: OptionalInt = None
-    # Tokens between the starts of two windows of a text. Default: half the context.
+    # Tokens between the starts of two sliding windows. (default: half the context)
     stride: OptionalInt = None
-    # Rows per forward pass. Default: 16,384 tokens' worth.
+    # Windows per forward pass. (default: as many as make 16,384 tokens)
     batch_size: OptionalInt = None
-    # Score at most this many tokens of the text.
+    # Score only the first tokens of the text, up to this number. (default: all)
     max_tokens: OptionalInt = None
-    # Use at most this many examples of each task.
+    # Maximum number of examples per task. (default: all)
     limit: OptionalInt = None
-    # Number of few-shot examples, unless the task sets it to 0. Default: the task's.
+    # Number of few-shot examples, for tasks that do not fix it to 0. (default: the task's)
     num_fewshot: OptionalInt = None
-    # Also write the results to this file.
+    # Also write the results to this JSON file.
     json_file: JsonFile = None
 
     def run(self) -> None:

@@ -8,11 +8,16 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class ExportAdapter:
-    """Write the adapter of a run in the format of PEFT, which transformers and vLLM load."""
+    """Write a run's LoRA adapter as a PEFT folder for transformers and vLLM.
 
-    # Run folder of train.py that trained adapters (model.lora).
+    Examples:
+      gptoss export-adapter runs/lora adapter
+      gptoss export-adapter runs/quickstart-lora ~/adapters/quickstart
+    """
+
+    # Run that trained adapters (model.lora).
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    # New folder. It appears only when it is complete.
+    # Folder to create. It appears only when it is complete.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 
     def run(self) -> None:

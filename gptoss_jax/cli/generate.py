@@ -11,15 +11,23 @@ from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFla
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Generate text from a prompt."""
+    """Generate text from a prompt.
 
-    # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
+    The text is streamed to stdout, starting with the prompt; the speed is printed to stderr.
+
+    Examples:
+      gptoss generate runs/quickstart --prompt "def read(self):"
+      gptoss generate hf:openai/gpt-oss-20b --prompt "The sky is" --temperature 0
+      gptoss generate runs/lora --prompt "Q: " --stop-strings "Q:" --max-new-tokens 50
+    """
+
+    # Model: a run folder, a Hugging Face folder, or hf:OWNER/NAME to download one from the Hugging Face Hub.
     folder: Folder
-    # Text to continue; may be "".
+    # Text to continue; "" starts from nothing.
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
-    # Adapter beside the model's weights: a folder of PEFT, or a run that trained adapters.
+    # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
-    # Stop before this text.
+    # Stop before this text appears.
     stop_strings: Texts = ()
     sampling: Sampling = SamplingFlags()
 

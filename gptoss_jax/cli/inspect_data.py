@@ -25,23 +25,29 @@ LENGTHS = {"0": "shortest", "0.5": "median", "0.95": "95 %", "1": "longest"}
 
 @dataclasses.dataclass(frozen=True)
 class InspectData:
-    """Show what a run trains on: examples token by token, and statistics.
+    """Show the tokens that a run trains on, and statistics of the dataset.
 
-    Tokens are separated by lines. Those that are trained on are in brackets, and on a terminal in color.
+    Tokens are separated by vertical bars. Those that the loss is computed on are in brackets and, in a
+    terminal, in color. Flags of gptoss train, such as --data.source stdlib, change the config.
+
+    Examples:
+      gptoss inspect-data configs/quickstart.py --examples 1
+      gptoss inspect-data configs/finetune/sft_qlora_20b.py --data.source 'chat:data/*.jsonl'
+      gptoss inspect-data configs/finetune/quickstart_sft.py --held-out --json tokens.jsonl
     """
 
-    # Preset, such as configs/finetune/quickstart_sft.py.
+    # Preset: a Python file, such as configs/finetune/quickstart_sft.py.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     # Number of examples to show.
     examples: int = 3
-    # Number of the first one, among the training examples or the held-out ones.
+    # Index of the first example to show, counted from 0.
     first: int = 0
-    # Show held-out examples.
+    # Show held-out examples instead of training examples.
     held_out: tyro.conf.FlagCreatePairsOff[bool] = False
-    # Write all examples to this file, an object on each line: where it is from, held_out, used_tokens (0 if
-    # it is left out), tokens, and loss_weights, each that of the token when it is predicted.
+    # Write all examples to this file as JSON lines with the fields where, held_out, used_tokens (0 if the
+    # example is skipped), tokens, and loss_weights (one per token, for predicting it).
     json_file: JsonFile = None
-    # Override a field of the config; `--data.seq-len 256` is short for `--set data.seq-len=256`.
+    # Override a field of the config. `--data.seq-len 256` is short for `--set data.seq-len=256`.
     overrides: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="FLAG=VALUE")
     ] = ()

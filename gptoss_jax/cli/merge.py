@@ -17,19 +17,24 @@ LITTLE = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Write a model with its adapter merged into the weights, as a Hugging Face folder.
+    """Merge a LoRA adapter into its model and write a Hugging Face folder.
 
-    Prints what survived the rounding of each kind of weight: the share of the adapter's change that was
-    written, and what else changed, relative to the weights.
+    Prints how much of the adapter's change survives rounding to the output type, for each kind of weight.
+
+    Examples:
+      gptoss merge runs/lora merged --experts bfloat16
+      gptoss merge hf:openai/gpt-oss-20b merged --adapter my-peft-adapter
     """
 
-    # Run folder of train.py that trained adapters, or the base model of --adapter.
+    # Run that trained adapters, or the base model for --adapter.
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    # New folder. It appears only when it is complete.
+    # Folder to create. It appears only when it is complete.
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    # Folder of a PEFT adapter, or a run that trained one. Default: that of the run SRC.
+    # LoRA adapter to merge: a PEFT folder, or a run that trained adapters. (default: the adapter of the run
+    # SRC)
     adapter: OptionalText = None
-    # Type of the weights; mxfp4 is MXFP4 experts and bfloat16 for the rest. Default: that of the base model.
+    # Type of the weights. mxfp4 packs the experts in MXFP4 and writes the rest in bfloat16. (default: as in
+    # the base model)
     experts: Annotated[
         Literal["bfloat16", "float32", "mxfp4"] | None, tyro.conf.arg(help_behavior_hint="")
     ] = None

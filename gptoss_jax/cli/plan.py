@@ -10,24 +10,31 @@ from gptoss_jax.cli.arguments import JsonFile, OptionalInt, OptionalText, Texts
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate memory, FLOPs and communication of a training step on devices that need not be present.
+    """Estimate a training step's memory and time on devices you do not have.
 
-    Exits with 1 if no mesh fits.
+    Compares meshes by memory, FLOPs and communication. --topology also compiles the step with the real TPU
+    compiler, which takes minutes and needs the extra "tpu-compile"; --chip estimates from shapes. Flags of
+    gptoss train, such as --data.seq-len 4096, change the config. Exits with status 1 if no mesh fits.
+
+    Examples:
+      gptoss plan configs/gpt_oss_20b.py --chip h200 --devices 8
+      gptoss plan configs/gpt_oss_120b.py --topology v5p:4x4x4
+      gptoss plan configs/gpt_oss_20b.py --chip v5p --devices 16 --mesh fsdp=4,expert=4
     """
 
-    # Preset, such as configs/gpt_oss_20b.py.
+    # Preset: a Python file, such as configs/gpt_oss_20b.py.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    # TPU slice, such as v5p:4x4x4. The step is also compiled for it, which takes minutes.
+    # TPU slice to compile for, such as v5p:4x4x4.
     topology: OptionalText = None
-    # v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200, with --devices: estimates without compiling.
+    # Chip to estimate for, with --devices: v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200.
     chip: OptionalText = None
-    # Number of JAX devices. A tpu7x chip has two.
+    # Number of JAX devices; a tpu7x chip counts as two.
     devices: OptionalInt = None
-    # Mesh, such as fsdp=16,expert=4. Default: all possible meshes, best first.
+    # Mesh to consider, such as fsdp=16,expert=4. (default: all possible meshes, best first)
     mesh: Texts = ()
-    # Also write the results to this file.
+    # Also write the results to this JSON file.
     json_file: JsonFile = None
-    # Override a field of the config; `--model.remat block` is short for `--set model.remat=block`.
+    # Override a field of the config. `--model.remat block` is short for `--set model.remat=block`.
     overrides: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="FLAG=VALUE")
     ] = ()

@@ -8,9 +8,16 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Plot the training curves of a run as RUN/report.png, and print its path."""
+    """Plot the training curves of a run.
 
-    # Run folder of train.py.
+    Writes RUN/report.png and prints its path. Works while the run is training.
+
+    Examples:
+      gptoss report runs/quickstart
+      gptoss report runs/quickstart-sft
+    """
+
+    # Run folder.
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
     def run(self) -> None:

@@ -25,52 +25,62 @@ EXTRA = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Serve a model: OpenAI's API under /v1, and a chat page at /.
+    """Serve a model with an OpenAI-compatible API and a chat page.
 
-    SIGTERM or Ctrl-C: running requests finish, new ones are refused; see --drain.
+    The API is at /v1, the chat page at /, metrics for Prometheus at /metrics. On Ctrl-C or SIGTERM the server
+    refuses new requests and lets running ones finish; see --drain. Needs the extra "serve".
+
+    Examples:
+      gptoss serve runs/quickstart-sft
+      gptoss serve hf:openai/gpt-oss-20b --host 0.0.0.0 --api-key "$KEY" --warmup
+      curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hi"}]}'
     """
 
-    # Hugging Face folder, run folder of train.py, or hf:OWNER/NAME of the Hugging Face Hub.
+    # Model: a run folder, a Hugging Face folder, or hf:OWNER/NAME to download one from the Hugging Face Hub.
     folder: Folder
-    # Address to listen on. 0.0.0.0 lets other machines connect; set --api-key then.
+    # Address to listen on. Use 0.0.0.0 to let other machines connect, together with --api-key.
     host: str = "127.0.0.1"
-    # Port; 0 chooses a free one, which is printed.
+    # Port to listen on; 0 picks a free port and prints it.
     port: int = 8000
-    # Key that clients must send. Default: the environment variable GPTOSS_API_KEY, if it is set.
+    # Key that clients must send. (default: the environment variable GPTOSS_API_KEY, or no key)
     api_key: OptionalText = None
-    # Adapter beside the model's weights: a folder of PEFT, or a run that trained adapters.
+    # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
-    # Name of the model in the API. Default: the folder's.
+    # Name of the model in the API. (default: the name of the folder)
     model_name: OptionalText = None
-    # Requests decoded at the same time. Default: 8 on CPU, else at most 16, as many as fit.
+    # Number of requests decoded together. (default: 8 on CPU; elsewhere as many as fit in memory, up to 16)
     slots: OptionalInt = None
-    # Most tokens of a prompt with its answer. Default: the model's limit.
+    # Maximum tokens of a prompt and its answer together. (default: the model's limit)
     context: OptionalInt = None
-    # Reuse of prompts' beginnings that were read before. exact: only where the answer's bits stay the same.
+    # Reuse the KV cache of prompts that start the same way. "exact" does so only where the answer stays
+    # bit-identical.
     prefix_reuse: Literal["any", "exact", "off"] = "any"
-    # Memory for the beginnings of prompts, in GB. Default: the engine's.
+    # Memory for reusable prompt prefixes, in GB. (default: 1.07 (1 GiB))
     prefix_cache: OptionalFloat = None
-    # Compile before /health answers 200, so that the first requests do not wait for it.
+    # Compile before reporting ready, so that the first requests do not wait for it.
     warmup: tyro.conf.FlagCreatePairsOff[bool] = False
-    # Requests that may wait for a slot; more are refused with 429.
+    # Maximum number of waiting requests; further ones get status 429.
     max_queue: int = 256
-    # Largest request body, in MB.
+    # Maximum size of a request body, in MB.
     max_body: float = 16.0
-    # Seconds for running requests to finish after SIGTERM or Ctrl-C.
+    # Seconds that running requests have to finish after Ctrl-C or SIGTERM.
     drain: float = 30.0
-    # Origin of web pages that may call the API, such as https://example.com; "*" for any.
+    # Origin of web pages that may call the API, such as https://example.com, or "*" for any.
     cors_origins: Texts = ()
-    # Reasoning effort of requests that do not set it.
+    # Reasoning effort of requests that do not set one.
     reasoning: Literal["low", "medium", "high"] = "medium"
-    # Date in a chat's system message, as YYYY-MM-DD. Default: today's, unless the model was trained without.
+    # Date in the system message of a chat, as YYYY-MM-DD. (default: today, or none if the model was trained
+    # without one)
     date: OptionalText = None
-    # Serve a chat model without its chat format: only completions.
+    # Serve a chat model as a base model, with completions only.
     plain: tyro.conf.FlagCreatePairsOff[bool] = False
-    # Start completions of token ids with the beginning-of-text token, as gptoss eval does. Texts have it.
+    # Prepend the beginning-of-text token to prompts given as token ids, as gptoss eval does. Text prompts
+    # always start with it.
     prepend_bos: tyro.conf.FlagCreatePairsOff[bool] = False
-    # Send a chat's reasoning as reasoning_content too, for clients that know only this name.
+    # Also send reasoning under the name reasoning_content, for clients that only know that one.
     reasoning_content: tyro.conf.FlagCreatePairsOff[bool] = False
-    # Print a line for each request.
+    # Log a line for each request.
     log_requests: tyro.conf.FlagCreatePairsOff[bool] = False
 
     def run(self) -> None:

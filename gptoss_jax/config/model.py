@@ -28,15 +28,15 @@ LORA_TARGETS = ("q", "k", "v", "out", *EXPERT_TARGETS, "router", "head")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(ConfigBase):
-    """YaRN (Peng et al. 2023), which extends the context beyond the length of pretraining."""
+    """YaRN (Peng et al. 2023): extends RoPE to contexts longer than those of pretraining."""
 
     _section: typing.ClassVar[str] = "model.rope_scaling"
 
-    factor: float = 32.0  # Context length divided by the original
-    beta_fast: float = 32.0  # Rotations within the original length above which a frequency is kept
-    beta_slow: float = 1.0  # Rotations below which a frequency is divided by `factor`
+    factor: float = 32.0  # Extended context length divided by the original
+    beta_fast: float = 32.0  # Frequencies with more rotations than this in the original length are kept
+    beta_slow: float = 1.0  # Frequencies with fewer rotations than this are divided by the factor
     truncate: bool = False  # Round the ends of the ramp between the two to integers
-    original_max_position_embeddings: Positive[int] = 4096  # Context length before scaling, in tokens
+    original_max_position_embeddings: Positive[int] = 4096  # Original context length, in tokens
 
     def _check(self) -> None:
         self._require(self.factor >= 1, "factor", "must be 1 or more")
@@ -46,16 +46,16 @@ class RopeScaling(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(ConfigBase):
-    """LoRA (Hu et al. 2021): trains low-rank adapters beside frozen weights, y = x W + scaling (x A) B."""
+    """LoRA (Hu et al. 2021): trains low-rank adapters next to frozen weights, y = x W + scaling (x A) B."""
 
     _section: typing.ClassVar[str] = "model.lora"
 
     rank: Positive[int] = 8  # Rank of the adapters outside the experts
-    # Rank of each expert's adapters; None is rank / num_experts_per_tok, and at least 1.
+    # Rank of each expert's adapters; None means rank / num_experts_per_tok, at least 1.
     expert_rank: Annotated[int | None, Bound("must be above 0, or None", lambda x: x is None or x > 0)] = None
-    alpha: Positive[float] = 16.0  # The scaling is alpha / rank, with the rank of the adapter
-    rslora: bool = False  # Divide alpha by the root of the rank instead (Kalajdzievski 2023)
-    # The adapted matrices: q, k, v and out of attention, gate_up and down of the experts, router, head.
+    alpha: Positive[float] = 16.0  # Sets the scaling, alpha / rank of the adapter
+    rslora: bool = False  # Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    # Matrices to adapt: q, k, v and out (attention), gate_up and down (experts), router, head.
     targets: tuple[str, ...] = ("q", "k", "v", "out", *EXPERT_TARGETS)
 
     def _check(self) -> None:
@@ -79,61 +79,63 @@ class ModelConfig(ConfigBase):
 
     _section: typing.ClassVar[str] = "model"
 
-    vocab_size: Positive[int] = 201088  # Rows of the embedding and of the head (V)
+    vocab_size: Positive[int] = 201088  # Vocabulary size (V)
     hidden_size: Positive[int] = 2880  # Width of the residual stream (D)
-    intermediate_size: Positive[int] = 2880  # Width of an expert (F)
-    num_hidden_layers: Positive[int] = 24  # Number of blocks (L)
-    num_attention_heads: Positive[int] = 64  # Query heads (N)
-    num_key_value_heads: Positive[int] = 8  # Key/value heads (K); each serves N / K query heads
-    head_dim: Positive[int] = 64  # Size of one head (H); N * H need not be the hidden size
-    num_local_experts: Positive[int] = 32  # Experts per layer (E)
-    num_experts_per_tok: Positive[int] = 4  # Experts per token (X)
-    sliding_window: Positive[int] = 128  # Keys that a query of a sliding layer sees, its own included (W)
-    # "sliding_attention" or "full_attention" for each layer; None alternates and starts with a sliding layer.
+    intermediate_size: Positive[int] = 2880  # Hidden width of an expert (F)
+    num_hidden_layers: Positive[int] = 24  # Number of transformer blocks (L)
+    num_attention_heads: Positive[int] = 64  # Number of query heads (N)
+    num_key_value_heads: Positive[int] = 8  # Number of key/value heads (K); must divide N
+    head_dim: Positive[int] = 64  # Size of a head (H); N * H may differ from the hidden size
+    num_local_experts: Positive[int] = 32  # Number of experts per layer (E)
+    num_experts_per_tok: Positive[int] = 4  # Number of experts per token (X)
+    # Number of tokens that sliding-window layers attend to, including the current one (W).
+    sliding_window: Positive[int] = 128
+    # sliding_attention or full_attention for each layer. None alternates them, starting with sliding.
     layer_types: tuple[str, ...] | None = None
-    max_position_embeddings: Positive[int] = 131072  # Longest context, in tokens
-    rope_theta: Positive[float] = 150000.0  # Base of the rotary frequencies
-    rope_scaling: RopeScaling | None = RopeScaling()  # YaRN; None leaves the rotary frequencies unscaled
+    max_position_embeddings: Positive[int] = 131072  # Maximum context length, in tokens
+    rope_theta: Positive[float] = 150000.0  # Base of the RoPE frequencies
+    rope_scaling: RopeScaling | None = RopeScaling()  # YaRN; None does not scale the RoPE frequencies
     attention_bias: bool = True  # Biases on the q, k, v and output projections
     expert_bias: bool = True  # Biases inside the experts
     router_bias: bool = True  # Biases on the router
-    # A learned logit per query head that takes part in the softmax and has no value.
+    # Attention sinks: a learned logit per query head that takes part in the softmax but has no value.
     learned_sinks: bool = True
-    # First tokens of a document that stay visible in sliding layers; unrelated to the learned sinks.
+    # Number of tokens at the start of a document that sliding-window layers always see; unrelated to
+    # learned_sinks.
     sink_tokens: NonNegative[int] = 0
     swiglu_alpha: Positive[float] = 1.702  # Slope of the sigmoid inside SwiGLU
-    # Clamps SwiGLU's gate from above, and its linear half on both sides; None turns it off.
+    # Clamps SwiGLU's gate from above and its linear half on both sides; None disables it.
     swiglu_limit: PositiveOrNone = 7.0
     swiglu_up_offset: float = 1.0  # Added to the linear half of SwiGLU
-    tie_word_embeddings: bool = False  # The head uses the embedding's weights
-    attention_dropout: BelowOne = 0.0  # Dropout on the attention weights while training
-    # Dropout on each branch before it is added to the residual stream, while training.
+    tie_word_embeddings: bool = False  # Use the embedding's weights for the output head
+    attention_dropout: BelowOne = 0.0  # Dropout on the attention weights during training
+    # Dropout on the output of attention and experts during training, before the residual addition.
     residual_dropout: BelowOne = 0.0
-    rms_norm_eps: Positive[float] = 1e-5  # Added to the mean square in RMSNorm
+    rms_norm_eps: Positive[float] = 1e-5  # Epsilon of RMSNorm
     initializer_range: Positive[float] = 0.02  # Standard deviation of the initial weights
-    router_aux_loss_coef: NonNegative[float] = 0.0  # Weight of the load-balance loss; 0 turns it off
-    # Weight of the router z-loss, mean(logsumexp(router logits)^2); 0 turns it off.
+    router_aux_loss_coef: NonNegative[float] = 0.0  # Weight of the load-balance loss; 0 disables it
+    # Weight of the router z-loss, mean(logsumexp(router logits)^2); 0 disables it.
     router_z_loss_coef: NonNegative[float] = 0.0
-    # Maximum rows of an expert while training, as a multiple of its even share; excess rows are dropped and
-    # counted. None drops nothing, however uneven the routing is.
+    # Capacity of an expert during training, as a multiple of its even share of tokens; excess assignments are
+    # dropped and counted. None drops nothing.
     expert_capacity_factor: PositiveOrNone = None
-    # Type of the matrix products; auto is float32 on CPU and bfloat16 elsewhere. Parameters are float32.
+    # Type of activations and matrix products; auto means float32 on CPU and bfloat16 elsewhere. Parameters
+    # are trained in float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # Format of the experts' matrices: plain arrays, or packed MXFP4 as published (4.25 bits per weight; for
-    # inference, and for training adapters with model.lora).
+    # Format of the expert weights: plain arrays, or packed MXFP4 as published (4.25 bits per weight; for
+    # inference and for training adapters).
     expert_format: Literal["plain", "mxfp4"] = "plain"
-    # Hand-written kernels: auto uses them, checked once on each new GPU or TPU machine; unchecked skips that
-    # check; plain uses XLA instead of all of them, plain:attention,mxfp4_matmul instead of the named ones.
-    # The environment variable GPTOSS_JAX_KERNELS takes the same values and also turns kernels off.
+    # Custom kernels: auto uses them after checking them once on each GPU or TPU machine, unchecked skips the
+    # check, plain uses XLA instead, and plain:attention,mxfp4_matmul uses XLA instead of the named kernels.
+    # The environment variable GPTOSS_JAX_KERNELS takes the same values.
     kernels: str = "auto"
-    # What the backward pass recomputes: nothing, all but the matrix products of attention's projections and
-    # the router ("dots"), or whole blocks.
+    # Rematerialization in the backward pass, to save memory: none, dots (keeps the matrix products of the
+    # attention projections and the router), or block (keeps only the input of each block).
     remat: Literal["none", "dots", "block"] = "none"
-    # Stack the layers and scan over one period of their types, so that 36 layers compile as fast as 4. False
-    # keeps layers apart, which avoids copies between stacks and layers and is faster for a small model on
-    # CPU. It changes the layout of a run's checkpoints.
+    # Stack the layers and scan over them, so that compile time does not grow with their number. False is
+    # faster for small models on CPU. Changes the layout of a run's checkpoints.
     scan_layers: bool = True
-    lora: LoraConfig | None = None  # Low-rank adapters; None has none. Training changes only them
+    lora: LoraConfig | None = None  # Low-rank adapters; if set, only they are trained
 
     def _check(self) -> None:
         plain_kernels(self.kernels, self._path("kernels"))

@@ -1,6 +1,7 @@
 """Presets, Python files that end with `config = TrainConfig(...)`, and flags for their fields."""
 
 import dataclasses
+import inspect
 import itertools
 import pathlib
 import re
@@ -8,6 +9,7 @@ import runpy
 from collections.abc import Sequence
 
 from gptoss_jax.config.base import FORMER_NAMES, require
+from gptoss_jax.config.command_line import EXAMPLES, parse
 from gptoss_jax.config.model import LoraConfig, RopeScaling
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.train import TrainConfig
@@ -29,7 +31,8 @@ def read_preset(
     Args:
       path: the preset.
       flags: as in `sys.argv`.
-      prog, description: for `--help`.
+      prog: name of the command in `--help`; None means that of the process.
+      description: for `--help`; see `command_line.parse`.
 
     Raises ValueError for a file that is missing or is not a preset, for former names of fields, and for flags
     that contradict each other; SystemExit, as tyro does, for `--help` and flags that it cannot parse.
@@ -49,18 +52,19 @@ def read_preset(
         if _field(flag) in FORMER_NAMES:
             raise ValueError(f"{flag}: renamed to {_flag(FORMER_NAMES[_field(flag)])}")
     off = [section for section in OPTIONAL_SECTIONS if getattr(config.model, _name(section)) is None]
-    about = (
-        f"{' or '.join(map(_flag, OPTIONAL_SECTIONS))} None switches that section off; a flag for one of its "
-        "fields switches it on, with the defaults shown for the others. Off in this preset: "
-        f"{', '.join(off) or 'none'}."
+    note = (
+        f"{' and '.join(map(_flag, OPTIONAL_SECTIONS))} are optional sections. Setting any of their fields "
+        "switches a section on, with the defaults below for the others; the value None switches it off. Off "
+        f"in this preset: {', '.join(map(_flag, off)) or 'none'}."
     )
-    description = f"{(description or TrainConfig.__doc__).strip()}\n\n{about}"
+    summary, heading, examples = inspect.cleandoc(description or TrainConfig.__doc__ or "").partition(
+        EXAMPLES
+    )
     for section in OPTIONAL_SECTIONS:
         config, flags = _switch_section(config, flags, section)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    return tyro.cli(
-        TrainConfig, default=config, args=flags, prog=prog, description=description, config=settings
-    )
+    about = f"{summary.strip()}\n\n{note}\n{heading}{examples}"
+    return parse(TrainConfig, prog, flags, about, default=config, config=settings)
 
 
 def _run(path: pathlib.Path) -> object:

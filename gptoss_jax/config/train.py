@@ -13,27 +13,28 @@ from gptoss_jax.config.paths import user_path
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ConfigBase):
-    """The text or the conversations to train on, and how they are cut into batches."""
+    """Training data, tokenizer and batches."""
 
     _section: typing.ClassVar[str] = "data"
 
     # Text: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[:CONFIG[:SPLIT]][#field].
-    # Conversations for fine-tuning: chat:GLOB (JSON or parquet), or stdlib-chat.
+    # Conversations for fine-tuning: chat:GLOB (JSON, JSON lines or parquet), or stdlib-chat.
     source: str = "stdlib"
-    # bytes, bpe:SIZE (trained on the source), file:tokenizer.json (with #bos=NAME,eos=NAME if the file's are
-    # unknown), or o200k_harmony.
+    # bytes, bpe:SIZE (trained on the source), o200k_harmony (gpt-oss's), or file:tokenizer.json. If the file
+    # does not name its special tokens, append #bos=NAME,eos=NAME.
     tokenizer: str = "bpe:4096"
-    # Tokens per row. Documents are packed into rows and do not attend to each other.
+    # Tokens per row. Rows are packed with documents, which do not attend to each other.
     seq_len: int = 512
-    batch_size: Positive[int] = 16  # Rows per optimizer step, over all devices
-    # Share of the documents or conversations held out for evaluation (at most 8 MiB of text).
+    batch_size: Positive[int] = 16  # Rows per optimizer step, summed over all devices
+    # Fraction of the documents or conversations held out for evaluation (at most 8 MiB of text).
     val_fraction: float = 0.05
-    cache_dir: str = "~/.cache/gptoss_jax"  # Folder where tokenized text is cached between runs
-    # Of a conversation: all that the assistant writes, its final answers only, or all tokens, prompts too.
+    cache_dir: str = "~/.cache/gptoss_jax"  # Folder in which tokenized text is cached
+    # Tokens of a conversation to train on: everything that the assistant writes, only its final answers, or
+    # all tokens including the prompts.
     train_on: Literal["assistant", "final", "all"] = "assistant"
-    # Leave out examples of more than seq_len tokens, or cut their end. Both are counted.
+    # What to do with conversations longer than seq_len: skip them or cut off their end. Both are reported.
     overlong: Literal["skip", "cut"] = "skip"
-    # Reasoning effort in the system message of conversations that name none.
+    # Reasoning effort in the system message of conversations that do not set one.
     reasoning_effort: Literal["low", "medium", "high"] = "medium"
 
     def _check(self) -> None:
@@ -43,28 +44,28 @@ class DataConfig(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(ConfigBase):
-    """The optimizer, its schedule, gradient clipping and accumulation."""
+    """Optimizer, learning-rate schedule, gradient clipping and accumulation."""
 
     _section: typing.ClassVar[str] = "optim"
 
-    # adamw; or muon, which orthogonalizes the updates of the matrices inside the blocks and leaves the rest
-    # to adamw: more work per step, fewer steps.
+    # Optimizer. muon orthogonalizes the updates of the matrices inside the blocks and uses adamw for the
+    # rest; it needs fewer but more expensive steps.
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: Positive[float] = 3e-4  # Peak learning rate
-    # cosine decays from the peak to the end; wsd (warmup, stable, decay) holds the peak and decays linearly
-    # at the end; constant holds the peak.
+    # Schedule after the warmup: cosine decay over the whole run, wsd (warmup, stable, decay: constant, then a
+    # linear decay), or constant.
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: NonNegative[int] = 100  # Steps of linear warmup from 0
-    decay_fraction: float = 0.2  # Share of all steps in which wsd decays
-    min_lr_ratio: float = 0.1  # Learning rate of the last step, as a share of the peak
-    beta1: BelowOne = 0.9  # Decay rate of AdamW's first moment (Muon's is 0.95)
-    beta2: BelowOne = 0.95  # Decay rate of the second moment
-    epsilon: Positive[float] = 1e-8  # Added to the root of the second moment
-    # Decoupled weight decay of matrices (not of norms, biases and sinks), times the learning rate.
+    warmup_steps: NonNegative[int] = 100  # Steps of linear warmup from zero
+    decay_fraction: float = 0.2  # Fraction of all steps in which wsd decays
+    min_lr_ratio: float = 0.1  # Final learning rate, as a fraction of the peak
+    beta1: BelowOne = 0.9  # Decay rate of AdamW's first moment (Muon's momentum is 0.95)
+    beta2: BelowOne = 0.95  # Decay rate of AdamW's second moment
+    epsilon: Positive[float] = 1e-8  # AdamW's epsilon, added to the root of the second moment
+    # Decoupled weight decay of matrices (not of norms, biases and sinks), scaled by the learning rate.
     weight_decay: NonNegative[float] = 0.1
-    # Gradients with a larger norm are scaled down to this one; 0 turns clipping off.
+    # Clip gradients to this global norm; 0 disables clipping.
     max_grad_norm: NonNegative[float] = 1.0
-    # Microbatches per step, to save memory. The gradient of the loss is the whole batch's; both router
+    # Microbatches per step, to save memory. The loss gradient is exactly that of the whole batch; the router
     # losses are computed per microbatch and averaged.
     grad_accum_steps: Positive[int] = 1
 
@@ -75,15 +76,15 @@ class OptimConfig(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(ConfigBase):
-    """Devices on each axis of the mesh, in mesh order; -1, for at most one axis, means all that remain."""
+    """Number of devices on each axis of the mesh; -1, allowed once, means all remaining devices."""
 
     _section: typing.ClassVar[str] = "mesh"
 
-    data: int = -1  # Data parallelism: each device has a copy of the parameters and its share of the batch
-    # Fully sharded data parallelism: parameters are sharded too, and gathered when they are used.
+    data: int = -1  # Data parallelism: each device holds all parameters and a part of the batch
+    # Fully sharded data parallelism: parameters are sharded as well, and gathered when they are used.
     fsdp: int = 1
-    expert: int = 1  # Expert parallelism: experts are split
-    tensor: int = 1  # Tensor parallelism: heads, expert width and vocabulary are split
+    expert: int = 1  # Expert parallelism: each device holds a part of the experts
+    tensor: int = 1  # Tensor parallelism: splits heads, expert width and vocabulary
 
     def _check(self) -> None:
         sizes = dataclasses.asdict(self)
@@ -97,25 +98,25 @@ class MeshConfig(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(ConfigBase):
-    """When checkpoints are saved, and which are kept."""
+    """When to save checkpoints, and how many to keep."""
 
     _section: typing.ClassVar[str] = "checkpoint"
 
-    every: Positive[int] = 250  # Steps between checkpoints; evaluations and interruptions save one too
-    # Number of latest checkpoints to keep, besides the one with the best validation loss.
+    every: Positive[int] = 250  # Steps between checkpoints; also saved at evaluations and on Ctrl-C
+    # Number of latest checkpoints to keep, in addition to the one with the best validation loss.
     keep: Positive[int] = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig(ConfigBase):
-    """Evaluation on held-out text during the run."""
+    """Evaluation on held-out text, and sampling, during training."""
 
     _section: typing.ClassVar[str] = "eval"
 
-    every: Positive[int] = 250  # Steps between evaluations; the run ends with one of all held-out text
+    every: Positive[int] = 250  # Steps between evaluations; the last one covers all held-out text
     batches: Positive[int] = 8  # Batches per evaluation
-    prompt: str = ""  # Prompt of the sample that is generated at each evaluation
-    sample_tokens: NonNegative[int] = 64  # Tokens in the sample; 0 generates none
+    prompt: str = ""  # Prompt of the text that is sampled at each evaluation
+    sample_tokens: NonNegative[int] = 64  # Tokens to sample; 0 disables sampling
     temperature: NonNegative[float] = 0.8  # Sampling temperature
 
 
@@ -123,22 +124,25 @@ class EvalConfig(ConfigBase):
 class TrainConfig(ConfigBase):
     """One training run. `configs/` holds presets; every field can be set on the command line."""
 
-    model: ModelConfig = ModelConfig()  # The architecture
-    data: DataConfig = DataConfig()  # What to train on
-    optim: OptimConfig = OptimConfig()  # How to optimize
-    mesh: MeshConfig = MeshConfig()  # How the devices are arranged
-    checkpoint: CheckpointConfig = CheckpointConfig()  # When checkpoints are saved
-    eval: EvalConfig = EvalConfig()  # When to evaluate
-    # Optimizer steps in the whole run. A run can be resumed with more.
+    data: DataConfig = DataConfig()  # Training data, tokenizer and batches
+    optim: OptimConfig = (
+        OptimConfig()
+    )  # Optimizer, learning-rate schedule, gradient clipping and accumulation
+    # Number of devices on each axis of the mesh; -1, allowed once, means all remaining devices.
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()  # When to save checkpoints, and how many to keep
+    eval: EvalConfig = EvalConfig()  # Evaluation on held-out text, and sampling, during training
+    model: ModelConfig = ModelConfig()  # Architecture, numerics and kernels
+    # Total number of optimizer steps. A finished run can be resumed with more.
     steps: Positive[int] = 1000
-    # Folder of the run. Starting again with the same folder resumes from its last checkpoint.
+    # Run folder for checkpoints, metrics and report. An existing run in it is resumed.
     run_dir: str = "runs/default"
-    seed: NonNegative[int] = 0  # Seed of the initial weights, the order of the data and dropout
-    # Run folder, Hugging Face folder or hf:OWNER/NAME with the initial weights; None initializes at random.
+    seed: NonNegative[int] = 0  # Random seed of the initial weights, the data order and dropout
+    # Initial weights: a run folder, a Hugging Face folder, or hf:OWNER/NAME. None initializes at random.
     init_from: str | None = None
-    # Folder of a PEFT adapter, or run that trained one, to continue with model.lora; None starts a new one.
+    # LoRA adapter to continue training: a PEFT folder, or a run. Needs model.lora; None starts a new adapter.
     init_adapter: str | None = None
-    log_every: Positive[int] = 1  # Steps between rows of metrics.jsonl
+    log_every: Positive[int] = 1  # Steps between rows in metrics.jsonl
 
     def _check(self) -> None:
         self._require(self.run_dir.strip() != "", "run_dir", "must be the name of a folder")
