@@ -12,6 +12,7 @@ with epy.lazy_api_imports(globals()):
     from gptoss_jax.inference.sampling_params import Completion, SamplingParams
     from gptoss_jax.model.intermediates import capture_intermediates
     from gptoss_jax.model.transformer import Transformer
+    from gptoss_jax.planning.diagram import draw_architecture
     from gptoss_jax.training.loop import train
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "TrainConfig",
     "Transformer",
     "capture_intermediates",
+    "draw_architecture",
     "from_pretrained",
     "generate",
     "load_tokenizer",
