@@ -1,9 +1,11 @@
-"""mkdocs hooks: formulas become MathML, and links to files outside of docs/ lead to the repository.
+"""mkdocs hooks: formulas become MathML, diagrams a part of the page, and links out of docs/ lead to GitHub.
 
-Browsers draw MathML themselves, so pages with formulas need no JavaScript and work offline.
+Browsers draw MathML themselves, so pages with formulas need no JavaScript and work offline. A diagram inside
+the page follows its light or dark palette.
 """
 
 import html
+import pathlib
 import posixpath
 import re
 
@@ -13,6 +15,8 @@ FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL
 )
 LINK = re.compile(r"(?<=\]\()(?P<path>(?:\.\./)+[^)\s#]*)(?P<anchor>#[^)\s]*)?(?=\))")
+DIAGRAM = re.compile(r'<img [^>]*src="[^"]*assets/(?P<name>[\w-]+\.svg)"[^>]*>')
+ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
 def on_page_markdown(markdown: str, page, config, **_) -> str:
@@ -29,10 +33,13 @@ def on_page_markdown(markdown: str, page, config, **_) -> str:
 
 
 def on_page_content(page_html: str, **_) -> str:
-    """Renders LaTeX to MathML."""
+    """Renders LaTeX to MathML, and inserts diagrams."""
 
     def to_mathml(formula: re.Match) -> str:
         display = "block" if formula["tag"] == "div" else "inline"
         return convert(html.unescape(formula["latex"]), display=display)
 
-    return FORMULA.sub(to_mathml, page_html)
+    def to_svg(image: re.Match) -> str:
+        return f'<span class="diagram-box">{(ASSETS / image["name"]).read_text(encoding="utf-8")}</span>'
+
+    return DIAGRAM.sub(to_svg, FORMULA.sub(to_mathml, page_html))
