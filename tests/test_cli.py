@@ -51,7 +51,7 @@ class Terminal(io.StringIO):
         (
             ["chat", "--help"],
             ["FOLDER", "--reasoning", "{low,medium,high}", "--instructions", "--analysis", "{show,hide}",
-             "--plain", "4096 for a", "--temperature", "--seed"],
+             "--plain", "or 4096", "--temperature", "--seed"],
         ),
         (
             ["eval", "--help"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.config import ModelConfig, TrainConfig
-from gptoss_jax.training.plots import draw_report, expert_load
+from gptoss_jax.training.plots import draw_report, expert_load, smooth, typical_range
 
 
 def png_size(path):
@@ -91,3 +91,24 @@ def test_expert_load_keeps_the_least_even_where_pixels_are_few():
     assert group_size == 12 and load.shape == (36, 11, 1)
     assert load[35, 8, 0] == 0.0 and load[0, 0, 0] == 8.0
     assert (load == 1).sum() == 36 * 11 - 2
+
+
+def test_smoothing_looks_only_backward():
+    noise = np.random.default_rng(0).normal(size=2000)
+    # A later value changes nothing before it, so that the end of a series is like its middle.
+    np.testing.assert_array_equal(smooth(np.append(noise[:-1], 1e6))[:-1], smooth(noise)[:-1])
+    np.testing.assert_allclose(smooth(np.full(500, 3.0)), 3.0)
+    middle, end = (np.std([smooth(row)[at] for row in noise.reshape(20, 100)]) for at in (50, -1))
+    assert end < 1.6 * middle < 1.0
+
+
+def test_smoothing_skips_unknown_values():
+    shown = smooth(np.array([np.nan, 2.0, np.nan, 2.0, np.inf]))
+    np.testing.assert_array_equal(shown, [np.nan, 2.0, 2.0, 2.0, 2.0])
+
+
+def test_outliers_do_not_set_the_range():
+    values = np.append(np.linspace(2, 4, 999), 900.0)
+    low, high = typical_range(values, np.array([1.5, np.nan]))
+    assert low == 1.5 and 3.9 < high < 4.0
+    assert typical_range(np.array([np.nan]), np.empty(0)) is None

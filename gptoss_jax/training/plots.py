@@ -44,13 +44,29 @@ def _series(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """The running mean over a fiftieth of the run, without NaNs."""
-    window = np.ones(len(values) // 50 // 2 * 2 + 1)
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0), window, "same")
-    count = np.convolve(known, window, "same").round()
-    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average of a series, without NaNs; float64 [n].
+
+    It averages over about a twenty-fifth of the series, and over fewer values near its start, where a loss
+    falls fastest. It looks only backward, so that its end is as smooth as the rest.
+    """
+    average, averages = math.nan, []
+    for count, value in enumerate(values, start=1):
+        if math.isnan(average):
+            average = value
+        elif math.isfinite(value):
+            average += (value - average) / max(1.0, min(count / 8, len(values) / 25))
+        averages.append(average)
+    return np.array(averages, float)
+
+
+def typical_range(values: np.ndarray, shown: np.ndarray) -> tuple[float, float] | None:
+    """Returns a y range with all of `shown`, but without the outliers of `values`; None if there are none."""
+    values, shown = (array[np.isfinite(array)] for array in (values, shown))
+    if not len(values) + len(shown):
+        return None
+    bounds = np.append(shown, np.percentile(values, (2, 98)) if len(values) else [])
+    return float(bounds.min()), float(bounds.max())
 
 
 def _note(axes: Axes, text: str, color: str = MUTED) -> None:
@@ -62,31 +78,41 @@ def _say_empty(axes: Axes, text: str) -> None:
     axes.yaxis.set_major_locator(NullLocator())
 
 
-def _log_scale(axes: Axes, values: np.ndarray, factor: float) -> None:
-    """Makes the y axis logarithmic if the values are positive and span `factor` or more."""
-    values = values[np.isfinite(values)]
-    if not len(values) or values.min() <= 0 or values.max() < factor * values.min():
+def _set_range(axes: Axes, bounds: tuple[float, float] | None, log_factor: float) -> None:
+    """Sets the range of the y axis, logarithmic if the bounds are positive and `log_factor` or more apart."""
+    if bounds is None:
         return
-    low, high = values.min() / 1.06, values.max() * 1.06
+    low, high = bounds
+    if low <= 0 or high < log_factor * low:
+        margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        return
     axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    axes.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if high < 10 * low else (1, 2, 5)))
+    axes.set_ylim(low / 1.06, high * 1.06)
+    subs = range(1, 10) if axes.get_position().height > 0.2 else (1, 1.5, 2, 3, 5)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs if high < 10 * low else (1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_curve(axes: Axes, training: Rows, key: str, smooth: bool = True) -> np.ndarray:
-    """Draws a metric of the steps, the faint rows with their running mean; returns the rows' values."""
+def _draw_curve(axes: Axes, training: Rows, key: str, smoothed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a metric of the steps and its moving average, and returns both; they are the same if short."""
     steps, values = _series(training, key)
     known = np.isfinite(values).sum()
     if not known:
         _say_empty(axes, "no training step yet")
-        return values
-    if smooth:
+        return values, values
+    # With few rows, the average hardly differs from them.
+    average = smooth(values) if smoothed and known >= 100 else values
+    if average is not values:
         axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
-    shown = _smooth(values) if smooth else values
-    axes.plot(steps, shown, color=BLUE, marker="o" if known == 1 else "", label="training, smoothed")
-    return values
+    axes.plot(
+        steps, average, color=BLUE, marker="o" if known <= 10 else "", markersize=4, clip_on=known > 10,
+        label="training, smoothed" if average is not values else "training",
+    )  # fmt: skip
+    return values, average
 
 
 def _draw_evaluations(axes: Axes, evaluations: Rows, key: str, label: str) -> np.ndarray:
@@ -98,30 +124,44 @@ def _draw_evaluations(axes: Axes, evaluations: Rows, key: str, label: str) -> np
 
 
 def _draw_loss(axes: Axes, training: Rows, evaluations: Rows) -> None:
-    values = _draw_curve(axes, training, "loss")
-    values = np.append(values, _draw_evaluations(axes, evaluations, "val_loss", "held-out"))
+    values, average = _draw_curve(axes, training, "loss")
+    shown = np.append(average, _draw_evaluations(axes, evaluations, "val_loss", "held-out"))
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper right", fontsize=10)
-    _log_scale(axes, values, factor=2.0)
+        # Beside the title, where it covers no curve.
+        axes.legend(loc="lower right", bbox_to_anchor=(1.005, 0.998), ncols=2, borderaxespad=0, fontsize=10)
+    _set_range(axes, typical_range(values, shown), log_factor=2.0)
 
 
 def _draw_bits(axes: Axes, evaluations: Rows) -> None:
     known = [row for row in evaluations if row.get("val_bits_per_byte") is not None]
     if not known:
         return _say_empty(axes, "no evaluation yet")
-    label = f"this model  {known[-1]['val_bits_per_byte']:.2f}"
-    values = _draw_evaluations(axes, evaluations, "val_bits_per_byte", label)
+    values = _draw_evaluations(axes, evaluations, "val_bits_per_byte", "")
+    levels = {"model": (known[-1]["val_bits_per_byte"], ORANGE)}
     for name, dashes in (("gzip", (6, 3)), ("xz", (1.5, 2))):
         level = next((row[f"{name}_bits_per_byte"] for row in known if f"{name}_bits_per_byte" in row), None)
         if level is not None:
-            label, values = f"{name} -9  {level:.2f}", np.append(values, level)
-            axes.axhline(level, color=MUTED, linestyle=(0, dashes), linewidth=1.3, label=label)
-    axes.legend(loc="best")
-    _log_scale(axes, values, factor=2.0)
+            levels[f"{name} -9"], values = (level, MUTED), np.append(values, level)
+            axes.axhline(level, color=MUTED, linestyle=(0, dashes), linewidth=1.3)
+    _set_range(axes, typical_range(np.empty(0), values), log_factor=2.0)
+    _label_levels(axes, levels)
+
+
+def _label_levels(axes: Axes, levels: dict[str, tuple[float, str]]) -> None:
+    """Names horizontal lines in the margin to the right of a plot, at their heights where there is room."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ordered = sorted(levels.items(), key=lambda item: -item[1][0])
+    heights = [to_axes.transform((0, level))[1] for _, (level, _) in ordered]
+    spread = [max(height, 0.12 * (len(heights) - 1 - place)) for place, height in enumerate(heights)]
+    for place in range(1, len(spread)):
+        spread[place] = min(spread[place], spread[place - 1] - 0.12)
+    for (name, (level, color)), height in zip(ordered, spread, strict=True):
+        text = f"{name}  {level:.2f}"
+        axes.text(1.02, height, text, color=color, transform=axes.transAxes, va="center", fontsize=9.5)
 
 
 def _draw_learning_rate(axes: Axes, training: Rows) -> None:
-    values = _draw_curve(axes, training, "learning_rate", smooth=False)
+    values, _ = _draw_curve(axes, training, "learning_rate", smoothed=False)
     if np.isfinite(values).any():
         axes.set_ylim(0, 1.1 * np.nanmax(values) or 1)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
@@ -129,7 +169,7 @@ def _draw_learning_rate(axes: Axes, training: Rows) -> None:
 
 
 def _draw_gradient(axes: Axes, training: Rows, max_norm: float) -> None:
-    _log_scale(axes, _draw_curve(axes, training, "grad_norm"), factor=6.0)
+    _set_range(axes, typical_range(*_draw_curve(axes, training, "grad_norm")), log_factor=6.0)
     low, high = axes.get_ylim()
     if low < max_norm < high:
         axes.axhline(max_norm, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.1)
@@ -145,7 +185,7 @@ def _draw_gradient(axes: Axes, training: Rows, max_norm: float) -> None:
 
 
 def _draw_speed(axes: Axes, training: Rows) -> None:
-    values = _draw_curve(axes, training, "tokens_per_second")
+    values, _ = _draw_curve(axes, training, "tokens_per_second")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     if np.isfinite(values).any():
         axes.set_ylim(0, 1.15 * max(np.nanpercentile(values, 99), 1e-9))
@@ -189,7 +229,7 @@ def _draw_load(axes: Axes, training: Rows) -> None:
     )  # fmt: skip
     axes.grid(False)
     axes.invert_yaxis()
-    axes.hlines(np.arange(1, L), edges[0], edges[-1], color="white", linewidth=1.6 if L <= 16 else 0.6)
+    axes.hlines(np.arange(1, L), edges[0], edges[-1], color=TEXT, linewidth=1.0 if L <= 16 else 0.4)
     labelled = range(0, L, math.ceil(L / 12))
     axes.set_yticks([layer + 0.5 for layer in labelled], [str(layer) for layer in labelled])
     axes.set_ylabel("layer")
@@ -238,7 +278,7 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         figure = Figure()
         FigureCanvasAgg(figure)
         left = figure.add_gridspec(2, 1, left=0.045, right=0.565, top=0.88, bottom=0.06, hspace=0.17)
-        right = figure.add_gridspec(4, 1, left=0.675, right=0.98, top=0.88, bottom=0.06, hspace=0.34)
+        right = figure.add_gridspec(4, 1, left=0.675, right=0.93, top=0.88, bottom=0.06, hspace=0.34)
         loss = figure.add_subplot(left[0], title="Loss (nats per token)")
         load = figure.add_subplot(left[1], title="Expert load", xlabel="step")
         bits = figure.add_subplot(right[0], title="Bits per byte, held-out text")
