@@ -1,11 +1,15 @@
 """`gptoss plan`."""
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from gptoss_jax.cli.arguments import JsonFile, OptionalInt, OptionalText, Texts
+
+if TYPE_CHECKING:
+    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.planning.inference import InferencePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,24 +18,35 @@ class Plan:
 
     Compares meshes by memory, FLOPs and communication. --topology also compiles the step with the real TPU
     compiler, which takes minutes and needs the extra "tpu-compile"; --chip estimates from shapes. Flags of
-    gptoss train, such as --data.seq-len 4096, change the config. Exits with status 1 if no mesh fits.
+    gptoss train, such as --data.seq-len 4096, change the config. With --inference, estimates the memory of
+    generating, chatting and serving instead. Exits with status 1 if no mesh fits.
 
     Examples:
       gptoss plan configs/gpt_oss_20b.py --chip h200 --devices 8
       gptoss plan configs/gpt_oss_120b.py --topology v5p:4x4x4
       gptoss plan configs/gpt_oss_20b.py --chip v5p --devices 16 --mesh fsdp=4,expert=4
+      gptoss plan configs/gpt_oss_20b.py --inference --chip h100 --slots 8 --context 32768
     """
 
     # Preset: a Python file, such as configs/gpt_oss_20b.py.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     # TPU slice to compile for, such as v5p:4x4x4.
     topology: OptionalText = None
-    # Chip to estimate for, with --devices: v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200.
+    # Chip to estimate for, with --devices: v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200. With --inference
+    # also cpu.
     chip: OptionalText = None
     # Number of JAX devices; a tpu7x chip counts as two.
     devices: OptionalInt = None
     # Mesh to consider, such as fsdp=16,expert=4. (default: all possible meshes, best first)
     mesh: Texts = ()
+    # Estimate inference instead of a training step, from shapes.
+    inference: tyro.conf.FlagCreatePairsOff[bool] = False
+    # With --inference: sequences that decode together. (default: 1)
+    slots: OptionalInt = None
+    # With --inference: most tokens of a prompt with its answer. (default: the model's limit)
+    context: OptionalInt = None
+    # With --inference: format of the experts. (default: mxfp4, as published)
+    experts: Annotated[Literal["mxfp4", "bfloat16"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     # Also write the results to this JSON file.
     json_file: JsonFile = None
     # Override a field of the config. `--model.remat block` is short for `--set model.remat=block`.
@@ -42,6 +57,7 @@ class Plan:
     def run(self) -> None:
         from rich.console import Console
 
+        from gptoss_jax.config import require
         from gptoss_jax.config.base import write_json
         from gptoss_jax.config.paths import output_file
         from gptoss_jax.config.preset import flags_of, read_preset
@@ -52,9 +68,19 @@ class Plan:
             meshes = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()),)
 
         from gptoss_jax.planning.plan import make_plan, mesh_name
-        from gptoss_jax.planning.report import show
+        from gptoss_jax.planning.report import show, show_inference
 
         path = None if self.json_file is None else output_file(self.json_file, "json")
+        if self.inference:
+            plan = self._plan_inference(config.model, meshes)
+            show_inference(plan, Console())
+            if path is not None:
+                write_json(path, plan.to_dict())
+            if plan.fits is False:
+                raise SystemExit(1)
+            return
+        for name in ("slots", "context", "experts"):
+            require(getattr(self, name) is None, name, getattr(self, name), "only applies with --inference")
         with Console(stderr=True).status("Estimating") as status:
             plan = make_plan(
                 config,
@@ -69,3 +95,20 @@ class Plan:
             write_json(path, plan.to_dict())
         if not plan.fits:
             raise SystemExit(1)
+
+    def _plan_inference(self, model: "ModelConfig", meshes: tuple[str, ...]) -> "InferencePlan":
+        from gptoss_jax.config import require
+        from gptoss_jax.planning.inference import Workload, plan_inference
+
+        require(
+            self.topology is None, "topology", self.topology, "give --chip and --devices with --inference"
+        )
+        require(self.chip is not None, "chip", self.chip, "give one with --inference, such as --chip h100")
+        return plan_inference(
+            model,
+            chip=self.chip,
+            devices=1 if self.devices is None else self.devices,
+            workload=Workload(1 if self.slots is None else self.slots, self.context),
+            experts=self.experts or "mxfp4",
+            meshes=meshes,
+        )

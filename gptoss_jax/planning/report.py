@@ -1,5 +1,6 @@
-"""The report of `gptoss plan`: which meshes fit, what they cost, and which one to take."""
+"""The reports of `gptoss plan`: which meshes fit, what they cost, and which one to take."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich import box
@@ -9,6 +10,7 @@ from rich.table import Table
 from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, Estimate
+from gptoss_jax.planning.inference import InferencePlan
 from gptoss_jax.planning.plan import Plan, mesh_name
 from gptoss_jax.terminal import format_count, format_si
 
@@ -47,6 +49,42 @@ def show(plan: Plan, console: Console) -> None:
             console.print(caption, highlight=False)
     console.print()
     console.print(_verdict(plan), highlight=False)
+
+
+def show_inference(plan: InferencePlan, console: Console) -> None:
+    """Prints a plan of inference."""
+    total, active = parameter_counts(plan.model)
+    best, workload = plan.estimates[0], plan.workload
+    context = workload.context or plan.model.max_position_embeddings
+    experts = "MXFP4" if plan.model.expert_format == "mxfp4" else "bfloat16"
+    slots = f"{workload.slots:,} slot{'s' * (workload.slots > 1)} of {context:,} tokens"
+    devices = "CPU" if plan.chip is None else f"{plan.devices:,} of {plan.chip.name}"
+    devices += "" if plan.chip is None else f", each {gigabytes(plan.chip.memory)} GB"
+    for name, text in (
+        ("Model", f"{format_count(total)} parameters, {format_count(active)} active per token"),
+        ("Engine", f"{slots}, experts in {experts}"),
+        ("Devices", devices),
+    ):
+        console.print(f"[bold]{name:8}[/]{text}", highlight=False)
+    console.print("\n[bold]Estimate from shapes, one device: GB (1e9 bytes)[/]", highlight=False)
+    names = ("weights", "cache", "prompts", "prefixes", "temp", "total", "")
+    table = _table("", ["mesh"], names)
+    table.title = None
+    for i, one in enumerate(plan.estimates[:MAX_ROWS]):
+        sizes = (*dataclasses.astuple(one.memory), one.memory.total)
+        verdict = {True: "[green]fits[/]", False: "[red]no[/]", None: ""}[one.fits]
+        table.add_row(mesh_name(one.mesh, ", "), *map(gigabytes, sizes), verdict, style="bold" * (i == 0))
+    console.print(table)
+    needed = gigabytes(best.memory.total)
+    if best.fits is None:
+        console.print(f"Needs {needed} GB of free memory.", highlight=False)
+        return
+    of = f"{needed} of {gigabytes(best.capacity)} GB"
+    verdict = f"[bold green]Best: {mesh_name(best.mesh)}[/], {of}."
+    if not best.fits:
+        verdict = f"[bold red]Nothing fits[/] in {MEMORY_UTILIZATION:.0%} of the memory. The nearest is "
+        verdict += f"{mesh_name(best.mesh)}: {of}. Fewer --slots or a shorter --context need less."
+    console.print(verdict, highlight=False)
 
 
 def gigabytes(size: float) -> str:

@@ -1,4 +1,4 @@
-"""What one device of a mesh holds of a train state and of frozen weights, from shapes."""
+"""What one device of a mesh holds of a train state, of frozen weights and of a served model, from shapes."""
 
 import dataclasses
 import functools
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import letters_of, parameter_shardings, path_names, split_params
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel.mesh import AXES, batch_shards
-from gptoss_jax.parallel.rules import compute_spec
+from gptoss_jax.parallel.rules import compute_spec, spec_axes
 from gptoss_jax.training.state import TrainState, abstract_state
 
 
@@ -84,8 +84,8 @@ def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
     Raises ValueError, with the valid sizes, if the mesh does not divide a parameter.
     """
     shapes = _shapes(dataclasses.replace(config, mesh=type(config.mesh)()))
-    shardings = parameter_shardings(shapes, _abstract_mesh(mesh))
-    state, frozen = jax.tree.map(_local_bytes, shapes, shardings)
+    shardings = parameter_shardings(shapes, abstract_mesh(mesh))
+    state, frozen = jax.tree.map(local_bytes, shapes, shardings)
     trained = sum(jax.tree.leaves(state.params))
     rest = sum(jax.tree.leaves(state)) - trained
     parameters = _parameters(config.model, *shapes, *shardings)
@@ -96,7 +96,7 @@ def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
 def _shapes(config: TrainConfig) -> tuple[TrainState, dict]:
     """The abstract state, and the frozen parameters as published ones are loaded."""
     is_trained = None if config.model.lora is None else is_adapter
-    state = abstract_state(config, _abstract_mesh(dict.fromkeys(AXES, 1)), is_trained)
+    state = abstract_state(config, abstract_mesh(dict.fromkeys(AXES, 1)), is_trained)
     _, frozen = split_params(abstract_params(config.model), is_trained)
     dtype = _compute_type(config.model)
     return state, jax.tree.map(
@@ -109,11 +109,22 @@ def _compute_type(model: ModelConfig) -> jnp.dtype:
     return jnp.dtype("bfloat16" if model.compute_dtype == "auto" else model.compute_dtype)
 
 
-def _abstract_mesh(mesh: dict[str, int]) -> AbstractMesh:
+def abstract_mesh(mesh: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _local_bytes(leaf, sharding) -> int:
+def axes_of(spec: PartitionSpec) -> frozenset[str]:
+    return frozenset(axis for entry in spec for axis in spec_axes(entry))
+
+
+def gathered_axes(path, sharding: NamedSharding) -> tuple[str, ...]:
+    """Returns the mesh axes over which a parameter is gathered where it is used."""
+    axes = axes_of(sharding.spec) - axes_of(compute_spec(letters_of(path) or ""))
+    return tuple(axis for axis in AXES if axis in axes and sharding.mesh.shape[axis] > 1)
+
+
+def local_bytes(leaf, sharding) -> int:
+    """Returns the bytes of one device's shard."""
     return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
@@ -122,12 +133,8 @@ def _parameters(
 ) -> list[Parameter]:
     """All parameters; the last two arguments are the shardings."""
 
-    def axes_of(spec) -> frozenset[str]:
-        return frozenset(a for entry in spec for a in ((entry,) if isinstance(entry, str) else entry or ()))
-
     def parameter(is_trained, path, leaf, sharding) -> Parameter:
-        axes, kept = axes_of(sharding.spec), axes_of(compute_spec(letters_of(path)))
-        gathered = tuple(axis for axis in AXES if axis in axes - kept and sharding.mesh.shape[axis] > 1)
+        axes, gathered = axes_of(sharding.spec), gathered_axes(path, sharding)
         size = math.prod(sharding.shard_shape(leaf.shape))
         # Packed bytes are used as they are.
         itemsize = 1 if leaf.dtype == jnp.uint8 else _compute_type(model).itemsize

@@ -1,0 +1,279 @@
+"""Memory of one device while an engine answers prompts, from shapes.
+
+Weights and the KV cache are exact. The rest is the most that the engine holds at once: all slots at their
+longest context, every prompt read at the same time, and formulas for what a prefill or decode call computes.
+TPUs pad some layouts, so their weights take up to 3 % more.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.hardware import Chip, find_chip, parameter_counts
+from gptoss_jax.inference import slots
+from gptoss_jax.inference.engine import DEFAULT_PREFIX_BYTES
+from gptoss_jax.inference.prefill import CHUNKS, GROUPS, MAX_ROOM, MAX_TOKENS, MIN_CACHE_LEN, cache_length
+from gptoss_jax.kernels.attention.cached import BLOCK
+from gptoss_jax.model.kv_cache import init_cache
+from gptoss_jax.model.parameters import (
+    adapted_target,
+    parameter_name,
+    parameter_shardings,
+    path_names,
+    tree_bytes,
+)
+from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.parallel.mesh import batch_shards
+from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
+from gptoss_jax.planning.plan import all_meshes, parse_mesh
+from gptoss_jax.planning.shards import abstract_mesh, gathered_axes, local_bytes
+
+CPU = "cpu"
+Experts = Literal["mxfp4", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What an engine has room for."""
+
+    # Sequences that decode together, and the most tokens of each; None is the model's limit.
+    slots: int = 1
+    context: int | None = None
+    prefix_cache_bytes: int = DEFAULT_PREFIX_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceMemory:
+    """Bytes of one device."""
+
+    weights: int
+    # State of all slots: keys, values, and counts of sampled tokens.
+    cache: int
+    # Keys and values of prompts that are read before they get into their slots.
+    prompts: int
+    # Keys and values kept for prompts that begin alike.
+    prefixes: int
+    # Held while a call runs.
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceEstimate:
+    """Memory on one mesh, for one device."""
+
+    mesh: dict[str, int]
+    memory: InferenceMemory
+    # Bytes of the chip; None on CPU.
+    capacity: float | None
+
+    @property
+    def fits(self) -> bool | None:
+        """None if the memory is unknown."""
+        return None if self.capacity is None else self.memory.total <= MEMORY_UTILIZATION * self.capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class _Engine:
+    """An engine on a mesh: its model, with the type it computes in, its slots and the tokens of each."""
+
+    model: ModelConfig
+    mesh: dict[str, int]
+    num_slots: int
+    cache_len: int
+    is_cpu: bool
+
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.model.compute_dtype).itemsize
+
+
+def estimate_inference(
+    model: ModelConfig, chip: Chip | None, mesh: dict[str, int], workload: Workload
+) -> InferenceEstimate:
+    """Estimates an engine of `model` on a mesh of `chip`s; None is a CPU.
+
+    Raises ValueError if the mesh cannot split the model.
+    """
+    context = model.max_position_embeddings if workload.context is None else workload.context
+    model = dataclasses.replace(model, compute_dtype="float32" if chip is None else "bfloat16")
+    shards = batch_shards(mesh)
+    num_slots = -(-workload.slots // shards) * shards
+    engine = _Engine(model, mesh, num_slots, cache_length(model, context), chip is None)
+    row = row_bytes(engine, engine.cache_len)
+    # All prompts are read; or one answer decodes while the others' prompts are read.
+    prompts, temporaries = max(
+        (num_slots * row, prefill_temporaries(engine)),
+        ((num_slots - 1) * row, decode_temporaries(engine)),
+        key=sum,
+    )
+    prefixes = workload.prefix_cache_bytes
+    memory = InferenceMemory(
+        weight_bytes(engine)[0].total(), slot_bytes(engine), prompts, prefixes, temporaries
+    )
+    return InferenceEstimate(dict(mesh), memory, None if chip is None else chip.memory)
+
+
+def weight_bytes(engine: _Engine) -> tuple[collections.Counter, int]:
+    """Returns the bytes of the parameters by name (such as `attention.q`, all layers), in the types in which
+    `gptoss serve` keeps published files, and the bytes of what is gathered to be used: a layer, and embedding
+    and head.
+
+    Experts' matrices are packed or bfloat16, adapters float32; the rest has the type of the computation.
+    """
+    model, mesh = engine.model, abstract_mesh(engine.mesh)
+
+    def typed(path, leaf):
+        name = parameter_name(path)
+        if leaf.dtype == jnp.uint8 or adapted_target(name) is not None:
+            return leaf
+        is_expert = name in ("moe.gate_up", "moe.down")
+        return jax.ShapeDtypeStruct(leaf.shape, "bfloat16" if is_expert else model.compute_dtype)
+
+    tree = jax.tree_util.tree_map_with_path(typed, abstract_params(model))
+    shardings = jax.tree.leaves(parameter_shardings(tree, mesh))
+    stored, gathered = collections.Counter(), 0
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
+        size, axes = local_bytes(leaf, sharding), gathered_axes(path, sharding)
+        stored[parameter_name(path)] += size
+        if axes:
+            layers = model.num_hidden_layers if "blocks" in path_names(path) else 1
+            gathered += size * math.prod(engine.mesh[axis] for axis in axes) // layers
+    return stored, gathered
+
+
+def row_bytes(engine: _Engine, cache_len: int) -> int:
+    """Returns the bytes of the keys and values of one sequence, which only the tensor axis splits."""
+    cache = jax.eval_shape(lambda: init_cache(engine.model, 1, cache_len, engine.model.compute_dtype))
+    return tree_bytes(cache.layers) // engine.mesh["tensor"]
+
+
+def slot_bytes(engine: _Engine) -> int:
+    """Returns the bytes of the state of all slots; only the cache is split."""
+    state = jax.eval_shape(lambda: slots.init_slots(engine.model, engine.num_slots, engine.cache_len))
+    layers, lengths, shards = state.cache.layers, state.cache.lengths, batch_shards(engine.mesh)
+    cache = tree_bytes(layers) // (shards * engine.mesh["tensor"]) + tree_bytes(lengths) // shards
+    return tree_bytes(state) - tree_bytes(state.cache) + cache
+
+
+def decode_temporaries(engine: _Engine) -> int:
+    """Bytes that a decode call holds: logits and their copies in sampling; off CPU also the scores of a layer
+    and, as the TPU compiler lays them out again, all keys and values and attention's q and output matrices.
+
+    On CPU, XLA converts experts in bfloat16 to float32, all layers at once and through a copy.
+    """
+    model, rows = engine.model, engine.num_slots // batch_shards(engine.mesh)
+    stored, gathered = weight_bytes(engine)
+    logits = 4 * engine.num_slots * model.vocab_size * 4
+    if engine.is_cpu:
+        return logits + gathered + _converted(stored)
+    tensor = engine.mesh["tensor"]
+    scores = 2 * rows * model.num_attention_heads // tensor * engine.cache_len * 4
+    cache = rows * row_bytes(engine, engine.cache_len)
+    return logits + gathered + scores + cache + stored["attention.q"] + stored["attention.out"]
+
+
+def prefill_temporaries(engine: _Engine) -> int:
+    """Bytes that the largest prefill call holds: a copy of its prompts' keys and values, the activations of a
+    layer, and its scores against a block of the cache."""
+    model, tensor = engine.model, engine.mesh["tensor"]
+    stored, gathered = weight_bytes(engine)
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    per_token = 2 * model.hidden_size + heads * model.head_dim // tensor
+    experts = 2 * model.hidden_size + 3 * model.intermediate_size // tensor
+    per_token = (per_token + model.num_experts_per_tok * experts) * engine.itemsize
+    per_token += 3 * model.num_attention_heads // tensor * BLOCK * 4
+    shards, most, cache_len = batch_shards(engine.mesh), 0, MIN_CACHE_LEN
+    while True:
+        # Shorter prompts are read in larger groups.
+        cache_len = min(cache_len, engine.cache_len)
+        for chunk in CHUNKS:
+            room = max(min(MAX_TOKENS // chunk, MAX_ROOM // cache_len), 1)
+            group = max(count for count in GROUPS if count <= min(room, engine.num_slots // shards))
+            most = max(most, group * (row_bytes(engine, cache_len) + min(chunk, cache_len) * per_token))
+        if cache_len == engine.cache_len:
+            return most + gathered + (_converted(stored) if engine.is_cpu else 0)
+        cache_len *= 2
+
+
+def _converted(stored: collections.Counter) -> int:
+    return 3 * (stored["moe.gate_up"] + stored["moe.down"])
+
+
+@dataclasses.dataclass(frozen=True)
+class InferencePlan:
+    """Memory of an engine on some devices."""
+
+    model: ModelConfig
+    workload: Workload
+    # None is a CPU.
+    chip: Chip | None
+    devices: int
+    # Best first.
+    estimates: list[InferenceEstimate]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether any mesh fits; None if the memory is unknown."""
+        return None if self.chip is None else any(one.fits for one in self.estimates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as JSON-ready values; bytes are for one device."""
+        total, active = parameter_counts(self.model)
+        estimates = []
+        for one in self.estimates:
+            memory = {**dataclasses.asdict(one.memory), "total": one.memory.total}
+            estimates.append(dataclasses.asdict(one) | {"fits": one.fits, "memory": memory})
+        return {
+            "model": self.model.to_dict(),
+            "parameters": total,
+            "active_parameters": active,
+            "workload": dataclasses.asdict(self.workload),
+            "chip": None if self.chip is None else dataclasses.asdict(self.chip),
+            "devices": self.devices,
+            "fits": self.fits,
+            "estimates": estimates,
+        }
+
+
+def plan_inference(
+    model: ModelConfig,
+    *,
+    chip: str,
+    devices: int = 1,
+    workload: Workload = Workload(),  # noqa: B008 (it is frozen)
+    experts: Experts = "mxfp4",
+    meshes: Sequence[str] = (),
+) -> InferencePlan:
+    """Estimates an engine on the given meshes, or on all that can split the model, least memory first.
+
+    Args:
+      chip: a name in `hardware.CHIPS`, or "cpu", whose memory is unknown.
+
+    Raises ValueError if an argument is not allowed, or a given mesh cannot split the model.
+    """
+    require(devices > 0, "devices", devices, "must be above 0")
+    require(chip != CPU or devices == 1, "devices", devices, "must be 1 with --chip cpu")
+    limit, context = model.max_position_embeddings, workload.context
+    allowed = f"must be from 2 to {limit}, the model's limit"
+    require(context is None or 2 <= context <= limit, "context", context, allowed)
+    require(workload.slots >= 1, "slots", workload.slots, "must be 1 or more")
+    kind = None if chip == CPU else find_chip(chip)
+    model = dataclasses.replace(model, expert_format="mxfp4" if experts == "mxfp4" else "plain")
+    found = []
+    for mesh in [parse_mesh(mesh, devices) for mesh in meshes] or all_meshes(devices):
+        # The data axis can always split it.
+        with contextlib.nullcontext() if meshes else contextlib.suppress(ValueError):
+            found.append(estimate_inference(model, kind, mesh, workload))
+    found.sort(key=lambda one: one.memory.total)
+    return InferencePlan(model, workload, kind, devices, found)
