@@ -2,6 +2,8 @@
 
 from etils import epy
 
+__version__ = "0.1.0"
+
 with epy.lazy_api_imports(globals()):
     from gptoss_jax.checkpoints.export import save_pretrained
     from gptoss_jax.checkpoints.load import from_pretrained
@@ -22,6 +24,7 @@ __all__ = [
     "SamplingParams",
     "TrainConfig",
     "Transformer",
+    "__version__",
     "capture_intermediates",
     "draw_architecture",
     "from_pretrained",

@@ -24,6 +24,7 @@ from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.checkpoints.load import from_pretrained
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.checkpoints.run_params import load_run
+from gptoss_jax.cli import main as cli
 from gptoss_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -614,7 +615,10 @@ def test_a_full_disk_is_one_line_and_exit_code_1(make_config, tmp_path):
         (["--steps", "many"], "steps"),
         (["--steps", "0"], "steps is 0: must be above 0"),
         (["--model.num-experts-per-tok", "9"], "model.num_experts_per_tok is 9: must be at most"),
-        (["configs/nothing.py"], "configs/nothing.py': no such file; there are configs/gpt_oss_120b.py"),
+        (
+            ["configs/nothing.py"],
+            "configs/nothing.py': no such file or preset; the presets are gpt_oss",
+        ),
         (["--data.source", "text:/nowhere/*.txt"], "/nowhere/*.txt"),
     ],
 )
@@ -628,20 +632,38 @@ def test_bad_command_lines(arguments, message):
     assert message in done.stderr + done.stdout and "Traceback" not in done.stderr
 
 
-def test_help_explains_every_field():
+@pytest.mark.parametrize("command", [[str(ROOT / "train.py")], ["-m", "gptoss_jax", "train"]])
+def test_help_explains_every_field(command, tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, timeout=100,
+        [sys.executable, *command, "--help"], capture_output=True, text=True, timeout=100, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0
+    name = "gptoss train" if "-m" in command else "python train.py"
     for words in (
+        f"usage: {name} [PRESET] [-h]",
+        f"  {name} tinystories --steps 500",
+        "sft_qlora_20b",
         "--data.seq-len",
         "Tokens per row",
         "--model.num-hidden-layers",
         "--optim.learning-rate",
         "--run-dir",
+        "runs/quickstart)",
     ):
         assert words in done.stdout
+
+
+def test_gptoss_train(make_config, tmp_path, capsys):
+    preset, run = tmp_path / "preset.py", tmp_path / "run"
+    values = make_config(run).to_dict()
+    preset.write_text(f"from gptoss_jax.config import *\nconfig = TrainConfig.from_dict({values!r})\n")
+    assert cli.main(["train", str(preset), "--steps", "2"]) == 0
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in lines} == {1, 2}
+    capsys.readouterr()
+    assert cli.main(["train", "no-preset"]) == 2
+    assert capsys.readouterr().err.startswith("gptoss: error: config is 'no-preset': no such file or preset;")
 
 
 def test_metrics_are_json_lines(finished):

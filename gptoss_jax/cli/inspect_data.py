@@ -31,12 +31,12 @@ class InspectData:
     terminal, in color. Flags of gptoss train, such as --data.source stdlib, change the config.
 
     Examples:
-      gptoss inspect-data configs/quickstart.py --examples 1
-      gptoss inspect-data configs/finetune/sft_qlora_20b.py --data.source 'chat:data/*.jsonl'
-      gptoss inspect-data configs/finetune/quickstart_sft.py --held-out --json tokens.jsonl
+      gptoss inspect-data quickstart --examples 1
+      gptoss inspect-data sft_qlora_20b --data.source 'chat:data/*.jsonl'
+      gptoss inspect-data quickstart_sft --held-out --json tokens.jsonl
     """
 
-    # Preset: a Python file, such as configs/finetune/quickstart_sft.py.
+    # Preset: its name, such as quickstart_sft, or a Python file.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     # Number of examples to show.
     examples: int = 3

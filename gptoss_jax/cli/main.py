@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from gptoss_jax import startup
+from gptoss_jax import __version__, startup
 from gptoss_jax.cli.arguments import JsonFile
 from gptoss_jax.cli.chat import Chat
 from gptoss_jax.cli.convert import Convert
@@ -20,6 +20,8 @@ from gptoss_jax.cli.merge import Merge
 from gptoss_jax.cli.plan import Plan
 from gptoss_jax.cli.report import Report
 from gptoss_jax.cli.serve import Serve
+from gptoss_jax.cli.train import Train
+from gptoss_jax.cli.train import run as run_train
 from gptoss_jax.config.base import nearest
 from gptoss_jax.config.command_line import parse
 from gptoss_jax.config.kernels import kernel_variable
@@ -51,6 +53,7 @@ class Check:
 
 # Dataclasses of arguments; the docstring is the help page. Their modules import jax only when they run.
 COMMANDS = {
+    "train": Train,
     "inspect-data": InspectData,
     "plan": Plan,
     "report": Report,
@@ -65,14 +68,14 @@ COMMANDS = {
 }
 # The order of `gptoss --help`: the first command of each group, and the group's heading.
 HEADINGS = {
-    "inspect-data": "Train",
+    "train": "Train",
     "generate": "Use a model",
     "convert": "Convert weights",
     "check": "This machine",
 }
 ABOUT = "gpt-oss in JAX: train, fine-tune, run, serve and convert mixture-of-experts models."
 # Worth the restart that keeps memory in huge pages.
-RUN_MODELS = ("generate", "chat", "serve", "eval")
+RUN_MODELS = ("train", "generate", "chat", "serve", "eval")
 COMPLETION = ("--tyro-print-completion", "--tyro-write-completion")
 
 
@@ -94,8 +97,8 @@ def overview() -> str:
 
 def versions() -> str:
     """Returns this package's version, with those of Python and JAX."""
-    found = [f"{name} {importlib.metadata.version(name)}" for name in ("gptoss-jax", "jax", "flax")]
-    return f"{', '.join(found)}, Python {sys.version.split()[0]}"
+    others = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax")]
+    return f"gptoss-jax {__version__}, {', '.join(others)}, Python {sys.version.split()[0]}"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -129,6 +132,9 @@ def _run(args: list[str], is_process: bool) -> None:
     startup.hide_tpu_compiler()
     set_matplotlib_folder()
     kernel_variable()  # raises for a bad value before anything is printed
+    if name == "train":  # its flags depend on the preset
+        run_train(rest, "gptoss train", "gptoss")
+        return
     command = COMMANDS[name]
     rest = with_settings(rest) if name in ("plan", "inspect-data") else rest
     parse(command, f"gptoss {name}", rest, command.__doc__ or "").run()

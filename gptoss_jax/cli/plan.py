@@ -22,13 +22,13 @@ class Plan:
     generating, chatting and serving instead. Exits with status 1 if no mesh fits.
 
     Examples:
-      gptoss plan configs/gpt_oss_20b.py --chip h200 --devices 8
-      gptoss plan configs/gpt_oss_120b.py --topology v5p:4x4x4
-      gptoss plan configs/gpt_oss_20b.py --chip v5p --devices 16 --mesh fsdp=4,expert=4
-      gptoss plan configs/gpt_oss_20b.py --inference --chip h100 --slots 8 --context 32768
+      gptoss plan gpt_oss_20b --chip h200 --devices 8
+      gptoss plan gpt_oss_120b --topology v5p:4x4x4
+      gptoss plan gpt_oss_20b --chip v5p --devices 16 --mesh fsdp=4,expert=4
+      gptoss plan gpt_oss_20b --inference --chip h100 --slots 8 --context 32768
     """
 
-    # Preset: a Python file, such as configs/gpt_oss_20b.py.
+    # Preset: its name, such as gpt_oss_20b, or a Python file.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     # TPU slice to compile for, such as v5p:4x4x4.
     topology: OptionalText = None

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+import os
 import pathlib
 import re
 import runpy
@@ -29,7 +30,7 @@ def read_preset(
     """Returns the config of a preset, changed by flags such as `--model.remat block`.
 
     Args:
-      path: the preset.
+      path: the preset, a file or the name of one of `preset_names`.
       flags: as in `sys.argv`.
       prog: name of the command in `--help`; None means that of the process.
       description: for `--help`; see `command_line.parse`.
@@ -39,12 +40,7 @@ def read_preset(
     """
     import tyro
 
-    path = user_path(path, "config")
-    if not path.is_file():
-        folder = pathlib.Path(__file__).parents[2]
-        presets = (path.relative_to(folder).as_posix() for path in (folder / "configs").rglob("*.py"))
-        known = ", ".join(sorted(presets, key=lambda name: (name.count("/"), name)))
-        raise ValueError(f"config is {str(path)!r}: no such file" + (f"; there are {known}" if known else ""))
+    path = find_preset(path)
     config = _run(path) if path.suffix == ".py" else None
     allowed = "must be a Python file that ends with `config = TrainConfig(...)`"
     require(isinstance(config, TrainConfig), "config", str(path), allowed)
@@ -65,6 +61,41 @@ def read_preset(
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     about = f"{summary.strip()}\n\n{note}\n{heading}{examples}"
     return parse(TrainConfig, prog, flags, about, default=config, config=settings)
+
+
+def preset_folder() -> pathlib.Path:
+    """Returns the folder of the presets: in the installed package, or `configs/` of the checkout."""
+    package = pathlib.Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Returns the names of the presets, those for pretraining first."""
+    paths = preset_folder().rglob("*.py")
+    return [path.stem for path in sorted(paths, key=lambda path: (len(path.parts), path.name))]
+
+
+def find_preset(path: str | os.PathLike) -> pathlib.Path:
+    """Returns the file of a preset.
+
+    Args:
+      path: a file; if there is none, the name of a preset (`gpt_oss_20b`, `gpt-oss-20b`) or its path in the
+        repository (`configs/gpt_oss_20b.py`).
+
+    Raises ValueError for anything else.
+    """
+    found = user_path(path, "config")
+    if found.is_file():
+        return found
+    name = found.with_suffix("") if found.suffix == ".py" else found
+    stem, folder = name.name.replace("-", "_"), name.parent.as_posix()
+    for preset in preset_folder().rglob("*.py"):
+        in_repository = ("configs" / preset.parent.relative_to(preset_folder())).as_posix()
+        if preset.stem == stem and folder in (".", in_repository, in_repository.removeprefix("configs/")):
+            return preset
+    names = ", ".join(preset_names())
+    raise ValueError(f"config is {os.fspath(path)!r}: no such file or preset; the presets are {names}")
 
 
 def _run(path: pathlib.Path) -> object:

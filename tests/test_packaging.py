@@ -1,0 +1,73 @@
+"""What an installed copy has: presets by name, and one version."""
+
+import pathlib
+import re
+
+import pytest
+
+import gptoss_jax
+from gptoss_jax.cli import main
+from gptoss_jax.config import preset
+from gptoss_jax.config.preset import find_preset, preset_names, read_preset
+
+ROOT = pathlib.Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "configs").rglob("*.py"))
+
+
+def test_names_of_the_presets():
+    assert preset_names() == [
+        "gpt_oss_120b",
+        "gpt_oss_20b",
+        "quickstart",
+        "tinystories",
+        "quickstart_sft",
+        "sft_full_20b",
+        "sft_lora_20b",
+        "sft_qlora_120b",
+        "sft_qlora_20b",
+    ]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_found_from_any_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_repository = path.relative_to(ROOT).as_posix()
+    names = (path.stem, path.stem.replace("_", "-"), f"{path.stem}.py", in_repository)
+    for name in (*names, in_repository.removeprefix("configs/"), f"./{in_repository}"):
+        assert find_preset(name) == path, name
+    assert read_preset(path.stem) == read_preset(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss_20", "configs/sft_lora_20b.py", "finetune/quickstart.py", "/configs/quickstart.py"]
+)
+def test_other_names_are_rejected(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    allowed = f"config is '{name}': no such file or preset; the presets are gpt_oss_120b, gpt_oss_20b, quick"
+    with pytest.raises(ValueError, match=f"^{re.escape(allowed)}"):
+        find_preset(name)
+
+
+def test_a_file_comes_before_a_preset_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt_oss_20b").mkdir()  # a folder of weights
+    assert find_preset("gpt_oss_20b").parent == ROOT / "configs"
+    (tmp_path / "quickstart.py").touch()
+    assert find_preset("quickstart.py") == pathlib.Path("quickstart.py")
+    assert find_preset("quickstart").parent == ROOT / "configs"
+
+
+def test_presets_of_an_installed_package(tmp_path, monkeypatch):
+    """A wheel has them in the package, where `configs/` of a checkout would not be found."""
+    package = tmp_path / "site-packages" / "gptoss_jax"
+    mine = package / "configs" / "finetune" / "mine.py"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    monkeypatch.setattr(preset, "__file__", str(package / "config" / "preset.py"))
+    assert preset_names() == ["mine"]
+    assert find_preset("mine") == find_preset("configs/finetune/mine.py") == mine
+
+
+def test_version(capsys):
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"gptoss-jax {gptoss_jax.__version__}, jax ")
