@@ -2,7 +2,7 @@
 
 from etils import epy
 
-__version__ = "0.1.0"
+from gptoss_jax.version import __version__
 
 with epy.lazy_api_imports(globals()):
     from gptoss_jax.checkpoints.export import save_pretrained

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from gptoss_jax import __version__, startup
+from gptoss_jax import startup
 from gptoss_jax.cli.arguments import JsonFile
 from gptoss_jax.cli.chat import Chat
 from gptoss_jax.cli.convert import Convert
@@ -27,6 +27,7 @@ from gptoss_jax.config.command_line import parse
 from gptoss_jax.config.kernels import kernel_variable
 from gptoss_jax.config.paths import set_matplotlib_folder
 from gptoss_jax.config.preset import with_settings
+from gptoss_jax.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
