@@ -83,7 +83,9 @@ def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
 
     Raises ValueError, with the valid sizes, if the mesh does not divide a parameter.
     """
-    shapes = _shapes(dataclasses.replace(config, mesh=type(config.mesh)()))
+    # Neither mesh nor batch changes a shape.
+    data = dataclasses.replace(config.data, batch_size=config.optim.grad_accum_steps)
+    shapes = _shapes(dataclasses.replace(config, mesh=type(config.mesh)(), data=data))
     shardings = parameter_shardings(shapes, abstract_mesh(mesh))
     state, frozen = jax.tree.map(local_bytes, shapes, shardings)
     trained = sum(jax.tree.leaves(state.params))

@@ -1,0 +1,129 @@
+"""Memory that chatting, serving and training take: python benchmarks/memory_table.py [--write].
+
+Prints the table of docs/comparison.md: for each task and kind of device the fewest devices, a power of two,
+that it fits on, by the estimates of `gptoss plan`; `--write` puts it there. Takes a minute and needs no
+device: nothing is compiled or run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+
+from gptoss_jax.config.preset import read_preset
+from gptoss_jax.hardware import CHIPS
+from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
+from gptoss_jax.planning.inference import Workload, plan_inference
+from gptoss_jax.planning.plan import make_plan
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "comparison.md"
+START, END = (
+    "<!-- memory table: python benchmarks/memory_table.py --write -->",
+    "<!-- end of the memory table -->",
+)
+NAMES = {"v5e": "TPU v5e", "v6e": "TPU v6e", "v5p": "TPU v5p", "h100": "H100", "h200": "H200"}
+COUNTS = tuple(2**i for i in range(9))
+# Training steps compiled for TPUs need up to 7.6 GB more than their estimates (results/scaling.json).
+TPU_MARGIN = 8e9
+LARGE = ("--model.num-hidden-layers", "36", "--model.num-local-experts", "128")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A row: how it is planned. Training has one row of 4,096 tokens at a time for each device."""
+
+    name: str
+    preset: str
+    flags: tuple[str, ...] = ()
+    # Inference, if it is not a training step.
+    workload: Workload | None = None
+    experts: str = "mxfp4"
+
+
+def tasks() -> list[Task]:
+    found = []
+    for size, flags in (("20b", ()), ("120b", LARGE)):
+        base = f"gpt_oss_{size}"
+        for name, slots, context, experts in (
+            ("chat, 8,192 tokens", 1, 8192, "mxfp4"),
+            ("chat, 131,072 tokens", 1, 131072, "mxfp4"),
+            ("serve 8 answers of 32,768 tokens", 8, 32768, "mxfp4"),
+            ("chat, 8,192 tokens, bfloat16 experts", 1, 8192, "bfloat16"),
+        ):
+            found.append(Task(f"{size}: {name}", base, (), Workload(slots, context), experts))
+        accumulate = ("--optim.grad-accum-steps", "2")
+        found += [
+            Task(f"{size}: QLoRA", f"finetune/sft_qlora_{size}", accumulate),
+            Task(f"{size}: LoRA, bfloat16 experts", "finetune/sft_lora_20b", (*flags, *accumulate)),
+            Task(f"{size}: full fine-tuning or pretraining", base, ("--optim.grad-accum-steps", "1")),
+        ]
+    return found
+
+
+@functools.cache
+def needed(task: Task, count: int) -> float:
+    """Bytes of each of `count` devices, on the mesh that takes least."""
+    path = ROOT / "configs" / f"{task.preset}.py"
+    if task.workload is not None:
+        model = read_preset(path).model
+        plan = plan_inference(model, chip="h100", devices=count, workload=task.workload, experts=task.experts)
+        return min(one.memory.total for one in plan.estimates)
+    # The chip decides about times only.
+    config = read_preset(path, [*task.flags, *batch_flags(task, count)])
+    return min(one.memory.total for one in make_plan(config, chip="h100", devices=count).estimates)
+
+
+def batch_flags(task: Task, count: int) -> list[str]:
+    return ["--data.batch-size", str(count * int(task.flags[-1]))]
+
+
+def fewest(task: Task, chip: str) -> str:
+    """Returns the fewest devices and the GB of each; a dash if too many are needed."""
+    capacity = CHIPS[chip].memory
+    limit = MEMORY_UTILIZATION * capacity
+    if CHIPS[chip].dimensions and task.workload is None:
+        limit = min(limit, capacity - TPU_MARGIN)
+    for count in COUNTS:
+        size = needed(task, count)
+        if size <= limit:
+            return f"{count} × {size / 1e9:,.1f}"
+    return "–"
+
+
+def on_cpu(task: Task) -> str:
+    if task.workload is None:
+        return ""
+    model = read_preset(ROOT / "configs" / f"{task.preset}.py").model
+    plan = plan_inference(model, chip="cpu", workload=task.workload, experts=task.experts)
+    return f"{plan.estimates[0].memory.total / 1e9:,.0f}"
+
+
+def table() -> str:
+    sizes = [f"{name}, {CHIPS[chip].memory / 1e9:,.1f} GB" for chip, name in NAMES.items()]
+    lines = ["| | CPU, GB | " + " | ".join(sizes) + " |", "| --- |" + " ---: |" * (1 + len(sizes))]
+    for task in tasks():
+        cells = [on_cpu(task), *(fewest(task, chip) for chip in NAMES)]
+        lines.append(f"| {task.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def written(page: str) -> str:
+    """Returns the table that a page has."""
+    return page.partition(START)[2].partition(END)[0].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the table into docs/comparison.md")
+    options = parser.parse_args()
+    text = table()
+    print(text)
+    if options.write:
+        page = PAGE.read_text(encoding="utf-8")
+        before, _, rest = page.partition(START)
+        PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
