@@ -102,10 +102,12 @@ def on_cpu(task: Task) -> str:
 def table() -> str:
     sizes = [f"{name}, {CHIPS[chip].memory / 1e9:,.1f} GB" for chip, name in NAMES.items()]
     lines = ["| | CPU, GB | " + " | ".join(sizes) + " |", "| --- |" + " ---: |" * (1 + len(sizes))]
-    for task in tasks():
-        cells = [on_cpu(task), *(fewest(task, chip) for chip in NAMES)]
-        lines.append(f"| {task.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(row, tasks())])
+
+
+def row(task: Task) -> str:
+    cells = [on_cpu(task), *(fewest(task, chip) for chip in NAMES)]
+    return f"| {task.name} | " + " | ".join(cells) + " |"
 
 
 def written(page: str) -> str:
