@@ -1,7 +1,6 @@
-"""gpt-oss-20b as published: 24 layers, 32 experts of which each token uses 4.
+"""gpt-oss-20b as published: 24 layers, 32 experts, 4 experts per token.
 
-Full training needs a mesh of many devices: parameters and AdamW's state take 16 bytes per parameter, before
-activations.
+Full training needs many devices: parameters and AdamW state take 16 bytes per parameter, plus activations.
 """
 
 import dataclasses

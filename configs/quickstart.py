@@ -1,4 +1,4 @@
-"""A small mixture of experts on the source code of Python's standard library: minutes on two CPU cores.
+"""A small mixture of experts, trained on Python's standard library in minutes on two CPU cores.
 
 Muon reaches the same loss as AdamW with about a third of the tokens.
 """

@@ -1,8 +1,8 @@
 """TinyStories with gpt-oss's tokenizer: a 105.7M-parameter mixture of experts.
 
-The model and schedule of a notebook that trained 3,000 steps of 32 x 512 tokens in 4.2 h on a laptop RTX
-4070, with its bugs fixed: the sliding window masks keys and no token sees the future, every rotary frequency
-is used once, padding does not count in the loss, and warmup is a fifteenth of the run instead of two thirds.
+Model and schedule are those of a notebook that trained 3,000 steps of 32 x 512 tokens in 4.2 h on a laptop
+RTX 4070, with its bugs fixed: attention is causal and the sliding window masks keys, every rotary frequency
+is used once, the loss ignores padding, and warmup is a fifteenth of the run instead of two thirds.
 
     python train.py configs/tinystories.py --data.source text:TinyStories.txt
 """
@@ -50,7 +50,7 @@ config = TrainConfig(
     data=DataConfig(
         source="hf:roneneldan/TinyStories", tokenizer="o200k_harmony", seq_len=512, batch_size=32
     ),
-    # Microbatches of 4 rows keep the activations of a step near 2 GB.
+    # Microbatches of 4 rows keep activation memory near 2 GB.
     optim=OptimConfig(learning_rate=6e-4, warmup_steps=200, grad_accum_steps=8),
     checkpoint=CheckpointConfig(every=250),
     eval=EvalConfig(every=250, batches=4, prompt="Once upon a time", sample_tokens=120),

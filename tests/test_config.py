@@ -69,7 +69,7 @@ BAD = [
         ModelConfig,
         {"num_hidden_layers": 2, "layer_types": (FULL, "windowed")},
         "model.layer_types is ('full_attention', 'windowed'): "
-        "may hold only 'sliding_attention' and 'full_attention'",
+        "may contain only 'sliding_attention' and 'full_attention'",
     ),
     (
         ModelConfig,
@@ -87,7 +87,7 @@ BAD = [
             ModelConfig,
             {"expert_format": "mxfp4", name: 80},
             f"model.{name} is 80: must be a multiple of 32 if model.expert_format is 'mxfp4', "
-            "which packs 32 weights along it under one scale",
+            "because 32 weights along this dimension share a scale",
         )
         for name in ("hidden_size", "intermediate_size")
     ],
@@ -122,7 +122,7 @@ BAD = [
         LoraConfig,
         {"targets": ("q", "gate_ups")},
         "model.lora.targets is 'gate_ups': matches nothing (did you mean gate_up?); "
-        "there are q, k, v, out, gate_up, down, router, head",
+        "the targets are q, k, v, out, gate_up, down, router, head",
     ),
     (LoraConfig, {"targets": ("q", "q")}, "model.lora.targets is ('q', 'q'): must name each target once"),
     (
@@ -162,23 +162,26 @@ BAD = [
     (
         TrainConfig,
         {"model": ModelConfig(expert_format="mxfp4")},
-        "model.expert_format is 'mxfp4': training needs plain experts ('plain'), because packed ones are too "
-        "coarse for the steps of an update, or adapters beside packed ones (model.lora)",
+        "model.expert_format is 'mxfp4': must be 'plain' for full training, because MXFP4 is too coarse for "
+        "optimizer updates; with 'mxfp4', train adapters (model.lora)",
     ),
     (
         TrainConfig,
         {"model": ModelConfig(lora=LoraConfig(rank=513))},
-        "model.lora.rank is 513: the rank of k, 513, must be at most 512, the smaller side of 2880 x 512",
+        "model.lora.rank is 513: the rank of k, 513, must be at most 512, "
+        "the smaller dimension of 2880 x 512",
     ),
     (
         TrainConfig,
         {"model": ModelConfig(intermediate_size=32, lora=LoraConfig(rank=264, targets=("q", "gate_up")))},
-        "model.lora.rank is 264: the rank of gate_up, 66, must be at most 64, the smaller side of 2880 x 64",
+        "model.lora.rank is 264: the rank of gate_up, 66, must be at most 64, "
+        "the smaller dimension of 2880 x 64",
     ),
     (
         TrainConfig,
         {"model": ModelConfig(intermediate_size=8, lora=LoraConfig(expert_rank=9))},
-        "model.lora.expert_rank is 9: the rank of down, 9, must be at most 8, the smaller side of 8 x 2880",
+        "model.lora.expert_rank is 9: the rank of down, 9, must be at most 8, "
+        "the smaller dimension of 8 x 2880",
     ),
     (
         TrainConfig,
@@ -294,7 +297,7 @@ def test_save_and_load(tmp_path):
     with pytest.raises(ValueError, match=r"bad\.json: not JSON"):
         TrainConfig.load(tmp_path / "bad.json")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"list\.json: must hold a JSON object"):
+    with pytest.raises(ValueError, match=r"list\.json: must contain a JSON object"):
         TrainConfig.load(tmp_path / "list.json")
 
 

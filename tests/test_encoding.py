@@ -128,7 +128,7 @@ def test_paths_outside_the_locales_encoding(monkeypatch):
     assert user_path("/runs/\u00e9", "run_dir").name == "\u00e9"
     with pytest.raises(ValueError, match="run_dir is .*: checkpoints need a path in UTF-8"):
         require_utf8("/runs/\u00e9", "run_dir")
-    with pytest.raises(ValueError, match="run_dir is .*: the locale's encoding, .*, cannot spell it"):
+    with pytest.raises(ValueError, match="run_dir is .*: the locale's encoding, .*, cannot represent it"):
         user_path("/runs/\u65e5", "run_dir")
 
 

@@ -311,7 +311,7 @@ UNCLEAR = [
     (
         without({**HF4, "experts_per_token": 2}, "num_experts_per_tok"),
         {"num_experts_per_tok": 2},
-        "num_experts_per_tok is missing: 2 is used, as experts_per_token says",
+        "num_experts_per_tok is missing: 2 is used, from experts_per_token",
     ),
     (
         without(HF4, "num_experts_per_tok", "experts_per_token"),
@@ -322,21 +322,21 @@ UNCLEAR = [
     (
         without(ALL_FULL, "sliding_window"),
         {"layer_types": (FULL,) * 24},
-        "sliding_window is missing: 128 is used, although no layer slides",
+        "sliding_window is missing: 128 is used, although all layers use full attention",
     ),
     (
         {**ALL_FULL, "sliding_window": None},
         {"layer_types": (FULL,) * 24},
-        "sliding_window is null: 128 is used, although no layer slides",
+        "sliding_window is null: 128 is used, although all layers use full attention",
     ),
     (without(HF4, "rms_norm_eps"), {}, "rms_norm_eps is missing: 1e-05 is used"),
     (without(HF4, "max_position_embeddings"), {}, "max_position_embeddings is missing: 131072 is used"),
     (without(HF4, "rope_theta"), {}, "rope_theta is missing: 150000.0 is used"),
-    (without(HF4, "model_type"), {}, "model_type is missing: 'gpt_oss' is used, as architectures says"),
+    (without(HF4, "model_type"), {}, "model_type is missing: 'gpt_oss' is used, based on architectures"),
     (
         {**HF4, "hidden_act": "gelu"},
         {},
-        "hidden_act is 'gelu': not used, gpt-oss always computes its clamped SwiGLU",
+        "hidden_act is 'gelu': ignored, gpt-oss always uses its clamped SwiGLU",
     ),
     (
         {**HF4, "head_dim": None, "num_attention_heads": 40},
@@ -392,12 +392,12 @@ UNCLEAR = [
     (
         {**HF4, "rope_scaling": {"rope_type": "default", "factor": 32.0}},
         {"rope_scaling": None},
-        "rope_scaling.rope_type is 'default': no effect of rope_scaling.factor",
+        "rope_scaling.rope_type is 'default': ignoring rope_scaling.factor",
     ),
     (
         {**HF4, "rope_scaling": {"type": "linear", "factor": 1.0}},
         {"rope_scaling": None},
-        "rope_scaling.type is 'linear': no effect of rope_scaling.factor",
+        "rope_scaling.type is 'linear': ignoring rope_scaling.factor",
     ),
     (
         {**HF4, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
@@ -527,7 +527,7 @@ BAD = [
     ({**HF4, "layer_types": []}, "must name a type for each of model.num_hidden_layers (24)"),
     (
         {**HF4, "num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]},
-        "may hold only 'sliding_attention' and 'full_attention'",
+        "may contain only 'sliding_attention' and 'full_attention'",
     ),
     ({**HF4, "swiglu_limit": None}, "swiglu_limit is None: must be a finite number"),
     ({**HF4, "sliding_window": None}, "model.sliding_window is None: must be an integer"),
@@ -559,7 +559,7 @@ def test_files_that_cannot_be_read(tmp_path):
     for content, message in [
         (b"{", "not JSON"),
         (b"\xff\xfe{}", "not JSON"),
-        (b"[1]", "must hold a JSON object"),
+        (b"[1]", "must contain a JSON object"),
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message) as caught:
@@ -659,12 +659,12 @@ def test_all_inexpressible_fields_are_reported_together():
     with pytest.raises(ValueError) as caught:
         config.to_hf("mxfp4")
     assert str(caught.value) == (
-        "this model cannot be written in the published format: sink_tokens is 4, where the format has none "
-        "(0); swiglu_up_offset is 0.0, where the format has 1; swiglu_limit is None, where the format has a "
-        "number (one far above all activations, such as 1e4, is the same function); hidden_size is 100, "
-        "where MXFP4 takes multiples of 32 (experts='bfloat16' takes any); intermediate_size is 68, where "
-        "MXFP4 takes multiples of 32 (experts='bfloat16' takes any). A run folder, which this project "
-        "reads, keeps it as it is"
+        "this model cannot be written in the published format: sink_tokens is 4, but the format requires 0; "
+        "swiglu_up_offset is 0.0, but the format implies 1; swiglu_limit is None, but the format requires a "
+        "number (one far above all activations, such as 1e4, is equivalent); hidden_size is 100, but MXFP4 "
+        "requires a multiple of 32 (experts='bfloat16' allows any size); intermediate_size is 68, but MXFP4 "
+        "requires a multiple of 32 (experts='bfloat16' allows any size). A run folder, which this project "
+        "reads, stores it unchanged"
     )
     with pytest.raises(ValueError) as caught:
         config.to_hf()

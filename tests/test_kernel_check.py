@@ -336,7 +336,7 @@ def test_the_gradient_of_a_group_bias_adds_up_in_float32():
 
 def test_the_former_variable_is_refused(monkeypatch):
     monkeypatch.setenv("GPTOSS_JAX_NATIVE", "0")
-    with pytest.raises(ValueError, match="GPTOSS_JAX_NATIVE is '0': was replaced: set GPTOSS_JAX_KERNELS"):
+    with pytest.raises(ValueError, match="GPTOSS_JAX_NATIVE is '0': was renamed; set GPTOSS_JAX_KERNELS"):
         selection.is_enabled("grouped_matmul")
 
 

@@ -322,7 +322,7 @@ def test_continuing_an_adapter(finished, make_config, base_folder, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(again, init_from=config.run_dir, run_dir=str(tmp_path / "bad")))
-    with pytest.raises(ValueError, match="init_adapter is 'x': must be left out without model.lora"):
+    with pytest.raises(ValueError, match="init_adapter is 'x': requires model.lora"):
         make_config(tmp_path / "bad", model=MODEL, init_adapter="x")
 
 

@@ -45,7 +45,7 @@ def test_a_process_without_a_home_folder(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     # As for a user id without an account.
     monkeypatch.setattr("os.path.expanduser", lambda text: text)
-    with pytest.raises(ValueError, match="data.cache_dir is '~/.cache': the home folder is not known"):
+    with pytest.raises(ValueError, match="data.cache_dir is '~/.cache': the home folder is unknown"):
         user_path("~/.cache", "data.cache_dir")
 
 

@@ -334,7 +334,7 @@ def test_keys_that_only_look_like_tokens_are_ignored(tmp_path):
             "eos_token_id is [1, '2']: must be a token id, or",
         ),
         ("generation_config", '{"eos_token_id": true}', "eos_token_id is True: must be a token id"),
-        ("generation_config", "[]", "must hold a JSON object"),
+        ("generation_config", "[]", "must contain a JSON object"),
     ],
 )
 def test_damaged_settings_files(file, content, message, tmp_path):

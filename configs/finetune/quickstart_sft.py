@@ -1,7 +1,7 @@
 """Fine-tunes the model of `configs/quickstart.py` to answer questions: minutes on two CPU cores.
 
-Questions and answers are made from the docstrings and signatures of Python's standard library. Afterwards,
-`gptoss chat runs/quickstart-sft` answers in Harmony's format.
+Questions and answers are generated from the docstrings and signatures of Python's standard library.
+Afterwards, `gptoss chat runs/quickstart-sft` answers in Harmony's format.
 """
 
 import dataclasses

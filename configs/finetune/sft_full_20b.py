@@ -1,6 +1,6 @@
-"""Full supervised fine-tuning of gpt-oss-20b: all parameters, on a mesh of many devices.
+"""Full supervised fine-tuning of gpt-oss-20b: all parameters, on many devices.
 
-Parameters and AdamW's state take 16 bytes per parameter, before activations. Set `--data.source chat:GLOB`.
+Parameters and AdamW state take 16 bytes per parameter, plus activations. Set `--data.source chat:GLOB`.
 """
 
 import dataclasses

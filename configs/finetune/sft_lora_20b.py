@@ -1,6 +1,6 @@
 """LoRA on gpt-oss-20b with bfloat16 weights: adapters on attention and on every expert.
 
-Learning rate, schedule and rank are those of OpenAI's cookbook for gpt-oss. Set `--data.source chat:GLOB`.
+Learning rate, schedule and rank follow OpenAI's gpt-oss cookbook. Set `--data.source chat:GLOB`.
 """
 
 from gptoss_jax.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig

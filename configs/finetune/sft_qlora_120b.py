@@ -1,7 +1,7 @@
 """QLoRA on gpt-oss-120b: the experts stay packed in MXFP4, as published, and only adapters are trained.
 
-For four devices, each with one row of 4,096 tokens at a time and a quarter of the experts. On one of 80 GB or
-more, add `--optim.grad-accum-steps 8`. Set `--data.source chat:GLOB`.
+For four devices, each with one row of 4,096 tokens at a time and a quarter of the experts. On a single device
+of 80 GB or more, add `--optim.grad-accum-steps 8`. Set `--data.source chat:GLOB`.
 """
 
 import dataclasses

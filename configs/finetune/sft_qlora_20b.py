@@ -1,7 +1,7 @@
 """QLoRA on gpt-oss-20b: the experts stay packed in MXFP4, as published, and only adapters are trained.
 
-For one device, with one row of 4,096 tokens at a time. Set `--data.source chat:GLOB`; `gptoss plan` says what
-fits elsewhere.
+For one device, with one row of 4,096 tokens at a time. Set `--data.source chat:GLOB`; `gptoss plan` shows
+what fits on other devices.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Every setting of the project, as frozen dataclasses: `ModelConfig`, and `TrainConfig` with its parts.
+"""Frozen dataclasses for every setting of the project: `ModelConfig`, and `TrainConfig` with its sections.
 
-Each class checks its fields on creation: a bad value is a `ValueError` with the field, the value and what is
-allowed. Nothing here imports jax.
+Fields are validated on creation: a bad value raises a `ValueError` that names the field, the value and what
+is allowed. Nothing here imports jax.
 """
 
 from gptoss_jax.config.base import require

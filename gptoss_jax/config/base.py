@@ -1,4 +1,4 @@
-"""Base of the config classes: type and range checks, errors that name the field, JSON."""
+"""Base class of the configs: type and range checks, errors that name the field, JSON."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-# Former names of fields. A config.json written before they were renamed has them.
+# Former field names and the current ones, so that a config.json written before the rename still loads.
 FORMER_NAMES = {
     "data.held_out": "data.val_fraction",
     "model.expert_capacity": "model.expert_capacity_factor",
@@ -22,25 +22,25 @@ FORMER_NAMES = {
 
 
 def require(condition: bool, field: str, value: object, allowed: str) -> None:
-    """Raises ValueError with the field, its value and what is allowed, unless the condition holds."""
+    """Raises a ValueError that names the field, its value and what is allowed, unless the condition holds."""
     if not condition:
         raise ValueError(f"{field} is {value!r}: {allowed}")
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """Returns the known name that a misspelled one most resembles; None if none does."""
+    """Returns the known name closest to a misspelled one, or None if none is close."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def listed(names: Iterable[str], limit: int = 4) -> str:
-    """Joins names with commas for an error message: the first `limit`, then the number of others."""
+    """Joins names with commas for an error message: the first `limit`, then a count of the rest."""
     names = list(names)
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def type_name(value: object) -> str:
-    """Returns the name of a value's type with its article: `a str`, `an int`."""
+    """Returns the name of a value's type with an article: `a str`, `an int`."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -53,8 +53,8 @@ def one_line(error: BaseException) -> str:
 def read_json(path: str | pathlib.Path, hint: str = "") -> dict[str, Any]:
     """Reads a JSON object.
 
-    Raises ValueError for a file that is missing (`hint` is added to the message), cannot be read, is not
-    JSON, or holds another kind of value.
+    Raises ValueError if the file is missing (`hint` is appended to the message), cannot be read, is not JSON,
+    or contains anything but an object.
     """
     try:
         values = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -65,14 +65,14 @@ def read_json(path: str | pathlib.Path, hint: str = "") -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a JSON object")
+        raise ValueError(f"{path}: must contain a JSON object")
     return values
 
 
 def write_json(path: str | pathlib.Path, values: Any, default: Callable[[Any], Any] | None = None) -> None:
     """Writes indented JSON in UTF-8; `default` converts values of other types.
 
-    Raises ValueError for NaN and infinities, which JSON does not have, before anything is written.
+    Raises ValueError for NaN and infinities, which JSON cannot represent, before writing anything.
     """
     text = json.dumps(values, indent=2, allow_nan=False, default=default) + "\n"
     pathlib.Path(path).write_text(text, encoding="utf-8")
@@ -80,7 +80,7 @@ def write_json(path: str | pathlib.Path, values: Any, default: Callable[[Any], A
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A condition on a field's value, as metadata of its annotation."""
+    """A constraint on a field's value, attached to its annotation."""
 
     allowed: str
     holds: Callable[[Any], bool]
@@ -103,7 +103,7 @@ def _fields(cls: type) -> dict[str, tuple[Any, tuple[Bound, ...]]]:
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Returns True if a value is of an annotated type; an int is also a float."""
+    """Returns True if a value matches a type annotation; an int also matches float."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         return value in typing.get_args(kind)
@@ -122,7 +122,7 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def spelled(kind: Any) -> str:
-    """Returns an annotated type in words."""
+    """Describes a type annotation in words."""
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(kind))
     if typing.get_origin(kind) is types.UnionType:
@@ -142,7 +142,7 @@ def spelled(kind: Any) -> str:
 
 
 class ConfigBase:
-    """Base of the frozen config dataclasses, which check themselves when they are created."""
+    """Base class of the frozen config dataclasses; validates their fields on creation."""
 
     _section: typing.ClassVar[str] = ""
 
@@ -154,7 +154,7 @@ class ConfigBase:
         self._check()
 
     def _check(self) -> None:
-        """Checks what annotations cannot express."""
+        """Checks the constraints that annotations cannot express."""
 
     @classmethod
     def _path(cls, name: str) -> str:
@@ -169,7 +169,7 @@ class ConfigBase:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Builds the config from the result of `to_dict`, whose fields may have their former names.
+        """Builds a config from the output of `to_dict`; former field names are accepted.
 
         Raises ValueError for an unknown field, with a suggestion.
         """

@@ -1,4 +1,4 @@
-"""Command lines: tyro's parser, with help pages that show examples."""
+"""Command-line parsing with tyro, and help pages that end with examples."""
 
 import inspect
 import shutil
@@ -16,21 +16,21 @@ EXAMPLES = "\nExamples:\n"
 def parse(
     command: Callable[..., Parsed], prog: str | None, args: Sequence[str], about: str, **settings: Any
 ) -> Parsed:
-    """Parses arguments with tyro and returns what `command`, such as a dataclass, makes of them.
+    """Parses arguments with tyro and returns the result of calling `command`, such as a dataclass, with them.
 
     Args:
-      command: its arguments are the flags.
-      prog: name of the command on the help page; None means that of the process.
-      args: as in `sys.argv`, without the program.
-      about: what the command does, and a section "Examples:" of indented command lines, which the help page
-        ends with.
-      settings: for `tyro.cli`.
+      command: its parameters become the flags.
+      prog: name of the command on the help page; None uses that of the process.
+      args: command-line arguments, as in `sys.argv[1:]`.
+      about: description of the command and an "Examples:" section of indented command lines, which is printed
+        at the end of the help page.
+      settings: keyword arguments for `tyro.cli`.
 
     Raises SystemExit, as tyro does, for `--help` and arguments that cannot be parsed.
     """
     import tyro
 
-    # tyro itself asks only whether stdout is a terminal, and its white lines are invisible on white.
+    # tyro only checks whether stdout is a terminal, and its white lines are invisible on a white background.
     tyro._experimental_options["ansi_codes"] = has_colors(sys.stdout) and has_colors(sys.stderr)
     tyro.extras.set_accent_color("cyan")
     summary, _, examples = inspect.cleandoc(about).partition(EXAMPLES)
@@ -46,7 +46,7 @@ def parse(
 
 
 def wrapped(text: str) -> str:
-    """Returns paragraphs of text, wrapped for the terminal; indented lines are kept as they are."""
+    """Wraps paragraphs of text for the terminal; indented lines are left unchanged."""
     width = max(min(shutil.get_terminal_size().columns, 100), 20)
     lines, flowing = [], []
     for line in [*text.split("\n"), ""]:

@@ -1,11 +1,11 @@
-"""Reads the config.json files that gpt-oss models are published with; `hf_write.py` writes them.
+"""Reads the config.json files of published gpt-oss models; `hf_write.py` writes them.
 
 Three dialects are read: transformers 4.55's (`rope_theta` and `rope_scaling`), transformers 5's
 (`rope_parameters` with the theta inside), and OpenAI's own, `original/config.json`.
 
-A file that transformers loads is read with the same meaning. Where that meaning is not obvious
-(an unknown, leftover or missing field), a warning names the field and the value used. An error is raised
-if transformers 4.55 and 5 disagree, if the model cannot do what the file asks, or if a size is missing.
+A file that transformers can load is interpreted the same way here. Where the interpretation is not obvious
+(an unknown, leftover or missing field), a warning names the field and the value used. It is an error if
+transformers 4.55 and 5 disagree, if the file asks for an unsupported feature, or if a size is missing.
 """
 
 import math
@@ -16,22 +16,22 @@ from typing import Any
 from gptoss_jax.config.base import nearest, read_json, require
 from gptoss_jax.config.paths import user_path
 
-# Weights that MXFP4 packs under one scale, along the input axis of a matrix.
+# Number of MXFP4 weights that share a scale, along the input axis of a matrix.
 MXFP4_BLOCK_SIZE = 32
 
-# The released models differ in these, or the shapes of the weights depend on them.
+# No defaults: the released models differ in these fields, or the weight shapes depend on them.
 REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "num_local_experts",
 )  # fmt: skip
-# Values of both released models and all versions of transformers, used with a warning for a missing field.
+# Same in both released models and all transformers versions; used, with a warning, if a field is missing.
 DEFAULTS = {
     "num_experts_per_tok": 4,
     "sliding_window": 128,
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
 }
-# Published files leave these out. `ModelConfig` has the same defaults as transformers.
+# Published files omit these. `ModelConfig` has the same defaults as transformers.
 OPTIONAL = (
     "attention_bias", "attention_dropout", "initializer_range", "layer_types", "swiglu_alpha", "swiglu_limit",
     "tie_word_embeddings",
@@ -49,7 +49,7 @@ YARN = (
 )  # fmt: skip
 ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *YARN)
 
-# Fields that transformers and common tools write for every model and that do not change what it computes.
+# Fields that transformers and common tools write for every model and that do not affect its outputs.
 IGNORED = {
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
     "add_cross_attention", "architectures", "attn_implementation", "auto_map", "bad_words_ids",
@@ -67,7 +67,7 @@ IGNORED = {
     "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache", "use_kernels",
 }  # fmt: skip
 
-# OpenAI's own file has all of these, two of them under another name, and no model_type.
+# OpenAI's file has all of these, two of them under a different name, and no model_type.
 ORIGINAL = {name: name for name in (*REQUIRED, "sliding_window", "rope_theta")}
 ORIGINAL |= {"num_local_experts": "num_experts", "num_experts_per_tok": "experts_per_token"}
 ORIGINAL_ROPE = ("initial_context_length", "rope_scaling_factor", "rope_ntk_alpha", "rope_ntk_beta")
@@ -79,7 +79,7 @@ Values = dict[str, Any]
 
 
 def load(source: str | os.PathLike | Values) -> tuple[Values, str]:
-    """Returns the content of a published config.json, and a prefix for errors about it."""
+    """Returns the content of a published config.json, and a prefix for its error messages."""
     if isinstance(source, dict):
         return source, ""
     path = user_path(source, "config")
@@ -92,9 +92,9 @@ def load(source: str | os.PathLike | Values) -> tuple[Values, str]:
 
 
 def read(values: Values) -> tuple[Values, list[str]]:
-    """Returns the fields of `ModelConfig` in a published config.json, and warnings.
+    """Returns the `ModelConfig` fields of a published config.json, and warnings.
 
-    Raises ValueError as `ModelConfig.from_hf` does, which then checks the types of the fields.
+    Raises ValueError as documented in `ModelConfig.from_hf`, which checks the types of the fields afterwards.
     """
     notes: list[str] = []
     if "swiglu_limit" in values:  # the format has no null for "no limit"
@@ -108,9 +108,9 @@ def _pick(values: Values, *names: str) -> Values:
 
 
 def _agreed(said: Values, notes: list[str] | None = None) -> Any:
-    """Returns the value of the first of several fields that mean the same.
+    """Returns the value of the first of several fields with the same meaning.
 
-    Warns of others that differ; without `notes`, they are a ValueError.
+    If another one differs, adds a warning to `notes`, or raises ValueError if `notes` is None.
     """
     (first, value), *others = said.items()
     for name, other in others:
@@ -129,7 +129,7 @@ def _finite(name: str, value: Any) -> float:
 
 
 def _check_present(values: Values, names: Collection[str], known: Collection[str]) -> None:
-    """Raises ValueError for a field that must be there; one that is not known may be a misspelling of it."""
+    """Raises ValueError for a missing required field; the message names an unknown field spelled like it."""
     for name in names:
         if name not in values:
             near = nearest(name, values.keys() - {*known})
@@ -148,10 +148,10 @@ def _read_original(values: Values, notes: list[str]) -> Values:
     _note_unknown(values, {*names, "swiglu_limit"}, notes)
     _check_present(values, names, names)
     length, factor, slow, fast = (_finite(name, values[name]) for name in ORIGINAL_ROPE)
-    # OpenAI's code does not round the ends of the ramp, and leaves YaRN out for a factor of 1.
+    # OpenAI's code does not round the ends of the ramp, and skips YaRN for a factor of 1.
     yarn = {"factor": factor, "beta_fast": fast, "beta_slow": slow, "truncate": False}
     yarn["original_max_position_embeddings"] = length
-    # Its RMSNorm has 1e-5 built in, which is the default here too.
+    # OpenAI's RMSNorm hardcodes an epsilon of 1e-5, which is also the default here.
     fields = {field: values[name] for field, name in ORIGINAL.items()} | _pick(values, "swiglu_limit")
     fields["max_position_embeddings"] = int(length * factor)
     return fields | {"rope_scaling": None if factor == 1 else yarn}
@@ -176,14 +176,14 @@ def _read_hugging_face(values: Values, notes: list[str]) -> Values:
 
 
 def _check_kind(values: Values, notes: list[str]) -> None:
-    """Raises ValueError for a file of another model, and for features that this model does not have."""
+    """Raises ValueError for the config of a different model, and for unsupported features."""
     if "model_type" not in values:
         if isinstance(values.get("model"), dict):
             allowed = "this is the config.json of a run folder, which TrainConfig.load reads"
             raise ValueError(f"model_type is missing: {allowed}")
         if values.get("architectures") != ["GptOssForCausalLM"]:
             raise ValueError("model_type is missing: must be 'gpt_oss'")
-        notes.append("model_type is missing: 'gpt_oss' is used, as architectures says")
+        notes.append("model_type is missing: 'gpt_oss' is used, based on architectures")
     kind, layers = values.get("model_type", "gpt_oss"), values.get("per_layer_config")
     require(kind == "gpt_oss", "model_type", kind, "must be 'gpt_oss'")
     require(not layers, "per_layer_config", layers, "must be left out, because all layers have one config")
@@ -192,16 +192,16 @@ def _check_kind(values: Values, notes: list[str]) -> None:
         method = packed.get("quant_method")
         require(method == "mxfp4", "quantization_config.quant_method", method, "must be 'mxfp4'")
     if activation != "silu":
-        notes.append(f"hidden_act is {activation!r}: not used, gpt-oss always computes its clamped SwiGLU")
+        notes.append(f"hidden_act is {activation!r}: ignored, gpt-oss always uses its clamped SwiGLU")
 
 
 def _fill_in(fields: Values, values: Values, notes: list[str]) -> None:
-    """Completes `fields` for which the file has no value, null, or an older name."""
+    """Fills in `fields` that the file omits, sets to null, or has under an older name."""
     experts = _pick(values, "num_experts_per_tok", "experts_per_token")
     if experts:
         used = fields["num_experts_per_tok"] = _agreed(experts, notes)
         if "num_experts_per_tok" not in values:
-            notes.append(f"num_experts_per_tok is missing: {used!r} is used, as experts_per_token says")
+            notes.append(f"num_experts_per_tok is missing: {used!r} is used, from experts_per_token")
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = heads
@@ -216,7 +216,7 @@ def _fill_in(fields: Values, values: Values, notes: list[str]) -> None:
         del fields["sliding_window"]
     for name in (name for name in DEFAULTS if name not in fields):
         default = fields[name] = DEFAULTS[name]
-        unused = ", although no layer slides" if name == "sliding_window" and all_full else ""
+        unused = ", although all layers use full attention" if name == "sliding_window" and all_full else ""
         absent = "null" if name in values else "missing"
         notes.append(f"{name} is {absent}: {default} is used{unused}")
     alternating = ["sliding_attention", "full_attention"]
@@ -225,21 +225,21 @@ def _fill_in(fields: Values, values: Values, notes: list[str]) -> None:
 
 
 def _read_rope(values: Values, notes: list[str]) -> Values:
-    """Returns `rope_theta` and `rope_scaling` of a Hugging Face file, from wherever it has them."""
+    """Returns `rope_theta` and `rope_scaling` of a Hugging Face file, in any of its dialects."""
     given = _pick(values, "rope_scaling", "rope_parameters")
     if not given:
         # transformers 4.55 and 5 have different defaults.
         raise ValueError(f"rope_parameters is missing: {PRESENT}, or rope_scaling")
     if not any(given.values()):
-        # transformers 4.55 writes null for this; to transformers 5 it is the same as a missing field.
+        # transformers 4.55 writes null for plain RoPE; transformers 5 treats null as a missing field.
         notes.append(f"{next(iter(given))} is null or empty: plain rotary embedding is used, without YaRN")
-    # Both versions of transformers take rope_scaling if the file has both.
+    # Both transformers versions prefer rope_scaling if the file has both.
     name = next((name for name, rope in given.items() if rope), next(iter(given)))
     rope, other = given[name] or {}, given.get("rope_parameters") or {}
     for key in sorted(rope.keys() & other.keys()):
         _agreed({f"{name}.{key}": rope[key], f"rope_parameters.{key}": other[key]}, notes)
     scaling = _read_scaling(name, rope, values, notes)
-    # transformers 4 takes a null for plain rotary embedding, regardless of rope_parameters.
+    # transformers 4 reads null as plain rotary embedding, regardless of rope_parameters.
     contradicted = name == "rope_parameters" and "rope_scaling" in given and scaling is not None
     require(not contradicted, "rope_scaling", given.get("rope_scaling"), "must agree with rope_parameters")
     thetas = {"rope_theta": values.get("rope_theta"), f"{name}.rope_theta": rope.get("rope_theta")}
@@ -254,7 +254,7 @@ def _read_rope(values: Values, notes: list[str]) -> Values:
 
 
 def _read_scaling(name: str, rope: Values, values: Values, notes: list[str]) -> Values | None:
-    """Returns the fields of `RopeScaling` from the object `rope` in the field `name`; None for plain rope."""
+    """Returns the `RopeScaling` fields of the object `rope` in the field `name`; None for plain RoPE."""
     _note_unknown(rope, ROPE, notes, f"{name}.")
     for place, said in ((f"{name}.", rope), ("", values)):
         share = said.get("partial_rotary_factor")
@@ -267,7 +267,7 @@ def _read_scaling(name: str, rope: Values, values: Values, notes: list[str]) -> 
     if kind == "yarn":
         return _read_yarn(name, rope, values, notes)
     if kind == "dynamic":
-        # It changes theta only for texts longer than this.
+        # Dynamic scaling changes theta only beyond this length.
         length = values["max_position_embeddings"]
         plain = f"which it equals up to max_position_embeddings ({length!r})"
         notes.append(f"{field} is 'dynamic': plain rotary embedding is used, {plain}")
@@ -276,19 +276,19 @@ def _read_scaling(name: str, rope: Values, values: Values, notes: list[str]) -> 
     require(is_plain, field, kind, f"{ROPE_TYPES}; no other scaling is supported")
     unused = [f"{name}.{key}" for key in YARN if key in rope]
     if unused:
-        notes.append(f"{field} is {kind!r}: no effect of {', '.join(unused)}")
+        notes.append(f"{field} is {kind!r}: ignoring {', '.join(unused)}")
     return None
 
 
 def _read_yarn(name: str, rope: Values, values: Values, notes: list[str]) -> Values:
     if "factor" not in rope:
-        raise ValueError(f"{name}.factor is missing: YaRN needs it")
+        raise ValueError(f"{name}.factor is missing: YaRN requires it")
     key, longest = "original_max_position_embeddings", values["max_position_embeddings"]
     initial = {field: n for field, n in _pick(values, "initial_context_length").items() if n is not None}
     lengths = {f"{name}.{key}": rope[key]} if key in rope else {}
     lengths |= _pick(values, key)
     if not lengths:
-        # transformers does this as well. It ignores initial_context_length, which therefore must not differ.
+        # Same fallback as in transformers, which ignores initial_context_length, so that must not differ.
         lengths = {f"max_position_embeddings (used because {name}.{key} is missing)": longest, **initial}
     length = _agreed(lengths)
     _agreed({next(iter(lengths)): length, **initial}, notes)
@@ -297,9 +297,9 @@ def _read_yarn(name: str, rope: Values, values: Values, notes: list[str]) -> Val
         factor = _finite("max_position_embeddings", longest) / _finite(key, length)
         notes.append(f"{name}.factor is null: {factor} is used, max_position_embeddings / {key}")
     _check_attention_factor(name, rope, _finite(f"{name}.factor", factor))
-    # `factor` counts as written, as in transformers 5; 4.55 used the ratio of the two lengths instead.
-    # Both betas and truncate have transformers' defaults: truncate is true there, but false in the released
-    # models.
+    # `factor` is used as given, like in transformers 5; 4.55 used the ratio of the two lengths instead.
+    # The betas and truncate default to transformers' values: truncate is true there, but false in the
+    # released models.
     return {
         "factor": factor,
         "beta_fast": 32.0 if rope.get("beta_fast") is None else rope["beta_fast"],
@@ -310,10 +310,10 @@ def _read_yarn(name: str, rope: Values, values: Values, notes: list[str]) -> Val
 
 
 def _check_attention_factor(name: str, rope: Values, factor: float) -> None:
-    """Refuses a factor on cos and sin other than YaRN's own, 0.1 ln(factor) + 1.
+    """Raises ValueError if cos and sin are scaled by anything but YaRN's 0.1 ln(factor) + 1.
 
-    transformers takes `attention_factor`, or else a ratio of two such terms if both `mscale` and
-    `mscale_all_dim` are given and not 0.
+    transformers uses `attention_factor` or, if it is missing and both `mscale` and `mscale_all_dim` are given
+    and nonzero, the ratio of two such terms.
     """
     keys = ("attention_factor", "mscale", "mscale_all_dim")
     scale, *mscales = (rope.get(key) and _finite(f"{name}.{key}", rope[key]) for key in keys)

@@ -3,19 +3,19 @@
 from gptoss_jax.config.base import require
 from gptoss_jax.config.hf import FIELDS, MXFP4_BLOCK_SIZE, Values
 
-# transformers requires floats here; `ModelConfig` also takes integers.
+# transformers requires floats here; `ModelConfig` also accepts integers.
 FLOATS = (
     "rms_norm_eps", "attention_dropout", "initializer_range", "router_aux_loss_coef", "swiglu_alpha",
     "swiglu_limit",
 )  # fmt: skip
-# Weights that are never packed, as transformers names them.
+# Modules that are never quantized, by their names in transformers.
 UNPACKED = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
 
 
 def write(fields: Values, experts: str) -> Values:
-    """Returns the published config.json for the fields of a `ModelConfig`, with its layer types spelled out.
+    """Converts `ModelConfig` fields, with explicit layer types, to the content of a published config.json.
 
-    Raises ValueError as `ModelConfig.to_hf` does.
+    Raises ValueError as documented in `ModelConfig.to_hf`.
     """
     formats = ("bfloat16", "float32", "mxfp4")
     require(experts in formats, "experts", experts, f"must be one of {', '.join(map(repr, formats))}")
@@ -36,12 +36,12 @@ def write(fields: Values, experts: str) -> Values:
         "experts_per_token": fields["num_experts_per_tok"],
         "initial_context_length": (fields if scaling is None else scaling)[length],
         "output_router_logits": False,
-        # transformers 5 reads rope_scaling in place of rope_parameters if both are there; 4 knows only the
-        # former, and takes its absence, unlike null, for the released models' YaRN.
+        # transformers 5 prefers rope_scaling to rope_parameters. transformers 4 reads only rope_scaling, and
+        # uses the released models' YaRN if it is missing rather than null.
         "rope_parameters": {**rope, "rope_theta": theta},
         "rope_scaling": None if scaling is None else rope,
         "rope_theta": theta,
-        # The names in transformers 5 and in 4.
+        # `dtype` is the name in transformers 5, `torch_dtype` in 4.
         "dtype": dtype,
         "torch_dtype": dtype,
     }
@@ -52,18 +52,18 @@ def write(fields: Values, experts: str) -> Values:
 
 def _refuse_inexpressible(fields: Values, experts: str) -> None:
     packed = experts == "mxfp4"
-    multiples = f"MXFP4 takes multiples of {MXFP4_BLOCK_SIZE} (experts='bfloat16' takes any)"
-    limit = "the format has a number (one far above all activations, such as 1e4, is the same function)"
+    multiples = f"MXFP4 requires a multiple of {MXFP4_BLOCK_SIZE} (experts='bfloat16' allows any size)"
+    limit = "the format requires a number (one far above all activations, such as 1e4, is equivalent)"
     reasons = {
-        "sink_tokens": (fields["sink_tokens"] > 0, "the format has none (0)"),
-        "swiglu_up_offset": (fields["swiglu_up_offset"] != 1, "the format has 1"),
+        "sink_tokens": (fields["sink_tokens"] > 0, "the format requires 0"),
+        "swiglu_up_offset": (fields["swiglu_up_offset"] != 1, "the format implies 1"),
         "swiglu_limit": (fields["swiglu_limit"] is None, limit),
         "hidden_size": (packed and fields["hidden_size"] % MXFP4_BLOCK_SIZE, multiples),
         "intermediate_size": (packed and fields["intermediate_size"] % MXFP4_BLOCK_SIZE, multiples),
     }
-    found = [f"{name} is {fields[name]}, where {why}" for name, (bad, why) in reasons.items() if bad]
+    found = [f"{name} is {fields[name]}, but {why}" for name, (bad, why) in reasons.items() if bad]
     if found:
         raise ValueError(
             f"this model cannot be written in the published format: {'; '.join(found)}. A run folder, which "
-            "this project reads, keeps it as it is"
+            "this project reads, stores it unchanged"
         )

@@ -1,13 +1,13 @@
-"""Names of the hand-written kernels, and the setting that replaces them by plain XLA."""
+"""Names of the hand-written kernels, and the setting that replaces them with plain XLA."""
 
 import os
 
 from gptoss_jax.config.base import require
 
-# The environment variable that takes the same values as the setting, and the one it has replaced.
+# Environment variable with the same values as the setting, and its former name.
 ENVIRONMENT, FORMER_ENVIRONMENT = "GPTOSS_JAX_KERNELS", "GPTOSS_JAX_NATIVE"
 
-# Each kernel, and the backends that have one.
+# Kernels, and the backends that implement them.
 KERNELS = {
     "attention": ("gpu", "tpu"),
     "grouped_matmul": ("cpu", "gpu", "tpu"),
@@ -17,14 +17,14 @@ KERNELS = {
     "decode_mxfp4_experts": ("cpu",),
     "decode_attention": ("cpu",),
 }
-ALLOWED = f"must be auto, unchecked, plain, or plain: with some of {', '.join(KERNELS)}, comma-separated"
+ALLOWED = f"must be auto, unchecked, plain, or plain: and a comma-separated list of {', '.join(KERNELS)}"
 
 
 def plain_kernels(setting: str, field: str) -> frozenset[str]:
-    """The kernels that a setting turns off.
+    """Returns the kernels that a setting turns off.
 
     Args:
-      setting: "auto" and "unchecked" turn none off, "plain" all, "plain:NAME,NAME" the named ones.
+      setting: "auto" and "unchecked" turn off none, "plain" all, "plain:NAME,NAME" the named ones.
       field: the setting's name, for the error message.
 
     Raises ValueError for any other text.
@@ -38,9 +38,9 @@ def plain_kernels(setting: str, field: str) -> frozenset[str]:
 
 
 def kernel_variable() -> str:
-    """The value of GPTOSS_JAX_KERNELS. Raises ValueError for a bad one, and for the variable it replaced."""
+    """Returns GPTOSS_JAX_KERNELS. Raises ValueError if it is invalid, or if its former name is set."""
     former = os.environ.get(FORMER_ENVIRONMENT)
-    require(former is None, FORMER_ENVIRONMENT, former, f"was replaced: set {ENVIRONMENT}=plain, or nothing")
+    require(former is None, FORMER_ENVIRONMENT, former, f"was renamed; set {ENVIRONMENT}=plain, or unset it")
     setting = os.environ.get(ENVIRONMENT, "auto")
     plain_kernels(setting, ENVIRONMENT)
     return setting

@@ -1,4 +1,4 @@
-"""The model's architecture. Fields that the published config.json has keep their names."""
+"""Model architecture. Fields of the published config.json keep their names."""
 
 import dataclasses
 import os
@@ -21,7 +21,7 @@ from gptoss_jax.config.kernels import plain_kernels
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
-# The matrices that LoRA can adapt: of attention, of the experts, the router and the output head.
+# Matrices that LoRA can adapt: attention, experts, router and output head.
 EXPERT_TARGETS = ("gate_up", "down")
 LORA_TARGETS = ("q", "k", "v", "out", *EXPERT_TARGETS, "router", "head")
 
@@ -51,7 +51,7 @@ class LoraConfig(ConfigBase):
     _section: typing.ClassVar[str] = "model.lora"
 
     rank: Positive[int] = 8  # Rank of the adapters outside the experts
-    # Rank of each expert's adapters; None means rank / num_experts_per_tok, at least 1.
+    # Rank of the adapters of each expert; None means rank / num_experts_per_tok, at least 1.
     expert_rank: Annotated[int | None, Bound("must be above 0, or None", lambda x: x is None or x > 0)] = None
     alpha: Positive[float] = 16.0  # Sets the scaling, alpha / rank of the adapter
     rslora: bool = False  # Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)
@@ -64,18 +64,18 @@ class LoraConfig(ConfigBase):
         for target in self.targets:
             near = nearest(target, LORA_TARGETS)
             hint = f" (did you mean {near}?)" if near else ""
-            allowed = f"matches nothing{hint}; there are {known}"
+            allowed = f"matches nothing{hint}; the targets are {known}"
             require(target in LORA_TARGETS, f"{self._section}.targets", target, allowed)
         self._require(len({*self.targets}) == len(self.targets), "targets", "must name each target once")
 
     def scaling(self, rank: int) -> float:
-        """Returns the factor of the product with adapters of a rank."""
+        """Returns the scaling of adapters of the given rank."""
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(ConfigBase):
-    """The architecture. The defaults are gpt-oss-20b."""
+    """Model architecture; the defaults are gpt-oss-20b."""
 
     _section: typing.ClassVar[str] = "model"
 
@@ -119,21 +119,21 @@ class ModelConfig(ConfigBase):
     # Capacity of an expert during training, as a multiple of its even share of tokens; excess assignments are
     # dropped and counted. None drops nothing.
     expert_capacity_factor: PositiveOrNone = None
-    # Type of activations and matrix products; auto means float32 on CPU and bfloat16 elsewhere. Parameters
-    # are trained in float32.
+    # Dtype of activations and matmuls; auto means float32 on CPU and bfloat16 elsewhere. Trained parameters
+    # are float32.
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # Format of the expert weights: plain arrays, or packed MXFP4 as published (4.25 bits per weight; for
-    # inference and for training adapters).
+    # Format of the expert weights: plain arrays, or packed MXFP4 as published (4.25 bits per weight, for
+    # inference and LoRA).
     expert_format: Literal["plain", "mxfp4"] = "plain"
     # Custom kernels: auto uses them after checking them once on each GPU or TPU machine, unchecked skips the
     # check, plain uses XLA instead, and plain:attention,mxfp4_matmul uses XLA instead of the named kernels.
     # The environment variable GPTOSS_JAX_KERNELS takes the same values.
     kernels: str = "auto"
-    # Rematerialization in the backward pass, to save memory: none, dots (keeps the matrix products of the
-    # attention projections and the router), or block (keeps only the input of each block).
+    # Rematerialization in the backward pass, to save memory: none, dots (saves the outputs of the attention
+    # projections and the router), or block (saves only the input of each block).
     remat: Literal["none", "dots", "block"] = "none"
     # Stack the layers and scan over them, so that compile time does not grow with their number. False is
-    # faster for small models on CPU. Changes the layout of a run's checkpoints.
+    # faster for small models on CPU. Changes the checkpoint layout.
     scan_layers: bool = True
     lora: LoraConfig | None = None  # Low-rank adapters; if set, only they are trained
 
@@ -148,28 +148,29 @@ class ModelConfig(ConfigBase):
         self._require(self.num_experts_per_tok <= experts, "num_experts_per_tok", allowed)
         size = hf.MXFP4_BLOCK_SIZE
         allowed = (
-            f"must be a multiple of {size} if model.expert_format is 'mxfp4', which packs {size} weights "
-            "along it under one scale"
+            f"must be a multiple of {size} if model.expert_format is 'mxfp4', because {size} weights along "
+            "this dimension share a scale"
         )
         for name in ("hidden_size", "intermediate_size") if self.expert_format == "mxfp4" else ():
             self._require(getattr(self, name) % size == 0, name, allowed)
         kinds = self.resolved_layer_types
         allowed = f"must name a type for each of model.num_hidden_layers ({layers})"
         self._require(len(kinds) == layers, "layer_types", allowed)
-        self._require({*kinds} <= {SLIDING, FULL}, "layer_types", f"may hold only {SLIDING!r} and {FULL!r}")
+        allowed = f"may contain only {SLIDING!r} and {FULL!r}"
+        self._require({*kinds} <= {SLIDING, FULL}, "layer_types", allowed)
         has_head = self.lora is None or "head" not in self.lora.targets or not self.tie_word_embeddings
         allowed = "matches nothing, because model.tie_word_embeddings leaves the model without a head"
         require(has_head, "model.lora.targets", "head", allowed)
 
     def lora_rank(self, target: str) -> int:
-        """Returns the rank of the adapters of a target, such as "q"; in the experts, that of each expert."""
+        """Returns the adapter rank of a target, such as "q"; for experts, the rank per expert."""
         lora = self.lora
         if target not in EXPERT_TARGETS:
             return lora.rank
         return lora.expert_rank or max(1, lora.rank // self.num_experts_per_tok)
 
     def target_shape(self, target: str) -> tuple[int, int]:
-        """Returns the inputs and outputs of the matrix of a target; in the experts, of each expert."""
+        """Returns the input and output size of a target matrix; for experts, of one expert's matrix."""
         D, F = self.hidden_size, self.intermediate_size
         N, K = (self.head_dim * heads for heads in (self.num_attention_heads, self.num_key_value_heads))
         shapes = {"q": (D, N), "k": (D, K), "v": (D, K), "out": (N, D), "gate_up": (D, 2 * F), "down": (F, D)}
@@ -177,14 +178,14 @@ class ModelConfig(ConfigBase):
 
     @property
     def resolved_layer_types(self) -> tuple[str, ...]:
-        """The type of every layer: `layer_types`, or the alternation that None means."""
+        """The type of every layer, with None resolved to alternating types."""
         if self.layer_types is None:
             return tuple((SLIDING, FULL)[i % 2] for i in range(self.num_hidden_layers))
         return self.layer_types
 
     @property
     def period(self) -> tuple[str, ...]:
-        """The shortest sequence of layer types that the model repeats; all layers if they are not stacked."""
+        """The shortest repeating sequence of layer types; all layers if they are not scanned."""
         kinds, layers = self.resolved_layer_types, self.num_hidden_layers
         if not self.scan_layers:
             return kinds
@@ -195,16 +196,16 @@ class ModelConfig(ConfigBase):
     def from_hf(cls, source: str | os.PathLike | dict[str, Any]) -> Self:
         """Reads a published config.json.
 
-        Fields that the file does not have keep this class's defaults: settings of training, `compute_dtype`,
-        and `expert_format`, since MXFP4 is a format of the weight files. `router_aux_loss_coef` is read only
-        if the file also asks for the router's logits. Alternating layer types are read as None.
+        Fields outside of the format keep their defaults: training settings, `compute_dtype`, and
+        `expert_format`, since MXFP4 is a property of the weight files. `router_aux_loss_coef` is read only if
+        the file sets `output_router_logits`. Alternating layer types are read as None.
 
         Args:
           source: the file, its content, or a folder with `config.json` or `original/config.json`.
 
-        Warns if a field is unknown, left over or missing, with the value used. Raises ValueError with the
-        file, the field, its value and what is allowed: for another kind of model, a size that is missing, a
-        value that is bad or not supported, and fields that contradict each other.
+        Warns about unknown, leftover and missing fields, with the value used. Raises a ValueError that names
+        the file, the field, its value and what is allowed, for a different model type, a missing size, an
+        invalid or unsupported value, and contradictory fields.
         """
         values, prefix = hf.load(source)
         try:
@@ -219,18 +220,18 @@ class ModelConfig(ConfigBase):
     def to_hf(self, experts: str = "bfloat16") -> dict[str, Any]:
         """Returns the content of a published config.json, for weights in the format `experts`.
 
-        Both transformers 4.55 and 5 read it, but 4.55 has SwiGLU's 1.702 and 7 built in, and takes YaRN's
-        factor to be `max_position_embeddings / original_max_position_embeddings`. Token ids are left out.
+        Both transformers 4.55 and 5 read it, but 4.55 hardcodes SwiGLU's 1.702 and 7, and computes YaRN's
+        factor as `max_position_embeddings / original_max_position_embeddings`. Token ids are omitted.
 
-        The format always has biases in experts and router, and sinks. A model without them equals one with
-        zero biases and very low sinks, which the writer of the weights adds. `router_aux_loss_coef` is
-        written but turned off (transformers' loss is about `num_experts_per_tok` times ours). Not written:
-        `compute_dtype`, `expert_format`, `kernels`, `remat`, `scan_layers`, `residual_dropout` and
-        `router_z_loss_coef`. A model with adapters is refused.
+        The format always has expert biases, router biases and sinks. A model without them is equivalent to
+        one with zero biases and very low sinks, which are added when the weights are written.
+        `router_aux_loss_coef` is written but turned off (transformers' loss is about `num_experts_per_tok`
+        times ours). Not written: `compute_dtype`, `expert_format`, `kernels`, `remat`, `scan_layers`,
+        `residual_dropout` and `router_z_loss_coef`.
 
         Args:
           experts: "bfloat16", "float32", or "mxfp4" (packed experts, the rest in bfloat16).
 
-        Raises ValueError with all the reasons why the format cannot express this model.
+        Raises a ValueError that lists all reasons why the format cannot express this model, such as adapters.
         """
         return hf_write.write({**self.to_dict(), "layer_types": list(self.resolved_layer_types)}, experts)

@@ -1,4 +1,4 @@
-"""Paths and text from the user, and cache folders."""
+"""User-supplied paths and text, and cache folders."""
 
 import atexit
 import contextlib
@@ -16,14 +16,14 @@ from gptoss_jax.config.base import require
 
 
 def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
-    """Expands `~` and `~user` at the start of a path; idempotent. Call it on every path that a user gives.
+    """Expands `~` and `~user` at the start of a path; idempotent. Call it on every user-supplied path.
 
     Args:
       path: the path; `./~name` for a file or folder whose name begins with `~`.
       field: the setting or argument, for the error message.
 
-    Raises ValueError for a path that is empty, has a null character or cannot be encoded in the locale, and
-    for an unknown home folder: of a user who does not exist, or of a user id without HOME and account.
+    Raises ValueError if the path is empty, contains a null character or cannot be encoded in the locale, or
+    if the home folder is unknown (no such user, or neither HOME nor an account for the user id).
     """
     text = os.fspath(path)
     require(text != "", field, text, "must not be empty")
@@ -32,11 +32,12 @@ def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
         os.fsencode(text)
     except UnicodeEncodeError:
         encoding = sys.getfilesystemencoding()
-        require(False, field, text, f"the locale's encoding, {encoding}, cannot spell it; set LC_ALL=C.UTF-8")
+        allowed = f"the locale's encoding, {encoding}, cannot represent it; set LC_ALL=C.UTF-8"
+        require(False, field, text, allowed)
     expanded = os.path.expanduser(text)
     if text.startswith("~"):
         name = text.partition("/")[0][1:]
-        unknown = f"there is no user {name!r}" if name else "the home folder is not known, set HOME"
+        unknown = f"there is no user {name!r}" if name else "the home folder is unknown (set HOME)"
         require(not expanded.startswith("~"), field, text, f"{unknown}; give another path, or ./{text}")
     found = pathlib.Path(expanded)
     # pathlib drops the leading `./`.
@@ -44,7 +45,7 @@ def user_path(path: str | os.PathLike, field: str) -> pathlib.Path:
 
 
 def path_exists(text: str, field: str) -> bool:
-    """Returns True if a file or folder has this path, which need not be a valid one."""
+    """Returns True if this path exists; False if it is not even a valid path."""
     try:
         return os.path.lexists(user_path(text, field))
     except ValueError:
@@ -52,10 +53,10 @@ def path_exists(text: str, field: str) -> bool:
 
 
 def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
-    """Returns the file for a command's result.
+    """Returns the path of a command's output file.
 
-    Raises ValueError before the work is done if it could not be written: its folder is missing or read-only,
-    or it is one.
+    Raises ValueError early, before the result is computed, if the file cannot be written: its folder is
+    missing or read-only, or the path is a folder.
     """
     file = user_path(path, field)
     require(file.parent.is_dir(), field, os.fspath(path), "its folder does not exist")
@@ -67,10 +68,10 @@ def output_file(path: str | os.PathLike, field: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def replace_file(path: pathlib.Path, field: str) -> Iterator[TextIO]:
-    """Opens a text file that takes the place of `path` when it is complete, and not after an error.
+    """Opens a temporary text file that replaces `path` on success, and is discarded after an error.
 
-    What is not a regular file, such as /dev/stdout, is written directly, and so is a file in a folder that is
-    read-only. Raises ValueError with the field and the path if writing fails.
+    Anything but a regular file, such as /dev/stdout, and a file in a read-only folder are written directly.
+    Raises a ValueError that names the field and the path if writing fails.
     """
     target = pathlib.Path(os.path.realpath(path))
     is_special = target.exists() and not target.is_file()
@@ -91,16 +92,16 @@ def replace_file(path: pathlib.Path, field: str) -> Iterator[TextIO]:
 
 
 def require_writable(folder: pathlib.Path, field: str, value: str) -> None:
-    """Raises ValueError for a folder that cannot be written to or, if it does not exist, be created."""
+    """Raises ValueError if a folder is not writable or, if it does not exist, cannot be created."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
     require(there.is_dir(), field, value, f"{there} is a file")
     require(os.access(there, os.W_OK | os.X_OK), field, value, f"no permission to write in {there}")
 
 
 def require_utf8(path: str | os.PathLike, field: str) -> None:
-    """Raises ValueError for a path whose bytes in the locale's encoding are not UTF-8.
+    """Raises ValueError if a path, in the locale's encoding, is not valid UTF-8.
 
-    C++ libraries (tensorstore) encode paths in UTF-8 in any locale: they would use another folder.
+    C++ libraries (tensorstore) encode paths in UTF-8 in any locale, so they would use a different folder.
     """
     try:
         is_utf8 = os.fsencode(path) == os.fspath(path).encode()
@@ -112,7 +113,7 @@ def require_utf8(path: str | os.PathLike, field: str) -> None:
 
 
 def user_text(text: str) -> str:
-    """Decodes bytes of a command-line argument as UTF-8 that the locale could not decode, as in LC_ALL=C.
+    """Decodes as UTF-8 the bytes of a command-line argument that the locale (LC_ALL=C) could not decode.
 
     Python represents such bytes as lone surrogates, which no tokenizer accepts. Invalid UTF-8 becomes U+FFFD.
     """
@@ -120,10 +121,10 @@ def user_text(text: str) -> str:
 
 
 def cache_folder(name: str) -> pathlib.Path:
-    """Creates and returns a folder for a cache.
+    """Creates and returns a cache folder.
 
-    `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), or one in `private_folder()` if the home folder
-    is unknown or read-only.
+    The folder is `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), or in `private_folder()` if the
+    home folder is unknown or read-only.
     """
     with contextlib.suppress(ValueError, OSError):
         home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
@@ -138,9 +139,9 @@ def cache_folder(name: str) -> pathlib.Path:
 
 @functools.cache
 def private_folder() -> pathlib.Path:
-    """Creates and returns a temporary folder that other users cannot write to: they could plant a library.
+    """Creates and returns a temporary folder that other users, who could plant a library, cannot write to.
 
-    It is `gptoss_jax-UID`, which later processes use too; or, if another user has taken that name, a folder
+    The folder is `gptoss_jax-UID`, which later processes reuse; or, if that name belongs to another user, one
     that is removed at exit.
     """
     folder = pathlib.Path(tempfile.gettempdir(), f"gptoss_jax-{os.getuid()}")
@@ -157,10 +158,10 @@ def private_folder() -> pathlib.Path:
 
 
 def set_matplotlib_folder() -> None:
-    """Gives matplotlib a folder among the temporary files if the home folder cannot be written to.
+    """Points matplotlib to a temporary folder if the home folder is not writable.
 
-    Without it, matplotlib prints warnings, and searches all fonts in every process. Must run before
-    matplotlib is imported.
+    Otherwise matplotlib prints warnings and rescans all fonts in every process. Call it before importing
+    matplotlib.
     """
     folder = cache_folder("matplotlib")
     if folder.parent.name != "gptoss_jax":

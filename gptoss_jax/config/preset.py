@@ -1,4 +1,4 @@
-"""Presets, Python files that end with `config = TrainConfig(...)`, and flags for their fields."""
+"""Presets (Python files that end with `config = TrainConfig(...)`), and flags for their fields."""
 
 import dataclasses
 import inspect
@@ -15,9 +15,9 @@ from gptoss_jax.config.model import LoraConfig, RopeScaling
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.train import TrainConfig
 
-# Sections of `model` that may be None, which tyro could only switch off and on with subcommands.
+# Optional sections of `model`, which tyro could switch on and off only with subcommands.
 OPTIONAL_SECTIONS = {"model.rope_scaling": RopeScaling, "model.lora": LoraConfig}
-# Fields that take any number of values.
+# Fields with any number of values.
 TUPLES = ("model.layer_types", "model.lora.targets")
 
 
@@ -27,16 +27,16 @@ def read_preset(
     prog: str | None = None,
     description: str | None = None,
 ) -> TrainConfig:
-    """Returns the config of a preset, changed by flags such as `--model.remat block`.
+    """Returns the config of a preset, with flags such as `--model.remat block` applied.
 
     Args:
-      path: the preset, a file or the name of one of `preset_names`.
+      path: a preset file, or one of `preset_names`.
       flags: as in `sys.argv`.
-      prog: name of the command in `--help`; None means that of the process.
+      prog: name of the command in `--help`; None uses that of the process.
       description: for `--help`; see `command_line.parse`.
 
-    Raises ValueError for a file that is missing or is not a preset, for former names of fields, and for flags
-    that contradict each other; SystemExit, as tyro does, for `--help` and flags that it cannot parse.
+    Raises ValueError for a file that is missing or not a preset, for former field names, and for
+    contradictory flags; SystemExit, as tyro does, for `--help` and flags that it cannot parse.
     """
     import tyro
 
@@ -64,23 +64,23 @@ def read_preset(
 
 
 def preset_folder() -> pathlib.Path:
-    """Returns the folder of the presets: in the installed package, or `configs/` of the checkout."""
+    """Returns the folder with the presets: in the installed package, or `configs/` in the checkout."""
     package = pathlib.Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """Returns the names of the presets, those for pretraining first."""
+    """Returns the names of the presets, pretraining first."""
     paths = preset_folder().rglob("*.py")
     return [path.stem for path in sorted(paths, key=lambda path: (len(path.parts), path.name))]
 
 
 def find_preset(path: str | os.PathLike) -> pathlib.Path:
-    """Returns the file of a preset.
+    """Finds the file of a preset.
 
     Args:
-      path: a file; if there is none, the name of a preset (`gpt_oss_20b`, `gpt-oss-20b`) or its path in the
+      path: an existing file, the name of a preset (`gpt_oss_20b`, `gpt-oss-20b`), or its path in the
         repository (`configs/gpt_oss_20b.py`).
 
     Raises ValueError for anything else.
@@ -99,7 +99,7 @@ def find_preset(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _run(path: pathlib.Path) -> object:
-    """Returns the `config` of a preset. Raises ValueError for a field by its former name."""
+    """Runs a preset and returns its `config`. Raises ValueError for a former field name."""
     try:
         return runpy.run_path(str(path)).get("config")
     except TypeError as error:
@@ -115,7 +115,7 @@ def _flag(field: str) -> str:
 
 
 def _field(word: str) -> str:
-    """Returns the field that a word of the command line sets, such as model.remat; "" if it isn't a flag."""
+    """Returns the field that a command-line word sets, such as model.remat; "" if it is not a flag."""
     return word.partition("=")[0][2:].replace("-", "_") if word.startswith("--") else ""
 
 
@@ -124,10 +124,10 @@ def _name(section: str) -> str:
 
 
 def _switch_section(config: TrainConfig, flags: Sequence[str], section: str) -> tuple[TrainConfig, list[str]]:
-    """Applies a flag such as `--model.rope-scaling None`, and switches the section on for a flag of one of
+    """Applies a flag such as `--model.rope-scaling None`, or switches the section on if a flag sets one of
     its fields.
 
-    Returns the config, and the flags without those that say None.
+    Returns the config, and the flags that are left.
     """
     words, value = list(flags), getattr(config.model, _name(section))
     fields = [word.partition("=")[0] for word in words if _field(word).startswith(f"{section}.")]
@@ -167,7 +167,7 @@ def with_settings(args: Sequence[str]) -> list[str]:
 
 
 def flags_of(settings: Sequence[str]) -> list[str]:
-    """Returns the flags of train.py for settings such as `model.remat=block`."""
+    """Converts settings such as `model.remat=block` to flags of `gptoss train`."""
     flags = []
     for setting in settings:
         name, _, value = setting.partition("=")

@@ -32,7 +32,7 @@ class DataConfig(ConfigBase):
     # Tokens of a conversation to train on: everything that the assistant writes, only its final answers, or
     # all tokens including the prompts.
     train_on: Literal["assistant", "final", "all"] = "assistant"
-    # What to do with conversations longer than seq_len: skip them or cut off their end. Both are reported.
+    # Handling of conversations longer than seq_len: skip them, or cut off the end. Both are reported.
     overlong: Literal["skip", "cut"] = "skip"
     # Reasoning effort in the system message of conversations that do not set one.
     reasoning_effort: Literal["low", "medium", "high"] = "medium"
@@ -56,7 +56,7 @@ class OptimConfig(ConfigBase):
     # linear decay), or constant.
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup_steps: NonNegative[int] = 100  # Steps of linear warmup from zero
-    decay_fraction: float = 0.2  # Fraction of all steps in which wsd decays
+    decay_fraction: float = 0.2  # Final fraction of the steps over which wsd decays
     min_lr_ratio: float = 0.1  # Final learning rate, as a fraction of the peak
     beta1: BelowOne = 0.9  # Decay rate of AdamW's first moment (Muon's momentum is 0.95)
     beta2: BelowOne = 0.95  # Decay rate of AdamW's second moment
@@ -81,7 +81,7 @@ class MeshConfig(ConfigBase):
     _section: typing.ClassVar[str] = "mesh"
 
     data: int = -1  # Data parallelism: each device holds all parameters and a part of the batch
-    # Fully sharded data parallelism: parameters are sharded as well, and gathered when they are used.
+    # Fully sharded data parallelism: parameters are sharded as well, and all-gathered for use.
     fsdp: int = 1
     expert: int = 1  # Expert parallelism: each device holds a part of the experts
     tensor: int = 1  # Tensor parallelism: splits heads, expert width and vocabulary
@@ -146,15 +146,15 @@ class TrainConfig(ConfigBase):
 
     def _check(self) -> None:
         self._require(self.run_dir.strip() != "", "run_dir", "must be the name of a folder")
-        self._require("://" not in self.run_dir, "run_dir", "must be a folder of the file system, not a URL")
+        self._require("://" not in self.run_dir, "run_dir", "must be a local folder, not a URL")
         allowed = (
-            "training needs plain experts ('plain'), because packed ones are too coarse for the steps of an "
-            "update, or adapters beside packed ones (model.lora)"
+            "must be 'plain' for full training, because MXFP4 is too coarse for optimizer updates; with "
+            "'mxfp4', train adapters (model.lora)"
         )
         experts = self.model.expert_format
         require(experts == "plain" or self.model.lora is not None, "model.expert_format", experts, allowed)
         is_used = self.init_adapter is None or self.model.lora is not None
-        self._require(is_used, "init_adapter", "must be left out without model.lora")
+        self._require(is_used, "init_adapter", "requires model.lora")
         self._check_ranks()
         longest, length = self.model.max_position_embeddings, self.data.seq_len
         allowed = f"must be at most model.max_position_embeddings ({longest})"
@@ -167,7 +167,7 @@ class TrainConfig(ConfigBase):
         for target in () if model.lora is None else model.lora.targets:
             rank, shape = model.lora_rank(target), model.target_shape(target)
             name = "expert_rank" if target in EXPERT_TARGETS and model.lora.expert_rank else "rank"
-            sides = f"the smaller side of {shape[0]} x {shape[1]}"
+            sides = f"the smaller dimension of {shape[0]} x {shape[1]}"
             allowed = f"the rank of {target}, {rank}, must be at most {min(shape)}, {sides}"
             require(rank <= min(shape), f"model.lora.{name}", getattr(model.lora, name), allowed)
 
@@ -180,5 +180,5 @@ class TrainConfig(ConfigBase):
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Self:
-        """Reads a config that `save` wrote. Raises ValueError for any other file, or none."""
+        """Reads a config written by `save`. Raises ValueError if the file is missing or not a config."""
         return cls.from_dict(read_json(user_path(path, "config"), "; a run folder holds config.json"))
