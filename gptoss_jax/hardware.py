@@ -151,12 +151,14 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
 
 def adapter_weights(config: ModelConfig, targets: tuple[str, ...] = LORA_TARGETS) -> int:
     """Returns the weights that a token is multiplied with in the adapters of some targets, in all layers."""
+    if config.lora is None:
+        return 0
     hidden, width, size = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     outputs = {"q": queries, "k": keys, "v": keys, "out": queries, "gate_up": 2 * width, "down": width}
     outputs |= {"router": config.num_local_experts, "head": config.vocab_size}
     count = 0
-    for target in targets if config.lora is not None else ():
+    for target in targets:
         times = config.num_experts_per_tok if target in EXPERT_TARGETS else 1
         times *= 1 if target == "head" else config.num_hidden_layers
         if target in config.lora.targets:

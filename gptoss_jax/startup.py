@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import glob
 import importlib.machinery
+import io
 import os
 import sys
 import warnings
@@ -50,7 +51,7 @@ def hide_tpu_compiler() -> None:
     named = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
     if not named and "jax" not in sys.modules and not may_have_tpu():
         # Makes `import libtpu` raise ModuleNotFoundError.
-        sys.modules["libtpu"] = None
+        sys.modules["libtpu"] = None  # type: ignore[assignment]
         os.environ.pop("TPU_LIBRARY_PATH", None)
 
 
@@ -92,7 +93,7 @@ def run(command: Callable[[], object], name: str) -> int:
     print_any_text()
     shown: set[str] = set()
 
-    def show(message: Warning | str, *_) -> None:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
         # Steps of a command may open the same folder.
         if str(message) not in shown:
             shown.add(str(message))
@@ -145,7 +146,7 @@ def print_any_text() -> None:
     """
     codecs.register_error("gptoss_jax.printed", _encode_unencodable)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # None, or replaced by something without an encoding
+        if isinstance(stream, io.TextIOWrapper):  # else None, or replaced by something without an encoding
             stream.reconfigure(errors="gptoss_jax.printed")
 
 

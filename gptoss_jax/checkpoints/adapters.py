@@ -111,7 +111,7 @@ def export_adapter(run: str | os.PathLike, folder: str | os.PathLike) -> Adapter
         raise ValueError(f"{run}: also trained {listed(extra)}, which is no adapter: use gptoss merge")
     found = run_base(local)
     base = str(local) if found is None else found.folder
-    if (config.init_from or "").startswith(HUB):
+    if config.init_from is not None and config.init_from.startswith(HUB):
         base = config.init_from.removeprefix(HUB)
     write_adapter(adapter, config.model, folder, base)
     return adapter
@@ -156,6 +156,7 @@ def _file_chunks(mapping: TensorMapping, array: np.ndarray) -> Iterator[np.ndarr
 def _peft_config(config: ModelConfig, base: str | None) -> dict[str, Any]:
     """The content of adapter_config.json."""
     lora = config.lora
+    assert lora is not None
     experts = [MODULES[target] for target in EXPERT_TARGETS if target in lora.targets]
     expert_rank = config.lora_rank(EXPERT_TARGETS[0])
     other_rank = experts if expert_rank != lora.rank else []

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, Self
@@ -35,7 +36,7 @@ class BaseModel:
     def to_record(self) -> dict[str, Any]:
         return {"base": dataclasses.asdict(self)}
 
-    def check(self, run: str | pathlib.Path) -> pathlib.Path:
+    def check(self, run: str | os.PathLike) -> pathlib.Path:
         """Returns the folder. Raises ValueError when it is gone, or holds other weights than when the run
         was trained."""
         folder = pathlib.Path(self.folder)

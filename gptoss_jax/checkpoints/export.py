@@ -121,8 +121,9 @@ def write_folder(
     check_target(folder)
     origin = reader.origin
     # A run folder lacks files that other programs need; its tokenizer writes them.
-    is_ours = origin is not None and (is_run(origin) or (origin / "tokenizer_name.txt").is_file())
-    tokenizer = load_tokenizer(origin) if is_ours else None
+    tokenizer = None
+    if origin is not None and (is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
+        tokenizer = load_tokenizer(origin)
     config = dataclasses.replace(reader.config, router_bias=True, expert_bias=True, learned_sinks=True)
     values = config.to_hf(experts) | _token_ids(origin, tokenizer)
     non_finite: set[str] = set()
@@ -169,7 +170,7 @@ def _new_tensors(
         dtype = np.dtype(np.uint8) if key.endswith(("_blocks", "_scales")) else dense
         if key in NO_EFFECT and key not in present:
             values = np.broadcast_to(np.float32(NO_EFFECT[key]), shape_of(config, key))
-            read = functools.partial(DenseTensor, mapping.name(layer), values)
+            read: Callable[[], LazyTensor] = functools.partial(DenseTensor, mapping.name(layer), values)
         else:
             read = functools.partial(reader.tensor, key, layer)
         chunks = functools.partial(_chunks, read, dtype, mapping, non_finite)

@@ -9,8 +9,9 @@ import functools
 import math
 import mmap
 import threading
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,18 @@ TRANSPOSE_ROWS = 256
 DEQUANTIZE_BYTES = 1 << 18
 
 Index = tuple[slice, ...]
+Axis = TypeVar("Axis")
 
 
 class LazyTensor(Protocol):
     """A parameter of one layer that can be read in slices."""
 
-    name: str  # of the checkpoint tensor that it is read from
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str:
+        """The name of the checkpoint tensor that it is read from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
         """Writes `tensor[index]` to `out`, which has its shape, in the dtype of `out`. Returns whether all
@@ -181,13 +187,13 @@ class QuantizedTensor:
         return finite
 
 
-def common_dtype(dtypes) -> np.dtype:
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
     """Returns the common dtype, or float32 if they differ."""
     found = set(dtypes)
     return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
-def _swap_in_out(axes):
+def _swap_in_out(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     """Swaps axis 1 with the last one: from [E, in, …, out] to the order of packed experts, and back."""
     return (axes[0], axes[-1], *axes[2:-1], axes[1])
 
@@ -196,8 +202,8 @@ def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
     """Copies values to an array of the same shape, rounding (to nearest even) if its dtype is narrower."""
     if out.dtype == values.dtype:
         # As integers: numpy copies dtypes that are not its own value by value.
-        bits = f"u{out.itemsize}"
-        out.view(bits)[...] = values.view(bits)
+        integer = f"u{out.itemsize}"
+        out.view(integer)[...] = values.view(integer)
     elif out.dtype == np.float32 and values.dtype == BFLOAT16:
         bits = out.view(np.uint32)
         bits[...] = values.view(np.uint16)
@@ -220,7 +226,8 @@ def release_pages(view: np.ndarray) -> None:
 
     Until then they count as memory of this process. Other arrays are unaffected.
     """
-    base, first = view, view
+    base: Any = view
+    first = view
     while isinstance(base, np.ndarray):
         base, first = base.base, base
     mapped = base.obj if isinstance(base, memoryview) else None
@@ -253,11 +260,11 @@ def _dequantize(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     return bits.reshape(-1, *codes.shape[2:]).view(BFLOAT16)
 
 
-def _value_bits(codes, exponents, xp=jnp):
+def _value_bits(codes: codec.Array, exponents: codec.Array, xp: ModuleType = jnp) -> codec.Array:
     return xp.stack(codec.bfloat16_bits(codes, exponents, xp), axis=2)
 
 
-def _quantize(values, part):
+def _quantize(values: jax.Array, part: str) -> jax.Array:
     blocks, scales = codec.quantize(values, axis=0)
     return blocks if part == "blocks" else scales
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def load_pretrained(
     tokenizer."""
     check_formats(dtype, experts)
     local = local_folder(folder)
-    compute = {} if dtype is None else {"compute_dtype": dtype}
+    compute: dict[str, Any] = {} if dtype is None else {"compute_dtype": dtype}
     is_whole = is_run(local) and adapter is None and run_base(local) is None
     if is_whole and experts != "mxfp4":
         # Orbax reads each array directly to its shards, in XLA's default memory layout.

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -149,7 +149,7 @@ _ADAPTER_TENSORS = {
 }
 
 
-def _table(prefix: str, rows: dict[str, tuple[str, ...]]) -> dict[str, TensorMapping]:
+def _table(prefix: str, rows: Mapping[str, tuple[str, ...]]) -> dict[str, TensorMapping]:
     """The mappings for rows of axes and names."""
     return {
         key: TensorMapping(key, axes or LETTERS[key], tuple(name.replace("@", prefix) for name in names))
@@ -158,7 +158,7 @@ def _table(prefix: str, rows: dict[str, tuple[str, ...]]) -> dict[str, TensorMap
 
 
 _LAYER = "model.layers.{layer}."
-HUGGINGFACE = _table(_LAYER, {key: row[:2] for key, row in _TENSORS.items()} | _ADAPTER_TENSORS)
+HUGGINGFACE = _table(_LAYER, {**{key: row[:2] for key, row in _TENSORS.items()}, **_ADAPTER_TENSORS})
 ORIGINAL = _table("block.{layer}.", {key: row[2:] for key, row in _TENSORS.items()})
 # The matrices of the experts, which may be stored in MXFP4.
 EXPERT_MATRICES = tuple(key.removesuffix("_blocks") for key in LETTERS if key.endswith("_blocks"))

@@ -100,13 +100,14 @@ def merge(
         tensor.name
         for name in adapter_names(reader.config)
         for layer in ([-1] if name.startswith("head.") else range(reader.config.num_hidden_layers))
-        if not is_finite((tensor := reader.stored(name, layer)).array)
+        if not is_finite((tensor := reader.stored_whole(name, layer)).array)
     ]
     if damaged:
         raise ValueError(f"{adapter or source}: NaN or infinite values in {listed(damaged)}: not merged")
     merged = MergedReader(reader)
     export.write_folder(merged, target, experts, on_progress=on_progress)
-    return {target: merged.survival[target] for target in map(adapted_target, adapter_names(reader.config))}
+    targets = filter(None, map(adapted_target, adapter_names(reader.config)))
+    return {target: merged.survival[target] for target in targets}
 
 
 class MergedReader(WeightReader):
@@ -122,10 +123,10 @@ class MergedReader(WeightReader):
             weight = name.rpartition("lora_")[0]
             weight = f"{weight}weight" if weight.endswith(".") else weight.removesuffix("_")
             self._adapters.setdefault(weight, []).append(name)
-        self.survival = collections.defaultdict(Survival)
+        self.survival: dict[str, Survival] = collections.defaultdict(Survival)
         self._lock = threading.Lock()
         # Scales of each expert that were computed with its blocks, until they are written.
-        self._scales = collections.defaultdict(dict)
+        self._scales: dict[tuple[str, int], dict[int, np.ndarray]] = collections.defaultdict(dict)
 
     def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
         return self._reader.stored(key, layer)
@@ -137,22 +138,23 @@ class MergedReader(WeightReader):
         weight, _, part = key.rpartition("_")
         if weight in EXPERT_MATRICES and weight in self._adapters and part in ("blocks", "scales"):
             names = [f"{weight}_{name}" for name in ("blocks", "scales")] if self.packed else []
-            packed = [self._reader.stored(name, layer).array for name in names]
+            packed = [self._reader.stored_whole(name, layer).array for name in names]
             return MergedBlocks(self._merged(weight, layer), part, packed, self._scales[weight, layer])
         return self._merged(key, layer) if key in self._adapters else self._reader.tensor(key, layer)
 
     def _merged(self, weight: str, layer: int) -> "MergedTensor":
         names, config = self._adapters[weight], self._config
-        a, b = (self._reader.stored(name, layer).array.astype(np.float32) for name in names)
+        a, b = (self._reader.stored_whole(name, layer).array.astype(np.float32) for name in names)
         target = adapted_target(names[0])
+        assert config.lora is not None and target is not None, weight
         b = config.lora.scaling(config.lora_rank(target)) * b
-        letters = (*(LETTERS[name] for name in names), LETTERS[weight])
+        letters = LETTERS[names[0]], LETTERS[names[1]], LETTERS[weight]
         count = functools.partial(self._count, target)
         return MergedTensor(self._reader.tensor(weight, layer), a, b, letters, count)
 
     def _count(self, target: str, sums: Iterable[float]) -> None:
         with self._lock:
-            self.survival[target] += sums
+            self.survival[target] = self.survival[target] + sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +246,7 @@ class MergedBlocks:
                 row[...] = self._merge(e)[1] if known is None else known
         return self.part == "blocks" or not np.any(out == codec.NAN_SCALE)
 
-    def _merge(self, e: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    def _merge(self, e: int) -> tuple[np.ndarray, np.ndarray, Iterable[float]]:
         # [r, P, F] -> [r, U]: packed rows of gate and up alternate.
         a, b = self.source.a[e], np.moveaxis(self.source.b[e], 1, -1).reshape(self.source.b.shape[1], -1)
         if self.packed:
@@ -258,7 +260,9 @@ class MergedBlocks:
         return on_cpu(merge_dense)(dense.T.reshape(b.shape[1], len(a)), a, b)
 
 
-def merge_plain(base, a, b, equation, dtype):
+def merge_plain(
+    base: jax.Array, a: jax.Array, b: jax.Array, equation: str, dtype: str
+) -> tuple[jax.Array, list[jax.Array]]:
     """Returns a slice of a weight with its delta, in a dtype, and the sums of `Survival`.
 
     Args:
@@ -271,7 +275,9 @@ def merge_plain(base, a, b, equation, dtype):
     return merged, survival_sums(base, delta, merged.astype(jnp.float32) - base)
 
 
-def merge_packed(blocks, scales, a, b):
+def merge_packed(
+    blocks: jax.Array, scales: jax.Array, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """Returns the blocks and scales of one expert with its delta, and the sums of `Survival`.
 
     Each block takes the base's scale s, s/2 or 2s, whichever has the least squared error, s if equal. Without
@@ -300,7 +306,7 @@ def merge_packed(blocks, scales, a, b):
     return *best, survival_sums(base, delta, codec.dequantize(*best, jnp.float32) - base)
 
 
-def merge_dense(base, a, b):
+def merge_dense(base: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
     """Returns one expert with its delta in MXFP4, by the publisher's rule, and the sums of `Survival`.
 
     Args:
@@ -313,18 +319,20 @@ def merge_dense(base, a, b):
     return *packed, survival_sums(base, delta, effect, alone - base)
 
 
-def _delta(a, b):
+def _delta(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("ir,ro->oi", a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _block_sums(values):
+def _block_sums(values: jax.Array) -> jax.Array:
     return jnp.sum(values.reshape(*values.shape[:-1], -1, codec.BLOCK_SIZE), axis=-1)
 
 
-def survival_sums(base, delta, effect, rounding=0.0) -> list:
+def survival_sums(
+    base: jax.Array, delta: jax.Array, effect: jax.Array, rounding: jax.Array | float = 0.0
+) -> list[jax.Array]:
     """The fields of `Survival` for float32 arrays of one shape; values that are not finite count as 0."""
     finite = jnp.isfinite(effect) & jnp.isfinite(delta)
-    base, delta, effect, rounding = (jnp.where(finite, x, 0) for x in (base, delta, effect, rounding))
+    base, delta, effect, noise = (jnp.where(finite, x, 0) for x in (base, delta, effect, rounding))
     rest = effect - delta
-    pairs = (base, base), (delta, delta), (effect, delta), (rest, rest), (rounding, rounding)
+    pairs = (base, base), (delta, delta), (effect, delta), (rest, rest), (noise, noise)
     return [jnp.sum(x * y) for x, y in pairs]

@@ -10,9 +10,9 @@ from etils import epath
 try:  # private: without it, a failed read prints a traceback for each file, nothing else changes
     from orbax.checkpoint._src import asyncio_utils
 except ImportError:
-    asyncio_utils = None
+    asyncio_utils = None  # type: ignore[assignment]
 
-_LocalBase = type(epath.Path("/"))
+_LocalBase: Any = type(epath.Path("/"))
 
 
 @epath.register_path_cls

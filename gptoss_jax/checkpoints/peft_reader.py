@@ -76,14 +76,16 @@ class PeftFolder:
             for name, array in self.tensors.items()
             if array.shape != (config.vocab_size, config.hidden_size) or not re.search(BASE_WEIGHTS, name)
         }
-        self.table = HUGGINGFACE | dict.fromkeys(PER_EXPERT_ADAPTERS)
+        self.table: dict[str, mappings.TensorMapping | None] = dict(HUGGINGFACE)
+        self.table |= dict.fromkeys(PER_EXPERT_ADAPTERS)
         self.table |= _expert_table(folder, self.values, self.tensors, config)
 
     def read(self) -> Adapter:
         """Reads the adapter, with the ranks and the scaling of one `LoraConfig` for all pairs."""
         pairs = self._pairs()
-        ranks = {True: [], False: []}
+        ranks: dict[bool, list[int]] = {True: [], False: []}
         for (target, _), pair in pairs.items():
+            assert pair.lora is not None, target
             ranks[target in EXPERT_TARGETS].append(pair.lora.rank)
         lora = LoraConfig(
             rank=max(ranks[False] or ranks[True]),
@@ -94,9 +96,10 @@ class PeftFolder:
         )
         config, arrays = dataclasses.replace(self.config, lora=lora), {}
         for key in adapter_names(config):
-            target = adapted_target(key)
-            for layer in [-1] if target == "head" else range(config.num_hidden_layers):
-                array = self._array(key, pairs.get((target, layer)), layer, config)
+            adapted = adapted_target(key)
+            assert adapted is not None, key
+            for layer in [-1] if adapted == "head" else range(config.num_hidden_layers):
+                array = self._array(key, pairs.get((adapted, layer)), layer, config)
                 arrays[key, layer] = DenseTensor(HUGGINGFACE[key].name(layer), array)
         return Adapter(str(self.folder), lora, arrays)
 
@@ -105,7 +108,8 @@ class PeftFolder:
 
         Raises ValueError if tensors are missing, unexpected or of another shape.
         """
-        values, wrong, known, found = self.values, [], set(), {}
+        values, wrong, found = self.values, [], {}
+        known: set[str] = set()
         for target, keys in PAIRS.items():
             for layer in [-1] if target == "head" else range(self.config.num_hidden_layers):
                 module = MODULES[target] if target == "head" else f"model.layers.{layer}.{MODULES[target]}"
@@ -137,15 +141,16 @@ class PeftFolder:
     def _array(self, key: str, pair: ModelConfig | None, layer: int, config: ModelConfig) -> np.ndarray:
         """One A or B with the rank and scaling of `config`; zeros where the file has none."""
         shape, mapping = shape_of(config, key), self.table[key]
-        if pair is None:
+        if pair is None or mapping is None:
             return np.zeros(shape, np.float32)
         names = mapping.file_shapes(pair, layer)
         parts = [mapping.to_model(self.tensors[name], pair) for name in names]
         array = np.stack(parts) if mapping.is_per_expert else parts[0]
         if array.shape != shape:
             array = np.pad(array, [(0, size - has) for size, has in zip(shape, array.shape, strict=True)])
-        theirs, ours = pair.lora, config.lora
-        factor = theirs.scaling(theirs.rank) / ours.scaling(config.lora_rank(adapted_target(key)))
+        theirs, ours, target = pair.lora, config.lora, adapted_target(key)
+        assert theirs is not None and ours is not None and target is not None, key
+        factor = theirs.scaling(theirs.rank) / ours.scaling(config.lora_rank(target))
         is_scaled = key.endswith("_b") and factor != 1
         return np.float32(factor) * array.astype(np.float32) if is_scaled else array
 
@@ -172,7 +177,7 @@ def _check_settings(path: pathlib.Path, values: dict[str, Any]) -> None:
             numbers.append((f"{name}[{pattern!r}]", kind, value))
             patterns.append((name, pattern, BY_PATTERN))
     for name, kind, value in numbers:
-        is_above = fits(value, kind) and value > 0
+        is_above = value is not None and fits(value, kind) and value > 0
         require(is_above, f"{path}: {name}", value, f"must be {spelled(kind)} above 0")
     for name, pattern, form in patterns:
         try:
@@ -279,7 +284,9 @@ def _fits(table: Table, tensors: dict[str, np.ndarray], config: ModelConfig) -> 
         size = mappings.axis_sizes(config)
         for layer in range(config.num_hidden_layers):
             array = tensors.get(mapping.name(layer))
-            for axis, letters in enumerate(mapping.file_axes if array is not None else ()):
+            if array is None:
+                continue
+            for axis, letters in enumerate(mapping.file_axes):
                 fixed = math.prod(size[letter] for letter in letters) if "r" not in letters else None
                 if array.ndim != len(mapping.file_axes) or fixed not in (None, array.shape[axis]):
                     return False

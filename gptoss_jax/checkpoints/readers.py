@@ -66,6 +66,12 @@ class WeightReader(abc.ABC):
     def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
         """A parameter as it is stored; -1 is the layer of parameters outside the layers."""
 
+    def stored_whole(self, key: str, layer: int) -> DenseTensor:
+        """`stored` for a parameter that no layout splits into several tensors."""
+        tensor = self.stored(key, layer)
+        assert isinstance(tensor, DenseTensor), key
+        return tensor
+
     def origin_of(self, key: str) -> pathlib.Path | None:
         """The folder that a parameter is read from."""
         return self.origin
@@ -82,15 +88,17 @@ class WeightReader(abc.ABC):
         """A parameter, dense or packed as its key says, however the experts are stored."""
         matrix, _, part = key.rpartition("_")
         if self.packed and key in EXPERT_MATRICES:
-            blocks, scales = (self.stored(f"{key}_{part}", layer) for part in ("blocks", "scales"))
+            blocks, scales = (self.stored_whole(f"{key}_{part}", layer) for part in ("blocks", "scales"))
             return DequantizedTensor(scales.name, blocks.array, scales.array, key == "moe.gate_up")
         if not self.packed and matrix in EXPERT_MATRICES and part in ("blocks", "scales"):
-            return QuantizedTensor(self.stored(matrix, layer), part)
+            return QuantizedTensor(self.stored(matrix, layer), "blocks" if part == "blocks" else "scales")
         return self.stored(key, layer)
 
 
 class HFReader(WeightReader):
     """A folder of safetensors files in one of the layouts of `mappings`."""
+
+    origin: pathlib.Path
 
     def __init__(self, folder: pathlib.Path):
         if not (folder / "config.json").is_file():
@@ -150,6 +158,7 @@ class InMemoryReader(WeightReader):
     def adapter(self, name: str) -> "Adapter":
         """Returns the parameters as those that a run trained beside the adapters of its config."""
         places = [(key, layer) for key, rows in self._arrays.items() for layer in rows]
+        assert self.config.lora is not None, name
         rank = self.config.lora_rank(EXPERT_TARGETS[0])
         lora = dataclasses.replace(self.config.lora, expert_rank=rank)
         return Adapter(name, lora, {place: self.stored(*place) for place in places})
@@ -223,7 +232,7 @@ def open_weights(folder: str | os.PathLike) -> WeightReader:
     reader = AdaptedReader(open_base(base, folder), trained.adapter(str(folder)))
     reader.config = trained.config
     # The files of a published tokenizer are with the base.
-    if is_run(reader.origin) or find_tokenizer(reader.origin) is None:
+    if reader.origin is None or is_run(reader.origin) or find_tokenizer(reader.origin) is None:
         reader.origin = folder
     return reader
 

@@ -175,7 +175,8 @@ class Checkpoints:
         before it is used and nothing is lost. Returns (step, params, training, record), or None if there
         is no checkpoint. Raises ValueError when there are checkpoints and none can be read.
         """
-        steps, damaged = self.steps, []
+        steps = self.steps
+        damaged: list[int] = []
         for step in reversed(steps):
             self._check_parameters(step, {"params": params, "training": training})
         items = {

@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -44,7 +44,7 @@ def with_layout(
     # XLA's default for these is column-major, and it transposes the whole table for each lookup, and the head
     # for the loss.
     order = (0, 1) if key in ("embedding.weight", "head.weight") else TPU_LAYOUTS.get(key.rpartition("_")[2])
-    place = sharding
+    place: jax.sharding.Sharding | Format = sharding
     if order is not None and _platform(sharding) == "tpu":
         leading = leaf.ndim - len(order)
         place = Format(Layout((*range(leading), *(leading + axis for axis in order))), sharding)
@@ -52,7 +52,8 @@ def with_layout(
 
 
 def _platform(sharding: jax.sharding.Sharding) -> str:
-    return next(iter(sharding.device_set)).platform
+    device: jax.Device = next(iter(sharding.device_set))
+    return device.platform
 
 
 def load_sharded(leaf: jax.ShapeDtypeStruct, tensors: list[LazyTensor]) -> tuple[jax.Array, set[str]]:
@@ -119,7 +120,9 @@ def _stack_on_devices(
 
 
 @functools.cache
-def _stacking_programs(shape: tuple[int, ...], dtype: np.dtype, place: Format):
+def _stacking_programs(
+    shape: tuple[int, ...], dtype: np.dtype, place: Format
+) -> tuple[Callable[[], jax.Array], Callable[[jax.Array, jax.Array, int], jax.Array]]:
     """Compiles () -> zeros, and (array, layer, i) -> the array with that layer set, in the same memory."""
 
     def set_layer(array: jax.Array, layer: jax.Array, i: int) -> jax.Array:

@@ -141,13 +141,14 @@ def spelled(kind: Any) -> str:
     }.get(kind, getattr(kind, "__name__", str(kind)))
 
 
+@dataclasses.dataclass(frozen=True)
 class ConfigBase:
     """Base class of the frozen config dataclasses; validates their fields on creation."""
 
     _section: typing.ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for name, (kind, bounds) in _fields(type(self)).items():
+        for name, (kind, bounds) in _fields(type(self)).items():  # type: ignore[arg-type]
             self._require(fits(getattr(self, name), kind), name, f"must be {spelled(kind)}")
             for bound in bounds:
                 self._require(bound.holds(getattr(self, name)), name, bound.allowed)
@@ -173,7 +174,7 @@ class ConfigBase:
 
         Raises ValueError for an unknown field, with a suggestion.
         """
-        fields = _fields(cls)
+        fields = _fields(cls)  # type: ignore[arg-type]  # mypy: a class of dataclasses is not hashable
         arguments = {}
         for given, value in values.items():
             name = FORMER_NAMES.get(cls._path(given), given).rpartition(".")[2]
@@ -184,7 +185,8 @@ class ConfigBase:
             kind = fields[name][0]
             if isinstance(value, list):
                 value = tuple(value)
-            sections = [c for c in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(c)]
+            choices = (kind, *typing.get_args(kind))
+            sections = [c for c in choices if isinstance(c, type) and issubclass(c, ConfigBase)]
             if isinstance(value, dict) and sections:
                 value = sections[0].from_dict(value)
             arguments[name] = value

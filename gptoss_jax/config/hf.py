@@ -114,11 +114,12 @@ def _agreed(said: Values, notes: list[str] | None = None) -> Any:
     """
     (first, value), *others = said.items()
     for name, other in others:
-        if other != value and notes is None:
+        if other == value:
+            continue
+        if notes is None:
             allowed = f"but {first} is {value!r}: they mean the same and must agree"
             raise ValueError(f"{name} is {other!r}, {allowed}")
-        if other != value:
-            notes.append(f"{name} is {other!r}, but {first} is {value!r}: {value!r} is used")
+        notes.append(f"{name} is {other!r}, but {first} is {value!r}: {value!r} is used")
     return value
 
 

@@ -165,6 +165,7 @@ class ModelConfig(ConfigBase):
     def lora_rank(self, target: str) -> int:
         """Returns the adapter rank of a target, such as "q"; for experts, the rank per expert."""
         lora = self.lora
+        assert lora is not None, "model.lora is None"
         if target not in EXPERT_TARGETS:
             return lora.rank
         return lora.expert_rank or max(1, lora.rank // self.num_experts_per_tok)

@@ -8,6 +8,7 @@ import pathlib
 import re
 import runpy
 from collections.abc import Sequence
+from typing import Any
 
 from gptoss_jax.config.base import FORMER_NAMES, require
 from gptoss_jax.config.command_line import EXAMPLES, parse
@@ -41,7 +42,7 @@ def read_preset(
     import tyro
 
     path = find_preset(path)
-    config = _run(path) if path.suffix == ".py" else None
+    config: Any = _run(path) if path.suffix == ".py" else None
     allowed = "must be a Python file that ends with `config = TrainConfig(...)`"
     require(isinstance(config, TrainConfig), "config", str(path), allowed)
     for flag in flags:

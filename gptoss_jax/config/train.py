@@ -164,7 +164,9 @@ class TrainConfig(ConfigBase):
 
     def _check_ranks(self) -> None:
         model = self.model
-        for target in () if model.lora is None else model.lora.targets:
+        if model.lora is None:
+            return
+        for target in model.lora.targets:
             rank, shape = model.lora_rank(target), model.target_shape(target)
             name = "expert_rank" if target in EXPERT_TARGETS and model.lora.expert_rank else "rank"
             sides = f"the smaller dimension of {shape[0]} x {shape[1]}"

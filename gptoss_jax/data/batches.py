@@ -50,7 +50,9 @@ def packed_lengths(cache: TokenCache, seq_len: int, overlong: Literal["skip", "c
     left out or, if `overlong` is cut, loses its end, and is left out if nothing to train on remains.
     """
     lengths = np.diff(cache.offsets) - 1
-    for i in np.flatnonzero(lengths > seq_len) if cache.weights is not None else ():
+    if cache.weights is None:
+        return lengths
+    for i in np.flatnonzero(lengths > seq_len):
         targets = slice(cache.offsets[i] + 1, cache.offsets[i] + 1 + seq_len)
         lengths[i] = seq_len if overlong == "cut" and cache.weights[targets].any() else 0
     return lengths
@@ -85,7 +87,7 @@ class PackedRows:
         if not len(documents):
             kind, those = "held-out" if held_out else "training", np.flatnonzero(cache.held_out == held_out)
             allowed = f"no {kind} example fits; the shortest needs {np.diff(cache.offsets)[those].min() - 1}"
-            if overlong == "cut":
+            if overlong == "cut" and cache.weights is not None:
                 pairs = zip(cache.offsets[those], cache.offsets[those + 1], strict=True)
                 needed = min(int(np.argmax(cache.weights[start:end])) for start, end in pairs)
                 allowed = f"cut at that, no {kind} example has a trained token; must be at least {needed}"
@@ -181,8 +183,8 @@ def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
 
     Processes whose devices share rows, as along the tensor axis, each get all shared rows.
     """
-    slices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows, _ in slices]))
+    indices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index]))
 
 
 def make_global_batch(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
@@ -190,8 +192,8 @@ def make_global_batch(batch: Batch, sharding: jax.sharding.Sharding, batch_size:
     rows = local_rows(sharding, batch_size)
 
     def globalize(values: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size) if index else (0, batch_size, 1)
             return values[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
 
         return jax.make_array_from_callback((batch_size, values.shape[1]), sharding, shard)

@@ -16,7 +16,7 @@ from gptoss_jax.data.chat import make_examples, needs_training
 from gptoss_jax.data.chat_messages import TrainMessage, harmony_messages
 from gptoss_jax.data.chat_rows import ChatCorpus, RowError, read_conversation
 from gptoss_jax.data.harmony import Harmony
-from gptoss_jax.data.sources import is_picked
+from gptoss_jax.data.sources import is_picked, with_next
 from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
 
 FORMAT = 3
@@ -46,7 +46,7 @@ def _read(
     At least one row is held out and one is not. Raises ValueError if there are not two.
     """
 
-    def usable() -> Iterator[_Row | None]:
+    def usable() -> Iterator[_Row]:
         for prefix, number, row in corpus.rows():
             try:
                 if isinstance(row, RowError):
@@ -60,10 +60,9 @@ def _read(
                 skipped.append((f"{prefix}{number}", error))
             except RecursionError:
                 skipped.append((f"{prefix}{number}", RowError("invalid JSON", "is nested too deeply")))
-        yield None
 
     index, held_bytes = -1, 0
-    for index, (row, following) in enumerate(itertools.pairwise(usable())):
+    for index, (row, following) in enumerate(with_next(usable())):
         is_last = following is None
         picked = is_picked(index, config.val_fraction) or (is_last and not held_bytes)
         size = sum(len(text.encode()) for text in row.texts)
@@ -90,7 +89,8 @@ def build_chat(
     tokenizer.save(folder)
     skipped: list[tuple[str, RowError]] = []
     rows = _read(corpus, config, skipped)
-    prefixes, formats = {}, collections.Counter()
+    prefixes: dict[str, int] = {}
+    formats: collections.Counter[str] = collections.Counter()
     lengths, flags, origins, held_out_text = [], [], [], []
     counts = collections.Counter(
         trained_tokens=0, held_out_trained_tokens=0, with_thinking=0, left_out_calls=0
@@ -121,11 +121,11 @@ def build_chat(
         # File names may have bytes that are not UTF-8.
         data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
         (folder / SKIPPED_FILE).write_bytes(data)
-    lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
+    lengths_D, flags_D = np.array(lengths, np.int64), np.array(flags, bool)
     np.savez(
         folder / "documents.npz",
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        held_out=flags,
+        offsets=np.concatenate([[0], np.cumsum(lengths_D)]),
+        held_out=flags_D,
         origins=np.array(origins, np.int64),
     )
     data = b"".join(held_out_text)
@@ -135,9 +135,9 @@ def build_chat(
         "tokenizer": config.tokenizer,
         "vocab_size": tokenizer.vocab_size,
         "documents": len(flags),
-        "tokens": int(lengths.sum()),
-        "held_out_documents": int(flags.sum()),
-        "held_out_tokens": int(lengths[flags].sum()),
+        "tokens": int(lengths_D.sum()),
+        "held_out_documents": int(flags_D.sum()),
+        "held_out_tokens": int(lengths_D[flags_D].sum()),
         "held_out_bytes": len(data),
         "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / max(len(data), 1),
         "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / max(len(data), 1),

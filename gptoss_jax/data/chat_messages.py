@@ -27,6 +27,7 @@ from gptoss_jax.data.harmony import (
     TOOL_NAME,
     USER,
     Message,
+    Reasoning,
     developer,
     system,
     user,
@@ -52,7 +53,7 @@ class TrainMessage:
     left_out_calls: int = 0  # the calls after this one in its row's message, which have no results
 
 
-def harmony_messages(conversation: Conversation, default_effort: str = "medium") -> list[TrainMessage]:
+def harmony_messages(conversation: Conversation, default_effort: Reasoning = "medium") -> list[TrainMessage]:
     """Converts a conversation to Harmony.
 
     The system messages at its start are the instructions of the developer message, which also declares the
@@ -241,9 +242,14 @@ def _functions(tools: Any) -> list[Mapping[str, Any]]:
     for i, tool in enumerate(tools if isinstance(tools, list) else [tools] if tools else []):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
-        fits = isinstance(name, str) and TOOL_NAME.fullmatch(name) is not None
-        fits = fits and isinstance(function.get("description", ""), str)
-        if not fits or not isinstance(function.get("parameters", {}), dict):
+        fits = (
+            isinstance(function, dict)
+            and isinstance(name, str)
+            and TOOL_NAME.fullmatch(name) is not None
+            and isinstance(function.get("description", ""), str)
+            and isinstance(function.get("parameters", {}), dict)
+        )
+        if function is None or not fits:
             raise RowError(
                 "bad tools", f"tools[{i}] must be a function: a name, a description, a JSON schema"
             )
@@ -251,7 +257,7 @@ def _functions(tools: Any) -> list[Mapping[str, Any]]:
     return functions
 
 
-def _effort(row: Row, default: str) -> str:
+def _effort(row: Row, default: Reasoning) -> Reasoning:
     options = row.get("chat_template_kwargs")
     options = options if isinstance(options, dict) else {}
     effort = row.get("reasoning_effort", options.get("reasoning_effort", default))

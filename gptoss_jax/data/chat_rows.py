@@ -117,7 +117,7 @@ def _read_file(path: str) -> Iterator[tuple[str, int, Row | RowError]]:
         yield f"{path}:", number, _parse_line(line)
 
 
-def _read_array(path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, int, Row | RowError]]:
+def _read_array(path: str, lines: Iterable[bytes | bytearray]) -> Iterator[tuple[str, int, Row | RowError]]:
     text = files.decode(b"\n".join(lines), path)
     try:
         items = json.loads(text)
@@ -128,7 +128,7 @@ def _read_array(path: str, lines: Iterable[bytes]) -> Iterator[tuple[str, int, R
         yield f"{path} item ", number, item if is_object else RowError("invalid JSON", "must be an object")
 
 
-def _parse_line(line: bytes) -> Row | RowError:
+def _parse_line(line: bytes | bytearray) -> Row | RowError:
     try:
         return files.parse_object(line, "")
     except ValueError as error:

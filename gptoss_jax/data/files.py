@@ -9,7 +9,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 from gptoss_jax.config import require
@@ -22,7 +22,7 @@ HEAD = 512  # bytes that are enough to recognize a format
 BOM = b"\xef\xbb\xbf"
 SEPARATOR = b"<|endoftext|>"
 # First bytes of compressed files. An empty bzip2 stream has its own.
-COMPRESSED = {
+COMPRESSED: dict[bytes, Callable[..., Any]] = {
     rb"\x1f\x8b": gzip.open,
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
     rb"\xfd7zXZ\x00": lzma.open,
@@ -109,7 +109,8 @@ def read_text(path: str) -> Iterator[str]:
             yield previous.rstrip("\r\n")
         text = decode(data, path, offset)
         previous = text if previous is None else text.lstrip("\r\n")
-    yield previous
+    if previous is not None:
+        yield previous
 
 
 def read_jsonl(path: str, field: str) -> Iterator[str | None]:
@@ -117,10 +118,11 @@ def read_jsonl(path: str, field: str) -> Iterator[str | None]:
     for number, line in jsonl_lines(path):
         where = f"{path}:{number}"
         value = text_of(parse_object(line, where), field, where)
+        text = value or ""
         try:
-            (value or "").encode()
+            text.encode()
         except UnicodeEncodeError as error:
-            half = value[error.start]
+            half = text[error.start]
             raise ValueError(f"{where}: field {field!r} holds {half!r}, half of a surrogate pair") from None
         yield value
 

@@ -177,7 +177,7 @@ class Harmony:
           message: the message.
           is_last: it ends an answer that is trained on: with <|return|>, unless it calls a tool.
         """
-        pieces = [self.start, message.role]
+        pieces: list[Piece] = [self.start, message.role]
         if message.recipient not in (None, "all"):
             pieces.append(f" to={message.recipient}")
         if message.channel is not None:
@@ -208,7 +208,8 @@ class Harmony:
         except UnicodeDecodeError:
             return None
         before, mark, after = text.partition("<|channel|>")
-        channel = re.match(r"[^\s<]*", after)[0] if mark else None
+        first_word = re.match(r"[^\s<]*", after) if mark else None
+        channel = first_word[0] if first_word else None
         rest = before + after[len(channel or "") :]
         words = re.findall(r"[^ \t\n\r\f]+", rest.strip().replace(CONSTRAIN, f" {CONSTRAIN}"))
         if words[:1] == [ASSISTANT]:
@@ -303,15 +304,17 @@ class AnswerReader:
         self._part, self._framed, self._header = part, framed, None
 
     def _header_as_text(self) -> Iterator[Step]:
-        tokens = self._header
+        tokens = self._header or []
         self._begin(Part(), framed=False)
         for token in tokens:
             yield self._add(self._harmony.spelled(token), token)
 
     def _add(self, data: bytes, token: int | None) -> Step:
         """Adds the bytes of a token; None ends the part."""
-        if self._part is None:
-            self._begin(Part(), framed=False)
+        part = self._part
+        if part is None:
+            part = Part()
+            self._begin(part, framed=False)
         text = self._utf8.decode(data, final=token is None)
-        self._part.text += text
-        return self._part, text, token
+        part.text += text
+        return part, text, token

@@ -16,7 +16,7 @@ import pathlib
 import platform
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from gptoss_jax.config import require
 from gptoss_jax.config.base import listed, one_line
@@ -31,6 +31,7 @@ KINDS = (
 HF_SPEC = "hf:NAME:CONFIG:SPLIT"
 # In the path of a local folder, the datasets library takes these for a pattern or a chain of archives.
 UNREADABLE = ("*", "?", "[", "::", "\n")
+Item = TypeVar("Item")
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -81,7 +82,11 @@ def open_corpus(source: str) -> Corpus:
     if source == "stdlib":
         return _open_stdlib()
     kind, _, rest = source.partition(":")
-    readers = {"text": files.read_text, "jsonl": files.read_jsonl, "parquet": files.read_parquet}
+    readers: dict[str, Callable[..., Iterator[str | None]]] = {
+        "text": files.read_text,
+        "jsonl": files.read_jsonl,
+        "parquet": files.read_parquet,
+    }
     require(bool(rest) and (kind in readers or kind == "hf"), "data.source", source, f"must be {KINDS}")
     name, field = (rest, "text") if kind == "text" else _split_field(source, rest)
     if kind == "hf":
@@ -112,12 +117,12 @@ def stdlib_files() -> tuple[pathlib.Path, list[str], str]:
     """The folder of Python's standard library, its files without tests, sorted, and their fingerprint."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
-    paths = []
+    found: list[pathlib.Path] = []
     for folder, folders, names in os.walk(root):
         inside = pathlib.Path(folder).relative_to(root)
         folders[:] = [name for name in folders if name not in skipped and not name.startswith("config-")]
-        paths += [inside / n for n in names if n.endswith(".py") and not n.startswith("test_")]
-    paths = sorted(path.as_posix() for path in paths)
+        found += [inside / n for n in names if n.endswith(".py") and not n.startswith("test_")]
+    paths = sorted(path.as_posix() for path in found)
     # No times and no absolute paths: the same Python installed elsewhere is the same corpus.
     sizes = "\n".join(f"{path} {(root / path).stat().st_size}" for path in paths)
     return root, paths, f"stdlib of Python {platform.python_version()}\n{sizes}"
@@ -151,12 +156,12 @@ def _open_dataset(source: str, name: str, field: str) -> Corpus:
         builder = datasets.load_dataset_builder(name, config)
         splits = builder.as_streaming_dataset()
     except Exception as error:  # not found, unreachable, no such config, no files in a known format, …
-        problem, known = f"cannot be loaded ({one_line(error)})", []
+        problem, configs = f"cannot be loaded ({one_line(error)})", []
         with contextlib.suppress(Exception):
-            known = datasets.get_dataset_config_names(name)
-        if known and config not in known and (config or len(known) > 1):
+            configs = datasets.get_dataset_config_names(name)
+        if configs and config not in configs and (config or len(configs) > 1):
             missing = f"has no config {config!r}" if config else "needs a config"
-            problem = f"{missing}; it has {listed(known, SHOWN_NAMES)}: name one, as in {HF_SPEC}"
+            problem = f"{missing}; it has {listed(configs, SHOWN_NAMES)}: name one, as in {HF_SPEC}"
         raise ValueError(f"data.source is {source!r}: {problem}") from error
     if split_name is None:
         split_name = next(iter(splits)) if len(splits) == 1 else "train"
@@ -188,12 +193,14 @@ def _parse_dataset(source: str, name: str) -> tuple[str, str | None, str | None]
             for sign in UNREADABLE:
                 allowed = f"the datasets library cannot read a path that holds {sign!r}; rename the folder"
                 require(sign not in os.path.abspath(folder), "data.source", source, allowed)
+            name = os.fspath(folder)
             break
     else:
-        folder, count = words[0], 1
-    rest = [word or None for word in words[count:]]
+        name, count = words[0], 1
+    rest = words[count:]
     require(bool(words[0]) and len(rest) <= 2, "data.source", source, f"must be {HF_SPEC}#field")
-    return os.fspath(folder), *rest, *[None] * (2 - len(rest))
+    config, split_name = [*rest, "", ""][:2]
+    return name, config or None, split_name or None
 
 
 def split(
@@ -215,7 +222,7 @@ def split(
     """
     held_bytes, closed = 0, False
     # Look one document ahead, because the last one may have to be held out.
-    for index, (text, following) in enumerate(itertools.pairwise(itertools.chain(documents, (None,)))):
+    for index, (text, following) in enumerate(with_next(documents)):
         is_last = following is None
         if is_last and index == 0:
             allowed = "holds a single character: too little to hold some of it out for evaluation"
@@ -233,6 +240,12 @@ def split(
         else:
             closed = True
             yield from _cut(text, 1.0, max_bytes) if held_bytes == 0 else [(text, False)]
+
+
+def with_next(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]:
+    """Yields each item and the one after it, None after the last."""
+    end: Any = None
+    return itertools.pairwise(itertools.chain(items, (end,)))
 
 
 def is_picked(index: int, share: float) -> bool:

@@ -205,14 +205,14 @@ def special_names(model: tokenizers.Tokenizer, roles: Roles, named: NamedTokens)
     added = model.get_added_tokens_decoder().values()
     found = {token.content for token in added if token.special or MARKER.fullmatch(token.content)}
     found |= {name for name in named.special if model.token_to_id(name) is not None}
-    return {name for name in found | {roles.bos, roles.eos} if len(name) > 1}
+    return {name for name in found | {*filter(None, (roles.bos, roles.eos))} if len(name) > 1}
 
 
-def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Roles) -> None:
-    """Raises ValueError if bos or eos is missing, is not a token, or is a character of text."""
+def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Roles) -> tuple[str, str]:
+    """Returns bos and eos. Raises ValueError if one is missing, is not a token, or is a character of text."""
     added = sorted(model.get_added_tokens_decoder().values(), key=lambda token: not token.special)
     candidates = f"its special tokens: {listed((token.content for token in added), 12) or 'none'}"
-    if roles.bos is None:
+    if roles.bos is None or roles.eos is None:
         raise ValueError(
             f"data.tokenizer is {spec!r}: no token of {origin} is known to begin or end a document. Name one "
             "or both with file:PATH#bos=NAME,eos=NAME, or as bos_token and eos_token in "
@@ -223,3 +223,4 @@ def check_roles(spec: str, origin: str, model: tokenizers.Tokenizer, roles: Role
         require(known, "data.tokenizer", spec, f"{origin} has no token {name!r}; {candidates}")
         allowed = f"text needs {name!r}, so it cannot begin or end a document; {candidates}"
         require(len(name) > 1, "data.tokenizer", spec, allowed)
+    return roles.bos, roles.eos

@@ -45,7 +45,10 @@ def question_rows(root: pathlib.Path, paths: Iterable[str]) -> Iterator[dict[str
                 yield row
 
 
-def _rows_of(node: ast.AST, name: str) -> Iterator[dict[str, str]]:
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _rows_of(node: Documented, name: str) -> Iterator[dict[str, str]]:
     """Yields the rows of a module, class or function, and of what is in it."""
     about = _summary(ast.get_docstring(node) or "")
     if about:
@@ -57,7 +60,7 @@ def _rows_of(node: ast.AST, name: str) -> Iterator[dict[str, str]]:
             yield _row(SIGNATURES, name, f"`{signature}`")
         return
     for child in node.body:
-        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         if isinstance(child, kinds) and not child.name.startswith("_"):
             yield from _rows_of(child, f"{name}.{child.name}")
 

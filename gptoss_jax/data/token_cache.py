@@ -22,7 +22,7 @@ from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.chat_cache import FORMAT as CHAT_FORMAT
 from gptoss_jax.data.chat_cache import build_chat
-from gptoss_jax.data.chat_rows import is_chat_source, open_chat
+from gptoss_jax.data.chat_rows import ChatCorpus, is_chat_source, open_chat
 from gptoss_jax.data.sources import Corpus, Source, open_corpus, split
 from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer, token_dtype
 
@@ -74,9 +74,13 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
 
     Raises ValueError for a source or tokenizer that cannot be read, and a folder that cannot be written.
     """
-    is_chat = is_chat_source(config.source)
-    corpus = open_chat(config.source) if is_chat else open_corpus(config.source)
-    build = build_chat if is_chat else _build
+    corpus: ChatCorpus | Corpus
+    if is_chat_source(config.source):
+        corpus = open_chat(config.source)
+        build: Callable[..., None] = build_chat
+    else:
+        corpus = open_corpus(config.source)
+        build = _build
     root = user_path(config.cache_dir, "data.cache_dir")
     folder = root / _key(config, corpus)
     if not folder.exists():
@@ -156,8 +160,9 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.
     chunks = [list(_chunks(text)) for text in texts]
     encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(chunks))))
     for of_document in chunks:
-        ids = [[tokenizer.bos_id], *itertools.islice(encoded, len(of_document)), [tokenizer.eos_id]]
-        stored = np.concatenate(ids)
+        middle = itertools.islice(encoded, len(of_document))
+        ids: list[Any] = [[tokenizer.bos_id], *middle, [tokenizer.eos_id]]
+        stored: np.ndarray = np.concatenate(ids)
         top = int(stored.max())
         require(top < tokenizer.vocab_size, "token id", top, f"must be below {tokenizer.vocab_size}")
         yield stored
@@ -175,7 +180,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     )
     tokenizer.save(folder)
     lengths, flags, held_out_text, written = [], [], [], 0
-    skipped = collections.Counter()
+    skipped: collections.Counter[str] = collections.Counter()
     with open(folder / "tokens.bin", "wb") as file:
         for batch in group_documents(documents(skipped)):
             stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
@@ -190,9 +195,9 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     corpus.check_unchanged()
     if skipped["null"]:
         report(f"  {skipped['null']:,} records were skipped: their field is null")
-    lengths, flags = np.array(lengths, np.int64), np.array(flags, bool)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    np.savez(folder / "documents.npz", offsets=offsets, held_out=flags)
+    lengths_D, flags_D = np.array(lengths, np.int64), np.array(flags, bool)
+    offsets = np.concatenate([[0], np.cumsum(lengths_D)])
+    np.savez(folder / "documents.npz", offsets=offsets, held_out=flags_D)
     data = b"".join(held_out_text)
     meta = {
         "format": FORMAT,
@@ -202,8 +207,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         "documents": len(flags),
         "tokens": int(offsets[-1]),
         "null_records": skipped["null"],
-        "held_out_documents": int(flags.sum()),
-        "held_out_tokens": int(lengths[flags].sum()),
+        "held_out_documents": int(flags_D.sum()),
+        "held_out_tokens": int(lengths_D[flags_D].sum()),
         "held_out_bytes": len(data),
         "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
         "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),

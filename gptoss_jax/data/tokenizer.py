@@ -185,7 +185,8 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
         fits = rest.isdecimal() and int(rest) >= MIN_BPE_SIZE
         allowed = f"must be bpe:SIZE with a SIZE of {MIN_BPE_SIZE} or more"
         require(fits, "data.tokenizer", spec, allowed)
-        require(training_texts is not None, "data.tokenizer", spec, "needs text to be trained on")
+        if training_texts is None:
+            raise ValueError(f"data.tokenizer is {spec!r}: needs text to be trained on")
         return _from_json(spec, train_bpe(int(rest), training_texts()).encode(), spec)
     require(kind == "file" and bool(rest), "data.tokenizer", spec, f"must be {KINDS}")
     path, chosen = special.parse_file_spec(spec)
@@ -304,7 +305,7 @@ def _from_json(
         allowed = f"{origin} is not a tokenizer.json ({one_line(error)})"
         raise ValueError(f"data.tokenizer is {spec!r}: {allowed}") from None
     roles = special.find_roles(model, chosen, named)
-    special.check_roles(spec, origin, model, roles)
+    bos, eos = special.check_roles(spec, origin, model, roles)
     names = special.special_names(model, roles, named)
     marked = mark_special(content, model, names)
     if marked != content:
@@ -313,16 +314,17 @@ def _from_json(
     if special.find_roles(model, NO_ROLES, NOTHING_NAMED) != roles:
         files[NAME_FILE] = special.saved_spec(roles)
     encoder = text_encoder(content, model, names)
+    vocabulary = model.get_vocab(with_added_tokens=True)
 
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoded.ids for encoded in encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     return Tokenizer(
         name=spec,
-        vocab_size=1 + max(model.get_vocab(with_added_tokens=True).values()),
-        bos_id=model.token_to_id(roles.bos),
-        eos_id=model.token_to_id(roles.eos),
-        special_tokens={name: model.token_to_id(name) for name in names},
+        vocab_size=1 + max(vocabulary.values()),
+        bos_id=vocabulary[bos],
+        eos_id=vocabulary[eos],
+        special_tokens={name: vocabulary[name] for name in names},
         _encode=encode,
         _make_token_bytes=lambda: bytes_of_tokens(content, model, names),
         _make_json=lambda: content,

@@ -83,8 +83,8 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
     ids = {token: i for i, token in enumerate(tokens)}
     merges = []
     for token in tokens:
-        cuts = ((ids.get(token[:i]), ids.get(token[i:])) for i in range(1, len(token)))
-        pairs = sorted(cut for cut in cuts if None not in cut)
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = sorted((ids[left], ids[right]) for left, right in cuts if left in ids and right in ids)
         merges += [(written[left], written[right]) for left, right in pairs]
     model = tokenizers.Tokenizer(
         # As in tiktoken, a word that is a token is one, even if no merges lead to it.
@@ -95,7 +95,7 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
     model.pre_tokenizer = pre_tokenizers.Sequence([split, to_letters]) if words else to_letters
     model.post_processor = processors.ByteLevel(trim_offsets=False)
     model.decoder = decoders.ByteLevel()
-    model.add_special_tokens(sorted(special_tokens, key=special_tokens.get))
+    model.add_special_tokens(sorted(special_tokens, key=special_tokens.__getitem__))
     return model.to_str(pretty=True)
 
 
@@ -171,7 +171,7 @@ def _piece_decoder(values: dict[str, Any]) -> Callable[[str], bytes]:
 
     def byte_level(piece: str) -> bytes:
         known = all(letter in to_byte for letter in piece)
-        return bytes(map(to_byte.get, piece)) if known else piece.encode()
+        return bytes(map(to_byte.__getitem__, piece)) if known else piece.encode()
 
     def words(piece: str) -> bytes:
         inside = prefix is not None and piece.startswith(prefix)

@@ -43,7 +43,7 @@ def is_multi_device() -> bool:
     return jax.sharding.get_abstract_mesh().size > 1
 
 
-def _device_of_mesh():
+def _device_of_mesh() -> jax.sharding.AbstractDevice | None:
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh.abstract_device
 
@@ -52,10 +52,11 @@ def _device_of_mesh():
 def describe_device() -> str:
     """Returns one line with the default device and the versions of everything that compiles for it."""
     device = jax.local_devices()[0]
-    versions = f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version
+    versions = [f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version]
     with contextlib.suppress(OSError):
         # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  …"; CUDA's own version is jaxlib's.
         text = pathlib.Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-        versions += (f"driver {re.search(r'[0-9]+[.][0-9.]+', text)[0]}",) if device.platform == "gpu" else ()
+        if device.platform == "gpu" and (driver := re.search(r"[0-9]+[.][0-9.]+", text)):
+            versions.append(f"driver {driver[0]}")
     names = dict.fromkeys((device.platform, device.device_kind, *versions))  # "cpu" is all three on a CPU
     return " ".join(", ".join(names).split())

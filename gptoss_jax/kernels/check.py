@@ -89,11 +89,11 @@ def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
     except Exception as error:
         # A full memory says nothing about the kernel.
         return result("unchecked" if "RESOURCE_EXHAUSTED" in str(error) else "failed", _message(error))
-    error = max(map(_difference, found, expected))
-    if error <= tolerance:
-        return result("ok", error=error, milliseconds=ms)
-    detail = f"error {error:.1e}, at most {tolerance:.1e} is allowed"
-    return result("wrong", detail, error=error, milliseconds=ms)
+    largest = max(map(_difference, found, expected))
+    if largest <= tolerance:
+        return result("ok", error=largest, milliseconds=ms)
+    detail = f"error {largest:.1e}, at most {tolerance:.1e} is allowed"
+    return result("wrong", detail, error=largest, milliseconds=ms)
 
 
 def _message(error: Exception) -> str:
@@ -148,9 +148,13 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
 def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case]:
     B, T, N, K, H = 2, 200, 8, 2, HEAD_SIZE
     if backend == "gpu":
-        from gptoss_jax.kernels.attention.pallas_triton import triton_attention as attention
+        from gptoss_jax.kernels.attention import pallas_triton
+
+        attention: Callable[..., jax.Array] = pallas_triton.triton_attention
     else:
-        from gptoss_jax.kernels.attention.pallas_tpu import splash_attention as attention
+        from gptoss_jax.kernels.attention import pallas_tpu
+
+        attention = pallas_tpu.splash_attention
 
     def arrays() -> Arrays:
         # Two documents in each row.
@@ -162,10 +166,12 @@ def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case
     for variant, spec in (("full", AttentionSpec()), ("sliding", AttentionSpec(77))):
 
         def run(q, k, v, sinks, *where, spec=spec):
-            return attention(q, k, v, *where, spec, sinks_N=sinks, interpret=interpret)
+            segment_ids_BT, positions_BT = where
+            return attention(q, k, v, segment_ids_BT, positions_BT, spec, sinks_N=sinks, interpret=interpret)
 
         def plain(q, k, v, sinks, *where, spec=spec):
-            return blockwise_attention(q, k, v, *where, spec, sinks_N=sinks)
+            segment_ids_BT, positions_BT = where
+            return blockwise_attention(q, k, v, segment_ids_BT, positions_BT, spec, sinks_N=sinks)
 
         yield Case("attention", variant, dtype, arrays, run, plain, num_differentiable=4)
 
@@ -202,18 +208,22 @@ def _grouped_matmul_case(backend: str, dtype: str, interpret: bool) -> Case:
 def _mxfp4_matmul_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case]:
     E, D, F = 5, 192, 320
     if backend == "cpu":
-        matmul = cpu_mxfp4_matmul
+        matmul: Callable[..., jax.Array] = cpu_mxfp4_matmul
     elif backend == "tpu":
-        from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul as matmul
+        from gptoss_jax.kernels.mxfp4 import pallas_tpu
+
+        matmul = functools.partial(pallas_tpu.mosaic_mxfp4_matmul, interpret=interpret)
     else:
-        from gptoss_jax.kernels.mxfp4.pallas_triton import triton_mxfp4_matmul as matmul
-    matmul = functools.partial(matmul, interpret=interpret) if backend != "cpu" else matmul
+        from gptoss_jax.kernels.mxfp4 import pallas_triton
+
+        matmul = functools.partial(pallas_triton.triton_mxfp4_matmul, interpret=interpret)
     run = functools.partial(differentiable_matmul, matmul)
     plain = functools.partial(differentiable_matmul, xla_mxfp4_matmul)
 
     def arrays(factor: int) -> Arrays:
         (x_RD,) = _normal(3, dtype, (300 * factor, D))
-        return x_RD, *codec.quantize(*_normal(4, "float32", (E, F, D))), factor * _group_sizes()
+        (w_EFD,) = _normal(4, "float32", (E, F, D))
+        return x_RD, *codec.quantize(w_EFD), factor * _group_sizes()
 
     # On GPU many rows have other tiles.
     for variant, factor in (("few rows", 1), ("many rows", 4)) if backend == "gpu" else (("", 1),):
@@ -265,13 +275,12 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         experts_MX = jnp.array([[4, 0], [2, 4], [1, -1]], jnp.int32)
         weights_MX = jnp.full((M, X), 0.5, jnp.float32)
         gate_up, down = _normal(8, "float32", (2 * E, 2 * F, D), (2 * E, D, F))
+        inputs = x_MD, experts_MX, weights_MX, *biases
         if is_packed:
-            matrices = *codec.quantize(gate_up), *codec.quantize(down)
-        else:
-            # Packed rows alternate between gate and up; plain matrices keep them separate.
-            gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
-            matrices = gate_up, down.swapaxes(1, 2)
-        return x_MD, experts_MX, weights_MX, *biases, *matrices
+            return *inputs, *codec.quantize(gate_up), *codec.quantize(down)
+        # Packed rows alternate between gate and up; plain matrices keep them separate.
+        gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
+        return *inputs, gate_up, down.swapaxes(1, 2)
 
     def run(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         parts = ("_blocks", "_scales") if is_packed else ("",)
@@ -283,7 +292,8 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
 
     def plain(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         if is_packed:
-            gate_up, down = (codec.dequantize(*matrices[i : i + 2], jnp.float32) for i in (0, 2))
+            pairs = matrices[:2], matrices[2:]
+            gate_up, down = (codec.dequantize(blocks, scales, jnp.float32) for blocks, scales in pairs)
             gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
             matrices = gate_up, down.swapaxes(1, 2)
         gate_up, down = (matrix[E:][experts_MX] for matrix in matrices)

@@ -91,5 +91,5 @@ class RowTile(NamedTuple):
         x = jnp.where(self.mask, x, self._slice(x_RD))
         return lax.dynamic_update_slice_in_dim(x_RD, x, self.start, 0)
 
-    def _slice(self, x_RD):
+    def _slice(self, x_RD: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x_RD, self.start, self.mask.shape[0])

@@ -86,7 +86,8 @@ def turn_off(kernels: Iterable[str]) -> None:
 
 @functools.cache
 def _failed_here(platform: str) -> frozenset[str]:
-    began, results = time.monotonic(), []
+    began = time.monotonic()
+    results: list[Result] = []
 
     def announce(case: "Case") -> None:
         if not results:
@@ -134,7 +135,7 @@ def check_kernels(
             detail = f"its check ended an earlier process; remove {path} to run it again"
             report(check.Result(kernel, "", "", "failed", detail))
         for kernel in pending:
-            results = []
+            results: list[Result] = []
             _write(path, problems, running=kernel)
             try:
                 for case in check.cases(platform):
@@ -163,7 +164,7 @@ def _say(line: str) -> None:
 
 
 def _in_thread(function: Callable[[], Problems]) -> Problems:
-    done = concurrent.futures.Future()
+    done: concurrent.futures.Future[Problems] = concurrent.futures.Future()
 
     def run() -> None:
         try:

@@ -1,10 +1,18 @@
 """Shape assertions in the letters of the argument names, checked when a function is traced."""
 
+from typing import Protocol
+
 import chex
-import jax
 
 
-def assert_shapes(letters: str, *arrays: jax.Array | None) -> chex.Dimensions:
+class HasShape(Protocol):
+    """An array, abstract or not, or a `LayerView`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def assert_shapes(letters: str, *arrays: HasShape | None) -> chex.Dimensions:
     """Asserts the shapes of arrays, each letter one size in the whole call, and returns these sizes.
 
     Example: `dims = assert_shapes("BTNH BSKH BSKH N", q_BTNH, k_BSKH, v_BSKH, sinks_N)`, then `dims.T`.
@@ -15,7 +23,7 @@ def assert_shapes(letters: str, *arrays: jax.Array | None) -> chex.Dimensions:
 
     Raises AssertionError that names the letters, their sizes so far and the shape that does not fit them.
     """
-    sizes = {}
+    sizes: dict[str, int] = {}
     for axes, array in zip(letters.split(), arrays, strict=True):
         if array is None:
             continue

@@ -5,6 +5,7 @@ expert has its own pair. They are cast to the compute type where they are used.
 """
 
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,12 @@ from gptoss_jax.model.parameters import LETTERS, adapted_target, shape_of, zeros
 from gptoss_jax.parallel.linear import sharded_einsum
 
 SUFFIXES = "lora_a", "lora_b"
+
+
+class Adaptable(Protocol):
+    """A module with weights, their adapters and the model's config."""
+
+    config: ModelConfig
 
 
 def is_adapter(path: tuple[str, ...]) -> bool:
@@ -48,13 +55,11 @@ def scaling(config: ModelConfig, target: str) -> float:
     return 1.0 if config.lora is None else config.lora.scaling(config.lora_rank(target))
 
 
-def adapted_einsum(
-    module: nnx.Module, equation: str, x: jax.Array, names: tuple[str, ...]
-) -> list[jax.Array]:
+def adapted_einsum(module: Adaptable, equation: str, x: jax.Array, names: tuple[str, ...]) -> list[jax.Array]:
     """Returns `sharded_einsum` of `x` and the weights of a module, with their adapters.
 
     Args:
-      module: has the parameters, and the model's config as `config`.
+      module: has the parameters.
       equation: of `x` and each weight, such as "BTD,DNH->BTNH".
       names: of the weights.
     """
@@ -84,5 +89,6 @@ def adapter_counts(config: ModelConfig) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name in adapter_names(config):
         target, layers = adapted_target(name), 1 if name.startswith("head.") else config.num_hidden_layers
+        assert target is not None, name
         counts[target] = counts.get(target, 0) + layers * math.prod(shape_of(config, name))
     return counts

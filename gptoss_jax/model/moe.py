@@ -146,7 +146,7 @@ def expert_outputs(
     def adapter_inputs(name, x_RD):
         """`scaling x A`, or None; a sum over what this device has of the inputs."""
         a = parameters.get(f"{name}_lora_a")
-        return None if a is None else scalings[name] * grouped_matmul(x_RD, a, group_sizes_E)
+        return None if a is None else (scalings or {})[name] * grouped_matmul(x_RD, a, group_sizes_E)
 
     def add_adapter(name, y_RF, h_Rr):
         if h_Rr is None:
@@ -203,10 +203,12 @@ def swiglu_pair(swiglu: SwiGLU, gate_RF: jax.Array, up_RF: jax.Array) -> jax.Arr
     return swiglu(gate_RF, up_RF)
 
 
-def _swiglu_pair_bwd(swiglu, inputs, g_RF):
+def _swiglu_pair_bwd(
+    swiglu: SwiGLU, inputs: tuple[jax.Array, jax.Array], g_RF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     # Without the barrier XLA finds the same terms in the forward pass, and keeps them all from there.
     inputs, g_RF = jax.lax.optimization_barrier((inputs, g_RF))
-    return jax.vjp(swiglu, *inputs)[1](g_RF)
+    return jax.vjp(swiglu.__call__, *inputs)[1](g_RF)
 
 
 swiglu_pair.defvjp(lambda swiglu, *inputs: (swiglu(*inputs), inputs), _swiglu_pair_bwd)
@@ -218,11 +220,11 @@ def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
     return swiglu(*jnp.split(h_RF, 2, axis=-1))
 
 
-def _swiglu_halves_bwd(swiglu, h_RF, g_RF):
+def _swiglu_halves_bwd(swiglu: SwiGLU, h_RF: jax.Array, g_RF: jax.Array) -> tuple[jax.Array]:
     # As above, and before the split, which would be copied.
     h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
     halves = jnp.split(h_RF, 2, axis=-1)
-    d_gate, d_up = jax.vjp(swiglu, *halves)[1](g_RF)
+    d_gate, d_up = jax.vjp(swiglu.__call__, *halves)[1](g_RF)
     # Written in place, each half in one pass: XLA for CPU concatenates element by element.
     start = (0,) * h_RF.ndim
     d_h_RF = jax.lax.dynamic_update_slice(jnp.zeros_like(h_RF), d_gate, start)

@@ -8,7 +8,8 @@ R rows sorted by expert, C chunk. Packed in MXFP4: U = 2 F rows of gate and up, 
 g = D / 32 or f = F / 32 blocks of y = 16 bytes. Lower-case dimensions are never split.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,8 @@ LETTERS = {
 }
 # A predicate on the path of a parameter, such as ("blocks", "0", "moe", "router").
 IsTrainable = Callable[[tuple[str, ...]], bool]
+Path = Iterable[Any]  # keys of `jax.tree_util`, of any kind
+Module = TypeVar("Module", bound=nnx.Module)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -81,8 +84,9 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 def shape_of(config: ModelConfig, name: str) -> tuple[int, ...]:
     """Returns the shape of one layer's parameter, such as `attention.q`."""
     size, letters = sizes(config), LETTERS[name]
-    if "r" in letters:
-        size["r"] = config.lora_rank(adapted_target(name))
+    target = adapted_target(name)
+    if target is not None:
+        size["r"] = config.lora_rank(target)
     return tuple(size[letter] for letter in letters)
 
 
@@ -104,30 +108,30 @@ def zeros(config: ModelConfig, name: str) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape_of(config, name), jnp.float32))
 
 
-def path_names(path) -> tuple[str, ...]:
+def path_names(path: Path) -> tuple[str, ...]:
     """Returns the names along a path of `jax.tree_util`, without those of nnx Variables."""
     names = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
     return tuple(name for name in names if name != "value")
 
 
-def parameter_name(path) -> str:
+def parameter_name(path: Path) -> str:
     """Returns the name of the parameter at the end of a path, such as `attention.q`."""
     return ".".join(path_names(path)[-2:])
 
 
-def letters_of(path) -> str | None:
+def letters_of(path: Path) -> str | None:
     """Returns the letters of the parameter at the end of a path, also in an optimizer's state; None if it
     isn't a parameter."""
     return LETTERS.get(parameter_name(path))
 
 
-def is_matrix(path) -> bool:
+def is_matrix(path: Path) -> bool:
     """Returns True for a weight matrix, stacked or packed, and for those of adapters; False for a norm, bias
     or sink."""
     return bool(set("DUOr") & set(letters_of(path) or ""))
 
 
-def view_layer(block: nnx.Module, index: jax.Array) -> nnx.Module:
+def view_layer(block: Module, index: jax.Array) -> Module:
     """Returns layer `index` of a stacked block, with matrices as LayerViews, which are read in place."""
 
     def one(path, leaf):
@@ -137,7 +141,7 @@ def view_layer(block: nnx.Module, index: jax.Array) -> nnx.Module:
     return jax.tree_util.tree_map_with_path(one, block)
 
 
-def view_packed(layer: nnx.Module, block: nnx.Module, index: jax.Array) -> nnx.Module:
+def view_packed(layer: Module, block: Module, index: jax.Array) -> Module:
     """Returns a layer whose packed weights are views of the stacked block that it is layer `index` of."""
 
     def one(value, stack):
@@ -146,7 +150,7 @@ def view_packed(layer: nnx.Module, block: nnx.Module, index: jax.Array) -> nnx.M
     return jax.tree.map(one, layer, block)
 
 
-def parameter_shardings(tree, mesh: Mesh):
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """Returns the sharding of every leaf of a parameter tree or train state: an optimizer's state is split
     like its parameters, and everything else is replicated.
 
@@ -180,6 +184,6 @@ def merge_params(trainable: dict, frozen: dict) -> dict:
     return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen)) if frozen else trainable
 
 
-def tree_bytes(tree) -> int:
+def tree_bytes(tree: Any) -> int:
     """Returns the bytes of all arrays of a tree, abstract or real, summed over devices."""
     return sum(jnp.dtype(leaf.dtype).itemsize * leaf.size for leaf in jax.tree.leaves(tree))

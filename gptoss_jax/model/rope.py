@@ -12,9 +12,10 @@ from gptoss_jax.config import ModelConfig
 def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
     """Returns the indices between which YaRN transitions from unscaled to interpolated frequencies."""
     scaling = config.rope_scaling
+    assert scaling is not None, "model.rope_scaling is None"
+    length = scaling.original_max_position_embeddings
 
     def index_with(rotations: float) -> float:
-        length = scaling.original_max_position_embeddings
         return (
             config.head_dim / 2 * math.log(length / (rotations * 2 * math.pi)) / math.log(config.rope_theta)
         )

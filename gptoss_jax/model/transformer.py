@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,8 @@ from gptoss_jax.model.rope import rope_cos_sin
 from gptoss_jax.parallel.linear import LINEAR_OUTPUT, embedding_lookup, sharded_einsum
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
 from gptoss_jax.parallel.rules import HIDDEN_BTD, constrain
+
+RunBlock = Callable[..., tuple[jax.Array, LayerCacheView | None, RouterStats]]
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -51,7 +55,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = config.rms_norm_eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        assert_shapes("BTD D", x_BTD, self.scale)
+        assert_shapes("BTD D", x_BTD, self.scale[...])
         x = x_BTD.astype(jnp.float32)
         normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         return (normed * self.scale[...]).astype(x_BTD.dtype)
@@ -90,6 +94,10 @@ class Block(nnx.Module):
 
 class Embedding(nnx.Module):
     """One vector per token, [V, D]: the input embedding, and the head unless it is tied."""
+
+    # Of an adapted head.
+    lora_a: nnx.Param
+    lora_b: nnx.Param
 
     def __init__(self, config: ModelConfig, name: str, *, rngs: nnx.Rngs):
         self.weight = nnx.Param(normal(config, f"{name}.weight", rngs))
@@ -155,10 +163,11 @@ class Transformer(nnx.Module):
         """Returns the float32 logits, [B, T, V], for hidden states."""
         operands = self.head_operands(hidden_BTD)
         with jax.default_matmul_precision("highest"), selection.using(self.config.kernels):
-            return sum(
+            products = [
                 sharded_einsum(f"BT{axis},V{axis}->BTV", x, weight, result_type=jnp.float32)
                 for axis, x, weight in zip("Dr", *operands, strict=False)
-            )
+            ]
+            return sum(products[1:], start=products[0])
 
     def hidden_states(
         self,
@@ -200,7 +209,7 @@ class Transformer(nnx.Module):
         counts_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
         segments = Segments(segment_ids_BT, positions_BT, rope_cos_sin(config, positions_BT))
         blocks = tuple(self.blocks)
-        run_block = functools.partial(Block.__call__, capacity_factor=capacity_factor)
+        run_block: RunBlock = functools.partial(Block.__call__, capacity_factor=capacity_factor)
         if config.remat != "none":
             policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)}
             run_block = jax.checkpoint(run_block, policy=policies[config.remat])
@@ -217,7 +226,7 @@ class Transformer(nnx.Module):
                     block = view_layer(block, index)
                     layer_cache = LayerCacheView.of(stacks[i], index, cache.lengths, counts_B)
                 x_BTD, layer_cache, layer_stats = run_block(block, x_BTD, segments, layer_cache, layer_key)
-                stacks[i] = None if cache is None else layer_cache.stacks
+                stacks[i] = None if layer_cache is None else layer_cache.stacks
                 stats.append(layer_stats)
             return (x_BTD, stacks), jax.tree.map(lambda *values: jnp.stack(values), *stats)
 
@@ -230,7 +239,8 @@ class Transformer(nnx.Module):
             x_BTD = constrain(x_BTD, HIDDEN_BTD)
             repetitions = config.num_hidden_layers // len(blocks)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
-            carry = x_BTD, [None] * len(blocks) if cache is None else cache.layers
+            stacks: list[Any] = [None] * len(blocks) if cache is None else cache.layers
+            carry = x_BTD, stacks
             scanned = jnp.arange(repetitions, dtype=jnp.int32), blocks if cache is None else None, keys
             if repetitions > 1:
                 (x_BTD, stacks), stats = jax.lax.scan(one_period, carry, scanned)

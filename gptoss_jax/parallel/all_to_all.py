@@ -62,12 +62,13 @@ def transport(
       rows, devices, local_experts: R, n and L.
       max_expert_rows: maximum rows per expert; None without a limit.
     """
-    has_limit = max_expert_rows is not None
-    every = min(devices * rows, max_expert_rows * local_experts) if has_limit else devices * rows
+    every = devices * rows
+    if max_expert_rows is not None:
+        every = min(every, max_expert_rows * local_experts)
     even = {"ragged": rows, "padded": -(-rows // devices)}
     buffer = {name: -(-size * BUFFER_PERCENT[name] // 100) for name, size in even.items()}
     if has_ragged():
-        size = every if has_limit else min(every, max(buffer["ragged"], MIN_BUFFER_ROWS))
+        size = every if max_expert_rows is not None else min(every, max(buffer["ragged"], MIN_BUFFER_ROWS))
         return RaggedAllToAll(size, max_rounds=-(-every // size))
     size = min(rows, every, max(buffer["padded"], MIN_BUFFER_ROWS // devices))
     return PaddedAllToAll(size, max_rounds=-(-min(rows, every) // size))
@@ -226,6 +227,9 @@ class PaddedAllToAll:
             return gather_rows(y_CD, slot_of_row, row_of_slot)
 
         return Round(dispatch, combine, _sum(sizes_nL, 0))
+
+
+Transport = RaggedAllToAll | PaddedAllToAll
 
 
 def _in_slices(count: int, begins: jax.Array, sizes: jax.Array, others: jax.Array) -> jax.Array:

@@ -156,16 +156,20 @@ def _explicit_processes() -> dict[str, Any] | None:
     if count is None and index is None:
         return None
     index = "0" if count == "1" and index is None else index
+    numbers = []
     for name, value in ((COUNT, count), (INDEX, index)):
         require(value is not None, name, value, f"must be set with the others of {BY_HAND}")
-        require(value.isascii() and value.isdigit(), name, value, "must be a whole number")
-    require(int(count) > 0, COUNT, int(count), "must be above 0")
-    require(int(index) < int(count), INDEX, int(index), f"must be below {COUNT}, {count}")
+        text = value or ""
+        require(text.isascii() and text.isdigit(), name, value, "must be a whole number")
+        numbers.append(int(text))
+    num_processes, process_id = numbers
+    require(num_processes > 0, COUNT, num_processes, "must be above 0")
+    require(process_id < num_processes, INDEX, process_id, f"must be below {COUNT}, {count}")
     if count != "1":
         host, _, port = (address or "").rpartition(":")
-        is_valid = host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
+        is_valid = host != "" and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
         require(is_valid, ADDRESS, address, "must be HOST:PORT of process 0")
-    named = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+    named = {"coordinator_address": address, "num_processes": num_processes, "process_id": process_id}
     return named | {"cluster_detection_method": "deactivate"}
 
 
@@ -188,7 +192,7 @@ def _silence_output() -> None:
     sys.stdout.flush()
     with contextlib.suppress(OSError):  # not backed by a file
         stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
-        stdout.reconfigure(errors=sys.stdout.errors, line_buffering=sys.stdout.line_buffering)
+        stdout.reconfigure(errors=sys.stdout.errors, line_buffering=bool(sys.stdout.line_buffering))
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())
         os.close(devnull)

@@ -12,7 +12,7 @@ token; R = M X rows of one device; E experts; n devices along the expert axis.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,17 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax.kernels.layer_view import LayerView, cast, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel import all_to_all
-from gptoss_jax.parallel.linear import gather_parameter, gathered_dimensions, tensor_psum
+from gptoss_jax.parallel.all_to_all import Transport
+from gptoss_jax.parallel.linear import Weight, gather_parameter, gathered_dimensions, tensor_psum
 from gptoss_jax.parallel.mesh import current_axes
 from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
 
-Parameters = Mapping[str, jax.Array | LayerView]
+Carry = TypeVar("Carry")
+Parameters = Mapping[str, Weight]
 # (rows sorted by expert [R, D], parameters, rows of each expert [E]) -> [R, D], zero in rows past the groups.
 ExpertFunction = Callable[[jax.Array, Parameters, jax.Array], jax.Array]
+# Of the backward pass: x_RD, trained and frozen parameters, counts_nE, and the gradient of the first round.
+Residuals = tuple[jax.Array, dict[str, Weight], dict[str, Weight], jax.Array, Callable]
 
 
 class Routing(NamedTuple):
@@ -95,13 +99,18 @@ def apply_experts(
     if is_gathered:
         on_mesh = jax.checkpoint(on_mesh, policy=_saves_residual, prevent_cse=False)
     specs = {
-        name: LayerView(P(None, *stored[name]), P()) if isinstance(value, LayerView) else stored[name]
+        name: _view_spec(stored[name]) if isinstance(value, LayerView) else stored[name]
         for name, value in parameters.items()
     }
     y_MD, num_dropped = jax.shard_map(
         on_mesh, in_specs=(ROWS, ROWS, specs), out_specs=(ROWS, ROWS), check_vma=False
     )(x_MD, routing, dict(parameters))
     return y_MD, jnp.sum(num_dropped)
+
+
+def _view_spec(stored: P) -> LayerView:
+    """Returns how a LayerView is sharded: a view with specs instead of arrays."""
+    return LayerView(P(None, *stored), P())  # type: ignore[arg-type]
 
 
 def _cast(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
@@ -114,14 +123,22 @@ def _is_packed(value: jax.Array | LayerView) -> bool:
     return value.dtype == jnp.uint8
 
 
-def _saves_residual(primitive, *_, **__) -> bool:
+def _saves_residual(primitive: Any, *_: object, **__: object) -> bool:
     """Saves all residuals except gathered experts, also cast or reshaped: every device would hold the whole
     experts of all layers. The backward pass gathers them again, and reads them again from their stack."""
     names = ("all_gather", "convert_element_type", "reshape", "dynamic_slice", "squeeze")
     return primitive.name not in names
 
 
-def _one_device(expert_function, x_MD, routing, parameters, *, expert_devices, capacity_factor):
+def _one_device(
+    expert_function: ExpertFunction,
+    x_MD: jax.Array,
+    routing: Routing,
+    parameters: Parameters,
+    *,
+    expert_devices: int,
+    capacity_factor: float | None,
+) -> tuple[jax.Array, jax.Array]:
     """Runs on each device, inside `shard_map` on a mesh: sorts its rows by expert, sends them through their
     experts, and sums the results per token."""
     experts_MX, weights_MX = routing
@@ -155,7 +172,7 @@ def _one_device(expert_function, x_MD, routing, parameters, *, expert_devices, c
     return y_MD.astype(x_MD.dtype), num_dropped
 
 
-def _rank_in_expert(experts_R, E, expert_devices):
+def _rank_in_expert(experts_R: jax.Array, E: int, expert_devices: int) -> jax.Array:
     """Returns how many rows of the same expert precede each row, on this device and on earlier ones."""
     one_hot_RE = (experts_R[:, None] == jnp.arange(E, dtype=jnp.int32)).astype(jnp.int32)
     before_RE = jnp.cumsum(one_hot_RE, axis=0, dtype=jnp.int32) - one_hot_RE
@@ -166,7 +183,14 @@ def _rank_in_expert(experts_R, E, expert_devices):
     return jnp.sum(before_RE * one_hot_RE, axis=1, dtype=jnp.int32)
 
 
-def _round(x_RD, parameters, counts_nE, index, expert_function, transport):
+def _round(
+    x_RD: jax.Array,
+    parameters: Parameters,
+    counts_nE: jax.Array,
+    index: jax.Array | int,
+    expert_function: ExpertFunction,
+    transport: Transport,
+) -> jax.Array:
     """Runs round `index`: sends the rows that fit this round's buffers to their experts and brings the
     results back."""
     plan = transport.plan_round(counts_nE, x_RD.shape[0], index)
@@ -174,16 +198,30 @@ def _round(x_RD, parameters, counts_nE, index, expert_function, transport):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _on_expert_devices(x_RD, parameters, counts_nE, expert_function, transport):
+def _on_expert_devices(
+    x_RD: jax.Array,
+    parameters: Parameters,
+    counts_nE: jax.Array,
+    expert_function: ExpertFunction,
+    transport: Transport,
+) -> jax.Array:
     """Sends rows sorted by expert through the experts of all devices, in as many rounds as `transport` needs.
 
     The backward pass reuses the residuals of the first round, and recomputes further rounds, which are rare.
     """
-    return _rounds(x_RD, parameters, {}, counts_nE, expert_function, transport)[0]
+    return _rounds(x_RD, dict(parameters), {}, counts_nE, expert_function, transport)[0]
 
 
-def _rounds_forward(x_RD, parameters, counts_nE, expert_function, transport):
-    trained, frozen = {}, {}
+def _rounds_forward(
+    x_RD: Any,
+    parameters: Mapping[str, Any],
+    counts_nE: Any,
+    expert_function: ExpertFunction,
+    transport: Transport,
+) -> tuple[jax.Array, Residuals]:
+    """The arguments are `jax.custom_derivatives.CustomVJPPrimal`s."""
+    trained: dict[str, Weight] = {}
+    frozen: dict[str, Weight] = {}
     for name, primals in parameters.items():
         # A LayerView has two.
         is_trained = any(primal.perturbed for primal in jax.tree.leaves(primals))
@@ -193,7 +231,14 @@ def _rounds_forward(x_RD, parameters, counts_nE, expert_function, transport):
     return y_RD, (*arguments, pullback)
 
 
-def _rounds(x_RD, trained, frozen, counts_nE, expert_function, transport):
+def _rounds(
+    x_RD: jax.Array,
+    trained: dict[str, Weight],
+    frozen: dict[str, Weight],
+    counts_nE: jax.Array,
+    expert_function: ExpertFunction,
+    transport: Transport,
+) -> tuple[jax.Array, Callable]:
     """Returns the result, and the function of its gradient from that of the first round."""
 
     def one_round(x_RD, trained, index=0):
@@ -206,7 +251,9 @@ def _rounds(x_RD, trained, frozen, counts_nE, expert_function, transport):
     return y_RD, pullback
 
 
-def _rounds_backward(expert_function, transport, residuals, g_RD):
+def _rounds_backward(
+    expert_function: ExpertFunction, transport: Transport, residuals: Residuals, g_RD: jax.Array
+) -> tuple[jax.Array, dict[str, Any], None]:
     x_RD, trained, frozen, counts_nE, pullback = residuals
 
     def add_round(index, gradients):
@@ -223,7 +270,9 @@ def _rounds_backward(expert_function, transport, residuals, g_RD):
 _on_expert_devices.defvjp(_rounds_forward, _rounds_backward, symbolic_zeros=True)
 
 
-def _further_rounds(counts_nE, transport, body, carry):
+def _further_rounds(
+    counts_nE: jax.Array, transport: Transport, body: Callable[[jax.Array, Carry], Carry], carry: Carry
+) -> Carry:
     """Folds rounds 1, 2, … into the result of round 0, `carry`."""
     if transport.max_rounds == 1:
         return carry

@@ -6,6 +6,7 @@ loss, experts) or cannot (Pallas kernels), `shard_map` spells out what each devi
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,29 @@ from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, compute_spec, constrain,
 # The name by which rematerialization can keep the results of `sharded_einsum`.
 LINEAR_OUTPUT = "linear_output"
 
+Weight = jax.Array | LayerView
+Result = TypeVar("Result")
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+
+@overload
+def sharded_einsum(
+    equation: str, x: jax.Array, weights: Weight, result_type: Any = None, name: str | None = LINEAR_OUTPUT
+) -> jax.Array: ...
+@overload
 def sharded_einsum(
     equation: str,
     x: jax.Array,
-    weights: jax.Array | LayerView | Sequence[jax.Array | LayerView],
+    weights: Sequence[Weight],
+    result_type: Any = None,
+    name: str | None = LINEAR_OUTPUT,
+) -> list[jax.Array]: ...
+def sharded_einsum(
+    equation: str,
+    x: jax.Array,
+    weights: Weight | Sequence[Weight],
     result_type: jnp.dtype | None = None,
     name: str | None = LINEAR_OUTPUT,
-):
+) -> jax.Array | list[jax.Array]:
     """Computes `einsum(equation, x, weight)` for one weight or several, with weights that are sharded.
 
     The letters of the equation say how its arrays are sharded (`parallel/rules.py`): the batch axes split the
@@ -45,42 +60,54 @@ def sharded_einsum(
 
     Returns the result of each weight: a list for a sequence of weights, else one array.
     """
-    results, each = [], _as_list(weights)
+    if isinstance(weights, list | tuple):
+        return _sharded_einsums(equation, x, tuple(weights), result_type, name)
+    return _sharded_einsums(equation, x, (weights,), result_type, name)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _sharded_einsums(
+    equation: str, x: jax.Array, weights: tuple[Weight, ...], result_type: jnp.dtype | None, name: str | None
+) -> list[jax.Array]:
+    results: list[jax.Array] = []
     x_letters, letters, _ = equation.replace("->", ",").split(",")
-    for weight in each:
+    for weight in weights:
         assert_shapes(f"{x_letters} {letters}", x, weight)
     if decode.supports_einsum(equation, x, result_type):
-        if any(weight.dtype != x.dtype for weight in each):
+        if any(weight.dtype != x.dtype for weight in weights):
             # All of them, because the kernel reads the same layer of every stack.
-            each = [read(weight).astype(x.dtype) for weight in each]
-        results = decode.einsum(equation, x, [as_view(weight) for weight in each])
-    elif all(isinstance(weight, LayerView) for weight in each) and grouped.supports_einsum(
+            weights = tuple(read(weight).astype(x.dtype) for weight in weights)
+        results = decode.einsum(equation, x, [as_view(weight) for weight in weights])
+    elif all(isinstance(weight, LayerView) for weight in weights) and grouped.supports_einsum(
         equation, x, result_type
     ):
-        results = [grouped.einsum(equation, x, as_view(cast(weight, x.dtype))) for weight in each]
+        results = [grouped.einsum(equation, x, as_view(cast(weight, x.dtype))) for weight in weights]
     else:
         x_spec, y_spec = activation_specs(equation)
         x = constrain(x, x_spec)
-        for weight in each:
-            weight = gathered_weight(letters, read(weight), x.dtype)
-            y = jnp.einsum(equation, x, weight, precision="highest", preferred_element_type=result_type)
+        for weight in weights:
+            gathered = gathered_weight(letters, read(weight), x.dtype)
+            y = jnp.einsum(equation, x, gathered, precision="highest", preferred_element_type=result_type)
             results.append(constrain(y, y_spec))
-    return results if isinstance(weights, list | tuple) else results[0]
+    return results
 
 
-def _as_list(arrays) -> Sequence:
-    """Wraps a single array or view in a list; returns a sequence unchanged."""
-    return arrays if isinstance(arrays, list | tuple) else [arrays]
-
-
-def _einsum_forward(equation, x, weights, result_type, name):
-    results = sharded_einsum(equation, x, weights, result_type)
+def _einsum_forward(
+    equation: str, x: jax.Array, weights: tuple[Weight, ...], result_type: jnp.dtype | None, name: str | None
+) -> tuple[list[jax.Array], tuple[jax.Array, tuple[Weight, ...]]]:
+    results = _sharded_einsums(equation, x, weights, result_type, name)
     if name is not None:
-        results = jax.tree.map(lambda y: checkpoint_name(y, name), results)
+        results = [checkpoint_name(y, name) for y in results]
     return results, (x, weights)
 
 
-def _einsum_backward(equation, result_type, name, residuals, gradients):
+def _einsum_backward(
+    equation: str,
+    result_type: jnp.dtype | None,
+    name: str | None,
+    residuals: tuple[jax.Array, tuple[jax.Array, ...]],
+    gradients: list[jax.Array],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Gathers the weights again instead of keeping them. A weight's gradient is computed as x^T g: the other
     order makes XLA for CPU transpose g."""
     x, weights = residuals
@@ -93,18 +120,17 @@ def _einsum_backward(equation, result_type, name, residuals, gradients):
         return jnp.einsum(equation, a, b, precision="highest").astype(x.dtype)
 
     d_xs, d_weights = [], []
-    for weight, g in zip(_as_list(weights), _as_list(gradients), strict=True):
+    for weight, g in zip(weights, gradients, strict=True):
         d_weight = backward(f"{x_letters},{y_letters}->{letters}", x, g, g.dtype)
         stored = current_storage_spec(letters, weight.shape)
         d_weights.append(constrain(d_weight, stored).astype(weight.dtype))
         weight = gathered_weight(letters, weight, x.dtype)
         d_xs.append(backward(f"{y_letters},{letters}->{x_letters}", g, weight, g.dtype))
     d_x = constrain(functools.reduce(jnp.add, reversed(d_xs)), x_spec)
-    is_sequence = isinstance(weights, list | tuple)
-    return d_x, type(weights)(d_weights) if is_sequence else d_weights[0]
+    return d_x, tuple(d_weights)
 
 
-sharded_einsum.defvjp(_einsum_forward, _einsum_backward)
+_sharded_einsums.defvjp(_einsum_forward, _einsum_backward)
 
 
 def activation_specs(equation: str) -> tuple[P, P]:
@@ -145,8 +171,8 @@ def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         index_BT, is_local_BT = local_vocab_index(tokens_BT, weight_VD.shape[0])
         return tensor_psum(jnp.where(is_local_BT[..., None], weight_VD[index_BT], 0))
 
-    specs = {"in_specs": (stored, ROWS), "out_specs": ROWS}
-    return jax.shard_map(one_device, **specs, check_vma=False)(weight_VD, tokens_BT)
+    mapped = jax.shard_map(one_device, in_specs=(stored, ROWS), out_specs=ROWS, check_vma=False)
+    return mapped(weight_VD, tokens_BT)
 
 
 def local_vocab_index(tokens_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -205,7 +231,7 @@ def tensor_all_gather(y_RF: jax.Array) -> jax.Array:
     return jax.lax.all_gather(y_RF, "tensor", axis=1, tiled=True) if is_split else y_RF
 
 
-def shard_map_batch(function: Callable, *arrays: jax.Array):
+def shard_map_batch(function: Callable[..., Result], *arrays: jax.Array) -> Result:
     """Maps `function` over the batch axes: every device applies it to its local rows."""
     if not current_axes():
         return function(*arrays)

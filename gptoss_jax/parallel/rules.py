@@ -6,7 +6,8 @@ A lower-case letter is a dimension that is never split: a norm's scale ("d") or 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -80,11 +81,11 @@ def compute_spec(letters: str) -> P:
     return _spec([[axis for axis in STORAGE.get(letter, ()) if axis in COMPUTE] for letter in letters])
 
 
-def _spec(entries) -> P:
+def _spec(entries: Iterable[Sequence[str]]) -> P:
     return P(*(axes[0] if len(axes) == 1 else tuple(axes) or None for axes in entries))
 
 
-def spec_axes(entry) -> tuple[str, ...]:
+def spec_axes(entry: Any) -> tuple[str, ...]:
     """Returns the mesh axes that one entry of a PartitionSpec names."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 

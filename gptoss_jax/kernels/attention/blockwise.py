@@ -7,7 +7,7 @@ size; C tokens of a block, R = G * C query rows of one key/value head.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from gptoss_jax.kernels.attention.reference import (
 # for little masked work, which matters more in a sliding layer on CPU.
 BLOCK, WINDOW_BLOCK = 256, 64
 
+State = TypeVar("State", bound=tuple[jax.Array, ...])
+
 
 class _Inputs(NamedTuple):
     q: jax.Array  # [B, K, blocks, R, H], scaled
@@ -44,13 +46,16 @@ class _Inputs(NamedTuple):
     dropout_key: jax.Array | None
 
 
+_Residuals = tuple[_Inputs, jax.Array, jax.Array]  # inputs, output, log of the softmax denominator
+
+
 class _KeyBlock(NamedTuple):
     """Keys and values that are visible to some queries of a block."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
     mask_BCS: jax.Array
-    index: jax.Array  # of the pair of blocks, for dropout
+    pair: jax.Array  # the index of the pair of blocks, for dropout
     add: Callable  # (total_BKTH, x_BKSH) -> total_BKTH with x added at these keys
 
 
@@ -127,11 +132,11 @@ def update_softmax(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(spec, C, x):
+def _attention(spec: AttentionSpec, C: int, x: _Inputs) -> jax.Array:
     return _forward(spec, C, x)[0]
 
 
-def _forward(spec, C, x):
+def _forward(spec: AttentionSpec, C: int, x: _Inputs) -> tuple[jax.Array, _Residuals]:
     def one_block(i, carry):
         q_BKRH = _block_of(x.q, i)
 
@@ -148,7 +153,7 @@ def _forward(spec, C, x):
     return out, (x, out, lse)
 
 
-def _backward(spec, C, residuals, d_out):
+def _backward(spec: AttentionSpec, C: int, residuals: _Residuals, d_out: jax.Array) -> tuple[_Inputs]:
     x, out, lse = residuals
     delta = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1)
 
@@ -182,13 +187,21 @@ def _backward(spec, C, residuals, d_out):
         d_sinks = jnp.sum((weights * delta).reshape(B, K, blocks, -1, C), axis=(0, 2, 4))
         d_sinks_N = -d_sinks.reshape(-1).astype(x.sinks_N.dtype)
     dk_BKTH, dv_BKTH = dk_BKTH.astype(x.k_BKTH.dtype), dv_BKTH.astype(x.v_BKTH.dtype)
-    return (_Inputs(dq, dk_BKTH, dv_BKTH, None, None, None, d_sinks_N, None),)
+    none: Any = None  # integers have no gradient
+    return (_Inputs(dq, dk_BKTH, dv_BKTH, none, none, none, d_sinks_N, None),)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _over_keys(spec, C, x, i, step, state):
+def _over_keys(
+    spec: AttentionSpec,
+    C: int,
+    x: _Inputs,
+    i: jax.Array,
+    step: Callable[[_KeyBlock, State], State],
+    state: State,
+) -> State:
     """Folds `step(keys, state)` over the blocks of keys that queries of block i may see."""
     T = x.positions_BT.shape[1]
 
@@ -228,15 +241,17 @@ def _over_keys(spec, C, x, i, step, state):
     return lax.fori_loop(first_block, i + 1, one_block, state)
 
 
-def _block_of(x, i):
+def _block_of(x: jax.Array, i: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, i, axis=2, keepdims=False)
 
 
-def _scores(q_BKRH, keys):
+def _scores(q_BKRH: jax.Array, keys: _KeyBlock) -> jax.Array:
     return masked(einsum("BKRH,BKSH->BKRS", q_BKRH, keys.k_BKSH), keys.mask_BCS)
 
 
-def _drop(spec, dropout_key, keys, weights_BKRS):
+def _drop(
+    spec: AttentionSpec, dropout_key: jax.Array | None, keys: _KeyBlock, weights_BKRS: jax.Array
+) -> jax.Array:
     """Dropout of weights or their gradient; the same entries for the same pair of blocks."""
-    key = None if dropout_key is None else jax.random.fold_in(dropout_key, keys.index)
+    key = None if dropout_key is None else jax.random.fold_in(dropout_key, keys.pair)
     return drop(weights_BKRS, spec.dropout, key)

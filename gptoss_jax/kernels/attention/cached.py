@@ -8,6 +8,7 @@ Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, H
 
 import dataclasses
 import functools
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,9 @@ class LayerCacheView:
     counts_B: jax.Array  # int32, how many of a row's first new tokens are not padding
 
     @classmethod
-    def of(cls, stacks: dict[str, jax.Array], index, lengths_B, counts_B) -> "LayerCacheView":
+    def of(
+        cls, stacks: dict[str, jax.Array], index: jax.Array | int, lengths_B: jax.Array, counts_B: jax.Array
+    ) -> Self:
         """Views layer `index` of stacks of `keys` and `values`."""
         return cls(LayerView(stacks["keys"], index), LayerView(stacks["values"], index), lengths_B, counts_B)
 
@@ -117,7 +120,18 @@ def prefill_attention(
     return lax.map(lambda row: attend(row[0][0], *row[1:]), one_row)[:, 0]
 
 
-def _attend_rows(first_row, q_BTNH, k_BTKH, v_BTKH, lengths_B, counts_B, *, cache, spec, sinks_N):
+def _attend_rows(
+    first_row: jax.Array,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    lengths_B: jax.Array,
+    counts_B: jax.Array,
+    *,
+    cache: LayerCacheView,
+    spec: AttentionSpec,
+    sinks_N: jax.Array | None,
+) -> jax.Array:
     """`prefill_attention` for B sequences of the cache from `first_row` on."""
     sizes = assert_shapes("BTNH BTKH BTKH N B B", q_BTNH, k_BTKH, v_BTKH, sinks_N, lengths_B, counts_B)
     S = cache.keys.shape[2]

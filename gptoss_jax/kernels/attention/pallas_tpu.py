@@ -5,6 +5,7 @@ partition the kernels: on a mesh, call it in a `jax.shard_map`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,10 @@ class _Static(NamedTuple):
     window: int | None
     block: int
     interpret: bool
+
+
+# The gradient in q, k and v; the sinks; the output.
+_Residuals = tuple[Callable, jax.Array | None, jax.Array]
 
 
 def splash_attention(
@@ -81,9 +86,12 @@ def _block_size(length: int, window: int | None, dtype: jnp.dtype) -> int:
     return -(-length // (blocks * LANES)) * LANES
 
 
-def _kernel(static, segment_ids_T, sinks_G, G):
+def _kernel(
+    static: _Static, segment_ids_T: jax.Array, sinks_G: jax.Array | None, G: int
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """JAX's kernel as a function of q, k and v."""
-    (window, block, interpret), shape = static, segment_ids_T.shape * 2
+    window, block, interpret = static
+    shape = len(segment_ids_T), len(segment_ids_T)
     # LocalMask counts the keys to the left of the query's own.
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
     kernel = splash.make_splash_mqa_single_device(
@@ -97,7 +105,14 @@ def _kernel(static, segment_ids_T, sinks_G, G):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @without_x64
-def _attention(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
+def _attention(
+    static: _Static,
+    q_GTH: jax.Array,
+    k_TH: jax.Array,
+    v_TH: jax.Array,
+    segment_ids_T: jax.Array,
+    sinks_G: jax.Array | None,
+) -> jax.Array:
     """The query heads of one key/value head.
 
     JAX's own gradient of the sinks is in the dtype of q, from terms rounded to it, and its backward pass does
@@ -108,7 +123,14 @@ def _attention(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
 
 
 @without_x64
-def _forward(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
+def _forward(
+    static: _Static,
+    q_GTH: jax.Array,
+    k_TH: jax.Array,
+    v_TH: jax.Array,
+    segment_ids_T: jax.Array,
+    sinks_G: jax.Array | None,
+) -> tuple[jax.Array, _Residuals]:
     kernel = _kernel(static, segment_ids_T, sinks_G, len(q_GTH))
     with jax.default_matmul_precision(matmul_precision(q_GTH.dtype)):
         out_GTH, vjp = jax.vjp(kernel, q_GTH, k_TH, v_TH)
@@ -116,7 +138,9 @@ def _forward(static, q_GTH, k_TH, v_TH, segment_ids_T, sinks_G):
 
 
 @without_x64
-def _backward(static, residuals, d_out_GTH):
+def _backward(
+    static: _Static, residuals: _Residuals, d_out_GTH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
     vjp, sinks_G, out_GTH = residuals
     with jax.default_matmul_precision(matmul_precision(out_GTH.dtype)):
         dq_GTH, dk_TH, dv_TH = vjp(d_out_GTH)

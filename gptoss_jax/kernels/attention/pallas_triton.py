@@ -15,7 +15,8 @@ of base 2: `lse` is log2 of the softmax's denominator, the sink's share included
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from gptoss_jax.kernels.attention.reference import MASK_VALUE, AttentionSpec, is
 from gptoss_jax.kernels.backend import without_x64
 
 LOG2_E = math.log2(math.e)
+Carry = TypeVar("Carry")
+Span = slice | pl.Slice
 
 
 class Block(NamedTuple):
@@ -83,12 +86,14 @@ class _Arrays(NamedTuple):
     starts: jax.Array  # the index at which each token's segment starts
     lasts: jax.Array  # the index of the last query that may see each token
     sinks: jax.Array
-    d_out: jax.Array | None = None
-    lse: jax.Array | None = None
-    delta: jax.Array | None = None
+    # Only in the backward pass.
+    d_out: Any = None
+    lse: Any = None
+    delta: Any = None
 
 
-LETTERS = _Arrays("BTKGH", "BTKH", "BTKH", "BT", "BT", "BT", "KG", "BTKGH", "BKR", "BKR")
+Residuals = tuple[_Arrays, jax.Array, jax.Array]  # inputs, output, lse
+LETTERS = ("BTKGH", "BTKH", "BTKH", "BT", "BT", "BT", "KG", "BTKGH", "BKR", "BKR")
 
 
 def triton_attention(
@@ -127,7 +132,7 @@ def triton_attention(
     return _attention(static, arrays).reshape(q.shape)[:, :T, :, :H]
 
 
-def _bounds(segment_ids_BT, spec):
+def _bounds(segment_ids_BT: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """`starts` and `lasts` of `_Arrays`."""
     T = segment_ids_BT.shape[1]
     index_T = jnp.arange(T, dtype=jnp.int32)
@@ -141,7 +146,10 @@ def _bounds(segment_ids_BT, spec):
     return starts_BT, lasts_BT
 
 
-def _visible(spec, query, query_position, start, key, key_position):
+def _visible(
+    spec: AttentionSpec, query: jax.Array, query_position: jax.Array,
+    start: jax.Array, key: jax.Array, key_position: jax.Array,
+) -> jax.Array:  # fmt: skip
     """Applies the mask rule. If positions increase as they should, the condition on indices is redundant. If
     not, it excludes pairs that the loops of some kernels do not visit."""
     mask = (key <= query) & (key >= start)
@@ -151,24 +159,27 @@ def _visible(spec, query, query_position, start, key, key_position):
     return mask & is_near(query_position - key_position, key_position, spec)
 
 
-def _dot(a, b, a_axis, b_axis):
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     return lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())),
         precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
     )  # fmt: skip
 
 
-def _span(block, size):
+def _span(block: jax.Array, size: int) -> jax.Array:
     return block * size + lax.iota(jnp.int32, size)
 
 
-def _rows(block, size, G):
+def _rows(block: jax.Array, size: int, G: int) -> tuple[jax.Array, jax.Array, Span]:
     """Returns the query and head of each row in a block, and the slice of its rows."""
     row = _span(block, size)
     return lax.div(row, G), lax.rem(row, G), pl.ds(block * size, size)
 
 
-def _over_keys(static, refs, size, block, step, carry):
+def _over_keys(
+    static: _Static, refs: _Arrays, size: Block, block: jax.Array,
+    step: Callable[[Span, jax.Array, Carry], Carry], carry: Carry,
+) -> Carry:  # fmt: skip
     """Folds `step(keys, scores, carry)` over the blocks of keys that a block of rows may see.
 
     `keys` slices the references of keys and values; scores are masked, as exponents of base 2.
@@ -198,7 +209,7 @@ def _over_keys(static, refs, size, block, step, carry):
     return lax.fori_loop(low, high, one_block, carry)
 
 
-def _forward_kernel(static, refs, out_ref, lse_ref):
+def _forward_kernel(static: _Static, refs: _Arrays, out_ref: jax.Ref, lse_ref: jax.Ref) -> None:
     T, G, H = refs.q.shape
     size = static.blocks.forward
     block = T * G // size.rows - 1 - pl.program_id(0)  # the last rows first: they have the most keys
@@ -222,7 +233,7 @@ def _forward_kernel(static, refs, out_ref, lse_ref):
     lse_ref[rows] = largest + jnp.log2(total)
 
 
-def _d_queries_kernel(static, refs, dq_ref):
+def _d_queries_kernel(static: _Static, refs: _Arrays, dq_ref: jax.Ref) -> None:
     T, G, H = refs.q.shape
     size = static.blocks.d_queries
     block = T * G // size.rows - 1 - pl.program_id(0)
@@ -238,7 +249,7 @@ def _d_queries_kernel(static, refs, dq_ref):
     dq_ref[query, head] = (dq * static.scale).astype(dq_ref.dtype)
 
 
-def _d_keys_kernel(static, refs, dk_ref, dv_ref):
+def _d_keys_kernel(static: _Static, refs: _Arrays, dk_ref: jax.Ref, dv_ref: jax.Ref) -> None:
     G, H = refs.q.shape[1:]
     size, block = static.blocks.d_keys, pl.program_id(0)
     keys = pl.ds(block * size.keys, size.keys)
@@ -266,7 +277,10 @@ def _d_keys_kernel(static, refs, dk_ref, dv_ref):
     dv_ref[keys] = dv.astype(dv_ref.dtype)
 
 
-def _call(static, kernel, block, programs, arrays, outputs):
+def _call(
+    static: _Static, kernel: Callable[..., None], block: Block, programs: int,
+    arrays: _Arrays, outputs: list[tuple[str, Any]],
+) -> list[jax.Array]:  # fmt: skip
     """Runs `kernel` for each block (there are `programs`), key/value head and batch row.
 
     Args:
@@ -297,21 +311,21 @@ def _call(static, kernel, block, programs, arrays, outputs):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @without_x64
-def _attention(static, arrays):
+def _attention(static: _Static, arrays: _Arrays) -> jax.Array:
     return _forward(static, arrays)[0]
 
 
 @without_x64
-def _forward(static, arrays):
+def _forward(static: _Static, arrays: _Arrays) -> tuple[jax.Array, Residuals]:
     B, T, K, G, _ = arrays.q.shape
-    block, lse_BKR = static.blocks.forward, jax.ShapeDtypeStruct((B, K, T * G), jnp.float32)
-    outputs = [("BTKGH", arrays.q), ("BKR", lse_BKR)]
+    block = static.blocks.forward
+    outputs = [("BTKGH", arrays.q), ("BKR", jax.ShapeDtypeStruct((B, K, T * G), jnp.float32))]
     out_BTKGH, lse_BKR = _call(static, _forward_kernel, block, T * G // block.rows, arrays, outputs)
     return out_BTKGH, (arrays, out_BTKGH, lse_BKR)
 
 
 @without_x64
-def _backward(static, residuals, d_out_BTKGH):
+def _backward(static: _Static, residuals: Residuals, d_out_BTKGH: jax.Array) -> tuple[_Arrays]:
     arrays, out_BTKGH, lse_BKR = residuals
     B, T, K, G, _ = out_BTKGH.shape
     delta_BTKG = jnp.sum(d_out_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32), axis=-1)
@@ -323,7 +337,8 @@ def _backward(static, residuals, d_out_BTKGH):
     dk_BTKH, dv_BTKH = _call(static, _d_keys_kernel, block, T // block.keys, arrays, outputs)
     weights_BKTG = jnp.exp2(arrays.sinks[:, None] * LOG2_E - lse_BKR.reshape(B, K, T, G))
     d_sinks_KG = -jnp.sum(weights_BKTG * delta_BKR.reshape(B, K, T, G), axis=(0, 2))
-    return (_Arrays(dq_BTKGH, dk_BTKH, dv_BTKH, None, None, None, d_sinks_KG),)
+    none: Any = None  # integers have no gradient
+    return (_Arrays(dq_BTKGH, dk_BTKH, dv_BTKH, none, none, none, d_sinks_KG),)
 
 
 _attention.defvjp(_forward, _backward)

@@ -26,7 +26,7 @@ class AttentionSpec:
     sink_tokens: int = 0
     dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.window is None:
             object.__setattr__(self, "sink_tokens", 0)
 
@@ -53,7 +53,7 @@ def attention_mask(
 
     A key is visible if it is in the query's segment, at or before the query, and `is_near`.
     """
-    if key_segment_ids_BS is None:
+    if key_segment_ids_BS is None or key_positions_BS is None:
         key_segment_ids_BS, key_positions_BS = segment_ids_BT, positions_BT
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
     is_same_BTS = segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None]

@@ -5,7 +5,7 @@ If they do not apply, `parallel.linear`, `model.moe` and `kernels.attention` com
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import chex
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
-from gptoss_jax.kernels.layer_view import LayerView
+from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 
 # With more tokens, kernels that reuse what is in the cache for all tokens are faster.
 MAX_DECODE_TOKENS = 16
@@ -46,7 +46,7 @@ def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | Layer
     return is_view and is_supported(kernel, x_MD.shape[0], x_MD.dtype)
 
 
-def _call(name: str, *shapes: tuple[int, ...]):
+def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:
     results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.ffi.ffi_call(build.target(name), results, vmap_method="sequential")
 
@@ -95,12 +95,13 @@ def experts(
       swiglu: alpha, limit and up_offset of the activation.
     """
     is_mxfp4 = "down_blocks" in parameters
-    operands = []
+    operands: list[jax.Array | np.ndarray] = []
     for name in ("gate_up", "down"):
-        views = [parameters[name + part] for part in (("_blocks", "_scales") if is_mxfp4 else ("",))]
+        views = [as_view(parameters[name + part]) for part in (("_blocks", "_scales") if is_mxfp4 else ("",))]
         operands += [view.stack for view in views]
         # Biases keep the type they are stored in, which may be narrower.
-        operands.append(parameters.get(f"{name}_bias", _no_values()).astype(jnp.float32))
+        bias = parameters.get(f"{name}_bias")
+        operands.append(_no_values() if bias is None else read(bias).astype(jnp.float32))
     alpha, limit, up_offset = swiglu
     (y_MD,) = _call("DecodeExpertsMxfp4" if is_mxfp4 else "DecodeExperts", x_MD.shape)(
         x_MD,
@@ -124,8 +125,8 @@ def attention(
     Args:
       keys, values: [B, K, S, H] of one layer; query head n uses key/value head n // G.
     """
-    sinks_N = _no_values() if sinks_N is None else sinks_N.astype(jnp.float32)
-    operands = q_BNH, keys.stack, values.stack, jnp.int32(keys.index), seen_B.astype(jnp.int32), sinks_N
+    sinks = _no_values() if sinks_N is None else sinks_N.astype(jnp.float32)
+    operands = q_BNH, keys.stack, values.stack, jnp.int32(keys.index), seen_B.astype(jnp.int32), sinks
     return _call("DecodeAttention", q_BNH.shape)(*operands)[0]
 
 

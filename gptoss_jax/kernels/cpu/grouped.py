@@ -1,6 +1,7 @@
 """Grouped matmul on CPU in float32, dense and MXFP4: the kernels of `grouped_matmul.cc`."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +28,15 @@ def cpu_grouped_matmul(
 
 
 @jax.custom_vjp
-def _matmul(x_RD, w_EDF, bias_EF, group_sizes_E):
+def _matmul(x_RD: jax.Array, w_EDF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     w_EDF = as_matrices(w_EDF)
     call = _call("GroupedMatmul", (x_RD.shape[0], w_EDF.shape[2]))
     return call(x_RD, w_EDF, bias_EF, group_sizes_E, transposed=False)[0]
 
 
-def _backward(residuals, g_RF):
+def _backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array, jax.Array], g_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     x_RD, stored, bias_EF, group_sizes_E = residuals
     w_EDF = as_matrices(stored)
     no_bias = jnp.zeros((0, 0), jnp.float32)
@@ -87,5 +90,5 @@ def cpu_mxfp4_matmul(
     return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, transposed=transposed)[0]
 
 
-def _call(name: str, *shapes: tuple[int, ...]):
+def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:
     return jax.ffi.ffi_call(build.target(name), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])

@@ -31,6 +31,9 @@ TILE_WIDTH = 768
 WEIGHT_GRAD_TILE = (512, 1024, 1152)  # rows, input width, output width, at two bytes a value
 
 
+Residuals = tuple[jax.Array, jax.Array, jax.Array]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def megablox_grouped_matmul(
     x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, interpret: bool = False
@@ -43,12 +46,14 @@ def megablox_grouped_matmul(
     return _matmul(x_RD, as_matrices(w_EDF), group_sizes_E, False, interpret)
 
 
-def _forward(x_RD, w_EDF, group_sizes_E, interpret):
+def _forward(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, interpret: bool
+) -> tuple[jax.Array, Residuals]:
     y_RF = megablox_grouped_matmul(x_RD, w_EDF, group_sizes_E, interpret)
     return y_RF, (x_RD, w_EDF, group_sizes_E)
 
 
-def _backward(interpret, residuals, g_RF):
+def _backward(interpret: bool, residuals: Residuals, g_RF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_RD, w_EDF, group_sizes_E = residuals
     dx_RD = _matmul(g_RF, as_matrices(w_EDF), group_sizes_E, True, interpret)
     dw_EDF = _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret)
@@ -59,7 +64,9 @@ megablox_grouped_matmul.defvjp(_forward, _backward)
 
 
 @without_x64
-def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret):
+def _matmul(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, transposed: bool, interpret: bool
+) -> jax.Array:
     """[R, D] x [E, D, F] -> [R, F] or, transposed, [R, F] x [E, D, F] -> [R, D]."""
     rows, groups = x_RD.shape[0], w_EDF.shape[0]
     tiles = _tiles(rows // groups, x_RD.shape[1], w_EDF.shape[1 if transposed else 2], x_RD.dtype.itemsize)
@@ -76,13 +83,15 @@ def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret):
 
 
 @without_x64
-def _weight_grad(x_RD, g_RF, group_sizes_E, dtype, interpret):
+def _weight_grad(
+    x_RD: jax.Array, g_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype, interpret: bool
+) -> jax.Array:
     """The sum over each group's rows of x^T g, in float32, then cast: [E, D, F]."""
     if _has_few_outputs(x_RD.shape[1], g_RF.shape[1]):
         return _weight_grad(g_RF, x_RD, group_sizes_E, dtype, interpret).swapaxes(1, 2)
     row_tile, *widths = (size * 2 // x_RD.dtype.itemsize for size in WEIGHT_GRAD_TILE)
     row_tile = min(row_tile, _round_up(x_RD.shape[0], 16))
-    widths = (_even_parts(x.shape[1], w // LANES * LANES) for x, w in zip((x_RD, g_RF), widths, strict=True))
+    widths = [_even_parts(x.shape[1], w // LANES * LANES) for x, w in zip((x_RD, g_RF), widths, strict=True)]
     with jax.default_matmul_precision(matmul_precision(x_RD.dtype)):
         return tgmm(
             _pad_rows(x_RD, row_tile).T, _pad_rows(g_RF, row_tile), group_sizes_E, dtype,
@@ -121,5 +130,5 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _pad_rows(x_RD, multiple):
+def _pad_rows(x_RD: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x_RD, ((0, -x_RD.shape[0] % multiple), (0, 0)))

@@ -10,6 +10,7 @@ Letters as in api.py: R rows, E groups, D input width, F output width.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from jax.experimental.pallas import triton
 
 from gptoss_jax.kernels.backend import without_x64
 from gptoss_jax.kernels.group_tiles import as_matrices, group_bounds, make_group_metadata
+
+Residuals = tuple[jax.Array, jax.Array, jax.Array]
+Range = tuple[slice | pl.Slice, jax.Array]  # indices along an axis, and the mask of those that exist
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +64,16 @@ def triton_grouped_matmul(
     return _matmul(x_RD, as_matrices(w_EDF), group_sizes_E, False, interpret, blocks)
 
 
-def _forward(x_RD, w_EDF, group_sizes_E, interpret, blocks):
+def _forward(
+    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, interpret: bool, blocks: Blocks | None
+) -> tuple[jax.Array, Residuals]:
     y_RF = triton_grouped_matmul(x_RD, w_EDF, group_sizes_E, interpret, blocks)
     return y_RF, (x_RD, w_EDF, group_sizes_E)
 
 
-def _backward(interpret, blocks, residuals, g_RF):
+def _backward(
+    interpret: bool, blocks: Blocks | None, residuals: Residuals, g_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x_RD, w_EDF, group_sizes_E = residuals
     dx_RD = _matmul(g_RF, as_matrices(w_EDF), group_sizes_E, True, interpret, blocks)
     dw_EDF = _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret, blocks)
@@ -75,33 +83,40 @@ def _backward(interpret, blocks, residuals, g_RF):
 triton_grouped_matmul.defvjp(_forward, _backward)
 
 
-def _default_blocks(dtype, rows: int, groups: int) -> Blocks:
+def _default_blocks(dtype: jnp.dtype, rows: int, groups: int) -> Blocks:
     if dtype == jnp.float32:
         return FLOAT32
     return WIDE if rows >= NARROW.rows * groups else NARROW
 
 
-def _range(start, size, end):
+def _range(start: jax.Array | int, size: int, end: jax.Array | int) -> Range:
     """Indices start … start + size - 1 for a load or store, and the mask of those below `end`."""
     return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < end
 
 
-def _load(ref, rows, columns, matrix=()):
+def _load(ref: Any, rows: Range, columns: Range, matrix: tuple[jax.Array, ...] = ()) -> jax.Array:
     """Loads a tile of the matrix at index `matrix`, zeros outside of its rows and columns."""
     return triton.load(ref.at[(*matrix, rows[0], columns[0])], mask=_mask(rows, columns), other=0.0)
 
 
-def _mask(rows, columns):
+def _mask(rows: Range, columns: Range) -> jax.Array:
     return rows[1][:, None] & columns[1][None, :]
 
 
-def _dot(x, w):
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     # Float32 operands stay float32; narrower ones go to the tensor cores unchanged, with sums in float32.
     return triton.dot(x, w, precision=lax.Precision.HIGHEST)
 
 
 @without_x64
-def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret, blocks):
+def _matmul(
+    x_RD: jax.Array,
+    w_EDF: jax.Array,
+    group_sizes_E: jax.Array,
+    transposed: bool,
+    interpret: bool,
+    blocks: Blocks | None,
+) -> jax.Array:
     """[R, D] x [E, D, F] -> [R, F] or, transposed, [R, F] x [E, D, F] -> [R, D]."""
     rows, inner = x_RD.shape
     groups, columns = w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]
@@ -144,7 +159,14 @@ def _matmul(x_RD, w_EDF, group_sizes_E, transposed, interpret, blocks):
 
 
 @without_x64
-def _weight_grad(x_RD, g_RF, group_sizes_E, dtype, interpret, blocks):
+def _weight_grad(
+    x_RD: jax.Array,
+    g_RF: jax.Array,
+    group_sizes_E: jax.Array,
+    dtype: jnp.dtype,
+    interpret: bool,
+    blocks: Blocks | None,
+) -> jax.Array:
     """The sum over each group's rows of x^T g: [E, D, F]; zeros for a group without rows."""
     (rows, D), F, groups = x_RD.shape, g_RF.shape[1], group_sizes_E.shape[0]
     blocks = blocks or _default_blocks(x_RD.dtype, rows, 1)

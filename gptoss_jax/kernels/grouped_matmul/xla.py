@@ -1,12 +1,15 @@
 """Grouped matmul in plain XLA: a loop over tiles of rows, so work grows with R, not with E R."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from gptoss_jax.kernels.group_tiles import RowTile, as_matrices, make_group_metadata
+
+Carry = TypeVar("Carry", bound=jax.Array | tuple[jax.Array, ...])
 
 
 @jax.custom_vjp
@@ -20,7 +23,9 @@ def xla_grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Arr
     return _fold_tiles(add_tile, jnp.zeros((x_RD.shape[0], w_EDF.shape[2]), x_RD.dtype), group_sizes_E)
 
 
-def _backward(residuals, g_RF):
+def _backward(
+    residuals: tuple[jax.Array, jax.Array, jax.Array], g_RF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
     x_RD, stored, group_sizes_E = residuals
     w_EDF = as_matrices(stored)
 
@@ -40,11 +45,13 @@ def _backward(residuals, g_RF):
 xla_grouped_matmul.defvjp(lambda *arguments: (xla_grouped_matmul(*arguments), arguments), _backward)
 
 
-def _matmul(x, w):
+def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w, precision="highest")
 
 
-def _fold_tiles(step: Callable, carry, group_sizes_E: jax.Array):
+def _fold_tiles(
+    step: Callable[[RowTile, jax.Array, Carry], Carry], carry: Carry, group_sizes_E: jax.Array
+) -> Carry:
     """Folds `step(tile, group, carry)` over all tiles; the carry has arrays with a row for each row."""
     rows = jax.tree.leaves(carry)[0].shape[0]
     # Of half a group, so that few of them are mostly empty.

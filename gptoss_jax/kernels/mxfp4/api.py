@@ -79,11 +79,15 @@ def differentiable_matmul(
     return implementation(x_RD, blocks_EFGC, scales_EFG, group_sizes_E)
 
 
-def _forward(implementation, x_RD, *weights):
+def _forward(
+    implementation: Callable, x_RD: jax.Array, *weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     return implementation(x_RD, *weights), weights
 
 
-def _backward(implementation, weights, g_RF):
+def _backward(
+    implementation: Callable, weights: tuple[jax.Array, ...], g_RF: jax.Array
+) -> tuple[jax.Array, None, None, None]:
     return implementation(g_RF, *weights, transposed=True), None, None, None
 
 

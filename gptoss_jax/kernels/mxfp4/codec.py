@@ -7,6 +7,9 @@ bits of floats, exact at both ends of their range, however a backend treats subn
 the same code runs on the host.
 """
 
+from types import ModuleType
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +23,8 @@ NAN_SCALE = 255
 # Axes in memory on TPU, from major to minor, as pallas_tpu.py reads blocks [E, F, G, 16] and scales [E, F,
 # G]; further leading axes come first.
 TPU_LAYOUTS = {"blocks": (0, 2, 3, 1), "scales": (0, 2, 1)}
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -41,7 +46,7 @@ def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Ar
     return values.reshape(*scales.shape[:-1], BLOCK_SIZE * scales.shape[-1]).astype(dtype)
 
 
-def bfloat16_bits(blocks, scales, xp=jnp):
+def bfloat16_bits(blocks: Array, scales: Array, xp: ModuleType = jnp) -> tuple[Array, Array]:
     """Returns the values of the low and of the high nibbles as the bits of bfloat16, two uint16 arrays of the
     shape of `blocks`; `scales` must broadcast to it."""
     scale, byte = scales.astype(np.int16), blocks.astype(np.int16)
@@ -87,7 +92,9 @@ def kernel_values(blocks: jax.Array, power: jax.Array, one: jax.Array) -> list[j
     return values
 
 
-def quantize(values, axis=-1, xp=jnp, scales=None):
+def quantize(
+    values: Array, axis: int = -1, xp: ModuleType = jnp, scales: Array | None = None
+) -> tuple[Array, Array]:
     """Returns the nearest MXFP4 values, with the publisher's rule: the smallest scale that clips nothing,
     2^ceil(log2(largest / 6)), then round to nearest, ties to even.
 
@@ -118,11 +125,11 @@ def quantize(values, axis=-1, xp=jnp, scales=None):
         bound = _scaled_bits(tie, exponent, xp)
         code = code + (magnitude > bound if rounds_down else magnitude >= bound).astype(np.uint8)
     code = code | ((bits >> 28) & 8).astype(np.uint8)
-    before = (slice(None),) * (axis + 1)
+    before: tuple[slice, ...] = (slice(None),) * (axis + 1)
     return code[(*before, slice(0, None, 2))] | (code[(*before, slice(1, None, 2))] << 4), scales
 
 
-def _float32_bits(values, axis, xp):
+def _float32_bits(values: Array, axis: int, xp: ModuleType) -> Array:
     size = values.shape[axis]
     if size % BLOCK_SIZE:
         raise ValueError(f"axis {axis} has {size} values: must be a multiple of {BLOCK_SIZE}")
@@ -131,11 +138,11 @@ def _float32_bits(values, axis, xp):
     is_narrow = values.dtype == jnp.bfloat16
     values, kind = (values, np.int16) if is_narrow else (values.astype(np.float32), np.int32)
     values = values.reshape(shape)
-    bits = values.view(kind) if xp is np else jax.lax.bitcast_convert_type(values, kind)
+    bits: Any = values.view(kind) if xp is np else jax.lax.bitcast_convert_type(values, kind)
     return bits.astype(np.int32) << 16 if is_narrow else bits
 
 
-def _scaled_bits(value, exponent, xp):
+def _scaled_bits(value: float, exponent: Array, xp: ModuleType) -> Array:
     """Returns the float32 bits of value * 2^exponent, for a value of at most three significant bits."""
     bits = int(np.float32(value).view(np.int32))
     field = (bits >> 23) + exponent

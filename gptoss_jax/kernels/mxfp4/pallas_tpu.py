@@ -113,13 +113,21 @@ def mosaic_mxfp4_matmul(
     return zero_ungrouped(y_RF, group_sizes_E)
 
 
-def _kernel(tables, x_ref, weight_refs, y_ref, scratch_refs, transposed):
-    (tile_V, group_V, start_V, end_V), (w_ref, scale_ref) = tables, scratch_refs
+def _kernel(
+    tables: tuple[jax.Ref, ...],
+    x_ref: jax.Ref,
+    weight_refs: tuple[jax.Ref, jax.Ref],
+    y_ref: jax.Ref,
+    scratch_refs: tuple[jax.Ref, jax.Ref],
+    transposed: bool,
+) -> None:
+    (tile_V, group_V, start_V, end_V), (blocks_ref, scales_ref) = tables, weight_refs
+    w_ref, scale_ref = scratch_refs
     step = pl.program_id(1)
 
     @pl.when((step == 0) | (group_V[step] != group_V[jnp.maximum(step - 1, 0)]))
     def _():
-        _dequantize(*weight_refs, w_ref, scale_ref)
+        _dequantize(blocks_ref, scales_ref, w_ref, scale_ref)
 
     w_DF = pltpu.bitcast(w_ref[...], jnp.bfloat16).astype(x_ref.dtype)
     # Summed over D or, transposed, over F.
@@ -135,7 +143,7 @@ def _kernel(tables, x_ref, weight_refs, y_ref, scratch_refs, transposed):
     y_ref[...] = jnp.where(row_mask, y.astype(y_ref.dtype), y_ref[...])
 
 
-def _dequantize(blocks_ref, scales_ref, w_ref, scale_ref):
+def _dequantize(blocks_ref: jax.Ref, scales_ref: jax.Ref, w_ref: jax.Ref, scale_ref: jax.Ref) -> None:
     """Dequantizes a tile of one group's weights, D by F, two along D in a word."""
     scale_GF = scales_ref[...].astype(jnp.int32)
     is_extreme_GF = (scale_GF < LEAST_USUAL_SCALE) | (scale_GF > LARGEST_USUAL_SCALE)
@@ -165,7 +173,7 @@ def _dequantize(blocks_ref, scales_ref, w_ref, scale_ref):
         dequantize_blocks(_pairs)
 
 
-def _pairs(byte, scale):
+def _pairs(byte: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns the two values of each byte, as bfloat16 in a word: the low nibble's in the lower half."""
     values = codec.kernel_values(byte, *codec.kernel_scales(scale))
     low, high = (lax.bitcast_convert_type(value, jnp.int32) for value in values)
@@ -173,7 +181,7 @@ def _pairs(byte, scale):
     return lax.shift_right_logical(low, 16) | (high & -0x10000)
 
 
-def _usual_pairs(byte, offset):
+def _usual_pairs(byte: jax.Array, offset: jax.Array) -> jax.Array:
     """`_pairs` in integer arithmetic on both halves of a word at once, in two thirds of the time, for scales
     with which all values are finite and normal."""
     codes = byte | byte << 12

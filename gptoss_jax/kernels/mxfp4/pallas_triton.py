@@ -45,7 +45,7 @@ NARROW_FLOAT32 = Tiles(rows=16, outputs=32, inner=64, warps=4, stages=2)
 WIDE_FLOAT32 = Tiles(rows=64, outputs=64, inner=32, warps=8, stages=2)
 
 
-def _default_tiles(dtype, rows: int, transposed: bool) -> Tiles:
+def _default_tiles(dtype: jnp.dtype, rows: int, transposed: bool) -> Tiles:
     is_narrow = rows <= MAX_NARROW_ROWS
     if dtype == jnp.float32:
         return NARROW_FLOAT32 if is_narrow else WIDE_FLOAT32
@@ -54,7 +54,7 @@ def _default_tiles(dtype, rows: int, transposed: bool) -> Tiles:
     return WIDE
 
 
-def _range(start, size, end):
+def _range(start: jax.Array | int, size: int, end: jax.Array | int) -> tuple[slice | pl.Slice, jax.Array]:
     """Indices start … start + size - 1 for a load or store, and the mask of those below `end`."""
     return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < end
 
