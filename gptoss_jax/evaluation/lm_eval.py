@@ -5,7 +5,7 @@ Importing this needs lm_eval: pip install 'gptoss-jax[eval]'.
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class GptOss(TemplateLM):
         """The key under which lm_eval caches tokenized requests."""
         return f"gptoss_jax-{self._tokenizer.digest}"
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         tokens = self._tokenizer.encode(string)
         return tokens if add_special_tokens is False else [self.prefix_token_id, *tokens]
 
@@ -89,7 +89,7 @@ class GptOss(TemplateLM):
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
-        **kwargs,
+        **kwargs: object,
     ) -> list[tuple[float, bool]]:
         """Returns the log-probability of each continuation, and whether greedy decoding would produce it.
 
@@ -160,8 +160,8 @@ class GptOss(TemplateLM):
         text_stops = set(self._tokenizer.stop_ids) - set(self._stop_tokens)
         with tqdm(total=len(order), desc="Generating", disable=disable_tqdm or None) as progress:
             while order:
-                prompt, params = prepared[order[0]]
-                rows = self._batch_size or batch_rows(len(prompt) + params.max_new_tokens)
+                prompt, longest = prepared[order[0]]
+                rows = self._batch_size or batch_rows(len(prompt) + longest.max_new_tokens)
                 chosen, order = order[:rows], order[rows:]
                 prompts, params = zip(*(prepared[i] for i in chosen), strict=True)
                 completions = generate(self._model, prompts, params, tokenizer=self._tokenizer)
@@ -174,15 +174,18 @@ class GptOss(TemplateLM):
         return answers
 
     @property
-    def _stop_tokens(self) -> list[int]:
+    def _stop_tokens(self) -> tuple[int, ...]:
         """The stop tokens that are not text."""
         special, vocab_size = set(self._tokenizer.special_tokens.values()), self._tokenizer.vocab_size
-        return [token for token in self._tokenizer.stop_ids if token in special or token >= vocab_size]
+        ids = self._tokenizer.stop_ids
+        return tuple(token for token in ids if token in special or token >= vocab_size)
 
-    def _prepare(self, seed: int, context: str, kwargs: dict[str, Any]) -> tuple[list[int], SamplingParams]:
+    def _prepare(self, seed: int, context: str, settings: dict[str, Any]) -> tuple[list[int], SamplingParams]:
         """Converts a context and a task's generation_kwargs to a prompt and its sampling parameters."""
         # The default must leave room for the question in a small context.
-        kwargs = normalize_gen_kwargs(kwargs, min(DEFAULT_NEW_TOKENS, self.max_length // 2))
+        kwargs: Mapping[str, Any] = normalize_gen_kwargs(
+            settings, min(DEFAULT_NEW_TOKENS, self.max_length // 2)
+        )
         for name, value in kwargs.items():
             allowed = f"is not supported; known: {', '.join(GENERATION_KWARGS)}"
             require(name in GENERATION_KWARGS, f"generation_kwargs.{name}", value, allowed)
@@ -199,7 +202,7 @@ class GptOss(TemplateLM):
             min_p=kwargs.get("min_p"),
             seed=seed,
             stop_tokens=self._stop_tokens,
-            stop_strings=filter(None, kwargs["until"]),
+            stop_strings=tuple(filter(None, kwargs["until"])),
         )
 
 
@@ -236,7 +239,7 @@ def evaluate_tasks(
     return evaluate(model, loaded, limit=limit, log_samples=False)
 
 
-def _load_tasks(tasks: Sequence[str]) -> dict[str, Any]:
+def _load_tasks(tasks: Sequence[str]) -> Mapping[str, Any]:
     is_file = [name.endswith((".yaml", ".yml")) for name in tasks]
     tasks = [str(user_path(t, "task")) if file else t for t, file in zip(tasks, is_file, strict=True)]
     files = {name for name, file in zip(tasks, is_file, strict=True) if file}

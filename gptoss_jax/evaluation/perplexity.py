@@ -8,7 +8,6 @@ loss that training reports for the same text.
 
 import collections
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.config.base import ConfigBase
 from gptoss_jax.data.batches import BATCH_FIELDS, Batch
 from gptoss_jax.data.packing import pack
-from gptoss_jax.data.sources import Corpus
+from gptoss_jax.data.sources import Corpus, with_next
 from gptoss_jax.data.token_cache import encode_documents, group_documents
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.evaluation.logprobs import batch_rows
@@ -74,17 +73,17 @@ class TextSettings(ConfigBase):
             fits = self.stride <= self.context
             self._require(fits, "stride", f"must be at most the context, {self.context}")
 
-    def resolve(self, config: ModelConfig) -> "TextSettings":
+    def resolve(self, config: ModelConfig) -> "ResolvedTextSettings":
         """Fills in the defaults. Raises ValueError for a context that the model does not have."""
         limit = config.max_position_embeddings
         context = min(DEFAULT_CONTEXT, limit) if self.context is None else self.context
         allowed = f"must be at most the model's max_position_embeddings, {limit}"
         require(context <= limit, "context", context, allowed)
-        return dataclasses.replace(
-            self,
+        return ResolvedTextSettings(
             context=context,
             stride=self.stride or context // 2,
             batch_size=self.batch_size or batch_rows(context),
+            max_tokens=self.max_tokens,
         )
 
     def windows(self, num_targets: int) -> np.ndarray:
@@ -93,11 +92,22 @@ class TextSettings(ConfigBase):
         The last ones of a window are scored: all in the first window, afterwards those after the first
         context - stride, which the window before has scored.
         """
-        count = 1 + -(-max(num_targets - self.context, 0) // self.stride)
-        start = np.arange(count) * self.stride
-        length = np.minimum(self.context, num_targets - start)
-        scored = np.where(start > 0, length - (self.context - self.stride), length)
+        context, stride = self.context, self.stride
+        assert context is not None and stride is not None
+        count = 1 + -(-max(num_targets - context, 0) // stride)
+        start = np.arange(count) * stride
+        length = np.minimum(context, num_targets - start)
+        scored = np.where(start > 0, length - (context - stride), length)
         return np.stack([start, length, scored], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedTextSettings(TextSettings):
+    """Settings without defaults to fill in."""
+
+    context: int = DEFAULT_CONTEXT
+    stride: int = DEFAULT_CONTEXT // 2
+    batch_size: int = 1
 
 
 def evaluate_text(
@@ -116,21 +126,21 @@ def evaluate_text(
     and tokens outside the model's vocabulary.
     """
     config, params = model.config, get_params(model)
-    settings = settings.resolve(config)
+    resolved = settings.resolve(config)
     began, compile_seconds, eval_step = time.monotonic(), 0.0, None
     nats, done, documents, total, num_bytes = 0.0, 0, 0, 0, 0
-    skipped = collections.Counter()
-    groups = itertools.chain(_groups(tokenizer, corpus.documents(skipped), settings.max_tokens), (None,))
+    skipped: collections.Counter[str] = collections.Counter()
+    groups = _groups(tokenizer, corpus.documents(skipped), resolved.max_tokens)
     # One group ahead, to know the total before the last one.
-    for group, following in itertools.pairwise(groups):
+    for group, following in with_next(groups):
         documents += len(group)
         total += sum(len(tokens) - 1 for tokens, _ in group)
         num_bytes += sum(count for _, count in group)
         if eval_step is None:
             # A short text does not need a whole batch.
-            count = sum(len(settings.windows(len(tokens) - 1)) for tokens, _ in group)
-            settings = dataclasses.replace(settings, batch_size=min(settings.batch_size, count))
-        for batch in _batches([tokens for tokens, _ in group], settings):
+            count = sum(len(resolved.windows(len(tokens) - 1)) for tokens, _ in group)
+            resolved = dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))
+        for batch in _batches([tokens for tokens, _ in group], resolved):
             largest = int(batch["tokens"].max())
             allowed = f"must be below the model's vocab_size, {config.vocab_size}"
             require(largest < config.vocab_size, "token id", largest, allowed)
@@ -152,9 +162,9 @@ def evaluate_text(
         null_records=skipped["null"],
         tokens=done,
         bytes=num_bytes,
-        context=settings.context,
-        stride=settings.stride,
-        batch_size=settings.batch_size,
+        context=resolved.context,
+        stride=resolved.stride,
+        batch_size=resolved.batch_size,
         seconds=time.monotonic() - began - compile_seconds,
         compile_seconds=compile_seconds,
     )
@@ -180,7 +190,7 @@ def _groups(
         yield group
 
 
-def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[Batch]:
+def _batches(documents: list[np.ndarray], settings: ResolvedTextSettings) -> Iterator[Batch]:
     """Yields batches of windows; `loss_weights` is 1 for targets that are scored.
 
     Short windows share a row as separate segments.
@@ -195,7 +205,7 @@ def _batches(documents: list[np.ndarray], settings: TextSettings) -> Iterator[Ba
     rows = len(plan.row_offsets) - 1
     for first_row in range(0, rows, settings.batch_size):
         shape = settings.batch_size, settings.context
-        batch = {name: np.zeros(shape, dtype) for name, dtype in BATCH_FIELDS.items()}
+        batch: Batch = {name: np.zeros(shape, dtype) for name, dtype in BATCH_FIELDS.items()}
         for b, row in enumerate(range(first_row, min(first_row + settings.batch_size, rows))):
             end = 0
             segments = plan.document[plan.row_offsets[row] : plan.row_offsets[row + 1]]

@@ -149,7 +149,7 @@ class Engine:
         """
         tokens = self.check(prompt, params)
         matcher = None
-        if params.grammar is not None:
+        if params.grammar is not None and self._tokenizer is not None:
             matcher = GrammarMatcher(self._tokenizer, self.vocab_size, params.grammar)
         request = Request(tokens, params, cache_salt, self._tokenizer, matcher)
         self._waiting.append(request)
@@ -325,7 +325,7 @@ class Engine:
 
     def _keep_prefix(self, request: Request, slot: int) -> None:
         """Stores what a paused slot has read, for a prompt that repeats it, and lets it continue."""
-        if self._owners[slot] is request:
+        if self._owners[slot] is request and self.prefix_cache is not None and self._slots is not None:
             tokens = np.concatenate([request.prompt, np.array(request.tokens[:-1], np.int32)])
             self.prefix_cache.store(tokens, request.cache_salt, self._slots.cache, slot)
             self._continues_B[slot] = True

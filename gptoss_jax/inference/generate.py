@@ -81,7 +81,14 @@ def stream_one(engine: Engine, prompt: Sequence[int], params: SamplingParams) ->
     return parts()
 
 
-def _run(model, prompts, params, tokenizer, *, streaming: bool) -> Iterator[list[Completion]]:
+def _run(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    tokenizer: Tokenizer | None,
+    *,
+    streaming: bool,
+) -> Iterator[list[Completion]]:
     prompts = list(prompts)
     require(len(prompts) > 0, "prompts", prompts, "must hold at least one prompt")
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)

@@ -7,12 +7,16 @@ as `<|channel|>`, and never match text.
 
 import functools
 import types
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gptoss_jax.config import require
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.sampling import num_words
+
+if TYPE_CHECKING:
+    import llguidance
 
 # Of llguidance, on the work for a token and the states in memory; its own are about 20 ms and 500 MB.
 LIMITS = {"max_lexer_states": 100_000, "verbose_errors": False}
@@ -64,7 +68,7 @@ class GrammarMatcher:
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(tokenizer: Tokenizer, grammar: str):
+def _compile(tokenizer: Tokenizer, grammar: str) -> "llguidance.LLMatcher":
     limits = _llguidance().LLParserLimits(**LIMITS)
     matcher = _llguidance().LLMatcher(_llguidance_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
     if matcher.is_error():
@@ -78,7 +82,7 @@ def _compile(tokenizer: Tokenizer, grammar: str):
 
 
 @functools.lru_cache(maxsize=2)
-def _llguidance_tokenizer(tokenizer: Tokenizer):
+def _llguidance_tokenizer(tokenizer: Tokenizer) -> "llguidance.LLTokenizer":
     return _llguidance().LLTokenizer(_Vocabulary(tokenizer), eos_token=list(tokenizer.stop_ids))
 
 

@@ -60,13 +60,13 @@ class PromptRow:
     def prompt_logprobs(self, request: Request) -> Completion:
         """Returns the fields of a completion that describe the prompt."""
         chunks = [[np.asarray(x)[0, :count] for x in chunk] for count, chunk in self.logprobs]
-        logprobs, tokens, best = (
-            (np.concatenate([c[i] for c in chunks]) for i in range(3)) if chunks else ([],) * 3
-        )
-        top = None
-        if request.params.top_logprobs:
-            top = [None, *(top_pairs(tokens, best, request.params.top_logprobs) if chunks else [])]
-        of_tokens = [None, *(float(one) for one in logprobs)]
+        of_tokens: list[float | None] = [None]
+        top: list[list[tuple[int, float]] | None] | None = [None] if request.params.top_logprobs else None
+        if chunks:
+            logprobs, tokens, best = (np.concatenate([c[i] for c in chunks]) for i in range(3))
+            of_tokens += logprobs.tolist()
+            if top is not None:
+                top += top_pairs(tokens, best, request.params.top_logprobs)
         return Completion([], None, None, prompt_logprobs=of_tokens, prompt_top_logprobs=top)
 
 

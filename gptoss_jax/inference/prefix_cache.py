@@ -137,9 +137,11 @@ class PrefixCache:
 
     def _remove_oldest(self) -> None:
         node, salt = self._nodes.popitem(last=False)
-        node.parent.children.pop(node.key, None)
+        parent = node.parent
+        assert parent is not None  # roots are not in `_nodes`
+        parent.children.pop(node.key, None)
         self.num_bytes -= tree_bytes((node.full, node.rings))
-        if node.parent.parent is None and not node.parent.children:
+        if parent.parent is None and not parent.children:
             self._roots.pop(salt, None)
 
 
@@ -155,8 +157,8 @@ def _split(kinds: tuple[str, ...], layers: Arrays) -> tuple[Arrays, Arrays]:
 
 def _join(kinds: tuple[str, ...], full: Arrays, sliding: Arrays) -> Arrays:
     """The inverse of `_split`."""
-    full, sliding = iter(full), iter(sliding)
-    return [next(sliding if kind == SLIDING else full) for kind in kinds]
+    rest = {True: iter(sliding), False: iter(full)}
+    return [next(rest[kind == SLIDING]) for kind in kinds]
 
 
 @functools.partial(jax.jit, static_argnames="kinds")

@@ -40,6 +40,7 @@ class Request:
         self.of_prompt: Completion | None = None
         self._detokenizer = None
         if params.stop_strings:
+            assert tokenizer is not None, "stop strings need a tokenizer"
             self._detokenizer = StreamingDetokenizer(tokenizer, params.stop_strings)
 
     @property
@@ -74,8 +75,11 @@ class Request:
             logprobs = decoded.logprobs_BC[b, : len(tokens)].tolist()
             part = dataclasses.replace(part, logprobs=logprobs)
         if self.params.logprobs and self.params.top_logprobs:
-            best = (x[b, : len(tokens)] for x in (decoded.top_tokens_BCK, decoded.top_logprobs_BCK))
-            part = dataclasses.replace(part, top_logprobs=top_pairs(*best, self.params.top_logprobs))
+            tokens_TK, logprobs_TK = (
+                np.asarray(x)[b, : len(tokens)] for x in (decoded.top_tokens_BCK, decoded.top_logprobs_BCK)
+            )
+            best = top_pairs(tokens_TK, logprobs_TK, self.params.top_logprobs)
+            part = dataclasses.replace(part, top_logprobs=best)
         if self.of_prompt is not None and (tokens or self.is_done):
             of_prompt, self.of_prompt = self.of_prompt, None
             part = dataclasses.replace(
@@ -86,7 +90,9 @@ class Request:
         return part
 
     def _until_stop_string(self, tokens: list[int]) -> list[int]:
-        for i, token in enumerate(tokens if self._detokenizer else ()):
+        if self._detokenizer is None:
+            return tokens
+        for i, token in enumerate(tokens):
             self._detokenizer.feed([token])
             if self._detokenizer.stopped:
                 self.finish_reason = "stop"
@@ -122,7 +128,7 @@ def check_tokens(prompt: Sequence[int], params: SamplingParams, name: str, vocab
     is_known = tokens.dtype.kind in "iu" and (tokens >= 0) & (tokens < vocab_size)
     first = int(np.argmin(is_known))
     allowed = f"must be an integer from 0 to {vocab_size - 1}"
-    require(np.all(is_known), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
+    require(bool(np.all(is_known)), f"{name}[{first}]", tokens.tolist()[first], f"a token id {allowed}")
     stops, biased = params.stop_tokens, [token for token, _ in params.logit_bias]
     require(all(0 <= token < vocab_size for token in stops), "stop_tokens", stops, f"each {allowed}")
     require(all(token < vocab_size for token in biased), "logit_bias", biased, f"each token {allowed}")

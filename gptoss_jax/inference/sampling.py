@@ -25,6 +25,7 @@ from gptoss_jax.inference.sampling_params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROB
 MAX_TOP_K = np.iinfo(np.int32).max
 INFINITY_BITS = 0x7F800000
 
+Array = jax.Array | np.ndarray  # on the devices, or on the host
 T = TypeVar("T")
 
 
@@ -33,27 +34,27 @@ T = TypeVar("T")
 class SamplingSettings:
     """The fields of `SamplingParams` that decoding needs, as arrays with one row for each sequence."""
 
-    temperature: jax.Array  # float32 [B]
-    top_k: jax.Array  # int32 [B]
-    top_p: jax.Array  # float32 [B]
-    min_p: jax.Array  # float32 [B]
-    presence_penalty: jax.Array  # float32 [B]
-    frequency_penalty: jax.Array  # float32 [B]
-    bias_token_BJ: jax.Array  # int32, -1 where unused
-    bias_BJ: jax.Array  # float32
+    temperature: Array  # float32 [B]
+    top_k: Array  # int32 [B]
+    top_p: Array  # float32 [B]
+    min_p: Array  # float32 [B]
+    presence_penalty: Array  # float32 [B]
+    frequency_penalty: Array  # float32 [B]
+    bias_token_BJ: Array  # int32, -1 where unused
+    bias_BJ: Array  # float32
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams | None]) -> Self:
         """Returns the settings as NumPy arrays. None is a row without a sequence: greedy, without filters."""
-        params = [SamplingParams() if one is None else one for one in params]
+        rows = [SamplingParams() if one is None else one for one in params]
 
         def column(name, dtype, neutral=0):
-            values = [getattr(one, name) for one in params]
+            values = [getattr(one, name) for one in rows]
             return np.array([neutral if value is None else value for value in values], dtype)
 
-        bias_token_BJ = np.full((len(params), MAX_LOGIT_BIAS), -1, np.int32)
-        bias_BJ = np.zeros((len(params), MAX_LOGIT_BIAS), np.float32)
-        for b, one in enumerate(params):
+        bias_token_BJ = np.full((len(rows), MAX_LOGIT_BIAS), -1, np.int32)
+        bias_BJ = np.zeros((len(rows), MAX_LOGIT_BIAS), np.float32)
+        for b, one in enumerate(rows):
             for j, (token, bias) in enumerate(one.logit_bias):
                 bias_token_BJ[b, j], bias_BJ[b, j] = token, bias
         return cls(
@@ -75,7 +76,7 @@ class SamplingSettings:
         )
 
 
-def sequence_keys(seed_B: jax.Array) -> jax.Array:
+def sequence_keys(seed_B: Array) -> jax.Array:
     """Returns random keys [B], each from its sequence's seed (uint32)."""
     return jax.vmap(jax.random.key)(seed_B)
 
@@ -98,7 +99,7 @@ def num_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-def is_bit_set(bits_BU: jax.Array, token_B: jax.Array) -> jax.Array:
+def is_bit_set(bits_BU: Array, token_B: jax.Array) -> jax.Array:
     """Returns bool [B]: True where a row's token mask holds its token."""
     word_B = jnp.take_along_axis(bits_BU, token_B[:, None] // 32, axis=1)[:, 0]
     return (word_B >> (token_B % 32)) & 1 == 1
@@ -209,7 +210,7 @@ def token_logprobs(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
     return chosen_B - jax.nn.logsumexp(logits_BV, axis=1)
 
 
-def _if_any(is_wanted: jax.Array, step: Callable[[T], T], x: T) -> T:
+def _if_any(is_wanted: Array, step: Callable[[T], T], x: T) -> T:
     """Returns `step(x)` if an element of `is_wanted` is True, else `x`."""
     return jax.lax.cond(jnp.any(is_wanted), step, lambda x: x, x)
 
@@ -223,7 +224,7 @@ def _argmax(x_BV: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(is_max_BV, token_BV, V - 1), axis=1)
 
 
-def _keep_nearest(distance_BV: jax.Array, weight_BV: jax.Array, goal_B: jax.Array) -> jax.Array:
+def _keep_nearest(distance_BV: jax.Array, weight_BV: jax.Array, goal_B: Array) -> jax.Array:
     """Keeps the nearest tokens until their weights add up to `goal_B`; of equals, the lower ids. Others: inf.
 
     Bisection finds the distance of the last token kept, bit by bit: floats of at least 0 are ordered as their

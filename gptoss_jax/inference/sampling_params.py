@@ -53,8 +53,9 @@ class SamplingParams(ConfigBase):
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop_strings, str):
-            object.__setattr__(self, "stop_strings", (self.stop_strings,))
+        stop_strings: Any = self.stop_strings
+        if isinstance(stop_strings, str):
+            object.__setattr__(self, "stop_strings", (stop_strings,))
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _to_python(getattr(self, field.name)))
         super().__post_init__()
@@ -71,7 +72,9 @@ class SamplingParams(ConfigBase):
         for name in ("presence_penalty", "frequency_penalty"):
             self._require(-2 <= getattr(self, name) <= 2, name, "must be from -2 to 2")
         self._check_logit_bias()
-        self._require(self.grammar is None or self.grammar.strip(), "grammar", "must not be empty, or None")
+        self._require(
+            self.grammar is None or self.grammar.strip() != "", "grammar", "must not be empty, or None"
+        )
         allowed = f"must be from 0 to {MAX_TOP_LOGPROBS}"
         self._require(0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", allowed)
         has_logprobs = self.logprobs or self.prompt_logprobs

@@ -10,6 +10,7 @@ mask, C tokens of a decode call, K most likely tokens.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.inference.sampling import (
+    Array,
     SamplingSettings,
     adjust_logits,
     is_bit_set,
@@ -31,7 +33,7 @@ from gptoss_jax.inference.sampling import (
 )
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.kv_cache import KVCache, grow, init_cache
-from gptoss_jax.model.transformer import bind, compute_dtype
+from gptoss_jax.model.transformer import Transformer, bind, compute_dtype
 from gptoss_jax.parallel.rules import CACHE_LBKSH, ROWS, constrain
 
 # Most tokens of each slot that one decode call samples.
@@ -40,6 +42,7 @@ MAX_STEPS = 64
 NOT_RUN, STOPPED = -1, -2
 # Prompt tokens whose logits are in memory together.
 LOGPROB_CHUNK = 32
+ABSENT: Any = None  # a part of the state that a program handles apart from the rest
 ROW_LBKSH = P(None, None, *CACHE_LBKSH[2:])  # a row is not split over the batch axes
 
 
@@ -62,12 +65,12 @@ class Slots:
 class SlotRequest:
     """The settings of each slot's request, arrays with one row for each."""
 
-    max_new_tokens: jax.Array  # int32 [B]
-    seed: jax.Array  # uint32 [B]
-    stop_mask: jax.Array  # int32 [B, U], the stop tokens
-    pause_token: jax.Array  # int32 [B], after which the slot pauses; -1 for none
-    has_logprobs: jax.Array  # bool [B]
-    has_top_logprobs: jax.Array  # bool [B]
+    max_new_tokens: Array  # int32 [B]
+    seed: Array  # uint32 [B]
+    stop_mask: Array  # int32 [B, U], the stop tokens
+    pause_token: Array  # int32 [B], after which the slot pauses; -1 for none
+    has_logprobs: Array  # bool [B]
+    has_top_logprobs: Array  # bool [B]
     sampling: SamplingSettings
 
     @classmethod
@@ -92,21 +95,22 @@ class SlotRequest:
 class Decoded:
     """The results of a decode call."""
 
-    tokens_BC: jax.Array  # int32; NOT_RUN or STOPPED - token from the end of an answer on
-    logprobs_BC: jax.Array  # float32; meaningless for slots that did not ask for them, as are the next two
-    top_tokens_BCK: jax.Array  # int32
-    top_logprobs_BCK: jax.Array  # float32
+    tokens_BC: Array  # int32; NOT_RUN or STOPPED - token from the end of an answer on
+    logprobs_BC: Array  # float32; meaningless for slots that did not ask for them, as are the next two
+    top_tokens_BCK: Array  # int32
+    top_logprobs_BCK: Array  # float32
 
 
-def _constrain_cache(cache: KVCache, spec: P = CACHE_LBKSH) -> KVCache:
+def _constrain_cache(cache: KVCache | None, spec: P = CACHE_LBKSH) -> KVCache:
     """Gives a cache the same sharding after every program; another one would recompile the next."""
+    assert cache is not None  # None is only returned for None
     layers = jax.tree.map(lambda leaf: constrain(leaf, spec), cache.layers)
     return KVCache(layers, constrain(cache.lengths, ROWS if spec == CACHE_LBKSH else P()))
 
 
 def _constrain_slots(slots: Slots) -> Slots:
     # The rest is small, and read by the host's programs and by all devices.
-    rest = dataclasses.replace(slots, cache=None)
+    rest = dataclasses.replace(slots, cache=ABSENT)
     rest = jax.tree.map(lambda leaf: constrain(leaf, P()), rest)
     return dataclasses.replace(rest, cache=_constrain_cache(slots.cache))
 
@@ -178,7 +182,7 @@ def prefill(
     cache = _constrain_cache(KVCache(layers, pad(jnp.concatenate([row.lengths for row in rows]))))
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None]).astype(jnp.int32)
     model = bind(config, params)
-    hidden_BTD, cache, _ = model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)
+    hidden_BTD, read, _ = model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)
     rows = [
         _constrain_cache(
             KVCache(
@@ -197,7 +201,9 @@ def _pad_rows(leaf_LBKSH: jax.Array, batch: int) -> jax.Array:
     return jnp.pad(leaf_LBKSH, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0))) if missing else leaf_LBKSH
 
 
-def _prompt_logprobs(model, hidden_BTD, targets_BT):
+def _prompt_logprobs(
+    model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the log-probabilities of the targets and of the most likely tokens, with the logits of few
     positions at a time."""
     B, T, _ = hidden_BTD.shape
@@ -304,7 +310,7 @@ def decode(
             counts_BV=slots.counts_BV.at[jnp.arange(B, dtype=jnp.int32), token_B].add(
                 is_added_B.astype(jnp.int32)
             ),
-            requests=None,
+            requests=ABSENT,
         )
         logprobs_B = lax.cond(
             jnp.any(running_B & requests.has_logprobs),
@@ -326,7 +332,7 @@ def decode(
     decoded = Decoded(
         jnp.full((B, MAX_STEPS), NOT_RUN, jnp.int32), jnp.zeros((B, MAX_STEPS), jnp.float32), *none_BCK
     )
-    carry = jnp.int32(0), dataclasses.replace(slots, requests=None), decoded
+    carry = jnp.int32(0), dataclasses.replace(slots, requests=ABSENT), decoded
     _, slots, decoded = lax.while_loop(is_running, one_step, carry)
     slots = _constrain_slots(dataclasses.replace(slots, requests=requests))
     # Every process of a mesh reads all answers.
@@ -337,9 +343,7 @@ def to_host(decoded: Decoded, has_logprobs: bool, has_top_logprobs: bool) -> Dec
     """Returns the results as NumPy arrays, those of log-probabilities only if they are needed."""
     return Decoded(
         np.asarray(decoded.tokens_BC),
-        np.asarray(decoded.logprobs_BC) if has_logprobs else None,
-        *(
-            np.asarray(x) if has_top_logprobs else None
-            for x in (decoded.top_tokens_BCK, decoded.top_logprobs_BCK)
-        ),
+        np.asarray(decoded.logprobs_BC) if has_logprobs else ABSENT,
+        np.asarray(decoded.top_tokens_BCK) if has_top_logprobs else ABSENT,
+        np.asarray(decoded.top_logprobs_BCK) if has_top_logprobs else ABSENT,
     )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.layer_view import LayerView
@@ -150,7 +150,7 @@ def view_packed(layer: Module, block: Module, index: jax.Array) -> Module:
     return jax.tree.map(one, layer, block)
 
 
-def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns the sharding of every leaf of a parameter tree or train state: an optimizer's state is split
     like its parameters, and everything else is replicated.
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from gptoss_jax.config import MeshConfig, TrainConfig
 from gptoss_jax.hardware import GIB, parse_topology
@@ -146,9 +147,9 @@ def _compile(config: TrainConfig, topology: str) -> dict:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return {"seconds": time.monotonic() - began, **read_refusal(str(error))}
-    memory = program.memory_analysis()
+    memory: Any = program.memory_analysis()
     try:
-        collectives = _sum_collectives(program.as_text(), mesh.shape)
+        collectives = _sum_collectives(program.as_text() or "", mesh.shape)
     except jax.errors.JaxRuntimeError:
         collectives = None  # a libtpu that is newer than jaxlib writes instructions that jaxlib cannot read
     return {

@@ -1,6 +1,7 @@
 """A picture of the architecture that a config describes: its blocks, attention heads and experts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -45,12 +46,14 @@ def draw_architecture(config: ModelConfig, title: str = "gpt-oss") -> Figure:
     return figure
 
 
-def _text(axes: Axes, x: float, y: float, text: str, size: float = 9, color: str = TEXT, **options) -> None:
+def _text(
+    axes: Axes, x: float, y: float, text: str, size: float = 9, color: str = TEXT, **options: Any
+) -> None:
     axes.text(x, y, text, fontsize=size, color=color, **{"ha": "center", "va": "center"} | options)
 
 
 def _box(
-    axes: Axes, place: tuple[float, float, float, float], text: str = "", color: str = GRAY, **options
+    axes: Axes, place: tuple[float, float, float, float], text: str = "", color: str = GRAY, **options: Any
 ) -> None:
     """Draws a rounded box; `place` is left, bottom, width and height."""
     x, y, width, height = place
@@ -129,7 +132,14 @@ def _panel(axes: Axes, bottom: float, height: float, title: str, color: str, sou
     _text(axes, 100, bottom + height - 3.2, title, size=10.5, weight="bold", ha="left")
 
 
-def _squares(axes: Axes, lefts: Sequence[float], y: float, size: tuple[float, float], color, edge="white"):
+def _squares(
+    axes: Axes,
+    lefts: Iterable[float],
+    y: float,
+    size: tuple[float, float],
+    color: str,
+    edge: str = "white",
+) -> None:
     for x in lefts:
         axes.add_patch(Rectangle((x, y), *size, facecolor=color, edgecolor=edge, linewidth=0.5))
 

@@ -166,12 +166,17 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+Computations = dict[str, list[_Instruction]]
+
+
+def _computations(text: str) -> tuple[Computations, str]:
     """Returns the instructions of each computation, and the name of the entry computation."""
     # A long head of a computation is broken into several lines.
     head = re.compile(r"^(?:ENTRY )?%?[\w.\-]+ \(.*?\{$", re.MULTILINE | re.DOTALL)
     text = head.sub(lambda match: " ".join(match[0].split()), text)
-    computations, entry, lines = {}, "", []
+    computations: Computations = {}
+    lines: list[_Instruction] = []
+    entry = ""
     for line in text.splitlines():
         if start := _COMPUTATION.match(line):
             lines = computations[start[2]] = []
@@ -181,7 +186,7 @@ def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry or next(reversed(computations), "")
 
 
-def _executions(computations, entry: str) -> Iterator[tuple[str, int, bool]]:
+def _executions(computations: Computations, entry: str) -> Iterator[tuple[str, int, bool]]:
     """Yields (computation, executions, whether the trip counts of the loops around it are known), callers
     first."""
     waiting = [(entry, 1, True)]
@@ -200,7 +205,7 @@ def _executions(computations, entry: str) -> Iterator[tuple[str, int, bool]]:
             waiting += [(callee, times * (trips or 1), known and trips is not None) for callee in called]
 
 
-def _trip_count(computations, loop: str) -> int | None:
+def _trip_count(computations: Computations, loop: str) -> int | None:
     """Returns how often a loop's body runs: as noted by the compiler, or the constant that the loop's counter
     must stay below. Counters of `jax.lax.scan` and `fori_loop` start at 0 and increase by one."""
     if noted := _TRIP_COUNT.search(loop):

@@ -142,7 +142,8 @@ def weight_bytes(engine: _Engine) -> tuple[collections.Counter, int]:
 
     tree = jax.tree_util.tree_map_with_path(typed, abstract_params(model))
     shardings = jax.tree.leaves(parameter_shardings(tree, mesh))
-    stored, gathered = collections.Counter(), 0
+    stored: collections.Counter[str] = collections.Counter()
+    gathered = 0
     for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
         size, axes = local_bytes(leaf, sharding), gathered_axes(path, sharding)
         stored[parameter_name(path)] += size
@@ -154,7 +155,8 @@ def weight_bytes(engine: _Engine) -> tuple[collections.Counter, int]:
 
 def row_bytes(engine: _Engine, cache_len: int) -> int:
     """Returns the bytes of the keys and values of one sequence, which only the tensor axis splits."""
-    cache = jax.eval_shape(lambda: init_cache(engine.model, 1, cache_len, engine.model.compute_dtype))
+    dtype = jnp.dtype(engine.model.compute_dtype)
+    cache = jax.eval_shape(lambda: init_cache(engine.model, 1, cache_len, dtype))
     return tree_bytes(cache.layers) // engine.mesh["tensor"]
 
 

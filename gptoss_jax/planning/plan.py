@@ -44,7 +44,7 @@ class Plan:
         total, active = parameter_counts(self.config.model)
         estimates = []
         for one in self.estimates:
-            extra = {"fits": one.fits, "communication_seconds": one.communication_seconds}
+            extra: dict[str, Any] = {"fits": one.fits, "communication_seconds": one.communication_seconds}
             extra["memory"] = {**dataclasses.asdict(one.memory), "total": one.memory.total}
             estimates.append(dataclasses.asdict(one) | extra)
         return {
@@ -88,7 +88,8 @@ def make_plan(
         kind, count = parse_topology(topology)
     else:
         allowed = "give one, such as --topology v5p:4x4x4, or --chip h200 --devices 64"
-        require(chip is not None and devices is not None, "topology", topology, allowed)
+        if chip is None or devices is None:
+            raise ValueError(f"topology is {topology!r}: {allowed}")
         require(devices > 0, "devices", devices, "must be above 0")
         kind, count = find_chip(chip), devices
     if meshes:

@@ -1,10 +1,11 @@
 """The reports of `gptoss plan`: which meshes fit, what they cost, and which one to take."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from gptoss_jax.hardware import parameter_counts
@@ -76,7 +77,7 @@ def show_inference(plan: InferencePlan, console: Console) -> None:
         table.add_row(mesh_name(one.mesh, ", "), *map(gigabytes, sizes), verdict, style="bold" * (i == 0))
     console.print(table)
     needed = gigabytes(best.memory.total)
-    if best.fits is None:
+    if best.capacity is None:
         console.print(f"Needs {needed} GB of free memory.", highlight=False)
         return
     of = f"{needed} of {gigabytes(best.capacity)} GB"
@@ -102,9 +103,8 @@ def _seconds(seconds: float) -> str:
 def _table(title: str, left: Sequence[str], right: Sequence[str], widths: Sequence[int] = ()) -> Table:
     """A table without borders, with columns aligned to the left and to the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    widths = (*widths, *(None for _ in (*left, *right)))
-    for name, width in zip((*left, *right), widths, strict=False):
-        justify = "left" if name in left else "right"
+    for name, width in itertools.zip_longest((*left, *right), widths):
+        justify: JustifyMethod = "left" if name in left else "right"
         table.add_column(name, justify=justify, no_wrap=name != "mesh", min_width=width)
     return table
 
@@ -112,7 +112,7 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], widths: Sequen
 def _estimates(plan: Plan) -> Table:
     title = "Estimate from shapes, one device: GB (1e9 bytes), seconds at published rates"
     has_frozen = plan.config.model.lora is not None
-    names = ("frozen", "trained") if has_frozen else ("param",)
+    names: tuple[str, ...] = ("frozen", "trained") if has_frozen else ("param",)
     names += ("optim", "grad", "activ", "temp", "total", "", "compute", "send")
     table = _table(title, ["mesh"], names)
     for i, one in enumerate(plan.estimates[:MAX_ROWS]):

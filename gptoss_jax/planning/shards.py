@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.model.lora import is_adapter
-from gptoss_jax.model.parameters import letters_of, parameter_shardings, path_names, split_params
+from gptoss_jax.model.parameters import Path, letters_of, parameter_shardings, path_names, split_params
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel.mesh import AXES, batch_shards
 from gptoss_jax.parallel.rules import compute_spec, spec_axes
@@ -119,13 +119,13 @@ def axes_of(spec: PartitionSpec) -> frozenset[str]:
     return frozenset(axis for entry in spec for axis in spec_axes(entry))
 
 
-def gathered_axes(path, sharding: NamedSharding) -> tuple[str, ...]:
+def gathered_axes(path: Path, sharding: NamedSharding) -> tuple[str, ...]:
     """Returns the mesh axes over which a parameter is gathered where it is used."""
     axes = axes_of(sharding.spec) - axes_of(compute_spec(letters_of(path) or ""))
     return tuple(axis for axis in AXES if axis in axes and sharding.mesh.shape[axis] > 1)
 
 
-def local_bytes(leaf, sharding) -> int:
+def local_bytes(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
     """Returns the bytes of one device's shard."""
     return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
@@ -135,7 +135,7 @@ def _parameters(
 ) -> list[Parameter]:
     """All parameters; the last two arguments are the shardings."""
 
-    def parameter(is_trained, path, leaf, sharding) -> Parameter:
+    def parameter(is_trained, path, leaf, sharding):
         axes, gathered = axes_of(sharding.spec), gathered_axes(path, sharding)
         size = math.prod(sharding.shard_shape(leaf.shape))
         # Packed bytes are used as they are.

@@ -25,8 +25,8 @@ class CollectiveCost:
 def collective_costs(step: Step, chip: Chip) -> tuple[CollectiveCost, ...]:
     """Returns the collectives of a step that send anything."""
     return tuple(
-        CollectiveCost(*cost, sent, transfer_seconds(chip, step.mesh, *cost[1:], sent))
-        for *cost, sent in _collectives(step)
+        CollectiveCost(purpose, kind, axes, sent, transfer_seconds(chip, step.mesh, kind, axes, sent))
+        for purpose, kind, axes, sent in _collectives(step)
         if sent > 0
     )
 
@@ -41,7 +41,7 @@ def transfer_seconds(
     uplink: each carries 1/k of a ring's traffic; an all-to-all sends all cross-node traffic out.
     """
     inside = sent / chip.link
-    if chip.node is None or math.prod(mesh.values()) <= chip.node:
+    if chip.node is None or chip.network is None or math.prod(mesh.values()) <= chip.node:
         return inside
     near, stride = 1, 1
     for axis, size in reversed(mesh.items()):

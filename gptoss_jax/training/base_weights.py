@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -32,14 +33,15 @@ def find_base(config: TrainConfig, checkpoints: Checkpoints) -> BaseModel:
     Raises ValueError if `init_from` has changed to another base model than that of the checkpoints.
     """
     records = map(checkpoints.record, reversed(checkpoints.steps))
-    record = next((record for record in records if record.get("base")), None)
-    if record is None:
-        return describe_base(config.init_from)
-    recorded, before = BaseModel.from_record(record), record["config"]["init_from"]
+    record: dict[str, Any] = next((record for record in records if record.get("base")), {})
+    recorded = BaseModel.from_record(record)
+    if recorded is None:
+        return describe_base(_init_from(config))
+    before = record["config"]["init_from"]
     is_fetched = (config.init_from or "").startswith(HUB)
     if config.init_from in (None, before) and (not is_fetched or pathlib.Path(recorded.folder).is_dir()):
         return recorded
-    named = describe_base(config.init_from)
+    named = describe_base(_init_from(config))
     allowed = f"not the base model of the run in {config.run_dir}, which is that of {recorded.folder}"
     require(named.fingerprint == recorded.fingerprint, "init_from", config.init_from, allowed)
     return named
@@ -81,7 +83,7 @@ def find_adapter(config: TrainConfig) -> Adapter | None:
     """The adapter that a run continues; see `first_adapters`. Raises ValueError if `model.lora` has other
     settings, or for two adapters."""
     field, folder = "init_adapter", config.init_adapter
-    init_from = local_folder(config.init_from)
+    init_from = local_folder(_init_from(config))
     if is_run(init_from) and TrainConfig.load(init_from / "config.json").model.lora is not None:
         allowed = f"{config.init_from} (init_from) has an adapter already; name its base model instead"
         require(folder is None, field, folder, allowed)
@@ -89,6 +91,7 @@ def find_adapter(config: TrainConfig) -> Adapter | None:
     if folder is None:
         return None
     adapter, lora = read_adapter(folder, base_config(config.model), field), config.model.lora
+    assert lora is not None, "model.lora is None"
     extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
     require(not extra, field, folder, f"also trained {listed(extra)}: merge it first (gptoss merge)")
     ours = _settings(lora, config.model)
@@ -122,8 +125,7 @@ def create_adapters(config: TrainConfig, mesh: Mesh) -> dict:
 def check_base(config: TrainConfig, report: Callable[[str], None]) -> None:
     """Raises ValueError if `init_from` cannot be the base of the run's adapters, or `init_adapter` not their
     start; reads no weights of the base. Reports packed experts that are unpacked."""
-    require(config.init_from is not None, "init_from", None, "must name the weights that model.lora adapts")
-    folder = local_folder(config.init_from)
+    folder = local_folder(_init_from(config))
     base = run_base(folder) if is_run(folder) else None
     if base is not None:
         folder = base.check(folder)
@@ -144,4 +146,10 @@ def check_base(config: TrainConfig, report: Callable[[str], None]) -> None:
         )
     find_adapter(config)
     if config.init_adapter is not None:
-        warn_of_other_base(config.init_adapter, config.init_from)
+        warn_of_other_base(config.init_adapter, _init_from(config))
+
+
+def _init_from(config: TrainConfig) -> str:
+    if config.init_from is None:
+        raise ValueError("init_from is None: must name the weights that model.lora adapts")
+    return config.init_from

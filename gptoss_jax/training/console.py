@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import Literal, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -45,7 +45,7 @@ class Console:
         self._quiet, self._clock, self._stream = quiet, clock, stream or sys.stdout
         self._is_terminal = is_terminal(self._stream)
         # Explicit, because variables such as FORCE_COLOR would put escape codes into a log file.
-        colors = "auto" if self._is_terminal else None
+        colors: Literal["auto"] | None = "auto" if self._is_terminal else None
         self._rich = RichConsole(
             file=self._stream, force_terminal=self._is_terminal, color_system=colors, force_jupyter=False
         )
@@ -78,14 +78,16 @@ class Console:
 
     def update(self, step: int, loss: float, tokens_per_second: float, learning_rate: float) -> None:
         """Shows that `step` steps are done. Loss in nats per token."""
-        (task,) = self._progress.tasks
+        progress = self._progress
+        assert progress is not None, "not started"
+        (task,) = progress.tasks
         # Rich estimates the time from the first update on, so that compilation does not count.
-        self._progress.update(task.id, completed=step)
+        progress.update(task.id, completed=step)
         stats = (
             f"loss {format_number(loss, 2)} · {tokens_per_second:,.0f} tok/s · "
             f"lr {format_rate(learning_rate)} · left {format_duration(task.time_remaining)}"
         )
-        self._progress.update(task.id, stats=encodable(stats, self._stream))
+        progress.update(task.id, stats=encodable(stats, self._stream))
         now = self._clock()
         if not self._is_terminal and (now - self._last_plain >= PLAIN_INTERVAL or task.finished):
             self._last_plain = now

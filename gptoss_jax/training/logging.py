@@ -120,7 +120,8 @@ class RunLog:
             tokens_per_second = self._new_tokens / timing.pop("seconds")
             self._new_tokens = 0
             flops = tokens_per_second * self._flops_per_token
-            row = {"step": step} | {k: float(v) for k, v in values.items() if k not in NOT_LOGGED_AS_IS} | {
+            row: dict[str, Any] = {"step": step}
+            row |= {k: float(v) for k, v in values.items() if k not in NOT_LOGGED_AS_IS} | {
                 "tokens_per_second": round(tokens_per_second, 1),
                 "mfu": mfu(flops, jax.devices()[0].device_kind, jax.device_count()),
                 "flops_per_second": round(flops),
@@ -215,7 +216,7 @@ class RunLog:
             return
         if step == first_step:
             self.console.message(f"This run is finished: all {step} steps are done.")
-        final = next((row for row in reversed(self.rows) if row.get("final")), {})
+        final: dict[str, Any] = next((row for row in reversed(self.rows) if row.get("final")), {})
         if self.cache.weights is None:
             self.console.comparison(
                 {

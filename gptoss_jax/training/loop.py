@@ -130,7 +130,9 @@ class StopSignal:
     """Asks the loop to save and stop on Ctrl-C and SIGTERM; a second Ctrl-C stops at once."""
 
     def __init__(self, report: Callable[[str], None]):
-        self._report, self._signal, self._handlers = report, None, {}
+        self._report = report
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
         self._is_single = jax.process_count() == 1
 
     def __enter__(self) -> "StopSignal":
@@ -140,7 +142,7 @@ class StopSignal:
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -5,6 +5,7 @@ Letters: C positions of a chunk; V the vocabulary, or one device's shard of it i
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
 
 Arrays = tuple[jax.Array, ...]
+Gradients = tuple[jax.Array | None, ...]  # None for a weight that is not trained
 CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
 
 
@@ -66,21 +68,35 @@ def cross_entropy(
     return _loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk)[0]
 
 
-def _forward(hidden, head, targets, weights, chunk):
+def _forward(
+    hidden: Any, head: Any, targets: Any, weights: Any, chunk: int | None
+) -> tuple[jax.Array, tuple[Arrays, Gradients]]:
+    """The arguments are `jax.custom_derivatives.CustomVJPPrimal`s, or tuples of them."""
     is_trained = tuple(weight.perturbed for weight in head)
-    arguments = jax.tree.map(lambda primal: primal.value, (hidden, head, targets, weights))
-    loss, d_hidden, d_head = _loss_and_gradients(*arguments, chunk, is_trained)
+    hidden, head, targets, weights = jax.tree.map(
+        lambda primal: primal.value, (hidden, head, targets, weights)
+    )
+    loss, d_hidden, d_head = _loss_and_gradients(hidden, head, targets, weights, chunk, is_trained)
     return loss, (d_hidden, d_head)
 
 
-def _backward(chunk, gradients, g):
+def _backward(
+    chunk: int | None, gradients: tuple[Arrays, Gradients], g: jax.Array
+) -> tuple[Arrays, Gradients, None, None]:
     return *jax.tree.map(lambda gradient: (gradient * g).astype(gradient.dtype), gradients), None, None
 
 
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk, is_trained=None):
+def _loss_and_gradients(
+    hidden: Arrays,
+    head: Arrays,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    chunk: int | None,
+    is_trained: tuple[bool, ...] | None = None,
+) -> tuple[Any, ...]:
     """(loss,) or, with `is_trained`, (loss, gradients of `hidden`, gradients of `head`): None for weights
     that are not trained."""
     axes = current_axes()
@@ -123,15 +139,24 @@ def _loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk, is_trained=
     )(hidden, head, targets_BT, weights_BT)
 
 
-def _cast(head, dtype):
+def _cast(head: Arrays, dtype: jnp.dtype) -> Arrays:
     return tuple(weight.astype(dtype) for weight in head)
 
 
-def _as_types(gradients, weights):
+def _as_types(gradients: Iterable[jax.Array | None], weights: Arrays) -> Gradients:
     return tuple(None if d is None else d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True))
 
 
-def _scan_chunks(hidden, head, targets_BT, weights_BT, *, chunk, is_trained, is_sharded=False):
+def _scan_chunks(
+    hidden: Arrays,
+    head: Arrays,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    chunk: int,
+    is_trained: tuple[bool, ...] | None,
+    is_sharded: bool = False,
+) -> tuple[Any, ...]:
     """`_loss_and_gradients` for the rows of one device and its shard of the vocabulary, `head`."""
     B, T = targets_BT.shape
     einsum = functools.partial(jnp.einsum, precision="highest")

@@ -1,5 +1,7 @@
 """The optimizer of an `OptimConfig`, from optax."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,12 +12,12 @@ from gptoss_jax.config import OptimConfig
 from gptoss_jax.model.parameters import is_matrix, letters_of, parameter_name
 
 
-def decay_mask(params) -> dict:
+def decay_mask(params: Any) -> Any:
     """True for the parameters that weight decay applies to: matrices, not norms, biases or sinks."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
 
-def muon_dimensions(params) -> dict:
+def muon_dimensions(params: Any) -> Any:
     """Input and output axes, from the end, of each parameter that Muon updates: the matrices of attention and
     experts. None for the others, the router among them.
 
@@ -62,7 +64,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     """
     schedule = make_schedule(config, steps)
     if config.name == "adamw":
-        optimizer = optax.chain(
+        optimizer: optax.GradientTransformation = optax.chain(
             _scale_by_adam(config),
             optax.add_decayed_weights(config.weight_decay, decay_mask),
             optax.scale_by_learning_rate(schedule),
@@ -99,7 +101,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
         return updates, jax.tree.map(keep_finite, new_state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # The type of optax does not know of required arguments.
+    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
@@ -125,7 +128,7 @@ def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs
         )
         return updates, optax.ScaleByAdamState(count, mu, nu)
 
-    return optax.GradientTransformationExtraArgs(adam.init, update)
+    return optax.GradientTransformationExtraArgs(adam.init, update)  # type: ignore[arg-type]
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:

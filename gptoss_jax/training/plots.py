@@ -22,7 +22,7 @@ from gptoss_jax.terminal import format_count, format_rate, printable
 from gptoss_jax.training.metrics import read_metrics
 
 BLUE, ORANGE, RED, TEXT, MUTED, LINE = "#2f6db5", "#e07b00", "#c62f2d", "#22262b", "#6d747d", "#d9dde2"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (16, 10), "figure.dpi": 100, "figure.facecolor": "white",
     "axes.titlelocation": "left", "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlecolor": TEXT,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.7,

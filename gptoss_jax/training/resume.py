@@ -106,6 +106,7 @@ def _load_init_weights(
 
 def _check_tokenizer(config: TrainConfig, cache: TokenCache, report: Callable[[str], None]) -> pathlib.Path:
     """Returns the folder of `init_from`. Raises ValueError if the text has another tokenizer."""
+    assert config.init_from is not None
     folder = local_folder(config.init_from)
     tokenizer = find_tokenizer(folder)
     if tokenizer is None:
@@ -190,7 +191,9 @@ def check_steps(
         )
         report(f"{change}: {result} a run of {config.steps} steps")
         return jumped
-    rates = [format_rate(float(rate)) for rate in (before(max(num_updates - 1, 0)), now(num_updates))]
+    rates = [
+        format_rate(float(np.asarray(rate))) for rate in (before(max(num_updates - 1, 0)), now(num_updates))
+    ]
     report(
         f"{change}: the {config.optim.schedule} schedule jumps from a learning rate of {rates[0]} at step "
         f"{step} to {rates[1]} at step {step + 1}; the result differs from a run of {config.steps} steps"

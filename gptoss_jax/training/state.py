@@ -1,17 +1,20 @@
 """The train state, created directly in its final sharding."""
 
 import dataclasses
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.model.parameters import IsTrainable, parameter_shardings, split_params
 from gptoss_jax.model.transformer import abstract_params, init_params
 from gptoss_jax.training.optimizer import make_optimizer
+
+Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +25,7 @@ class TrainState:
     # Steps taken, including skipped ones; int32.
     step: jax.Array
     # The trainable parameters, float32; None stands for parameters that are kept elsewhere.
-    params: dict | None
+    params: dict
     # The optimizer's state over them.
     opt_state: optax.OptState
     # Root key of dropout, which each step folds its number into; uint32.
@@ -33,7 +36,7 @@ class TrainState:
     skipped_in_a_row: jax.Array
 
 
-def place_on_mesh(shapes, mesh: Mesh):
+def place_on_mesh(shapes: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Adds shardings to an abstract tree of parameters, or of a train state over them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -42,7 +45,9 @@ def place_on_mesh(shapes, mesh: Mesh):
     )
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh, is_trainable: IsTrainable | None = None) -> TrainState:
+def abstract_state(
+    config: TrainConfig, mesh: Mesh | AbstractMesh, is_trainable: IsTrainable | None = None
+) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating it."""
     params, _ = split_params(abstract_params(config.model), is_trainable)
     state = jax.eval_shape(lambda params: _init_without_params(config, params), params)
@@ -81,9 +86,10 @@ def _keys(config: TrainConfig) -> jax.Array:
 
 def _init_without_params(config: TrainConfig, params: dict) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
+    absent: Any = None
     return TrainState(
         step=zero,
-        params=None,
+        params=absent,
         opt_state=make_optimizer(config.optim, config.steps).init(params),
         key=jax.random.key_data(_keys(config)[1]),
         skipped=zero,

@@ -1,7 +1,6 @@
 """Training and evaluation steps: pure functions of state and batch, each compiled once for a run."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,7 @@ from gptoss_jax.training.optimizer import make_optimizer, make_schedule
 from gptoss_jax.training.state import TrainState
 
 
-def make_train_step(
-    config: TrainConfig, objective: Objective = LANGUAGE_MODELING
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELING) -> jax.stages.Wrapped:
     """Returns the jitted `train_step(state, batch, frozen={}) -> (state, metrics)`.
 
     `state` is donated: it must not be reused. `frozen` holds the parameters of the model that the state
@@ -67,7 +64,9 @@ def make_train_step(
         indices = jnp.arange(num_microbatches, dtype=jnp.int32)
         return jax.lax.scan(add_microbatch, zeros, (indices, microbatches))[0]
 
-    def train_step(state: TrainState, batch: Batch, frozen: dict | None = None):
+    def train_step(
+        state: TrainState, batch: Batch, frozen: dict | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         weight = objective.weight(batch)
         weight = jnp.where(weight > 0, weight, 1)  # a batch of padding has a loss of 0
         key = None
@@ -99,12 +98,10 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(
-    config: ModelConfig, objective: Objective = LANGUAGE_MODELING
-) -> Callable[[dict, Batch], tuple[dict[str, jax.Array], jax.Array]]:
+def make_eval_step(config: ModelConfig, objective: Objective = LANGUAGE_MODELING) -> jax.stages.Wrapped:
     """Returns the jitted `eval_step(params, batch) -> (sums, weight)` of the objective; params are all."""
 
-    def eval_step(params: dict, batch: Batch):
+    def eval_step(params: dict, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
         sums, _ = objective.sums(bind(config, params), batch)
         return sums, objective.weight(batch)
 
