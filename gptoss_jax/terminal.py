@@ -4,7 +4,7 @@ import math
 import os
 import unicodedata
 from collections.abc import Sequence
-from typing import TextIO
+from typing import IO, TextIO
 
 # Unicode categories that can move the cursor, reverse a line or fail to encode.
 UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -32,7 +32,7 @@ def printable(text: str) -> str:
     return "".join(map(escape, text.replace("\r\n", "\n").expandtabs(4)))
 
 
-def encodable(text: str, file: TextIO) -> str:
+def encodable(text: str, file: IO[str]) -> str:
     """The text with a question mark for each character that the encoding of a file does not have."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)

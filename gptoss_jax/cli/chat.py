@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -77,7 +78,8 @@ class Chat:
         engine.check(start, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, left)))
         # Bytes that are not text must not end the chat. The ASCII of LC_ALL=C is read as UTF-8.
         is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
-        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="replace")
         if sys.stdin.isatty():
             note(HELP)
         session = Session(

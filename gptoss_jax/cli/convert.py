@@ -58,7 +58,8 @@ class WriteProgress:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._target, self._size, self._began = target, 0, time.monotonic()
         self._task = self._progress.add_task("", total=None)
-        self._handler, self._is_interrupted = None, False
+        self._handler: Any = None
+        self._is_interrupted = False
 
     def __enter__(self) -> "WriteProgress":
         with contextlib.suppress(ValueError):  # only the main thread may handle signals

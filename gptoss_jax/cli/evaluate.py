@@ -83,6 +83,7 @@ class Evaluate:
         from gptoss_jax.data.sources import open_corpus
         from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
 
+        assert self.source is not None
         is_text = not is_chat_source(self.source)
         require(is_text, "source", self.source, "must be text; these are conversations")
         settings = TextSettings(self.context, self.stride, self.batch_size, self.max_tokens)

@@ -4,7 +4,7 @@ import codecs
 import dataclasses
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -100,7 +100,7 @@ def example(cache: "TokenCache", document: int) -> "tuple[np.ndarray, np.ndarray
 
 
 def spelled(
-    tokenizer: "Tokenizer", tokens: "np.ndarray", weights: "np.ndarray", file: TextIO
+    tokenizer: "Tokenizer", tokens: "np.ndarray", weights: "np.ndarray", file: IO[str]
 ) -> "rich.text.Text":
     """Returns the text of tokens: separated, with those that are trained on in brackets and in color.
 
@@ -112,7 +112,7 @@ def spelled(
     from gptoss_jax.terminal import encodable, printable
 
     signs = "⟦⟧│↵"
-    left, right, line, newline = signs if encodable(signs, file) == signs else ("[[", "]]", "|", "\\n")
+    left, right, line, newline = tuple(signs) if encodable(signs, file) == signs else ("[[", "]]", "|", "\\n")
     text, before = Text(), 0
     for index, (written, weight) in enumerate(_cells(tokenizer, tokens, weights)):
         separator = (right if before else left) if bool(weight) != bool(before) else line if index else ""
@@ -126,7 +126,8 @@ def spelled(
 def _cells(tokenizer: "Tokenizer", tokens: "np.ndarray", weights: "np.ndarray") -> Iterator[tuple[str, int]]:
     """Yields the text and weight of each token, or of several with the same weight that share a character."""
     names = {token: name for name, token in tokenizer.special_tokens.items()}
-    pending, before = [], 0  # tokens' bytes that end within a character, and their weight
+    pending: list[bytes] = []  # tokens' bytes that end within a character
+    before = 0  # their weight
 
     def flush() -> Iterator[tuple[str, int]]:
         yield from ((data.decode(errors="backslashreplace"), before) for data in pending)

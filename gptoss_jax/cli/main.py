@@ -4,7 +4,8 @@ import dataclasses
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -53,7 +54,7 @@ class Check:
 
 
 # Dataclasses of arguments; the docstring is the help page. Their modules import jax only when they run.
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "train": Train,
     "inspect-data": InspectData,
     "plan": Plan,

@@ -72,11 +72,11 @@ class Plan:
 
         path = None if self.json_file is None else output_file(self.json_file, "json")
         if self.inference:
-            plan = self._plan_inference(config.model, meshes)
-            show_inference(plan, Console())
+            inference = self._plan_inference(config.model, meshes)
+            show_inference(inference, Console())
             if path is not None:
-                write_json(path, plan.to_dict())
-            if plan.fits is False:
+                write_json(path, inference.to_dict())
+            if inference.fits is False:
                 raise SystemExit(1)
             return
         for name in ("slots", "context", "experts"):
@@ -103,7 +103,8 @@ class Plan:
         require(
             self.topology is None, "topology", self.topology, "give --chip and --devices with --inference"
         )
-        require(self.chip is not None, "chip", self.chip, "give one with --inference, such as --chip h100")
+        if self.chip is None:
+            raise ValueError("chip is None: give one with --inference, such as --chip h100")
         return plan_inference(
             model,
             chip=self.chip,

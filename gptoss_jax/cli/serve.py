@@ -135,7 +135,7 @@ class Serve:
     def _settings(self) -> "Settings":
         from gptoss_jax.server.service import Settings
 
-        hosts = ()
+        hosts: tuple[str, ...] = ()
         if _is_loopback(self.host) and self._key() is None:
             hosts = tuple(dict.fromkeys(("localhost", "127.0.0.1", "[::1]", self.host.lower())))
         return Settings(

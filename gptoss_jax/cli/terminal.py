@@ -1,13 +1,16 @@
 """Text on a terminal: dimmed on request, and safe for anything that a model wrote."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TextIO
 
 from gptoss_jax.terminal import encodable, is_terminal, printable
 
-# (text, whether it is dim)
-Write = Callable[[str, bool], None]
+
+class Write(Protocol):
+    """A function that writes text, dimmed on request."""
+
+    def __call__(self, text: str, dim: bool = False) -> None: ...
 
 
 def writer(file: TextIO) -> Write:

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
+from typing import Protocol
 
 from gptoss_jax.data.tokenizer import Tokenizer
 
@@ -40,6 +41,14 @@ class StopStrings:
         return rest
 
 
+class BytesDecoder(Protocol):
+    """What detokenization needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def decode_bytes(self, tokens: Sequence[int], /) -> bytes: ...
+
+
 class StreamingDetokenizer:
     """Turns tokens into text as they arrive; never emits part of a UTF-8 character.
 
@@ -47,7 +56,7 @@ class StreamingDetokenizer:
     tokenizer does not have (the model's vocabulary may be larger) stand for no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: BytesDecoder, stop_strings: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stop_strings = StopStrings(stop_strings)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -75,20 +75,23 @@ class AnswerReader:
 
     def feed(self, part: Completion) -> list[Delta]:
         """Returns the deltas of a completion's next part; after its last part, `finish_reason` is set."""
-        if self.finish_reason is not None:
+        if self._is_finished():
             return []
         deltas: list[Delta] = []
         for i, token in enumerate(part.tokens):
             self.num_tokens += 1
             self._pending.append(_logprob(part, i))
             self._add(deltas, self._reader.steps(token))
-            if self.finish_reason is not None:
+            if self._is_finished():
                 return deltas
         if part.finish_reason is not None:
             self.num_tokens += part.stop_token is not None
             self._add(deltas, self._reader.last_steps())
             self._finish(part.finish_reason)
         return deltas
+
+    def _is_finished(self) -> bool:
+        return self.finish_reason is not None
 
     def _finish(self, reason: Literal["stop", "length"]) -> None:
         if self.finish_reason is None:
@@ -99,6 +102,7 @@ class AnswerReader:
         for _, text, token in steps:
             self._begin(deltas)
             message = self._message
+            assert message is not None  # a step is of a message
             logprob = None if token is None else self._pending.popleft()
             self.num_reasoning_tokens += token is not None and message.kind == "reasoning"
             text, logprobs = message.add(text, logprob, is_last=token is None)
@@ -120,7 +124,7 @@ class AnswerReader:
         if name is not None:
             call = Call(len(self.calls), f"call_{secrets.token_hex(12)}", name)
             self.calls.append(call)
-        kind = "call" if call else "reasoning" if part.channel == "analysis" else "content"
+        kind: Kind = "call" if call else "reasoning" if part.channel == "analysis" else "content"
         self._message = _Message(
             self._num_begun, kind, part.channel, call, StopStrings(self._stop if kind == "content" else ())
         )

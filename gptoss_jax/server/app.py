@@ -5,7 +5,8 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
@@ -40,9 +41,10 @@ def create_app(service: Service) -> Starlette:
         yield
         service.engine.close()
 
-    settings, middleware = service.settings, []
+    settings = service.settings
+    middleware: list[Middleware] = []
     if settings.cors_origins:
-        cors = {
+        cors: dict[str, Any] = {
             "allow_origins": list(settings.cors_origins),
             "allow_methods": ["GET", "POST", "DELETE"],
             "allow_headers": ["*"],
@@ -50,7 +52,7 @@ def create_app(service: Service) -> Starlette:
         }
         middleware.append(Middleware(CORSMiddleware, **cors))
     middleware.append(Middleware(Guard, service=service))
-    handlers = {ApiError: _on_api_error, HTTPException: _on_http_error}
+    handlers: dict[Any, Callable[..., Any]] = {ApiError: _on_api_error, HTTPException: _on_http_error}
     app = Starlette(
         routes=make_routes(), middleware=middleware, exception_handlers=handlers, lifespan=lifespan
     )

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: conversations in Harmony, with reasoning, calls of functions, and formats."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -74,10 +74,13 @@ class Answer:
     """The choices of one request."""
 
     def __init__(self, service: Service, asked: ChatRequest, streams: Sequence[Stream]) -> None:
-        names = ("reasoning", "reasoning_content") if service.settings.reasoning_content else ("reasoning",)
-        names = names if asked.has_reasoning else ()
+        names: tuple[str, ...] = ()
+        if asked.has_reasoning and service.settings.reasoning_content:
+            names = ("reasoning", "reasoning_content")
+        elif asked.has_reasoning:
+            names = ("reasoning",)
         self._asked, self._streams, self._reasoning_names = asked, streams, names
-        self._choices = [Choice(service.harmony, asked, names) for _ in streams]
+        self._choices = [Choice(service.need_harmony(), asked, names) for _ in streams]
         self._head = {
             "id": make_id("chatcmpl"),
             "object": "chat.completion",
@@ -109,7 +112,8 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     def _choice(self, i: int, added: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        choice, texts = self._choices[i], {}
+        choice = self._choices[i]
+        texts: dict[str, list[str]] = {}
         calls: list[dict[str, Any]] = []
         for delta in (one["delta"] for one in added):
             for call in delta.get("tool_calls", ()):
@@ -143,7 +147,7 @@ class Answer:
             found |= {"token_ids": choice.tokens, "prompt_token_ids": self._asked.prompt}
         return found
 
-    async def chunks(self, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the chunks of a stream."""
         head = {**self._head, "object": "chat.completion.chunk"}
         usage = {"usage": None} if include_usage else {}

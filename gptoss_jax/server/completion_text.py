@@ -125,15 +125,15 @@ def logprobs_object(options: TextOptions, entries: Sequence[LogprobEntry]) -> di
     names = [options.name(entry.token) for entry in entries]
     return {
         "tokens": names,
-        "token_logprobs": [finite(entry.logprob) for entry in entries],
+        "token_logprobs": [None if entry.logprob is None else finite(entry.logprob) for entry in entries],
         "top_logprobs": [_top(options.name, *pair) for pair in zip(entries, names, strict=True)],
         "text_offset": [entry.offset for entry in entries],
     }
 
 
-def finite(logprob: float | None) -> float | None:
+def finite(logprob: float) -> float:
     """Returns a log-probability that JSON can have."""
-    return MIN_LOGPROB if logprob is not None and not math.isfinite(logprob) else logprob
+    return logprob if math.isfinite(logprob) else MIN_LOGPROB
 
 
 def _top(name_of: Callable[[int], str], entry: LogprobEntry, name: str) -> dict[str, float] | None:

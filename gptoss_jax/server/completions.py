@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -213,7 +213,7 @@ class Answer:
         choices = [self._choice(i, part, is_first=True) for i, part in enumerate(parts)]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
-    async def chunks(self, include_usage: bool) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the chunks of a stream."""
         usage = {"usage": None} if include_usage else {}
         started: set[int] = set()

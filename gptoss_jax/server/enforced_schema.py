@@ -80,9 +80,11 @@ def _required_strings(schema: Any, root: Schema) -> dict[str, set[str]]:
     if isinstance(schema, dict) and isinstance(name := schema.get("$ref"), str):
         schema = find_reference(root, name)
     properties = schema.get("properties") if isinstance(schema, dict) else None
-    required = schema.get("required") if isinstance(properties, dict) else None
-    found = {}
-    for name in required if isinstance(required, list) else ():
+    required = schema.get("required") if isinstance(schema, dict) else None
+    found: dict[str, set[str]] = {}
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        return found
+    for name in required:
         value = properties.get(name) if isinstance(name, str) else None
         options = [value["const"]] if isinstance(value, dict) and "const" in value else None
         options = value.get("enum") if isinstance(value, dict) and options is None else options

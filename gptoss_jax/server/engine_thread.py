@@ -21,12 +21,18 @@ MAX_FAULTS = 8
 class Engine(Protocol):
     """The methods of `inference.engine.Engine` that the server uses, all on one thread."""
 
-    has_work: bool
-    num_running: int
-    num_waiting: int
-    max_context: int
-    vocab_size: int
-
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def max_context(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
     def submit(self, prompt: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Any: ...
     def step(self) -> list[tuple[Any, Completion]]: ...
     def cancel(self, request: Any) -> None: ...
@@ -318,13 +324,13 @@ async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completio
     try:
         open_streams = len(streams)
         while open_streams:
-            i, part = await queue.get()
-            if isinstance(part, BaseException):
-                raise part
-            if part is None:
+            i, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
                 open_streams -= 1
             elif not streams[i].is_closed:
-                yield i, part
+                yield i, item
     finally:
         for one in pumps:
             one.cancel()

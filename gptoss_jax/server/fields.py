@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn, TypeVar, overload
 
 from gptoss_jax.server.errors import ApiError, bad_request
 
@@ -13,6 +13,7 @@ MAX_DEPTH = 64
 # Longest value in an error message.
 MAX_SHOWN = 60
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+Choice = TypeVar("Choice", bound=str)
 
 
 class Fields:
@@ -45,6 +46,10 @@ class Fields:
         if not condition:
             raise self.fault(name, allowed)
 
+    @overload
+    def text(self, name: str) -> str | None: ...
+    @overload
+    def text(self, name: str, default: str) -> str: ...
     def text(self, name: str, default: str | None = None) -> str | None:
         """Returns a string."""
         value = self.get(name)
@@ -57,6 +62,12 @@ class Fields:
         self.require(value is None or isinstance(value, bool), name, "must be true or false")
         return default if value is None else value
 
+    @overload
+    def integer(
+        self, name: str, default: None = None, low: int | None = None, high: int | None = None
+    ) -> int | None: ...
+    @overload
+    def integer(self, name: str, default: int, low: int | None = None, high: int | None = None) -> int: ...
     def integer(
         self, name: str, default: int | None = None, low: int | None = None, high: int | None = None
     ) -> int | None:
@@ -72,9 +83,7 @@ class Fields:
         )
         return value
 
-    def number(
-        self, name: str, default: float | None = None, low: float | None = None, high: float | None = None
-    ) -> float | None:
+    def number(self, name: str, default: float, low: float | None = None, high: float | None = None) -> float:
         """Returns a finite number from `low` to `high`."""
         value = self.get(name)
         if value is None:
@@ -84,7 +93,11 @@ class Fields:
         self.require(is_finite and in_range(value, low, high), name, f"must be a number{limits(low, high)}")
         return float(value)
 
-    def choice(self, name: str, allowed: Collection[str], default: str | None = None) -> str | None:
+    @overload
+    def choice(self, name: str, allowed: Collection[Choice]) -> Choice | None: ...
+    @overload
+    def choice(self, name: str, allowed: Collection[Choice], default: Choice) -> Choice: ...
+    def choice(self, name: str, allowed: Collection[Choice], default: Choice | None = None) -> Choice | None:
         """Returns one of several strings."""
         value = self.get(name)
         names = ", ".join(allowed)
@@ -130,6 +143,16 @@ class Fields:
             raise bad_request(
                 f"{self.param(name)} is missing", self.param(name), "missing_required_parameter"
             )
+
+    def needed_text(self, name: str) -> str:
+        """Returns a string; raises the 400 if it is absent."""
+        self.needed(name)
+        return self.text(name, "")
+
+    def needed_object(self, name: str) -> "Fields":
+        """Returns the fields of an object; raises the 400 if it is absent."""
+        self.needed(name)
+        return self.object(name) or Fields({})
 
     def refuse(self, neutral: Mapping[str, Collection[Any]], allowed: str = "is not supported") -> None:
         """Raises the 400 for the first of these fields with another value than the neutral ones given."""
@@ -190,7 +213,7 @@ def limits(low: float | None, high: float | None) -> str:
     return "" if high is None else f", at most {high}"
 
 
-def _refuse_number(name: str) -> None:
+def _refuse_number(name: str) -> NoReturn:
     raise ValueError(f"{name[:MAX_SHOWN]} is not a finite number")
 
 
@@ -203,7 +226,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        for name, _ in pairs:
+            if name in seen:
+                break
+            seen.add(name)
         param = None if LONE_SURROGATE.search(name) else name[:MAX_SHOWN]
         raise bad_request(f"{shown(name)} occurs more than once in an object.", param)
     return values

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -209,17 +210,18 @@ def _in_daemon(function: Callable[[], Service]) -> "asyncio.Future[Service]":
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Service] = loop.create_future()
 
-    def finish(result: Service | None, error: BaseException | None) -> None:
+    def finish(set_outcome: Callable[[Any], None], outcome: object) -> None:
         if not future.done():
-            future.set_result(result) if error is None else future.set_exception(error)
+            set_outcome(outcome)
 
     def run() -> None:
+        outcome: tuple[Callable[[Any], None], object]
         try:
-            result, error = function(), None
-        except BaseException as raised:
-            result, error = None, raised
+            outcome = future.set_result, function()
+        except BaseException as error:
+            outcome = future.set_exception, error
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, error)
+            loop.call_soon_threadsafe(finish, *outcome)
 
     threading.Thread(target=run, name="load", daemon=True).start()
     return future

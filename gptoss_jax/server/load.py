@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,9 @@ def load_service(config: ServeConfig) -> Service:
     allowed = f"must be from 2 to the model's max_position_embeddings, {limit}"
     require(2 <= context <= limit, "context", context, allowed)
     slots = config.slots or min(8 if jax.default_backend() == "cpu" else 16, max_slots(model.config, context))
-    cache = {} if config.prefix_cache_bytes is None else {"prefix_cache_bytes": config.prefix_cache_bytes}
+    cache: dict[str, Any] = (
+        {} if config.prefix_cache_bytes is None else {"prefix_cache_bytes": config.prefix_cache_bytes}
+    )
     engine = Engine(
         model, tokenizer, num_slots=slots, max_context=context, prefix_reuse=config.prefix_reuse, **cache
     )
@@ -125,8 +127,8 @@ def read_defaults(folder: pathlib.Path) -> Defaults:
     """
     file = folder / "generation_config.json"
     values = read_json(file) if file.is_file() else {}
-    given = {field.name: values.get(field.name) for field in dataclasses.fields(Defaults)}
-    given = {name: value for name, value in given.items() if value is not None}
+    names = (field.name for field in dataclasses.fields(Defaults))
+    given = {name: values[name] for name in names if values.get(name) is not None}
     for name, value in given.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         require(is_number and value >= 0, f"{file.name}: {name}", value, "must be a number, 0 or more")

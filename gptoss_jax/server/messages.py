@@ -57,7 +57,7 @@ def read_messages(fields: Fields, name: str = "messages") -> Conversation:
     `tool_call_id`; a call may have none. Raises ApiError with the path of the field for what does not fit.
     """
     fields.needed(name)
-    given = fields.objects(name)
+    given = fields.objects(name) or []
     fields.require(bool(given), name, "must have a message")
     for message in given:
         message.needed("role")
@@ -78,7 +78,7 @@ class _Reader:
 
     def __init__(self, messages: Sequence[Fields]) -> None:
         self._messages = messages
-        self._tools: dict[str, str] = {}  # tool of each call, by id
+        self._tools: dict[str | None, str] = {}  # tool of each call, by id
         self._read: set[int] = set()  # indices of those results
 
     def read(self, i: int, message: Fields) -> list[Message]:
@@ -128,7 +128,8 @@ class _Reader:
             return tool_name(name)
         field = "name" if message.get("role") == OLD_TOOL else "tool_call_id"
         message.needed(field)
-        message.require(tool is not None, field, "must be that of an earlier tool call")
+        if tool is None:
+            raise message.fault(field, "must be that of an earlier tool call")
         return tool
 
 
@@ -147,8 +148,7 @@ def _calls(message: Fields) -> list[tuple[str, str, str]]:
     for call in message.objects("tool_calls") or []:
         kind = call.text("type", "function")
         call.require(kind == "function", "type", "must be function, the only type of tools that is supported")
-        call.needed("function")
-        tool, arguments = read_call(call.object("function"))
+        tool, arguments = read_call(call.needed_object("function"))
         calls.append((call.text("id", tool), tool, arguments))
     if (old := message.object("function_call")) is not None:
         tool, arguments = read_call(old)
@@ -161,8 +161,7 @@ def read_call(fields: Fields) -> tuple[str, str]:
 
     They are not parsed: they are what a model wrote.
     """
-    fields.needed("name")
-    name = fields.text("name")
+    name = fields.needed_text("name")
     fields.require(TOOL_NAME.fullmatch(name) is not None, "name", NAME_RULE)
     arguments = fields.get("arguments")
     if isinstance(arguments, dict):
@@ -201,5 +200,4 @@ def _part(message: Fields, name: str, part: Any) -> str:
     kind = fields.get("type")
     fields.require(kind in TEXT_PARTS, "type", "must be text; this model reads no images, audio or files")
     key = "refusal" if kind == "refusal" else "text"
-    fields.needed(key)
-    return fields.text(key)
+    return fields.needed_text(key)

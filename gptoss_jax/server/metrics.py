@@ -1,15 +1,14 @@
 """Metrics for Prometheus, with vLLM's names, so that its dashboards work."""
 
-from typing import TYPE_CHECKING
+import functools
+from typing import Any, TypeVar
 
 import prometheus_client as prometheus
 
 from gptoss_jax.inference.sampling_params import Completion
 from gptoss_jax.server.engine_thread import EngineThread, Observer, Stream
 
-if TYPE_CHECKING:
-    from prometheus_client.registry import Collector
-
+Metric = TypeVar("Metric", prometheus.Counter, prometheus.Histogram)
 # Bounds of the histograms' buckets, in seconds and tokens.
 FIRST_TOKEN = (
     0.001,
@@ -81,14 +80,14 @@ class Metrics(Observer):
             gauge = prometheus.Gauge(
                 f"vllm:num_requests_{name}", f"Requests {about}.", list(self._labels), registry=self.registry
             )
-            gauge.labels(**self._labels).set_function(lambda name=f"num_{name}": getattr(engine, name))
+            gauge.labels(**self._labels).set_function(functools.partial(getattr, engine, f"num_{name}"))
 
     def on_part(self, stream: Stream, part: Completion, now: float) -> None:
         if part.tokens:
             self._tokens.inc(len(part.tokens))
             if stream.first_token is None:
                 self._ttft.observe(now - stream.created)
-            else:
+            elif stream.last_token is not None:
                 self._itl.observe((now - stream.last_token) / len(part.tokens))
         if part.finish_reason is not None:
             self._finish(stream, len(part.tokens), now, part.finish_reason)
@@ -116,9 +115,9 @@ class Metrics(Observer):
         self._request_prompt.observe(len(stream.prompt))
         self._request_tokens.observe(stream.num_tokens + new_tokens)
 
-    def _make(self, kind: type, name: str, about: str, **settings) -> "Collector":
+    def _make(self, kind: type[Metric], name: str, about: str, **settings: Any) -> Metric:
         metric = kind(f"vllm:{name}", about, list(self._labels), registry=self.registry, **settings)
         return metric.labels(**self._labels)
 
-    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> "Collector":
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> prometheus.Histogram:
         return self._make(prometheus.Histogram, name, about, buckets=buckets)

@@ -99,8 +99,12 @@ class _Reader:
             return schema
         merged: Schema = {}
         for part in [*(self.read(part, path, depth + 1) for part in parts), schema]:
-            properties = [one for one in (merged.get("properties"), part.get("properties")) if _is(one, dict)]
-            required = [one for one in (merged.get("required"), part.get("required")) if _is(one, list)]
+            properties = [
+                one for one in (merged.get("properties"), part.get("properties")) if isinstance(one, dict)
+            ]
+            required = [
+                one for one in (merged.get("required"), part.get("required")) if isinstance(one, list)
+            ]
             merged |= part
             if properties:
                 merged["properties"] = {key: value for one in properties for key, value in one.items()}
@@ -110,7 +114,7 @@ class _Reader:
 
     def _variants(self, schema: Schema, path: tuple[str, ...], depth: int) -> Schema:
         """Replaces `anyOf`, and null in it or in `oneOf`."""
-        key = next((key for key in ("anyOf", "oneOf") if _is(schema.get(key), list)), None)
+        key = next((key for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)), None)
         if key is None:
             return schema
         given = schema.pop(key)
@@ -134,10 +138,6 @@ def _about(schema: Mapping[str, Any]) -> Schema:
     return {key: schema[key] for key in ("title", "description") if key in schema}
 
 
-def _is(value: Any, kind: type) -> bool:
-    return isinstance(value, kind)
-
-
 def _nullable(schema: Schema) -> Schema:
     """Allows null; as a list of types where nothing is lost by it."""
     kind = schema.get("type")
@@ -159,7 +159,7 @@ def _enum(schema: Schema) -> Schema:
         schema["nullable"] = True
     if not others:
         kind = schema.get("type")
-        is_string = kind in (None, "string") or (_is(kind, list) and "string" in kind)
+        is_string = kind in (None, "string") or (isinstance(kind, list) and "string" in kind)
         return {**schema, "type": "string", "enum": strings} if strings and is_string else schema
     del schema["enum"]
     written = ", ".join(json.dumps(value, ensure_ascii=False) for value in values)

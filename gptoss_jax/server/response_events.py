@@ -127,10 +127,16 @@ class ResponseEvents:
     def _lifecycle(self, name: str) -> Event:
         return self._event(name, response={**self.response, "output": list(self.response["output"])})
 
+    @property
+    def _open_item(self) -> Item:
+        assert self._item is not None
+        return self._item
+
     def _item_event(self, name: str, **data: Any) -> Event:
         """Makes an event about the only part of the open item."""
-        place = {"item_id": self._item.id, "output_index": self._item.index}
-        if self._item.kind != "call":
+        item = self._open_item
+        place: dict[str, Any] = {"item_id": item.id, "output_index": item.index}
+        if item.kind != "call":
             place["content_index"] = 0
         return self._event(f"response.{name}", **place, **data)
 
@@ -139,19 +145,19 @@ class ResponseEvents:
         self._num_items += 1
         self._has_result |= kind != "reasoning"
         shown = self._json("in_progress")
-        events = [self._event("response.output_item.added", output_index=self._item.index, item=shown)]
+        events = [self._event("response.output_item.added", output_index=self._open_item.index, item=shown)]
         if kind != "call":
             events.append(self._item_event("content_part.added", part=self._part()))
         return events
 
     def _delta(self, delta: Delta) -> Event:
-        self._item.texts.append(delta.text)
+        self._open_item.texts.append(delta.text)
         if delta.kind == "call":
             return self._item_event("function_call_arguments.delta", delta=delta.text)
         if delta.kind == "reasoning":
             return self._item_event("reasoning_text.delta", delta=delta.text)
         entries = [logprob_json(self._harmony, entry) for entry in delta.logprobs if self._has_logprobs]
-        self._item.logprobs += entries
+        self._open_item.logprobs += entries
         return self._item_event("output_text.delta", delta=delta.text, logprobs=entries)
 
     def _close(self, status: str) -> list[Event]:
@@ -176,15 +182,16 @@ class ResponseEvents:
 
     def _part(self) -> dict[str, Any]:
         """Returns the content of the open item."""
-        if self._item.kind == "reasoning":
-            return {"type": "reasoning_text", "text": self._item.text}
-        logprobs = list(self._item.logprobs)
-        return {"type": "output_text", "text": self._item.text, "annotations": [], "logprobs": logprobs}
+        item = self._open_item
+        if item.kind == "reasoning":
+            return {"type": "reasoning_text", "text": item.text}
+        logprobs = list(item.logprobs)
+        return {"type": "output_text", "text": item.text, "annotations": [], "logprobs": logprobs}
 
     def _json(self, status: str) -> dict[str, Any]:
         """Returns the open item, without content while it is in progress."""
-        item = self._item
-        if item.kind == "call":
+        item = self._open_item
+        if item.call is not None:
             call = {"call_id": item.call.id, "name": item.call.name, "arguments": item.text}
             return {"type": "function_call", "id": item.id, "status": status, **call}
         content = [] if status == "in_progress" else [self._part()]
@@ -193,6 +200,6 @@ class ResponseEvents:
             if self._has_encoded_reasoning and status != "in_progress":
                 fields["encrypted_content"] = encode_reasoning(item.text)
             return fields
-        phase = {"phase": PHASES[item.channel]} if item.channel in PHASES else {}
+        phase = {"phase": PHASES[item.channel]} if item.channel is not None and item.channel in PHASES else {}
         fields = {"type": "message", "id": item.id, "role": "assistant", "status": status, "content": content}
         return fields | phase

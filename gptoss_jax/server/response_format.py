@@ -45,10 +45,9 @@ def read_response_format(given: Fields | None) -> ResponseFormat | None:
     if kind == "json_object":
         return ResponseFormat("json_object", ANY_OBJECT, path=given.path)
     given = given.object("json_schema") or given
-    given.needed("schema")
+    schema = given.needed_object("schema").values
     name = given.text("name", "response")
     fits = re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) is not None
     given.require(fits, "name", "must have 1 to 64 letters, digits, _, - and .")
-    schema = given.object("schema").values
     description, strict = given.text("description"), given.boolean("strict", True)
     return ResponseFormat(name, schema, description, strict, given.param("schema"))

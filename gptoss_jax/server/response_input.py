@@ -55,7 +55,7 @@ def _items(fields: Fields) -> list[Fields]:
     if isinstance(text, str):
         return [Fields({"type": "message", "role": USER, "content": text}, "input")]
     fields.require(isinstance(text, list), "input", "must be a string or a list of items")
-    return fields.objects("input")
+    return fields.objects("input") or []
 
 
 def _resolve(item: Fields, store: ResponseStore) -> Fields:
@@ -64,8 +64,7 @@ def _resolve(item: Fields, store: ResponseStore) -> Fields:
     item.require(kind in TYPES, "type", f"must be one of {', '.join(TYPES)}")
     if kind != "item_reference":
         return item
-    item.needed("id")
-    found = store.item(item.text("id"))
+    found = store.item(item.needed_text("id"))
     if found is None:
         message = f"Item with id {shown(item.get('id'))} not found: its response was not stored, or not kept."
         raise ApiError(404, message, param=item.param("id"))
@@ -93,8 +92,7 @@ class _Reader:
         self._results: dict[str, collections.deque[int]] = {}  # that are not read yet, by call_id
         for i, item in enumerate(items):
             if item.get("type") == "function_call_output":
-                item.needed("call_id")
-                self._results.setdefault(item.text("call_id"), collections.deque()).append(i)
+                self._results.setdefault(item.needed_text("call_id"), collections.deque()).append(i)
         self._read: set[int] = set()  # indices of results that followed their calls
 
     def read(self, i: int) -> list[Message]:
@@ -118,7 +116,7 @@ class _Reader:
             return []
         if role != ASSISTANT:
             return [harmony.developer(text)]
-        return [Message(ASSISTANT, text, PHASES.get(item.choice("phase", PHASES)) or self._channel(i))]
+        return [Message(ASSISTANT, text, PHASES.get(item.choice("phase", PHASES) or "") or self._channel(i))]
 
     def _channel(self, i: int) -> str:
         """Returns the channel of an answer's text without a phase: before a call it is commentary."""
@@ -129,8 +127,7 @@ class _Reader:
         return "commentary" if is_preamble else "final"
 
     def _call(self, i: int, item: Fields) -> list[Message]:
-        item.needed("call_id")
-        name = item.text("call_id")
+        name = item.needed_text("call_id")
         tool, arguments = read_call(item)
         self._tools[name] = tool
         found = [harmony.call(tool, arguments)]
@@ -144,8 +141,9 @@ class _Reader:
         return found
 
     def _result(self, item: Fields) -> Message:
-        tool = self._tools.get(item.text("call_id"))
-        item.require(tool is not None, "call_id", "must be that of an earlier function_call")
+        tool = self._tools.get(item.text("call_id", ""))
+        if tool is None:
+            raise item.fault("call_id", "must be that of an earlier function_call")
         item.needed("output")
         return harmony.result(tool, read_text(item, "output"))
 

@@ -212,8 +212,10 @@ def _echoed(fields: Fields) -> dict[str, Any]:
 
 def _text(text: Fields, wanted: ResponseFormat | None) -> dict[str, Any]:
     """Returns `text` as a response repeats it."""
-    given = {"type": "text"} if wanted is None else {"type": text.object("format").get("type")}
-    if given["type"] == "json_schema":
+    given: dict[str, Any] = {"type": "text"}
+    if wanted is not None:
+        given["type"] = text.needed_object("format").get("type")
+    if wanted is not None and given["type"] == "json_schema":
         given |= {"name": wanted.name, "schema": wanted.schema, "strict": wanted.strict}
         given["description"] = wanted.description
     verbosity = text.choice("verbosity", ("low", "medium", "high"), "medium")
@@ -240,5 +242,5 @@ def _tool_choice(fields: Fields) -> Any:
     if choice.get("type", "function") == "function":
         return named(choice)
     given = choice.get("allowed_tools") or choice
-    tools = [named(tool) for tool in given.get("tools")]
+    tools = [named(tool) for tool in given.get("tools") or []]
     return {"type": "allowed_tools", "mode": given.get("mode") or "auto", "tools": tools}

@@ -1,6 +1,6 @@
 """`/v1/responses`: OpenAI's Responses API, with reasoning items, functions, streams and stored responses."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
@@ -89,7 +89,7 @@ class Answer:
             self._events.add(self._reader.feed(part))
         return self._finish()[-1][1]["response"]
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """Yields the events of a stream, the last of which has the whole response."""
         for event in self._events.start():
             yield event

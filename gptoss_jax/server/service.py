@@ -141,5 +141,6 @@ def make_usage(prompt: int, completion: int, cached: int, reasoning: int | None 
 
 def request_id(given: str | None) -> str:
     """Returns a client's x-request-id if it is harmless, else a new one."""
-    is_safe = given is not None and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", given)
-    return given if is_safe else make_id("req")
+    if given is not None and re.fullmatch(r"[A-Za-z0-9._:/+=@-]{1,128}", given):
+        return given
+    return make_id("req")

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+# The JSON of an event, or its name and JSON.
+Event = Mapping[str, Any] | tuple[str, Mapping[str, Any]]
 
 
 class EventStream(Response):
@@ -36,7 +38,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[Mapping[str, Any] | tuple[str, Mapping[str, Any]]],
+        events: AsyncGenerator[Event, None],
         close: Callable[[], None],
         *,
         done: bool = True,
@@ -106,7 +108,7 @@ class EventStream(Response):
             await asyncio.gather(upcoming, return_exceptions=True)
 
 
-def encode(event: Mapping[str, Any] | tuple[str, Mapping[str, Any]]) -> bytes:
+def encode(event: Event) -> bytes:
     """Returns an event as bytes."""
     name, data = event if isinstance(event, tuple) else (None, event)
     head = "" if name is None else f"event: {name}\n"

@@ -38,8 +38,8 @@ async def tokenize(request: Request) -> Response:
     if "messages" in fields:
         tokens = (await read_request(fields, service)).prompt
     else:
-        fields.needed("prompt")
-        tokens = await encode_prompt(service.tokenizer, fields.text("prompt"), *prompt_options(fields))
+        prompt = fields.needed_text("prompt")
+        tokens = await encode_prompt(service.tokenizer, prompt, *prompt_options(fields))
     answer = {"count": len(tokens), "max_model_len": service.max_context, "tokens": tokens}
     if fields.boolean("return_token_strs"):
         answer["token_strs"] = list(map(TokenTexts(service.tokenizer).name, tokens))
@@ -52,7 +52,7 @@ async def detokenize(request: Request) -> Response:
     fields = await read_json(request)
     service.check_model(fields)
     fields.needed("tokens")
-    tokens = fields.array("tokens")
+    tokens = fields.array("tokens") or []
     check_tokens(tokens, "tokens", service.vocab_size)
     text = await inline_or_thread(len(tokens), lambda: TokenTexts(service.tokenizer).decode(tokens))
     return json_response({"prompt": text})
@@ -106,7 +106,7 @@ async def inline_or_thread(length: int, function: Callable[[], Result]) -> Resul
 class TokenTexts:
     """A tokenizer whose special tokens, and ids that it does not have, are text: their names.
 
-    Has what `StreamingDetokenizer` needs of a tokenizer.
+    A `BytesDecoder` for `StreamingDetokenizer`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

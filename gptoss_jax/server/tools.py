@@ -14,7 +14,8 @@ from gptoss_jax.server.errors import bad_request
 from gptoss_jax.server.fields import Fields, shown
 from gptoss_jax.server.readable_schema import readable_schema
 
-MODES = ("none", "auto", "required")
+Mode = Literal["none", "auto", "required"]
+MODES: tuple[Mode, ...] = ("none", "auto", "required")
 NAME_RULE = "must have 1 to 64 letters, digits, _, - and ."
 MAX_TOOLS = 1024
 
@@ -43,7 +44,7 @@ class Tools:
     """The functions of a request, and which of them the answer may call, or must call one of."""
 
     functions: tuple[Function, ...] = ()
-    mode: Literal["none", "auto", "required"] = "auto"
+    mode: Mode = "auto"
     # The functions that `tool_choice` leaves.
     allowed: tuple[Function, ...] = ()
 
@@ -81,8 +82,7 @@ def _function(tool: Fields) -> Function:
     kind = tool.text("type", "function")
     tool.require(kind == "function", "type", "must be function, the only type of tools that is supported")
     given = tool.object("function") or tool
-    given.needed("name")
-    name = given.text("name")
+    name = given.needed_text("name")
     given.require(TOOL_NAME.fullmatch(name) is not None, "name", NAME_RULE)
     parameters = given.object("parameters")
     return Function(
@@ -94,14 +94,14 @@ def _function(tool: Fields) -> Function:
     )
 
 
-def _tool_choice(fields: Fields, names: Collection[str]) -> tuple[str, Collection[str] | None]:
+def _tool_choice(fields: Fields, names: Collection[str]) -> tuple[Mode, Collection[str] | None]:
     """Returns the mode, and the functions to which the choice is limited."""
     choice = fields.get("tool_choice")
     if choice is None:
         return "auto", None
     if isinstance(choice, str):
-        mode = fields.choice("tool_choice", MODES)
-        fields.require(mode != "required" or names, "tool_choice", "needs tools")
+        mode = fields.choice("tool_choice", MODES, "auto")
+        fields.require(mode != "required" or bool(names), "tool_choice", "needs tools")
         return mode, None
     allowed = f"must be one of {', '.join(MODES)}, or an object that names a function"
     fields.require(isinstance(choice, dict), "tool_choice", allowed)
@@ -118,8 +118,7 @@ def _tool_choice(fields: Fields, names: Collection[str]) -> tuple[str, Collectio
 
 def _named(choice: Fields, names: Collection[str]) -> str:
     given = choice.object("function") or choice
-    given.needed("name")
-    name = given.text("name")
+    name = given.needed_text("name")
     if name not in names:
         raise bad_request(f"{given.param('name')} is {shown(name)}: is not in tools", given.param("name"))
     return name

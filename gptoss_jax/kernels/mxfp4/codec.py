@@ -27,7 +27,7 @@ TPU_LAYOUTS = {"blocks": (0, 2, 3, 1), "scales": (0, 2, 1)}
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
-def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Returns the values, exact in bfloat16 and float32 alike.
 
     Args:
