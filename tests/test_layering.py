@@ -182,6 +182,39 @@ def test_functions_take_few_positional_parameters():
     assert not found, f"at most {MAX_POSITIONAL} are allowed: " + "; ".join(found)
 
 
+def unannotated(source: str) -> list[str]:
+    """Returns the parameters and results without a type, of functions and methods but not of closures."""
+    found = []
+    for block in ast.walk(tree := ast.parse(source)):
+        for node in block.body if isinstance(block, ast.ClassDef) or block is tree else ():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                args = node.args
+                every = [*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg]
+                names = [one.arg for one in every if one is not None and one.annotation is None]
+                is_static = any(getattr(one, "id", "") == "staticmethod" for one in node.decorator_list)
+                names = names[isinstance(block, ast.ClassDef) and not is_static :]
+                result = ["return"] if node.returns is None and node.name != "__init__" else []
+                found += [f"{node.name}: {name}" for name in (*names, *result)]
+    return found
+
+
+def test_signatures_have_types():
+    found = [f"{relative(path)} {name}" for path in FILES for name in unannotated(path.read_text())]
+    assert not found, "; ".join(found)
+
+
+def test_a_missing_type_is_found():
+    source = """
+def one(a, b: int = 0, *c, **d): return lambda x: x
+class Some:
+    def __init__(self, e): pass
+    def two(self, f: int) -> int:
+        def closure(g): return g
+        return closure(f)
+"""
+    assert unannotated(source) == ["one: a", "one: c", "one: d", "one: return", "__init__: e"]
+
+
 def run_python(code: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
