@@ -239,8 +239,7 @@ class Transformer(nnx.Module):
             x_BTD = constrain(x_BTD, HIDDEN_BTD)
             repetitions = config.num_hidden_layers // len(blocks)
             keys = None if dropout_key is None else jax.random.split(dropout_key, repetitions)
-            stacks: list[Any] = [None] * len(blocks) if cache is None else cache.layers
-            carry = x_BTD, stacks
+            carry: Any = x_BTD, [None] * len(blocks) if cache is None else cache.layers
             scanned = jnp.arange(repetitions, dtype=jnp.int32), blocks if cache is None else None, keys
             if repetitions > 1:
                 (x_BTD, stacks), stats = jax.lax.scan(one_period, carry, scanned)
