@@ -68,7 +68,7 @@ def short_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "BLOCK", 64)
         patch.setattr(prefix_cache, "BLOCK", 64)
-        patch.setattr(prefill, "CHUNKS", (64, 32))
+        patch.setattr(prefill, "CHUNK_SIZES", (64, 32))
         patch.setattr(prefill, "MIN_CACHE_LEN", 128)
         patch.setattr(slots, "MAX_STEPS", 16)
         jax.clear_caches()
@@ -481,8 +481,8 @@ def test_bad_options(model, options, message):
     [
         ([], {}, r"prompt is \[\]: must hold at least one token"),
         ([1, 261], {}, r"prompt\[1\] is 261: a token id must be an integer from 0 to 260"),
-        ([1] * 100, {}, "prompt is '100 tokens long': must leave room for an answer; prompt has 100 tokens "
-         "and max_context is 100"),
+        ([1] * 100, {}, "prompt is '100 tokens long': must leave room for a completion; prompt has 100 "
+         "tokens and max_context is 100"),
         ([1] * 80, {}, "max_new_tokens is 32: must be at most 20, because prompt has 80 tokens and "
          "max_context is 100"),
         ([1], {"logit_bias": {261: 1}}, r"logit_bias is \[261\]: each token must be .* 0 to 260"),

@@ -101,7 +101,7 @@ def test_many_prefill_chunks_and_a_growing_cache(gpt_oss, monkeypatch):
     prompts, sampling = [[(7 * i) % 97 for i in range(170)], [4]], SamplingParams(max_new_tokens=22)
     expected = complete(*gpt_oss, prompts, sampling)
     assert [len(answer) for answer in expected] == [22, 22]
-    monkeypatch.setattr(prefill, "CHUNKS", (16, 4))
+    monkeypatch.setattr(prefill, "CHUNK_SIZES", (16, 4))
     monkeypatch.setattr(prefill, "MIN_CACHE_LEN", 2)
     monkeypatch.setattr(slots, "MAX_STEPS", 5)
     lengths = []
@@ -139,10 +139,14 @@ def test_prefill_chunks():
 def test_groups_of_prompts(tiny_config):
     wide = dataclasses.replace(tiny_config, hidden_size=128)
     # On CPU at most 512 tokens, or with more than 8 slots 4,096.
-    assert [prefill.max_group(wide, size, 256, num_slots=8) for size in (512, 128, 32)] == [1, 4, 16]
-    assert [prefill.max_group(wide, size, 256, num_slots=9) for size in (512, 128, 32)] == [8, 32, 128]
-    assert prefill.max_group(wide, 32, 1 << 15, num_slots=8) == 2
-    assert prefill.max_group(tiny_config, 32, 256, num_slots=8) == 1
+    assert [prefill.max_prefill_batch(wide, size, 256, num_slots=8) for size in (512, 128, 32)] == [1, 4, 16]
+    assert [prefill.max_prefill_batch(wide, size, 256, num_slots=9) for size in (512, 128, 32)] == [
+        8,
+        32,
+        128,
+    ]
+    assert prefill.max_prefill_batch(wide, 32, 1 << 15, num_slots=8) == 2
+    assert prefill.max_prefill_batch(tiny_config, 32, 256, num_slots=8) == 1
 
 
 def test_stop_tokens(gpt_oss):
@@ -410,7 +414,7 @@ def test_compilations_are_bounded_for_any_prompts(tiny_config, random_params, mo
     config = dataclasses.replace(tiny_config, num_hidden_layers=2, max_position_embeddings=90)
     params = random_params(config)
     monkeypatch.setattr(prefill, "MIN_CACHE_LEN", 16)
-    monkeypatch.setattr(prefill, "CHUNKS", (32, 8, 4))
+    monkeypatch.setattr(prefill, "CHUNK_SIZES", (32, 8, 4))
     # Lengths 16, 32, 64 and 90; three chunks, one group, or with 16 slots three.
     assert max_compilations(config) == 4 * (4 + 3 * (1 + 1) + 6) + 4 * 5 // 2
     assert max_compilations(config, 16) == 4 * (4 + 3 * (1 + 3) + 6) + 4 * 5 // 2

@@ -6,7 +6,7 @@ import pytest
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.inference import grammar
 from gptoss_jax.inference.grammar import GrammarMatcher
-from gptoss_jax.inference.sampling import num_words
+from gptoss_jax.inference.sampling import num_mask_words
 
 ANSWER = 'start: <|channel|> "final" <|message|> /[ab]+/ <|return|>'
 
@@ -17,7 +17,7 @@ def tiny():
 
 
 def allowed(matcher, vocab_size):
-    row = np.full(num_words(vocab_size), -1, np.int32)
+    row = np.full(num_mask_words(vocab_size), -1, np.int32)
     matcher.fill_mask(row)
     return set(np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist())
 

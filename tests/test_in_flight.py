@@ -74,7 +74,7 @@ def test_a_prompt_of_many_chunks_waits_for_each(tiny_config, random_params, monk
     def decode(*args):
         raise Prefilled
 
-    monkeypatch.setattr(prompts, "CHUNKS", (8, 4))
+    monkeypatch.setattr(prompts, "CHUNK_SIZES", (8, 4))
     monkeypatch.setattr(slots, "prefill", prefill)
     monkeypatch.setattr(slots, "decode", decode)
     monkeypatch.setattr(jax, "block_until_ready", wait)

@@ -193,8 +193,8 @@ def test_a_row_has_the_same_bits_whatever_the_others_ask_for(batch):
         SamplingParams(temperature=1.0, logit_bias=[(0, -100), (V - 1, 5)]),
     ]
     counts_BV = jax.random.randint(jax.random.key(1), (8, V), 0, 3)
-    allowed_BU = np.full((8, sampling.num_words(V)), -1, np.int32)
-    allowed_BU[3] = sampling.token_bits(range(0, V, 3), V)
+    allowed_BU = np.full((8, sampling.num_mask_words(V)), -1, np.int32)
+    allowed_BU[3] = sampling.make_token_mask(range(0, V, 3), V)
     settings, keys_B = SamplingSettings.of(params), sequence_keys(jnp.arange(8, dtype=jnp.uint32))
 
     arguments = logits_BV, keys_B, settings, counts_BV, allowed_BU
@@ -219,7 +219,9 @@ def test_adjusted_logits():
         SamplingParams(),
     ]
     counts_BV = np.array([[0, 3, 0, 0], [0, 1, 2, 0], [4, 0, 0, 0], [1, 1, 1, 1]], np.int32)
-    allowed_BU = np.array([[-1], [-1], sampling.token_bits([0, 1], 4), sampling.token_bits([3], 4)], np.int32)
+    allowed_BU = np.array(
+        [[-1], [-1], sampling.make_token_mask([0, 1], 4), sampling.make_token_mask([3], 4)], np.int32
+    )
     logits_BV = np.tile(np.float32([1, 2, 3, 4]), (4, 1))
     inf = np.inf
     expected = [[3.5, 2, 3, -96], [1, 1.25, 2, 4], [2, 3, -inf, -inf], [-inf, -inf, -inf, 4]]
@@ -229,13 +231,13 @@ def test_adjusted_logits():
 
 def test_token_masks():
     tokens = [0, 31, 32, 63, 64, 95, 96, 31]
-    bits_U = sampling.token_bits(tokens, 97)
+    bits_U = sampling.make_token_mask(tokens, 97)
     np.testing.assert_array_equal(
         bits_U, np.array([0x80000001, 0x80000001, 0x80000001, 1], np.uint32).view(np.int32)
     )
-    is_set_B = sampling.is_bit_set(jnp.tile(bits_U, (97, 1)), jnp.arange(97))
+    is_set_B = sampling.is_in_token_mask(jnp.tile(bits_U, (97, 1)), jnp.arange(97))
     assert np.flatnonzero(is_set_B).tolist() == sorted(set(tokens))
-    assert sampling.token_bits([], 64).tolist() == [0, 0]
+    assert sampling.make_token_mask([], 64).tolist() == [0, 0]
 
 
 def test_log_probabilities():
@@ -261,7 +263,7 @@ def test_rows_split_over_devices():
     settings = settings_of(B, top_k=[5, 300], top_p=[0.5, 0.9, 1.0], presence_penalty=[0.5, 0.0])
     keys_B = sequence_keys(jnp.arange(B, dtype=jnp.uint32))
     counts_BV = jnp.ones((B, V), jnp.int32)
-    allowed_BU = jnp.full((B, sampling.num_words(V)), -1, jnp.int32)
+    allowed_BU = jnp.full((B, sampling.num_mask_words(V)), -1, jnp.int32)
 
     @jax.jit
     def run(logits_BV, keys_B, settings, counts_BV, allowed_BU):

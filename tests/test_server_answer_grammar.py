@@ -13,7 +13,7 @@ from helpers.scripted_engine import encode_special, tiny_tokenizer
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.grammar import GrammarMatcher
-from gptoss_jax.inference.sampling import num_words
+from gptoss_jax.inference.sampling import num_mask_words
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.server.answer_grammar import answer_grammar
@@ -46,7 +46,10 @@ def tools(*functions, mode="auto", allowed=None):
 def allows(tokenizer, grammar, text):
     """True if the masks allow a whole answer and nothing after it."""
     vocab_size = tokenizer.vocab_size + 40
-    matcher, row = GrammarMatcher(tokenizer, vocab_size, grammar), np.zeros(num_words(vocab_size), np.int32)
+    matcher, row = (
+        GrammarMatcher(tokenizer, vocab_size, grammar),
+        np.zeros(num_mask_words(vocab_size), np.int32),
+    )
     for token in encode_special(tokenizer, text):
         matcher.fill_mask(row)
         if not (row[token // 32] >> (token % 32)) & 1:

@@ -1,4 +1,4 @@
-"""Conversations as prompts: in Harmony, gpt-oss's chat format, or as plain completion for a base model."""
+"""Prompt rendering for chats: Harmony (gpt-oss's chat format) for chat models, raw text for base models."""
 
 import dataclasses
 import os
@@ -14,36 +14,36 @@ from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.sampling_params import SamplingParams
 
-# Defaults for text that a base model continues.
+# Default sampling parameters for base models.
 PLAIN = SamplingParams(max_new_tokens=200, temperature=0.8)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelKind:
-    """How a model is prompted."""
+    """How to prompt a model."""
 
-    is_chat: bool  # in Harmony; else plain completion
-    has_date: bool  # its system message names today's date
+    is_chat: bool  # with Harmony; otherwise with raw text
+    has_date: bool  # the system message contains the current date
 
 
 def find_model_kind(folder: str | os.PathLike, tokenizer: Tokenizer) -> ModelKind:
-    """Returns the kind of the model in a folder: that of the adapter, if there is one.
+    """Returns the kind of model in a folder; for an adapter, the kind that it was trained as.
 
-    A tokenizer with Harmony's special tokens marks a chat model, except in a run of train.py that began at
-    random on plain text: `bpe:SIZE` has these tokens, too.
+    A model whose tokenizer has Harmony's special tokens is a chat model, except for a training run from
+    random weights on plain text: `bpe:SIZE` tokenizers have these tokens too.
     """
     folder = user_path(folder, "folder")
     run = TrainConfig.load(folder / "config.json") if is_run(folder) else None
     on_rows = run is not None and is_chat_source(run.data.source)
     is_base = run is not None and not on_rows and run.init_from is None
-    # Rows of conversations have no date unless they name one.
+    # Chat training data has no date in its system message unless a row specifies one.
     return ModelKind(harmony.is_harmony(tokenizer) and not is_base, has_date=not on_rows)
 
 
 class HarmonyConversation:
-    """A conversation with a chat model.
+    """A multi-turn conversation with a chat model.
 
-    `params` are the default sampling parameters of an answer, stop tokens included.
+    `params` are the default sampling parameters, including the stop tokens.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class HarmonyConversation:
         instructions: str | None = None,
         date: str | None = None,
     ) -> None:
-        """`instructions` go into the developer message; `date` is YYYY-MM-DD, see `harmony.system`."""
+        """`instructions` become the developer message; `date` is YYYY-MM-DD, see `harmony.system`."""
         self._format = Harmony(tokenizer)
         ends = (*tokenizer.stop_ids, self._format.return_id, self._format.call)
         stop_tokens = tuple(dict.fromkeys(ends))
@@ -64,26 +64,26 @@ class HarmonyConversation:
         self.clear()
 
     def prompt(self, text: str) -> list[int]:
-        """Returns the tokens of the conversation with a new message of the user."""
+        """Returns the tokens of the conversation so far plus a new user message."""
         return self._format.render([*self._messages, harmony.user(text)])
 
     def reader(self) -> harmony.AnswerReader:
-        """Returns a parser for one answer."""
+        """Returns a streaming parser for one completion."""
         return harmony.AnswerReader(self._format)
 
-    def add(self, text: str, answer: list[Part]) -> None:
-        """Appends a message of the user and its answer."""
-        self._messages += [harmony.user(text), *(part.message() for part in answer)]
+    def add(self, text: str, reply: list[Part]) -> None:
+        """Appends a user message and the assistant's reply."""
+        self._messages += [harmony.user(text), *(part.message() for part in reply)]
 
     def clear(self) -> None:
-        """Removes all messages of the user and their answers."""
+        """Removes all turns; the system and developer messages stay."""
         self._messages = list(self._first)
 
 
 class PlainConversation:
-    """Plain completion with a base model: every line is a separate text to continue.
+    """Text completion with a base model: each line is an independent prompt, without history.
 
-    Has the methods of `HarmonyConversation`.
+    Same interface as `HarmonyConversation`.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -96,7 +96,7 @@ class PlainConversation:
     def reader(self) -> "PlainReader":
         return PlainReader(self._tokenizer)
 
-    def add(self, text: str, answer: list[Part]) -> None:
+    def add(self, text: str, reply: list[Part]) -> None:
         pass
 
     def clear(self) -> None:
@@ -104,7 +104,7 @@ class PlainConversation:
 
 
 class PlainReader:
-    """`harmony.AnswerReader` for text without a format: a single part."""
+    """The interface of `harmony.AnswerReader` for unformatted text: always a single part."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.parts = [Part()]

@@ -1,4 +1,4 @@
-"""Streaming detokenization: tokens to text, with characters that span tokens and with stop strings."""
+"""Incremental detokenization: UTF-8 characters may span tokens, and stop strings end the text."""
 
 import codecs
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from gptoss_jax.data.tokenizer import Tokenizer
 
 
 class StopStrings:
-    """Cuts text before the first stop string that is complete; `stopped` is then true.
+    """Truncates streamed text before the first stop string to be completed, and then sets `stopped`.
 
-    Text that may be the beginning of a stop string is held back until it is known not to be.
+    Text that could be the start of a stop string is held back until it is ruled out.
     """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
@@ -19,24 +19,24 @@ class StopStrings:
         self._held = ""
 
     def feed(self, new: str) -> str:
-        """Returns the text that cannot be part of a stop string."""
+        """Returns the text that is now known not to be part of a stop string."""
         if self.stopped:
             return ""
         text = self._held + new
         starts = ((text.find(stop), stop) for stop in self._stop_strings)
-        # The first to be complete, so that the result does not depend on how the text is cut.
+        # Take the match that ends first, so that the result does not depend on how the text was split.
         first = min(((start + len(stop), start) for start, stop in starts if start >= 0), default=None)
         if first is not None:
             self.stopped, self._held = True, ""
             return text[: first[1]]
-        # The longest suffix that begins a stop string.
+        # The longest suffix that is a proper prefix of a stop string.
         lengths = (n for stop in self._stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n]))
         end = len(text) - max(lengths, default=0)
         self._held = text[end:]
         return text[:end]
 
     def close(self) -> str:
-        """Returns the text that was held back."""
+        """Returns the text that is still held back."""
         rest, self._held = self._held, ""
         return rest
 
@@ -50,10 +50,10 @@ class BytesDecoder(Protocol):
 
 
 class StreamingDetokenizer:
-    """Turns tokens into text as they arrive; never emits part of a UTF-8 character.
+    """Decodes tokens to text as they arrive; never emits a partial UTF-8 character.
 
-    The text ends before the first stop string, see `StopStrings`; `stopped` is then true. Ids that the
-    tokenizer does not have (the model's vocabulary may be larger) stand for no text.
+    The text ends before the first stop string, and `stopped` is then True; see `StopStrings`. Token ids
+    outside the tokenizer's vocabulary (the model's may be padded) are skipped.
     """
 
     def __init__(self, tokenizer: BytesDecoder, stop_strings: Sequence[str] = ()) -> None:
@@ -63,20 +63,20 @@ class StreamingDetokenizer:
 
     @property
     def stopped(self) -> bool:
-        """True after a stop string."""
+        """True once a stop string has been found."""
         return self._stop_strings.stopped
 
     def feed(self, tokens: Sequence[int]) -> str:
-        """Returns the text that these tokens complete; the bytes of an unfinished character wait."""
+        """Returns the newly completed text; the bytes of an incomplete character are held back."""
         known = [token for token in tokens if token < self._tokenizer.vocab_size]
         return self._stop_strings.feed(self._utf8.decode(self._tokenizer.decode_bytes(known)))
 
     def close(self) -> str:
-        """Returns the text that was held back, with U+FFFD for a character that broke off."""
+        """Returns the text that is still held back, with U+FFFD for an incomplete character."""
         return self._stop_strings.feed(self._utf8.decode(b"", final=True)) + self._stop_strings.close()
 
 
 def detokenize(tokenizer: Tokenizer, tokens: Sequence[int], stop_strings: Sequence[str] = ()) -> str:
-    """Returns the text of a whole answer, up to the first stop string."""
+    """Returns the text of a complete token sequence, up to the first stop string."""
     detokenizer = StreamingDetokenizer(tokenizer, stop_strings)
     return detokenizer.feed(tokens) + detokenizer.close()

@@ -1,9 +1,9 @@
-"""The engine: continuous batching of prompts in slots that decode together (`inference/slots.py`).
+"""Inference engine: continuous batching over a fixed number of slots (`inference/slots.py`).
 
-Prompts wait until a slot is free. They are read in chunks, each in a row of its own, between decode calls, so
-neither waits long for the other. The next decode call is sent before the tokens of the last are read: the
-slots know by themselves when an answer ends, and only stop strings, grammars and cancellations wait for the
-host.
+Requests queue until a slot is free. Prompts are prefilled in chunks, each into its own batch-1 cache,
+interleaved with decode calls so that neither starves the other. The next decode call is dispatched before the
+tokens of the previous one reach the host: the device detects stop tokens and length limits itself, and only
+stop strings, grammars and cancellations need the host.
 """
 
 import collections
@@ -22,37 +22,37 @@ from gptoss_jax.data.special_tokens import END_OF_MESSAGE
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference import slots
 from gptoss_jax.inference.grammar import GrammarMatcher
-from gptoss_jax.inference.prefill import Prefills, cache_length
+from gptoss_jax.inference.prefill import PrefillScheduler, cache_length
 from gptoss_jax.inference.prefix_cache import PrefixCache, Reuse
 from gptoss_jax.inference.request import Request, check_length, check_tokens
-from gptoss_jax.inference.sampling import num_words
+from gptoss_jax.inference.sampling import num_mask_words
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.transformer import Transformer, get_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
 
-# Most steps of a decode call while a prompt is read.
-BUSY_STEPS = 8
-# Most steps when several processes stream: their clocks differ, so time cannot decide.
+# Maximum steps per decode call while a prompt is being prefilled.
+MAX_STEPS_DURING_PREFILL = 8
+# The same when streaming on several processes, whose clocks differ but which must all choose the same number.
 MULTI_HOST_STEPS = 8
-# Target seconds between parts of a stream, and between searches for stop strings.
+# Target seconds between streamed parts, and between checks for stop strings.
 STREAM_INTERVAL = 0.05
 DEFAULT_PREFIX_BYTES = 1 << 30
 
 
 @dataclasses.dataclass
 class _Call:
-    """A decode call whose tokens have not been read."""
+    """A decode call in flight: dispatched, its tokens not yet on the host."""
 
-    decoded: slots.Decoded
-    owners: list[Request | None]  # of the slots
+    decoded: slots.DecodeOutput
+    owners: list[Request | None]  # the request in each slot
     num_steps: int
-    sent: float
-    is_paced: bool  # nothing but the call's steps takes its time
+    dispatched_at: float
+    is_decode_only: bool  # no prefill was dispatched with it, so its duration measures decoding
 
 
 class Engine:
-    """Answers prompts with one model. All methods are called from one thread."""
+    """Continuous-batching engine for one model. Not thread-safe: call all methods from one thread."""
 
     def __init__(
         self,
@@ -65,18 +65,18 @@ class Engine:
         prefix_cache_bytes: int = DEFAULT_PREFIX_BYTES,
         streaming: bool = True,
     ) -> None:
-        """Uses the mesh that is current now, of one process or, without prefix reuse, of several.
+        """Captures the current mesh. With several processes, prefix reuse is off.
 
         Args:
-          model: under a mesh its parameters must have the shardings that `parallel.rules` gives them.
-          tokenizer: finds stop strings and compiles grammars. Default: the one in the folder that the model
-            was loaded from. With gpt-oss's special tokens and any prefix reuse, the ends of reasoning are
-            kept for it.
-          num_slots: answers that decode together; rounded up to what the mesh splits.
-          max_context: most tokens of a prompt and its answer; default: the model's limit.
-          prefix_reuse: see `PrefixCache`; "off" reads every prompt whole.
-          prefix_cache_bytes: bound of its memory.
-          streaming: False reads all prompts that have a slot before decoding, and returns parts seldom.
+          model: under a mesh, its parameters must be sharded as `parallel.rules` specifies.
+          tokenizer: needed for stop strings and grammars; default: the one in the model's folder. With
+            gpt-oss's special tokens and `prefix_reuse="any"`, ends of messages are cached as prefixes too.
+          num_slots: maximum number of sequences decoded together; rounded up to a multiple of the mesh's
+            batch shards.
+          max_context: maximum tokens of a prompt plus its completion; default: the model's limit.
+          prefix_reuse: see `PrefixCache`; "off" prefills every prompt from its start.
+          prefix_cache_bytes: memory limit of the prefix cache.
+          streaming: False favors throughput: prefills before decoding, and returns large parts.
 
         Raises ValueError for a value out of range.
         """
@@ -101,33 +101,33 @@ class Engine:
         is_one_process = jax.process_count() == 1
         keeps_prefixes = prefix_reuse != "off" and is_one_process
         self.prefix_cache = PrefixCache(config, prefix_reuse, prefix_cache_bytes) if keeps_prefixes else None
-        # On CPU the devices of a mesh share a thread pool, which programs in flight would fill.
+        # On CPU all devices of a mesh share one thread pool, which several programs in flight would exhaust.
         self._is_cpu_mesh = jax.default_backend() == "cpu" and self._mesh is not None and self._mesh.size > 1
         self._lookahead = int(is_one_process and not self._is_cpu_mesh)
         special = {} if tokenizer is None else tokenizer.special_tokens
         self._pause_token = special.get(END_OF_MESSAGE) if keeps_prefixes and prefix_reuse == "any" else None
         self._waiting: collections.deque[Request] = collections.deque()
         self._owners: list[Request | None] = [None] * self.num_slots
-        self._prefills = Prefills(config, self._params, self.prefix_cache, self.num_slots)
+        self._prefills = PrefillScheduler(config, self._params, self.prefix_cache, self.num_slots)
         self.reset()
-        self._num_steps, self._last_read = 1, 0.0
-        all_allowed = np.full((self.num_slots, num_words(config.vocab_size)), -1, np.int32)
+        self._num_steps, self._last_fetch = 1, 0.0
+        all_allowed = np.full((self.num_slots, num_mask_words(config.vocab_size)), -1, np.int32)
         with self._on_mesh():
             self._all_allowed_BU = all_allowed if self._mesh is not None else jax.device_put(all_allowed)
 
     @property
     def num_running(self) -> int:
-        """Requests that have a slot."""
+        """Number of requests in a slot."""
         return sum(owner is not None for owner in self._owners)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a slot, or whose prompts are being read."""
+        """Number of requests that are queued or being prefilled."""
         return len(self._waiting) + self._prefills.num_requests
 
     @property
     def has_work(self) -> bool:
-        """True until all answers are complete and read."""
+        """True while any request is unfinished or a decode call is in flight."""
         return bool(self.num_waiting or self._calls or self.num_running)
 
     def submit(
@@ -137,15 +137,15 @@ class Engine:
         *,
         cache_salt: str = "",
     ) -> Request:
-        """Adds a request, which `step` then answers.
+        """Queues a request for `step` to process.
 
         Args:
           prompt: token ids.
-          params: its settings.
-          cache_salt: prefixes are reused only among equal salts.
+          params: sampling parameters.
+          cache_salt: prefixes are reused only between requests with the same salt.
 
-        Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt and `max_new_tokens`
-        that exceed `max_context`, stop strings or a grammar without a tokenizer, and a bad grammar.
+        Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt plus `max_new_tokens`
+        longer than `max_context`, stop strings or a grammar without a tokenizer, or an invalid grammar.
         """
         tokens = self.check(prompt, params)
         matcher = None
@@ -156,7 +156,7 @@ class Engine:
         return request
 
     def check(self, prompt: Sequence[int], params: SamplingParams, name: str = "prompt") -> np.ndarray:
-        """Returns a prompt as int32 [T]; raises ValueError if it cannot be submitted with these settings."""
+        """Validates a request and returns its prompt as int32 [T]; raises ValueError like `submit`."""
         tokens = check_tokens(prompt, params, name, self.vocab_size)
         is_default = self.max_context == self._config.max_position_embeddings
         limit_name = "model.max_position_embeddings" if is_default else "max_context"
@@ -170,7 +170,7 @@ class Engine:
         return tokens
 
     def cancel(self, request: Request) -> None:
-        """Drops a request: no part of it comes after, and its slot is free for another."""
+        """Cancels a request: it yields no further parts, and its slot becomes free."""
         if request.is_done:
             return
         request.is_cancelled = True
@@ -181,9 +181,9 @@ class Engine:
             self._release(self._owners.index(request), is_running=True)
 
     def reset(self, *, drop_prefixes: bool = False) -> None:
-        """Drops all requests and frees the memory of the slots, also after a step that was interrupted.
+        """Cancels all requests and frees the memory of the slots; safe after an interrupted step.
 
-        Stored prefixes are kept unless `drop_prefixes`: after a fault they may hold its results.
+        Keeps the prefix cache unless `drop_prefixes`: after a device error it may hold bad values.
         """
         if drop_prefixes and self.prefix_cache is not None:
             self.prefix_cache.clear()
@@ -199,37 +199,37 @@ class Engine:
         self._ends_B, self._continues_B = np.zeros((2, self.num_slots), bool)
 
     def step(self) -> list[tuple[Request, Completion]]:
-        """Sends at most one chunk of prompts and one decode call, and reads the oldest call that is due.
+        """Dispatches at most one prefill and one decode call, and fetches the oldest call's tokens if due.
 
-        Returns the new parts, possibly none, in the order of the slots.
+        Returns the new parts in slot order; possibly none.
         """
         with self._on_mesh():
             self._admit()
             if self._is_cpu_mesh or not self._calls:
-                # One chunk in flight (see `parallel/in_flight.py`): a long prompt has hundreds.
-                jax.block_until_ready(self._prefills.rows_in_flight())
-            has_read = self._prefills.step()
+                # At most one prefill in flight (see `parallel/in_flight.py`): a long prompt has hundreds.
+                jax.block_until_ready(self._prefills.pending_rows())
+            has_prefilled = self._prefills.step()
             self._insert()
-            is_sent = self._can_decode()
-            if is_sent:
-                self._decode(is_paced=not has_read)
-            if self._calls and (not is_sent or len(self._calls) > self._lookahead):
-                return list(self._read(self._calls.popleft()))
+            can_decode = self._can_decode()
+            if can_decode:
+                self._decode(is_decode_only=not has_prefilled)
+            if self._calls and (not can_decode or len(self._calls) > self._lookahead):
+                return list(self._fetch(self._calls.popleft()))
         return []
 
     def _on_mesh(self) -> contextlib.AbstractContextManager:
-        """Sets the mesh of the constructor: `jax.set_mesh` holds in one thread only."""
+        """Sets the mesh captured at construction: `jax.set_mesh` is thread-local."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _admit(self) -> None:
-        """Starts to read the prompts that get a slot; equal ones together."""
+        """Starts the prefill of waiting requests, as many as there are free slots."""
         num_free = self._owners.count(None) - self._prefills.num_requests
         while self._waiting and num_free:
             self._prefills.start(self._waiting.popleft())
             num_free -= 1
 
     def _insert(self) -> None:
-        """Moves prompts that have been read into slots."""
+        """Moves fully prefilled prompts into slots."""
         for done in self._prefills.take_finished():
             for request in done.requests:
                 slot = self._owners.index(None)
@@ -237,9 +237,9 @@ class Engine:
                 self._ends_B[slot] = self._continues_B[slot] = False
                 request.cached_tokens = done.cached_tokens
                 if request.params.prompt_logprobs:
-                    request.of_prompt = done.prompt_logprobs(request)
-                is_alone = self.num_running == 1 and not self._calls
-                self._reserve(len(request.prompt) - 1 + self._first_steps(request), may_shrink=is_alone)
+                    request.prompt_part = done.prompt_logprobs(request)
+                is_only = self.num_running == 1 and not self._calls
+                self._reserve(len(request.prompt) - 1 + self._first_steps(request), may_shrink=is_only)
                 row = slots.SlotRequest.of(self._config, request.params, self._pause_token)
                 self._slots = slots.insert(
                     self._slots, done.row, np.int32(slot), np.int32(request.prompt[-1]), row
@@ -249,7 +249,7 @@ class Engine:
         return min(request.params.max_new_tokens, 1 if self._streaming else slots.MAX_STEPS)
 
     def _reserve(self, tokens: int, may_shrink: bool = False) -> None:
-        """Makes room for `tokens` tokens in every slot; `may_shrink` if no slot runs."""
+        """Ensures a cache length of at least `tokens`; `may_shrink` only if no other slot is running."""
         length = cache_length(self._config, tokens)
         if self._slots is None or (may_shrink and length < self._cache_len):
             self._slots = slots.init_slots(self._config, self.num_slots, length)
@@ -258,73 +258,72 @@ class Engine:
             self._slots = slots.grow_slots(self._config, self._slots, length)
             self._cache_len = length
 
-    def _sent_steps(self, request: Request) -> int:
-        """Steps of the calls that have not been read, in which the request's slot takes part."""
+    def _steps_in_flight(self, request: Request) -> int:
+        """Returns the number of decode steps in flight for a request."""
         return sum(call.num_steps for call in self._calls if request in call.owners)
 
     def _can_decode(self) -> bool:
         if not self._streaming and self._prefills.num_requests:
             return False
         running = [owner for owner in self._owners if owner is not None]
-        # The mask of a grammar depends on the last token.
+        # A grammar's token mask depends on the last sampled token.
         if self._calls and any(owner.matcher is not None for owner in running):
             return False
-        return any(self._sent_steps(owner) < owner.num_left for owner in running)
+        return any(self._steps_in_flight(owner) < owner.num_remaining for owner in running)
 
-    def _decode(self, is_paced: bool) -> None:
-        """Sends a decode call."""
+    def _decode(self, is_decode_only: bool) -> None:
+        """Dispatches a decode call."""
         running = [owner for owner in self._owners if owner is not None]
-        sent = {owner: self._sent_steps(owner) for owner in running}
+        sent = {owner: self._steps_in_flight(owner) for owner in running}
         num_steps = self._num_steps if self._streaming else slots.MAX_STEPS
         if self._streaming and any(not owner.tokens and not sent[owner] for owner in running):
-            num_steps = 1  # for a first token as soon as possible
+            num_steps = 1  # minimizes the time to first token
         elif self._streaming and self._prefills.num_requests:
-            num_steps = min(num_steps, BUSY_STEPS)
+            num_steps = min(num_steps, MAX_STEPS_DURING_PREFILL)
         allowed_BU = self._all_allowed_BU
         if any(owner.matcher is not None for owner in running):
             num_steps, allowed_BU = 1, self._grammar_masks()
-        num_steps = min(num_steps, max(owner.num_left - sent[owner] for owner in running))
-        new = {owner: min(sent[owner] + num_steps, owner.num_left) for owner in running}
+        num_steps = min(num_steps, max(owner.num_remaining - sent[owner] for owner in running))
+        new = {owner: min(sent[owner] + num_steps, owner.num_remaining) for owner in running}
         self._reserve(max(len(one.prompt) - 1 + len(one.tokens) + new[one] for one in running))
         changes = self._ends_B.copy(), self._continues_B.copy()
         self._ends_B[:] = self._continues_B[:] = False
         self._slots, decoded = slots.decode(
             self._config, self._params, self._slots, np.int32(num_steps), allowed_BU, changes
         )
-        self._calls.append(_Call(decoded, list(self._owners), num_steps, time.monotonic(), is_paced))
+        self._calls.append(_Call(decoded, list(self._owners), num_steps, time.monotonic(), is_decode_only))
 
     def _grammar_masks(self) -> np.ndarray:
-        allowed_BU = np.full((self.num_slots, num_words(self.vocab_size)), -1, np.int32)
+        allowed_BU = np.full((self.num_slots, num_mask_words(self.vocab_size)), -1, np.int32)
         for owner, row in zip(self._owners, allowed_BU, strict=True):
             if owner is not None and owner.matcher is not None:
                 owner.matcher.fill_mask(row)
         return allowed_BU
 
-    def _read(self, call: _Call) -> Iterator[tuple[Request, Completion]]:
-        """Reads a call's tokens; yields the new parts."""
+    def _fetch(self, call: _Call) -> Iterator[tuple[Request, Completion]]:
+        """Copies a call's tokens to the host; yields the new parts."""
         needed = [owner for owner in call.owners if owner is not None and not owner.is_done]
         wants = (any(getattr(one.params, name) for one in needed) for name in ("logprobs", "top_logprobs"))
         decoded = slots.to_host(call.decoded, *wants)
         now = time.monotonic()
-        if self._streaming and call.is_paced:
-            self._num_steps = next_num_steps(
-                call.num_steps, self._num_steps, now - max(call.sent, self._last_read)
-            )
-        self._last_read = now
+        if self._streaming and call.is_decode_only:
+            seconds = now - max(call.dispatched_at, self._last_fetch)
+            self._num_steps = next_num_steps(call.num_steps, self._num_steps, seconds)
+        self._last_fetch = now
         for b, request in enumerate(call.owners):
             if request is None or request.is_done:
                 continue
             part = request.add(decoded, b, call.num_steps)
             if request.finish_reason is not None:
-                # A stop string or a grammar ends it here; the slot does not know yet.
-                self._release(b, is_running=part.stop_token is None and request.num_left > 0)
+                # After a stop string or the end of a grammar, the slot on the device is still running.
+                self._release(b, is_running=part.stop_token is None and request.num_remaining > 0)
             elif self._pause_token is not None and part.tokens and part.tokens[-1] == self._pause_token:
                 self._keep_prefix(request, b)
             if part.tokens or part.finish_reason is not None:
                 yield request, part
 
     def _keep_prefix(self, request: Request, slot: int) -> None:
-        """Stores what a paused slot has read, for a prompt that repeats it, and lets it continue."""
+        """Caches the prefix in a paused slot, for later prompts that start with it, and resumes the slot."""
         if self._owners[slot] is request and self.prefix_cache is not None and self._slots is not None:
             tokens = np.concatenate([request.prompt, np.array(request.tokens[:-1], np.int32)])
             self.prefix_cache.store(tokens, request.cache_salt, self._slots.cache, slot)
@@ -336,12 +335,12 @@ class Engine:
 
 
 def next_num_steps(num_steps: int, limit: int, seconds: float) -> int:
-    """Returns the steps of a stream's next decode call.
+    """Returns the maximum number of steps for the next decode call of a stream.
 
     Args:
-      num_steps: of the last call, which may have had fewer than it could.
-      limit: steps that it could have had.
-      seconds: that the last call took.
+      num_steps: steps of the last call, which may have been fewer than `limit`.
+      limit: the maximum for the last call.
+      seconds: duration of the last call.
     """
     if jax.process_count() > 1:
         return min(2 * limit, MULTI_HOST_STEPS)

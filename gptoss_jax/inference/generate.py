@@ -1,4 +1,4 @@
-"""Generation: prompts to answers, all at once or as a stream."""
+"""Text generation from prompts, complete or streamed."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +10,7 @@ from gptoss_jax.inference.request import Request
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams, join_parts
 from gptoss_jax.model.transformer import Transformer
 
-# Most prompts that decode together; more wait for a slot.
+# Maximum number of prompts decoded together; others wait for a slot.
 MAX_SLOTS = 256
 
 
@@ -21,26 +21,27 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> list[Completion]:
-    """Continues each prompt.
+    """Generates a completion for each prompt.
 
-    In float32 an answer depends only on its prompt and settings, not on the other prompts, unless logits tie;
-    on CPU with at most 8 prompts, models of 128 hidden units or more and a C++ compiler it has the same bits.
-    In bfloat16 rounding depends on the shapes and may select other experts and tokens.
+    In float32, a completion depends only on its prompt and sampling parameters, not on the rest of the batch,
+    unless logits tie. On CPU it is even bitwise identical with at most 8 prompts, a hidden size of at least
+    128 and a C++ compiler. In bfloat16, rounding depends on the shapes and may change the selected experts
+    and tokens.
 
     Args:
-      model: under `jax.set_mesh` its parameters must have the shardings that `parallel.rules` gives them.
+      model: under `jax.set_mesh`, its parameters must be sharded as `parallel.rules` specifies.
       prompts: token ids, of any lengths. A text should start with the tokenizer's bos, as in training.
       params: one for all prompts, or one for each.
-      tokenizer: finds the stop strings. Default: the one in the folder that the model was loaded from.
+      tokenizer: needed for stop strings. Default: the one in the folder that the model was loaded from.
 
     Raises:
-      ValueError: no prompts, an empty prompt, an id outside the vocabulary, a sequence of `params` of
-        another length, a prompt and `max_new_tokens` that exceed `max_position_embeddings`, or stop strings
-        or a grammar without a tokenizer.
+      ValueError: no prompts, an empty prompt, an id outside the vocabulary, fewer or more `params` than
+        prompts, a prompt plus `max_new_tokens` longer than `max_position_embeddings`, or stop strings or a
+        grammar without a tokenizer.
 
-    Compiles for each number of prompts (rounded up to a power of two) and each length of the cache (256 times
-    a power of two, or the context); see `prefill.max_compilations`. New values of settings, stop tokens,
-    seeds or prompts do not recompile.
+    Recompiles for a new number of prompts (rounded up to a power of two) and a new cache length (256 times a
+    power of two, or the full context); see `prefill.max_compilations`. New prompts, sampling parameters, stop
+    tokens and seeds do not recompile.
     """
     parts = list(_run(model, prompts, params, tokenizer, streaming=False))
     return [join_parts(one) for one in zip(*parts, strict=True)]
@@ -53,18 +54,18 @@ def stream(
     *,
     tokenizer: Tokenizer | None = None,
 ) -> Iterator[list[Completion]]:
-    """Yields the answers of `generate` in parts while they are decoded.
+    """Yields the completions of `generate` in parts as they are decoded.
 
-    Each item holds what is new for every prompt, possibly nothing: first one token, as soon as it is known,
-    then several about every 0.05 s. Invalid arguments raise at the call, not at the first `next`.
+    Each item has one part per prompt with its new tokens, possibly none: the first token as soon as it is
+    sampled, then several about every 0.05 s. Invalid arguments raise at the call, not at the first `next`.
     """
     return _run(model, prompts, params, tokenizer, streaming=True)
 
 
 def stream_one(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Iterator[Completion]:
-    """Yields the answer of an engine to one prompt in parts. Closing the iterator cancels the request.
+    """Streams the completion of one prompt from an engine. Closing the iterator cancels the request.
 
-    Invalid arguments raise at the call.
+    Invalid arguments raise at the call, not at the first `next`.
     """
     request = engine.submit(prompt, params)
 
@@ -73,7 +74,7 @@ def stream_one(engine: Engine, prompt: Sequence[int], params: SamplingParams) ->
             while not request.is_done:
                 yield from (part for owner, part in engine.step() if owner is request)
         except KeyboardInterrupt:
-            engine.reset()  # Ctrl-C may have come in the middle of a step
+            engine.reset()  # Ctrl-C may have interrupted a step halfway
             raise
         finally:
             engine.cancel(request)
@@ -110,8 +111,8 @@ def _parts(engine: Engine, requests: Sequence[Request]) -> Iterator[list[Complet
     while engine.has_work:
         new = dict(engine.step())
         if new:
-            yield [new.get(request) or _nothing(request) for request in requests]
+            yield [new.get(request) or _empty_part(request) for request in requests]
 
 
-def _nothing(request: Request) -> Completion:
+def _empty_part(request: Request) -> Completion:
     return Completion([], [] if request.params.logprobs else None, request.finish_reason)

@@ -1,8 +1,8 @@
-"""Grammars for sampling: which tokens may come next, by llguidance (extra `serve`).
+"""Grammar-constrained decoding with llguidance (extra `serve`).
 
-A grammar is Lark in llguidance's dialect, over the whole answer
-(https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). Special tokens are symbols of it, such
-as `<|channel|>`, and never match text.
+A grammar covers the whole completion and is written in llguidance's dialect of Lark
+(https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md). Special tokens are written as symbols,
+such as `<|channel|>`, and never match text.
 """
 
 import functools
@@ -13,57 +13,57 @@ import numpy as np
 
 from gptoss_jax.config import require
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.inference.sampling import num_words
+from gptoss_jax.inference.sampling import num_mask_words
 
 if TYPE_CHECKING:
     import llguidance
 
-# Of llguidance, on the work for a token and the states in memory; its own are about 20 ms and 500 MB.
+# llguidance's limits on the work per token and on the states in memory, about 20 ms and 500 MB.
 LIMITS = {"max_lexer_states": 100_000, "verbose_errors": False}
 
 
 class GrammarMatcher:
-    """The state of one answer in a grammar.
+    """The grammar state of one completion.
 
-    Where the grammar may end, the tokenizer's `stop_ids` are allowed too. Ids of the model that the
-    tokenizer does not have are never allowed.
+    Where the grammar may end, the tokenizer's `stop_ids` are allowed. Token ids outside the tokenizer's
+    vocabulary (the model's may be padded) are never allowed.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, grammar: str) -> None:
-        """Compiles the grammar, which takes milliseconds; a recent one is only copied.
+        """Compiles the grammar, which takes milliseconds; recent grammars are cached.
 
-        The first call for a tokenizer takes longer, a second for gpt-oss's vocabulary.
+        The first call for a tokenizer takes longer, about a second for gpt-oss's vocabulary.
 
         Args:
-          tokenizer: of the model.
-          vocab_size: of the model, at least the tokenizer's.
-          grammar: Lark.
+          tokenizer: the model's tokenizer.
+          vocab_size: the model's vocabulary size, at least the tokenizer's.
+          grammar: Lark source.
 
-        Raises ValueError for a bad grammar.
+        Raises ValueError for an invalid grammar.
         """
         fits = vocab_size >= tokenizer.vocab_size
         require(fits, "vocab_size", vocab_size, f"must be at least the tokenizer's {tokenizer.vocab_size}")
         self._matcher = _compile(tokenizer, grammar).deep_copy()
-        self._known_words = num_words(tokenizer.vocab_size)
+        self._known_words = num_mask_words(tokenizer.vocab_size)
 
     def fill_mask(self, row: np.ndarray) -> None:
-        """Writes which tokens may come next: a token mask, int32 [U]; see `sampling.token_bits`."""
+        """Writes the mask of allowed next tokens to `row`, int32 [U]; see `sampling.make_token_mask`."""
         known = row[: self._known_words]
         self._matcher.unsafe_compute_mask_ptr(known.ctypes.data, known.nbytes)
         row[self._known_words :] = 0
 
     def accept(self, token: int) -> None:
-        """Advances by a token. One that the mask does not allow is a failure."""
+        """Advances the grammar by a token; one that the mask does not allow sets `failure`."""
         self._matcher.consume_token(int(token))
 
     @property
     def is_finished(self) -> bool:
-        """True if the grammar allows nothing more, only the end of the answer."""
+        """True if the grammar is complete and allows no further token."""
         return self._matcher.is_stopped()
 
     @property
     def failure(self) -> str | None:
-        """Why the answer cannot be completed, if the grammar has become too complex; it is finished then."""
+        """The error message if the grammar failed (say, exceeded LIMITS); `is_finished` is then True."""
         return self._matcher.get_error().partition("\n")[0] if self._matcher.is_error() else None
 
 
@@ -73,7 +73,7 @@ def _compile(tokenizer: Tokenizer, grammar: str) -> "llguidance.LLMatcher":
     matcher = _llguidance().LLMatcher(_llguidance_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
     if matcher.is_error():
         first, *more = matcher.get_error().splitlines()
-        # A fault in a regular expression is shown by a drawing, and told below it.
+        # For an invalid regex, llguidance prints a drawing followed by an "error: " line.
         reason = " ".join(
             [first, *(line.removeprefix("error: ") for line in more if line.startswith("error: "))]
         )
@@ -95,7 +95,7 @@ def _llguidance() -> types.ModuleType:
 
 
 class _Vocabulary:
-    """A tokenizer in the form that llguidance asks for."""
+    """Adapts a tokenizer to llguidance's interface."""
 
     is_tokenizer_wrapper = True
 

@@ -1,4 +1,4 @@
-"""Reading prompts: which chunks of which prompts a call of `slots.prefill` reads together."""
+"""Chunked prefill: schedules which chunks of which prompts share a call of `slots.prefill`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,29 +15,29 @@ from gptoss_jax.kernels import backend
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
 
-# Tokens of each prompt that one call reads; the longest is a block of the prefix cache.
-CHUNKS = (BLOCK, 128, 32)
-# Prompts that one call reads.
-GROUPS = (16, 4, 1)
-# Bounds the memory of a call: tokens of all its prompts, and tokens that their rows have room for.
-MAX_TOKENS, MAX_ROOM = 4096, 1 << 16
-# On CPU an answer has the same bits whatever is read beside its prompt, in engines of at most 8 slots; with
-# more, decoding rounds differently. In calls of more tokens, or of models with fewer hidden units, XLA adds
-# up norms in another order.
+# Tokens per chunk; the largest is a block of the prefix cache.
+CHUNK_SIZES = (BLOCK, 128, 32)
+# Prompts per call.
+BATCH_SIZES = (16, 4, 1)
+# Memory limits of a call: tokens over all its prompts, and cache slots over all its rows.
+MAX_BATCHED_TOKENS, MAX_BATCHED_SLOTS = 4096, 1 << 16
+# On CPU, completions are bitwise independent of the batch in engines with at most 8 slots; with more,
+# decoding rounds differently. With more tokens per call or a smaller hidden size, XLA sums norms in another
+# order.
 MAX_EXACT_SLOTS, MAX_EXACT_TOKENS, MIN_EXACT_HIDDEN = 8, 512, 128
-# Slots of the smallest cache; each larger size doubles.
+# Length of the smallest cache; each larger size doubles it.
 MIN_CACHE_LEN = 256
 
 
 @dataclasses.dataclass(eq=False)
 class PromptRow:
-    """A prompt that is read, in a row of its own, for one or more requests."""
+    """A prompt being prefilled into its own batch-1 cache, for one or more requests with equal prompts."""
 
     requests: list[Request]
     row: KVCache
-    position: int  # tokens that the row has
+    position: int  # number of tokens in the row
     cached_tokens: int
-    # For each chunk, how many of its tokens are the prompt's, and the log-probabilities of `slots.prefill`.
+    # For each chunk, its number of tokens without padding, and the log-probabilities from `slots.prefill`.
     logprobs: list[tuple[int, tuple[jax.Array, ...]]] = dataclasses.field(default_factory=list)
 
     @property
@@ -46,7 +46,7 @@ class PromptRow:
 
     @property
     def end(self) -> int:
-        """Tokens to read: the first decode step reads the last one."""
+        """Number of tokens to prefill: the first decode step processes the last one."""
         return len(self.prompt) - 1
 
     @property
@@ -58,7 +58,7 @@ class PromptRow:
         return max(layer["keys"].shape[3] for layer in self.row.layers)
 
     def prompt_logprobs(self, request: Request) -> Completion:
-        """Returns the fields of a completion that describe the prompt."""
+        """Returns a completion with only the prompt's fields set."""
         chunks = [[np.asarray(x)[0, :count] for x in chunk] for count, chunk in self.logprobs]
         of_tokens: list[float | None] = [None]
         top: list[list[tuple[int, float]] | None] | None = [None] if request.params.top_logprobs else None
@@ -70,8 +70,8 @@ class PromptRow:
         return Completion([], None, None, prompt_logprobs=of_tokens, prompt_top_logprobs=top)
 
 
-class Prefills:
-    """The prompts that are being read, in the order in which they came."""
+class PrefillScheduler:
+    """The prompts being prefilled, in order of arrival."""
 
     def __init__(
         self, config: ModelConfig, params: dict, prefix_cache: PrefixCache | None, num_slots: int
@@ -90,7 +90,7 @@ class Prefills:
         return len(self.requests)
 
     def start(self, request: Request) -> None:
-        """Starts to read a request's prompt, unless an equal one is being read."""
+        """Adds a request; shares the prefill of an equal prompt if there is one."""
         for one in self._rows:
             is_equal = np.array_equal(one.prompt, request.prompt) and not one.has_logprobs
             if (
@@ -107,22 +107,21 @@ class Prefills:
         self._rows.append(PromptRow([request], row, num_cached, num_cached))
 
     def remove(self, request: Request) -> None:
-        """Drops a request, and its prompt if no other needs it."""
+        """Removes a request, and its prompt if no other request shares it."""
         for one in self._rows:
             if request in one.requests and len(one.requests) > 1:
                 one.requests.remove(request)
         self._rows = [one for one in self._rows if one.requests != [request]]
 
     def clear(self) -> None:
-        """Drops all prompts."""
+        """Removes all prompts."""
         self._rows = []
 
     def step(self) -> bool:
-        """Sends one call, for the next chunk of a prompt and of others that fit; returns False if none is
-        left.
+        """Dispatches one call with the next chunk of a prompt and of others that fit beside it.
 
-        It is that of the first prompt and, every other time, of the one with the fewest tokens left: short
-        prompts pass a long one, which still gets half of the calls.
+        Calls alternate between the oldest prompt and the one with the fewest tokens left, so short prompts
+        overtake a long one, which still gets half of the calls. Returns False if nothing is left to prefill.
         """
         group = self._next_group()
         if not group:
@@ -145,25 +144,25 @@ class Prefills:
             if logprobs is not None:
                 one.logprobs.append((int(count_B[b]), logprobs))
             if self._prefix_cache is not None and (one.position % BLOCK == 0 or one.position == one.end):
-                read = one.prompt[: one.position]
-                self._prefix_cache.store(read, one.requests[0].cache_salt, row)
+                prefix = one.prompt[: one.position]
+                self._prefix_cache.store(prefix, one.requests[0].cache_salt, row)
         return True
 
     def take_finished(self) -> list[PromptRow]:
-        """Removes and returns the prompts that have been read."""
+        """Removes and returns the fully prefilled prompts."""
         done = [one for one in self._rows if one.position == one.end]
         self._rows = [one for one in self._rows if one.position < one.end]
         return done
 
-    def rows_in_flight(self) -> list[KVCache]:
-        """Returns the rows of prompts that are being read, to wait for."""
+    def pending_rows(self) -> list[KVCache]:
+        """Returns the caches of all prompts being prefilled, for `jax.block_until_ready`."""
         return [one.row for one in self._rows]
 
     def _next_group(self) -> list[PromptRow]:
-        unread = [one for one in self._rows if one.position < one.end]
-        if not unread:
+        pending = [one for one in self._rows if one.position < one.end]
+        if not pending:
             return []
-        first = min(unread, key=lambda one: one.end - one.position) if self._is_shortest_next else unread[0]
+        first = min(pending, key=lambda one: one.end - one.position) if self._is_shortest_next else pending[0]
         self._is_shortest_next = not self._is_shortest_next
         size = next_chunk(first.position, first.end)[1]
 
@@ -171,38 +170,42 @@ class Prefills:
             is_equal = next_chunk(one.position, one.end)[1] == size and one.cache_len == first.cache_len
             return is_equal and not one.has_logprobs
 
-        others = () if first.has_logprobs else (one for one in unread if one is not first and fits(one))
-        group = [first, *others]
-        most = max_group(self._config, size, first.cache_len, self._num_slots)
-        return group[: next(count for count in GROUPS if count <= min(most, len(group)))]
+        others = () if first.has_logprobs else (one for one in pending if one is not first and fits(one))
+        batch = [first, *others]
+        limit = max_prefill_batch(self._config, size, first.cache_len, self._num_slots)
+        return batch[: next(count for count in BATCH_SIZES if count <= min(limit, len(batch)))]
 
 
-def max_group(config: ModelConfig, chunk: int, cache_len: int, num_slots: int) -> int:
-    """Returns how many prompts one call may read, in chunks of that size and rows of that length."""
+def max_prefill_batch(config: ModelConfig, chunk: int, cache_len: int, num_slots: int) -> int:
+    """Returns the maximum number of prompts per call, for a chunk size and a cache length."""
     shards = batch_shards(current_axes())
     is_exact = backend.platform() == "cpu" and not backend.is_multi_device() and num_slots <= MAX_EXACT_SLOTS
-    tokens = MAX_TOKENS
+    tokens = MAX_BATCHED_TOKENS
     if is_exact:
         tokens = MAX_EXACT_TOKENS if config.hidden_size >= MIN_EXACT_HIDDEN else 0
-    return max(min(tokens // chunk, MAX_ROOM // cache_len) * shards, 1)
+    return max(min(tokens // chunk, MAX_BATCHED_SLOTS // cache_len) * shards, 1)
 
 
 def next_chunk(position: int, end: int) -> tuple[int, int]:
-    """Returns the tokens of a prompt's next chunk and the size that it is padded to, after `position` tokens.
+    """Returns the number of tokens in a prompt's next chunk, and the size that the chunk is padded to.
 
     At most half of the last chunk is padding, unless it has the smallest size: every call reads all weights,
     so fewer calls are worth some padding. While more than a block is left, chunks end at multiples of BLOCK.
+
+    Args:
+      position: number of tokens already prefilled.
+      end: number of tokens to prefill in total.
     """
     left = end - position
     if left > BLOCK:
         left = BLOCK - position % BLOCK
-    size = next((size for size in CHUNKS if size <= left), CHUNKS[-1])
-    size = min((wider for wider in CHUNKS if left <= wider <= 2 * left), default=size)
+    size = next((size for size in CHUNK_SIZES if size <= left), CHUNK_SIZES[-1])
+    size = min((wider for wider in CHUNK_SIZES if left <= wider <= 2 * left), default=size)
     return min(size, left), size
 
 
 def chunks(position: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields `next_chunk` until all is read."""
+    """Yields `next_chunk` from `position` until `end`."""
     while position < end:
         count, size = next_chunk(position, end)
         yield count, size
@@ -210,7 +213,7 @@ def chunks(position: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def cache_length(config: ModelConfig, tokens: int) -> int:
-    """Returns the slots of the smallest cache that holds `tokens` tokens."""
+    """Returns the length of the smallest cache that holds `tokens` tokens."""
     length = MIN_CACHE_LEN * next_power_of_two(-(-tokens // MIN_CACHE_LEN))
     return min(length, config.max_position_embeddings)
 
@@ -221,13 +224,13 @@ def next_power_of_two(count: int) -> int:
 
 
 def max_compilations(config: ModelConfig, num_slots: int = 8) -> int:
-    """Returns the most programs that an engine with `num_slots` compiles.
+    """Returns an upper bound on the programs that an engine with `num_slots` slots compiles.
 
-    For each length of a cache: an empty row and slots, growing, decoding, a prefill for each size of a chunk
-    and of a group (once more with log-probabilities, alone), and five to store and restore prefixes; and an
-    insertion for each pair of lengths.
+    For each cache length: init_row, init_slots, grow_slots and decode, a prefill for each chunk size and
+    batch size (and one per chunk size with log-probabilities, which are never batched), and six to store and
+    restore prefixes; plus an insert for each pair of cache lengths.
     """
     lengths = len({cache_length(config, tokens) for tokens in range(1, config.max_position_embeddings + 1)})
-    most = (max_group(config, chunk, MIN_CACHE_LEN, num_slots) for chunk in CHUNKS)
-    prefills = sum(1 + sum(count <= one for count in GROUPS) for one in most)
+    limits = (max_prefill_batch(config, chunk, MIN_CACHE_LEN, num_slots) for chunk in CHUNK_SIZES)
+    prefills = sum(1 + sum(count <= limit for count in BATCH_SIZES) for limit in limits)
     return lengths * (4 + prefills + 6) + lengths * (lengths + 1) // 2

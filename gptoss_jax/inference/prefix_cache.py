@@ -1,9 +1,9 @@
-"""Reuse of prefixes that earlier prompts have in common, with sliding windows.
+"""Prefix cache for models with sliding-window layers.
 
-A full layer's keys and values of any prefix can be cut out of a longer cache. A sliding layer's ring cannot:
-later tokens have overwritten it, and no later state gives it back. So a tree of blocks of tokens stores, for
-each block, the full layers' keys and values and a snapshot of the rings at its end; prefilling resumes at the
-end of any block. The end of a prompt, or of its reasoning, is stored as a shorter block, a tail.
+The KV cache of a full-attention layer contains that of every prefix. The ring buffer of a sliding layer does
+not: later tokens have overwritten earlier ones. The cache is therefore a tree of token blocks that stores,
+for each block, the keys and values of the full layers and a snapshot of the ring buffers at the block's end,
+where prefill can resume. The end of a prompt or of its reasoning is stored as a shorter block, a tail.
 
 Letters: L layers, B rows of a cache, K key/value heads, S slots, H head size.
 """
@@ -23,7 +23,7 @@ from gptoss_jax.config import SLIDING, ModelConfig
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.parameters import tree_bytes
 
-# Tokens of a block. Prompts are read in chunks that end at its multiples, so reuse there changes no rounding.
+# Tokens per block. Prefill chunks end at multiples of it, so resuming there does not change rounding.
 BLOCK = 512
 
 Reuse = Literal["any", "exact", "off"]
@@ -32,13 +32,13 @@ Arrays = list[dict[str, jax.Array]]
 
 @dataclasses.dataclass(eq=False)
 class _Node:
-    """The tokens from `start` to `end` of a prefix; `parent` has those before them."""
+    """The tokens from `start` to `end` of a prefix; `parent` holds the preceding ones."""
 
     key: bytes  # the tokens, int32
     parent: "_Node | None"
     start: int
-    full: Arrays  # keys and values of the full layers, [L, K, S, H], in their order
-    rings: Arrays | None  # of the sliding layers at `end`; None if they are unknown
+    full: Arrays  # keys and values of the full-attention layers, [L, K, S, H], in layer order
+    rings: Arrays | None  # ring buffers of the sliding layers at `end`; None if not stored
     children: dict[bytes, "_Node"] = dataclasses.field(default_factory=dict)
 
     @property
@@ -47,30 +47,30 @@ class _Node:
 
     @property
     def path(self) -> "list[_Node]":
-        """The nodes from the first block to this one."""
+        """The nodes from the first block down to this one."""
         return ([] if self.parent is None else self.parent.path) + ([self] if self.key else [])
 
 
 class PrefixCache:
-    """A tree of blocks, bounded by its bytes; what was not used for the longest time is removed first."""
+    """A tree of blocks with least-recently-used eviction above `max_bytes`."""
 
     def __init__(self, config: ModelConfig, reuse: Reuse, max_bytes: int) -> None:
-        """`reuse` is "any" prefix that is stored or "exact": only those with the bits that reading the prompt
-        from its start gives, ends of whole blocks and equal prompts."""
+        """With `reuse="any"`, prefill resumes from any stored prefix; with "exact", only from full blocks and
+        identical prompts, which give the same bits as a prefill from the start."""
         self.max_bytes, self.num_bytes = max_bytes, 0
         self._config, self._reuse = config, reuse
         self._roots: dict[str, _Node] = {}
-        # From the least to the most recently used. A node is used whenever one below it is, and after it, so
-        # the first one has no children.
+        # From least to most recently used. Using a node also touches its ancestors, after itself, so the
+        # first one is always a leaf.
         self._nodes: collections.OrderedDict[_Node, str] = collections.OrderedDict()
 
     def __len__(self) -> int:
         return len(self._nodes)
 
     def restore(self, tokens: np.ndarray, salt: str, row: KVCache) -> tuple[KVCache, int]:
-        """Returns a row (a cache of one sequence) with the longest stored prefix of `tokens`, and its length.
+        """Copies the longest stored prefix of `tokens` into `row` (a batch-1 cache).
 
-        Prefixes are shared only among equal salts.
+        Returns the row and the length of the prefix. Only prefixes stored with the same salt are used.
         """
         node = self._find(tokens, salt)
         if node is None:
@@ -81,9 +81,9 @@ class PrefixCache:
         return _write_rings(row, node.rings, np.int32(node.end), kinds=self._config.period), node.end
 
     def store(self, tokens: np.ndarray, salt: str, cache: KVCache, b: int = 0) -> None:
-        """Stores row `b` of a cache that has read exactly `tokens`.
+        """Stores row `b` of a cache that holds exactly `tokens`.
 
-        Blocks before the last one that are not stored yet are stored without their rings.
+        Missing blocks before the last one are stored without ring buffers.
         """
         node = self._roots.get(salt) or _Node(b"", None, 0, [], None)
         self._roots[salt] = node
@@ -93,7 +93,7 @@ class PrefixCache:
             if child is None:
                 full = _read_block(cache, np.int32(b), np.int32(start), kinds=self._config.period)
                 child = _Node(key, node, start, full, None)
-                # In this order, and removed alike, so that Ctrl-C in between does no harm.
+                # In this order, as in `_remove_oldest`, so that Ctrl-C in between is harmless.
                 self._nodes[child] = salt
                 node.children[key] = child
                 self.num_bytes += tree_bytes(full)
@@ -106,13 +106,13 @@ class PrefixCache:
             self._remove_oldest()
 
     def clear(self) -> None:
-        """Removes everything."""
+        """Removes all prefixes."""
         self._roots.clear()
         self._nodes.clear()
         self.num_bytes = 0
 
     def _find(self, tokens: np.ndarray, salt: str) -> _Node | None:
-        """Returns the last node of the longest stored prefix of `tokens` that can be resumed."""
+        """Returns the last node of the longest stored prefix of `tokens` that prefill can resume from."""
         found, node = None, self._roots.get(salt)
         while node is not None:
             found = node if node.key and node.rings is not None else found
@@ -123,8 +123,7 @@ class PrefixCache:
         return found
 
     def _tails(self, node: _Node, rest: np.ndarray) -> Iterator[_Node]:
-        """Yields the children shorter than a block that are the beginning of `rest` or, for exact reuse, all
-        of it."""
+        """Yields the tails below `node` that are a prefix of `rest` or, for exact reuse, equal to it."""
         key = _key(rest)
         for child in node.children.values():
             is_prefix = key.startswith(child.key) if self._reuse == "any" else key == child.key
@@ -150,7 +149,7 @@ def _key(tokens: np.ndarray) -> bytes:
 
 
 def _split(kinds: tuple[str, ...], layers: Arrays) -> tuple[Arrays, Arrays]:
-    """Returns the full and the sliding layers."""
+    """Splits the layers into full-attention and sliding ones."""
     pairs = list(zip(kinds, layers, strict=True))
     return [one for kind, one in pairs if kind != SLIDING], [one for kind, one in pairs if kind == SLIDING]
 
@@ -163,12 +162,12 @@ def _join(kinds: tuple[str, ...], full: Arrays, sliding: Arrays) -> Arrays:
 
 @functools.partial(jax.jit, static_argnames="kinds")
 def _read_block(cache: KVCache, b: jax.Array, start: jax.Array, *, kinds: tuple[str, ...]) -> Arrays:
-    """Returns the full layers' keys and values of the block at `start`."""
+    """Returns the full-attention layers' keys and values of the block at `start`."""
 
     def read(leaf_LBKSH):
         row_LKSH = lax.dynamic_index_in_dim(leaf_LBKSH, b, axis=1, keepdims=False)
         slots = min(BLOCK, row_LKSH.shape[2])
-        # Past the end there is nothing that will be read.
+        # Slots past the end of the cache are never attended to, so clipping is safe.
         index_S = start + jnp.arange(slots, dtype=jnp.int32)
         return jnp.take(row_LKSH, index_S, axis=2, mode="clip")
 
@@ -177,7 +176,7 @@ def _read_block(cache: KVCache, b: jax.Array, start: jax.Array, *, kinds: tuple[
 
 @functools.partial(jax.jit, static_argnames="kinds")
 def _read_rings(cache: KVCache, b: jax.Array, *, kinds: tuple[str, ...]) -> Arrays:
-    """Returns the sliding layers' rings of a row."""
+    """Returns the sliding layers' ring buffers of a row."""
     sliding = _split(kinds, cache.layers)[1]
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, b, axis=1, keepdims=False), sliding)
 
@@ -195,7 +194,10 @@ def _write_block(row: KVCache, full: Arrays, start: jax.Array, *, kinds: tuple[s
 
 @functools.partial(jax.jit, static_argnames="kinds", donate_argnames="row")
 def _write_rings(row: KVCache, rings: Arrays, length: jax.Array, *, kinds: tuple[str, ...]) -> KVCache:
-    """A ring with other slots than the row's has not wrapped around, so its tokens keep their slots."""
+    """Writes the sliding layers' ring buffers and the length.
+
+    A ring buffer of another size than the row's has not wrapped around, so its tokens keep their slots.
+    """
     full, old = _split(kinds, row.layers)
 
     def write(leaf_LBKSH, ring_LKSH):

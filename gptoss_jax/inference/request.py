@@ -1,4 +1,4 @@
-"""A request to the engine: a prompt, its settings, and its answer so far, on the host."""
+"""Host-side state of a request to the engine: prompt, sampling parameters, and the completion so far."""
 
 import dataclasses
 import logging
@@ -12,14 +12,14 @@ from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
 from gptoss_jax.inference.grammar import GrammarMatcher
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
-from gptoss_jax.inference.slots import NOT_RUN, STOPPED, Decoded
+from gptoss_jax.inference.slots import NOT_RUN, STOPPED, DecodeOutput
 
 log = logging.getLogger(__name__)
 TopLogprobs = list[list[tuple[int, float]]]
 
 
 class Request:
-    """A prompt and its answer; created by `Engine.submit`, compared by identity."""
+    """A prompt and its completion so far; created by `Engine.submit`, compared by identity."""
 
     def __init__(
         self,
@@ -29,15 +29,15 @@ class Request:
         tokenizer: Tokenizer | None = None,
         matcher: GrammarMatcher | None = None,
     ) -> None:
-        """`prompt` is int32 [T]; `tokenizer` finds the stop strings, `matcher` follows the grammar."""
+        """`prompt` is int32 [T]; stop strings need `tokenizer`, grammars need `matcher`."""
         self.prompt, self.params, self.cache_salt, self.matcher = prompt, params, cache_salt, matcher
-        # Tokens of the prompt that were not read again; set when the first part arrives.
+        # Prompt tokens taken from the prefix cache; set before the first part is yielded.
         self.cached_tokens = 0
         self.tokens: list[int] = []
         self.finish_reason: Literal["stop", "length"] | None = None
         self.is_cancelled = False
-        # The prompt's log-probabilities, for the first part.
-        self.of_prompt: Completion | None = None
+        # The prompt's log-probabilities, until they are returned with the first part.
+        self.prompt_part: Completion | None = None
         self._detokenizer = None
         if params.stop_strings:
             assert tokenizer is not None, "stop strings need a tokenizer"
@@ -45,19 +45,18 @@ class Request:
 
     @property
     def is_done(self) -> bool:
-        """True if no further part comes."""
+        """True if the request yields no further parts."""
         return self.is_cancelled or self.finish_reason is not None
 
     @property
-    def num_left(self) -> int:
-        """Tokens that the answer may still get."""
+    def num_remaining(self) -> int:
+        """Maximum number of tokens still to be generated."""
         return self.params.max_new_tokens - len(self.tokens)
 
-    def add(self, decoded: Decoded, b: int, num_steps: int) -> Completion:
-        """Adds what a call of `num_steps` steps decoded in slot `b`; returns the new part.
+    def add(self, decoded: DecodeOutput, b: int, num_steps: int) -> Completion:
+        """Appends the tokens that a decode call of `num_steps` steps sampled in slot `b`.
 
-        Args:
-          decoded: as NumPy arrays.
+        `decoded` holds NumPy arrays. Returns the new part.
         """
         found = [int(token) for token in decoded.tokens_BC[b, :num_steps] if token != NOT_RUN]
         stop_token = None
@@ -68,7 +67,7 @@ class Request:
             stop_token = None
         self._follow_grammar(tokens)
         self.tokens += tokens
-        if self.finish_reason is None and not self.num_left:
+        if self.finish_reason is None and not self.num_remaining:
             self.finish_reason = "length"
         part = Completion(tokens, None, self.finish_reason, stop_token=stop_token)
         if self.params.logprobs:
@@ -80,12 +79,12 @@ class Request:
             )
             best = top_pairs(tokens_TK, logprobs_TK, self.params.top_logprobs)
             part = dataclasses.replace(part, top_logprobs=best)
-        if self.of_prompt is not None and (tokens or self.is_done):
-            of_prompt, self.of_prompt = self.of_prompt, None
+        if self.prompt_part is not None and (tokens or self.is_done):
+            prompt_part, self.prompt_part = self.prompt_part, None
             part = dataclasses.replace(
                 part,
-                prompt_logprobs=of_prompt.prompt_logprobs,
-                prompt_top_logprobs=of_prompt.prompt_top_logprobs,
+                prompt_logprobs=prompt_part.prompt_logprobs,
+                prompt_top_logprobs=prompt_part.prompt_top_logprobs,
             )
         return part
 
@@ -104,24 +103,24 @@ class Request:
             return
         for token in tokens:
             self.matcher.accept(token)
-        if self.matcher.failure is not None:  # cut off: the answer does not follow the grammar to its end
-            log.warning("the grammar failed: %s", self.matcher.failure)
+        if self.matcher.failure is not None:  # truncated: the completion is not complete under the grammar
+            log.warning("grammar failed, completion truncated: %s", self.matcher.failure)
             self.finish_reason = "length"
         elif self.matcher.is_finished:
             self.finish_reason = "stop"
 
 
 def top_pairs(tokens_TK: np.ndarray, logprobs_TK: np.ndarray, count: int) -> TopLogprobs:
-    """Returns pairs of the `count` most likely tokens of each position and their log-probabilities."""
+    """Returns (token, log-probability) pairs of the `count` most likely tokens at each position."""
     rows = zip(tokens_TK[:, :count].tolist(), logprobs_TK[:, :count].tolist(), strict=True)
     return [list(zip(*row, strict=True)) for row in rows]
 
 
 def check_tokens(prompt: Sequence[int], params: SamplingParams, name: str, vocab_size: int) -> np.ndarray:
-    """Returns a prompt as int32 [T]; raises ValueError if it or the settings have unknown tokens."""
+    """Returns a prompt as int32 [T]; raises ValueError if it or `params` has an id outside the vocabulary."""
     try:
         tokens = np.asarray(prompt)
-    except ValueError:  # rows of several lengths
+    except ValueError:  # ragged nested lists
         tokens = np.empty((0, 0))
     require(tokens.ndim == 1, name, prompt, "must be a sequence of token ids")
     require(tokens.size > 0, name, prompt, "must hold at least one token")
@@ -138,11 +137,11 @@ def check_tokens(prompt: Sequence[int], params: SamplingParams, name: str, vocab
 def check_length(
     tokens: np.ndarray, params: SamplingParams, name: str, max_context: int, limit_name: str
 ) -> None:
-    """Raises ValueError if a prompt and its answer do not fit in the context."""
+    """Raises ValueError if a prompt plus `max_new_tokens` does not fit in the context."""
     left, has = (
         max_context - len(tokens),
         f"{name} has {len(tokens)} tokens and {limit_name} is {max_context}",
     )
-    require(left > 0, name, f"{len(tokens)} tokens long", f"must leave room for an answer; {has}")
+    require(left > 0, name, f"{len(tokens)} tokens long", f"must leave room for a completion; {has}")
     wanted = params.max_new_tokens
     require(wanted <= left, "max_new_tokens", wanted, f"must be at most {left}, because {has}")

@@ -1,14 +1,14 @@
-"""Logits to tokens, as pure functions: bias, penalties and masks, then temperature, top-k, top-p and min-p.
+"""Sampling from logits: bias, penalties and grammar mask, then temperature, top-k, top-p and min-p.
 
-They apply in this order, each filter to what the earlier ones kept. Among equal logits the lower token id
-comes first, so `top_k=1` is greedy decoding even where logits tie. Log-probabilities are the model's own,
-those of the logits before all of this.
+The steps apply in this order, each filter to the tokens that the earlier ones kept. Ties go to the lower
+token id, so `top_k=1` equals greedy decoding even where logits tie. Log-probabilities are the model's own,
+computed from the logits before any of these steps.
 
-The settings of all sequences are arrays, one row each, so values never recompile. A step that no sequence
-of the batch asks for is skipped at run time (`jax.lax.cond`): greedy decoding draws no random numbers. A
-sequence with neutral settings has the same bits whether others ask for a step or not.
+Sampling parameters are arrays with one row per sequence, so new values never recompile. A step that no
+sequence in the batch uses is skipped at run time (`jax.lax.cond`): greedy decoding draws no random numbers. A
+sequence that does not use a step gets the same bits whether or not others do.
 
-Letters: B sequences, V vocabulary, J entries of logit_bias, U 32-bit words of a token mask, K best tokens.
+Letters: B sequences, V vocabulary, J entries of logit_bias, U 32-bit words of a token mask, K top tokens.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 
 from gptoss_jax.inference.sampling_params import MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS, SamplingParams
 
-# Keeps every token.
+# Disables top-k.
 MAX_TOP_K = np.iinfo(np.int32).max
 INFINITY_BITS = 0x7F800000
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-    """The fields of `SamplingParams` that decoding needs, as arrays with one row for each sequence."""
+    """The fields of `SamplingParams` that are used on the device, as arrays with one row per sequence."""
 
     temperature: Array  # float32 [B]
     top_k: Array  # int32 [B]
@@ -45,7 +45,7 @@ class SamplingSettings:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams | None]) -> Self:
-        """Returns the settings as NumPy arrays. None is a row without a sequence: greedy, without filters."""
+        """Returns the settings as NumPy arrays. None stands for an empty row: greedy, without filters."""
         rows = [SamplingParams() if one is None else one for one in params]
 
         def column(name, dtype, neutral=0):
@@ -69,7 +69,7 @@ class SamplingSettings:
         )
 
     def where(self, is_wanted_B: jax.Array) -> Self:
-        """Returns the settings with neutral ones, which cost nothing, in the other rows."""
+        """Returns the settings with the other rows reset to defaults, which skip all steps."""
         neutral = type(self).of([None])
         return jax.tree.map(
             lambda x, y: jnp.where(is_wanted_B.reshape(-1, *[1] * (x.ndim - 1)), x, y), self, neutral
@@ -77,49 +77,50 @@ class SamplingSettings:
 
 
 def sequence_keys(seed_B: Array) -> jax.Array:
-    """Returns random keys [B], each from its sequence's seed (uint32)."""
+    """Returns one random key per sequence, [B], from its seed (uint32)."""
     return jax.vmap(jax.random.key)(seed_B)
 
 
 def step_keys(key_B: jax.Array, step: jax.Array | int) -> jax.Array:
-    """Returns the keys [B] with which the sequences draw token number `step` (from 0), [B] or one for all."""
+    """Returns the keys, [B], for sampling token number `step` (from 0; an array [B] or one for all)."""
     return jax.vmap(jax.random.fold_in)(key_B, jnp.broadcast_to(step, key_B.shape))
 
 
-def token_bits(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
-    """Returns a token mask, int32 [U]: bit t % 32 of word t // 32 is set if `tokens` holds t."""
-    bits_U = np.zeros(num_words(vocab_size), np.uint32)
+def make_token_mask(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+    """Returns a token mask, int32 [U]: bit t % 32 of word t // 32 is set if `tokens` contains t."""
+    bits_U = np.zeros(num_mask_words(vocab_size), np.uint32)
     tokens = np.unique(np.fromiter(tokens, np.int64))
     np.bitwise_or.at(bits_U, tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32))
     return bits_U.view(np.int32)
 
 
-def num_words(vocab_size: int) -> int:
-    """Returns the number of 32-bit words of a token mask."""
+def num_mask_words(vocab_size: int) -> int:
+    """Returns the number of 32-bit words in a token mask."""
     return -(-vocab_size // 32)
 
 
-def is_bit_set(bits_BU: Array, token_B: jax.Array) -> jax.Array:
-    """Returns bool [B]: True where a row's token mask holds its token."""
-    word_B = jnp.take_along_axis(bits_BU, token_B[:, None] // 32, axis=1)[:, 0]
+def is_in_token_mask(mask_BU: Array, token_B: jax.Array) -> jax.Array:
+    """Returns bool [B]: True where a row's token mask contains its token."""
+    word_B = jnp.take_along_axis(mask_BU, token_B[:, None] // 32, axis=1)[:, 0]
     return (word_B >> (token_B % 32)) & 1 == 1
 
 
 def adjust_logits(
     logits_BV: jax.Array, settings: SamplingSettings, counts_BV: jax.Array, allowed_BU: jax.Array
 ) -> jax.Array:
-    """Adds the biases, subtracts the penalties, and sets tokens that a grammar excludes to -inf.
+    """Applies logit biases, presence and frequency penalties, and the grammar mask.
 
     Args:
       logits_BV: float32.
-      settings: one row for each sequence.
-      counts_BV: int32, how many times each token has been sampled; read only if a penalty is not 0.
-      allowed_BU: int32, the tokens that the grammar allows next as a token mask; -1 allows all.
+      settings: one row per sequence.
+      counts_BV: int32, how often each token has been sampled; used only if a penalty is nonzero.
+      allowed_BU: int32, token mask of the tokens that the grammar allows next; -1 allows all. The logits of
+        other tokens become -inf.
     """
     V = logits_BV.shape[1]
 
     def add_bias(logits_BV):
-        # Out of range, so that unused entries are dropped: -1 would be the last token.
+        # V is out of range, so unused entries are dropped; -1 would index the last token.
         token_BJ = jnp.where(settings.bias_token_BJ < 0, V, settings.bias_token_BJ)
         return jax.vmap(lambda row, token, bias: row.at[token].add(bias, mode="drop"))(
             logits_BV, token_BJ, settings.bias_BJ
@@ -141,12 +142,12 @@ def adjust_logits(
 
 
 def sample(logits_BV: jax.Array, key_B: jax.Array, settings: SamplingSettings) -> jax.Array:
-    """Draws one token for each sequence, int32 [B].
+    """Samples one token per sequence, int32 [B].
 
     Args:
       logits_BV: float32, the result of `adjust_logits`.
-      key_B: one for each sequence, so that its draw does not depend on the others. Unused if greedy.
-      settings: a temperature of 0 takes the most likely token; for the rest see `filter_logits`.
+      key_B: one per sequence, so that a sample does not depend on the rest of the batch. Unused if greedy.
+      settings: temperature 0 is greedy; for the other fields see `filter_logits`.
     """
 
     def draw(greedy_B):
@@ -160,7 +161,7 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, settings: SamplingSettings) -
 
 
 def filter_logits(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
-    """Returns logits divided by the temperature (above 0), with a maximum of 0; -inf for removed tokens.
+    """Returns logits divided by the temperature (above 0), shifted to a maximum of 0; -inf if filtered out.
 
     Settings used:
       temperature: divides the logits.
@@ -170,7 +171,7 @@ def filter_logits(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array
       min_p: keeps the tokens at least this many times as likely as the most likely one (Nguyen et al. 2024).
     """
     temperature_B1 = jnp.maximum(settings.temperature, jnp.finfo(jnp.float32).tiny)[:, None]
-    # Subtracted first: then no temperature, however small, can produce two infinities to subtract.
+    # Subtract before dividing: a tiny temperature could otherwise give inf - inf.
     distance_BV = jnp.max(logits_BV, axis=1, keepdims=True) - logits_BV
 
     def keep_top_k(distance_BV):
@@ -178,7 +179,7 @@ def filter_logits(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array
 
     def keep_top_p(distance_BV):
         weight_BV = jnp.exp(-distance_BV / temperature_B1)
-        # At 1 every token stays: a sum of rounded probabilities may reach the total before the last one.
+        # 1 keeps every token: with rounding, the sum may reach the total before the last token.
         share_B = jnp.where(settings.top_p >= 1, jnp.inf, settings.top_p)
         return _keep_nearest(distance_BV, weight_BV, share_B * jnp.sum(weight_BV, axis=1))
 
@@ -191,8 +192,8 @@ def filter_logits(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array
 def top_logprobs(logits_BV: jax.Array, is_wanted_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the K most likely tokens, int32 [B, K], and their log-probabilities, float32 [B, K].
 
-    K is MAX_TOP_LOGPROBS, or V if that is less. The best come first, and of equals the lower token id. If no
-    row is wanted, nothing is computed and all are 0.
+    K is min(MAX_TOP_LOGPROBS, V). Sorted by probability, ties by token id. If no row is wanted, nothing is
+    computed and the results are 0.
     """
     K = min(MAX_TOP_LOGPROBS, logits_BV.shape[1])
     B = len(logits_BV)
@@ -216,19 +217,19 @@ def _if_any(is_wanted: Array, step: Callable[[T], T], x: T) -> T:
 
 
 def _argmax(x_BV: jax.Array) -> jax.Array:
-    """`jax.lax.argmax` over the vocabulary, as two reductions that vectorize on CPU."""
+    """`jax.lax.argmax` over the vocabulary, written as two reductions that vectorize on CPU."""
     V = x_BV.shape[1]
     token_BV = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
     is_max_BV = x_BV == jnp.max(x_BV, axis=1, keepdims=True)
-    # A row of NaN has no maximum: its token is the last.
+    # A row with NaN has no maximum; it yields the last token.
     return jnp.min(jnp.where(is_max_BV, token_BV, V - 1), axis=1)
 
 
 def _keep_nearest(distance_BV: jax.Array, weight_BV: jax.Array, goal_B: Array) -> jax.Array:
     """Keeps the nearest tokens until their weights add up to `goal_B`; of equals, the lower ids. Others: inf.
 
-    Bisection finds the distance of the last token kept, bit by bit: floats of at least 0 are ordered as their
-    bit patterns. 31 sums over the vocabulary cost far less than sorting it.
+    Finds the distance of the last token to keep by bisection over its bits: nonnegative floats sort like
+    their bit patterns. 31 reductions over the vocabulary cost far less than sorting it.
 
     Args:
       distance_BV: float32, at least 0, with a 0 in each row.

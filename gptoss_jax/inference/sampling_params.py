@@ -1,4 +1,4 @@
-"""Sampling settings, and the completion they produce."""
+"""Sampling parameters and completions."""
 
 import collections
 import dataclasses
@@ -17,14 +17,13 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams(ConfigBase):
-    """Settings for one prompt. The default is greedy decoding of at most 32 tokens.
+    """Sampling parameters of one request. The default is greedy decoding of up to 32 tokens.
 
-    NumPy and JAX scalars and any iterables and mappings are accepted. Raises ValueError for a value out of
-    range.
+    Accepts NumPy and JAX scalars, and any iterables and mappings. Raises ValueError for a value out of range.
     """
 
     max_new_tokens: Positive[int] = 32
-    # Divides the logits; 0 takes the most likely token.
+    # Divides the logits; 0 is greedy decoding.
     temperature: float = 0.0
     # Keeps the k most likely tokens.
     top_k: int | None = None
@@ -32,24 +31,24 @@ class SamplingParams(ConfigBase):
     top_p: float | None = None
     # Keeps the tokens at least this many times as likely as the most likely one.
     min_p: float | None = None
-    # Subtracted from the logit of each token that the answer already has: once, and once for each occurrence.
+    # Subtracted from the logits of tokens already in the completion: once, or once per occurrence.
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    # Pairs of a token and what is added to its logit, or a mapping.
+    # (token, bias) pairs or a mapping; the bias is added to the token's logit.
     logit_bias: tuple[tuple[int, float], ...] = ()
-    # Grammar of the whole answer, special tokens included, in the Lark dialect of llguidance.
+    # Grammar for the whole completion, including special tokens, in llguidance's dialect of Lark.
     grammar: str | None = None
-    # Token t is drawn with fold_in(key(seed), t): identical prompts need different seeds to differ.
+    # Token t is sampled with fold_in(key(seed), t); give identical prompts different seeds.
     seed: int = 0
-    # Each ends the answer and is not part of it. For a model's folder: `load_tokenizer(folder).stop_ids`.
+    # End the completion and are not part of it. For a model's folder: `load_tokenizer(folder).stop_ids`.
     stop_tokens: tuple[int, ...] = ()
-    # The answer ends with the token that completes one of these; `StreamingDetokenizer` cuts the text.
+    # End the completion after the token that completes one; `StreamingDetokenizer` truncates the text.
     stop_strings: tuple[str, ...] = ()
-    # Also return each token's log-probability under the model, before all of the settings above.
+    # Also return each token's log-probability under the model, before any of the above is applied.
     logprobs: bool = False
-    # Also return as many of the most likely tokens at each position, with their log-probabilities.
+    # Also return this many most likely tokens per position, with their log-probabilities.
     top_logprobs: int = 0
-    # The same for the tokens of the prompt.
+    # Also return the log-probabilities of the prompt's tokens.
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -93,25 +92,25 @@ class SamplingParams(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An answer or, in a stream, its new part."""
+    """The completion of a prompt or, when streaming, its next part."""
 
-    # Without the prompt and the stop token.
+    # Generated tokens, without the stop token.
     tokens: list[int]
-    # One for each token, in nats; None unless `SamplingParams.logprobs` asks for them.
+    # One per token, in nats; None unless `SamplingParams.logprobs`.
     logprobs: list[float] | None
-    # "stop": a stop token or string; "length": max_new_tokens; None: stream still running.
+    # "stop": a stop token or string; "length": max_new_tokens; None: still running.
     finish_reason: Literal["stop", "length"] | None
-    # For each token the most likely ones, best first, as pairs of a token and its log-probability.
+    # (token, log-probability) pairs of the most likely tokens at each position, best first.
     top_logprobs: list[list[tuple[int, float]]] | None = None
-    # Of the prompt's tokens, in the first part. The first token has none.
+    # For the prompt's tokens, in the first part. The first token has none.
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None
-    # The stop token that ended the answer, in the last part.
+    # The stop token that ended the completion, in the last part.
     stop_token: int | None = None
 
 
 def join_parts(parts: Sequence[Completion]) -> Completion:
-    """Returns consecutive parts of an answer as one."""
+    """Concatenates consecutive parts of a completion."""
 
     def joined(name: str) -> list | None:
         lists = [values for part in parts if (values := getattr(part, name)) is not None]
@@ -127,10 +126,7 @@ def join_parts(parts: Sequence[Completion]) -> Completion:
 
 
 def _to_python(value: Any) -> Any:
-    """Converts scalars of NumPy and JAX to Python's, and iterables other than strings to tuples.
-
-    A mapping becomes a tuple of pairs.
-    """
+    """Converts NumPy and JAX scalars to Python's, iterables but strings to tuples, and mappings to pairs."""
     if getattr(value, "ndim", None) == 0:
         return value.item()
     if isinstance(value, Mapping):

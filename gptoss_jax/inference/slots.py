@@ -1,11 +1,11 @@
-"""The slots of the engine: the sequences that decode together, as one tree on the devices, and its programs.
+"""The engine's device state, one pytree with a row per slot, and the jitted functions on it.
 
-A prompt is read into a row of its own (a cache of one sequence), in chunks, and the row is then copied into a
-slot. Decoding is one program over all slots: each samples with its own settings, and free slots cost nothing
-but their rows in the dense products. Only tokens come back to the host.
+A prompt is prefilled in chunks into a "row" (a batch-1 cache), which is then inserted into a slot. One
+program decodes all slots, each with its own sampling parameters; free slots cost only their rows in the dense
+matmuls. Only sampled tokens and log-probabilities are copied to the host.
 
-Letters: B slots, or rows of a prefill; T prompt tokens of a chunk, V vocabulary, U 32-bit words of a token
-mask, C tokens of a decode call, K most likely tokens.
+Letters: B slots, or rows of a prefill; T tokens of a prefill chunk, V vocabulary, U 32-bit words of a token
+mask, C steps of a decode call, K top tokens.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from gptoss_jax.inference.sampling import (
     Array,
     SamplingSettings,
     adjust_logits,
-    is_bit_set,
+    is_in_token_mask,
+    make_token_mask,
     sample,
     sequence_keys,
     step_keys,
-    token_bits,
     token_logprobs,
     top_logprobs,
 )
@@ -36,23 +36,23 @@ from gptoss_jax.model.kv_cache import KVCache, grow, init_cache
 from gptoss_jax.model.transformer import Transformer, bind, compute_dtype
 from gptoss_jax.parallel.rules import CACHE_LBKSH, ROWS, constrain
 
-# Most tokens of each slot that one decode call samples.
+# Maximum steps per decode call.
 MAX_STEPS = 64
-# A decode call's tokens: of a slot that did not run, and of a token that stopped it (STOPPED - token).
+# Markers in a decode call's tokens: the slot did not run; a stop token was sampled (STOPPED - token).
 NOT_RUN, STOPPED = -1, -2
-# Prompt tokens whose logits are in memory together.
+# Positions per chunk of prompt log-probabilities: bounds the memory of the logits.
 LOGPROB_CHUNK = 32
 ABSENT: Any = None  # a part of the state that a program handles apart from the rest
-ROW_LBKSH = P(None, None, *CACHE_LBKSH[2:])  # a row is not split over the batch axes
+ROW_LBKSH = P(None, None, *CACHE_LBKSH[2:])  # a row is not sharded over the batch axes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The state of all slots. A slot runs unless it is done or paused."""
+    """State of all slots. A slot is running unless it is done or paused."""
 
     cache: KVCache
-    token_B: jax.Array  # int32, the latest token, which is not in the cache yet
+    token_B: jax.Array  # int32, the latest token, not yet in the cache
     done_B: jax.Array  # bool, free or finished
     paused_B: jax.Array  # bool
     num_generated_B: jax.Array  # int32, tokens sampled so far
@@ -63,7 +63,7 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotRequest:
-    """The settings of each slot's request, arrays with one row for each."""
+    """Parameters of each slot's request, as arrays with one row per slot."""
 
     max_new_tokens: Array  # int32 [B]
     seed: Array  # uint32 [B]
@@ -77,12 +77,12 @@ class SlotRequest:
     def of(
         cls, config: ModelConfig, params: SamplingParams | None, pause_token: int | None = None
     ) -> "SlotRequest":
-        """Returns the row of a request, as NumPy arrays; None is a free slot's."""
+        """Returns one row as NumPy arrays; `params=None` gives the row of a free slot."""
         one = SamplingParams() if params is None else params
         return cls(
             max_new_tokens=np.array([0 if params is None else one.max_new_tokens], np.int32),
             seed=np.array([one.seed], np.uint32),
-            stop_mask=token_bits(one.stop_tokens, config.vocab_size)[None],
+            stop_mask=make_token_mask(one.stop_tokens, config.vocab_size)[None],
             pause_token=np.array([-1 if pause_token is None else pause_token], np.int32),
             has_logprobs=np.array([one.logprobs]),
             has_top_logprobs=np.array([one.logprobs and one.top_logprobs > 0]),
@@ -92,24 +92,24 @@ class SlotRequest:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decoded:
-    """The results of a decode call."""
+class DecodeOutput:
+    """Results of a decode call. Log-probabilities are undefined for slots that did not request them."""
 
-    tokens_BC: Array  # int32; NOT_RUN or STOPPED - token from the end of an answer on
-    logprobs_BC: Array  # float32; meaningless for slots that did not ask for them, as are the next two
+    tokens_BC: Array  # int32; STOPPED - token for a stop token, NOT_RUN where the slot was not running
+    logprobs_BC: Array  # float32
     top_tokens_BCK: Array  # int32
     top_logprobs_BCK: Array  # float32
 
 
 def _constrain_cache(cache: KVCache | None, spec: P = CACHE_LBKSH) -> KVCache:
-    """Gives a cache the same sharding after every program; another one would recompile the next."""
+    """Fixes the sharding of a cache, so that the next program does not recompile for another one."""
     assert cache is not None  # None is only returned for None
     layers = jax.tree.map(lambda leaf: constrain(leaf, spec), cache.layers)
     return KVCache(layers, constrain(cache.lengths, ROWS if spec == CACHE_LBKSH else P()))
 
 
 def _constrain_slots(slots: Slots) -> Slots:
-    # The rest is small, and read by the host's programs and by all devices.
+    # All but the cache is small and replicated.
     rest = dataclasses.replace(slots, cache=ABSENT)
     rest = jax.tree.map(lambda leaf: constrain(leaf, P()), rest)
     return dataclasses.replace(rest, cache=_constrain_cache(slots.cache))
@@ -117,7 +117,7 @@ def _constrain_slots(slots: Slots) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("config", "num_slots", "cache_len"))
 def init_slots(config: ModelConfig, num_slots: int, cache_len: int) -> Slots:
-    """Returns free slots with room for `cache_len` tokens each."""
+    """Returns free slots with a cache of `cache_len` tokens each."""
     B, V = num_slots, config.vocab_size
     free = SlotRequest.of(config, None)
     return _constrain_slots(
@@ -135,13 +135,13 @@ def init_slots(config: ModelConfig, num_slots: int, cache_len: int) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_len"))
 def grow_slots(config: ModelConfig, slots: Slots, cache_len: int) -> Slots:
-    """Returns the slots with room for `cache_len` tokens each."""
+    """Returns the slots with the cache grown to `cache_len` tokens each."""
     return _constrain_slots(dataclasses.replace(slots, cache=grow(config, slots.cache, cache_len)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_len"))
 def init_row(config: ModelConfig, cache_len: int) -> KVCache:
-    """Returns an empty cache of one sequence."""
+    """Returns an empty batch-1 cache."""
     return _constrain_cache(init_cache(config, 1, cache_len, compute_dtype(config)), ROW_LBKSH)
 
 
@@ -157,18 +157,18 @@ def prefill(
     batch: int,
     has_logprobs: bool,
 ) -> tuple[list[KVCache], tuple[jax.Array, jax.Array, jax.Array] | None]:
-    """Reads the first `count_B` tokens of a chunk of each prompt into its row.
+    """Prefills a chunk of each prompt into its row.
 
     Args:
-      rows: caches of one sequence each, all of the same length.
-      tokens_BT: int32, one prompt for each row.
-      targets_BT: int32, the tokens after them; read only if `has_logprobs`.
-      count_B: int32.
-      batch: rows that the program computes, at least `len(rows)`: a multiple of what the mesh splits.
+      rows: batch-1 caches, all of the same length.
+      tokens_BT: int32, one chunk per row.
+      targets_BT: int32, the next tokens; used only if `has_logprobs`.
+      count_B: int32, number of tokens in each chunk without padding.
+      batch: batch size of the program, at least `len(rows)` and a multiple of the mesh's batch shards.
 
     Returns:
-      The rows and, if `has_logprobs`, of each target the log-probability, float32 [B, T], and the most likely
-      tokens with theirs, [B, T, K].
+      The rows and, if `has_logprobs`, the log-probability of each target, float32 [B, T], and the most likely
+      tokens and their log-probabilities, [B, T, K].
     """
     num_rows = len(rows)
 
@@ -204,8 +204,7 @@ def _pad_rows(leaf_LBKSH: jax.Array, batch: int) -> jax.Array:
 def _prompt_logprobs(
     model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the log-probabilities of the targets and of the most likely tokens, with the logits of few
-    positions at a time."""
+    """Returns the log-probabilities of targets and most likely tokens, computed in chunks to bound memory."""
     B, T, _ = hidden_BTD.shape
     chunks = T // LOGPROB_CHUNK
 
@@ -227,13 +226,13 @@ def _prompt_logprobs(
 
 @functools.partial(jax.jit, donate_argnames="slots")
 def insert(slots: Slots, row: KVCache, slot: jax.Array, token: jax.Array, request: SlotRequest) -> Slots:
-    """Starts a request in a slot: copies the row of its prompt there, without the prompt's last token.
+    """Starts a request in a slot.
 
     Args:
-      row: at most as long as the slots.
-      slot: int32.
-      token: int32, the prompt's last one.
-      request: one row.
+      row: batch-1 cache of the prompt without its last token, at most as long as the slots' cache.
+      slot: int32 scalar, index of the slot.
+      token: int32 scalar, the prompt's last token.
+      request: the request's parameters, one row.
     """
 
     def put(leaf, new):
@@ -267,13 +266,13 @@ def decode(
     num_steps: jax.Array,
     allowed_BU: jax.Array,
     changes: tuple[jax.Array, jax.Array],
-) -> tuple[Slots, Decoded]:
-    """Samples up to `num_steps` (traced, at most MAX_STEPS) tokens in every slot that runs.
+) -> tuple[Slots, DecodeOutput]:
+    """Samples up to `num_steps` (traced, at most MAX_STEPS) tokens in every running slot.
 
     Args:
-      allowed_BU: int32, the tokens that grammars allow as a token mask; -1 allows all. With another mask
+      allowed_BU: int32, token mask of the tokens that grammars allow; -1 allows all. If any token is masked,
         `num_steps` must be 1.
-      changes: bool [B] each: slots that end now, and paused slots that continue.
+      changes: two bool arrays [B], applied first: slots to stop, and paused slots to resume.
     """
     model = bind(config, params)
     requests, (ends_B, continues_B) = slots.requests, changes
@@ -297,7 +296,7 @@ def decode(
             logits_BV, settings, slots.counts_BV, jnp.where(running_B[:, None], allowed_BU, -1)
         )
         token_B = sample(adjusted_BV, step_keys(keys_B, slots.num_generated_B), settings)
-        stops_B = is_bit_set(requests.stop_mask, token_B)
+        stops_B = is_in_token_mask(requests.stop_mask, token_B)
         found_B = jnp.where(running_B, jnp.where(stops_B, STOPPED - token_B, token_B), NOT_RUN)
         is_added_B = running_B & ~stops_B
         num_generated_B = slots.num_generated_B + is_added_B
@@ -321,7 +320,7 @@ def decode(
         decoded = jax.tree.map(
             lambda all_steps, new: all_steps.at[:, step].set(new),
             decoded,
-            Decoded(found_B, logprobs_B, *top_BK),
+            DecodeOutput(found_B, logprobs_B, *top_BK),
         )
         return step + 1, slots, decoded
 
@@ -329,19 +328,19 @@ def decode(
         jnp.zeros((B, MAX_STEPS, *x.shape[1:]), x.dtype)
         for x in jax.eval_shape(top_logprobs, jax.ShapeDtypeStruct((B, V), jnp.float32), ends_B)
     ]
-    decoded = Decoded(
+    decoded = DecodeOutput(
         jnp.full((B, MAX_STEPS), NOT_RUN, jnp.int32), jnp.zeros((B, MAX_STEPS), jnp.float32), *none_BCK
     )
     carry = jnp.int32(0), dataclasses.replace(slots, requests=ABSENT), decoded
     _, slots, decoded = lax.while_loop(is_running, one_step, carry)
     slots = _constrain_slots(dataclasses.replace(slots, requests=requests))
-    # Every process of a mesh reads all answers.
+    # Replicated: every process reads all tokens.
     return slots, jax.tree.map(lambda x: constrain(x, P()), decoded)
 
 
-def to_host(decoded: Decoded, has_logprobs: bool, has_top_logprobs: bool) -> Decoded:
-    """Returns the results as NumPy arrays, those of log-probabilities only if they are needed."""
-    return Decoded(
+def to_host(decoded: DecodeOutput, has_logprobs: bool, has_top_logprobs: bool) -> DecodeOutput:
+    """Copies the results to NumPy arrays, log-probabilities only if requested."""
+    return DecodeOutput(
         np.asarray(decoded.tokens_BC),
         np.asarray(decoded.logprobs_BC) if has_logprobs else ABSENT,
         np.asarray(decoded.top_tokens_BCK) if has_top_logprobs else ABSENT,

@@ -6,7 +6,7 @@ import numpy as np
 
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.grammar import GrammarMatcher
-from gptoss_jax.inference.sampling import num_words
+from gptoss_jax.inference.sampling import num_mask_words
 
 
 def sample(
@@ -15,7 +15,10 @@ def sample(
     """Returns tokens, and if they are a whole answer: after `begin`, each is drawn uniformly from those that
     the grammar allows."""
     vocab_size = tokenizer.vocab_size + 40
-    matcher, row = GrammarMatcher(tokenizer, vocab_size, grammar), np.zeros(num_words(vocab_size), np.int32)
+    matcher, row = (
+        GrammarMatcher(tokenizer, vocab_size, grammar),
+        np.zeros(num_mask_words(vocab_size), np.int32),
+    )
     tokens = list(begin)
     for token in tokens:
         matcher.accept(token)

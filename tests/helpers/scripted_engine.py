@@ -70,7 +70,7 @@ class ScriptedEngine:
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Request:
         if len(prompt) + params.max_new_tokens > self.max_context:
-            raise ValueError(f"prompt has {len(prompt)} tokens: must leave room for an answer")
+            raise ValueError(f"prompt has {len(prompt)} tokens: must leave room for a completion")
         request = Request(list(prompt), params, cache_salt)
         request.tokens = list(self.script(request) if callable(self.script) else self.script)
         self.requests.append(request)
