@@ -179,10 +179,11 @@ def prefill(
     layers = jax.tree.map(
         lambda *leaves: _pad_rows(jnp.concatenate(leaves, axis=1), batch), *[r.layers for r in rows]
     )
-    cache = _constrain_cache(KVCache(layers, pad(jnp.concatenate([row.lengths for row in rows]))))
+    before = _constrain_cache(KVCache(layers, pad(jnp.concatenate([row.lengths for row in rows]))))
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None]).astype(jnp.int32)
     model = bind(config, params)
-    hidden_BTD, read, _ = model.hidden_states(tokens_BT, segment_ids_BT, cache=cache)
+    hidden_BTD, cache, _ = model.hidden_states(tokens_BT, segment_ids_BT, cache=before)
+    assert cache is not None  # as there was one before
     rows = [
         _constrain_cache(
             KVCache(

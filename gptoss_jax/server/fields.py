@@ -83,7 +83,17 @@ class Fields:
         )
         return value
 
-    def number(self, name: str, default: float, low: float | None = None, high: float | None = None) -> float:
+    @overload
+    def number(
+        self, name: str, default: None = None, low: float | None = None, high: float | None = None
+    ) -> float | None: ...
+    @overload
+    def number(
+        self, name: str, default: float, low: float | None = None, high: float | None = None
+    ) -> float: ...
+    def number(
+        self, name: str, default: float | None = None, low: float | None = None, high: float | None = None
+    ) -> float | None:
         """Returns a finite number from `low` to `high`."""
         value = self.get(name)
         if value is None:
