@@ -225,7 +225,7 @@ def test_sampling_settings(start):
         ({"prompt": ["a", 3]}, "prompt[1]", "must be text or a list of token ids"),
         ({"prompt": [True]}, "prompt[0]", "prompt[0] is true"),
         ({"suffix": "x"}, "suffix", 'suffix is "x": is not supported'),
-        ({"best_of": 3}, "best_of", "must be n, 1"),
+        ({"best_of": 3}, "best_of", "must equal n, 1"),
         ({"n": 0}, "n", "n is 0: must be an integer from 1 to 128"),
         ({"max_tokens": "5"}, "max_tokens", 'max_tokens is "5": must be an integer'),
         ({"max_tokens": -1}, "max_tokens", "must be an integer, 1 or more"),

@@ -1,7 +1,7 @@
-"""Grammar of a whole Harmony answer, for formats, required calls and strict tools.
+"""Grammar of a complete Harmony response, for response formats, required tool calls and strict functions.
 
-Control tokens are part of it, from the answer's first token on: the model reasons freely, and only its final
-message or its calls are bound to a schema. See `inference.grammar`.
+It includes the control tokens, from the first sampled token on: reasoning is unconstrained, and only the
+final message or the tool calls must follow a schema. See `inference.grammar`.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,17 @@ CHANNEL = '<|channel|> ("commentary" | "analysis")'
 def answer_grammar(
     tokenizer: Tokenizer, vocab_size: int, tools: Tools, response_format: ResponseFormat | None
 ) -> str | None:
-    """Returns the Lark grammar of an answer, which compiles; None if any answer will do.
+    """Returns the Lark grammar of a response, checked to compile; None if the response is unconstrained.
 
-    Arguments follow the schema for strict functions, and for others where a call is required and the schema
-    can be enforced. Without a strict function or a required call, arguments are free, so that nothing that a
-    model writes is lost. Compiling takes milliseconds, for large schemas up to seconds.
+    Arguments must follow the schema for strict functions and, if a call is required, for all functions whose
+    schema can be enforced; otherwise they are unconstrained. Compiling takes milliseconds, for large schemas
+    up to seconds.
 
     Args:
-      tokenizer: of the model.
-      vocab_size: of the model.
-      tools: the functions that may be called, and if one must be.
-      response_format: of the final message; None: text.
+      tokenizer: the model's tokenizer.
+      vocab_size: the model's vocabulary size.
+      tools: the functions that may be called, and whether one must be.
+      response_format: format of the final message; None: text.
 
     Raises ApiError 400 for a schema that cannot be enforced.
     """
@@ -72,7 +72,7 @@ def answer_grammar(
 def _build(
     tools: Tools, response_format: ResponseFormat | None, write: Callable[[Schema, bool, str], str]
 ) -> str:
-    """Returns the grammar. `write` returns a schema for `%json`, given if it is strict and its field."""
+    """Returns the grammar. `write(schema, is_strict, path)` returns a schema for `%json`."""
     is_required = tools.mode == "required"
     rules, ends = [], []
     if not is_required:
@@ -89,6 +89,6 @@ def _build(
             text = f"%json {write(function.parameters or ANY_OBJECT, function.strict, function.path)}"
         name = f'" to={FUNCTIONS}{function.name}"'
         rules.append(f"call{i}: ({CHANNEL} {name} | {name} {CHANNEL}) json_type <|message|> {text} <|call|>")
-    # A preamble is content, as the final message is: it would stand before the JSON.
+    # A preamble counts as content, like the final message: it would precede the JSON.
     before = '"analysis"' if response_format is not None else '("analysis" | "commentary")'
     return "\n".join([f"start: before* ({' | '.join(ends)})", RULES.replace("BEFORE", before), *rules])

@@ -1,7 +1,7 @@
-"""What a model writes, as typed deltas: reasoning, content and calls of functions.
+"""Parses model output into typed deltas: reasoning, content and function calls.
 
-Nothing that it may write is an error, and no text is lost: every sampled token is in the text of a delta, or
-belongs to the header or the end of a message.
+No output is an error, and no text is lost: every sampled token is in the text of a delta or belongs to a
+message's header or end.
 """
 
 import collections
@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """A sampled token's log-probability, and the most likely tokens, best first."""
+    """Log-probabilities of a sampled token and of the most likely tokens, best first."""
 
     token: int
     logprob: float
@@ -31,7 +31,7 @@ class TokenLogprob:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of a function. `index` counts the calls of an answer."""
+    """A function call. `index` is its position among the calls of a response."""
 
     index: int
     id: str
@@ -43,38 +43,38 @@ class Delta:
     """New text of a message: reasoning, content, or the arguments of a call."""
 
     kind: Kind
-    message: int  # index of the message in the answer
+    message: int  # index of the message in the response
     text: str
-    channel: str | None  # None: not in the format
-    is_first: bool  # of its message; of a call also without text
+    channel: str | None  # None for text outside Harmony's format
+    is_first: bool  # first delta of its message; for a call, `text` may be empty
     call: Call | None = None
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)  # of content
 
 
 class AnswerReader:
-    """Streaming parser of an answer.
+    """Streaming parser for one response.
 
-    A message with a recipient in the namespace `functions` calls it, on any channel; so does one whose
-    recipient is the bare name of a declared function. Other messages on the channel `analysis` are reasoning,
-    and all else is content, including text that is not in the format. Stop strings are looked for in the
-    messages of content. Without functions there are no calls: a model that writes one writes content.
+    A message whose recipient is in the namespace `functions`, or is the bare name of a declared function, is
+    a call, whatever its channel. Other messages on the channel `analysis` are reasoning, and everything else
+    is content, including text outside Harmony's format. Stop strings are matched only in content. If no
+    functions are declared, calls are content too.
     """
 
     def __init__(self, harmony: Harmony, functions: Collection[str] = (), stop: Sequence[str] = ()) -> None:
-        """`functions` are the names of those that the request declares."""
+        """`functions` are the names of the functions that the request declares."""
         self.calls: list[Call] = []
-        self.num_tokens = 0  # sampled, up to the one that completes a stop string
-        self.num_reasoning_tokens = 0  # in the text of reasoning
+        self.num_tokens = 0  # sampled tokens, up to the one that completes a stop string
+        self.num_reasoning_tokens = 0  # those in the text of reasoning messages
         self.finish_reason: FinishReason | None = None
         self._harmony, self._functions, self._stop = harmony, frozenset(functions), tuple(stop)
         self._reader = HarmonyReader(harmony)
-        # Of tokens that are in no message yet: a header may turn out to be text.
+        # Log-probabilities of tokens not yet assigned to a message: a header may turn out to be text.
         self._pending: collections.deque[TokenLogprob | None] = collections.deque()
-        self._num_begun = 0  # messages whose first delta is out
+        self._num_begun = 0  # messages that have been started
         self._message: _Message | None = None
 
     def feed(self, part: Completion) -> list[Delta]:
-        """Returns the deltas of a completion's next part; after its last part, `finish_reason` is set."""
+        """Returns the deltas in the next part of a completion; sets `finish_reason` after the last part."""
         if self._is_finished():
             return []
         deltas: list[Delta] = []
@@ -98,7 +98,7 @@ class AnswerReader:
             self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
 
     def _add(self, deltas: list[Delta], steps: Iterator[tuple[Part, str, int | None]]) -> None:
-        """Appends the deltas of steps of the parser; a stop string ends the answer."""
+        """Appends the deltas of parser steps; a stop string ends the response."""
         for _, text, token in steps:
             self._begin(deltas)
             message = self._message
@@ -115,7 +115,7 @@ class AnswerReader:
             self._pending.clear()
 
     def _begin(self, deltas: list[Delta]) -> None:
-        """Starts the parser's latest message, if it is new."""
+        """Starts the parser's latest message if it is new."""
         parts = self._reader.parts
         if len(parts) == self._num_begun:
             return
@@ -133,7 +133,7 @@ class AnswerReader:
             self._append(deltas, self._message, "", [])
 
     def _called(self, recipient: str | None) -> str | None:
-        """Returns the function that a recipient is; None for others, such as `assistant`."""
+        """Returns the name of the function that a recipient refers to; None for, say, `assistant`."""
         if not recipient or not self._functions:
             return None
         name = recipient.removeprefix(FUNCTIONS)
@@ -141,7 +141,7 @@ class AnswerReader:
 
     @staticmethod
     def _append(deltas: list[Delta], message: "_Message", text: str, logprobs: list[TokenLogprob]) -> None:
-        """Adds text to the last delta of the same message, or a delta."""
+        """Extends the last delta if it belongs to the same message; otherwise appends a new one."""
         begins_call = message.call is not None and not message.has_delta
         if not (text or logprobs or begins_call):
             return
@@ -156,7 +156,7 @@ class AnswerReader:
 
 @dataclasses.dataclass
 class _Message:
-    """The message that is being written."""
+    """The message being generated."""
 
     index: int
     kind: Kind
@@ -164,14 +164,14 @@ class _Message:
     call: Call | None
     stop: StopStrings
     has_delta: bool = False
-    # Characters that were written, and that are out: the rest may be the beginning of a stop string.
+    # Characters generated and emitted: the difference may be the start of a stop string.
     num_written: int = 0
     num_out: int = 0
-    # Where each token whose text is not out begins. Those of an incomplete character begin where it will.
+    # Start offset of each token whose text has not been emitted; tokens of one character share its offset.
     held: collections.deque[tuple[int, TokenLogprob]] = dataclasses.field(default_factory=collections.deque)
 
     def add(self, text: str, logprob: TokenLogprob | None, is_last: bool) -> tuple[str, list[TokenLogprob]]:
-        """Returns the text that is known not to be in a stop string, and the tokens in it."""
+        """Returns the text now known not to be part of a stop string, and the tokens that begin in it."""
         if logprob is not None and self.kind == "content":
             self.held.append((self.num_written, logprob))
         self.num_written += len(text)
@@ -194,7 +194,7 @@ def _logprob(part: Completion, i: int) -> TokenLogprob | None:
 
 
 def logprob_json(harmony: Harmony, entry: TokenLogprob) -> dict[str, Any]:
-    """Returns a token's log-probability in OpenAI's form."""
+    """Returns a token's log-probability in OpenAI's format."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         data = harmony.spelled(token)

@@ -1,4 +1,4 @@
-"""The web application: routes, access, errors in OpenAI's shape, request ids."""
+"""ASGI application: routes, access control, errors in OpenAI's format, request ids."""
 
 import contextlib
 import hmac
@@ -27,13 +27,13 @@ from gptoss_jax.server.transport import error_response, json_response
 from gptoss_jax.terminal import printable
 
 log = logging.getLogger(__name__)
-# Answered without a key, and while the server loads or drains.
+# Served without an API key.
 OPEN_PATHS = ("/", "/health")
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(service: Service) -> Starlette:
-    """Returns the ASGI application that serves a model, with the access rules of `service.settings`."""
+    """Returns the ASGI application for a model, with the access rules of `service.settings`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -62,7 +62,7 @@ def create_app(service: Service) -> Starlette:
 
 
 def make_routes() -> list[BaseRoute]:
-    """Returns the endpoints."""
+    """Returns all routes."""
     return [
         Route("/", chat_page),
         Route("/health", health),
@@ -77,14 +77,14 @@ def make_routes() -> list[BaseRoute]:
 
 
 async def health(request: Request) -> Response:
-    """`GET /health`: 200 when the server answers requests, else 503."""
+    """`GET /health`: 200 if the server accepts requests, else 503."""
     service: Service = request.app.state.service
     service.check_ready()
     return json_response({"status": "ok"})
 
 
 async def metrics(request: Request) -> Response:
-    """`GET /metrics`: Prometheus's text format."""
+    """`GET /metrics`: metrics in Prometheus's text format."""
     return Response(request.app.state.service.metrics.render(), media_type=METRICS_TYPE)
 
 
@@ -115,7 +115,7 @@ def _model_card(service: Service) -> Mapping[str, object]:
 
 
 class Guard:
-    """Outer layer of the application: access, errors, request ids, and a log line for each request."""
+    """Outermost middleware: access control, errors, request ids, and a log line per request."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -147,7 +147,7 @@ class Guard:
                 await error_response(error)(scope, receive, send_with_headers)
             except Exception:
                 log.exception("%s failed", name)
-                if not status:  # else it is too late for an error response
+                if not status:  # otherwise the response has already started
                     await error_response(internal_error())(scope, receive, send_with_headers)
         finally:
             self._service.num_requests -= needs_engine
@@ -157,10 +157,10 @@ class Guard:
             log.info("%s %s %s %d %.3f s", name, scope["method"], safe_path(scope["path"]), status, seconds)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raises ApiError for a request that is not answered."""
+        """Raises ApiError for a request that must be rejected."""
         settings, path = self._service.settings, scope["path"]
         check_host(settings, headers)
-        if path != "/":  # which may follow a link
+        if path != "/":  # links from other sites to the chat page are fine
             check_origin(settings, headers)
         if path not in OPEN_PATHS:
             check_key(settings, headers)
@@ -169,20 +169,20 @@ class Guard:
 
 
 def check_key(settings: Settings, headers: Headers) -> None:
-    """Raises the 401 for a missing or wrong key."""
+    """Raises ApiError 401 for a missing or invalid API key."""
     if settings.api_key is None:
         return
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    # Headers are Latin-1: back to the bytes that came.
+    # Headers are decoded as Latin-1: encode them back to the original bytes.
     if not hmac.compare_digest(given.encode("latin-1"), settings.api_key.encode()):
-        message = "The API key is missing or wrong: send it as `Authorization: Bearer KEY`."
+        message = "The API key is missing or invalid: send it as `Authorization: Bearer KEY`."
         raise ApiError(401, message, code="invalid_api_key")
 
 
 def check_host(settings: Settings, headers: Headers) -> None:
-    """Raises the 403 for a name that is not the server's: a web page could use one that resolves to 127.0.0.1
-    to be of the same origin.
+    """Raises ApiError 403 for a Host header that is not allowed, to prevent DNS rebinding: a web page's own
+    host name could resolve to 127.0.0.1 and make it same-origin.
     """
     host = re.sub(r":\d+$", "", headers.get("host", "")).lower()
     if settings.allowed_hosts and host not in settings.allowed_hosts:
@@ -191,18 +191,18 @@ def check_host(settings: Settings, headers: Headers) -> None:
 
 
 def check_origin(settings: Settings, headers: Headers) -> None:
-    """Raises the 403 for requests that a web page of another origin makes in a browser.
+    """Raises ApiError 403 for cross-origin requests from a browser.
 
-    Without CORS headers that page cannot read an answer, but it could start one.
+    Without CORS headers a page cannot read the response, but it could still start a request.
     """
     is_allowed = not {"*", headers.get("origin")}.isdisjoint(settings.cors_origins)
-    # Another port of localhost is the same site, but another origin.
+    # Another port on localhost is same-site but cross-origin.
     if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not is_allowed:
-        raise ApiError(403, "Pages of other origins may not call this server; see --cors-origins.")
+        raise ApiError(403, "Cross-origin requests are not allowed; see --cors-origins.")
 
 
 def safe_path(path: str) -> str:
-    """Returns a path for a log line: harmless to a terminal, on one line, at most 100 characters."""
+    """Returns a path that is safe to log: control characters escaped, one line, at most 100 characters."""
     return printable(path[:100]).replace("\n", "\\n")
 
 
@@ -216,6 +216,6 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
     message = (
         f"{request.method} is not supported for {path}."
         if error.status_code == 405
-        else f"There is no {path}."
+        else f"{path} does not exist."
     )
     return json_response(ApiError(error.status_code, message).body(), error.status_code, error.headers)

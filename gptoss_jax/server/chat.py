@@ -1,4 +1,4 @@
-"""`/v1/chat/completions`: conversations in Harmony, with reasoning, calls of functions, and formats."""
+"""`/v1/chat/completions`: Harmony chats with reasoning, tool calls and structured output."""
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -16,12 +16,12 @@ from gptoss_jax.server.engine_thread import Stream, merge
 from gptoss_jax.server.service import Service, make_id, make_usage
 from gptoss_jax.server.sse import respond
 
-# Between the messages of one kind in an answer, such as a preamble and the final one.
+# Joins messages of the same kind in a response, such as a preamble and the final message.
 SEPARATOR = "\n\n"
 
 
 def routes() -> list[Route]:
-    """Returns the endpoints of this file."""
+    """Returns the routes of this module."""
     return [Route("/v1/chat/completions", create, methods=["POST"])]
 
 
@@ -31,7 +31,7 @@ async def create(request: Request) -> Response:
 
 
 class Choice:
-    """One answer, as its deltas arrive, in OpenAI's form."""
+    """Converts the output of one choice to OpenAI's format as it arrives."""
 
     def __init__(self, harmony: Harmony, asked: ChatRequest, reasoning_names: Sequence[str]) -> None:
         self.reader = AnswerReader(harmony, asked.tools.names, asked.stop)
@@ -41,7 +41,7 @@ class Choice:
         self._begun: set[str] = set()  # kinds of messages that have text
 
     def feed(self, part: Completion) -> list[dict[str, Any]]:
-        """Returns what a part adds: `delta` and `logprobs` of each chunk."""
+        """Returns the `delta` and `logprobs` of each chunk for the next part of a completion."""
         before = self.reader.num_tokens
         deltas = self.reader.feed(part)
         self.tokens += part.tokens[: self.reader.num_tokens - before]
@@ -64,14 +64,14 @@ class Choice:
         return dict.fromkeys(names, text)
 
     def logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        """Returns `logprobs` of tokens of content; None if the request does not ask for them."""
+        """Returns the `logprobs` object for content tokens; None if the request does not ask for it."""
         if not self._asked.params.logprobs:
             return None
         return {"content": [logprob_json(self._harmony, token) for token in tokens], "refusal": None}
 
 
 class Answer:
-    """The choices of one request."""
+    """Builds the response to one request, complete or streamed."""
 
     def __init__(self, service: Service, asked: ChatRequest, streams: Sequence[Stream]) -> None:
         names: tuple[str, ...] = ()
@@ -91,12 +91,12 @@ class Answer:
         }
 
     def close(self) -> None:
-        """Cancels what has not finished."""
+        """Cancels all unfinished choices."""
         for stream in self._streams:
             stream.close()
 
     async def _parts(self) -> AsyncIterator[tuple[int, Completion, list[dict[str, Any]]]]:
-        """Yields the parts of all choices with what they add; a stop string ends a choice."""
+        """Yields (choice, part, deltas) as they arrive; a stop string ends a choice."""
         async for i, part in merge(self._streams):
             added = self._choices[i].feed(part)
             if self._choices[i].reader.finish_reason is not None:
@@ -104,7 +104,7 @@ class Answer:
             yield i, part, added
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the response."""
+        """Returns the complete response."""
         added: list[list[dict[str, Any]]] = [[] for _ in self._choices]
         async for i, _, more in self._parts():
             added[i] += more
@@ -129,7 +129,7 @@ class Answer:
             "role": "assistant",
             "content": None if calls and not content else "".join(content),
             "refusal": None,
-            # Null rather than missing, which clients raise AttributeError for.
+            # Null rather than absent: clients would raise AttributeError.
             **dict.fromkeys(self._reasoning_names),
             **{name: "".join(parts) for name, parts in sorted(texts.items())},
             **({"tool_calls": calls} if calls else {}),
@@ -148,7 +148,7 @@ class Answer:
         return found
 
     async def chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields the chunks of a stream."""
+        """Yields the chunks of a streamed response."""
         head = {**self._head, "object": "chat.completion.chunk"}
         usage = {"usage": None} if include_usage else {}
         started: set[int] = set()

@@ -1,4 +1,4 @@
-"""`GET /`: the chat page, one HTML file, with a content security policy for its own script and style."""
+"""`GET /`: the chat page, a single HTML file, and its content security policy."""
 
 import base64
 import functools
@@ -17,7 +17,7 @@ async def chat_page(request: Request) -> Response:
 
 @functools.cache
 def page_response() -> Response:
-    """Reads the page and returns its response."""
+    """Returns the response with the page and its headers."""
     file = importlib.resources.files("gptoss_jax.server") / "page" / "index.html"
     html = file.read_text(encoding="utf-8")
     headers = {
@@ -30,7 +30,7 @@ def page_response() -> Response:
 
 
 def content_security_policy(html: str) -> str:
-    """Returns a policy that allows the script and the style in a page, and requests to its own server."""
+    """Returns a policy that allows only the page's inline script and style and same-origin requests."""
     policy = {
         "default-src": "'none'",
         "script-src": _hash_of("script", html),
@@ -40,13 +40,13 @@ def content_security_policy(html: str) -> str:
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
-        # Assignments to innerHTML and the like fail.
+        # Makes assignments to innerHTML and similar sinks fail.
         "require-trusted-types-for": "'script'",
     }
     return "; ".join(f"{name} {value}" for name, value in policy.items())
 
 
 def _hash_of(tag: str, html: str) -> str:
-    """Returns the source expression of the only element of this name; https://www.w3.org/TR/CSP3."""
+    """Returns the CSP hash source of the page's only element with this tag; https://www.w3.org/TR/CSP3."""
     (content,) = re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

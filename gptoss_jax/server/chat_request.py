@@ -1,4 +1,4 @@
-"""The fields of a request to `/v1/chat/completions`."""
+"""Request fields of `/v1/chat/completions`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from gptoss_jax.server.sampling_fields import (
 from gptoss_jax.server.service import Service
 from gptoss_jax.server.tools import Tools, read_tools
 
-# Fields that are known but not supported, with the values that ask for nothing.
+# Known but unsupported fields, with the values that are accepted because they have no effect.
 UNSUPPORTED: dict[str, Sequence[Any]] = {
     "audio": (),
     "modalities": (["text"],),
@@ -62,26 +62,26 @@ KNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class ChatRequest:
-    """A request, checked. `params` are those of the first choice."""
+    """A validated request. `params` are for the first choice."""
 
     prompt: list[int]
     params: SamplingParams
     n: int
     tools: Tools
     stop: tuple[str, ...]
-    has_reasoning: bool  # the client wants to see it
+    has_reasoning: bool  # include reasoning in the response
     return_token_ids: bool
     cache_salt: str
 
     def requests(self) -> list[tuple[list[int], SamplingParams]]:
-        """Returns the engine's requests, one for each choice."""
+        """Returns the engine requests, one per choice."""
         return [(self.prompt, choice_params(self.params, i)) for i in range(self.n)]
 
 
 async def read_request(fields: Fields, service: Service) -> ChatRequest:
-    """Checks the fields of a request, and tokenizes its prompt.
+    """Validates the fields of a request and tokenizes its prompt.
 
-    Raises ApiError with the path of the field for what does not fit or is not supported.
+    Raises ApiError with the path of the field that is invalid or not supported.
     """
     harmony = service.need_harmony()
     fields.refuse(UNSUPPORTED)
@@ -91,7 +91,7 @@ async def read_request(fields: Fields, service: Service) -> ChatRequest:
     n, stop = read_n(fields), read_stop(fields)
     logprobs, top_logprobs = fields.boolean("logprobs"), read_top_logprobs(fields)
     fields.require(logprobs or not top_logprobs, "top_logprobs", "needs logprobs: true")
-    # Without effect: the format has one call in a turn.
+    # Checked but ignored: gpt-oss makes one call per turn.
     fields.boolean("parallel_tool_calls")
 
     def prepare() -> tuple[list[int], str | None]:
@@ -102,7 +102,7 @@ async def read_request(fields: Fields, service: Service) -> ChatRequest:
 
     prompt, grammar = await anyio.to_thread.run_sync(prepare)
     is_bound = grammar is not None and fields.boolean("ignore_eos")
-    fields.require(not is_bound, "ignore_eos", "must be false for an answer in a format or with bound calls")
+    fields.require(not is_bound, "ignore_eos", "must be false with a response format or enforced calls")
     stop_tokens = (*service.tokenizer.stop_ids, harmony.return_id, harmony.call)
     params = read_sampling(fields, service, stop_tokens, len(prompt))
     return ChatRequest(
@@ -118,7 +118,7 @@ async def read_request(fields: Fields, service: Service) -> ChatRequest:
 
 
 def _reasoning(fields: Fields, service: Service) -> tuple[Reasoning, bool]:
-    """Returns the effort, and if the client wants to see the reasoning."""
+    """Returns the reasoning effort, and whether to include reasoning in the response."""
     effort = service.reasoning
     for options in (fields.object("chat_template_kwargs"), fields):
         if options is not None:

@@ -1,4 +1,4 @@
-"""Text and log-probabilities of one choice of `/v1/completions`, as parts of an answer arrive."""
+"""Incremental text and log-probabilities of one choice of `/v1/completions`."""
 
 import codecs
 import dataclasses
@@ -16,40 +16,40 @@ from gptoss_jax.server.tokenization import TokenTexts
 
 @dataclasses.dataclass(frozen=True)
 class TextOptions:
-    """How the tokens of a choice become text."""
+    """Options for converting a choice's tokens to text."""
 
     tokenizer: Tokenizer
     stop_strings: tuple[str, ...] = ()
     skip_special_tokens: bool = True
-    # Spell tokens in log-probabilities as `token_id:ID`.
+    # Write tokens in `logprobs` as `token_id:ID`.
     tokens_as_ids: bool = False
-    # Most likely tokens of each position; None: no log-probabilities.
+    # Number of most likely tokens per position; None: no log-probabilities.
     logprobs: int | None = None
 
     @functools.cached_property
     def spelled(self) -> TokenTexts:
-        """The tokenizer with special tokens as text."""
+        """The tokenizer, with special tokens decoded to their names."""
         return TokenTexts(self.tokenizer)
 
     @property
     def text_tokenizer(self) -> Tokenizer | TokenTexts:
-        """The tokenizer that decodes the text."""
+        """The tokenizer used to decode the text."""
         return self.tokenizer if self.skip_special_tokens else self.spelled
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of a prompt's tokens."""
+        """Decodes a prompt's tokens."""
         tokenizer = self.text_tokenizer
         known = [token for token in tokens if token < tokenizer.vocab_size]
         return tokenizer.decode_bytes(known).decode(errors="replace")
 
     def name(self, token: int) -> str:
-        """Returns a token as log-probabilities name it."""
+        """Returns a token as it is written in `logprobs`."""
         return f"token_id:{token}" if self.tokens_as_ids else self.spelled.name(token)
 
 
 @dataclasses.dataclass
 class LogprobEntry:
-    """A token with its place in the text."""
+    """A token, its character offset in the text, and its log-probabilities."""
 
     offset: int
     token: int
@@ -58,21 +58,21 @@ class LogprobEntry:
 
 
 class ChoiceText:
-    """The text of one choice. A stop string ends it, and is no part of it.
+    """The text of one choice, which ends before the first stop string.
 
-    Log-probabilities are those of the tokens that begin in the text that was sent.
+    Log-probabilities are returned for the tokens that begin in the text sent so far.
     """
 
     def __init__(self, options: TextOptions, start: int = 0) -> None:
-        """`start` is the number of characters before the answer, which an echo has."""
-        self.num_tokens = 0  # sampled, the stop token and a stop string's tokens included
+        """`start` is the number of characters before the completion: the length of an echoed prompt."""
+        self.num_tokens = 0  # sampled tokens, including the stop token and those of a stop string
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._options = options
         self._detokenizer = StreamingDetokenizer(options.text_tokenizer, options.stop_strings)
         self._offsets = Offsets(options.text_tokenizer, start)
-        self._end = start  # of the text that was sent
-        self._entries: list[LogprobEntry] = []  # that are not sent
+        self._end = start  # end offset of the text sent so far
+        self._entries: list[LogprobEntry] = []  # not sent yet
 
     def feed(self, part: Completion) -> tuple[str, list[int], dict[str, Any] | None]:
         """Returns the new text, the new tokens and their log-probabilities."""
@@ -105,7 +105,7 @@ class ChoiceText:
 
 
 class Offsets:
-    """Where tokens begin in a text, in characters; the tokens of one character share its offset."""
+    """Computes the start offsets of tokens, in characters; tokens of the same character share its offset."""
 
     def __init__(self, tokenizer: Tokenizer | TokenTexts, start: int = 0) -> None:
         self.length = start
@@ -121,7 +121,7 @@ class Offsets:
 
 
 def logprobs_object(options: TextOptions, entries: Sequence[LogprobEntry]) -> dict[str, Any]:
-    """Returns OpenAI's `logprobs` of completions, with the sampled token among the most likely ones."""
+    """Returns the `logprobs` object of OpenAI's completions; `top_logprobs` include the sampled token."""
     names = [options.name(entry.token) for entry in entries]
     return {
         "tokens": names,
@@ -132,7 +132,7 @@ def logprobs_object(options: TextOptions, entries: Sequence[LogprobEntry]) -> di
 
 
 def finite(logprob: float) -> float:
-    """Returns a log-probability that JSON can have."""
+    """Replaces a non-finite log-probability, which JSON cannot represent, by MIN_LOGPROB."""
     return logprob if math.isfinite(logprob) else MIN_LOGPROB
 
 
@@ -141,7 +141,7 @@ def _top(name_of: Callable[[int], str], entry: LogprobEntry, name: str) -> dict[
         return None
     top: dict[str, float] = {}
     for token, logprob in (*entry.top, (entry.token, entry.logprob)):
-        # Two tokens may have the same text: the first is the more likely one.
+        # Several tokens may have the same text: keep the most likely one.
         top.setdefault(name_of(token), finite(logprob))
     top[name] = finite(entry.logprob)
     return top

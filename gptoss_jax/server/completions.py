@@ -1,4 +1,4 @@
-"""`/v1/completions`: text or tokens continued as they are, without a chat format."""
+"""`/v1/completions`: raw text completion, without a chat format."""
 
 import dataclasses
 import time
@@ -35,7 +35,7 @@ from gptoss_jax.server.tokenization import encode_prompt, prompt_options
 
 # OpenAI's default.
 DEFAULT_MAX_TOKENS = 16
-# Fields that are known but not supported, with the values that ask for nothing.
+# Known but unsupported fields, with the values that are accepted because they have no effect.
 UNSUPPORTED: dict[str, Sequence[Any]] = {
     "suffix": ("",),
     "use_beam_search": (False,),
@@ -61,20 +61,20 @@ KNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt's tokens, and its text; that of token ids only for an echo."""
+    """A prompt's tokens and text. For prompts given as token ids, the text is only decoded for `echo`."""
 
     tokens: list[int]
     text: str
-    is_text: bool  # it came as text, so special tokens have their names in it
-    has_added_bos: bool  # which is not in `text`
+    is_text: bool  # given as text, which contains the names of special tokens
+    has_added_bos: bool  # a bos was prepended, which is not in `text`
 
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRequest:
-    """A request to `/v1/completions`, checked."""
+    """A validated request to `/v1/completions`."""
 
     prompts: list[Prompt]
-    params: list[SamplingParams]  # of the first choice of each prompt
+    params: list[SamplingParams]  # for the first choice of each prompt
     n: int
     text: TextOptions
     is_echo: bool
@@ -83,13 +83,13 @@ class CompletionRequest:
     cache_salt: str
 
     def requests(self) -> list[tuple[list[int], SamplingParams]]:
-        """Returns the engine's requests: `n` for each prompt."""
+        """Returns the engine requests, `n` per prompt."""
         pairs = zip(self.prompts, self.params, strict=True)
         return [(prompt.tokens, choice_params(params, i)) for prompt, params in pairs for i in range(self.n)]
 
 
 def routes() -> list[Route]:
-    """Returns the endpoints of this file."""
+    """Returns the routes of this module."""
     return [Route("/v1/completions", create, methods=["POST"])]
 
 
@@ -99,11 +99,11 @@ async def create(request: Request) -> Response:
 
 
 async def read_request(fields: Fields, service: Service) -> CompletionRequest:
-    """Checks the fields of a request, and tokenizes its prompts."""
+    """Validates the fields of a request and tokenizes its prompts."""
     fields.refuse(UNSUPPORTED)
     n = read_n(fields)
     best_of = fields.integer("best_of", n, 1)
-    fields.require(best_of == n, "best_of", f"must be n, {n}: others are not supported")
+    fields.require(best_of == n, "best_of", f"must equal n, {n}: other values are not supported")
     logprobs = read_top_logprobs(fields, "logprobs") if "logprobs" in fields else None
     is_echo, stops = fields.boolean("echo"), read_stop(fields)
     is_scored_only = type(fields.get("max_tokens")) is int and fields.get("max_tokens") == 0
@@ -121,7 +121,7 @@ async def read_request(fields: Fields, service: Service) -> CompletionRequest:
     if is_scored_only:  # the engine samples at least one token
         fields = Fields({**fields.values, "max_tokens": 1})
     names, longest = ("max_tokens",), max(len(prompt.tokens) for prompt in prompts)
-    # The name of a special token does not occur in the text.
+    # Special tokens do not appear in the text, so their names as stop strings become stop tokens.
     special = service.tokenizer.special_tokens
     stop_tokens = [*service.tokenizer.stop_ids, *(special[stop] for stop in stops if stop in special)]
     stop_tokens = [token for token in stop_tokens if token < service.vocab_size]
@@ -138,7 +138,7 @@ async def read_request(fields: Fields, service: Service) -> CompletionRequest:
     limits = [
         read_max_tokens(fields, service, len(prompt.tokens), names, DEFAULT_MAX_TOKENS) for prompt in prompts
     ]
-    # Checked once for each limit: there may be many prompts.
+    # Validate once per distinct limit: there may be many prompts.
     params = {limit: dataclasses.replace(settings, max_new_tokens=limit) for limit in set(limits)}
     return CompletionRequest(
         prompts=prompts,
@@ -153,7 +153,7 @@ async def read_request(fields: Fields, service: Service) -> CompletionRequest:
 
 
 async def read_prompts(fields: Fields, service: Service, options: TextOptions) -> list[Prompt]:
-    """Reads `prompt`: text, texts, token ids, or lists of token ids; without it, the start of a document."""
+    """Parses `prompt`: a text, texts, token ids, or lists of token ids; if absent, an empty text."""
     value = fields.get("prompt")
     value = "" if value is None else value
     fields.require(isinstance(value, (str, list)), "prompt", "must be a string or a list")
@@ -185,7 +185,7 @@ async def read_prompts(fields: Fields, service: Service, options: TextOptions) -
 
 
 class Answer:
-    """The choices of one request, as their parts arrive."""
+    """Builds the response to one request, complete or streamed."""
 
     def __init__(self, service: Service, asked: CompletionRequest, streams: Sequence[Stream]) -> None:
         self._asked, self._streams = asked, streams
@@ -203,18 +203,18 @@ class Answer:
         }
 
     def close(self) -> None:
-        """Cancels what has not finished."""
+        """Cancels all unfinished choices."""
         for stream in self._streams:
             stream.close()
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the response."""
+        """Returns the complete response."""
         parts = [await stream.completion() for stream in self._streams]
         choices = [self._choice(i, part, is_first=True) for i, part in enumerate(parts)]
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def chunks(self, include_usage: bool) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields the chunks of a stream."""
+        """Yields the chunks of a streamed response."""
         usage = {"usage": None} if include_usage else {}
         started: set[int] = set()
         async for i, part in merge(self._streams):
@@ -232,7 +232,7 @@ class Answer:
         return self._asked.prompts[i // self._asked.n]
 
     def _choice(self, i: int, part: Completion, is_first: bool) -> dict[str, Any]:
-        """Returns what a part adds to choice `i`."""
+        """Returns the JSON of choice `i` for the next part of its completion."""
         asked, choice = self._asked, self._choices[i]
         if asked.is_scored_only:
             part = dataclasses.replace(part, tokens=[], logprobs=part.logprobs and [], stop_token=None)
@@ -252,7 +252,7 @@ class Answer:
         return answer
 
     def _echoed_logprobs(self, prompt: Prompt, part: Completion) -> dict[str, Any]:
-        """Returns the log-probabilities of a prompt; a bos added to token ids is not among them."""
+        """Returns the `logprobs` of an echoed prompt, without a bos that was added to token ids."""
         text = self._asked.text
         offsets = Offsets(text.spelled if prompt.is_text else text.text_tokenizer)
         logprobs = part.prompt_logprobs or [None] * len(prompt.tokens)

@@ -1,4 +1,4 @@
-"""JSON schemas as llguidance enforces them, so that what it allows is valid."""
+"""Converts JSON schemas to ones that llguidance can enforce, so that all output it allows is valid."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -6,14 +6,15 @@ from typing import Any
 
 from gptoss_jax.server.readable_schema import find_reference
 
-# The formats that llguidance knows. Others are annotations, as JSON Schema has them by default.
+# The formats that llguidance supports. Others are ignored: JSON Schema treats them as annotations by default.
 FORMATS = (
     "date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown",
 )  # fmt: skip
-# Without \u a key cannot be spelled in two ways, and so not twice. Without a limit of white space a model may
-# write nothing else. (https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md)
+# \u escapes are disabled because they would allow the same key twice, in two spellings. Whitespace is limited
+# because a model might emit it forever.
+# (https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md)
 OPTIONS = {"whitespace_pattern": r"[ \n\r\t]{1,64}", "json_allowed_escapes": '"\\bfnrt'}
-# Keywords whose value is a schema, a list of schemas, or schemas by name.
+# Keywords with a schema, a list of schemas, or a mapping of names to schemas as their value.
 ONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -22,7 +23,7 @@ Schema = Mapping[str, Any]
 
 
 def enforced_schema(schema: Schema) -> str:
-    """Returns a schema for `%json` in a Lark grammar. Raises ValueError for one that cannot be enforced."""
+    """Returns a schema as JSON for `%json` in a Lark grammar; raises ValueError if it cannot be enforced."""
 
     def convert(one: Schema) -> Schema:
         if isinstance(one.get("format"), str) and one["format"] not in FORMATS:
@@ -33,23 +34,23 @@ def enforced_schema(schema: Schema) -> str:
         least, required = one.get("minProperties"), one.get("required")
         num_required = len(set(map(str, required))) if isinstance(required, list) else 0
         if isinstance(least, (int, float)) and least > max(1, num_required):
-            # A repeated key would count twice.
-            raise ValueError("minProperties above 1 needs as many required properties")
+            # llguidance would count a repeated key twice.
+            raise ValueError("minProperties above 1 requires at least as many required properties")
         return one
 
     return json.dumps({**_map_schemas(schema, convert), "x-guidance": OPTIONS})
 
 
 def reason_of(error: ValueError) -> str:
-    """Returns why llguidance refuses a schema, for the client."""
+    """Converts llguidance's error for a schema to a message for the client."""
     reason = str(error).rpartition("failed to compile JSON schema: ")[2]
     if "coerce_one_of" in reason:
-        return "oneOf is not supported for variants that overlap; use anyOf"
+        return "oneOf is not supported for overlapping variants; use anyOf"
     return reason.replace("Unimplemented keys", "not supported")
 
 
 def _map_schemas(schema: Any, convert: Callable[[Schema], Schema]) -> Any:
-    """Converts a schema and those inside of it."""
+    """Applies `convert` to a schema and all nested schemas."""
     if not isinstance(schema, dict):
         return schema
     found = dict(convert(schema))
@@ -64,19 +65,19 @@ def _map_schemas(schema: Any, convert: Callable[[Schema], Schema]) -> Any:
 
 
 def _has_discriminator(variants: list[Any], root: Schema) -> bool:
-    """Returns True if a property that all variants require has other values in each of them."""
-    found = _required_strings(variants[0], root) if variants else {}  # what earlier variants have
+    """Returns True if a property that all variants require has different values in each of them."""
+    found = _required_strings(variants[0], root) if variants else {}  # union over earlier variants
     for variant in variants[1:]:
         values = _required_strings(variant, root)
         names = [name for name in found if name in values and found[name].isdisjoint(values[name])]
-        if not names:  # soon, if many variants refer to one large enum
+        if not names:  # return early: many variants may refer to one large enum
             return False
         found = {name: found[name] | values[name] for name in names}
     return bool(found)
 
 
 def _required_strings(schema: Any, root: Schema) -> dict[str, set[str]]:
-    """Returns the values of the required properties that are constants or enums of strings, by name."""
+    """Returns the possible values of required properties that are string constants or enums, by name."""
     if isinstance(schema, dict) and isinstance(name := schema.get("$ref"), str):
         schema = find_reference(root, name)
     properties = schema.get("properties") if isinstance(schema, dict) else None

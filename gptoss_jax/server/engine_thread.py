@@ -1,4 +1,4 @@
-"""The engine on a thread of its own, for asyncio: streams of answers, a bounded queue, cancellation."""
+"""Runs the engine on a separate thread for asyncio: output streams, a bounded queue, cancellation."""
 
 import asyncio
 import collections
@@ -12,14 +12,14 @@ from gptoss_jax.inference.sampling_params import Completion, SamplingParams, joi
 from gptoss_jax.server.errors import ApiError, bad_request, internal_error
 
 log = logging.getLogger(__name__)
-# Seconds after which a client that was refused should try again.
+# Retry-After in seconds for rejected requests.
 RETRY_AFTER = 2
-# Steps that may fail one after the other before the engine counts as broken.
+# Consecutive failed steps after which the engine is considered broken.
 MAX_FAULTS = 8
 
 
 class Engine(Protocol):
-    """The methods of `inference.engine.Engine` that the server uses, all on one thread."""
+    """The interface of `inference.engine.Engine` that the server uses, from one thread only."""
 
     @property
     def has_work(self) -> bool: ...
@@ -40,20 +40,20 @@ class Engine(Protocol):
 
 
 class Observer:
-    """Is told about requests, on the engine's thread; see `metrics.Metrics`."""
+    """Callbacks for request events, called on the engine thread; see `metrics.Metrics`."""
 
     def on_part(self, stream: "Stream", part: Completion, now: float) -> None:
-        """Called for each new part of an answer, before the stream's times and counts are updated."""
+        """Called for each new part of a completion, before the stream's times and counts are updated."""
 
     def on_cancel(self, stream: "Stream") -> None:
-        """Called once for a request that was cancelled or failed."""
+        """Called once for a request that is cancelled or fails."""
 
 
 class Stream:
-    """One answer, an asynchronous iterator of its parts. Closing it cancels the request.
+    """Asynchronous iterator over the parts of one completion. Closing it cancels the request.
 
-    Parts that arrive while the reader is busy are joined, so a slow reader gets fewer and longer ones. Raises
-    ApiError for input that the engine refuses and for faults.
+    Parts that arrive while the consumer is busy are merged, so a slow consumer gets fewer, longer ones.
+    Raises ApiError for requests that the engine rejects and for engine errors.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Stream:
     ) -> None:
         self.prompt, self.params, self.cache_salt = prompt, params, cache_salt
         self.cached_tokens = 0
-        self.num_tokens = 0  # sampled so far, as the engine's thread counts
+        self.num_tokens = 0  # sampled so far; written by the engine thread
         self.created = time.monotonic()
         self.first_token: float | None = None
         self.last_token: float | None = None
-        self.request: Any = None  # the engine's, on its thread only
-        self.is_closed = False  # by its reader, before its end
-        self.is_done = False  # the engine has finished or dropped it
+        self.request: Any = None  # the engine's request; engine thread only
+        self.is_closed = False  # closed by the consumer before its end
+        self.is_done = False  # finished, failed or cancelled in the engine
         self._thread = thread
         self._loop = asyncio.get_running_loop()
         self._parts: list[Completion] = []
@@ -83,7 +83,7 @@ class Stream:
             raise StopAsyncIteration
         await self._arrived.wait()
         self._arrived.clear()
-        if self._is_finished:  # closed meanwhile
+        if self._is_finished:  # closed while waiting
             raise StopAsyncIteration
         parts, self._parts = self._parts, []
         if self._error is not None:
@@ -94,12 +94,12 @@ class Stream:
         return part
 
     async def completion(self) -> Completion:
-        """Returns the whole answer; what there is of it if the stream is closed meanwhile."""
+        """Returns the complete completion, or the part received so far if the stream is closed meanwhile."""
         parts = [part async for part in self]
         return join_parts(parts) if parts else Completion([], None, None)
 
     def close(self) -> None:
-        """Cancels the request unless it has finished. May be called again."""
+        """Cancels the request unless it has finished. Idempotent."""
         if not self._is_finished:
             self._is_finished = self.is_closed = True
             self._parts = []
@@ -107,11 +107,11 @@ class Stream:
             self._thread.cancel(self)
 
     async def aclose(self) -> None:
-        """`close`, for `contextlib.aclosing`."""
+        """Same as `close`, for `contextlib.aclosing`."""
         self.close()
 
     def deliver(self, part: Completion | ApiError) -> None:
-        """Adds a part; called on the event loop's thread."""
+        """Adds a part or an error; called on the event loop's thread."""
         if self._is_finished:
             return
         if isinstance(part, ApiError):
@@ -122,18 +122,18 @@ class Stream:
 
 
 class EngineThread:
-    """Owns an engine. `stream` and `cancel` are called on the event loop's thread."""
+    """Owns an engine and its thread. Call `stream` and `cancel` on the event loop's thread."""
 
     def __init__(self, engine: Engine, max_queue: int = 256) -> None:
-        """`max_queue` is the number of requests that may wait for a slot before `stream` refuses more."""
+        """`max_queue` is the maximum number of requests waiting for a slot."""
         self.engine, self.max_queue = engine, max_queue
-        self.failure: BaseException | None = None  # of the engine; nothing is accepted after it
+        self.failure: BaseException | None = None  # the error that stopped the engine
         self.observer = Observer()
         self._inbox: collections.deque[tuple[str, Stream]] = collections.deque()
         self._condition = threading.Condition()
-        self._streams: dict[Any, Stream] = {}  # by the engine's request
-        self._num_faults = 0  # steps that failed since the last part of an answer
-        self._num_open = 0  # streams that were accepted and are not done; on the loop's thread
+        self._streams: dict[Any, Stream] = {}  # by engine request
+        self._num_faults = 0  # failed steps since the last output
+        self._num_open = 0  # accepted, unfinished streams; event loop's thread only
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -142,7 +142,7 @@ class EngineThread:
         self._thread.start()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Stops the thread after its current step; unfinished streams get an error."""
+        """Stops the thread after the current step; unfinished streams get an error."""
         with self._condition:
             self._is_closed = True
             self._condition.notify()
@@ -151,17 +151,17 @@ class EngineThread:
 
     @property
     def num_open(self) -> int:
-        """Requests that were accepted and have not finished."""
+        """Number of accepted requests that have not finished."""
         return self._num_open
 
     @property
     def num_running(self) -> int:
-        """Requests that are decoded."""
+        """Number of requests being decoded."""
         return self.engine.num_running
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a slot."""
+        """Number of requests waiting for a slot."""
         return self.engine.num_waiting + len(self._inbox)
 
     def stream(self, prompt: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Stream:
@@ -171,10 +171,10 @@ class EngineThread:
     def streams(
         self, requests: Sequence[tuple[Sequence[int], SamplingParams]], *, cache_salt: str = ""
     ) -> list[Stream]:
-        """Submits requests of one client, all or none. Raises ApiError 429 if the queue is full."""
+        """Submits several requests, all or none. Raises ApiError 429 if the queue is full."""
         waiting = self.num_waiting
         if waiting >= self.max_queue:
-            message = f"{waiting:,} requests are waiting, the limit of this server; try again later."
+            message = f"The queue is full: {waiting:,} requests are waiting. Try again later."
             raise ApiError(429, message, code="queue_full", retry_after=RETRY_AFTER)
         streams = [Stream(self, prompt, params, cache_salt) for prompt, params in requests]
         if not self._send([("submit", stream) for stream in streams]):
@@ -187,7 +187,7 @@ class EngineThread:
         self._send([("cancel", stream)])
 
     def _send(self, messages: Sequence[tuple[str, Stream]]) -> bool:
-        """Returns False if the thread reads no more messages."""
+        """Sends messages to the engine thread; returns False if it has stopped."""
         with self._condition:
             if not self._is_closed:
                 self._inbox.extend(messages)
@@ -209,15 +209,18 @@ class EngineThread:
         self._finish([(stream, self._end_error()) for stream in list(self._streams.values())])
 
     def _step(self) -> None:
-        """Steps the engine. A fault, such as too little memory for a longer cache, ends the requests that the
-        engine has, but not the server. Raises it if the engine has failed MAX_FAULTS times in a row."""
+        """Runs one engine step.
+
+        An error, such as running out of memory for a longer cache, fails the engine's current requests, but
+        not the server. After MAX_FAULTS consecutive errors it is raised.
+        """
         try:
             parts = self.engine.step()
         except Exception:
             self._num_faults += 1
             if self._num_faults >= MAX_FAULTS:
                 raise
-            log.exception("a step of the engine failed; its requests get an error")
+            log.exception("engine step failed; all its requests get an error")
             self._finish([(stream, internal_error()) for stream in list(self._streams.values())])
             self.engine.reset(drop_prefixes=True)
             return
@@ -226,15 +229,13 @@ class EngineThread:
         self._deliver(parts)
 
     def _end_error(self) -> ApiError:
-        """Returns the error of requests that the thread leaves unfinished."""
+        """Returns the error for requests that are unfinished when the thread ends."""
         if self.failure is not None:
             return internal_error()
-        return ApiError(
-            503, "The server has stopped before the answer was complete.", retry_after=RETRY_AFTER
-        )
+        return ApiError(503, "The server stopped before the response was complete.", retry_after=RETRY_AFTER)
 
     def _wait(self) -> bool:
-        """Waits for work; returns False when the thread should end."""
+        """Waits for work; returns False if the thread should stop."""
         with self._condition:
             self._condition.wait_for(lambda: self._is_closed or self._inbox or self.engine.has_work)
             return not self._is_closed
@@ -285,7 +286,7 @@ class EngineThread:
             self._num_open -= stream_ended(part)
 
     def _finish(self, faults: Sequence[tuple[Stream, ApiError | None]]) -> None:
-        """Ends streams with an error, or cancelled ones (None) without."""
+        """Ends streams with an error; None for cancelled ones."""
         for stream, error in faults:
             if stream.is_done:
                 continue
@@ -296,16 +297,16 @@ class EngineThread:
 
 
 def stream_ended(part: Completion | ApiError | None) -> bool:
-    """Returns True if this is the last that a stream gets; None stands for a cancellation."""
+    """Returns True if this ends a stream: a last part, an error, or None for a cancellation."""
     return not isinstance(part, Completion) or part.finish_reason is not None
 
 
 async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completion]]:
-    """Yields the parts of several streams as they arrive, each with the index of its stream.
+    """Yields (stream index, part) from several streams as parts arrive.
 
-    A stream that the reader has closed has no further parts.
+    A stream that the consumer has closed yields no further parts.
     """
-    if len(streams) == 1:  # as usual, and without a task and a queue
+    if len(streams) == 1:  # the common case needs no task and no queue
         async for part in streams[0]:
             if not streams[0].is_closed:
                 yield 0, part
@@ -339,5 +340,5 @@ async def merge(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Completio
 def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:
     try:
         loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:  # the loop is closed: nobody waits
+    except RuntimeError:  # the loop is closed: no one is waiting
         log.debug("event loop closed")

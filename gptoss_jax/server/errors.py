@@ -1,10 +1,10 @@
-"""Errors of the API, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+"""API errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`."""
 
 from typing import Any
 
 from gptoss_jax.terminal import printable
 
-# `type` of the error body by HTTP status; others have `invalid_request_error` or, from 500, `server_error`.
+# `type` by HTTP status; others are `invalid_request_error` or, from 500 up, `server_error`.
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -18,14 +18,14 @@ MAX_MESSAGE = 1000
 
 
 class ApiError(Exception):
-    """An error that is sent to the client.
+    """An error response to the client.
 
     Args:
-      status: of the HTTP response.
-      message: one sentence for the client's user; made one line that is safe to print.
-      param: the request's field, such as `messages[2].content`.
-      code: machine-readable, such as `context_length_exceeded`.
-      retry_after: seconds after which the client should try again.
+      status: HTTP status.
+      message: one sentence for the user; whitespace is normalized and control characters are escaped.
+      param: path of the request field, such as `messages[2].content`.
+      code: machine-readable code, such as `context_length_exceeded`.
+      retry_after: seconds after which the client should retry.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        # Messages may quote the request, and those of libraries have several lines.
+        # Messages may quote the request, and those from libraries may have several lines.
         message = printable(" ".join(message.split()))[:MAX_MESSAGE]
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
@@ -52,15 +52,15 @@ class ApiError(Exception):
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """Returns a 400."""
+    """Returns an ApiError 400."""
     return ApiError(400, message, param=param, code=code)
 
 
 def context_length_exceeded(message: str, param: str) -> ApiError:
-    """Returns the 400 for a prompt that does not fit."""
+    """Returns the ApiError 400 for a request that does not fit in the context."""
     return bad_request(message, param, "context_length_exceeded")
 
 
 def internal_error() -> ApiError:
-    """Returns the 500 for a fault of the server; the details are in its log only."""
-    return ApiError(500, "The server had an error while processing the request; its log has the details.")
+    """Returns the ApiError 500 for an internal error; the details are only logged."""
+    return ApiError(500, "The server had an error while processing the request; see its log for details.")

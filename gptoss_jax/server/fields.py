@@ -1,4 +1,4 @@
-"""Typed reading of a request's JSON body. Faults are 400s that name the field in `param`."""
+"""Typed access to a request's JSON body. Errors are ApiError 400 with the field's path in `param`."""
 
 import json
 import math
@@ -8,9 +8,9 @@ from typing import Any, NoReturn, TypeVar, overload
 
 from gptoss_jax.server.errors import ApiError, bad_request
 
-# Objects and lists inside each other; schemas of tools have about 20 levels.
+# Maximum nesting of objects and lists; tool schemas have about 20 levels.
 MAX_DEPTH = 64
-# Longest value in an error message.
+# Maximum length of a value in an error message.
 MAX_SHOWN = 60
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 Choice = TypeVar("Choice", bound=str)
@@ -19,7 +19,7 @@ Choice = TypeVar("Choice", bound=str)
 class Fields:
     """The fields of a JSON object; null counts as absent.
 
-    `path` is the object's own path in the body, such as `messages[2]`, for `param`.
+    `path` is the object's path in the body, such as `messages[2]`, used for `param`.
     """
 
     def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
@@ -29,20 +29,20 @@ class Fields:
         return self.values.get(name) is not None
 
     def get(self, name: str) -> Any:
-        """Returns a field's value as it came; None if it is absent."""
+        """Returns a field's raw value; None if absent."""
         return self.values.get(name)
 
     def param(self, name: str) -> str:
-        """Returns the path of a field."""
+        """Returns the full path of a field."""
         return f"{self.path}.{name}" if self.path else name
 
     def fault(self, name: str, allowed: str, code: str | None = None) -> ApiError:
-        """Returns the 400 for a field: its path, its value and what is allowed."""
+        """Returns the ApiError 400 for a field with its path, its value and what is allowed."""
         message = f"{self.param(name)} is {shown(self.values.get(name))}: {allowed}"
         return bad_request(message, self.param(name), code)
 
     def require(self, condition: bool, name: str, allowed: str) -> None:
-        """Raises the 400 for a field unless the condition holds."""
+        """Raises ApiError 400 for a field unless the condition holds."""
         if not condition:
             raise self.fault(name, allowed)
 
@@ -57,7 +57,7 @@ class Fields:
         return default if value is None else value
 
     def boolean(self, name: str, default: bool = False) -> bool:
-        """Returns true or false."""
+        """Returns a boolean."""
         value = self.get(name)
         self.require(value is None or isinstance(value, bool), name, "must be true or false")
         return default if value is None else value
@@ -71,7 +71,7 @@ class Fields:
     def integer(
         self, name: str, default: int | None = None, low: int | None = None, high: int | None = None
     ) -> int | None:
-        """Returns an integer from `low` to `high`; 3.0 counts as 3."""
+        """Returns an integer from `low` to `high`; accepts 3.0 as 3."""
         value = self.get(name)
         if value is None:
             return default
@@ -108,7 +108,7 @@ class Fields:
     @overload
     def choice(self, name: str, allowed: Collection[Choice], default: Choice) -> Choice: ...
     def choice(self, name: str, allowed: Collection[Choice], default: Choice | None = None) -> Choice | None:
-        """Returns one of several strings."""
+        """Returns one of the allowed strings."""
         value = self.get(name)
         names = ", ".join(allowed)
         self.require(
@@ -123,13 +123,13 @@ class Fields:
         return None if value is None else Fields(value, self.param(name))
 
     def array(self, name: str) -> list[Any] | None:
-        """Returns a list as it came."""
+        """Returns a list with its raw values."""
         value = self.get(name)
         self.require(value is None or isinstance(value, list), name, "must be a list")
         return value
 
     def objects(self, name: str) -> list["Fields"] | None:
-        """Returns the fields of each object of a list."""
+        """Returns the fields of each object in a list."""
         values = self.array(name)
         if values is None:
             return None
@@ -140,7 +140,7 @@ class Fields:
         return [Fields(value, f"{self.param(name)}[{i}]") for i, value in enumerate(values)]
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Returns the strings of a list, or a single string as one."""
+        """Returns a list of strings; accepts a single string."""
         value = self.get(name)
         values = [value] if isinstance(value, str) else [] if value is None else value
         is_list = isinstance(values, list) and all(isinstance(item, str) for item in values)
@@ -148,7 +148,7 @@ class Fields:
         return tuple(values)
 
     def needed(self, name: str) -> None:
-        """Raises the 400 for an absent field."""
+        """Raises ApiError 400 if a field is absent."""
         if name not in self:
             raise bad_request(
                 f"{self.param(name)} is missing", self.param(name), "missing_required_parameter"
@@ -165,7 +165,7 @@ class Fields:
         return self.object(name) or Fields({})
 
     def refuse(self, neutral: Mapping[str, Collection[Any]], allowed: str = "is not supported") -> None:
-        """Raises the 400 for the first of these fields with another value than the neutral ones given."""
+        """Raises ApiError 400 for the first of these fields that is present with a non-neutral value."""
         for name, values in neutral.items():
             self.require(name not in self or self.get(name) in list(values), name, allowed)
 
@@ -173,8 +173,8 @@ class Fields:
 def parse_json(body: bytes) -> Fields:
     """Parses a request's body.
 
-    Stricter than `json.loads`: no NaN or infinities, no repeated keys, no lone surrogates, no deep nesting,
-    and an object on top.
+    Stricter than `json.loads`: no NaN or infinities, no duplicate keys, no lone surrogates, no deep nesting,
+    and the top level must be an object.
     """
     try:
         values = json.loads(
@@ -184,11 +184,11 @@ def parse_json(body: bytes) -> Fields:
             object_pairs_hook=_without_repeats,
         )
     except RecursionError:
-        raise bad_request(f"The body has objects or lists nested more than {MAX_DEPTH} deep.") from None
+        raise bad_request(f"The body is nested more than {MAX_DEPTH} levels deep.") from None
     except UnicodeDecodeError as error:
         raise bad_request(f"The body is not UTF-8: invalid byte at {error.start}.") from None
     except ValueError as error:
-        # Python's message tells how to raise its limit.
+        # Drop Python's hint on how to raise its limit.
         reason = str(error).partition("; use sys.")[0][:200]
         raise bad_request(f"The body is not JSON: {reason}.") from None
     if not isinstance(values, dict):
@@ -198,24 +198,24 @@ def parse_json(body: bytes) -> Fields:
 
 
 def shown(value: Any) -> str:
-    """Returns a value for an error message, at most `MAX_SHOWN` characters of ASCII."""
+    """Formats a value for an error message, as at most `MAX_SHOWN` ASCII characters."""
     if isinstance(value, (dict, list)) and len(value) > 8:
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,} items"
     if isinstance(value, str):
         value = value[: MAX_SHOWN + 1]
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 64:
-        return "an integer of more than 64 bits"
+        return "an integer with more than 64 bits"
     text = json.dumps(value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
 
 
 def in_range(value: float, low: float | None, high: float | None) -> bool:
-    """Returns True for a value from `low` to `high`."""
+    """Returns True if a value is between `low` and `high`, inclusive."""
     return (low is None or value >= low) and (high is None or value <= high)
 
 
 def limits(low: float | None, high: float | None) -> str:
-    """Returns a range in words, for error messages."""
+    """Describes a range for an error message."""
     if low is not None and high is not None:
         return f" from {low} to {high}"
     if low is not None:
@@ -241,31 +241,29 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 break
             seen.add(name)
         param = None if LONE_SURROGATE.search(name) else name[:MAX_SHOWN]
-        raise bad_request(f"{shown(name)} occurs more than once in an object.", param)
+        raise bad_request(f"{shown(name)} occurs more than once in the same object.", param)
     return values
 
 
-# The keys and indices from the top to a value, the last one first: `(index, (name, ()))`.
+# The keys and indices that lead to a value, as a linked list, innermost first: `(index, (name, ()))`.
 Trail = tuple[()] | tuple[str | int, Any]
 
 
 def _check_tree(values: Mapping[str, Any], has_escapes: bool) -> None:
-    """Raises the 400 for deep nesting and, if the body has `\\u` escapes, lone surrogates."""
+    """Raises ApiError 400 for deep nesting and, if the body has `\\u` escapes, for lone surrogates."""
     stack: list[tuple[Any, Trail, int]] = [(values, (), 1)]
     while stack:
         value, trail, depth = stack.pop()
         if depth > MAX_DEPTH:
-            raise bad_request(
-                f"The body has objects or lists nested more than {MAX_DEPTH} deep.", _path(trail)
-            )
+            raise bad_request(f"The body is nested more than {MAX_DEPTH} levels deep.", _path(trail))
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if has_escapes and isinstance(key, str) and LONE_SURROGATE.search(key):
-                raise bad_request("A key has half a surrogate pair, which is not a character.", _path(trail))
+                raise bad_request("A key contains a lone surrogate, which is not a character.", _path(trail))
             if isinstance(inner, (dict, list)):
                 stack.append((inner, (key, trail), depth + 1))
             elif has_escapes and isinstance(inner, str) and LONE_SURROGATE.search(inner):
                 path = _path((key, trail))
-                raise bad_request(f"{path} has half a surrogate pair, which is not a character.", path)
+                raise bad_request(f"{path} contains a lone surrogate, which is not a character.", path)
 
 
 def _path(trail: Trail) -> str | None:
