@@ -1,4 +1,4 @@
-"""Process setup before jax is imported, and exit codes of commands. Imports only the standard library."""
+"""Process setup before jax is imported, Ctrl-C, and exit codes of commands. Standard library only."""
 
 import codecs
 import contextlib
@@ -6,10 +6,17 @@ import glob
 import importlib.machinery
 import io
 import os
+import signal
+import socket
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import NoReturn
+
+from gptoss_jax import status
+from gptoss_jax.terminal import ASCII, is_terminal
 
 INTERRUPTED = 130
 # Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step.
@@ -102,10 +109,103 @@ def run(command: Callable[[], object], name: str) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show
         try:
-            command()
+            with Interrupts(name):
+                command()
         except (Exception, KeyboardInterrupt) as error:
             return report(error, name)
     return 0
+
+
+class Interrupts:
+    """Ends the process on Ctrl-C even while it is inside C++ code, such as XLA's compiler.
+
+    Python handles a signal only when such a call returns, which may take minutes. A thread that hears of the
+    signal at once ends the process if that is not the case after a second. In a block of `patient`, it asks
+    for a second Ctrl-C first.
+    """
+
+    current: "Interrupts | None" = None
+
+    def __init__(self, name: str) -> None:
+        self._name, self._handled, self._asked = name, threading.Event(), False
+        self.advice: str | None = None  # of `patient`
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+            return  # ignored, as in a background job of a shell, or handled by someone else
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.signal(signal.SIGINT, self._handle)
+        self._previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        Interrupts.current = self
+        threading.Thread(target=self._watch, args=(reader,), name="interrupts", daemon=True).start()
+
+    def __exit__(self, *exception: object) -> None:
+        if Interrupts.current is self:
+            Interrupts.current = None
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.set_wakeup_fd(self._previous)
+            self._writer.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._handled.set()
+        raise KeyboardInterrupt
+
+    def acknowledge(self) -> None:
+        """Says that a handler of SIGINT has run."""
+        self._handled.set()
+
+    def _watch(self, reader: socket.socket) -> None:
+        while numbers := reader.recv(64):
+            if signal.SIGINT not in numbers:
+                continue
+            if self._handled.wait(1.0):
+                self._handled.clear()
+                self._asked = False
+            elif self.advice is not None and not self._asked:
+                self._asked = True
+                status.erase()
+                say(self._name, "Ctrl-C", self.advice)
+            elif self.advice is not None or signal.getsignal(signal.SIGINT) == self._handle:
+                status.erase()
+                report(KeyboardInterrupt(), self._name)
+                show_cursor()
+                leave(INTERRUPTED)
+        reader.close()
+
+
+@contextlib.contextmanager
+def patient(advice: str) -> Iterator[None]:
+    """Lets a long call finish after Ctrl-C instead of ending the process: `advice` says what happens next.
+
+    A second Ctrl-C ends the process all the same.
+    """
+    interrupts = Interrupts.current
+    if interrupts is None:
+        yield
+        return
+    before, interrupts.advice = interrupts.advice, advice
+    try:
+        yield
+    finally:
+        interrupts.advice = before
+
+
+def acknowledge_interrupt() -> None:
+    """For a handler of SIGINT that takes the place of Python's: says that it has run."""
+    if Interrupts.current is not None:
+        Interrupts.current.acknowledge()
+
+
+def show_cursor() -> None:
+    """Shows the cursor, which a progress bar may have hidden."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            if is_terminal(stream):
+                stream.write("\x1b[?25h")
+                stream.flush()
 
 
 def report(error: BaseException, name: str) -> int:
@@ -113,7 +213,12 @@ def report(error: BaseException, name: str) -> int:
 
     2: ValueError, input that is not allowed. 1: a failure on the way. 130: Ctrl-C.
     """
+    status.erase()
     if isinstance(error, KeyboardInterrupt):
+        with contextlib.suppress(OSError):
+            # The terminal shows ^C, with the cursor behind it.
+            print(file=sys.stderr, end="\n" if is_terminal(sys.stderr) else "")
+            print(f"{name}: interrupted" + (f": {error}" if error.args else ""), file=sys.stderr, flush=True)
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         # The reader is gone, for example `| head`; flushing the rest at exit must not fail.
@@ -142,7 +247,8 @@ def leave(code: int) -> NoReturn:
 def print_any_text() -> None:
     """Makes stdout and stderr accept any text, regardless of the locale's encoding.
 
-    Undecodable bytes of a file name are written unchanged; other characters without an encoding become "?".
+    Undecodable bytes of a file name are written unchanged; other characters without an encoding become ASCII
+    that resembles them, or "?".
     """
     codecs.register_error("gptoss_jax.printed", _encode_unencodable)
     for stream in (sys.stdout, sys.stderr):
@@ -156,7 +262,9 @@ def _encode_unencodable(error: UnicodeError) -> tuple[bytes, int]:
         raise error
     # Python represents an undecodable byte of a file name as one of these surrogates.
     encoded = (
-        bytes([ord(character) - 0xDC00]) if 0xDC80 <= ord(character) <= 0xDCFF else b"?"
+        bytes([ord(character) - 0xDC00])
+        if 0xDC80 <= ord(character) <= 0xDCFF
+        else character.translate(ASCII).encode("ascii", "replace")
         for character in error.object[error.start : error.end]
     )
     return b"".join(encoded), error.end

@@ -8,6 +8,8 @@ from typing import IO, TextIO
 
 # Unicode categories that can move the cursor, reverse a line or fail to encode.
 UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+# For the encodings of old locales.
+ASCII = str.maketrans({"…": "...", "·": "-", "–": "-", "—": "-", "×": "x", "━": "=", "│": "|", "’": "'"})
 
 
 def is_terminal(file: TextIO) -> bool:
@@ -33,8 +35,12 @@ def printable(text: str) -> str:
 
 
 def encodable(text: str, file: IO[str]) -> str:
-    """The text with a question mark for each character that the encoding of a file does not have."""
+    """The text with a substitute for each character that the encoding of a file does not have."""
     encoding = getattr(file, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate(ASCII)
     return text.encode(encoding, "replace").decode(encoding)
 
 

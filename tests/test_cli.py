@@ -267,7 +267,7 @@ def test_throughput_of_one_chunk_is_unknown():
 def test_an_interruption_ends_the_line(run, capsys):
     run.chunks = [b"wor", KeyboardInterrupt()]
     assert main.main(["generate", "folder", "--prompt", "the "]) == 130
-    assert capsys.readouterr() == ("the wor\n", "")
+    assert capsys.readouterr() == ("the wor\n", "gptoss: interrupted\n")
 
 
 def test_broken_pipe(tmp_path):

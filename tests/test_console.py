@@ -89,7 +89,7 @@ def test_ascii_streams_do_not_fail():
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     run_console(stream)
     written = stream.buffer.getvalue()
-    assert b"  ? bye" in written and b"====" in written
+    assert b"  | bye" in written and b"====" in written and b" - lr 1.2e-3 - " in written
 
 
 def test_quiet_prints_nothing(capsys):
@@ -141,3 +141,18 @@ def test_progress_fits_in_a_line(monkeypatch, width):
     assert ("left 1:11:01" in last) == (width >= 80)
     assert ("━" * 40 in last.replace("╸", "━").replace("╺", "━")) == (width == 200)
     assert any("compiling the first" in line for line in drawn) == (width >= 40)
+
+
+def test_work_between_steps_is_named(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream, clock = Terminal(), Clock()
+    console = Console(stream=stream, clock=clock)
+    console.start(0, 9)
+    console.update(1, 1.0, 10.0, 1e-3)
+    with console.status("evaluating"):
+        clock.now += 75
+        console._progress.refresh()
+    console.stop()
+    assert "evaluating · 1:15" in stream.getvalue()
+    assert stream.getvalue().rstrip().splitlines()[-1].count("evaluating") == 0

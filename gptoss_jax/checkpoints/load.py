@@ -34,6 +34,7 @@ from gptoss_jax.model.parameters import (
     path_names,
 )
 from gptoss_jax.model.transformer import Transformer, abstract_params, bind
+from gptoss_jax.status import progress
 
 
 def from_pretrained(
@@ -130,9 +131,14 @@ def load_target(
 def read_params(reader: WeightReader | Adapter, config: ModelConfig, target: dict) -> dict:
     """Reads the parameters of a config; `target` gives the shape, dtype and sharding of each array."""
     layers_of = parameter_layers(config)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target)]
+    done, total = 0, sum(sizes)
     non_finite: dict[pathlib.Path | None, set[str]] = {}
 
     def read(path, leaf):
+        nonlocal done
+        progress(done, total)
+        done += leaf.size * leaf.dtype.itemsize
         path = path_names(path)
         key = parameter_name(path)
         array, names = load_sharded(leaf, [reader.tensor(key, layer) for layer in layers_of[path]])

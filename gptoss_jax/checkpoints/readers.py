@@ -36,6 +36,7 @@ from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import parameter_name, path_names, split_params
+from gptoss_jax.status import download
 
 ExpertFormat = Literal["bfloat16", "float32", "mxfp4"]
 HUB = "hf:"
@@ -273,9 +274,10 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
         patterns = ["*.json", "*.safetensors", "*.jinja"]
         try:
             # The repository also holds other copies of the weights.
-            found = huggingface_hub.snapshot_download(
-                name[len(HUB) :], allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"]
-            )
+            with download(f"downloading {name[len(HUB) :]}", huggingface_hub.utils.disable_progress_bars):
+                found = huggingface_hub.snapshot_download(
+                    name[len(HUB) :], allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"]
+                )
         except Exception as error:  # each HTTP client has its own classes
             raise ValueError(f"{name}: cannot be fetched from the Hugging Face hub ({error})") from error
         return pathlib.Path(found)

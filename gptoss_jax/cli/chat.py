@@ -11,6 +11,8 @@ import tyro
 
 from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFlags
 from gptoss_jax.config import require
+from gptoss_jax.startup import patient
+from gptoss_jax.status import status, until_first
 
 if TYPE_CHECKING:
     from gptoss_jax.cli.terminal import Write
@@ -52,12 +54,14 @@ class Chat:
     sampling: Sampling = SamplingFlags()
 
     def run(self) -> None:
-        from gptoss_jax.checkpoints.load import load_model
+        with status(f"loading {self.folder}"):
+            from gptoss_jax.checkpoints.load import load_model
+
+            model, tokenizer = load_model(self.folder, self.adapter)
         from gptoss_jax.cli.terminal import writer
         from gptoss_jax.inference.engine import Engine
         from gptoss_jax.inference.generate import stream_one
 
-        model, tokenizer = load_model(self.folder, self.adapter)
         write_error = writer(sys.stderr)
 
         def note(text: str) -> None:
@@ -148,9 +152,13 @@ class Session:
         self.num_answers += 1
         reader, printer = self.conversation.reader(), _Printer(self.write, self.show_analysis)
         throughput, is_interrupted = Throughput(), False
+        # A longer conversation may compile again, for a longer cache.
+        waiting = "compiling" if self.num_answers == 1 else "reading"
+        answer = until_first(waiting, self.answer(prompt, params))
         try:
-            for tokens in throughput.count(self.answer(prompt, params)):
-                printer.show(reader.feed(tokens))
+            with patient("stopping the answer; press Ctrl-C again to leave the chat"):
+                for tokens in throughput.count(answer):
+                    printer.show(reader.feed(tokens))
         except KeyboardInterrupt:
             is_interrupted = True
         is_full = throughput.num_tokens >= params.max_new_tokens

@@ -19,6 +19,11 @@ ROW = "{:22}{:20}"
 NUMBERS = ("error", "allowed", "kernel ms", "plain ms")
 
 
+def start() -> None:
+    """Starts JAX's backend."""
+    jax.devices()
+
+
 def run(json_file: str | None = None) -> bool:
     """Checks all kernels, prints the results and writes them to a file. Returns False if a kernel failed.
 

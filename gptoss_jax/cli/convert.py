@@ -9,7 +9,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gptoss_jax.terminal import format_si
+from gptoss_jax.status import status
+from gptoss_jax.terminal import format_si, is_terminal
+
+PLAIN_INTERVAL = 10.0  # seconds between lines of progress without a terminal
+UNWRITTEN = "the new folder was not written"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Convert:
     ] = None
 
     def run(self) -> None:
-        from gptoss_jax.checkpoints import export
-
+        with status(f"opening {self.source}"):
+            from gptoss_jax.checkpoints import export
         with WriteProgress(self.target) as progress:
             export.convert(self.source, self.target, self.experts, progress.show)
 
@@ -49,15 +53,20 @@ class WriteProgress:
             BarColumn,
             DownloadColumn,
             Progress,
+            TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         console = Console(stderr=True)
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._is_terminal = is_terminal(sys.stderr)
+        self._progress = Progress(
+            *columns, TimeRemainingColumn(), console=console, disable=not self._is_terminal
+        )
         self._target, self._size, self._began = target, 0, time.monotonic()
-        self._task = self._progress.add_task("", total=None)
+        self._task = self._progress.add_task("opening", total=None)
+        self._last_line = self._began
         self._handler: Any = None
         self._is_interrupted = False
 
@@ -70,13 +79,16 @@ class WriteProgress:
     def _interrupt(self, number: int, frame: Any) -> None:
         # Python ignores an exception in a callback of a weak reference, such as JAX has: `show` repeats it.
         self._is_interrupted = True
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(UNWRITTEN)
 
     def show(self, done: int, total: int) -> None:
         if self._is_interrupted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(UNWRITTEN)
         self._size = total
-        self._progress.update(self._task, completed=done, total=total)
+        self._progress.update(self._task, completed=done, total=total, description="writing")
+        if not self._is_terminal and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
+            self._last_line = time.monotonic()
+            print(f"{format_si(done, 'B')} of {format_si(total, 'B')} written", file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         import resource

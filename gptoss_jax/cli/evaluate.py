@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptoss_jax.cli.arguments import Folder, JsonFile, OptionalInt, OptionalText, Texts
 from gptoss_jax.config import require
+from gptoss_jax.status import status
 
 if TYPE_CHECKING:
     from gptoss_jax.evaluation.perplexity import TextScore
@@ -72,17 +73,14 @@ class Evaluate:
             require(value is None or value >= least, name, value, f"must be {least} or more")
 
     def _run_text(self) -> dict[str, Any]:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        from gptoss_jax.checkpoints.load import load_model
-        from gptoss_jax.checkpoints.readers import local_folder
-        from gptoss_jax.checkpoints.run_params import is_run
-        from gptoss_jax.config import TrainConfig
-        from gptoss_jax.data.chat_rows import is_chat_source
-        from gptoss_jax.data.sources import open_corpus
-        from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
-
+        with status(f"loading {self.folder}"):
+            from gptoss_jax.checkpoints.load import load_model
+            from gptoss_jax.checkpoints.readers import local_folder
+            from gptoss_jax.checkpoints.run_params import is_run
+            from gptoss_jax.config import TrainConfig
+            from gptoss_jax.data.chat_rows import is_chat_source
+            from gptoss_jax.data.sources import open_corpus
+            from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
         assert self.source is not None
         is_text = not is_chat_source(self.source)
         require(is_text, "source", self.source, "must be text; these are conversations")
@@ -92,17 +90,14 @@ class Evaluate:
             # The model has not been trained on longer rows.
             seq_len = TrainConfig.load(folder / "config.json").data.seq_len
             settings = dataclasses.replace(settings, context=seq_len)
-        model, tokenizer = load_model(folder, self.adapter)
-        columns = (
-            TextColumn("{task.fields[loss]}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        console = Console(stderr=True)
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=None, loss="compiling")
+        with status(f"loading {self.folder}"):
+            model, tokenizer = load_model(folder, self.adapter)
+        with status("scoring") as shown:
+            shown.update("compiling")
 
             def show(done: int, total: int | None, loss: float) -> None:
-                progress.update(task, completed=done, total=total, loss=f"loss {loss:.3f}")
+                of_all = "" if total is None else f" of {total:,} ({done / max(total, 1):.0%})"
+                shown.update(f"loss {loss:.3f} · {done:,}{of_all} tokens")
 
             score = evaluate_text(model, tokenizer, corpus, settings, show)
         print("\n".join(_table(score)))
@@ -111,9 +106,10 @@ class Evaluate:
 
     def _run_tasks(self) -> dict[str, Any]:
         try:
-            import lm_eval.utils
+            with status("starting lm_eval"):
+                import lm_eval.utils
 
-            from gptoss_jax.evaluation.lm_eval import evaluate_tasks
+                from gptoss_jax.evaluation.lm_eval import evaluate_tasks
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] != "lm_eval":
                 raise

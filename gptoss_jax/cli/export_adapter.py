@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from gptoss_jax.status import status
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportAdapter:
@@ -23,12 +25,13 @@ class ExportAdapter:
     def run(self) -> None:
         import pathlib
 
-        from gptoss_jax.checkpoints.adapters import export_adapter
-        from gptoss_jax.checkpoints.run_params import is_run
-        from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG
-        from gptoss_jax.config.base import read_json
+        with status(f"exporting {self.run_dir}"):
+            from gptoss_jax.checkpoints.adapters import export_adapter
+            from gptoss_jax.checkpoints.run_params import is_run
+            from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG
+            from gptoss_jax.config.base import read_json
 
-        lora = export_adapter(self.run_dir, self.target).lora
+            lora = export_adapter(self.run_dir, self.target).lora
         size = sum(path.stat().st_size for path in pathlib.Path(self.target).iterdir())
         ranks = f"rank {lora.rank}, in each expert {lora.expert_rank}"
         print(f"{self.target}: adapter of {', '.join(lora.targets)}, {ranks}, {size / 1e6:,.2f} MB")

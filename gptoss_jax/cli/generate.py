@@ -1,12 +1,14 @@
 """`gptoss generate`."""
 
 import dataclasses
+import itertools
 import sys
 from typing import Annotated
 
 import tyro
 
 from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFlags, Texts
+from gptoss_jax.status import status, until_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +34,16 @@ class Generate:
     sampling: Sampling = SamplingFlags()
 
     def run(self) -> None:
-        from gptoss_jax.checkpoints.load import load_model
+        with status(f"loading {self.folder}"):
+            from gptoss_jax.checkpoints.load import load_model
+
+            model, tokenizer = load_model(self.folder, self.adapter)
         from gptoss_jax.cli.terminal import Throughput, writer
         from gptoss_jax.config.paths import user_text
         from gptoss_jax.inference.chat import PLAIN
         from gptoss_jax.inference.detokenizer import StreamingDetokenizer
         from gptoss_jax.inference.generate import stream
 
-        model, tokenizer = load_model(self.folder, self.adapter)
         prompt = user_text(self.prompt)
         prompt_tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         # A prompt that leaves no room at all is a separate error.
@@ -53,8 +57,12 @@ class Generate:
         params = self.sampling.update(default)
         chunks = stream(model, [prompt_tokens], params, tokenizer=tokenizer)
         write, throughput = writer(sys.stdout), Throughput()
-        write(prompt, dim=True)
         detokenizer = StreamingDetokenizer(tokenizer, params.stop_strings)
+        # Two programs: one reads the prompt, the other decodes.
+        chunks = until_first("compiling", chunks)
+        first = next(chunks, None)
+        write(prompt, dim=True)
+        chunks = chunks if first is None else itertools.chain([first], chunks)
         try:
             for tokens in throughput.count(part.tokens for (part,) in chunks):
                 write(detokenizer.feed(tokens))

@@ -10,6 +10,7 @@ import tyro
 
 from gptoss_jax.cli.arguments import JsonFile
 from gptoss_jax.config import require
+from gptoss_jax.status import erase, status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,11 +64,16 @@ class InspectData:
         from gptoss_jax.data.token_cache import build_cache
         from gptoss_jax.terminal import encodable, printable
 
+        def report(line: str) -> None:
+            erase()
+            print(line, file=sys.stderr, flush=True)
+
         for name in ("examples", "first"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
         data = read_preset(self.config, flags_of(self.overrides), prog="gptoss inspect-data CONFIG").data
         path = None if self.json_file is None else output_file(self.json_file, "--json")
-        cache = build_cache(data, lambda line: print(line, file=sys.stderr))
+        with status("opening the dataset"):
+            cache = build_cache(data, report)
         # Paths and roles may look like markup.
         console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         available = np.flatnonzero(cache.held_out == self.held_out)

@@ -28,6 +28,7 @@ from gptoss_jax.config.command_line import parse
 from gptoss_jax.config.kernels import kernel_variable
 from gptoss_jax.config.paths import set_matplotlib_folder
 from gptoss_jax.config.preset import with_settings
+from gptoss_jax.status import enable, status
 from gptoss_jax.version import __version__
 
 
@@ -47,8 +48,10 @@ class Check:
     json_file: JsonFile = None
 
     def run(self) -> None:
-        from gptoss_jax.cli import check
+        with status("starting"):
+            from gptoss_jax.cli import check
 
+            check.start()
         if not check.run(self.json_file):
             raise SystemExit(1)
 
@@ -109,6 +112,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Raises SystemExit when tyro does: after a command's `--help` and for arguments that it cannot parse.
     """
     is_process, args = args is None, list(sys.argv[1:] if args is None else args)
+    if is_process:
+        enable(lambda: sys.stderr)
     code = startup.run(lambda: _run(args, is_process), "gptoss")
     return startup.leave(code) if is_process else code
 

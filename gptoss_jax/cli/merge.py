@@ -7,6 +7,7 @@ import tyro
 
 from gptoss_jax.cli.arguments import OptionalText
 from gptoss_jax.cli.convert import WriteProgress
+from gptoss_jax.status import status
 
 if TYPE_CHECKING:
     from gptoss_jax.checkpoints.merge import Survival
@@ -40,8 +41,8 @@ class Merge:
     ] = None
 
     def run(self) -> None:
-        from gptoss_jax.checkpoints.merge import merge
-
+        with status(f"opening {self.source}"):
+            from gptoss_jax.checkpoints.merge import merge
         with WriteProgress(self.target) as progress:
             survival = merge(self.source, self.target, self.adapter, self.experts, progress.show)
         print("\n".join(describe(survival)))

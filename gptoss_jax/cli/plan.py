@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptoss_jax.cli.arguments import JsonFile, OptionalInt, OptionalText, Texts
+from gptoss_jax.status import status
 
 if TYPE_CHECKING:
     from gptoss_jax.config import ModelConfig
@@ -67,8 +68,9 @@ class Plan:
         if not meshes and any(override.startswith("mesh.") for override in self.overrides):
             meshes = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()),)
 
-        from gptoss_jax.planning.plan import make_plan, mesh_name
-        from gptoss_jax.planning.report import show, show_inference
+        with status("starting"):
+            from gptoss_jax.planning.plan import make_plan, mesh_name
+            from gptoss_jax.planning.report import show, show_inference
 
         path = None if self.json_file is None else output_file(self.json_file, "json")
         if self.inference:
@@ -81,14 +83,14 @@ class Plan:
             return
         for name in ("slots", "context", "experts"):
             require(getattr(self, name) is None, name, getattr(self, name), "only applies with --inference")
-        with Console(stderr=True).status("Estimating") as status:
+        with status("estimating") as shown:
             plan = make_plan(
                 config,
                 topology=self.topology,
                 chip=self.chip,
                 devices=self.devices,
                 meshes=meshes,
-                on_compile=lambda mesh: status.update(f"Compiling {mesh_name(mesh)}: minutes"),
+                on_compile=lambda mesh: shown.update(f"compiling {mesh_name(mesh)}, which takes minutes"),
             )
         show(plan, Console())
         if path is not None:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from gptoss_jax.status import status
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -21,6 +23,8 @@ class Report:
     run_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
     def run(self) -> None:
-        from gptoss_jax.training.plots import draw_report
+        with status("drawing"):
+            from gptoss_jax.training.plots import draw_report
 
-        print(draw_report(self.run_dir))
+            picture = draw_report(self.run_dir)
+        print(picture)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gptoss_jax import startup
+from gptoss_jax import startup, status
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import set_matplotlib_folder
 from gptoss_jax.config.preset import preset_folder, preset_names, read_preset
@@ -46,16 +46,24 @@ def read_arguments(arguments: Sequence[str], command: str) -> TrainConfig:
 def run(arguments: Sequence[str], command: str, name: str) -> None:
     """Trains what a command line asks for, as one of the processes of a job; `name` prefixes its messages."""
     config = read_arguments(arguments, command)
+    if status.is_enabled():
+        status.enable(lambda: sys.stdout)  # in the run's log
     set_matplotlib_folder()
-    from gptoss_jax.parallel import distributed
-    from gptoss_jax.training.loop import train
+    with status.status("starting"):
+        import jax
+
+        from gptoss_jax.parallel import distributed
+        from gptoss_jax.training.loop import train
 
     with distributed.distributed_session(name):
+        if jax.process_index() != 0:
+            status.enable(None)
         train(config)
 
 
 def main() -> NoReturn:
     """Runs the command line of `train.py` and ends the process."""
+    status.enable(lambda: sys.stdout)
     startup.keep_memory()
     startup.hide_tpu_compiler()
     startup.leave(startup.run(lambda: run(sys.argv[1:], "python train.py", "train.py"), "train.py"))

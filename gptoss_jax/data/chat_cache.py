@@ -18,6 +18,7 @@ from gptoss_jax.data.chat_rows import ChatCorpus, RowError, read_conversation
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.sources import is_picked, with_next
 from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
+from gptoss_jax.status import status
 
 FORMAT = 3
 ROWS_AT_ONCE = 1024  # are encoded together, to use all cores and bound memory
@@ -95,7 +96,11 @@ def build_chat(
     counts = collections.Counter(
         trained_tokens=0, held_out_trained_tokens=0, with_thinking=0, left_out_calls=0
     )
-    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "weights.bin", "wb") as weights:
+    with (
+        open(folder / "tokens.bin", "wb") as tokens,
+        open(folder / "weights.bin", "wb") as weights,
+        status("rendering") as shown,
+    ):
         while group := list(itertools.islice(rows, ROWS_AT_ONCE)):
             examples = make_examples(harmony, [row.messages for row, _ in group], config.train_on)
             for (row, is_held_out), some in zip(group, examples, strict=True):
@@ -114,7 +119,8 @@ def build_chat(
                     counts["with_thinking"] += example.has_thinking
                     if is_held_out:
                         held_out_text.append(tokenizer.decode_bytes(example.tokens[example.weights > 0]))
-            report(f"  {sum(lengths):,} tokens of {len(lengths):,} examples")
+            shown.update(f"{sum(lengths):,} tokens of {len(lengths):,} examples")
+    report(f"  {sum(lengths):,} tokens of {len(lengths):,} examples")
     corpus.check_unchanged()
     lines = [f"{where}: {one_line(error)}" for where, error in skipped]
     if lines:

@@ -25,6 +25,7 @@ from gptoss_jax.data.chat_cache import build_chat
 from gptoss_jax.data.chat_rows import ChatCorpus, is_chat_source, open_chat
 from gptoss_jax.data.sources import Corpus, Source, open_corpus, split
 from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer, token_dtype
+from gptoss_jax.status import status
 
 FORMAT = 3
 BATCH_CHARS = 4 << 20
@@ -175,13 +176,14 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         return split(corpus.documents(skipped), config.val_fraction, source=config.source)
 
     report(f"Tokenizing {config.source} with {config.tokenizer} (cached in {config.cache_dir})")
-    tokenizer = make_tokenizer(
-        config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)
-    )
+    with status("training the tokenizer" if config.tokenizer.startswith("bpe:") else "opening the tokenizer"):
+        tokenizer = make_tokenizer(
+            config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)
+        )
     tokenizer.save(folder)
     lengths, flags, held_out_text, written = [], [], [], 0
     skipped: collections.Counter[str] = collections.Counter()
-    with open(folder / "tokens.bin", "wb") as file:
+    with open(folder / "tokens.bin", "wb") as file, status("tokenizing") as shown:
         for batch in group_documents(documents(skipped)):
             stored_tokens = encode_documents(tokenizer, (text for text, _ in batch))
             for (text, is_held_out), stored in zip(batch, stored_tokens, strict=True):
@@ -191,7 +193,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
                 if is_held_out:
                     held_out_text.append(text.encode())
             written += sum(lengths[-len(batch) :])
-            report(f"  {written:,} tokens of {len(lengths):,} documents")
+            shown.update(f"{written:,} tokens of {len(lengths):,} documents")
+    report(f"  {written:,} tokens of {len(lengths):,} documents")
     corpus.check_unchanged()
     if skipped["null"]:
         report(f"  {skipped['null']:,} records were skipped: their field is null")
@@ -199,6 +202,8 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     offsets = np.concatenate([[0], np.cumsum(lengths_D)])
     np.savez(folder / "documents.npz", offsets=offsets, held_out=flags_D)
     data = b"".join(held_out_text)
+    with status("compressing the held-out text, to compare with"):
+        sizes = {"gzip": len(gzip.compress(data, 9)), "xz": len(lzma.compress(data, preset=9))}
     meta = {
         "format": FORMAT,
         "source": config.source,
@@ -210,9 +215,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
         "held_out_documents": int(flags_D.sum()),
         "held_out_tokens": int(lengths_D[flags_D].sum()),
         "held_out_bytes": len(data),
-        "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / len(data),
-        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / len(data),
-    }
+    } | {f"{name}_bits_per_byte": 8 * size / len(data) for name, size in sizes.items()}
     write_json(folder / "meta.json", meta)
 
 

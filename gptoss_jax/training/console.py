@@ -1,9 +1,10 @@
 """Console output of a run: at a terminal a live progress line below the log, otherwise plain lines."""
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, TextIO
 
 from rich.console import Console as RichConsole
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from gptoss_jax.status import erase, status
 from gptoss_jax.terminal import (
     encodable,
     format_duration,
@@ -21,15 +23,19 @@ from gptoss_jax.terminal import (
 )
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines without a terminal
+COMPILING = "compiling the first step"
+NO_ACTIVITY = ("", 0.0)
 RATE_INTERVAL = 3600.0  # seconds of steps that the remaining time is estimated from, at most 1000 steps
 
 
 class _Stats(ProgressColumn):
-    """Loss, speed, learning rate and remaining time, or how long the first step has been compiling."""
+    """Loss, speed, learning rate and remaining time; or what is done between steps, and for how long."""
 
     def render(self, task: Task) -> Text:
-        text = task.fields["stats"]
-        return Text(text or f"compiling the first step · {format_duration(task.elapsed)}")
+        activity, began = task.fields["activity"]
+        if not activity:
+            return Text(task.fields["stats"])
+        return Text(f"{activity} · {format_duration(task.get_time() - began)}")
 
 
 class Console:
@@ -51,10 +57,12 @@ class Console:
         )
         self._progress: Progress | None = None
         self._last_plain = -math.inf
+        self._compiling = contextlib.ExitStack()  # without a terminal
 
     def _print(self, *parts: tuple[str, str]) -> None:
         """Prints one line made of (text, style) parts. No part is read as markup."""
         if not self._quiet:
+            erase()
             line = Text.assemble(*[(encodable(text, self._stream), style) for text, style in parts])
             self._rich.print(line, soft_wrap=True, highlight=False)
             self._stream.flush()
@@ -73,8 +81,12 @@ class Console:
             refresh_per_second=4,
             speed_estimate_period=RATE_INTERVAL,
         )
-        self._progress.add_task("", completed=step, total=total, stats=None)
+        self._progress.add_task(
+            "", completed=step, total=total, stats="", activity=(COMPILING, self._clock())
+        )
         self._progress.start()
+        if not self._is_terminal and not self._quiet:
+            self._compiling.enter_context(status(COMPILING))
 
     def update(self, step: int, loss: float, tokens_per_second: float, learning_rate: float) -> None:
         """Shows that `step` steps are done. Loss in nats per token."""
@@ -87,7 +99,8 @@ class Console:
             f"loss {format_number(loss, 2)} · {tokens_per_second:,.0f} tok/s · "
             f"lr {format_rate(learning_rate)} · left {format_duration(task.time_remaining)}"
         )
-        progress.update(task.id, stats=encodable(stats, self._stream))
+        progress.update(task.id, stats=encodable(stats, self._stream), activity=NO_ACTIVITY)
+        self._compiling.close()
         now = self._clock()
         if not self._is_terminal and (now - self._last_plain >= PLAIN_INTERVAL or task.finished):
             self._last_plain = now
@@ -95,8 +108,24 @@ class Console:
 
     def stop(self) -> None:
         """Ends the progress line and leaves it on the screen; may be called twice, or before `start`."""
+        self._compiling.close()
         if self._progress is not None:
             self._progress.stop()
+
+    @contextlib.contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """Says what is done while no step is: in the progress line of a terminal, or as a status."""
+        progress = self._progress if self._is_terminal and not self._quiet else None
+        if progress is None:
+            with contextlib.nullcontext() if self._quiet else status(text):
+                yield
+            return
+        (task,) = progress.tasks
+        progress.update(task.id, activity=(text, self._clock()))
+        try:
+            yield
+        finally:
+            progress.update(task.id, activity=NO_ACTIVITY)
 
     def message(self, text: str) -> None:
         """Prints a line, or several."""

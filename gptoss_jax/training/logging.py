@@ -198,7 +198,8 @@ class RunLog:
             stop_tokens=stop_tokens,
             seed=step,
         )
-        (answer,) = generate(bind(self.config.model, params), [prompt], sampling_params)
+        with self.console.status("sampling"):
+            (answer,) = generate(bind(self.config.model, params), [prompt], sampling_params)
         spell = functools.partial(detokenize, tokenizer) if harmony is None else harmony.spelled_text
         self.console.sample(text + spell(answer.tokens), question)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import signal
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gptoss_jax import startup
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
@@ -29,6 +29,9 @@ from gptoss_jax.training.logging import RunLog
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
+
+# Said when a step takes longer than a moment.
+PATIENCE = "stopping after this step; press Ctrl-C again to stop at once, without saving"
 
 
 def train(
@@ -72,13 +75,12 @@ def train(
         )
         if metadata["data"] is not None:
             batches.set_state(metadata["data"])
-        if is_main:
-            setup.write_run_dir(config, cache.tokenizer, is_new=metadata["data"] is None)
+        setup.write_run_dir(config, cache.tokenizer, is_new=metadata["data"] is None)
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
         stack.callback(log.close)
         train_step = make_train_step(config, objective)
-        evaluate = functools.partial(_evaluate, config, cache, make_eval_step(config.model, objective))
+        evaluate = _evaluation(config, cache, console, make_eval_step(config.model, objective))
         stop = stack.enter_context(StopSignal(console.message))
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
@@ -96,7 +98,8 @@ def train(
                         log.evaluation(step, evaluate(params, None), is_final=True)
                 if is_save:
                     metadata = metadata | {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
-                    checkpoints.save(step, *resume.checkpoint_items(state, frozen, metadata), val_loss)
+                    with console.status("saving a checkpoint"):
+                        checkpoints.save(step, *resume.checkpoint_items(state, frozen, metadata), val_loss)
                 if is_eval:
                     log.sample(step, params)
             if is_last or stopping:
@@ -113,17 +116,23 @@ def train(
     return dataclasses.replace(state, params=merge_params(state.params, frozen))
 
 
-def _evaluate(
-    config: TrainConfig, cache: TokenCache, eval_step: Callable, params: dict, num_batches: int | None
-) -> dict[str, float]:
-    """The objective's means over held-out text; None evaluates all of it."""
-    sharding = batch_sharding(jax.tree.leaves(params)[0].sharding.mesh)
-    batch_size = config.data.batch_size
-    batches = held_out_batches(cache, config.data, num_batches, local_rows(sharding, batch_size))
-    dispatched = (eval_step(params, make_global_batch(batch, sharding, batch_size)) for batch in batches)
-    results = [jax.device_get(result) for result in bounded(dispatched)]
-    sums, weight = jax.tree.map(lambda *values: np.sum(values, dtype=np.float64), *results)
-    return {name: float(total / weight) for name, total in sums.items()}
+def _evaluation(
+    config: TrainConfig, cache: TokenCache, console: Console, eval_step: Callable
+) -> Callable[[dict, int | None], dict[str, float]]:
+    """Returns a function of the parameters and a number of batches of held-out text, None for all of it: the
+    objective's means."""
+
+    def evaluate(params: dict, num_batches: int | None) -> dict[str, float]:
+        sharding = batch_sharding(jax.tree.leaves(params)[0].sharding.mesh)
+        batch_size = config.data.batch_size
+        batches = held_out_batches(cache, config.data, num_batches, local_rows(sharding, batch_size))
+        dispatched = (eval_step(params, make_global_batch(batch, sharding, batch_size)) for batch in batches)
+        with console.status("evaluating"):
+            results = [jax.device_get(result) for result in bounded(dispatched)]
+        sums, weight = jax.tree.map(lambda *values: np.sum(values, dtype=np.float64), *results)
+        return {name: float(total / weight) for name, total in sums.items()}
+
+    return evaluate
 
 
 class StopSignal:
@@ -133,9 +142,11 @@ class StopSignal:
         self._report = report
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
+        self._stack = contextlib.ExitStack()
         self._is_single = jax.process_count() == 1
 
     def __enter__(self) -> "StopSignal":
+        self._stack.enter_context(startup.patient(PATIENCE))
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
             # With several processes, JAX handles SIGTERM.
             for number in (signal.SIGINT, signal.SIGTERM) if self._is_single else (signal.SIGINT,):
@@ -145,8 +156,10 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._stack.close()
 
     def _handle(self, number: int, frame: Any) -> None:
+        startup.acknowledge_interrupt()
         if self._signal == signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         # Nothing is printed here: the signal may have interrupted a print.
@@ -164,5 +177,5 @@ class StopSignal:
     def leave(self) -> None:
         """Ends the program as the signal asked for."""
         if self._is_single and self._signal == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("the run is saved")
         raise SystemExit(128 + (self._signal or signal.SIGTERM))

@@ -20,6 +20,7 @@ from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import IsTrainable, merge_params, split_params
 from gptoss_jax.model.transformer import abstract_params
+from gptoss_jax.status import status
 from gptoss_jax.terminal import format_rate
 from gptoss_jax.training.base_weights import find_base, first_adapters, load_base
 from gptoss_jax.training.optimizer import make_schedule
@@ -40,6 +41,7 @@ FREE_FIELDS = (
 )  # fmt: skip
 
 
+@status("preparing the weights")
 def init_or_restore_state(
     config: TrainConfig,
     mesh: jax.sharding.Mesh,

@@ -24,6 +24,7 @@ from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import batch_shards, check_model
+from gptoss_jax.status import status
 from gptoss_jax.training.base_weights import check_base
 from gptoss_jax.training.resume import check_run_dir, has_checkpoints
 
@@ -37,6 +38,7 @@ TRAINING_ONLY_FIELDS = {
 SHARED_FOLDER_TIMEOUT = 15  # seconds until all machines must see a new file of a network file system
 
 
+@status("starting")
 def check_settings(config: TrainConfig, mesh: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
     """Raises ValueError for a run that cannot be started, before any text is tokenized."""
     check_same_config(config)
@@ -128,6 +130,7 @@ def _plain_params(config: ModelConfig) -> dict:
     return abstract_params(dataclasses.replace(config, lora=None, expert_format="plain"))
 
 
+@status("opening the dataset")
 def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache:
     """Returns the tokenized text, built by process 0 and then, if its folder is not shared, once per machine.
 
@@ -195,10 +198,12 @@ def check_shared(run_dir: pathlib.Path) -> None:
 
 
 def write_run_dir(config: TrainConfig, tokenizer: Tokenizer, is_new: bool) -> None:
-    """Writes config.json to the run folder and, for a new run, the tokenizer.
+    """Writes config.json to the run folder and, for a new run, the tokenizer; in process 0.
 
     A resumed run may have other settings: see `resume.FREE_FIELDS`.
     """
+    if jax.process_index() != 0:
+        return
     if is_new:
         save_tokenizer(config, tokenizer)
     config.save(pathlib.Path(config.run_dir) / "config.json")
