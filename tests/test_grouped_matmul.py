@@ -104,7 +104,7 @@ def test_a_failing_compiler_is_a_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    message = "cannot compile the kernels in kernels/cpu/, or .*; plain XLA replaces them: x.cc:1: error"
+    message = "cannot compile the kernels in kernels/cpu/, or .*; falling back to plain XLA: x.cc:1: error"
     with pytest.warns(UserWarning, match=message):
         assert not build.is_available.__wrapped__()
     assert [path for path in tmp_path.rglob("*") if path.suffix == ".so"] == []

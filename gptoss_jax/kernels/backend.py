@@ -1,4 +1,4 @@
-"""The backend that a program is compiled for: the only place that queries it, for kernel selection."""
+"""Queries the backend that a program is compiled for; kernel selection uses only this module."""
 
 import contextlib
 import functools
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-# A decorator that traces a function as if `jax_enable_x64` were off. Under that setting Pallas kernels would
-# compute indices in int64, which neither Mosaic nor Triton accepts. Narrower arguments are not affected.
+# Decorator that traces a function with `jax_enable_x64` off. With it on, Pallas kernels would compute indices
+# in int64, which neither Mosaic nor Triton supports. Arguments of 32 bits or less are not affected.
 without_x64 = jax.enable_x64(False)
 
 
@@ -23,22 +23,22 @@ def matmul_precision(dtype: jnp.dtype) -> str:
 def platform() -> str:
     """Returns the platform of the current mesh (`jax.set_mesh`) or the default device: "cpu", "gpu" or "tpu".
 
-    The devices of a mesh may be elsewhere, as when a step is compiled for a TPU on a machine without one.
+    A mesh may have devices that are not attached, as when compiling for TPU on a machine without one.
     """
     device = _device_of_mesh()
     return jax.default_backend() if device is None else device.platform
 
 
 def device_kind() -> str:
-    """Returns JAX's name of the device, such as "TPU v5 lite"."""
+    """Returns JAX's name for the kind of device, such as "TPU v5 lite"."""
     device = _device_of_mesh()
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def is_multi_device() -> bool:
-    """Returns True if a program is for several devices, over which the compiler partitions its arrays.
+    """Returns True if the compiler partitions the arrays of a program over several devices.
 
-    It cannot partition a call to our kernels, and would gather all of their operands on every device.
+    The compiler cannot partition a call to our kernels, and would gather all operands on every device.
     """
     return jax.sharding.get_abstract_mesh().size > 1
 
@@ -50,7 +50,7 @@ def _device_of_mesh() -> jax.sharding.AbstractDevice | None:
 
 @functools.cache
 def describe_device() -> str:
-    """Returns one line with the default device and the versions of everything that compiles for it."""
+    """Describes the default device and the versions of its compiler and driver, on one line."""
     device = jax.local_devices()[0]
     versions = [f"jax {jax.__version__}", f"jaxlib {jaxlib.__version__}", device.client.platform_version]
     with contextlib.suppress(OSError):

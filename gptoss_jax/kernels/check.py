@@ -1,6 +1,6 @@
-"""Comparison of every kernel of a backend with the plain XLA code that replaces it, on small inputs.
+"""Compares every kernel of a backend with its plain XLA equivalent, on small inputs.
 
-Sizes differ from each other and fill no block evenly; one group of rows is empty and some rows have no group.
+All sizes differ and none is a multiple of a block; one group of rows is empty and some rows have no group.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4.api import differentiable_matmul
 from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
 
-# Largest allowed difference from the plain result in float32, as a share of its largest value. Correct
-# kernels are off by up to 5e-6 and 5e-3 (bfloat16 rounds at 4e-3); a float32 product in TF32 by 3e-4 or more.
+# Maximum difference from the plain float32 result, relative to its largest value. Correct kernels are off by
+# up to 5e-6 and 5e-3 (bfloat16 rounds at 4e-3); a float32 matmul in TF32 by 3e-4 or more.
 TOLERANCE = {"float32": 5e-5, "bfloat16": 1.5e-2}
 REPEATS = 5
 HEAD_SIZE = 64
@@ -38,9 +38,9 @@ Arrays = tuple[jax.Array, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A kernel and its plain form, functions of the same arrays.
+    """A kernel and its plain XLA equivalent, as functions of the same arrays.
 
-    The gradients in the first `num_differentiable` arrays are compared too.
+    The gradients of the first `num_differentiable` arrays are compared as well.
     """
 
     kernel: str
@@ -54,8 +54,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The outcome of one case. `detail` explains any status except "ok"; "unchecked", as when memory is full,
-    says nothing about the kernel."""
+    """Outcome of a case. `detail` explains any status except "ok". "unchecked", as when out of memory, says
+    nothing about the kernel."""
 
     kernel: str
     variant: str
@@ -69,7 +69,7 @@ class Result:
 
 
 def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
-    """Runs a kernel and its plain form on the default device and compares them."""
+    """Runs a kernel and its plain XLA equivalent on the default device, and compares the results."""
     result = functools.partial(Result, case.kernel, case.variant, case.dtype)
     if backend == "cpu" and not build.is_available():
         return result("unavailable", "no working C++ compiler")
@@ -81,13 +81,13 @@ def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
         expected, _ = _timed(case.plain, wide, case.num_differentiable)
         _, plain_ms = _timed(case.plain, arrays, case.num_differentiable)
     except Exception as error:  # of any class: compilers and drivers have their own
-        return result("unchecked", f"the plain form failed: {_message(error)}")
+        return result("unchecked", f"plain XLA failed: {_message(error)}")
     tolerance = TOLERANCE[case.dtype]
     result = functools.partial(result, tolerance=tolerance, plain_milliseconds=plain_ms)
     try:
         found, ms = _timed(case.run, arrays, case.num_differentiable)
     except Exception as error:
-        # A full memory says nothing about the kernel.
+        # Running out of memory says nothing about the kernel.
         return result("unchecked" if "RESOURCE_EXHAUSTED" in str(error) else "failed", _message(error))
     largest = max(map(_difference, found, expected))
     if largest <= tolerance:
@@ -101,12 +101,12 @@ def _message(error: Exception) -> str:
 
 
 def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple[list[jax.Array], float]:
-    """The result and its gradients, and the median time of a call in milliseconds."""
+    """Returns the result and its gradients, and the median time of a call in milliseconds."""
 
     def with_gradients(arrays):
         first, rest = arrays[:num_differentiable], arrays[num_differentiable:]
         y, vjp = jax.vjp(lambda *first: function(*first, *rest), *first)
-        # The same in every dtype.
+        # Exact in every dtype.
         cotangent = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).astype(jnp.bfloat16).astype(y.dtype)
         return [y, *vjp(cotangent.reshape(y.shape))]
 
@@ -121,7 +121,7 @@ def _timed(function: Callable, arrays: Arrays, num_differentiable: int) -> tuple
 
 
 def _difference(found: jax.Array, expected: jax.Array) -> float:
-    """The largest difference as a share of the largest expected value; infinite if one is not finite."""
+    """Returns the maximum difference relative to the largest expected value; inf if a value is not finite."""
     found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
     if found.shape != expected.shape:
         return math.inf
@@ -157,7 +157,7 @@ def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case
         attention = pallas_tpu.splash_attention
 
     def arrays() -> Arrays:
-        # Two documents in each row.
+        # Two documents per row.
         segment_ids_BT = 1 + (jnp.arange(T) >= jnp.array([[130], [61]])).astype(jnp.int32)
         positions_BT = jnp.arange(T, dtype=jnp.int32) - segment_starts(segment_ids_BT)
         qkv = _normal(0, dtype, (B, T, N, H), (B, T, K, H), (B, T, K, H))
@@ -225,7 +225,7 @@ def _mxfp4_matmul_cases(backend: str, dtype: str, interpret: bool) -> Iterator[C
         (w_EFD,) = _normal(4, "float32", (E, F, D))
         return x_RD, *codec.quantize(w_EFD), factor * _group_sizes()
 
-    # On GPU many rows have other tiles.
+    # On GPU, tile sizes depend on the number of rows.
     for variant, factor in (("few rows", 1), ("many rows", 4)) if backend == "gpu" else (("", 1),):
         inputs = functools.partial(arrays, factor)
         yield Case("mxfp4_matmul", variant, dtype, inputs, run, plain, num_differentiable=1)
@@ -278,7 +278,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         inputs = x_MD, experts_MX, weights_MX, *biases
         if is_packed:
             return *inputs, *codec.quantize(gate_up), *codec.quantize(down)
-        # Packed rows alternate between gate and up; plain matrices keep them separate.
+        # Packed rows interleave gate and up; dense matrices keep them separate.
         gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
         return *inputs, gate_up, down.swapaxes(1, 2)
 

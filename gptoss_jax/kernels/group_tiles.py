@@ -1,7 +1,7 @@
-"""Rows sorted by group, and the tiles of rows that kernels process.
+"""Rows sorted by group, split into the tiles that kernels process.
 
-Letters: R rows, E groups (experts), V tiles (the vocabulary elsewhere). Group sizes are int32 [E]; their sum
-may be below R.
+Letters: R rows, E groups (experts), V tiles (elsewhere: vocabulary). Group sizes are int32 [E]; their sum may
+be less than R.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ from jax import lax
 
 
 def group_bounds(group_sizes_E: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Returns each group's first row, and one past its last, int32 [E]; none exceeds `rows`."""
-    # Kernels write to these rows: sizes with too large a sum must not make them leave the array.
+    """Returns the first row of each group, and one past its last, int32 [E]; at most `rows`."""
+    # Clamped, so that kernels never write out of bounds, even if the sizes add up to too much.
     ends_E = jnp.minimum(jnp.cumsum(group_sizes_E, dtype=jnp.int32), rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E[:-1]]), ends_E
 
@@ -25,18 +25,18 @@ def group_of_row(group_sizes_E: jax.Array, rows: int) -> jax.Array:
 
 
 def as_matrices(w_EDF: jax.Array) -> jax.Array:
-    """Returns one matrix for each group, [E, D, F]: dimensions after D become one."""
+    """Flattens the dimensions after D: one matrix per group, [E, D, F]."""
     return w_EDF.reshape(*w_EDF.shape[:2], -1)
 
 
 def zero_ungrouped(x_RD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Sets rows without a group to zero, even if they hold inf or NaN."""
+    """Sets rows without a group to zero, even if they contain inf or NaN."""
     row_R = jnp.arange(x_RD.shape[0], dtype=jnp.int32)
     return jnp.where(row_R[:, None] < jnp.sum(group_sizes_E, dtype=jnp.int32), x_RD, 0)
 
 
 class GroupMetadata(NamedTuple):
-    """Tiles of rows, sorted, each for one group's rows. Entries past `num_tiles` are zeros."""
+    """Sorted tiles of rows, each for the rows of one group. Entries past `num_tiles` are zeros."""
 
     num_tiles: jax.Array
     group_V: jax.Array
@@ -48,18 +48,18 @@ class GroupMetadata(NamedTuple):
 def make_group_metadata(
     group_sizes_E: jax.Array, rows: int, tile_rows: int, aligned: bool = False
 ) -> GroupMetadata:
-    """Cuts the rows of each group into tiles; rows without a group are in none.
+    """Splits the rows of each group into tiles; rows without a group are in none.
 
     Args:
       aligned: tiles start at multiples of `tile_rows`, and a tile with rows of several groups is listed once
-        for each. Otherwise a group's first tile starts at its first row.
+        per group. Otherwise, the first tile of a group starts at its first row.
     """
     groups = group_sizes_E.shape[0]
     starts_E, ends_E = group_bounds(group_sizes_E, rows)
     first_E = starts_E // tile_rows * tile_rows if aligned else starts_E
     tiles_E = jnp.where(ends_E > starts_E, -(-(ends_E - first_E) // tile_rows), 0)
     last_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
-    # Each group with rows, except one, adds at most one tile to those that the rows fill.
+    # Every nonempty group except the first adds at most one partial tile.
     tile_V = jnp.arange(-(-rows // tile_rows) + min(groups, rows) - 1, dtype=jnp.int32)
     group_V = jnp.searchsorted(last_E, tile_V, side="right", method="compare_all").astype(jnp.int32)
     group_V = jnp.minimum(group_V, groups - 1)
@@ -70,21 +70,21 @@ def make_group_metadata(
 
 
 class RowTile(NamedTuple):
-    """Consecutive rows, with a mask of those that may be read and written, for loops in plain XLA."""
+    """Consecutive rows with a mask of those in the group, for loops in plain XLA."""
 
     start: jax.Array
     mask: jax.Array  # bool [tile_rows, 1]
 
     @classmethod
     def of(cls, tiles: GroupMetadata, index: jax.Array, rows: int, tile_rows: int) -> "RowTile":
-        """Returns tile `index` of unaligned tiles, for arrays of `rows` rows."""
+        """Returns tile `index` of unaligned tiles, for arrays with `rows` rows."""
         first = tiles.row_V[index]
         start = jnp.minimum(first, rows - tile_rows)
         row = start + jnp.arange(tile_rows, dtype=jnp.int32)[:, None]
         return cls(start, (row >= first) & (row < tiles.end_V[index]))
 
     def read(self, x_RD: jax.Array) -> jax.Array:
-        # Other rows may hold inf or NaN, and 0 * inf is NaN: mask with `where`.
+        # Other rows may contain inf or NaN, and 0 * inf is NaN: mask with `where`.
         return jnp.where(self.mask, self._slice(x_RD), 0)
 
     def write(self, x_RD: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""One layer of a parameter that is stacked over layers."""
+"""A view of one layer in a parameter stacked over layers."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 class LayerView:
     """The layer `stack[index]`, which kernels read in place.
 
-    A scan that slices every weight out of its stack copies all of them. In training that costs little; in
-    decoding, where a weight is used for a few rows and most experts for none, it would be most of the work.
+    A scan that slices weights out of their stacks copies all of them. That is cheap in training; in decoding,
+    which uses a weight for a few rows and most experts for none, the copies would dominate.
     """
 
     stack: jax.Array  # [L, …]
@@ -20,7 +20,7 @@ class LayerView:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the layer, without the dimension of the stack."""
+        """The shape of the layer, without the stacked dimension."""
         return self.stack.shape[1:]
 
     @property
@@ -38,7 +38,7 @@ def read(weight: jax.Array | LayerView) -> jax.Array:
 
 
 def as_view(weight: jax.Array | LayerView) -> LayerView:
-    """Returns a weight as a layer of a stack; one that is not stacked becomes a stack of one layer."""
+    """Returns a weight as a view; an array becomes a stack of one layer."""
     return weight if isinstance(weight, LayerView) else LayerView(weight[None], 0)
 
 
@@ -48,10 +48,10 @@ def cast(weight: jax.Array | LayerView, dtype: jnp.dtype) -> jax.Array | LayerVi
 
 
 def as_groups(weight: jax.Array | LayerView, group_sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns one matrix for each group of rows, and the sizes of the groups.
+    """Returns one matrix per group of rows, and the sizes of the groups.
 
-    For a view these are the matrices of all layers of its stack, [L E, …]; it assigns zero rows to other
-    layers' matrices. Kernels that read only the matrices of groups with rows then read the stack in place.
+    For a view, these are the matrices of all layers in its stack, [L E, …], with zero rows for those of other
+    layers. Kernels that read only the matrices of nonempty groups thus read the stack in place.
     """
     if not isinstance(weight, LayerView):
         return weight, group_sizes_E

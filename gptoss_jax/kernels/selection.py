@@ -1,12 +1,11 @@
-"""Selection between a hand-written kernel and the plain XLA code that replaces it.
+"""Selects between a hand-written kernel and its plain XLA equivalent.
 
-A kernel is off if the setting `model.kernels`, the environment variable GPTOSS_JAX_KERNELS or, on GPU and
-TPU, a failed check says so. All three are read when a program is traced.
+A kernel is turned off by the setting `model.kernels`, the environment variable GPTOSS_JAX_KERNELS or, on GPU
+and TPU, a failed check. All three are read when a program is traced.
 
-All kernels of a GPU or TPU are checked at their first use. The results are recorded in a file for each
-machine, device kind, version of JAX and of the driver, and source of the kernels. It names the kernel whose
-check is running, under a lock: if a name is found while the lock is free, that kernel's check ended its
-process.
+On GPU and TPU, all kernels are checked on first use. The results are recorded in one file per machine, device
+kind, JAX version, driver version, and source code of the kernels. While a kernel is checked, the record
+contains its name and is locked: a name in an unlocked record means that the check crashed its process.
 """
 
 import concurrent.futures
@@ -37,19 +36,19 @@ from gptoss_jax.kernels import backend
 if TYPE_CHECKING:
     from gptoss_jax.kernels.check import Case, Result
 
-ENDED_THE_PROCESS = "failed (its check ended the process)"
+CHECK_CRASHED = "failed (its check crashed the process)"
 _setting = contextvars.ContextVar("kernels", default="auto")
 _lock = threading.RLock()
 # Kernels that failed in other processes of this run.
 _failed_elsewhere: set[str] = set()
 
-# The checked kernels, each with what is wrong with it, empty if nothing is.
+# Checked kernel -> its problem, or "" if it passed.
 Problems = dict[str, str]
 
 
 @contextlib.contextmanager
 def using(setting: str) -> Iterator[None]:
-    """Applies a `model.kernels` setting to everything traced inside."""
+    """Applies a `model.kernels` setting to everything traced inside the context."""
     token = _setting.set(setting)
     try:
         yield
@@ -58,7 +57,7 @@ def using(setting: str) -> Iterator[None]:
 
 
 def is_enabled(kernel: str) -> bool:
-    """Returns True if a kernel, one of `config.kernels.KERNELS`, exists for the backend and is not off."""
+    """Returns True if a kernel of `config.kernels.KERNELS` exists for the backend and is not turned off."""
     if backend.platform() not in KERNELS[kernel]:
         return False
     off = plain_kernels(_setting.get(), "model.kernels") | plain_kernels(kernel_variable(), ENVIRONMENT)
@@ -66,10 +65,10 @@ def is_enabled(kernel: str) -> bool:
 
 
 def failed_kernels() -> frozenset[str]:
-    """Returns the kernels that failed their check on this machine, which runs now if there is no record.
+    """Returns the kernels that failed their check on this machine; runs the check if there is no record.
 
-    Empty on CPU, if a setting skips the check or uses no kernel, and if a program is compiled for devices
-    that are not here. Warns of each failed kernel, once in a process. May be called while JAX traces.
+    Empty on CPU, if the settings skip the check or use no kernels, and when compiling for devices that are
+    not attached. Warns about each failed kernel once per process. May be called during tracing.
     """
     here = backend.platform()
     is_skipped = {"unchecked", "plain"} & {_setting.get(), kernel_variable()}
@@ -80,7 +79,7 @@ def failed_kernels() -> frozenset[str]:
 
 
 def turn_off(kernels: Iterable[str]) -> None:
-    """Counts kernels as failed: all processes of a run must compile the same programs."""
+    """Marks kernels as failed, because all processes of a run must compile the same programs."""
     _failed_elsewhere.update(kernels)
 
 
@@ -93,7 +92,7 @@ def _failed_here(platform: str) -> frozenset[str]:
         if not results:
             _say(f"checking the kernels on {backend.describe_device()}, once")
 
-    # In another thread: the caller's may be tracing a program.
+    # In a separate thread, because the caller may be tracing a program.
     problems = _in_thread(lambda: check_kernels(platform, announce, results.append))
     if results:
         passed = sum(result.status == "ok" for result in results)
@@ -103,7 +102,7 @@ def _failed_here(platform: str) -> frozenset[str]:
             warnings.warn(f"kernel {result.kernel} could not be checked: {result.detail}", stacklevel=2)
     for kernel, problem in problems.items():
         if problem:
-            text = f"kernel {kernel} is off on this {platform}, plain XLA replaces it: {problem}"
+            text = f"kernel {kernel} is off on this {platform}, using plain XLA instead: {problem}"
             warnings.warn(f"{text}; `gptoss check` checks it again", stacklevel=2)
     return frozenset(kernel for kernel, problem in problems.items() if problem)
 
@@ -111,28 +110,28 @@ def _failed_here(platform: str) -> frozenset[str]:
 def check_kernels(
     platform: str, announce: Callable[["Case"], None], report: Callable[["Result"], None], again: bool = False
 ) -> Problems:
-    """Checks the kernels of a backend that the record does not have, and adds them to it.
+    """Checks the kernels of a backend that are not in the record, and adds the results to it.
 
     Args:
       announce: called with each case before it runs.
       report: called with each result.
-      again: checks all kernels, ignoring the record. One whose check ended an earlier process is reported
-        as failed and not run.
+      again: checks all kernels, ignoring the record. A kernel that crashed an earlier process is reported as
+        failed without running it.
 
-    Raises OSError when a kernel leaves the device unusable for this process.
+    Raises OSError if a kernel leaves the device unusable for this process.
     """
     path = record_path(platform)
     with _exclusive(path):
         problems = _read(path)
         if again:
-            problems = {kernel: text for kernel, text in problems.items() if text == ENDED_THE_PROCESS}
+            problems = {kernel: text for kernel, text in problems.items() if text == CHECK_CRASHED}
         pending = [
             name for name, platforms in KERNELS.items() if platform in platforms and name not in problems
         ]
         if pending or again:
             from gptoss_jax.kernels import check  # imports every kernel
         for kernel in problems if again else ():
-            detail = f"its check ended an earlier process; remove {path} to run it again"
+            detail = f"its check crashed an earlier process; remove {path} to run it again"
             report(check.Result(kernel, "", "", "failed", detail))
         for kernel in pending:
             results: list[Result] = []
@@ -144,7 +143,7 @@ def check_kernels(
                         results.append(check.check_case(case, platform))
                         report(results[-1])
             finally:
-                # An exception, such as Ctrl-C, says nothing about the kernel.
+                # An exception such as Ctrl-C says nothing about the kernel.
                 _write(path, problems)
             if any(result.status == "unchecked" for result in results):
                 continue
@@ -172,13 +171,13 @@ def _in_thread(function: Callable[[], Problems]) -> Problems:
         except BaseException as error:  # raised again in the caller's thread
             done.set_exception(error)
 
-    # A daemon, so that Ctrl-C ends the process while a kernel hangs.
+    # A daemon thread, so that Ctrl-C ends the process even if a kernel hangs.
     threading.Thread(target=run, name="kernel-check", daemon=True).start()
     return done.result()
 
 
 def _device_works() -> bool:
-    """Returns True if the device still computes: after an illegal memory access a GPU refuses all work."""
+    """Returns True if the device still works; after an illegal memory access, a GPU rejects all work."""
     try:
         return float(jnp.sum(jnp.ones(8))) == 8
     except Exception:
@@ -186,7 +185,7 @@ def _device_works() -> bool:
 
 
 def record_path(platform: str) -> pathlib.Path:
-    """The file that keeps the results of checking a backend's kernels."""
+    """Returns the file that records the check results of a backend's kernels."""
     sources = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
     machine = f"{socket.gethostname()}, {backend.describe_device()}"
     parts = [machine.encode(), *(source.read_bytes() for source in sources)]
@@ -196,27 +195,27 @@ def record_path(platform: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _exclusive(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a record. Other processes of the machine wait, and then read the record."""
+    """Locks a record. Other processes on the machine wait, and then read the record."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # file systems without locks
             file = stack.enter_context(open(path.with_suffix(".lock"), "w", encoding="utf-8"))
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _read(path: pathlib.Path) -> Problems:
-    """Reads a record; a missing or damaged one is empty."""
+    """Reads a record; a missing or corrupt one is treated as empty."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         kernels, running = record["kernels"].items(), record["running"]
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return {}
     problems = {kernel: str(problem) for kernel, problem in kernels if kernel in KERNELS}
-    return problems | ({running: ENDED_THE_PROCESS} if running in KERNELS else {})
+    return problems | ({running: CHECK_CRASHED} if running in KERNELS else {})
 
 
 def _write(path: pathlib.Path, problems: Problems, running: str | None = None) -> None:
-    """Replaces a record atomically. If it cannot be written, the next process checks again."""
+    """Replaces a record atomically. If it cannot be written, the next process repeats the check."""
     temporary = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         write_json(temporary, {"kernels": problems, "running": running})

@@ -1,4 +1,4 @@
-"""Shape assertions in the letters of the argument names, checked when a function is traced."""
+"""Shape assertions that use the letters of the argument names, checked at trace time."""
 
 from typing import Protocol
 
@@ -13,15 +13,15 @@ class HasShape(Protocol):
 
 
 def assert_shapes(letters: str, *arrays: HasShape | None) -> chex.Dimensions:
-    """Asserts the shapes of arrays, each letter one size in the whole call, and returns these sizes.
+    """Asserts the shapes of arrays, where each letter is one size throughout the call, and returns the sizes.
 
     Example: `dims = assert_shapes("BTNH BSKH BSKH N", q_BTNH, k_BSKH, v_BSKH, sinks_N)`, then `dims.T`.
 
     Args:
       letters: the axes of each array, separated by spaces. A digit is a size, as in "B1".
-      arrays: anything with a shape, abstract or not. None, an argument left out, is skipped.
+      arrays: anything with a shape, concrete or abstract. None, for an omitted argument, is skipped.
 
-    Raises AssertionError that names the letters, their sizes so far and the shape that does not fit them.
+    Raises an AssertionError that names the letters, their sizes so far and the shape that does not match.
     """
     sizes: dict[str, int] = {}
     for axes, array in zip(letters.split(), arrays, strict=True):

@@ -1,4 +1,4 @@
-"""Grouped-query attention of packed rows, by the fastest implementation for the backend."""
+"""Grouped-query attention over packed rows, with the fastest implementation for the backend."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 from gptoss_jax.kernels.shapes import assert_shapes
 
-# On CPU, rows of at most SHORT tokens are computed in chunks of CHUNK queries.
+# On CPU, rows of at most SHORT tokens are processed in chunks of CHUNK queries.
 SHORT, CHUNK = 512, 64
 
 
@@ -23,19 +23,20 @@ def attention(
     sinks_N: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention by the mask rule (`attention_mask`), differentiable in q, k, v and the sinks.
+    """Attention with the mask of `attention_mask`, differentiable in q, k, v and the sinks.
 
-    Never materializes a [T, T] array; a sliding layer costs O(T * W). The implementations are equivalent:
+    Never materializes a [T, T] array; a sliding-window layer costs O(T * W). The implementations are
+    equivalent:
 
-    - TPU: splash attention; GPU: our Triton kernel, for head sizes up to 128 and cards with the shared memory
-      of an A100 or more. Neither supports dropout, and splash attention has no sink tokens.
-    - Everywhere else: blocks in plain XLA; on CPU, short rows in chunks of queries.
+    - TPU: splash attention. GPU: our Triton kernel, for head sizes up to 128 and at least the shared memory
+      of an A100. Neither supports dropout, and splash attention does not support sink tokens.
+    - Otherwise: blockwise attention in plain XLA; on CPU, query-chunked attention for short rows.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: query head n uses key/value head n // G.
-      segment_ids_BT: documents from 1, padding 0. A segment must be contiguous in its row.
-      positions_BT: must increase by one within a segment, and may start anywhere.
-      sinks_N: one more logit in each head's softmax, without a value.
+      segment_ids_BT: documents count from 1, padding is 0. A segment must be contiguous in its row.
+      positions_BT: must increase by one within a segment, and may start at any value.
+      sinks_N: an additional logit in each head's softmax, without a value.
       dropout_key: enables dropout of the attention weights.
 
     Returns [B, T, N, H] in the dtype of `q_BTNH`. Raises AssertionError if shapes do not match.
@@ -59,7 +60,7 @@ def attention(
 
 
 def fits_triton(head_size: int) -> bool:
-    """Returns True if the blocks of our Triton kernel (129 KiB for heads of 128) fit the shared memory."""
+    """Returns True if the blocks of our Triton kernel (129 KiB for head size 128) fit in shared memory."""
     memory = getattr(jax.devices()[0], "shared_memory_per_block_optin", None)
     return head_size <= 128 and (memory is None or memory >= 132 << 10)
 
@@ -75,9 +76,9 @@ def query_chunked_attention(
     sinks_N: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """See `attention`: for short rows, the reference on a few queries at a time and the keys they can see.
+    """`attention` for short rows: applies the reference to a chunk of queries and the keys they can see.
 
-    The backward pass reuses the weights, which `blockwise_attention` recomputes.
+    The backward pass reuses the attention weights; `blockwise_attention` recomputes them.
     """
     outs = []
     for start in range(0, q_BTNH.shape[1], CHUNK):

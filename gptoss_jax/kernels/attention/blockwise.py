@@ -1,8 +1,8 @@
-"""Attention in blocks of queries and keys, in plain XLA: runs everywhere, forward and backward, without a
-[T, T] array (Dao 2023, arXiv:2307.08691; the sink's gradient: docs/math.md, "Forward pass").
+"""Blockwise attention in plain XLA for all platforms: forward and backward pass without a [T, T] array
+(Dao 2023, arXiv:2307.08691; the sink's gradient: docs/math.md, "Forward pass").
 
-Letters: B batch, T queries and keys, S keys of a block, N query heads, K key/value heads, G = N / K, H head
-size; C tokens of a block, R = G * C query rows of one key/value head.
+Letters: B batch, T queries and keys, S keys per block, N query heads, K key/value heads, G = N / K, H head
+size; C tokens per block, R = G * C query rows per key/value head.
 """
 
 import functools
@@ -28,8 +28,8 @@ from gptoss_jax.kernels.attention.reference import (
     ungroup_heads,
 )
 
-# Maximum tokens in a block: large enough for fast products, small enough for the scores to stay in cache and
-# for little masked work, which matters more in a sliding layer on CPU.
+# Maximum number of tokens per block: large enough for fast matmuls, small enough that the scores stay in
+# cache and little work is masked out, which matters most in sliding-window layers on CPU.
 BLOCK, WINDOW_BLOCK = 256, 64
 
 State = TypeVar("State", bound=tuple[jax.Array, ...])
@@ -50,7 +50,7 @@ _Residuals = tuple[_Inputs, jax.Array, jax.Array]  # inputs, output, log of the 
 
 
 class _KeyBlock(NamedTuple):
-    """Keys and values that are visible to some queries of a block."""
+    """A block of keys and values that some queries of a block can see."""
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
@@ -73,8 +73,8 @@ def blockwise_attention(
 ) -> jax.Array:
     """See `api.attention`. `block` is the maximum number of tokens in a block.
 
-    Blocks of keys that no query of a block can see are not visited: those after it, those before its window,
-    and those before the first query's segment. So a sliding layer costs O(T * W).
+    For each block of queries, key blocks that none of them can see are skipped: those after the block, before
+    its window, and before the first query's segment. A sliding-window layer thus costs O(T * W).
     """
     (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     if block is None:
@@ -98,8 +98,8 @@ def blockwise_attention(
 
 
 class SoftmaxState(NamedTuple):
-    """A softmax over the keys seen so far: the largest score and, relative to it, the sum of the weights and
-    the weighted sum of the values."""
+    """Online softmax over the keys seen so far: the running maximum of the scores and, relative to it, the
+    sum of the weights and the weighted sum of the values."""
 
     largest_BKR: jax.Array
     total_BKR: jax.Array
@@ -107,7 +107,7 @@ class SoftmaxState(NamedTuple):
 
 
 def init_softmax(q_BKRH: jax.Array, sinks_N: jax.Array | None) -> SoftmaxState:
-    """Returns the state before any key: a sink is a logit without a value."""
+    """Returns the state before the first key; a sink is a logit without a value."""
     shape, dtype = q_BKRH.shape, jnp.promote_types(q_BKRH.dtype, jnp.float32)
     out_BKRH, total_BKR = jnp.zeros(shape, dtype), jnp.zeros(shape[:3], dtype)
     if sinks_N is None:
@@ -119,9 +119,9 @@ def init_softmax(q_BKRH: jax.Array, sinks_N: jax.Array | None) -> SoftmaxState:
 def update_softmax(
     state: SoftmaxState, scores_BKRS: jax.Array, v_BKSH: jax.Array, drop: Callable = lambda weights: weights
 ) -> SoftmaxState:
-    """Returns the state after more keys with these masked scores. `drop` applies dropout to their weights.
+    """Updates the state with a block of keys and their masked scores. `drop` applies dropout to the weights.
 
-    Until a row sees its first key, it accumulates wrong weights, which are then multiplied by 0.
+    Until a row sees its first key, it accumulates meaningless weights, which that key rescales by 0.
     """
     largest_BKR = jnp.maximum(state.largest_BKR, jnp.max(scores_BKRS, axis=-1))
     weights_BKRS = jnp.exp(scores_BKRS - largest_BKR[..., None])
@@ -202,7 +202,7 @@ def _over_keys(
     step: Callable[[_KeyBlock, State], State],
     state: State,
 ) -> State:
-    """Folds `step(keys, state)` over the blocks of keys that queries of block i may see."""
+    """Folds `step(keys, state)` over the key blocks that queries of block i may see."""
     T = x.positions_BT.shape[1]
 
     def read(array, block, axis):
@@ -224,7 +224,7 @@ def _over_keys(
         return step(_KeyBlock(k_BKSH, v_BKSH, mask_BCS, i * (T // C + 1) + j, add), state)
 
     if spec.sink_tokens:
-        # Only keys that no block of the loop below covers.
+        # Only sink tokens outside of the blocks of the loop below.
         index_BS = start_B[:, None] + jnp.arange(min(spec.sink_tokens, T), dtype=jnp.int32)
         is_far_BS = index_BS < first_block * C
         index_BS = jnp.minimum(index_BS, T - 1)
@@ -252,6 +252,6 @@ def _scores(q_BKRH: jax.Array, keys: _KeyBlock) -> jax.Array:
 def _drop(
     spec: AttentionSpec, dropout_key: jax.Array | None, keys: _KeyBlock, weights_BKRS: jax.Array
 ) -> jax.Array:
-    """Dropout of weights or their gradient; the same entries for the same pair of blocks."""
+    """Applies dropout to weights or their gradient, with the same mask for the same pair of blocks."""
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, keys.pair)
     return drop(weights_BKRS, spec.dropout, key)

@@ -1,7 +1,7 @@
-"""Attention to a cache of keys and values, for several new tokens (prefill) or one (decode).
+"""Attention with a KV cache, for several new tokens (prefill) or one (decode).
 
-A cache has S slots for each sequence. The first `sink_tokens` tokens keep theirs; all others share the rest
-as a ring. A full layer has a slot for every token, so its ring never wraps around.
+A cache has S slots per sequence. The first `sink_tokens` tokens have fixed slots; the rest are a ring buffer
+for all other tokens. A full-attention layer has a slot for every token, so its ring never wraps around.
 
 Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, H head size, R = T N / K rows.
 """
@@ -29,24 +29,24 @@ from gptoss_jax.kernels.cpu import decode
 from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.shapes import assert_shapes
 
-BLOCK = 512  # slots whose scores are in memory together
+BLOCK = 512  # slots per block of scores
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCacheView:
-    """One layer of the cache, and the state of its sequences."""
+    """One layer of the cache, and the lengths of its sequences."""
 
     keys: LayerView  # [B, K, slots, H]
     values: LayerView
-    lengths_B: jax.Array  # int32, tokens read before this call
-    counts_B: jax.Array  # int32, how many of a row's first new tokens are not padding
+    lengths_B: jax.Array  # int32, number of tokens before this call
+    counts_B: jax.Array  # int32, number of new tokens in each row; the rest is padding
 
     @classmethod
     def of(
         cls, stacks: dict[str, jax.Array], index: jax.Array | int, lengths_B: jax.Array, counts_B: jax.Array
     ) -> Self:
-        """Views layer `index` of stacks of `keys` and `values`."""
+        """Returns a view of layer `index` of stacked `keys` and `values`."""
         return cls(LayerView(stacks["keys"], index), LayerView(stacks["values"], index), lengths_B, counts_B)
 
     @property
@@ -61,7 +61,7 @@ def slot_index(positions: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
 
 
 def slot_positions(lengths_B: jax.Array, index_S: jax.Array, slots: int, sink_tokens: int) -> jax.Array:
-    """Maps each slot in `index_S` to its token's position after `lengths_B` tokens, [B, S]; -1 if empty."""
+    """Maps each slot to its token's position after `lengths_B` tokens, [B, S]; -1 if it is empty."""
     last_B1 = lengths_B[:, None] - 1
     ring_BS = last_B1 - (last_B1 - index_S) % (slots - sink_tokens)
     ring_BS = jnp.where(ring_BS >= sink_tokens, ring_BS, -1)
@@ -71,14 +71,14 @@ def slot_positions(lengths_B: jax.Array, index_S: jax.Array, slots: int, sink_to
 def update_cache(
     cache: LayerCacheView, k_BTKH: jax.Array, v_BTKH: jax.Array, spec: AttentionSpec
 ) -> LayerCacheView:
-    """Writes the first `counts_B` of T new tokens to their slots. `Transformer.hidden_states` advances
-    `lengths_B`, once for all layers."""
+    """Writes the first `counts_B` of T new tokens to their slots. Does not advance `lengths_B`:
+    `Transformer.hidden_states` does, once for all layers."""
     sizes = assert_shapes(
         "BKSH BKSH BTKH BTKH B B", cache.keys, cache.values, k_BTKH, v_BTKH, cache.lengths_B, cache.counts_B
     )
     new_T = jnp.arange(sizes.T, dtype=jnp.int32)
     positions_BT = cache.lengths_B[:, None] + new_T
-    # If more new tokens than ring slots arrive, only the last ones are written.
+    # If there are more new tokens than ring slots, only the last ones are written.
     ring_start_B = cache.lengths_B + cache.counts_B - (sizes.S - spec.sink_tokens)
     is_written_BT = (positions_BT < spec.sink_tokens) | (positions_BT >= ring_start_B[:, None])
     slots_BT = slot_index(positions_BT, sizes.S, spec.sink_tokens)
@@ -102,20 +102,20 @@ def prefill_attention(
     *,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Attends with T new tokens of each sequence to themselves and to the tokens before them, in the cache.
+    """Attention of T new tokens per sequence to each other and to the earlier tokens in the cache.
 
-    Slots are read in blocks, as many as the longest sequence has filled, so memory does not grow with the
-    cache. Returns [B, T, N, H]; softmax in float32. Results at padding are finite.
+    Slots are read in blocks, up to the length of the longest sequence, so memory does not grow with the
+    cache. Returns [B, T, N, H]; softmax in float32. Outputs at padding are finite.
 
     Args:
-      cache: before this chunk, which may overwrite ring slots that its early tokens still need.
+      cache: before `update_cache`, which may overwrite ring slots that the first new tokens still attend to.
     """
     B = q_BTNH.shape[0]
     rows = q_BTNH, k_BTKH, v_BTKH, cache.lengths_B, cache.counts_B
     attend = functools.partial(_attend_rows, cache=cache, spec=spec, sinks_N=sinks_N)
     if B == 1 or backend.platform() != "cpu" or backend.is_multi_device():
         return attend(jnp.int32(0), *rows)
-    # XLA for CPU rounds by the number of rows: one at a time, so that none depends on the others.
+    # XLA's rounding on CPU depends on the number of rows: compute one at a time to make them independent.
     one_row = jax.tree.map(lambda x: x[:, None], (jnp.arange(B, dtype=jnp.int32), *rows))
     return lax.map(lambda row: attend(row[0][0], *row[1:]), one_row)[:, 0]
 
@@ -132,7 +132,7 @@ def _attend_rows(
     spec: AttentionSpec,
     sinks_N: jax.Array | None,
 ) -> jax.Array:
-    """`prefill_attention` for B sequences of the cache from `first_row` on."""
+    """`prefill_attention` for B sequences of the cache, starting at `first_row`."""
     sizes = assert_shapes("BTNH BTKH BTKH N B B", q_BTNH, k_BTKH, v_BTKH, sinks_N, lengths_B, counts_B)
     S = cache.keys.shape[2]
     new_T = jnp.arange(sizes.T, dtype=jnp.int32)
@@ -140,7 +140,7 @@ def _attend_rows(
     q_BKRH = group_heads(q_BTNH, sizes.K)
 
     def update(state, k_BKSH, v_BKSH, positions_BS):
-        """Returns the state after more keys; a position of -1 means no key."""
+        """Updates the state with a block of keys; a position of -1 means no key."""
         distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
         is_key_BTS = (distance_BTS >= 0) & (positions_BS >= 0)[:, None]
         mask_BTS = is_key_BTS & is_near(distance_BTS, positions_BS[:, None], spec)
@@ -151,7 +151,7 @@ def _attend_rows(
     blocks = -(-jnp.minimum(jnp.max(lengths_B), S) // block)
 
     def update_from_cache(i, state):
-        # The last block may start earlier, to end with the last slot; slots already seen are masked.
+        # The last block may overlap the previous one, to end at the last slot; slots already seen are masked.
         start, zero = jnp.minimum(i * block, S - block), jnp.int32(0)
         index_S = start + jnp.arange(block, dtype=jnp.int32)
         positions_BS = slot_positions(lengths_B, index_S, S, spec.sink_tokens)
@@ -173,10 +173,10 @@ def _attend_rows(
 def decode_attention(
     q_BTNH: jax.Array, cache: LayerCacheView, *, sinks_N: jax.Array | None = None
 ) -> jax.Array:
-    """Attends with one new token of each sequence, T = 1, to the cache.
+    """Attention of one new token per sequence (T = 1) to the cache, which already includes it.
 
-    The cache already includes the new token. A ring has exactly the window's slots, so every filled slot is
-    visible and no window mask is needed. Returns [B, 1, N, H], zeros for padding.
+    The size of a ring equals the window, so all filled slots are visible and no window mask is needed.
+    Returns [B, 1, N, H], zeros for padding.
     """
     sizes = assert_shapes("B1NH BKSH BKSH N", q_BTNH, cache.keys, cache.values, sinks_N)
     seen_B = jnp.where(cache.counts_B > 0, jnp.minimum(cache.lengths_B + 1, sizes.S), 0)

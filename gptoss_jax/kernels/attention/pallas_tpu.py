@@ -1,7 +1,7 @@
-"""Attention on TPU: JAX's splash attention with block sizes and precision for gpt-oss.
+"""Attention on TPU: JAX's splash attention, with block sizes and precision for gpt-oss.
 
 Letters: B batch, T queries and keys, N query heads, K key/value heads, G = N / K, H head size. XLA cannot
-partition the kernels: on a mesh, call it in a `jax.shard_map`.
+partition the kernels: on a mesh, call them inside `jax.shard_map`.
 """
 
 import functools
@@ -15,22 +15,22 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.backend import matmul_precision, without_x64
 
-LANES = 128  # sequences and blocks are multiples of it
-# Maximum rows and columns of a block of scores. For 4,096 tokens of the released models (64 query heads, 8
-# key/value heads, size 64), libtpu 0.0.42 schedules these millions of cycles, forward and backward (from its
-# listings, LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true", times the grid steps):
+LANES = 128  # sequence length and block sizes are multiples of this
+# Maximum block size, in queries and keys. For 4,096 tokens of the released models (64 query heads, 8
+# key/value heads, size 64), libtpu 0.0.42 schedules these millions of cycles, forward and backward (cycles in
+# its listings, LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true", times the grid steps):
 #   window 128: blocks of 256 4.9 (v5e), 6.6 (v5p), 4.6 (v6e); of 512 5.5, 6.3, 4.5, in half as many steps.
 #   no window: blocks of 512 12.8, 16.4, 9.9; of 1,024 12.4, 13.4, 9.0; 2,048 x 1,024 14.2, too large, 10.0.
-# Waiting for memory comes on top. One kernel for dq, dk and dv would save 2 to 3 of these without a window,
-# but writes dq once for each block of keys, in the dtype of q.
+# Memory stalls are not included. A fused kernel for dq, dk and dv would save 2 to 3 million cycles without a
+# window, but it writes dq once per block of keys, in the dtype of q.
 # In float32, blocks of 1,024 are too large for the VMEM of v5e and v5p.
 WINDOW_BLOCK = FLOAT32_BLOCK = 512
 FULL_BLOCK = 1024
-PADDING = -1  # segment of the tokens that fill the last block
+PADDING = -1  # segment id of the padding in the last block
 
 
 class _Static(NamedTuple):
-    """The compile-time settings of a kernel."""
+    """Compile-time settings of a kernel."""
 
     window: int | None
     block: int
@@ -54,8 +54,8 @@ def splash_attention(
 ) -> jax.Array:
     """See `api.attention`. `interpret` runs the kernels on any platform, slowly.
 
-    The mask follows from the order of tokens in the row; positions are not read. Segment ids are 0 or more.
-    Raises ValueError for sink tokens, which these kernels cannot keep visible.
+    The mask depends on the order of tokens in the row; positions are not read. Segment ids must not be
+    negative. Raises ValueError for sink tokens, which these kernels do not support.
     """
     del positions_BT
     if spec.sink_tokens:
@@ -70,8 +70,8 @@ def splash_attention(
     )
     q_BKGTH = q_BNTH.reshape(B, K, N // K, T + padding, H)
     sinks_KG = None if sinks_N is None else sinks_N.astype(jnp.float32).reshape(K, N // K)
-    # The query heads of one key/value head share a kernel. The two cores of a v5p can split the dimensions of
-    # key/value heads and rows, but not the kernels' own in the backward pass.
+    # One kernel call covers the query heads of one key/value head. The two cores of a v5p can split the
+    # key/value-head and batch dimensions, but not the kernel's grid in the backward pass.
     attention = functools.partial(_attention, _Static(spec.window, block, interpret))
     attention = jax.vmap(attention, in_axes=(0, 0, 0, None, None if sinks_N is None else 0))
     attention = jax.vmap(attention, in_axes=(0, 0, 0, 0, None))
@@ -80,7 +80,7 @@ def splash_attention(
 
 
 def _block_size(length: int, window: int | None, dtype: jnp.dtype) -> int:
-    """Returns the size of equal blocks: as few as the maximum size allows, and no larger than needed."""
+    """Returns the smallest block size that covers `length` with the fewest blocks."""
     largest = FULL_BLOCK if window is None else WINDOW_BLOCK
     blocks = -(-length // (min(largest, FLOAT32_BLOCK) if dtype == jnp.float32 else largest))
     return -(-length // (blocks * LANES)) * LANES
@@ -89,10 +89,10 @@ def _block_size(length: int, window: int | None, dtype: jnp.dtype) -> int:
 def _kernel(
     static: _Static, segment_ids_T: jax.Array, sinks_G: jax.Array | None, G: int
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """JAX's kernel as a function of q, k and v."""
+    """Returns JAX's kernel as a function of q, k and v."""
     window, block, interpret = static
     shape = len(segment_ids_T), len(segment_ids_T)
-    # LocalMask counts the keys to the left of the query's own.
+    # LocalMask counts the keys to the left of the query's position.
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
     kernel = splash.make_splash_mqa_single_device(
         splash.MultiHeadMask([mask] * G),
@@ -113,10 +113,10 @@ def _attention(
     segment_ids_T: jax.Array,
     sinks_G: jax.Array | None,
 ) -> jax.Array:
-    """The query heads of one key/value head.
+    """Attention of the query heads of one key/value head.
 
-    JAX's own gradient of the sinks is in the dtype of q, from terms rounded to it, and its backward pass does
-    not use the precision of the forward pass.
+    Has a custom gradient because JAX's gradient of the sinks is computed from terms rounded to the dtype of
+    q, and its backward pass does not use the matmul precision of the forward pass.
     """
     with jax.default_matmul_precision(matmul_precision(q_GTH.dtype)):
         return _kernel(static, segment_ids_T, sinks_G, len(q_GTH))(q_GTH, k_TH, v_TH)
@@ -146,7 +146,7 @@ def _backward(
         dq_GTH, dk_TH, dv_TH = vjp(d_out_GTH)
     d_sinks_G = None
     if sinks_G is not None:
-        # The kernel's residuals include the log of the softmax's denominator, sink included.
+        # The kernel's residuals include the log of the softmax denominator, including the sink.
         saved = (x for x in jax.tree.leaves(vjp) if x.dtype == jnp.float32)
         (lse_GT,) = (x for x in saved if x.shape == out_GTH.shape[:2])
         delta_GT = jnp.sum(out_GTH.astype(jnp.float32) * d_out_GTH.astype(jnp.float32), axis=-1)

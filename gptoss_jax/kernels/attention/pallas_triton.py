@@ -1,16 +1,16 @@
-"""Flash attention for GPUs, forward and backward, without a [T, T] array: Pallas kernels for Triton.
+"""FlashAttention for GPUs, forward and backward, without a [T, T] array: Pallas kernels for Triton.
 
 Letters: B batch, T tokens, N query heads, K key/value heads, G = N / K, H head size. The G query heads of a
-key/value head are processed together: a row is one query of one of them, and the R = T * G rows are ordered
-by token, then by head. So keys are read once for all G, a block of rows spans few tokens and needs few keys
-outside of its window, and the gradient of a key is one sum over rows.
+key/value head are processed together: a row is one query of one of these heads, and the R = T * G rows are
+sorted by token, then by head. Keys are thus read once for all G heads, a block of rows spans few tokens and
+reads few keys outside of its window, and the gradient of a key is a single sum over rows.
 
-Segments are contiguous and positions rise in them, so indices in the row bound the mask rule: query t sees no
-key after t and none before its segment starts. The bounds of all loops follow: work is half of T^2 in full
-layers, less for packed documents, and T * window in sliding ones.
+Segments are contiguous and their positions increase, so loop bounds follow from indices in the row: query t
+sees no key after t and none before the start of its segment. Work is half of T^2 in full-attention layers,
+less for packed documents, and T * window in sliding-window layers.
 
-Formulas: docs/math.md, "Forward pass"; FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2. Exponents are
-of base 2: `lse` is log2 of the softmax's denominator, the sink's share included.
+Formulas: docs/math.md, "Forward pass"; FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2. Exponentials
+use base 2: `lse` is log2 of the softmax denominator, including the sink.
 """
 
 import functools
@@ -33,7 +33,7 @@ Span = slice | pl.Slice
 
 
 class Block(NamedTuple):
-    """The rows and keys of one step, powers of two from 16, and how Triton compiles it."""
+    """Block size in rows and keys (powers of two, at least 16) and Triton's compiler parameters."""
 
     rows: int
     keys: int
@@ -48,9 +48,10 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(dtype: jnp.dtype, head_size: int) -> Blocks:
-    """Blocks for the H100, which has 227 KiB of shared memory per block of threads; not tuned on hardware.
+    """Returns block sizes for the H100, which has 227 KiB of shared memory per thread block; not tuned on
+    hardware.
 
-    Shared memory in KiB, as Triton 3.6 compiles them for sm_90 (a window makes no difference of more than 1):
+    Shared memory in KiB, compiled by Triton 3.6 for sm_90 (a window changes it by at most 1):
 
     |               | forward | d_queries | d_keys |
     | bfloat16, 64  |      65 |        64 |     49 |
@@ -58,17 +59,17 @@ def block_sizes(dtype: jnp.dtype, head_size: int) -> Blocks:
     | float32, 64   |      40 |        56 |     57 |
     | float32, 128  |      52 |       104 |    105 |
 
-    Register spills: 4 bytes in two of the float32 kernels, 396 in float32, 128, forward with sink tokens.
+    Register spills: 4 bytes in two float32 kernels, 396 bytes in float32, 128, forward with sink tokens.
     """
     is_small = head_size <= 64
     if jnp.dtype(dtype).itemsize < 4:
         return Blocks(Block(128, 64, 8, 3), Block(128, 64, 8, 2), Block(64, 64, 4 if is_small else 8, 2))
-    # Float32 does not run on tensor cores: sums and gathered operands are in registers.
+    # float32 does not use tensor cores: accumulators and gathered operands are in registers.
     return Blocks(Block(64 if is_small else 32, 32, 8, 2), Block(64, 32, 8, 2), Block(64, 32, 8, 2))
 
 
 class _Static(NamedTuple):
-    """The compile-time settings of a kernel."""
+    """Compile-time settings of a kernel."""
 
     spec: AttentionSpec
     scale: float  # H ** -0.5, of the head size before padding
@@ -77,7 +78,7 @@ class _Static(NamedTuple):
 
 
 class _Arrays(NamedTuple):
-    """Inputs of the kernels; inside a kernel, references to the part for its head K and batch row B."""
+    """Kernel inputs; inside a kernel, refs to the block for its key/value head and batch row."""
 
     q: jax.Array
     k: jax.Array
@@ -110,12 +111,13 @@ def triton_attention(
 ) -> jax.Array:
     """See `api.attention`. Positions may increase by more than one between tokens of a segment.
 
-    If they do not increase, as in padding whose positions are all 0, a query still sees only keys of its own
+    If they do not increase, as in padding with all positions 0, a query still sees only keys of its own
     segment, up to its own index.
 
-    A length that is not a multiple of the blocks, or a head size that is not a power of two from 16, costs a
-    padded copy. Float32 is multiplied as float32, narrower dtypes on tensor cores; sums and softmax are in
-    float32. `interpret` runs the kernels as plain JAX, and `blocks` replaces `block_sizes`: both for tests.
+    A length that is not a multiple of the block size, or a head size that is not a power of two of at least
+    16, costs a padded copy. float32 is multiplied in float32, narrower dtypes on tensor cores; sums and
+    softmax are in float32. For tests, `interpret` runs the kernels as plain JAX, and `blocks` overrides
+    `block_sizes`.
     """
     T, N, H = q_BTNH.shape[1:]
     blocks = blocks or block_sizes(q_BTNH.dtype, H)
@@ -133,11 +135,11 @@ def triton_attention(
 
 
 def _bounds(segment_ids_BT: jax.Array, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-    """`starts` and `lasts` of `_Arrays`."""
+    """Returns `starts` and `lasts` of `_Arrays`."""
     T = segment_ids_BT.shape[1]
     index_T = jnp.arange(T, dtype=jnp.int32)
     starts_BT = segment_starts(segment_ids_BT)
-    # A segment ends where it starts when it is read backward.
+    # The end of a segment is its start in the reversed row.
     lasts_BT = ends_BT = T - 1 - segment_starts(segment_ids_BT[:, ::-1])[:, ::-1]
     if spec.window is not None:
         lasts_BT = jnp.minimum(ends_BT, index_T + spec.window - 1)
@@ -150,8 +152,8 @@ def _visible(
     spec: AttentionSpec, query: jax.Array, query_position: jax.Array,
     start: jax.Array, key: jax.Array, key_position: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Applies the mask rule. If positions increase as they should, the condition on indices is redundant. If
-    not, it excludes pairs that the loops of some kernels do not visit."""
+    """Applies the mask rule. The condition on indices is redundant if positions increase as required. If they
+    do not, it excludes pairs that the loops of some kernels skip."""
     mask = (key <= query) & (key >= start)
     if spec.window is None:
         return mask
@@ -180,9 +182,9 @@ def _over_keys(
     static: _Static, refs: _Arrays, size: Block, block: jax.Array,
     step: Callable[[Span, jax.Array, Carry], Carry], carry: Carry,
 ) -> Carry:  # fmt: skip
-    """Folds `step(keys, scores, carry)` over the blocks of keys that a block of rows may see.
+    """Folds `step(keys, scores, carry)` over the key blocks that a block of rows may see.
 
-    `keys` slices the references of keys and values; scores are masked, as exponents of base 2.
+    `keys` slices the refs of keys and values; `scores` are masked base-2 exponents.
     """
     spec, G = static.spec, refs.q.shape[1]
     query, head, _ = _rows(block, size.rows, G)
@@ -212,12 +214,12 @@ def _over_keys(
 def _forward_kernel(static: _Static, refs: _Arrays, out_ref: jax.Ref, lse_ref: jax.Ref) -> None:
     T, G, H = refs.q.shape
     size = static.blocks.forward
-    block = T * G // size.rows - 1 - pl.program_id(0)  # the last rows first: they have the most keys
+    block = T * G // size.rows - 1 - pl.program_id(0)  # last rows first: they see the most keys
     query, head, rows = _rows(block, size.rows, G)
 
     def step(keys, scores, carry):
         out, largest, total = carry
-        # Until a row sees its first key, it accumulates wrong weights, which are then multiplied by 0.
+        # Until a row sees its first key, it accumulates meaningless weights, which that key rescales by 0.
         larger = jnp.maximum(largest, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - larger[:, None])
         shrink = jnp.exp2(largest - larger)
@@ -225,7 +227,7 @@ def _forward_kernel(static: _Static, refs: _Arrays, out_ref: jax.Ref, lse_ref: j
         out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v, 1, 0)
         return out, larger, total * shrink + jnp.sum(weights, axis=1)
 
-    # The sink is the first logit that a row sees; its value is 0.
+    # The sink initializes the softmax, as a logit with value 0.
     largest, total = refs.sinks[head] * LOG2_E, jnp.ones(size.rows, jnp.float32)
     carry = jnp.zeros((size.rows, H), jnp.float32), largest, total
     out, largest, total = _over_keys(static, refs, size, block, step, carry)
@@ -256,7 +258,7 @@ def _d_keys_kernel(static: _Static, refs: _Arrays, dk_ref: jax.Ref, dv_ref: jax.
     k, v, key, position = refs.k[keys], refs.v[keys], _span(block, size.keys), refs.positions[keys]
 
     def step(i, carry):
-        # Keys by rows: the left operands of the products need no transpose.
+        # Transposed scores, [keys, rows], so that the left operands of the matmuls need no transpose.
         dk, dv = carry
         query, head, rows = _rows(i, size.rows, G)
         q, d_out = refs.q[query, head], refs.d_out[query, head]
@@ -281,7 +283,7 @@ def _call(
     static: _Static, kernel: Callable[..., None], block: Block, programs: int,
     arrays: _Arrays, outputs: list[tuple[str, Any]],
 ) -> list[jax.Array]:  # fmt: skip
-    """Runs `kernel` for each block (there are `programs`), key/value head and batch row.
+    """Runs `kernel` on a grid of `programs` blocks, key/value heads and batch rows.
 
     Args:
       outputs: pairs of letters and `jax.ShapeDtypeStruct`.

@@ -1,4 +1,4 @@
-"""Reference attention: the settings of a layer, the mask rule, and the plain softmax.
+"""Reference attention: the settings of a layer, the mask rule, and softmax attention.
 
 Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size, R = G * T.
 """
@@ -8,18 +8,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-MASK_VALUE = -1e30  # finite, so that a query that sees no key gives no NaN
+MASK_VALUE = -1e30  # finite, so that a query without visible keys does not produce NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """The static settings of an attention layer; a new value compiles a new program.
+    """Static settings of an attention layer; changing them triggers recompilation.
 
     Attributes:
-      window: number of latest keys that a query sees, its own included; None sees all keys (a full layer).
-      sink_tokens: number of a document's first tokens that stay visible beyond the window; 0 in gpt-oss, and
-        always 0 in a full layer, which does not need them. Unrelated to the learned sinks (`sinks_N`).
-      dropout: fraction of the attention weights that are dropped if a `dropout_key` is given.
+      window: number of keys that a query sees, including its own; None for full attention.
+      sink_tokens: number of tokens at the start of a document that stay visible beyond the window; 0 in
+        gpt-oss, and always 0 in full attention, where it has no effect. Unrelated to learned sinks
+        (`sinks_N`).
+      dropout: dropout rate of the attention weights, if a `dropout_key` is given.
     """
 
     window: int | None = None
@@ -32,9 +33,9 @@ class AttentionSpec:
 
 
 def is_near(distance: jax.Array, key_position: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """Applies the window's part of the mask rule, elementwise; `distance` is from the key to a later query.
+    """Applies the window part of the mask rule, elementwise; `distance` is query minus key position.
 
-    In a sliding layer a query sees the `window` latest keys and the first `sink_tokens`.
+    In a sliding-window layer, a query sees the last `window` keys and the first `sink_tokens`.
     """
     if spec.window is None:
         return jnp.ones_like(distance, bool)
@@ -49,7 +50,7 @@ def attention_mask(
     key_segment_ids_BS: jax.Array | None = None,
     key_positions_BS: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the mask, bool [B, T, S], True if a query sees a key. Keys default to the queries' tokens.
+    """Returns the attention mask, bool [B, T, S], True where a query sees a key. Keys default to the queries.
 
     A key is visible if it is in the query's segment, at or before the query, and `is_near`.
     """
@@ -61,7 +62,7 @@ def attention_mask(
 
 
 def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
-    """Returns the index in its row at which each token's segment starts, int32 [B, T]."""
+    """Returns the index within the row at which each token's segment starts, int32 [B, T]."""
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     is_start_BT = jnp.diff(segment_ids_BT, axis=1, prepend=segment_ids_BT[:, :1]) != 0
     return jax.lax.cummax(jnp.where(is_start_BT, index_T, 0), axis=1)
@@ -77,10 +78,10 @@ def reference_attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention with the whole score matrix. Query head n uses key/value head n // G.
+    """Softmax attention with the full score matrix. Query head n uses key/value head n // G.
 
-    A sink is one more logit in each head's softmax, unscaled, unmasked and without a value, so the weights of
-    the keys add up to less than one. Softmax in float32. Returns [B, T, N, H] in the dtype of `q_BTNH`.
+    A sink is an additional logit in each head's softmax, unscaled, unmasked and without a value, so the
+    attention weights sum to less than one. Softmax in float32. Returns [B, T, N, H] in the dtype of `q_BTNH`.
     """
     K = k_BSKH.shape[2]
     q_BKRH, k_BKHS, v_BKSH = (
@@ -106,10 +107,10 @@ def reference_attention(
 def reference_attention_weights(
     q_BTNH: jax.Array, k_BSKH: jax.Array, mask_BTS: jax.Array, *, sinks_N: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the softmax of `reference_attention`, to look at: the weights of the keys, float32
-    [B, N, T, S], and the share of each head's sink, float32 [B, N, T], zero without sinks.
+    """Returns the softmax of `reference_attention` for inspection: the attention weights, float32
+    [B, N, T, S], and the probability of each head's sink, float32 [B, N, T], zero without sinks.
 
-    For each query, both add up to 1.
+    For each query, they sum to 1.
     """
     B, T, N, _ = q_BTNH.shape
     q_BKRH, k_BKHS = group_heads(q_BTNH, k_BSKH.shape[2]), k_BSKH.transpose(0, 2, 3, 1)
@@ -122,9 +123,9 @@ def reference_attention_weights(
 
 
 def group_heads(q_BTNH: jax.Array, K: int) -> jax.Array:
-    """Scales and groups queries, [B, K, R, H]: for each key/value head, its G query heads' tokens in order.
+    """Scales queries and groups them by key/value head: [B, K, R, H], each of the G heads' tokens in order.
 
-    Then all products are batched matrix products over [B, K]: XLA for CPU is slow with any other arrangement.
+    All einsums are then batched matmuls over [B, K]; XLA on CPU is slow for any other layout.
     """
     B, T, N, H = q_BTNH.shape
     q_BTKGH = (q_BTNH * jnp.asarray(H**-0.5, q_BTNH.dtype)).reshape(B, T, K, N // K, H)
@@ -132,7 +133,7 @@ def group_heads(q_BTNH: jax.Array, K: int) -> jax.Array:
 
 
 def ungroup_heads(out_BKRH: jax.Array, T: int) -> jax.Array:
-    """Undoes the arrangement of `group_heads`; returns [B, T, N, H]."""
+    """Inverts the layout of `group_heads`; returns [B, T, N, H]."""
     B, K, R, H = out_BKRH.shape
     return out_BKRH.reshape(B, K, R // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
 
@@ -143,14 +144,14 @@ def sinks_of_rows(sinks_N: jax.Array, K: int, R: int) -> jax.Array:
 
 
 def masked(scores_BKRS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """Sets the scores of keys that a query does not see to `MASK_VALUE`."""
+    """Sets the scores of masked keys to `MASK_VALUE`."""
     shape, (T, S) = scores_BKRS.shape, mask_BTS.shape[1:]
     scores_BKGTS = scores_BKRS.reshape(*shape[:2], -1, T, S)
     return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASK_VALUE).reshape(shape)
 
 
 def drop(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; without a key, the identity."""
+    """Inverted dropout; the identity if `key` is None."""
     if key is None:
         return weights
     is_kept = jax.random.bernoulli(key, jnp.float32(1 - rate), weights.shape)
@@ -158,6 +159,6 @@ def drop(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Einsum in full precision, with sums and result in float32 or wider."""
+    """Einsum in full precision; accumulates in and returns float32 or wider."""
     result_type = jnp.promote_types(a.dtype, jnp.float32)
     return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=result_type)

@@ -1,4 +1,4 @@
-"""C++ kernels for CPU, compiled on first use with the compiler of the machine."""
+"""C++ kernels for CPU, compiled on first use with the system's compiler."""
 
 import ctypes
 import functools
@@ -33,8 +33,8 @@ HANDLERS = (
 
 @functools.cache
 def is_available() -> bool:
-    """Compiles the kernels, once per machine, and registers them with XLA. Returns False without a working
-    C++ compiler, and warns if there is one that fails."""
+    """Compiles the kernels, once per machine, and registers them with XLA. Returns False if there is no
+    working C++ compiler, with a warning if one is installed but fails."""
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
     library, failure = None, None
     for compiler in dict.fromkeys(compilers):
@@ -46,8 +46,8 @@ def is_available() -> bool:
             lines = (output.decode(errors="replace") if isinstance(output, bytes) else output).splitlines()
             line = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
             failure = (
-                f"{compiler} cannot compile the kernels in kernels/cpu/, or they cannot be loaded; plain XLA "
-                f"replaces them: {line}"
+                f"{compiler} cannot compile the kernels in kernels/cpu/, or they cannot be loaded; falling "
+                f"back to plain XLA: {line}"
             )
     if library is None:
         if failure:
@@ -59,19 +59,19 @@ def is_available() -> bool:
 
 
 def target(name: str) -> str:
-    """Returns the XLA name of a handler."""
+    """Returns the name of an FFI target in XLA."""
     return f"gptoss_jax.{name}"
 
 
 def _compile(compiler: str) -> pathlib.Path:
-    """Returns the library for these sources, compiler, jaxlib and processor, from the cache if possible."""
+    """Returns the library for the current sources, compiler, jaxlib and CPU, cached if possible."""
     files = sorted(path for path in HERE.iterdir() if path.suffix in (".cc", ".h"))
     settings = " ".join((compiler, *FLAGS, jaxlib.__version__, _processor())).encode()
     key = hashlib.sha256(b"".join((*(path.read_bytes() for path in files), settings))).hexdigest()[:16]
     library = cache_folder("native") / f"kernels-{key}.so"
     if library.exists():
         return library
-    # Several processes may compile at once: each writes its own file, and the last one to finish wins.
+    # Several processes may compile at once: each writes a separate file, and the last to finish wins.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         output = pathlib.Path(folder) / library.name
         command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(output)]
@@ -83,7 +83,7 @@ def _compile(compiler: str) -> pathlib.Path:
 
 
 def _processor() -> str:
-    """Returns what -march=native depends on."""
+    """Returns the CPU features that -march=native depends on."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

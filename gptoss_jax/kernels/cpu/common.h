@@ -25,7 +25,7 @@ typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 inline Vector Load(const float* from) { return *(const Vector*)from; }
 inline void Store(float* to, Vector value) { *(Vector*)to = value; }
 
-// The first `count` lanes, which may be more than there are or less than one; the others are zero.
+// Loads the first `count` lanes, with `count` clamped to the valid range; the others are zero.
 inline Vector LoadPartial(const float* from, int64_t count) {
   if (count >= kLanes) return Load(from);
   Vector value = {};
@@ -65,13 +65,13 @@ inline std::unique_ptr<float[]> Uninitialized(int64_t count) { return std::uniqu
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Independent tasks, which run in any order and at the same time.
+// Independent tasks, which run in any order and in parallel.
 struct Phase {
   int64_t num_tasks;
   std::function<void(int64_t)> run;
 };
 
-// Runs one phase after the other, each on all threads.
+// Runs the phases one after another, each on all threads.
 inline void RunPhases(std::vector<Phase> phases, ffi::ThreadPool pool) {
   struct Progress {
     std::atomic<int64_t> next{0}, done{0};
@@ -85,8 +85,8 @@ inline void RunPhases(std::vector<Phase> phases, ffi::ThreadPool pool) {
   int64_t max_tasks = 0;
   for (const Phase& phase : phases) max_tasks = std::max(max_tasks, phase.num_tasks);
   work->phases = std::move(phases);
-  // Helpers may start late, or never if the pool is busy: no thread waits for a task that has not started, and late
-  // helpers only touch `work`, which they own.
+  // If the pool is busy, helpers may start late or never: no thread waits for a task that has not started, and late
+  // helpers only access `work`, which they own.
   auto help = [work] {
     for (size_t i = 0; i < work->phases.size(); ++i) {
       const Phase& phase = work->phases[i];

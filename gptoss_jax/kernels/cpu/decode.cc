@@ -1,4 +1,4 @@
-// Matrix products and attention of decoding, as XLA FFI calls.
+// Matmuls and attention for decoding, as XLA FFI calls.
 
 #include <algorithm>
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// The rows of x that are not zero: those of the others, slots without a sequence, are zero in the result too.
+// The nonzero rows of x. Zero rows (slots without a sequence) are also zero in the result.
 std::vector<int64_t> NonzeroRows(Floats x) {
   const int64_t num_rows = x.dimensions()[0], inner = x.dimensions()[1];
   std::vector<int64_t> rows;
@@ -54,7 +54,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs
   return ffi::Error::Success();
 }
 
-// The same for transposed weights, [layers, columns, inner].
+// Matmul with transposed weights, [layers, columns, inner].
 ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights,
                             ffi::RemainingRets results) {
   const int64_t inner = x.dimensions()[1];
@@ -86,7 +86,7 @@ ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::Rem
   return ffi::Error::Success();
 }
 
-// scores[0 : count] become weights: the softmax of scale * scores, with a sink beside them, or null.
+// In-place softmax of scale * scores[0 : count], with an additional sink logit unless `sink` is null.
 void Softmax(float* scores, int64_t count, float scale, const float* sink) {
   float max = scores[0];
   for (int64_t s = 1; s < count; ++s) max = std::max(max, scores[s]);
@@ -99,13 +99,13 @@ void Softmax(float* scores, int64_t count, float scale, const float* sink) {
   for (int64_t s = 0; s < count; ++s) scores[s] /= total;
 }
 
-// One query of each sequence, q [B, N, H], over the first counts[b] slots of keys and values [layers, B, K, S, H];
-// a count of 0 gives zeros. sinks [N] may be empty.
+// Attention of one query per sequence, q [B, N, H], to the first counts[b] slots of keys and values [layers, B, K, S,
+// H]; zeros for a count of 0. sinks [N] may be empty.
 ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, Ints layer, Ints counts, Floats sinks,
                      ffi::Result<Floats> y) {
   const auto sizes = keys.dimensions();
   const int64_t B = sizes[1], K = sizes[2], S = sizes[3], H = sizes[4], G = q.dimensions()[1] / K;
-  // A task is one key/value head of one sequence, with its G query heads.
+  // A task is one key/value head of one sequence, for all of its G query heads.
   auto attend = [&](int64_t task) {
     const int64_t b = task / K, count = std::min<int64_t>(counts.typed_data()[b], S);
     float* out = y->typed_data() + task * G * H;

@@ -1,5 +1,5 @@
-// Decoding: a few tokens times far larger matrices. Run time is the time to read each used matrix once, in memory
-// order. Every call takes stacks over layers and the index of one layer: nothing is copied out of a stack.
+// Decoding: matmuls of a few tokens with much larger matrices. Run time is the time to read each used matrix once, in
+// memory order. Every call takes weights stacked over layers and a layer index: nothing is copied out of a stack.
 
 #pragma once
 
@@ -7,15 +7,15 @@
 
 namespace {
 
-constexpr int kTokenBlock = 4;           // tokens that are multiplied together
-constexpr int64_t kInnerBlock = 64;      // rows of a matrix that stay in cache while further tokens use them
-constexpr int64_t kPrefetchDistance = 768;  // floats ahead of those in use, into the second-level cache
-constexpr int64_t kMaxSplitRows = 192;   // of a WorkSplit's task
+constexpr int kTokenBlock = 4;           // tokens per pass over a matrix
+constexpr int64_t kInnerBlock = 64;      // matrix rows that stay in cache for the next tokens
+constexpr int64_t kPrefetchDistance = 768;  // in floats, into the L2 cache
+constexpr int64_t kMaxSplitRows = 192;   // per task of a WorkSplit
 constexpr int64_t kMaxSplitCols = 2048;
-constexpr int64_t kMaxCols = 512;        // of a task, where a matrix is split only by columns
+constexpr int64_t kMaxCols = 512;        // per task, if a matrix is split only by columns
 constexpr int64_t kMinCols = 64;
 
-// Columns of a task, for `columns` in all, in matrices of `width`, that the threads share.
+// Columns per task, for `columns` in total, in matrices of `width`, shared by all threads.
 int64_t TaskColumns(int64_t columns, int64_t width, ffi::ThreadPool& pool) {
   const int64_t share = columns / (3 * std::max<int64_t>(pool.num_threads(), 1)) / kLanes * kLanes;
   return std::min(std::max(share, kMinCols), std::min(kMaxCols, CeilDiv(width, kLanes) * kLanes));
@@ -26,7 +26,7 @@ struct TokenBlock {
   float* y[kTokenBlock];
 };
 
-// Calls f(first, n) for at most kTokenBlock of the tokens at a time; n is a std::integral_constant.
+// Calls f(first, n) for blocks of at most kTokenBlock tokens; n is a std::integral_constant.
 template <typename F>
 void ForEachRowBlock(int64_t tokens, F f) {
   for (int64_t i = 0; i < tokens; i += kTokenBlock) {
@@ -42,8 +42,8 @@ void ForEachRowBlock(int64_t tokens, F f) {
 // y[i][0 : columns] += x[i][0 : inner] w[0 : inner, 0 : columns] for each token; rows of w are `stride` apart.
 template <int tokens>
 void AddProduct(const TokenBlock& t, const float* w, int64_t stride, int64_t inner, int64_t columns) {
-  // For one token, a single stream from memory is fastest. With more, loads and stores of their sums dominate, so they
-  // take four rows of w at a time.
+  // For one token, a single stream from memory is fastest. With more, loads and stores of their sums dominate, so
+  // process four rows of w at a time.
   constexpr int rows = tokens == 1 ? 1 : 4;
   const int64_t prefetch = rows == 1 ? kPrefetchDistance : rows * stride;
   int64_t j = 0;
@@ -73,7 +73,7 @@ void AddProduct(const TokenBlock& t, const float* w, int64_t stride, int64_t inn
       for (int64_t c = 0; c < columns; ++c) t.y[i][c] += t.x[i][j] * w[c];
 }
 
-// The same for any number of tokens.
+// AddProduct for any number of tokens.
 void AddProducts(const std::vector<const float*>& x, const std::vector<float*>& y, const float* w, int64_t stride,
                  int64_t inner, int64_t columns) {
   for (int64_t from = 0; from < inner; from += kInnerBlock) {
@@ -88,7 +88,7 @@ void AddProducts(const std::vector<const float*>& x, const std::vector<float*>& 
 // y[i][0 : columns] = x[i][0 : inner] w[0 : columns, 0 : inner]^T for each token.
 template <int tokens>
 void DotRows(const TokenBlock& t, const float* w, int64_t inner, int64_t columns) {
-  constexpr int rows = 4;  // of w, at a time
+  constexpr int rows = 4;  // of w at a time
   for (int64_t c = 0; c < columns; c += rows) {
     const int count = std::min<int64_t>(rows, columns - c);
     const float* row[rows];
@@ -109,8 +109,8 @@ void DotRows(const TokenBlock& t, const float* w, int64_t inner, int64_t columns
   }
 }
 
-// How the matrices [inner, columns] of some groups are split into tasks: into whole rows as far as possible, which are
-// consecutive in memory. The split depends only on the sizes of the matrices, so the rounding of sums does too.
+// Splits the [inner, columns] matrices of some groups into tasks, of whole rows where possible, because these are
+// contiguous in memory. The split, and thus the rounding of sums, depends only on the sizes of the matrices.
 struct WorkSplit {
   int64_t groups, inner, columns, parts, column_blocks;
 
@@ -133,8 +133,8 @@ struct WorkSplit {
   }
 };
 
-// y = x w in the tasks of a WorkSplit. The first part of w's rows writes to y, the others to partial sums, which are
-// added in their order.
+// y = x w in the tasks of a WorkSplit. The first part of the rows of w writes to y, the others to partial sums, which
+// are added in order.
 struct SplitMatmul {
   WorkSplit split;
   int64_t num_rows;
@@ -146,7 +146,7 @@ struct SplitMatmul {
 
   int64_t size() const { return num_rows * split.columns; }
 
-  // For some rows of y, which w and the bias (or null) are for; x(r) is the row of x that row r of y belongs to.
+  // Computes the given rows of y with their w and bias (or null); x(r) is the row of x for row r of y.
   template <typename X>
   void Multiply(const WorkSplit::Task& t, const float* w, const float* bias, const std::vector<int64_t>& rows,
                 X x) const {

@@ -1,7 +1,7 @@
-"""Decoding on CPU: a few tokens times far larger matrices, by the kernels of `decode.cc` and
+"""Decoding on CPU: matmuls of a few tokens with much larger matrices, by the kernels in `decode.cc` and
 `decode_experts.cc`. Run time is the time to read each used matrix once.
 
-If they do not apply, `parallel.linear`, `model.moe` and `kernels.attention` compute the same in XLA.
+If they are not supported, `parallel.linear`, `model.moe` and `kernels.attention` use XLA instead.
 """
 
 import math
@@ -16,28 +16,28 @@ from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 
-# With more tokens, kernels that reuse what is in the cache for all tokens are faster.
+# With more tokens, kernels that reuse cached matrix blocks for all tokens are faster.
 MAX_DECODE_TOKENS = 16
 
 
 def is_supported(kernel: str, tokens: int, dtype: jnp.dtype) -> bool:
-    """Returns True if a kernel of this file applies: float32 on one CPU device, at most MAX_DECODE_TOKENS
-    tokens, not turned off (`selection.is_enabled`), and compiled."""
+    """Returns True if a kernel of this module can be used: float32 on one CPU device, at most
+    MAX_DECODE_TOKENS tokens, enabled (`selection.is_enabled`), and compiled."""
     is_cpu = backend.platform() == "cpu" and not backend.is_multi_device()
     fits = is_cpu and tokens <= MAX_DECODE_TOKENS and dtype == jnp.float32
     return fits and selection.is_enabled(kernel) and build.is_available()
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
-    """Returns True if `einsum` applies to the tokens of `x`, for a result of its dtype."""
+    """Returns True if `einsum` can be used for the tokens of `x`, with a result of the same dtype."""
     x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
     tokens = math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
     return result_type in (None, x.dtype) and is_supported("decode_matmul", tokens, x.dtype)
 
 
 def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | LayerView]) -> bool:
-    """Returns True if `experts` applies: few tokens, and matrices that are LayerViews, as in decoding, in the
-    dtype of `x_MD` or in MXFP4. It has no gradient."""
+    """Returns True if `experts` can be used: few tokens, and weights that are LayerViews, as in decoding, in
+    the dtype of `x_MD` or in MXFP4. Not differentiable."""
     matrices = [value for name, value in parameters.items() if not name.endswith("_bias")]
     is_view = all(
         isinstance(value, LayerView) and value.dtype in (x_MD.dtype, jnp.uint8) for value in matrices
@@ -52,18 +52,18 @@ def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Arr
 
 
 def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax.Array]:
-    """Returns `jnp.einsum(equation, x, weight)`, float32, for each weight in `layers`, in one call. Has no
-    gradient.
+    """Returns `jnp.einsum(equation, x, weight)`, float32, for each weight in `layers`, in one call. Not
+    differentiable.
 
-    The letters that are summed over are the last of `x`, and the first or last of the weights.
+    The contracted letters must be the last of `x`, and the first or last of the weights.
     """
     x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
     summed = "".join(letter for letter in x_letters if letter not in y_letters)
     inner = math.prod(x.shape[x_letters.index(letter)] for letter in summed)
     tokens, transposed = x.size // inner, not w_letters.startswith(summed)
     if not x_letters.endswith(summed) or not (w_letters.endswith(summed) if transposed else True):
-        raise ValueError(f"equation is {equation!r}: must sum over the last letters of x")
-    # The kernel applies one index to all stacks.
+        raise ValueError(f"equation is {equation!r}: must contract the last letters of x")
+    # The kernel uses the same index for all stacks.
     chex.assert_equal_shape_prefix([layer.stack for layer in layers], 1)
     call = _call(
         "DecodeMatmulTransposed" if transposed else "DecodeMatmul",
@@ -86,12 +86,12 @@ def experts(
 ) -> jax.Array:
     """Returns the weighted sum of the outputs of each token's experts, float32 [M, D].
 
-    Reads the matrices of the chosen experts once, and no others.
+    Reads only the matrices of the selected experts, once.
 
     Args:
-      experts_MX: values outside [0, E) mean no expert and contribute zero.
-      parameters: views of the experts' matrices, `gate_up` and `down`, or `gate_up_blocks`, `gate_up_scales`,
-        `down_blocks` and `down_scales`; and their biases as arrays, if any.
+      experts_MX: expert ids; values outside [0, E) mean no expert and contribute zero.
+      parameters: views of the weights (`gate_up` and `down`, or `gate_up_blocks`, `gate_up_scales`,
+        `down_blocks` and `down_scales`) and, if there are biases, the biases as arrays.
       swiglu: alpha, limit and up_offset of the activation.
     """
     is_mxfp4 = "down_blocks" in parameters
@@ -99,7 +99,7 @@ def experts(
     for name in ("gate_up", "down"):
         views = [as_view(parameters[name + part]) for part in (("_blocks", "_scales") if is_mxfp4 else ("",))]
         operands += [view.stack for view in views]
-        # Biases keep the type they are stored in, which may be narrower.
+        # Biases are in their storage dtype, which may be narrower.
         bias = parameters.get(f"{name}_bias")
         operands.append(_no_values() if bias is None else read(bias).astype(jnp.float32))
     alpha, limit, up_offset = swiglu
@@ -119,8 +119,8 @@ def experts(
 def attention(
     q_BNH: jax.Array, keys: LayerView, values: LayerView, seen_B: jax.Array, sinks_N: jax.Array | None
 ) -> jax.Array:
-    """Attends with one query of each sequence to the first `seen_B` slots of its cache; returns [B, N, H],
-    zeros if that is 0.
+    """Attention of one query per sequence to the first `seen_B` slots of its cache. Returns [B, N, H], zeros
+    where `seen_B` is 0.
 
     Args:
       keys, values: [B, K, S, H] of one layer; query head n uses key/value head n // G.

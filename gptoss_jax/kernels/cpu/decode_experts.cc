@@ -1,4 +1,4 @@
-// The experts of a few tokens, dense and in MXFP4, as XLA FFI calls. Only experts that some token goes to are read.
+// Experts for a few tokens, dense and in MXFP4, as XLA FFI calls. Only experts with tokens are read.
 // Letters: M tokens, X experts per token, E experts of a layer, D hidden size, F expert width.
 
 #include "decode.h"
@@ -19,15 +19,15 @@ struct SwiGLU {
   }
 };
 
-// The tokens of each expert. A row is a pair of a token and one of its experts: token * X + its place.
+// The tokens of each expert. A row is a (token, expert) pair: token * X + index of the expert in the token's choices.
 struct Routing {
   int64_t M, X, D, num_experts;
   const float* weights;  // [M, X]
-  std::vector<int64_t> group_of_row;  // -1 for no expert
+  std::vector<int64_t> group_of_row;  // -1 if there is none
 
   struct Group {
-    int64_t expert;  // in its layer
-    int64_t matrix;  // in the stack of all layers
+    int64_t expert;  // index in its layer
+    int64_t matrix;  // index in the stack of all layers
     std::vector<int64_t> rows;
   };
   std::vector<Group> groups;
@@ -49,7 +49,7 @@ struct Routing {
 
   int64_t num_rows() const { return M * X; }
 
-  // y [M, D] = the weighted sum of each token's rows of z [M X, D].
+  // y [M, D] = the weighted sum of the rows of each token in z [M X, D].
   void Combine(const float* z, float* y) const {
     std::memset(y, 0, M * D * sizeof(float));
     for (int64_t r = 0; r < num_rows(); ++r) {
@@ -62,7 +62,7 @@ struct Routing {
 const float* DataOrNull(Floats& bias) { return bias.element_count() ? bias.typed_data() : nullptr; }
 
 // y [M, D] = the weighted sum of the outputs of each token's experts. gate_up [layers, E, D, 2, F] and down [layers, E,
-// F, D] are those of all layers; the biases [E, 2, F] and [E, D], which may be empty, are those of one.
+// F, D] have all layers; the biases [E, 2, F] and [E, D], which may be empty, have one.
 ffi::Error Experts(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights, Ints layer, Floats gate_up,
                    Floats gate_up_bias, Floats down, Floats down_bias, ffi::Result<Floats> y, float alpha, float limit,
                    float up_offset) {
@@ -112,7 +112,7 @@ struct Mxfp4Rows {
       : blocks(blocks.typed_data() + row * inner / kBlockSize * kBlockBytes),
         scales(scales.typed_data() + row * inner / kBlockSize), inner(inner) {}
 
-  // DotRows for rows 0 … columns - 1, with x in the order of Deinterleaved.
+  // DotRows for rows 0 … columns - 1, with x in the order given by Deinterleaved.
   template <int tokens>
   void Dot(const TokenBlock& t, int64_t columns) const {
     const int64_t num_blocks = inner / kBlockSize;
@@ -133,10 +133,10 @@ struct Mxfp4Rows {
   }
 };
 
-// The place of value i of a row when, within each block, the even values come first, as LoadCodes has them.
+// The index of value i of a row if, in each block, the even values come before the odd ones, as in LoadCodes.
 int64_t Deinterleaved(int64_t i) { return i / kBlockSize * kBlockSize + i % 2 * kLanes + i % kBlockSize / 2; }
 
-// The same in MXFP4: blocks [layers, E, 2 F, D / 32, 16], where rows of gate and up alternate, and [layers, E, D,
+// Experts in MXFP4: blocks [layers, E, 2 F, D / 32, 16], with interleaved rows of gate and up, and [layers, E, D,
 // F / 32, 16], and their scales.
 ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights, Ints layer, Bytes gate_up,
                         Bytes gate_up_scales, Floats gate_up_bias, Bytes down, Bytes down_scales, Floats down_bias,
@@ -157,7 +157,7 @@ ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats wei
     const int64_t f = index % up_tasks * up_cols, columns = std::min(up_cols, F - f);
     const Mxfp4Rows w(gate_up, gate_up_scales, (group.matrix * F + f) * 2, D);
     ForEachRowBlock(group.rows.size(), [&](int64_t first, auto n) {
-      float h[kTokenBlock][2 * kMaxCols];  // gate and up alternate
+      float h[kTokenBlock][2 * kMaxCols];  // gate and up are interleaved
       TokenBlock t;
       for (int i = 0; i < n; ++i)
         t.x[i] = inputs.get() + group.rows[first + i] / routing.X * D, t.y[i] = h[i];
@@ -190,7 +190,7 @@ ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats wei
   return ffi::Error::Success();
 }
 
-// The operands before the matrices: x, the experts of each token, their weights, and the layer.
+// The operands before the matrices: x, expert ids and weights of each token, and the layer.
 auto BindRouting() {
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Ints>();
 }

@@ -1,4 +1,4 @@
-"""Grouped matmul on CPU in float32, dense and MXFP4: the kernels of `grouped_matmul.cc`."""
+"""Grouped matmul on CPU in float32, with dense or MXFP4 weights: the kernels in `grouped_matmul.cc`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from gptoss_jax.kernels.mxfp4.codec import BLOCK_SIZE
 
 
 def is_supported(kernel: str, dtype: jnp.dtype) -> bool:
-    """Returns True if a kernel of this file applies: float32 on CPU, not turned off, and compiled."""
+    """Returns True if a kernel of this module can be used: float32 on CPU, enabled, and compiled."""
     fits = backend.platform() == "cpu" and dtype == jnp.float32
     return fits and selection.is_enabled(kernel) and build.is_available()
 
@@ -22,7 +22,8 @@ def is_supported(kernel: str, dtype: jnp.dtype) -> bool:
 def cpu_grouped_matmul(
     x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
 ) -> jax.Array:
-    """`grouped_matmul`, also for the matrices of all layers with the biases of the layer that has rows."""
+    """`grouped_matmul`. `w_EDF` may have the matrices of all layers, and `bias_EF` the biases of the layer
+    that has rows."""
     bias = jnp.zeros((0, 0), jnp.float32) if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
     return _matmul(x_RD, w_EDF, bias, group_sizes_E)
 
@@ -55,7 +56,7 @@ _matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
-    """Returns True if `einsum` applies: float32 on one device, and weights whose first letters are summed."""
+    """Returns True if `einsum` can be used: float32 on one device, contracting the weight's first letters."""
     x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
     summed = "".join(letter for letter in x_letters if letter not in y_letters)
     fits = x_letters.endswith(summed) and w_letters.startswith(summed) and result_type in (None, x.dtype)
@@ -65,7 +66,8 @@ def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) 
 def einsum(equation: str, x: jax.Array, layer: LayerView) -> jax.Array:
     """Returns `jnp.einsum(equation, x, weight)` for the weight of one layer, read in place.
 
-    All rows are one group. Each is rounded alike, however many there are; XLA for CPU rounds by their number.
+    All rows form one group. Unlike in XLA on CPU, the rounding of a row does not depend on the number of
+    rows.
     """
     x_letters, _, y_letters = equation.replace("->", ",").split(",")
     inner = math.prod(x.shape[i] for i, letter in enumerate(x_letters) if letter not in y_letters)
@@ -83,8 +85,8 @@ def cpu_mxfp4_matmul(
     group_sizes_E: jax.Array,
     transposed: bool = False,
 ) -> jax.Array:
-    """`mxfp4_grouped_matmul` without a bias, or its gradient in x if `transposed`: a block of a matrix is
-    dequantized where it is packed into the cache."""
+    """`mxfp4_grouped_matmul` without a bias or, if `transposed`, its gradient in x. Blocks of a matrix are
+    dequantized while they are packed into the CPU's cache."""
     F, G = scales_EFG.shape[1:]
     call = _call("GroupedMatmulMxfp4", (x_RD.shape[0], BLOCK_SIZE * G if transposed else F))
     return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, transposed=transposed)[0]

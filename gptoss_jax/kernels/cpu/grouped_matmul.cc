@@ -1,13 +1,13 @@
-// Grouped matrix products, as XLA FFI calls: rows sorted by group times one matrix per group, and the two gradients.
-// Only existing rows are computed; nothing is padded, and no matrix is copied whole.
+// Grouped matmul and its two gradients, as XLA FFI calls: rows sorted by group times one matrix per group. No rows are
+// padded, and no matrix is copied as a whole.
 //
-// One microkernel serves all products. With C = A B for a group of m rows, k inner and n columns:
+// All matmuls share one microkernel. With C = A B for a group of m rows, inner size k, and n columns:
 //   y  = x w      A row-major     B row-major
 //   dx = g w^T    A row-major     B column-major
 //   dw = x^T g    A column-major  B row-major (k are the group's rows)
-// B in MXFP4 has blocks along its columns in y = x w^T, and along its rows in dx = g w.
-// A block of B is packed into panels of 32 columns that stay in the second-level cache; A is read in place, each float
-// broadcast. A task is a group and a block of columns.
+// In MXFP4, the blocks of B are along its columns in y = x w^T, and along its rows in dx = g w.
+// A block of B is packed into panels of 32 columns that stay in the L2 cache; A is read in place, one broadcast float
+// at a time. A task is a group and a block of columns.
 
 #include <algorithm>
 #include <cstdlib>
@@ -17,9 +17,9 @@
 
 namespace {
 
-constexpr int kPanelCols = 2 * kLanes;    // columns of C in a microkernel
-constexpr int kInnerBlock = 512;          // rows of a packed block of B
-constexpr int kColBlock = 15 * kPanelCols;  // columns of a task: a packed block is 1 MB at most
+constexpr int kPanelCols = 2 * kLanes;    // columns of C per microkernel
+constexpr int kInnerBlock = 512;          // rows per packed block of B
+constexpr int kColBlock = 15 * kPanelCols;  // columns per task: a packed block is at most 1 MB
 
 struct Strided {
   const float* data;
@@ -32,8 +32,8 @@ struct Matmul {
   Strided b;                         // [k, n]
   float* c;                          // [m, n]
   const float* bias = nullptr;       // [n], or null
-  float* b_sums = nullptr;           // receives the sum of each column of B, unless null
-  const uint8_t* blocks = nullptr;   // B in MXFP4 instead of b: [n, k / 32, 16], or [k, n / 32, 16] by rows
+  float* b_sums = nullptr;           // output for the sum of each column of B, or null
+  const uint8_t* blocks = nullptr;   // MXFP4 B instead of b: [n, k / 32, 16], or [k, n / 32, 16] if blocks_by_rows
   const uint8_t* scales = nullptr;   // [n, k / 32] or [k, n / 32]
   bool blocks_by_rows = false;
 };
@@ -42,7 +42,7 @@ struct Matmul {
 template <int rows, bool a_is_row_major>
 void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, int64_t inner, const float* first,
                  int64_t first_stride, int width) {
-  // Loops are unrolled to keep the sums in registers.
+  // Loops are unrolled to keep the accumulators in registers.
   Vector sum[rows][2] = {};
   if (first != nullptr) {
 #pragma GCC unroll 12
@@ -70,19 +70,19 @@ void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, 
   }
 }
 
-// The block of B that is packed: rows row … row + inner, columns column … column + columns.
+// A block of B to pack: rows row … row + inner, columns column … column + columns.
 struct Block {
   int64_t row, inner, column, columns;
 };
 
-// All microkernels of `rows` rows of C from `row` on; returns the first row that is left.
+// Runs all microkernels of `rows` rows of C, starting at `row`; returns the first remaining row.
 template <int rows, bool a_is_row_major>
 int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Block& b) {
   for (; row + rows <= p.m; row += rows) {
     const float* a = p.a.data + row * p.a.row_stride + b.row * p.a.col_stride;
     for (int64_t j = 0; j < b.columns; j += kPanelCols) {
       float* c = p.c + row * p.n + b.column + j;
-      // Sums start from the bias, and in later blocks from what is there.
+      // Accumulators start from the bias, and in later blocks from the previous sums.
       const float* first = b.row > 0 ? c : p.bias == nullptr ? nullptr : p.bias + b.column + j;
       Microkernel<rows, a_is_row_major>(p, a, packed + j * b.inner, c, b.inner, first, b.row > 0 ? p.n : 0,
                                         std::min<int64_t>(kPanelCols, b.columns - j));
@@ -91,7 +91,7 @@ int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Bl
   return row;
 }
 
-// A step of a transpose: a[j] and b[j - step] change places for each lane j with the bit `step`.
+// A step of a transpose: swaps a[j] and b[j - step] for each lane j with the bit `step`.
 template <int step, int... lane>
 void ExchangeLanes(Vector& a, Vector& b, std::integer_sequence<int, lane...>) {
   const Vector low = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane - step : lane)...);
@@ -135,7 +135,7 @@ void Pack(const Matmul& p, const Block& block, float* packed) {
   }
 }
 
-// The values of an MXFP4 block in order.
+// Loads the values of an MXFP4 block in order.
 void LoadBlock(const Matmul& p, int64_t index, float* to) {
   const uint8_t scale = p.scales[index];
   Vector low, high;
@@ -145,7 +145,7 @@ void LoadBlock(const Matmul& p, int64_t index, float* to) {
   Store(to + kLanes, __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
 }
 
-// The same for B in MXFP4, whose columns are stored as rows of blocks of 32.
+// Packs a block of B in MXFP4, with columns stored as rows of blocks of 32.
 void PackMxfp4Columns(const Matmul& p, const Block& block, float* packed) {
   for (int64_t j = 0; j < block.columns; j += kPanelCols, packed += kPanelCols * block.inner) {
     const int width = std::min<int64_t>(kPanelCols, block.columns - j);
@@ -160,10 +160,10 @@ void PackMxfp4Columns(const Matmul& p, const Block& block, float* packed) {
   }
 }
 
-// The same for B in MXFP4 whose rows are blocks: each is a row of a panel.
+// Packs a block of B in MXFP4 with blocks along rows: each MXFP4 block is a row of a panel.
 void PackMxfp4Rows(const Matmul& p, const Block& block, float* packed) {
   static_assert(kPanelCols == kBlockSize);
-  // Row by row, because that is how the bytes are stored.
+  // Row by row, in the storage order of the bytes.
   for (int64_t i = 0; i < block.inner; ++i)
     for (int64_t j = 0; j < block.columns; j += kPanelCols)
       LoadBlock(p, ((block.row + i) * p.n + block.column + j) / kBlockSize, packed + j * block.inner + i * kPanelCols);
@@ -192,11 +192,11 @@ float* Scratch() {
   return memory.get();
 }
 
-// One task: at most `columns` columns of C from `column` on.
+// One task: at most `columns` columns of C, starting at `column`.
 template <bool a_is_row_major>
 void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
   float* packed = Scratch();
-  // Blocks of equal size, so that the last one is not a sliver.
+  // Blocks of equal size, so that the last one is not tiny.
   int64_t step = CeilDiv(p.k, std::max<int64_t>(1, CeilDiv(p.k, kInnerBlock)));
   if (p.blocks != nullptr) step = CeilDiv(step, kBlockSize) * kBlockSize;
   for (int64_t from = 0; from == 0 || from < p.k; from += step) {
@@ -218,14 +218,14 @@ void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
 void Multiply(const std::vector<Matmul>& matmuls, bool a_is_row_major, ffi::ThreadPool pool) {
   const int64_t groups = std::count_if(matmuls.begin(), matmuls.end(), [](auto& p) { return p.m > 0; });
   if (groups == 0) return;
-  // Narrower tasks where there are few groups, so that every thread has one. An element of C is rounded alike in all.
+  // Narrower tasks if there are few groups, so that every thread has one. This does not affect rounding.
   const int64_t parts = CeilDiv(std::max<int64_t>(pool.num_threads(), 1), groups);
   const int64_t share = CeilDiv(CeilDiv(matmuls[0].n, parts), kPanelCols) * kPanelCols;
   const int64_t columns = std::min<int64_t>(kColBlock, share);
   std::vector<std::pair<const Matmul*, int64_t>> tasks;
   for (const Matmul& p : matmuls)
     for (int64_t column = 0; p.m > 0 && column < p.n; column += columns) tasks.emplace_back(&p, column);
-  // The longest first, so that threads end at about the same time.
+  // Longest tasks first, so that threads finish at about the same time.
   std::stable_sort(tasks.begin(), tasks.end(),
                    [](auto& x, auto& y) { return x.first->m * x.first->k > y.first->m * y.first->k; });
   auto run = [&](int64_t index) {
@@ -235,7 +235,7 @@ void Multiply(const std::vector<Matmul>& matmuls, bool a_is_row_major, ffi::Thre
   RunPhases({{(int64_t)tasks.size(), run}}, pool);
 }
 
-// The matmul of each group: make(e, row, count) for its `count` rows from `row` on. Sizes are cut at the last row.
+// The matmul of each group: make(e, row, count) for its `count` rows, starting at `row`. Sizes are clamped to `rows`.
 template <typename F>
 std::vector<Matmul> GroupMatmuls(const Ints& sizes, int64_t rows, F make) {
   std::vector<Matmul> matmuls;
@@ -248,7 +248,7 @@ std::vector<Matmul> GroupMatmuls(const Ints& sizes, int64_t rows, F make) {
   return matmuls;
 }
 
-// y[R, n], zero in rows of no group.
+// y[R, n], zero in rows without a group.
 ffi::Error MultiplyGroups(const std::vector<Matmul>& matmuls, ffi::Result<Floats>& y, ffi::ThreadPool pool) {
   const int64_t rows = y->dimensions()[0], n = y->dimensions()[1];
   int64_t row = 0;
@@ -258,8 +258,8 @@ ffi::Error MultiplyGroups(const std::vector<Matmul>& matmuls, ffi::Result<Floats
   return ffi::Error::Success();
 }
 
-// y[R, n] = x[R, k] w[e], or x[R, k] w[e]^T with w [G, n, k]. The bias [E, n], which may be empty, is that of one layer
-// of E groups; w has the groups of all layers.
+// y[R, n] = x[R, k] w[e], or x[R, k] w[e]^T with w [G, n, k]. The bias [E, n], which may be empty, is for one layer of
+// E groups; w has the groups of all layers.
 ffi::Error Grouped(ffi::ThreadPool pool, Floats x, Floats w, Floats bias, Ints sizes, ffi::Result<Floats> y,
                    bool transposed) {
   const int64_t k = x.dimensions()[1], n = y->dimensions()[1];
@@ -288,7 +288,7 @@ ffi::Error GroupedMxfp4(ffi::ThreadPool pool, Floats x, Bytes blocks, Bytes scal
   return MultiplyGroups(GroupMatmuls(sizes, x.dimensions()[0], make), y, pool);
 }
 
-// dw[e] = x_e^T g_e, and db[e], the sum of the rows of g_e; zero for a group without rows.
+// dw[e] = x_e^T g_e, and db[e], the sum of the rows of g_e; zero for an empty group.
 ffi::Error GroupedWeightGrad(ffi::ThreadPool pool, Floats x, Floats g, Ints sizes, ffi::Result<Floats> dw,
                              ffi::Result<Floats> db) {
   const int64_t m = x.dimensions()[1], n = g.dimensions()[1];

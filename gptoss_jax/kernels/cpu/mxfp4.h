@@ -1,4 +1,4 @@
-// MXFP4 to floats: a block of 32 values is 16 bytes of two codes each, the low nibble first, and one byte of scale
+// MXFP4 to float: a block of 32 values is 16 bytes of two codes each, the low nibble first, and one scale byte
 // (kernels/mxfp4/codec.py).
 
 #pragma once
@@ -18,7 +18,7 @@ constexpr int kBlockBytes = kBlockSize / 2;
 alignas(64) constexpr float kCodes[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
                                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
-// 2^(scale - 127); 255 is NaN. The smallest, 2^-127, would be flushed to zero: twice that, and LoadCodes halves.
+// 2^(scale - 127); NaN for 255. The smallest, 2^-127, would be flushed to zero: doubled here and halved in LoadCodes.
 inline float ScaleOf(uint8_t scale) {
   const uint32_t bits = scale == 255 ? 0x7fc00000u : (uint32_t)(scale ? scale : 1) << 23;
   float value;
@@ -26,7 +26,7 @@ inline float ScaleOf(uint8_t scale) {
   return value;
 }
 
-// The values of a block before they are multiplied by ScaleOf: those of the low nibbles, and of the high ones.
+// The values of the low and the high nibbles of a block, before multiplication by ScaleOf.
 inline void LoadCodes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* high) {
 #ifdef __AVX512F__
   const __m512 table = _mm512_load_ps(kCodes);

@@ -1,12 +1,12 @@
-"""Grouped matmul on TPU: JAX's megablox kernels, forward and in both gradients.
+"""Grouped matmul on TPU: JAX's megablox kernels for the forward pass and both gradients.
 
-There `jax.lax.ragged_dot` compiles (libtpu 0.0.42; v5e, v5p, v6e) to a grouped kernel for the product and the
-gradient of x, but its gradient of the matrices multiplies every group by every row: E times the work. For
-65,536 rows of gate and up in gpt-oss-20b, v5e's compiler counts 835 million cycles for it, and 20 million for
-the kernel here. For the gradient of x, it also writes the transposed matrices to memory first.
+On TPU, `jax.lax.ragged_dot` compiles (libtpu 0.0.42; v5e, v5p, v6e) to a grouped kernel for the forward pass
+and the gradient of x, but its gradient of the matrices multiplies every row for every group: E times the
+work. For 65,536 rows of gate and up in gpt-oss-20b, the v5e compiler counts 835 million cycles for it, and 20
+million for the kernel here. For the gradient of x, it also writes the transposed matrices to memory first.
 
-Matrices with few outputs, as those of adapters, are multiplied transposed, [E, F, D]: TPUs store the last
-dimension in whole lanes, and [E, D, 2], with its gradient for all layers, would take 64 times its size.
+Matrices with few outputs, such as LoRA adapters, are multiplied transposed, [E, F, D]: TPUs pad the last
+dimension to whole lanes, so [E, D, 2], and its gradient for all layers, would take 64 times the memory.
 
 Letters as in api.py: R rows, E groups, D input width, F output width.
 """
@@ -21,14 +21,14 @@ from gptoss_jax.kernels.backend import matmul_precision, without_x64
 from gptoss_jax.kernels.group_tiles import as_matrices, zero_ungrouped
 
 LANES = 128
-# Of the 16 MiB of VMEM that a kernel gets on v5e and v5p; the compiler needs some itself.
+# VMEM budget, of the 16 MiB that a kernel gets on v5e and v5p; the compiler needs the rest.
 VMEM = 15 << 20
-# Rows in a tile. One with rows of two groups is computed for each of them, so small groups get small tiles.
+# Rows per tile. A tile with rows of two groups is computed once for each, so small groups use small tiles.
 TILE_ROWS, SMALL_TILE_ROWS = 256, 128
-# The widest tile of outputs. The rows are read again for each tile, so it is wide enough for multiplying to
-# take longer than reading (560 operations a byte on v6e), and narrow enough for VMEM, at two bytes a value.
+# Maximum number of outputs per tile. Rows are reread for each tile, so it is wide enough to be compute-bound
+# (560 FLOPs per byte on v6e), and narrow enough to fit in VMEM at two bytes per value.
 TILE_WIDTH = 768
-WEIGHT_GRAD_TILE = (512, 1024, 1152)  # rows, input width, output width, at two bytes a value
+WEIGHT_GRAD_TILE = (512, 1024, 1152)  # rows, input width, output width, at two bytes per value
 
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array]
@@ -40,7 +40,7 @@ def megablox_grouped_matmul(
 ) -> jax.Array:
     """`grouped_matmul` without a bias; float32 is multiplied in float32.
 
-    `interpret` runs the kernels on any platform, slowly. In a program for several devices, call it in a
+    `interpret` runs the kernels on any platform, slowly. In a program for several devices, call it inside
     `jax.shard_map`.
     """
     return _matmul(x_RD, as_matrices(w_EDF), group_sizes_E, False, interpret)
@@ -78,7 +78,7 @@ def _matmul(
             _pad_rows(x_RD, tiles[0]), w_EDF, group_sizes_E, x_RD.dtype, tiles,
             transpose_rhs=transposed, interpret=interpret,
         )[:rows]  # fmt: skip
-    # Rows without a group were never written.
+    # The kernel does not write rows without a group.
     return zero_ungrouped(y_RF, group_sizes_E)
 
 
@@ -86,7 +86,7 @@ def _matmul(
 def _weight_grad(
     x_RD: jax.Array, g_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype, interpret: bool
 ) -> jax.Array:
-    """The sum over each group's rows of x^T g, in float32, then cast: [E, D, F]."""
+    """Returns x^T g summed over the rows of each group in float32, then cast: [E, D, F]."""
     if _has_few_outputs(x_RD.shape[1], g_RF.shape[1]):
         return _weight_grad(g_RF, x_RD, group_sizes_E, dtype, interpret).swapaxes(1, 2)
     row_tile, *widths = (size * 2 // x_RD.dtype.itemsize for size in WEIGHT_GRAD_TILE)
@@ -104,13 +104,13 @@ def _has_few_outputs(width: int, outputs: int) -> bool:
 
 
 def _tiles(rows_in_group: int, width: int, outputs: int, itemsize: int) -> tuple[int, int, int]:
-    """Returns rows, input width and output width of a tile.
+    """Returns the rows, input width and output width of a tile.
 
-    The whole input width if it fits in VMEM: a tile of a matrix then stays there for all its group's rows.
+    Uses the whole input width if it fits in VMEM: a matrix tile then stays there for all rows of its group.
     """
-    # Float32 is multiplied in several passes over parts of its bits, which take VMEM too.
+    # float32 is multiplied in several passes over parts of its bits, which also take VMEM.
     for rows in (TILE_ROWS, SMALL_TILE_ROWS) if itemsize == 2 else ():
-        # Two buffers for each of the three, and the sums in float32.
+        # Double buffers for both inputs and the output, and a float32 accumulator.
         fixed, per_output = 2 * rows * width * itemsize, 2 * (width + rows) * itemsize + 4 * rows
         max_outputs = (VMEM - fixed) // per_output // LANES * LANES
         has_small_groups = rows == TILE_ROWS and rows_in_group < 4 * TILE_ROWS
@@ -120,7 +120,7 @@ def _tiles(rows_in_group: int, width: int, outputs: int, itemsize: int) -> tuple
 
 
 def _even_parts(size: int, max_part: int) -> int:
-    """Returns the size of equal parts of at most `max_part`, in whole lanes; all of it if one part does."""
+    """Returns the size of equal parts of at most `max_part`, in whole lanes; `size` if one part suffices."""
     if size <= max_part:
         return size
     return min(max_part, _round_up(-(-size // -(-size // max_part)), LANES))

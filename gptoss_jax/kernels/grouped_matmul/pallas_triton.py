@@ -1,9 +1,9 @@
 """Grouped matmul on GPU, forward and both gradients: Pallas with its Triton backend.
 
-The rows of each group are cut into tiles that start where the group does, so a tile belongs to one group and
-work grows with R, not with E R. How many tiles a group has is only known at run time; the grid has room for
-the maximum. Rows without a group form one more group, whose tiles write zeros. No sums cross programs, so
-results are bitwise reproducible.
+The rows of each group are split into tiles that start at its first row, so a tile belongs to one group and
+work grows with R, not with E R. The number of tiles per group is known only at run time; the grid has the
+maximum size. Rows without a group form an additional group with tiles that write zeros. Reductions do not
+cross programs, so results are bitwise reproducible.
 
 Letters as in api.py: R rows, E groups, D input width, F output width.
 """
@@ -27,22 +27,22 @@ Range = tuple[slice | pl.Slice, jax.Array]  # indices along an axis, and the mas
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a kernel splits its work. All sizes are powers of two, 16 or more."""
+    """Block sizes, powers of two of at least 16, and Triton's compiler parameters."""
 
-    # Of the result: rows and columns of one program.
+    # Rows and columns of the result per program.
     rows: int
     columns: int
-    # Of the axis that is summed over, in one step of the loop.
+    # Elements of the contracted axis per loop step.
     inner: int
     warps: int
     stages: int
 
 
-# For an H100 by reasoning, not tuned by timing: compiled for it, WIDE takes 96 KiB of shared memory and 110
-# registers a thread, so that two programs run on a multiprocessor and one computes while the other begins or
-# ends. float32 does not use the tensor cores.
+# Chosen for the H100 by calculation, not tuned on hardware: compiled for it, WIDE takes 96 KiB of shared
+# memory and 110 registers per thread, so that two programs fit on a multiprocessor and one computes while the
+# other starts or finishes. float32 does not use tensor cores.
 WIDE = Blocks(rows=128, columns=128, inner=64, warps=8, stages=3)
-# For groups with few rows, as in decoding, reading the matrices dominates.
+# For groups with few rows, as in decoding, where reading the matrices dominates.
 NARROW = Blocks(rows=32, columns=64, inner=128, warps=4, stages=4)
 FLOAT32 = Blocks(rows=64, columns=64, inner=32, warps=4, stages=2)
 
@@ -59,7 +59,7 @@ def triton_grouped_matmul(
 
     Args:
       interpret: runs the kernels on any platform, slowly.
-      blocks: for tests and benchmarks; default by type and rows.
+      blocks: for tests and benchmarks; the default depends on dtype and number of rows.
     """
     return _matmul(x_RD, as_matrices(w_EDF), group_sizes_E, False, interpret, blocks)
 
@@ -90,12 +90,12 @@ def _default_blocks(dtype: jnp.dtype, rows: int, groups: int) -> Blocks:
 
 
 def _range(start: jax.Array | int, size: int, end: jax.Array | int) -> Range:
-    """Indices start … start + size - 1 for a load or store, and the mask of those below `end`."""
+    """Returns indices start … start + size - 1 for a load or store, and the mask of those below `end`."""
     return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < end
 
 
 def _load(ref: Any, rows: Range, columns: Range, matrix: tuple[jax.Array, ...] = ()) -> jax.Array:
-    """Loads a tile of the matrix at index `matrix`, zeros outside of its rows and columns."""
+    """Loads a tile of the matrix at index `matrix`, padded with zeros."""
     return triton.load(ref.at[(*matrix, rows[0], columns[0])], mask=_mask(rows, columns), other=0.0)
 
 
@@ -104,7 +104,7 @@ def _mask(rows: Range, columns: Range) -> jax.Array:
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    # Float32 operands stay float32; narrower ones go to the tensor cores unchanged, with sums in float32.
+    # float32 operands stay float32; narrower ones go to tensor cores unchanged. Accumulates in float32.
     return triton.dot(x, w, precision=lax.Precision.HIGHEST)
 
 
@@ -128,7 +128,7 @@ def _matmul(
     column_tiles = pl.cdiv(columns, blocks.columns)
 
     def kernel(group_ref, row_ref, end_ref, x_ref, w_ref, y_ref):
-        # All columns of a tile before the next tile: concurrent programs share one group's matrix in L2.
+        # Columns vary fastest, so that concurrent programs share one group's matrix in L2.
         tile, column_tile = pl.program_id(0) // column_tiles, pl.program_id(0) % column_tiles
         group, end = group_ref[tile], end_ref[tile]
         here = _range(row_ref[tile], blocks.rows, end)
@@ -142,7 +142,7 @@ def _matmul(
                 return total + _dot(x, _load(w_ref, there, along, matrix).T)
             return total + _dot(x, _load(w_ref, along, there, matrix))
 
-        # A product, because Pallas turns a `where` between two constants into a bool.
+        # A multiplication, because Pallas turns a `where` between two constants into a bool.
         has_work = (group < groups) & (end > 0)
         steps = has_work.astype(jnp.int32) * pl.cdiv(inner, blocks.inner)
         total = lax.fori_loop(0, steps, step, jnp.zeros((blocks.rows, blocks.columns), jnp.float32))
@@ -167,7 +167,7 @@ def _weight_grad(
     interpret: bool,
     blocks: Blocks | None,
 ) -> jax.Array:
-    """The sum over each group's rows of x^T g: [E, D, F]; zeros for a group without rows."""
+    """Returns x^T g summed over the rows of each group, [E, D, F]; zeros for an empty group."""
     (rows, D), F, groups = x_RD.shape, g_RF.shape[1], group_sizes_E.shape[0]
     blocks = blocks or _default_blocks(x_RD.dtype, rows, 1)
     D_tiles, F_tiles = pl.cdiv(D, blocks.rows), pl.cdiv(F, blocks.columns)
@@ -180,7 +180,7 @@ def _weight_grad(
         across = _range(program % F_tiles * blocks.columns, blocks.columns, F)
 
         def step(i, total):
-            # Both are masked: rows of other groups may hold inf or NaN, and 0 * inf is NaN.
+            # Both are masked: rows of other groups may contain inf or NaN, and 0 * inf is NaN.
             along = _range(start + i * blocks.inner, blocks.inner, end)
             return total + _dot(_load(x_ref, along, down).T, _load(g_ref, along, across))
 

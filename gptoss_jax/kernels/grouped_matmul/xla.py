@@ -35,7 +35,7 @@ def _backward(
         dw = jnp.matmul(x.T, g, precision="highest", preferred_element_type=dw_EDF.dtype)
         return tile.write(dx_RD, _matmul(g, w_EDF[group].T)), dw_EDF.at[group].add(dw)
 
-    # A group may have many tiles: their sum needs more than the 8 bits of bfloat16.
+    # A group may have many tiles: summing them takes more precision than bfloat16's 8 bits.
     wide = jnp.promote_types(w_EDF.dtype, jnp.float32)
     zeros = jnp.zeros_like(x_RD), jnp.zeros(w_EDF.shape, wide)
     dx_RD, dw_EDF = _fold_tiles(add_tile, zeros, group_sizes_E)
@@ -52,9 +52,9 @@ def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 def _fold_tiles(
     step: Callable[[RowTile, jax.Array, Carry], Carry], carry: Carry, group_sizes_E: jax.Array
 ) -> Carry:
-    """Folds `step(tile, group, carry)` over all tiles; the carry has arrays with a row for each row."""
+    """Folds `step(tile, group, carry)` over all tiles; the arrays of the carry are indexed by row."""
     rows = jax.tree.leaves(carry)[0].shape[0]
-    # Of half a group, so that few of them are mostly empty.
+    # Tiles of half the mean group size, so that few of them are mostly empty.
     mean = rows // group_sizes_E.shape[0]
     tile_rows = min(rows, next((size for size in (128, 64, 32) if mean >= 2 * size), 16))
     tiles = make_group_metadata(group_sizes_E, rows, tile_rows)

@@ -1,10 +1,10 @@
-"""Grouped matmul with experts that stay in MXFP4: rows sorted by group times one quantized matrix per group.
+"""Grouped matmul with MXFP4 experts: multiplies rows sorted by group by one quantized matrix per group.
 
-Only the bytes of groups with rows are read, and dequantized inside a kernel or one group at a time. So time
-and memory grow with the rows and their groups, not with E.
+Only the bytes of nonempty groups are read, and dequantized inside a kernel or one group at a time. Time and
+memory thus grow with the rows and their groups, not with E.
 
 Letters: R rows, E groups (experts), D input width, F output width, G = D / 32 blocks of values that share a
-scale, C = 16 bytes of each. Every backend is a function (x_RD, blocks_EFGC, scales_EFG, group_sizes_E) ->
+scale, C = 16 bytes per block. Every backend is a function (x_RD, blocks_EFGC, scales_EFG, group_sizes_E) ->
 y_RF and, with `transposed=True`, (g_RF, ...) -> dx_RD, the gradient in x. Packed weights have no gradient.
 """
 
@@ -34,10 +34,10 @@ def mxfp4_grouped_matmul(
     """Multiplies each group of rows by its quantized matrix and adds its bias; differentiable in x and bias.
 
     Args:
-      x_RD: rows in bfloat16 or float32, group 0's first, then group 1's, and so on.
+      x_RD: rows sorted by group, in bfloat16 or float32.
       blocks_EFGC: uint8; the weight of output f and input d is `codec.dequantize(blocks, scales)[e, f, d]`.
       scales_EFG: uint8.
-      group_sizes_E: int32, the number of rows of each group, possibly none; the sum may be below R.
+      group_sizes_E: int32, the number of rows in each group, possibly 0; the sum may be less than R.
 
     Returns:
       [R, F] in the dtype of `x_RD`; rows without a group are zero.
@@ -57,7 +57,7 @@ def _implementation(x_RD: jax.Array) -> Callable:
         return cpu_mxfp4_matmul
     if backend.platform() == "cpu" or not selection.is_enabled("mxfp4_matmul"):
         return xla_mxfp4_matmul
-    # Lazy: Pallas backends are slow to import.
+    # Imported lazily: Pallas backends are slow to import.
     if backend.platform() == "tpu":
         from gptoss_jax.kernels.mxfp4.pallas_tpu import mosaic_mxfp4_matmul
 
@@ -75,7 +75,7 @@ def differentiable_matmul(
     scales_EFG: jax.Array,
     group_sizes_E: jax.Array,
 ) -> jax.Array:
-    """One implementation of `mxfp4_grouped_matmul` without a bias, differentiable in x."""
+    """Makes an implementation of `mxfp4_grouped_matmul` without a bias differentiable in x."""
     return implementation(x_RD, blocks_EFGC, scales_EFG, group_sizes_E)
 
 

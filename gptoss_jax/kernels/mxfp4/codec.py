@@ -3,8 +3,8 @@
 The format of the released experts (docs/math.md, "Released weights"; OCP Microscaling Formats v1.0, section
 5). A block of 32 values along the last axis is 16 bytes of two codes each, the low nibble first, and one byte
 of scale: value = code * 2^(scale - 127), and scale 255 is NaN. Everything here is integer arithmetic on the
-bits of floats, exact at both ends of their range, however a backend treats subnormals. With `xp=numpy`
-the same code runs on the host.
+bits of floats, exact at both ends of their range, regardless of how a backend treats subnormals. With
+`xp=numpy`, the same code runs on the host.
 """
 
 from types import ModuleType
@@ -16,19 +16,19 @@ import numpy as np
 
 BLOCK_SIZE = 32
 BLOCK_BYTES = BLOCK_SIZE // 2  # of codes
-# The magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6, codes 0 … 7; bit 3 is the sign. Half-way between them, and
-# whether a value of that size rounds to the lower code: ties go to even codes.
+# Codes 0 … 7 are the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4 and 6; bit 3 is the sign. Midpoints between them, and
+# whether the midpoint rounds down: ties go to even codes.
 TIES = ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5, True), (3.5, False), (5.0, True))
 NAN_SCALE = 255
-# Axes in memory on TPU, from major to minor, as pallas_tpu.py reads blocks [E, F, G, 16] and scales [E, F,
-# G]; further leading axes come first.
+# Major-to-minor layout in TPU memory in which pallas_tpu.py reads blocks [E, F, G, 16] and scales [E, F, G];
+# additional leading axes come first.
 TPU_LAYOUTS = {"blocks": (0, 2, 3, 1), "scales": (0, 2, 1)}
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 
 def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns the values, exact in bfloat16 and float32 alike.
+    """Returns the values, which are exact in both bfloat16 and float32.
 
     Args:
       blocks: uint8 [..., G, 16].
@@ -36,7 +36,7 @@ def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike
       dtype: bfloat16 or float32.
 
     Returns:
-      [..., 32 * G]. Magnitudes of 2^128 and more are infinite; a block of scale 255 is NaN.
+      [..., 32 * G]. Magnitudes of 2^128 and more become infinite; a block with scale 255 is NaN.
     """
     bits = jnp.stack(bfloat16_bits(blocks, scales[..., None]), axis=-1)
     if dtype != jnp.bfloat16:
@@ -47,13 +47,13 @@ def dequantize(blocks: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike
 
 
 def bfloat16_bits(blocks: Array, scales: Array, xp: ModuleType = jnp) -> tuple[Array, Array]:
-    """Returns the values of the low and of the high nibbles as the bits of bfloat16, two uint16 arrays of the
-    shape of `blocks`; `scales` must broadcast to it."""
+    """Returns the values of the low and the high nibbles as bfloat16 bits: two uint16 arrays of the shape of
+    `blocks`, to which `scales` must broadcast."""
     scale, byte = scales.astype(np.int16), blocks.astype(np.int16)
 
     def bits(code):
         size = code & 7
-        # Magnitudes of 1 and more are (1 + half / 2) * 2^k; 0.5 is 2^-1.
+        # Magnitudes from 1 are (1 + half / 2) * 2^k; 0.5 is 2^-1.
         exponent = scale + (size >> 1) - 1
         half = xp.where(size > 1, size & 1, 0).astype(np.int16)
         normal = (exponent << 7) | (half << 6)
@@ -69,22 +69,22 @@ def bfloat16_bits(blocks: Array, scales: Array, xp: ModuleType = jnp) -> tuple[A
 def kernel_scales(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns float32 factors for `kernel_values`: a power of two, and 1 or, for the smallest scale, 0.5."""
     scales = scales.astype(jnp.int32)
-    # The smallest scale is subnormal: twice that, and half of each code.
+    # The smallest scale is subnormal: double it, and halve each code.
     power = jax.lax.bitcast_convert_type(jnp.maximum(scales, 1) << 23, jnp.float32)
     return jnp.where(scales == NAN_SCALE, jnp.nan, power), jnp.where(scales == 0, 0.5, 1.0)
 
 
 def kernel_values(blocks: jax.Array, power: jax.Array, one: jax.Array) -> list[jax.Array]:
-    """Returns the values of the low and of the high nibbles, float32, in fewer operations than `dequantize`.
+    """Returns the values of the low and the high nibbles, float32, with fewer operations than `dequantize`.
 
-    Values that are subnormal in float32, below 2^-126, may become zero. `power` and `one` are those of
+    Values that are subnormal in float32, below 2^-126, may become zero. `power` and `one` come from
     `kernel_scales`, and must broadcast to the shape of `blocks`.
     """
     byte, values = blocks.astype(jnp.int32), []
     half = jax.lax.bitcast_convert_type(one, jnp.int32) - (1 << 23)
     for top in (byte << 28, byte << 24):
-        # The code's magnitude as exponent and significand: right from 1 on. Below it, 0 and 0.5 give 0.5
-        # and 0.75, twice as near to 1 as they should be.
+        # The magnitude as exponent and significand, which is correct from 1 on. Below, 0 and 0.5 become 0.5
+        # and 0.75, half as far from 1 as they should be.
         size = jax.lax.bitcast_convert_type(((top >> 6) & 0x1C00000) + half, jnp.float32)
         size = jnp.minimum(size, size + size - one) * power
         bits = jax.lax.bitcast_convert_type(size, jnp.int32) | (top & -0x80000000)
@@ -95,28 +95,28 @@ def kernel_values(blocks: jax.Array, power: jax.Array, one: jax.Array) -> list[j
 def quantize(
     values: Array, axis: int = -1, xp: ModuleType = jnp, scales: Array | None = None
 ) -> tuple[Array, Array]:
-    """Returns the nearest MXFP4 values, with the publisher's rule: the smallest scale that clips nothing,
-    2^ceil(log2(largest / 6)), then round to nearest, ties to even.
+    """Quantizes to MXFP4 like the publisher: the smallest scale that clips nothing, 2^ceil(log2(largest /
+    6)), then round to nearest, ties to even.
 
-    `quantize(dequantize(...))` keeps the values, though not always their codes.
+    `quantize(dequantize(...))` preserves the values, though not always their codes.
 
     Args:
       values: float32 or bfloat16, [..., 32 * G].
-      axis: the axis that blocks run along, if not the last; G, and 16 after it, then take its place.
-      scales: uint8, to use instead of those of the rule; values beyond the largest code are clipped to it.
+      axis: the axis that is split into blocks; it is replaced with axes G and 16.
+      scales: uint8 scales to use instead; values beyond the largest code are clipped to it.
 
     Returns:
-      blocks, uint8 [..., G, 16], and scales, uint8 [..., G]. A block of zeros has scale 0; one with an inf or
+      blocks, uint8 [..., G, 16], and scales, uint8 [..., G]. A block of zeros has scale 0; one with inf or
       NaN has scale 255.
 
-    Raises ValueError for an axis that is not a multiple of 32.
+    Raises ValueError if the size of the axis is not a multiple of 32.
     """
     axis %= values.ndim
     bits = _float32_bits(values, axis, xp)
     magnitude = bits & 0x7FFFFFFF
     if scales is None:
         largest = xp.max(magnitude, axis=axis + 1)
-        # 6 is 1.5 * 2^2: up to a significand of 1.5 the exponent is two less, above it one less.
+        # 6 is 1.5 * 2^2: the scale's exponent is two less up to a significand of 1.5, and one less above.
         scales = (largest >> 23) - 2 + ((largest & 0x7FFFFF) > 0x400000)
         scales = xp.where(largest >= 0x7F800000, NAN_SCALE, xp.maximum(scales, 0)).astype(np.uint8)
     exponent = xp.expand_dims(scales, axis + 1).astype(np.int32) - 127
@@ -134,7 +134,7 @@ def _float32_bits(values: Array, axis: int, xp: ModuleType) -> Array:
     if size % BLOCK_SIZE:
         raise ValueError(f"axis {axis} has {size} values: must be a multiple of {BLOCK_SIZE}")
     shape = (*values.shape[:axis], size // BLOCK_SIZE, BLOCK_SIZE, *values.shape[axis + 1 :])
-    # From the bits of a bfloat16: a conversion may flush subnormals.
+    # Widen the bits of a bfloat16: a conversion may flush subnormals.
     is_narrow = values.dtype == jnp.bfloat16
     values, kind = (values, np.int16) if is_narrow else (values.astype(np.float32), np.int32)
     values = values.reshape(shape)
@@ -143,7 +143,7 @@ def _float32_bits(values: Array, axis: int, xp: ModuleType) -> Array:
 
 
 def _scaled_bits(value: float, exponent: Array, xp: ModuleType) -> Array:
-    """Returns the float32 bits of value * 2^exponent, for a value of at most three significant bits."""
+    """Returns the float32 bits of value * 2^exponent, for a value with at most three significant bits."""
     bits = int(np.float32(value).view(np.int32))
     field = (bits >> 23) + exponent
     subnormal = ((bits & 0x7FFFFF) | 0x800000) >> xp.clip(1 - field, 0, 24)

@@ -1,16 +1,16 @@
 """Grouped matmul with MXFP4 weights on TPU, and its gradient in x: Pallas with its Mosaic backend.
 
-A step is a tile of rows and a group with rows in it. The ids of the groups are prefetched, so that the bytes
-of a group arrive while the step before it computes, and no others are ever read. They are dequantized in
-VMEM once for all consecutive tiles of a group: a tile of outputs, with all that is summed for them.
+A grid step is a tile of rows and a group with rows in it. The ids of the groups are prefetched, so the bytes
+of a group are loaded during the previous step, and no others are ever read. A tile of outputs, over the whole
+contracted axis, is dequantized in VMEM once for all consecutive row tiles of a group.
 
-The axis F is along the lanes: the kernel takes blocks as [E, G, C, F] and scales as [E, G, F]. Then a scale
-is above the 16 bytes it belongs to, and nothing moves between lanes. The two values of a byte are in rows one
-above the other, and TPUs store such a pair of bfloat16 as one 32-bit word.
+The axis F is along the lanes: the kernel reads blocks as [E, G, C, F] and scales as [E, G, F]. A scale is
+thus in the same lane as its 16 bytes, and nothing moves between lanes. The two values of a byte are in
+adjacent rows, and TPUs store such a pair of bfloat16 values in one 32-bit word.
 
-Arrays that are stored so (`codec.TPU_LAYOUTS`), as `checkpoints.sharded_io` does, are read in place. XLA by
-itself stores scales in another order, and blocks too if E is a multiple of 128 and F is not: then every call
-copies all of them.
+Arrays in this layout (`codec.TPU_LAYOUTS`), which `checkpoints.sharded_io` uses, are read in place. XLA's
+default layout of scales differs, as does that of blocks if E is a multiple of 128 and F is not: every call
+then copies all of them.
 
 Letters as in api.py.
 """
@@ -28,16 +28,16 @@ from gptoss_jax.kernels.group_tiles import make_group_metadata, zero_ungrouped
 from gptoss_jax.kernels.mxfp4 import codec
 
 MAX_TILE_ROWS = 128
-# Outputs F of a tile, by the bytes of a value of x.
+# Outputs (F) per tile, by the itemsize of x.
 TILE_WIDTH = {2: 640, 4: 384}
-# Blocks of 32 outputs D of a tile of the gradient: as many rows of bytes as TPUs store in one tile.
+# Blocks of 32 outputs (D) per tile of the gradient: the number of uint8 rows in a TPU memory tile.
 GRADIENT_BLOCKS = 32
-# Values along F that are dequantized at once, few enough for registers.
+# Number of values along F that are dequantized at once, limited by registers.
 DEQUANTIZED_WIDTH = 640
-# Scales with which every code is a normal number, as those of released weights are; others take longer.
+# Range of scales for which every code is a normal number, as in the released weights; others are slower.
 LEAST_USUAL_SCALE, LARGEST_USUAL_SCALE = 2, 252
 SIGNS = -0x7FFF8000  # the top bits of both halves of a word
-# What a kernel may use of the VMEM of v5e, v5p and v6e, 96 MiB or more.
+# VMEM limit of the kernel; v5e, v5p and v6e have 96 MiB or more.
 VMEM = 64 << 20
 
 
@@ -50,9 +50,9 @@ def mosaic_mxfp4_matmul(
     transposed: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """`mxfp4_grouped_matmul` without a bias, or its gradient in x if `transposed`, [R, F] -> [R, D].
+    """`mxfp4_grouped_matmul` without a bias or, if `transposed`, its gradient in x, [R, F] -> [R, D].
 
-    `interpret` runs it on any platform, slowly. In a program for several devices, call it in a
+    `interpret` runs it on any platform, slowly. In a program for several devices, call it inside
     `jax.shard_map`.
     """
     rows, inner = x_RD.shape
@@ -71,7 +71,7 @@ def mosaic_mxfp4_matmul(
         scales_EFG.transpose(codec.TPU_LAYOUTS["scales"]),
     ]
     if not interpret:
-        # Else a small stack may be copied to VMEM, all of it.
+        # Otherwise, the compiler may copy a small stack to VMEM entirely.
         weights = [pltpu.with_memory_space_constraint(part, pltpu.HBM) for part in weights]
 
     def tile_of_weights(i, v, tables):
@@ -109,7 +109,7 @@ def mosaic_mxfp4_matmul(
         interpret=interpret,
         name="mxfp4_matmul_dx" if transposed else "mxfp4_matmul",
     )(tables, x_RD, weights)
-    # Rows without a group were never written.
+    # The kernel does not write rows without a group.
     return zero_ungrouped(y_RF, group_sizes_E)
 
 
@@ -130,7 +130,7 @@ def _kernel(
         _dequantize(blocks_ref, scales_ref, w_ref, scale_ref)
 
     w_DF = pltpu.bitcast(w_ref[...], jnp.bfloat16).astype(x_ref.dtype)
-    # Summed over D or, transposed, over F.
+    # Contracts D or, if transposed, F.
     y = lax.dot_general(
         x_ref[...],
         w_DF,
@@ -144,7 +144,7 @@ def _kernel(
 
 
 def _dequantize(blocks_ref: jax.Ref, scales_ref: jax.Ref, w_ref: jax.Ref, scale_ref: jax.Ref) -> None:
-    """Dequantizes a tile of one group's weights, D by F, two along D in a word."""
+    """Dequantizes a [D, F] tile of one group's weights, packing two values along D per word."""
     scale_GF = scales_ref[...].astype(jnp.int32)
     is_extreme_GF = (scale_GF < LEAST_USUAL_SCALE) | (scale_GF > LARGEST_USUAL_SCALE)
     is_usual = jnp.max(jnp.where(is_extreme_GF, 1.0, 0.0)) == 0
@@ -162,7 +162,7 @@ def _dequantize(blocks_ref: jax.Ref, scales_ref: jax.Ref, w_ref: jax.Ref, scale_
 
     @pl.when(is_usual)
     def _():
-        # The exponent of 0.5 and, because the code 1 is 0.5 too, half a step less: in both halves of a word.
+        # In both halves of a word: the exponent of 0.5, minus half a step because code 1 is also 0.5.
         offset_GF = (scale_GF << 7) - 0xC0
         scale_ref[...] = offset_GF | offset_GF << 16
         dequantize_blocks(_usual_pairs)
@@ -174,7 +174,7 @@ def _dequantize(blocks_ref: jax.Ref, scales_ref: jax.Ref, w_ref: jax.Ref, scale_
 
 
 def _pairs(byte: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns the two values of each byte, as bfloat16 in a word: the low nibble's in the lower half."""
+    """Returns the two values of each byte as a word of two bfloat16, the low nibble in the lower half."""
     values = codec.kernel_values(byte, *codec.kernel_scales(scale))
     low, high = (lax.bitcast_convert_type(value, jnp.int32) for value in values)
     # A bfloat16 is the upper half of a float32.
@@ -182,10 +182,10 @@ def _pairs(byte: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _usual_pairs(byte: jax.Array, offset: jax.Array) -> jax.Array:
-    """`_pairs` in integer arithmetic on both halves of a word at once, in two thirds of the time, for scales
-    with which all values are finite and normal."""
+    """`_pairs` for scales with which all values are finite and normal: integer arithmetic on both halves of a
+    word at once, in two thirds of the time."""
     codes = byte | byte << 12
-    # As exponent and significand: right, with the offset, from the code 2 on.
+    # Exponent and significand: with the offset, correct from code 2 on.
     size = (codes << 6) & 0x01C001C0
     is_above_1 = lax.shift_right_logical(size + 0x7F807F80, 9) & 0x00400040
     top = (size + 0x7FC07FC0) & SIGNS  # set if the size is not 0

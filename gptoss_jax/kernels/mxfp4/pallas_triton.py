@@ -1,8 +1,8 @@
 """Grouped matmul with MXFP4 weights on GPU, and its gradient in x: Pallas with its Triton backend.
 
-A program takes one tile of a group's rows and some of the outputs. Bytes become values in registers, once for
-each tile of rows: for few rows tiles are small, because reading the bytes dominates; for many they are large,
-so that multiplying does.
+A program computes one tile of a group's rows and of the outputs. Weights are dequantized in registers once
+per tile of rows: tiles are small for few rows, where reading the bytes dominates, and large for many rows, to
+be compute-bound.
 
 Letters as in api.py.
 """
@@ -22,25 +22,26 @@ from gptoss_jax.kernels.mxfp4 import codec
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the work is split. All sizes are powers of two; those along D are 32 or more, the others 16."""
+    """Tile sizes and Triton's compiler parameters. Sizes are powers of two, at least 32 along D and 16
+    elsewhere."""
 
     rows: int
     outputs: int
-    # Of the axis that is summed over, in one step of the loop.
+    # Elements of the contracted axis per loop step.
     inner: int
     warps: int
     stages: int
 
 
-# For an H100 by reasoning; none was tuned by timing. The tensor cores' smallest product has 16 rows. For few
-# rows, few outputs, so that even one group's matrix keeps a whole GPU busy.
+# Chosen for the H100 by calculation, not tuned on hardware. The smallest tensor-core matmul has 16 rows. For
+# few rows, tiles have few outputs, so that even the matrix of one group keeps the whole GPU busy.
 MAX_NARROW_ROWS = 1024
 NARROW = Tiles(rows=16, outputs=32, inner=256, warps=4, stages=3)
 NARROW_GRADIENT = Tiles(rows=16, outputs=128, inner=64, warps=4, stages=3)
-# Compiled for sm_90, 60 KiB of shared memory and 168 registers a thread: a multiprocessor has three programs,
-# and one multiplies while others dequantize.
+# Compiled for sm_90: 60 KiB of shared memory and 168 registers per thread. Three programs fit on a
+# multiprocessor, so that one multiplies while others dequantize.
 WIDE = Tiles(rows=128, outputs=64, inner=64, warps=4, stages=3)
-# float32 does not use the tensor cores. The largest that do not spill registers.
+# float32 does not use tensor cores. The largest tiles that do not spill registers.
 NARROW_FLOAT32 = Tiles(rows=16, outputs=32, inner=64, warps=4, stages=2)
 WIDE_FLOAT32 = Tiles(rows=64, outputs=64, inner=32, warps=8, stages=2)
 
@@ -55,7 +56,7 @@ def _default_tiles(dtype: jnp.dtype, rows: int, transposed: bool) -> Tiles:
 
 
 def _range(start: jax.Array | int, size: int, end: jax.Array | int) -> tuple[slice | pl.Slice, jax.Array]:
-    """Indices start … start + size - 1 for a load or store, and the mask of those below `end`."""
+    """Returns indices start … start + size - 1 for a load or store, and the mask of those below `end`."""
     return pl.ds(start, size), start + jnp.arange(size, dtype=jnp.int32) < end
 
 
@@ -70,11 +71,11 @@ def triton_mxfp4_matmul(
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """`mxfp4_grouped_matmul` without a bias, or its gradient in x if `transposed`, [R, F] -> [R, D].
+    """`mxfp4_grouped_matmul` without a bias or, if `transposed`, its gradient in x, [R, F] -> [R, D].
 
     Args:
       interpret: runs it on any platform, slowly.
-      tiles: for tests and benchmarks; default by type and rows.
+      tiles: for tests and benchmarks; the default depends on dtype and number of rows.
     """
     rows, inner = x_RD.shape
     F, G, C = blocks_EFGC.shape[1:]
@@ -85,13 +86,13 @@ def triton_mxfp4_matmul(
 
     def kernel(tables, x_ref, blocks_ref, scales_ref, y_ref):
         group_V, row_V, _, end_V = tables
-        # All outputs of a tile before the next tile: concurrent programs share one group's bytes in L2.
+        # Outputs vary fastest, so that concurrent programs share one group's bytes in L2.
         tile, output_tile = pl.program_id(0) // output_tiles, pl.program_id(0) % output_tiles
         here, row_mask = _range(row_V[tile], tiles.rows, end_V[tile])
         there, output_mask = _range(output_tile * tiles.outputs, tiles.outputs, outputs)
 
         def load_weights(f, f_size, d, d_size):
-            """Loads values f … f + f_size - 1 of F by d … d + d_size - 1 of D, zeros outside of them."""
+            """Loads values f … f + f_size - 1 of F by d … d + d_size - 1 of D, padded with zeros."""
             along_F, F_mask = _range(f, f_size, F)
             along_G, G_mask = _range(d // codec.BLOCK_SIZE, d_size // codec.BLOCK_SIZE, G)
             mask = F_mask[:, None] & G_mask[None, :]
@@ -113,10 +114,10 @@ def triton_mxfp4_matmul(
                 w = load_weights(start, tiles.inner, output_tile * tiles.outputs, tiles.outputs)
             else:
                 w = load_weights(output_tile * tiles.outputs, tiles.outputs, start, tiles.inner).T
-            # Of float32 operands; narrower ones go to the tensor cores as they are, and add up in float32.
+            # HIGHEST is for float32; narrower operands go to tensor cores unchanged. Accumulates in float32.
             return total + triton.dot(x, w, precision=lax.Precision.HIGHEST)
 
-        # The metadata has room for more tiles than there are: programs of those have nothing to do.
+        # The grid has the maximum number of tiles: programs past the last tile do nothing.
         steps = (end_V[tile] > 0).astype(jnp.int32) * pl.cdiv(inner, tiles.inner)
         total = lax.fori_loop(0, steps, step, jnp.zeros((tiles.rows, tiles.outputs), jnp.float32))
         mask = row_mask[:, None] & output_mask[None, :]
@@ -130,5 +131,5 @@ def triton_mxfp4_matmul(
         interpret=interpret,
         name="mxfp4_matmul_dx" if transposed else "mxfp4_matmul",
     )(tables, x_RD, blocks_EFGC, scales_EFG)
-    # Rows without a group were never written.
+    # The kernel does not write rows without a group.
     return zero_ungrouped(y_RF, group_sizes_E)

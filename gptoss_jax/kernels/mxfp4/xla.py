@@ -1,4 +1,4 @@
-"""Grouped matmul with MXFP4 weights in plain XLA, for every platform, and its gradient."""
+"""Grouped matmul with MXFP4 weights in plain XLA, for all platforms, and its gradient in x."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def xla_mxfp4_matmul(
     group_sizes_E: jax.Array,
     transposed: bool = False,
 ) -> jax.Array:
-    """`mxfp4_grouped_matmul` without a bias: dequantizes the matrix of each group with rows, one at a time.
+    """`mxfp4_grouped_matmul` without a bias: dequantizes the matrices of nonempty groups, one at a time.
 
     [R, D] x [E, F, D] -> [R, F] or, transposed, [R, F] x [E, F, D] -> [R, D]. Not differentiable.
     """
