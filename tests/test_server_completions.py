@@ -236,7 +236,7 @@ def test_sampling_settings(start):
         ({"logprobs": 21}, "logprobs", "must be an integer from 0 to 20"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "must be a token id below 512"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "must be a number from -100 to 100"),
-        ({"stream_options": {}}, "stream_options", "is for requests with stream: true"),
+        ({"stream_options": {}}, "stream_options", "is only allowed with stream: true"),
         ({"stream": 1}, "stream", "stream is 1: must be true or false"),
         ({"seed": 1.5}, "seed", "must be an integer"),
     ],
@@ -259,5 +259,5 @@ def test_prompts_that_do_not_fit(start, prompt, param):
 
 def test_another_model(start):
     client, _, _ = start()
-    with pytest.raises(openai.NotFoundError, match='"gpt-4" does not exist; this server has "tiny"'):
+    with pytest.raises(openai.NotFoundError, match='"gpt-4" does not exist; this server serves "tiny"'):
         complete(client, model="gpt-4")

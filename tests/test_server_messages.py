@@ -111,7 +111,7 @@ def test_tools_and_the_format_of_the_answer_are_in_the_developer_message():
     ("messages", "param", "reason"),
     [
         (None, "messages", "messages is missing"),
-        ([], "messages", "must have a message"),
+        ([], "messages", "must contain at least one message"),
         (["a"], "messages[0]", "must be an object"),
         ([{"content": "a"}], "messages[0].role", "missing"),
         ([{"role": "bot", "content": "a"}], "messages[0].role", "must be one of system, developer"),
@@ -120,7 +120,7 @@ def test_tools_and_the_format_of_the_answer_are_in_the_developer_message():
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
             "messages[0].content[0].type",
-            "reads no images",
+            "images, audio and files are not supported",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text", "missing"),
         ([{"role": "user", "content": ["a", 3]}], "messages[0].content[1]", "must be a text part"),

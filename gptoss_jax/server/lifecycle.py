@@ -1,4 +1,4 @@
-"""A server's life: bind, load, warm up, serve, drain, stop."""
+"""Server lifecycle: bind, load, warm up, serve, drain, stop."""
 
 import asyncio
 import contextlib
@@ -22,12 +22,12 @@ from gptoss_jax.server.errors import ApiError
 from gptoss_jax.server.service import RETRY_AFTER, Service
 from gptoss_jax.server.transport import error_response
 
-# Seconds that an idle connection stays open: longer than clients keep theirs, or they would use one just
-# as it closes.
+# Keep-alive timeout in seconds: longer than the clients', which could otherwise reuse a connection just as
+# the server closes it.
 KEEP_ALIVE = 65
-# Seconds for responses to end after the engine has stopped.
+# Seconds for responses to finish after the engine has stopped.
 LAST_SECONDS = 5
-# Sampling settings whose programs --warmup compiles.
+# Sampling parameters to compile for with --warmup.
 WARMUP = (
     SamplingParams(max_new_tokens=4),
     SamplingParams(max_new_tokens=4, temperature=1.0),
@@ -38,7 +38,7 @@ WARMUP_PROMPT = 700  # tokens: a chunk of each size
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket at an address; port 0 chooses a free one. Raises ValueError if it cannot be used."""
+    """Returns a socket bound to an address; port 0 picks a free port. Raises ValueError on failure."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
@@ -52,14 +52,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class LateApp:
-    """An application that answers 503 until it is there, but for the chat page, which asks again."""
+    """ASGI application that returns 503 until `app` is set; the chat page is served and polls for it."""
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            # The engine is started and stopped by `serve`.
+            # `serve` starts and stops the engine.
             while (message := await receive())["type"] != "lifespan.shutdown":
                 await send({"type": f"{message['type']}.complete"})
             await send({"type": "lifespan.shutdown.complete"})
@@ -73,7 +73,7 @@ class LateApp:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with signals that are left to `serve`."""
+    """uvicorn server that leaves signal handling to `serve`."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(
@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Calls `on_signal` for SIGINT and SIGTERM."""
+        """Calls `on_signal` on SIGINT and SIGTERM."""
         numbers = (signal.SIGINT, signal.SIGTERM) if _in_main_thread() else ()
         before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
@@ -117,9 +117,9 @@ def serve(
 ) -> None:
     """Loads a service and serves it until SIGTERM or Ctrl-C; then drains.
 
-    Draining: /health and new requests get 503, those that were accepted finish, for at most `drain` seconds.
-    A second signal ends it at once. Raises what `load` raises, KeyboardInterrupt for a signal while it loads,
-    and OSError when the engine is broken.
+    While draining, /health and new requests return 503, and accepted requests have up to `drain` seconds to
+    finish; a second signal stops immediately. Raises the errors of `load`, KeyboardInterrupt for a signal
+    during loading or warmup, and OSError if the engine keeps failing.
     """
     asyncio.run(_serve(load, bound, drain, warmup, on_ready))
 
@@ -167,13 +167,13 @@ async def _serve(
         await asyncio.wait((serving, signal_seen, failed), return_when=asyncio.FIRST_COMPLETED)
         failed.cancel()
         if service.engine.failure is not None:
-            raise OSError("the engine has failed again and again; its log is above")
+            raise OSError("the engine failed repeatedly; see the log above")
         await _drain(service, server, drain)
     finally:
         if service is not None:
             service.state = "stopped"
             await asyncio.to_thread(service.engine.close)
-            # The streams' last events are sent before the connections close.
+            # Let streams send their last events before the connections close.
             await _until(lambda: service.num_requests == 0, LAST_SECONDS, server)
         server.should_exit = True
         signal_seen.cancel()
@@ -181,10 +181,10 @@ async def _serve(
 
 
 async def warm_up(service: Service) -> None:
-    """Compiles the programs of usual requests."""
+    """Compiles the programs of typical requests."""
     length = min(WARMUP_PROMPT, service.max_context - WARMUP[0].max_new_tokens)
     for params in WARMUP:
-        # A salt of its own: no other prompt finds these tokens in the cache.
+        # A separate salt, so that no other prompt matches this one in the prefix cache.
         prompt = [token % service.vocab_size for token in range(length)]
         await service.engine.stream(prompt, params, cache_salt="warmup").completion()
 
@@ -193,20 +193,20 @@ async def _drain(service: Service, server: Server, seconds: float) -> None:
     service.state = "draining"
     if service.num_requests:
         count = service.num_requests
-        message = f"finishing {count:,} request{'s' * (count > 1)} for at most {seconds:g} s"
-        print(f"gptoss: {message}; Ctrl-C again stops now", file=sys.stderr, flush=True)
+        message = f"finishing {count:,} request{'s' * (count > 1)}, for up to {seconds:g} s"
+        print(f"gptoss: {message}; press Ctrl-C again to stop now", file=sys.stderr, flush=True)
     await _until(lambda: service.num_requests == 0, seconds, server)
 
 
 async def _until(condition: Callable[[], bool], seconds: float, server: Server) -> None:
-    """Waits for a condition, a time or a second signal."""
+    """Waits for a condition, a timeout, or a second signal."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end and not server.force_exit:
         await asyncio.sleep(0.05)
 
 
 def _in_daemon(function: Callable[[], Service]) -> "asyncio.Future[Service]":
-    """Calls a function on a thread that does not keep the process alive."""
+    """Calls a function on a daemon thread, which does not keep the process alive."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Service] = loop.create_future()
 

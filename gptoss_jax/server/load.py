@@ -1,4 +1,4 @@
-"""A model's folder as a `Service`: engine, tokenizer, names and defaults."""
+"""Loads a model folder into a `Service`: engine, tokenizer, names and defaults."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ from gptoss_jax.server.engine_thread import EngineThread
 from gptoss_jax.server.metrics import Metrics
 from gptoss_jax.server.service import Defaults, Service, Settings
 
-# Bytes at the start, the middle and the end of each file of weights that count for the fingerprint.
+# Bytes hashed for the fingerprint at the start, middle and end of each weight file.
 SAMPLED_BYTES = 1 << 16
 WEIGHTS = ("*.safetensors", "config.json", "adapter_config.json", "checkpoints/**/*", "original/*")
 
@@ -36,20 +36,20 @@ class ServeConfig:
 
     folder: str
     adapter: str | None = None
-    model_name: str | None = None  # None: the folder's
+    model_name: str | None = None  # None: the folder's name
     slots: int | None = None
     context: int | None = None
     prefix_reuse: Literal["any", "exact", "off"] = "any"
     prefix_cache_bytes: int | None = None
     max_queue: int = 256
     plain: bool = False
-    date: str | None = None  # None: today's if the model was trained with dates
+    date: str | None = None  # None: today if the model was trained with dates
     reasoning: Reasoning = "medium"
     settings: Settings = Settings()
 
 
 def load_service(config: ServeConfig) -> Service:
-    """Loads the model. Raises ValueError as `from_pretrained` does, and for a bad generation_config.json."""
+    """Loads the model; raises ValueError like `from_pretrained`, and for a bad generation_config.json."""
     folder = local_folder(config.folder)
     defaults = read_defaults(folder)
     model, tokenizer = load_model(folder, config.adapter)
@@ -85,9 +85,9 @@ def load_service(config: ServeConfig) -> Service:
 
 
 def widen(model: Transformer) -> Transformer:
-    """Returns a model whose parameters, but for the experts' matrices, have the dtype of the computation.
+    """Casts all parameters except the experts' matrices to the compute dtype.
 
-    On CPU every decode step would convert bfloat16 to float32 again; the values are the same.
+    On CPU, every decode step would otherwise convert bfloat16 to float32; the values do not change.
     """
     dtype = compute_dtype(model.config)
 
@@ -102,10 +102,10 @@ def widen(model: Transformer) -> Transformer:
 
 
 def max_slots(config: ModelConfig, context: int) -> int:
-    """Returns the most slots for `context` tokens that fit beside the weights in a device's memory, at least
-    one; 2**31 if JAX does not know the memory.
+    """Returns how many slots of `context` tokens fit in the device memory left by the weights, at least 1.
 
-    A cache that grows takes the room of its old and its new size, at most 1.5 times the new one.
+    Returns 2**31 if JAX does not report the memory. While a cache grows, the old and the new one coexist: at
+    most 1.5 times the new size.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
@@ -116,14 +116,14 @@ def max_slots(config: ModelConfig, context: int) -> int:
 
 
 def default_name(folder: str) -> str:
-    """Returns the name of a model without --model-name: OWNER/NAME, or the folder's name."""
+    """Returns the default model name: OWNER/NAME on the Hub, or the folder's name."""
     return folder.removeprefix(HUB) if folder.startswith(HUB) else pathlib.Path(folder).resolve().name
 
 
 def read_defaults(folder: pathlib.Path) -> Defaults:
-    """Returns temperature, top_p and top_k of generation_config.json; OpenAI's where it has none.
+    """Returns temperature, top_p and top_k from generation_config.json, or OpenAI's defaults.
 
-    Raises ValueError for values that are out of range.
+    Raises ValueError for values out of range.
     """
     file = folder / "generation_config.json"
     values = read_json(file) if file.is_file() else {}
@@ -140,8 +140,8 @@ def read_defaults(folder: pathlib.Path) -> Defaults:
 
 
 def fingerprint(folder: pathlib.Path, adapter: str | os.PathLike | None, dtype: str) -> str:
-    """Returns `fp_…`: a hash of the weights' files (names, sizes, parts of their bytes), the dtype of the
-    computation, and the versions of this package and of jax."""
+    """Returns `fp_…`: a hash of the weight files (names, sizes, sampled bytes), the compute dtype, and the
+    versions of this package and jax."""
     folders = [folder] if adapter is None else [folder, local_folder(adapter)]
     parts: list[object] = [dtype, _version(), jax.__version__]
     for one in folders:

@@ -1,4 +1,4 @@
-"""OpenAI's chat messages as Harmony messages."""
+"""Converts OpenAI chat messages to Harmony messages."""
 
 import dataclasses
 import json
@@ -12,17 +12,17 @@ from gptoss_jax.server.fields import Fields, shown
 from gptoss_jax.server.tools import NAME_RULE, Tools
 
 TOOL = "tool"
-OLD_TOOL = "function"  # role of a tool's result before `tool_calls`
+OLD_TOOL = "function"  # deprecated role of results, from before `tool_calls`
 ROLES = (SYSTEM, DEVELOPER, USER, ASSISTANT, TOOL, OLD_TOOL)
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 NO_TOOLS = Tools()
-# Fields with the reasoning of an assistant's message, the first of which counts.
+# Fields for the reasoning of an assistant message; the first nonempty one is used.
 REASONING = ("reasoning", "reasoning_content", "thinking")
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A request's texts at its start that instruct the model, and the messages after them."""
+    """The leading system and developer texts of a request, and the messages after them."""
 
     instructions: str | None
     messages: list[Message]
@@ -34,13 +34,13 @@ class Conversation:
         tools: Tools = NO_TOOLS,
         response_format: str | None = None,
     ) -> list[Message]:
-        """Returns all messages, after the system message and the developer's.
+        """Returns all messages, preceded by the system and developer messages.
 
         Args:
           effort: reasoning effort.
-          date: today, as YYYY-MM-DD; None leaves it out.
-          tools: functions that the developer message declares.
-          response_format: section of the developer message, from `response_format.section`.
+          date: current date as YYYY-MM-DD; None omits it.
+          tools: functions to declare in the developer message.
+          response_format: section for the developer message, from `ResponseFormat.section`.
         """
         functions = tools.declarations()
         found = [harmony.system(effort, date, has_functions=bool(functions))]
@@ -52,13 +52,13 @@ class Conversation:
 def read_messages(fields: Fields, name: str = "messages") -> Conversation:
     """Converts a list of chat messages.
 
-    System and developer texts at the start are one developer message, later ones a message each, all in
-    order. Content beside tool calls is commentary. Each call comes directly before its result, found by
-    `tool_call_id`; a call may have none. Raises ApiError with the path of the field for what does not fit.
+    Leading system and developer texts become one developer message, later ones a message each, in place.
+    Content beside tool calls becomes commentary. Each call is followed directly by its result, matched by
+    `tool_call_id`, if there is one. Raises ApiError with the path of the invalid field.
     """
     fields.needed(name)
     given = fields.objects(name) or []
-    fields.require(bool(given), name, "must have a message")
+    fields.require(bool(given), name, "must contain at least one message")
     for message in given:
         message.needed("role")
         message.choice("role", ROLES)
@@ -74,12 +74,12 @@ def _instructs(message: Fields) -> bool:
 
 
 class _Reader:
-    """Converts messages in order; remembers calls, and results that already follow theirs."""
+    """Converts messages in order; keeps track of calls, and of results already placed after their calls."""
 
     def __init__(self, messages: Sequence[Fields]) -> None:
         self._messages = messages
         self._tools: dict[str | None, str] = {}  # tool of each call, by id
-        self._read: set[int] = set()  # indices of those results
+        self._read: set[int] = set()  # indices of results already placed
 
     def read(self, i: int, message: Fields) -> list[Message]:
         role = message.get("role")
@@ -97,7 +97,7 @@ class _Reader:
         found = []
         if thinking := next((text for name in REASONING if (text := message.text(name))), None):
             found.append(Message(ASSISTANT, thinking, "analysis"))
-        # An answer that was cut off has no content, and clients may drop its reasoning.
+        # A truncated response has no content, and clients may drop its reasoning.
         if text := read_text(message, is_required=False) or message.text("refusal"):
             found.append(Message(ASSISTANT, text, "commentary" if calls else "final"))
         results = self._results(i) if calls else {}
@@ -110,7 +110,7 @@ class _Reader:
         return found
 
     def _results(self, i: int) -> dict[str | None, list[int]]:
-        """Returns the indices of results between an assistant's message and its next one, by call."""
+        """Returns the indices of the results between this assistant message and the next, by call id."""
         found: dict[str | None, list[int]] = {}
         for k in range(i + 1, len(self._messages)):
             message = self._messages[k]
@@ -121,7 +121,7 @@ class _Reader:
         return found
 
     def _tool(self, message: Fields) -> str:
-        """Returns the tool of a result that does not follow its call."""
+        """Returns the tool of a result that was not placed after its call."""
         tool = self._tools.get(_result_id(message))
         if tool is None and (name := message.text("name")) is not None:
             message.require(TOOL_NAME.fullmatch(name) is not None, "name", NAME_RULE)
@@ -129,7 +129,7 @@ class _Reader:
         field = "name" if message.get("role") == OLD_TOOL else "tool_call_id"
         message.needed(field)
         if tool is None:
-            raise message.fault(field, "must be that of an earlier tool call")
+            raise message.fault(field, "must match an earlier tool call")
         return tool
 
 
@@ -138,16 +138,16 @@ def _result(tool: str, message: Fields) -> Message:
 
 
 def _result_id(message: Fields) -> str | None:
-    """Returns the call that a result answers: its id, for the older form its name."""
+    """Returns the id of the call that a result belongs to, or the function name for the deprecated role."""
     return message.text("name" if message.get("role") == OLD_TOOL else "tool_call_id")
 
 
 def _calls(message: Fields) -> list[tuple[str, str, str]]:
-    """Returns id, tool and arguments of each call of an assistant's message."""
+    """Returns the id, tool and arguments of each call in an assistant message."""
     calls = []
     for call in message.objects("tool_calls") or []:
         kind = call.text("type", "function")
-        call.require(kind == "function", "type", "must be function, the only type of tools that is supported")
+        call.require(kind == "function", "type", "must be function, the only supported type of tool")
         tool, arguments = read_call(call.needed_object("function"))
         calls.append((call.text("id", tool), tool, arguments))
     if (old := message.object("function_call")) is not None:
@@ -157,9 +157,9 @@ def _calls(message: Fields) -> list[tuple[str, str, str]]:
 
 
 def read_call(fields: Fields) -> tuple[str, str]:
-    """Returns the tool that a call names, such as `functions.get_weather`, and its arguments as they came.
+    """Returns the tool of a call, such as `functions.get_weather`, and its arguments.
 
-    They are not parsed: they are what a model wrote.
+    The arguments are not parsed: they are model output.
     """
     name = fields.needed_text("name")
     fields.require(TOOL_NAME.fullmatch(name) is not None, "name", NAME_RULE)
@@ -170,14 +170,14 @@ def read_call(fields: Fields) -> tuple[str, str]:
 
 
 def tool_name(name: str) -> str:
-    """Returns a function's name in the namespace of the developer message."""
+    """Returns a function's name with the namespace prefix."""
     return name if name.startswith(FUNCTIONS) else FUNCTIONS + name
 
 
 def read_text(message: Fields, name: str = "content", is_required: bool = True) -> str:
-    """Returns a content: a string, or text parts, which are joined.
+    """Returns the text of a content field: a string, or text parts, which are concatenated.
 
-    Raises ApiError for parts that are not text, such as images, with a path such as
+    Raises ApiError for parts other than text, such as images, with a path such as
     `messages[2].content[0].type`.
     """
     content = message.get(name)
@@ -198,6 +198,6 @@ def _part(message: Fields, name: str, part: Any) -> str:
     fields = Fields(part, message.param(name))
     fields.needed("type")
     kind = fields.get("type")
-    fields.require(kind in TEXT_PARTS, "type", "must be text; this model reads no images, audio or files")
+    fields.require(kind in TEXT_PARTS, "type", "must be text; images, audio and files are not supported")
     key = "refusal" if kind == "refusal" else "text"
     return fields.needed_text(key)

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, with vLLM's names, so that its dashboards work."""
+"""Prometheus metrics under vLLM's names, so that its dashboards work."""
 
 import functools
 from typing import Any, TypeVar
@@ -9,7 +9,7 @@ from gptoss_jax.inference.sampling_params import Completion
 from gptoss_jax.server.engine_thread import EngineThread, Observer, Stream
 
 Metric = TypeVar("Metric", prometheus.Counter, prometheus.Histogram)
-# Bounds of the histograms' buckets, in seconds and tokens.
+# Histogram bucket bounds, in seconds and tokens.
 FIRST_TOKEN = (
     0.001,
     0.005,
@@ -33,34 +33,40 @@ FIRST_TOKEN = (
 )
 BETWEEN_TOKENS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 WHOLE_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-# Clients may send any word as the method: others are counted as one, or each would be a new time series.
+# Clients can send any word as the method; all others share one label to bound the number of time series.
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 
 class Metrics(Observer):
-    """Counters and histograms of one server, in a registry of their own."""
+    """Counters and histograms of one server, in a separate registry."""
 
     def __init__(self, model_id: str = "model") -> None:
         self.registry = prometheus.CollectorRegistry()
         self._engine: EngineThread | None = None
         self._labels = {"model_name": model_id, "engine": "0"}
-        self._prompt_tokens = self._make(prometheus.Counter, "prompt_tokens", "Prompt tokens read.")
-        self._tokens = self._make(prometheus.Counter, "generation_tokens", "Tokens sampled.")
-        self._queries = self._make(prometheus.Counter, "prefix_cache_queries", "Prompt tokens looked up.")
-        self._hits = self._make(prometheus.Counter, "prefix_cache_hits", "Prompt tokens found in the cache.")
+        self._prompt_tokens = self._make(prometheus.Counter, "prompt_tokens", "Prompt tokens processed.")
+        self._tokens = self._make(prometheus.Counter, "generation_tokens", "Generated tokens.")
+        self._queries = self._make(
+            prometheus.Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._hits = self._make(
+            prometheus.Counter, "prefix_cache_hits", "Prompt tokens found in the prefix cache."
+        )
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Seconds to the first token.", FIRST_TOKEN
         )
         self._itl = self._histogram(
-            "inter_token_latency_seconds", "Seconds between two tokens of an answer.", BETWEEN_TOKENS
+            "inter_token_latency_seconds",
+            "Seconds between consecutive tokens of a completion.",
+            BETWEEN_TOKENS,
         )
         self._e2e = self._histogram(
-            "e2e_request_latency_seconds", "Seconds of a whole request.", WHOLE_REQUEST
+            "e2e_request_latency_seconds", "Seconds from arrival to completion of a request.", WHOLE_REQUEST
         )
-        self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", TOKENS)
+        self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens per request.", TOKENS)
         self._request_tokens = self._histogram(
-            "request_generation_tokens", "Tokens sampled for a request.", TOKENS
+            "request_generation_tokens", "Generated tokens per request.", TOKENS
         )
         names = [*self._labels, "finished_reason"]
         self._finished = prometheus.Counter(
@@ -71,12 +77,12 @@ class Metrics(Observer):
         )
 
     def watch(self, engine: EngineThread) -> None:
-        """Observes the requests of an engine, from now on."""
+        """Starts observing the requests of an engine."""
         engine.observer = self
         if self._engine is engine:
             return
         self._engine = engine
-        for name, about in (("running", "decoded"), ("waiting", "waiting for a slot")):
+        for name, about in (("running", "being decoded"), ("waiting", "waiting for a slot")):
             gauge = prometheus.Gauge(
                 f"vllm:num_requests_{name}", f"Requests {about}.", list(self._labels), registry=self.registry
             )
@@ -98,7 +104,7 @@ class Metrics(Observer):
         self._finish(stream, 0, time.monotonic(), "abort")
 
     def on_response(self, method: str, handler: str, status: int) -> None:
-        """Counts a response; `handler` is the path of its route."""
+        """Counts an HTTP response; `handler` is the path of its route."""
         method = method if method in METHODS else "other"
         self._http.labels(method, handler, f"{status // 100}xx").inc()
 

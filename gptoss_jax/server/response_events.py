@@ -1,4 +1,4 @@
-"""The output of a response, and the events of its stream, made from an answer's deltas."""
+"""Builds a response's output and its stream events from parsed deltas."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.server.answers import Call, Delta, FinishReason, Kind, logprob_json
 from gptoss_jax.server.errors import ApiError
 
-# Name and data.
+# Event name and data.
 Event = tuple[str, dict[str, Any]]
 ID_PREFIXES = {"reasoning": "rs", "content": "msg", "call": "fc"}
 PHASES = {"commentary": "commentary", "final": "final_answer"}
@@ -20,17 +20,17 @@ ENCODED = "gptoss_jax."  # prefix of reasoning in `encrypted_content`
 
 
 def make_response_id(prefix: str = "resp") -> str:
-    """Returns a new id in the form of OpenAI's Responses API, such as `resp_…`; it cannot be guessed."""
+    """Returns a new, unguessable id in the format of OpenAI's Responses API, such as `resp_…`."""
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
 def encode_reasoning(text: str) -> str:
-    """Returns reasoning for `encrypted_content`, for clients that send only this back. It is not secret."""
+    """Encodes reasoning as `encrypted_content`, for clients that send only this back. It is not encrypted."""
     return ENCODED + base64.urlsafe_b64encode(text.encode()).decode()
 
 
 def decode_reasoning(encoded: str) -> str | None:
-    """Returns the text of `encode_reasoning`; None for what another server made."""
+    """Decodes the result of `encode_reasoning`; returns None for content from another server."""
     if not encoded.startswith(ENCODED):
         return None
     try:
@@ -41,7 +41,7 @@ def decode_reasoning(encoded: str) -> str | None:
 
 @dataclasses.dataclass
 class Item:
-    """An output item: the reasoning, message or call of one Harmony message."""
+    """An output item (reasoning, message or function call), made from one Harmony message."""
 
     index: int
     kind: Kind
@@ -60,9 +60,9 @@ class Item:
 
 
 class ResponseEvents:
-    """Builds a response from an answer's deltas; each step returns the events for a stream.
+    """Builds a response from deltas; each method returns the stream events.
 
-    `response` is the response's JSON, up to date. Events hold copies.
+    `response` is the current JSON of the response. Events hold copies of it.
     """
 
     def __init__(
@@ -73,22 +73,22 @@ class ResponseEvents:
         has_logprobs: bool = False,
         has_encoded_reasoning: bool = False,
     ) -> None:
-        """`response` has the request's settings; its output, status and usage are added here."""
+        """`response` holds the request's settings; output, status and usage are added as they arrive."""
         self.response = {**response, "status": "in_progress", "output": []}
         self._harmony = harmony
         self._has_logprobs, self._has_encoded_reasoning = has_logprobs, has_encoded_reasoning
         self._num_events = 0
-        self._message: int | None = None  # index of the answer's message that `_item` is
-        self._item: Item | None = None  # the one that is not done
+        self._message: int | None = None  # index of the Harmony message that `_item` is made from
+        self._item: Item | None = None  # the item in progress
         self._num_items = 0
-        self._has_result = False  # a message or a call
+        self._has_result = False  # has a message or a call
 
     def start(self) -> list[Event]:
         """Returns the first events."""
         return [self._lifecycle("response.created"), self._lifecycle("response.in_progress")]
 
     def add(self, deltas: Iterable[Delta]) -> list[Event]:
-        """Returns the events of an answer's next deltas."""
+        """Returns the events for the next deltas."""
         events: list[Event] = []
         for delta in deltas:
             if delta.message != self._message:
@@ -100,7 +100,7 @@ class ResponseEvents:
         return events
 
     def finish(self, reason: FinishReason, usage: Mapping[str, Any]) -> list[Event]:
-        """Returns the last events; an answer that reached its limit makes an incomplete response."""
+        """Returns the last events; a response that reached its token limit is incomplete."""
         is_cut = reason == "length"
         events = self._close("incomplete" if is_cut else "completed")
         if not (self._has_result or is_cut):  # clients wait for a message
@@ -113,7 +113,7 @@ class ResponseEvents:
         return [*events, self._lifecycle(f"response.{status}")]
 
     def fail(self, error: ApiError) -> list[Event]:
-        """Returns the last events of a response that an error ended."""
+        """Returns the last events of a response that failed with an error."""
         events = self._close("incomplete")
         self.response["status"] = "failed"
         self.response["error"] = {"code": "server_error", "message": error.message}
@@ -133,7 +133,7 @@ class ResponseEvents:
         return self._item
 
     def _item_event(self, name: str, **data: Any) -> Event:
-        """Makes an event about the only part of the open item."""
+        """Makes an event for the open item, which has a single content part."""
         item = self._open_item
         place: dict[str, Any] = {"item_id": item.id, "output_index": item.index}
         if item.kind != "call":
@@ -161,7 +161,7 @@ class ResponseEvents:
         return self._item_event("output_text.delta", delta=delta.text, logprobs=entries)
 
     def _close(self, status: str) -> list[Event]:
-        """Ends the open item, if there is one."""
+        """Ends the open item if there is one."""
         item = self._item
         if item is None:
             return []
@@ -181,7 +181,7 @@ class ResponseEvents:
         return events
 
     def _part(self) -> dict[str, Any]:
-        """Returns the content of the open item."""
+        """Returns the content part of the open item."""
         item = self._open_item
         if item.kind == "reasoning":
             return {"type": "reasoning_text", "text": item.text}
@@ -189,7 +189,7 @@ class ResponseEvents:
         return {"type": "output_text", "text": item.text, "annotations": [], "logprobs": logprobs}
 
     def _json(self, status: str) -> dict[str, Any]:
-        """Returns the open item, without content while it is in progress."""
+        """Returns the JSON of the open item, without content while in progress."""
         item = self._open_item
         if item.call is not None:
             call = {"call_id": item.call.id, "name": item.call.name, "arguments": item.text}

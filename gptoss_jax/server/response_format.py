@@ -1,4 +1,4 @@
-"""The format that a request asks of the answer: `response_format` of chat, `text.format` of responses."""
+"""Structured output: `response_format` of chat completions, `text.format` of responses."""
 
 import dataclasses
 import re
@@ -18,23 +18,23 @@ class ResponseFormat:
     name: str
     schema: Mapping[str, Any]
     description: str | None = None
-    # With False, a schema that cannot be enforced is only shown to the model, and the answer is some object.
+    # If False, a schema that cannot be enforced is only shown to the model, and any object is allowed.
     strict: bool = True
-    # Where the request has the schema, for errors.
+    # Path of the schema in the request, for error messages.
     path: str = "response_format"
 
     @property
     def section(self) -> str:
-        """The section of the developer message."""
+        """The response format section of the developer message."""
         return response_formats_section(self.name, self.schema, self.description)
 
 
 def read_response_format(given: Fields | None) -> ResponseFormat | None:
-    """Reads a format; None for text. Raises ApiError for a bad one.
+    """Parses a response format; returns None for text. Raises ApiError for an invalid one.
 
     Args:
-      given: `{"type": "json_schema", "json_schema": {"name", "schema", …}}`, or the same without the inner
-        object, `{"type": "json_object"}` or `{"type": "text"}`; None: text.
+      given: `{"type": "json_schema", "json_schema": {"name", "schema", …}}`, the same without the inner
+        object, `{"type": "json_object"}`, or `{"type": "text"}`; None: text.
     """
     if given is None:
         return None

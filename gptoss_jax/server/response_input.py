@@ -1,4 +1,4 @@
-"""Input items of the Responses API as Harmony messages: messages, reasoning, calls of functions, results."""
+"""Converts input items of the Responses API (messages, reasoning, calls, results) to Harmony messages."""
 
 import collections
 import dataclasses
@@ -20,23 +20,23 @@ PHASES = {"commentary": "commentary", "final_answer": "final"}
 
 @dataclasses.dataclass(frozen=True)
 class ResponseInput:
-    """The conversation of a request. `items` are those of the whole conversation, for the store."""
+    """The conversation of a request. `items` are all its items, including earlier ones, for the store."""
 
     items: tuple[Mapping[str, Any], ...]
     conversation: Conversation
 
 
 def read_input(fields: Fields, store: ResponseStore) -> ResponseInput:
-    """Reads `instructions`, `previous_response_id` and `input`, a string or items.
+    """Parses `instructions`, `previous_response_id` and `input`, a string or items.
 
-    The instructions are those of this request only. Raises ApiError with the path of the field: 404 for
-    responses and items that are not stored, 400 for what does not fit.
+    Instructions of earlier requests are not carried over. Raises ApiError with the path of the field: 404 for
+    responses and items that are not stored, 400 for invalid input.
     """
     earlier: tuple[Mapping[str, Any], ...] = ()
     if (name := fields.text("previous_response_id")) is not None:
         stored = store.get(name)
         if stored is None:
-            message = f"Previous response with id {shown(name)} not found: it was not stored, or not kept."
+            message = f"Previous response with id {shown(name)} not found: it was not stored or was evicted."
             code = "previous_response_not_found"
             raise ApiError(404, message, param="previous_response_id", code=code)
         earlier = stored.items
@@ -44,7 +44,7 @@ def read_input(fields: Fields, store: ResponseStore) -> ResponseInput:
     given = [_resolve(item, store) for item in given]
     items = (*earlier, *(item.values for item in given))
     if not items:
-        raise bad_request("input is empty: must have an item", "input")
+        raise bad_request("input is empty: must contain at least one item", "input")
     readable = [Fields(item, "previous_response_id") for item in earlier] + given
     return ResponseInput(items, _conversation(fields.text("instructions"), readable))
 
@@ -59,14 +59,14 @@ def _items(fields: Fields) -> list[Fields]:
 
 
 def _resolve(item: Fields, store: ResponseStore) -> Fields:
-    """Checks the type of an item, and replaces a reference to one of ours."""
+    """Checks an item's type, and resolves a reference to a stored item."""
     kind = item.text("type") or "message"
     item.require(kind in TYPES, "type", f"must be one of {', '.join(TYPES)}")
     if kind != "item_reference":
         return item
     found = store.item(item.needed_text("id"))
     if found is None:
-        message = f"Item with id {shown(item.get('id'))} not found: its response was not stored, or not kept."
+        message = f"Item with id {shown(item.get('id'))} not found: it was not stored or was evicted."
         raise ApiError(404, message, param=item.param("id"))
     return Fields(found, item.path)
 
@@ -84,16 +84,16 @@ def _instructs(item: Fields) -> bool:
 
 
 class _Reader:
-    """Converts items in order. Each result comes directly after its call, as the model was trained."""
+    """Converts items in order, placing each result directly after its call, as in the model's training."""
 
     def __init__(self, items: Sequence[Fields]) -> None:
         self._items = items
         self._tools: dict[str, str] = {}  # tool of each call, by call_id
-        self._results: dict[str, collections.deque[int]] = {}  # that are not read yet, by call_id
+        self._results: dict[str, collections.deque[int]] = {}  # indices of results not placed yet, by call_id
         for i, item in enumerate(items):
             if item.get("type") == "function_call_output":
                 self._results.setdefault(item.needed_text("call_id"), collections.deque()).append(i)
-        self._read: set[int] = set()  # indices of results that followed their calls
+        self._read: set[int] = set()  # indices of results already placed after their calls
 
     def read(self, i: int) -> list[Message]:
         item = self._items[i]
@@ -119,8 +119,8 @@ class _Reader:
         return [Message(ASSISTANT, text, PHASES.get(item.choice("phase", PHASES) or "") or self._channel(i))]
 
     def _channel(self, i: int) -> str:
-        """Returns the channel of an answer's text without a phase: before a call it is commentary."""
-        # By index: copies of all later items would take hours for a body of the largest size.
+        """Returns the channel of assistant text without a phase: commentary before a call, else final."""
+        # By index: slicing the later items is quadratic, which takes hours for the largest bodies.
         later = (self._items[k] for k in range(i + 1, len(self._items)))
         following = next((item for item in later if item.get("type") != "reasoning"), None)
         is_preamble = following is not None and following.get("type") == "function_call"
@@ -143,13 +143,13 @@ class _Reader:
     def _result(self, item: Fields) -> Message:
         tool = self._tools.get(item.text("call_id", ""))
         if tool is None:
-            raise item.fault("call_id", "must be that of an earlier function_call")
+            raise item.fault("call_id", "must match an earlier function_call")
         item.needed("output")
         return harmony.result(tool, read_text(item, "output"))
 
 
 def _reasoning(item: Fields) -> str:
-    """Returns the text of reasoning: its content, else what `encode_reasoning` made, else its summary."""
+    """Returns the text of a reasoning item: its content, else its encoded content, else its summary."""
     for name in ("content", "encrypted_content", "summary"):
         if name == "encrypted_content":
             text = decode_reasoning(item.text(name, ""))

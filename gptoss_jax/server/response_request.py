@@ -1,4 +1,4 @@
-"""The fields of a request to `/v1/responses`."""
+"""Request fields of `/v1/responses`."""
 
 import dataclasses
 import time
@@ -35,11 +35,11 @@ INCLUDABLE = (
 )  # fmt: skip
 SERVICE_TIERS = ("auto", "default", "flex", "scale", "priority")
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
-# Tokens that truncation leaves for an answer without max_output_tokens; at most half of the context.
+# Tokens that truncation reserves for output if max_output_tokens is not set; at most half of the context.
 ROOM = 4096
-# Roles of the messages that truncation keeps at the start.
+# Roles of leading messages that truncation keeps.
 FIXED = (SYSTEM, DEVELOPER)
-# Fields that are known but not supported, with the values that ask for nothing.
+# Known but unsupported fields, with the values that are accepted because they have no effect.
 UNSUPPORTED: dict[str, Sequence[Any]] = {
     "background": (False,),
     "conversation": (),
@@ -47,7 +47,7 @@ UNSUPPORTED: dict[str, Sequence[Any]] = {
     "context_management": ([],),
     "moderation": (),
 }
-# Fields that a response repeats, without effect here.
+# Fields that are copied to the response and otherwise ignored.
 ECHOED = ("max_tool_calls", "prompt_cache_key", "safety_identifier", "user")
 KNOWN = (
     "model", "input", "instructions", "previous_response_id", "tools", "tool_choice", "parallel_tool_calls",
@@ -60,14 +60,14 @@ KNOWN = (
 
 @dataclasses.dataclass(frozen=True)
 class ResponseRequest:
-    """A request, checked. `response` is the response's JSON before its output."""
+    """A validated request. `response` is the JSON of the response without output."""
 
     prompt: list[int]
     params: SamplingParams
     tools: Tools
-    # The conversation's input, for the store.
+    # Input items of the conversation, for the store.
     items: Sequence[Mapping[str, Any]]
-    items_bytes: int  # as JSON
+    items_bytes: int  # size as JSON
     response: dict[str, Any]
     is_stored: bool
     has_encoded_reasoning: bool
@@ -75,9 +75,9 @@ class ResponseRequest:
 
 
 async def read_request(fields: Fields, service: Service) -> ResponseRequest:
-    """Checks the fields of a request, and tokenizes its prompt.
+    """Validates the fields of a request and tokenizes its prompt.
 
-    Raises ApiError with the path of the field for what does not fit or is not supported.
+    Raises ApiError with the path of the field that is invalid or not supported.
     """
     fields.refuse(UNSUPPORTED)
     harmony = service.need_harmony()
@@ -126,9 +126,9 @@ async def read_request(fields: Fields, service: Service) -> ResponseRequest:
 
 
 def truncated(harmony: Harmony, messages: Sequence[Message], limit: int) -> list[int]:
-    """Returns the prompt without the oldest messages that exceed a limit of tokens.
+    """Returns the prompt without the oldest messages, so that it has at most `limit` tokens.
 
-    System and developer messages stay, and so does the last message. A result goes with its call.
+    Keeps leading system and developer messages and the last message. A result is dropped with its call.
     """
     messages = without_old_analysis(messages)
     first = next((i for i, message in enumerate(messages) if message.role not in FIXED), len(messages))
@@ -171,7 +171,7 @@ def _metadata(fields: Fields) -> dict[str, str]:
 
 
 def _response(fields: Fields, service: Service, params: SamplingParams) -> dict[str, Any]:
-    """Returns the response's JSON before its output."""
+    """Returns the JSON of the response without output."""
     reasoning = fields.object("reasoning") or Fields({})
     fields.choice("service_tier", SERVICE_TIERS)
     return {
@@ -211,7 +211,7 @@ def _echoed(fields: Fields) -> dict[str, Any]:
 
 
 def _text(text: Fields, wanted: ResponseFormat | None) -> dict[str, Any]:
-    """Returns `text` as a response repeats it."""
+    """Returns `text` for the response."""
     given: dict[str, Any] = {"type": "text"}
     if wanted is not None:
         given["type"] = text.needed_object("format").get("type")
@@ -223,7 +223,7 @@ def _text(text: Fields, wanted: ResponseFormat | None) -> dict[str, Any]:
 
 
 def _tool(tool: Fields) -> dict[str, Any]:
-    """Returns a function as a response lists it; `read_tools` has checked it."""
+    """Returns a function for the response; `read_tools` has validated it."""
     given = tool.object("function") or tool
     names = ("name", "description", "parameters")
     strict = given.boolean("strict") or tool.boolean("strict")
@@ -231,7 +231,7 @@ def _tool(tool: Fields) -> dict[str, Any]:
 
 
 def _tool_choice(fields: Fields) -> Any:
-    """Returns the choice as a response repeats it; `read_tools` has checked it."""
+    """Returns `tool_choice` for the response; `read_tools` has validated it."""
     choice = fields.get("tool_choice")
     if not isinstance(choice, dict):
         return choice or "auto"

@@ -1,4 +1,4 @@
-"""Responses kept in memory, for `previous_response_id`, `item_reference`, and to be retrieved."""
+"""In-memory store of responses, for `previous_response_id`, `item_reference` and `GET`."""
 
 import collections
 import dataclasses
@@ -11,16 +11,16 @@ Item = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class StoredResponse:
-    """A response, and the items of its conversation up to and with its output."""
+    """A response, and all items of its conversation including its output."""
 
     response: Mapping[str, Any]
     items: tuple[Item, ...]
-    # Bytes as JSON. Items that responses share count for each of them.
+    # Size as JSON. Items shared by several responses count for each.
     num_bytes: int
 
 
 class ResponseStore:
-    """The most recently used responses, limited in number and bytes."""
+    """Stores responses with least-recently-used eviction by number and bytes."""
 
     def __init__(self, max_responses: int = 1024, max_bytes: int = 64 << 20) -> None:
         self.max_responses, self.max_bytes = max_responses, max_bytes
@@ -32,9 +32,9 @@ class ResponseStore:
         return len(self._responses)
 
     def put(self, response: Mapping[str, Any], items: Sequence[Item], items_bytes: int) -> None:
-        """Stores a response and its conversation: `items` are what came before its output.
+        """Stores a response and its conversation; `items` are those before its output.
 
-        The least recently used ones make room. A response that exceeds the limit itself is not stored.
+        Evicts the least recently used responses. A response that exceeds the limit alone is not stored.
         """
         output = response["output"]
         num_bytes = num_json_bytes(response) + items_bytes
@@ -47,13 +47,13 @@ class ResponseStore:
             self.delete(next(iter(self._responses)))
 
     def get(self, name: str) -> StoredResponse | None:
-        """Returns a response, which is then the most recently used one; None if it is not stored."""
+        """Returns a response and marks it as most recently used; None if it is not stored."""
         if name in self._responses:
             self._responses.move_to_end(name)
         return self._responses.get(name)
 
     def item(self, name: str) -> Item | None:
-        """Returns an output item of a stored response."""
+        """Returns an output item of a stored response; None if it is not stored."""
         return self._items.get(name)
 
     def delete(self, name: str) -> bool:
@@ -68,5 +68,5 @@ class ResponseStore:
 
 
 def num_json_bytes(value: Any) -> int:
-    """Returns the number of bytes of a value as ASCII JSON."""
+    """Returns the size of a value in bytes as ASCII JSON."""
     return len(json.dumps(value))

@@ -1,4 +1,4 @@
-"""`/v1/responses`: OpenAI's Responses API, with reasoning items, functions, streams and stored responses."""
+"""`/v1/responses`: OpenAI's Responses API, with reasoning items, functions, streaming and storage."""
 
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -19,7 +19,7 @@ from gptoss_jax.server.transport import json_response, read_json, while_connecte
 
 
 def routes() -> list[Route]:
-    """Returns the endpoints of this file."""
+    """Returns the routes of this module."""
     return [
         Route("/v1/responses", create, methods=["POST"]),
         Route("/v1/responses/{id}", retrieve, methods=["GET"]),
@@ -63,15 +63,15 @@ async def delete(request: Request) -> Response:
 
 
 def not_found(request: Request) -> ApiError:
-    """Returns the 404 for a response that is not stored."""
+    """Returns the ApiError 404 for a response that is not stored."""
     message = (
-        f"Response with id {shown(request.path_params['id'])} not found: it was not stored, or not kept."
+        f"Response with id {shown(request.path_params['id'])} not found: it was not stored or was evicted."
     )
     return ApiError(404, message, param="id")
 
 
 class Answer:
-    """The answer to one request, as its parts arrive."""
+    """Builds the response to one request, complete or streamed."""
 
     def __init__(self, service: Service, asked: ResponseRequest, stream: Stream) -> None:
         self._service, self._asked, self._stream = service, asked, stream
@@ -84,13 +84,13 @@ class Answer:
         )
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the response."""
+        """Returns the complete response."""
         async for part in self._stream:
             self._events.add(self._reader.feed(part))
         return self._finish()[-1][1]["response"]
 
     async def events(self) -> AsyncGenerator[Event, None]:
-        """Yields the events of a stream, the last of which has the whole response."""
+        """Yields the events of a streamed response; the last one has the complete response."""
         for event in self._events.start():
             yield event
         try:
@@ -104,7 +104,7 @@ class Answer:
             yield event
 
     def _finish(self) -> list[Event]:
-        """Ends the response and stores it."""
+        """Finishes and stores the response; returns its last events."""
         reader, asked = self._reader, self._asked
         usage = {
             "input_tokens": len(asked.prompt),

@@ -1,4 +1,4 @@
-"""Sampling settings of a request: the fields that chat, completions and responses share."""
+"""Sampling parameters of a request: the fields shared by chat, completions and responses."""
 
 import dataclasses
 import secrets
@@ -19,9 +19,9 @@ MAX_N = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_INT32 = (1 << 31) - 1
-# For tokens of no probability, as JSON has no infinities; OpenAI's value.
+# OpenAI's value for tokens with probability 0: JSON has no infinities.
 MIN_LOGPROB = -9999.0
-# OpenAI's names of reasoning efforts, and those of the chat format.
+# OpenAI's reasoning efforts, mapped to Harmony's.
 EFFORTS: Mapping[str, Reasoning] = {
     "none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high",
     "max": "high",
@@ -38,20 +38,20 @@ def read_sampling(
     *,
     prompt_name: str = "messages",
 ) -> SamplingParams:
-    """Returns the sampling settings of a request, with its first choice's seed (random if it has none).
+    """Returns the sampling parameters of a request, for its first choice; the seed is random if not given.
 
-    Reads temperature, top_p, top_k, min_p, presence_penalty, frequency_penalty, logit_bias, seed,
-    stop_token_ids, ignore_eos and the limit of tokens. `stop`, log-probabilities and grammars are the
-    endpoint's.
+    Parses temperature, top_p, top_k, min_p, presence_penalty, frequency_penalty, logit_bias, seed,
+    stop_token_ids, ignore_eos and the token limit. The endpoints parse `stop`, log-probabilities and
+    grammars.
 
     Args:
-      fields: the body.
-      service: the model's limits and defaults.
-      stop_tokens: end an answer, unless the request has ignore_eos.
+      fields: the request body.
+      service: provides the model's limits and defaults.
+      stop_tokens: stop tokens, unless the request has ignore_eos.
       prompt_len: tokens of the (longest) prompt.
-      max_tokens_names: fields with the limit of sampled tokens; the first that is given counts.
-      default_max_tokens: the limit without these fields; None: what the context leaves.
-      prompt_name: the field to blame for a prompt that is too long.
+      max_tokens_names: fields for the limit on sampled tokens; the first one given is used.
+      default_max_tokens: the default limit; None: the rest of the context.
+      prompt_name: the field to report if the prompt is too long.
     """
     defaults = service.defaults
     top_k = fields.integer("top_k", defaults.top_k or 0, -1, MAX_INT32)
@@ -82,16 +82,16 @@ def read_max_tokens(
     *,
     prompt_name: str = "messages",
 ) -> int:
-    """Returns the limit of sampled tokens; at most what the context leaves.
+    """Returns the limit on sampled tokens, at most the rest of the context.
 
-    Raises the 400 context_length_exceeded for a prompt that fills the context, or a limit beyond it.
+    Raises ApiError 400 context_length_exceeded if the prompt fills the context or the limit exceeds it.
     """
     limit, left = service.max_context, service.max_context - prompt_len
     given = {name: fields.integer(name, low=1) for name in names}
     name, wanted = next(((name, n) for name, n in given.items() if n is not None), (names[0], None))
-    has = f"This model's context is {limit:,} tokens, and the prompt has {prompt_len:,}"
+    has = f"This model's context length is {limit:,} tokens, and the prompt has {prompt_len:,}"
     if left < 1:
-        raise context_length_exceeded(f"{has}, which leaves no room for an answer.", prompt_name)
+        raise context_length_exceeded(f"{has}, which leaves no room for output.", prompt_name)
     if wanted is None:
         return left if default is None else min(default, left)
     if wanted > left:
@@ -100,19 +100,19 @@ def read_max_tokens(
 
 
 def read_seed(fields: Fields) -> int:
-    """Returns `seed` modulo 2^32, as it may be any 64-bit integer; a random one if there is none."""
+    """Returns `seed` (any 64-bit integer) modulo 2^32, or a random seed if absent."""
     seed = fields.integer("seed", low=-(1 << 63), high=(1 << 64) - 1)
     return secrets.randbits(32) if seed is None else seed % (1 << 32)
 
 
 def read_effort(fields: Fields, name: str, default: Reasoning) -> Reasoning:
-    """Returns the reasoning effort that a field asks for."""
+    """Returns the reasoning effort in a field."""
     effort = fields.choice(name, EFFORTS)
     return default if effort is None else EFFORTS[effort]
 
 
 def choice_params(params: SamplingParams, i: int) -> SamplingParams:
-    """Returns the settings of choice `i` of a request: its seed is the first one's plus `i`."""
+    """Returns the parameters of choice `i` of a request: seed plus `i`."""
     return params if i == 0 else dataclasses.replace(params, seed=(params.seed + i) % (1 << 32))
 
 
@@ -131,14 +131,14 @@ def read_stop(fields: Fields) -> tuple[str, ...]:
 
 
 def read_tokens(fields: Fields, name: str, vocab_size: int) -> list[int]:
-    """Returns the token ids of a list; raises the 400 for the first that is not in the vocabulary."""
+    """Returns a list of token ids; raises ApiError 400 for the first one outside the vocabulary."""
     tokens = fields.array(name) or []
     check_tokens(tokens, fields.param(name), vocab_size)
     return tokens
 
 
 def check_tokens(tokens: Sequence[object], path: str, vocab_size: int) -> None:
-    """Raises the 400 for the first item that is not a token id."""
+    """Raises ApiError 400 for the first item that is not a token id."""
     for i, token in enumerate(tokens):
         if type(token) is not int or not 0 <= token < vocab_size:
             allowed = f"a token id must be an integer from 0 to {vocab_size - 1}"
@@ -146,7 +146,7 @@ def check_tokens(tokens: Sequence[object], path: str, vocab_size: int) -> None:
 
 
 def read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float], ...]:
-    """Returns `logit_bias`, an object of token ids, as strings, and biases, sorted by token."""
+    """Returns `logit_bias` (an object with token ids as keys) as (token, bias) pairs, sorted by token."""
     biases = fields.object("logit_bias")
     if biases is None:
         return ()
@@ -163,7 +163,7 @@ def read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float],
 
 
 def read_top_logprobs(fields: Fields, name: str = "top_logprobs") -> int:
-    """Returns the number of most likely tokens that are asked for."""
+    """Returns the requested number of most likely tokens per position."""
     return fields.integer(name, 0, 0, MAX_TOP_LOGPROBS)
 
 

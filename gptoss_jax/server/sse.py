@@ -1,4 +1,4 @@
-"""Server-sent events: streams with pings, errors, and an end to clients that leave or do not read."""
+"""Server-sent events: streams with pings and errors, closed when the client disconnects or stops reading."""
 
 import asyncio
 import json
@@ -25,11 +25,11 @@ Event = Mapping[str, Any] | tuple[str, Mapping[str, Any]]
 
 
 class EventStream(Response):
-    """A response of server-sent events.
+    """A response that streams server-sent events.
 
     Args:
-      events: yields what is sent: `data` alone, or (event, `data`); `data` is written as JSON.
-      close: cancels the requests behind it; called once, however the stream ends.
+      events: yields `data`, or (event name, `data`); `data` is sent as JSON.
+      close: cancels the underlying requests; always called once, when the stream ends.
       done: send `data: [DONE]` at the end, unless there was an error.
       error_event: makes the event for an error in the stream; default: `data: {"error": …}`.
     """
@@ -44,7 +44,7 @@ class EventStream(Response):
         done: bool = True,
         error_event: Callable[[ApiError], Any] | None = None,
     ) -> None:
-        self.status_code, self.background = 200, None  # no body, or it would get a Content-Length
+        self.status_code, self.background = 200, None  # no body: it would set Content-Length
         self.init_headers(HEADERS)
         self._events, self._close, self._done = events, close, done
         self._error_event = error_event or ApiError.body
@@ -69,7 +69,7 @@ class EventStream(Response):
         await send(start)
 
         async def write(data: bytes) -> None:
-            # Blocks while the client does not read: then nothing more is made for it.
+            # Blocks while the client does not read, which provides backpressure.
             async with asyncio.timeout(send_timeout):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -80,7 +80,7 @@ class EventStream(Response):
                 await write(DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
-            log.info("a client left its stream unread for %g s", send_timeout)
+            log.info("closed a stream that its client did not read for %g s", send_timeout)
 
     async def _with_pings(self, interval: float) -> AsyncIterator[bytes]:
         upcoming = asyncio.ensure_future(anext(self._events, None))
@@ -109,10 +109,10 @@ class EventStream(Response):
 
 
 def encode(event: Event) -> bytes:
-    """Returns an event as bytes."""
+    """Encodes an event as bytes."""
     name, data = event if isinstance(event, tuple) else (None, event)
     head = "" if name is None else f"event: {name}\n"
-    # JSON has no line breaks, so one `data:` line holds it.
+    # JSON without indentation has no line breaks, so it fits in one `data:` line.
     return f"{head}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
@@ -122,12 +122,12 @@ async def respond(
     read_request: Callable[[Fields, Service], Awaitable[Any]],
     make_answer: Callable[[Service, Any, Sequence[Stream]], Any],
 ) -> Response:
-    """Answers a request for completions, of a chat or of text, whole or as a stream.
+    """Handles a request for chat or text completions, streamed or not.
 
     Args:
-      request: its body has `stream` and `stream_options`.
-      known: names of all fields of the endpoint.
-      read_request: checks the fields; returns an object with `requests()` for the engine and `cache_salt`.
+      request: its body may have `stream` and `stream_options`.
+      known: names of all fields that the endpoint knows.
+      read_request: validates the fields; returns an object with engine `requests()` and `cache_salt`.
       make_answer: returns an object with `whole()`, `chunks(include_usage)` and `close()`.
     """
     service: Service = request.app.state.service
@@ -136,7 +136,7 @@ async def respond(
     service.log_unknown(fields, known)
     is_stream = fields.boolean("stream")
     options = fields.object("stream_options")
-    fields.require(options is None or is_stream, "stream_options", "is for requests with stream: true")
+    fields.require(options is None or is_stream, "stream_options", "is only allowed with stream: true")
     include_usage = options is not None and options.boolean("include_usage")
     asked = await read_request(fields, service)
     streams = service.engine.streams(asked.requests(), cache_salt=asked.cache_salt)

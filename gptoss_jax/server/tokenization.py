@@ -1,4 +1,4 @@
-"""Text to tokens and back: `/tokenize`, `/detokenize`, `/tokenizer_info`, and prompts of completions."""
+"""Tokenization: `/tokenize`, `/detokenize`, `/tokenizer_info`, and the prompts of `/v1/completions`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from gptoss_jax.server.service import Service
 from gptoss_jax.server.transport import json_response, read_json
 
 Result = TypeVar("Result")
-# Longer texts are tokenized on another thread, so that streams go on meanwhile.
+# Longer texts are tokenized on another thread to keep the event loop responsive.
 ENCODE_INLINE = 4096
 
 
 def routes() -> list[Route]:
-    """Returns the endpoints of this file."""
+    """Returns the routes of this module."""
     return [
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
@@ -31,7 +31,7 @@ def routes() -> list[Route]:
 
 
 async def tokenize(request: Request) -> Response:
-    """`POST /tokenize`: the ids of `prompt` as `/v1/completions` reads it, or of a chat's `messages`."""
+    """`POST /tokenize`: token ids of `prompt`, as for `/v1/completions`, or of a chat's `messages`."""
     service: Service = request.app.state.service
     fields = await read_json(request)
     service.check_model(fields)
@@ -47,7 +47,7 @@ async def tokenize(request: Request) -> Response:
 
 
 async def detokenize(request: Request) -> Response:
-    """`POST /detokenize`: the text of `tokens`, with the names of special tokens."""
+    """`POST /detokenize`: text of `tokens`, with special tokens by name."""
     service: Service = request.app.state.service
     fields = await read_json(request)
     service.check_model(fields)
@@ -59,7 +59,7 @@ async def detokenize(request: Request) -> Response:
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """`GET /tokenizer_info`: names of the special tokens, as lm_eval asks for them."""
+    """`GET /tokenizer_info`: names of the special tokens, in the format that lm_eval expects."""
     service: Service = request.app.state.service
     tokenizer = service.tokenizer
     return json_response(
@@ -75,20 +75,20 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 def prompt_options(fields: Fields) -> tuple[bool, bool]:
-    """Returns whether names of special tokens in a prompt's text stand for the tokens, and whether bos is put
-    before it: the fields `parse_special` and `add_special_tokens`."""
+    """Returns `parse_special`, whether to parse names of special tokens in a text prompt as tokens, and
+    `add_special_tokens`, whether to prepend bos."""
     return fields.boolean("parse_special", True), fields.boolean("add_special_tokens", True)
 
 
 async def encode_prompt(tokenizer: Tokenizer, text: str, parse_special: bool, add_bos: bool) -> list[int]:
-    """Returns the tokens of a prompt's text, with one bos in front if `add_bos`."""
+    """Tokenizes a text prompt; with `add_bos`, it starts with exactly one added or existing bos."""
 
     def encode() -> list[int]:
         pieces = [text]
         if parse_special:
             names = sorted(tokenizer.special_tokens, key=len, reverse=True)
             pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
-        # Names of special tokens are the odd pieces.
+        # The odd pieces are names of special tokens.
         encoded = iter(tokenizer.encode_batch(pieces[::2]))
         tokens: list[int] = []
         for i, piece in enumerate(pieces):
@@ -99,12 +99,12 @@ async def encode_prompt(tokenizer: Tokenizer, text: str, parse_special: bool, ad
 
 
 async def inline_or_thread(length: int, function: Callable[[], Result]) -> Result:
-    """Calls a function here for a short text, else on another thread."""
+    """Calls a function inline for short texts, and on another thread for long ones."""
     return function() if length <= ENCODE_INLINE else await anyio.to_thread.run_sync(function)
 
 
 class TokenTexts:
-    """A tokenizer whose special tokens, and ids that it does not have, are text: their names.
+    """Wraps a tokenizer to decode special tokens, and ids outside its vocabulary, to their names.
 
     A `BytesDecoder` for `StreamingDetokenizer`.
     """
@@ -115,15 +115,15 @@ class TokenTexts:
         self._names = {token: name for name, token in tokenizer.special_tokens.items()}
 
     def decode_bytes(self, tokens: Sequence[int]) -> bytes:
-        """Returns the bytes of tokens."""
+        """Decodes tokens to bytes."""
         return b"".join(map(self._spelled, tokens))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, with U+FFFD for bytes that are not UTF-8."""
+        """Decodes tokens to text, with U+FFFD for invalid UTF-8."""
         return self.decode_bytes(tokens).decode(errors="replace")
 
     def name(self, token: int) -> str:
-        """Returns a token's text; for part of a character its bytes as OpenAI spells them: `bytes:\\xe2`."""
+        """Returns a token's text; for an incomplete character, the bytes in OpenAI's format: `bytes:\\xe2`."""
         data = self._spelled(token)
         try:
             return data.decode()

@@ -1,6 +1,6 @@
-"""Tools of a request: functions for the developer message, and which of them the answer may or must call.
+"""Tools of a request: the declared functions, and which of them the model may or must call.
 
-Reads the forms of chat completions, `{"type": "function", "function": {"name", …}}`, and of responses,
+Accepts the format of chat completions, `{"type": "function", "function": {"name", …}}`, and of responses,
 `{"type": "function", "name", …}`.
 """
 
@@ -22,18 +22,18 @@ MAX_TOOLS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A tool that the client offers. `parameters` is the client's JSON schema."""
+    """A function that the client declares. `parameters` is its JSON schema."""
 
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
-    # The arguments must follow the schema.
+    # Arguments must follow the schema.
     strict: bool = False
-    # Where the request has the schema, for errors.
+    # Path of the schema in the request, for error messages.
     path: str = "tools"
 
     def declaration(self) -> dict[str, Any]:
-        """Returns the function for `data.harmony.developer`."""
+        """Returns the declaration for `data.harmony.developer`."""
         parameters = None if self.parameters is None else readable_schema(self.parameters)
         fields = {"name": self.name, "description": self.description, "parameters": parameters}
         return {key: value for key, value in fields.items() if value is not None}
@@ -41,15 +41,15 @@ class Function:
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """The functions of a request, and which of them the answer may call, or must call one of."""
+    """The functions of a request, and which of them the model may or must call."""
 
     functions: tuple[Function, ...] = ()
     mode: Mode = "auto"
-    # The functions that `tool_choice` leaves.
+    # The functions allowed by `tool_choice`.
     allowed: tuple[Function, ...] = ()
 
     def declarations(self) -> list[dict[str, Any]]:
-        """Returns the functions for `data.harmony.developer`."""
+        """Returns the declarations for `data.harmony.developer`."""
         return [function.declaration() for function in self.functions]
 
     @property
@@ -59,18 +59,18 @@ class Tools:
 
 
 def read_tools(fields: Fields) -> Tools:
-    """Reads `tools` and `tool_choice`.
+    """Parses `tools` and `tool_choice`.
 
-    With `none` no function is declared. A choice of some of them leaves the prompt as it is, for the prefix
-    cache; the grammar of the answer enforces it. Raises ApiError for tools that are not functions, and for
-    the choice of a function that is not among them.
+    With `none`, no function is declared. Any other choice does not change the prompt, so that the prefix
+    cache applies; it is enforced by the grammar. Raises ApiError for tools that are not functions, and for a
+    choice of an undeclared function.
     """
     functions = [_function(tool) for tool in fields.objects("tools") or []]
-    fields.require(len(functions) <= MAX_TOOLS, "tools", f"must be at most {MAX_TOOLS:,} tools")
+    fields.require(len(functions) <= MAX_TOOLS, "tools", f"must have at most {MAX_TOOLS:,} tools")
     names = collections.Counter(function.name for function in functions)
     for name, count in names.items():
         if count > 1:
-            raise bad_request(f"tools has more than one function {name!r}", "tools")
+            raise bad_request(f"tools declares the function {name!r} more than once", "tools")
     mode, chosen = _tool_choice(fields, names)
     if mode == "none":
         return Tools(mode="none")
@@ -80,7 +80,7 @@ def read_tools(fields: Fields) -> Tools:
 
 def _function(tool: Fields) -> Function:
     kind = tool.text("type", "function")
-    tool.require(kind == "function", "type", "must be function, the only type of tools that is supported")
+    tool.require(kind == "function", "type", "must be function, the only supported type of tool")
     given = tool.object("function") or tool
     name = given.needed_text("name")
     given.require(TOOL_NAME.fullmatch(name) is not None, "name", NAME_RULE)
@@ -95,7 +95,7 @@ def _function(tool: Fields) -> Function:
 
 
 def _tool_choice(fields: Fields, names: Collection[str]) -> tuple[Mode, Collection[str] | None]:
-    """Returns the mode, and the functions to which the choice is limited."""
+    """Returns the mode, and the allowed function names (None: all)."""
     choice = fields.get("tool_choice")
     if choice is None:
         return "auto", None
@@ -112,7 +112,7 @@ def _tool_choice(fields: Fields, names: Collection[str]) -> tuple[Mode, Collecti
     given = given.object("allowed_tools") or given
     mode = given.choice("mode", MODES[1:], "auto")
     chosen = {_named(tool, names) for tool in given.objects("tools") or []}
-    given.require(bool(chosen), "tools", "must name functions of tools")
+    given.require(bool(chosen), "tools", "must name at least one of the request's tools")
     return mode, chosen
 
 
@@ -120,5 +120,7 @@ def _named(choice: Fields, names: Collection[str]) -> str:
     given = choice.object("function") or choice
     name = given.needed_text("name")
     if name not in names:
-        raise bad_request(f"{given.param('name')} is {shown(name)}: is not in tools", given.param("name"))
+        raise bad_request(
+            f"{given.param('name')} is {shown(name)}: must be declared in tools", given.param("name")
+        )
     return name

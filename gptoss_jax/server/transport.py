@@ -1,4 +1,4 @@
-"""Request bodies in, JSON answers out: size and time limits, and clients that leave."""
+"""Request bodies (with size and time limits), JSON responses, and client disconnects."""
 
 import asyncio
 import contextlib
@@ -14,17 +14,17 @@ from gptoss_jax.server.errors import ApiError, bad_request
 from gptoss_jax.server.fields import Fields, parse_json
 
 Result = TypeVar("Result")
-# Bodies of more bytes are parsed on another thread: megabytes of JSON take as long as many tokens.
+# Larger bodies are parsed on another thread, because parsing megabytes of JSON would stall all streams.
 PARSE_INLINE = 1 << 16
-# Seconds for which the rest of a body that is too long is read and dropped: a connection that is closed with
-# unread bytes is reset, and the client may lose the error. And seconds without any of it, which end this.
+# Seconds, in total and without receiving data, to read and discard the rest of a body that is too large: if a
+# connection is closed with unread bytes, it is reset and the client may not see the error.
 DROP_SECONDS, DROP_IDLE = 10.0, 0.25
 
 
 async def read_json(request: Request) -> Fields:
-    """Reads a request's body.
+    """Reads and parses a request's JSON body.
 
-    Raises ApiError: 400 if it is not JSON, 408 if it comes too slowly, 413 if it is too long.
+    Raises ApiError: 400 if it is not JSON, 408 if it arrives too slowly, 413 if it is too large.
     """
     settings = request.app.state.service.settings
     declared = request.headers.get("content-length", "")
@@ -41,16 +41,16 @@ async def read_json(request: Request) -> Fields:
         message = f"The request's body did not arrive within {settings.body_timeout:g} s."
         raise _unread(ApiError(408, message, code="request_timeout")) from None
     except ClientDisconnect:
-        raise bad_request("The client left before the request's end.") from None
+        raise bad_request("The client disconnected before sending the whole request.") from None
     if len(body) <= PARSE_INLINE:
         return parse_json(bytes(body))
     return await anyio.to_thread.run_sync(parse_json, bytes(body))
 
 
 async def while_connected(request: Request, work: Awaitable[Result], cancel: Callable[[], None]) -> Result:
-    """Awaits `work` for an answer without a stream, but calls `cancel` if the client leaves.
+    """Awaits `work` for a response that is not streamed; calls `cancel` if the client disconnects.
 
-    Raises ApiError then, which nobody receives.
+    In that case it raises ApiError, which no one receives.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(disconnected(request.receive))
@@ -58,7 +58,7 @@ async def while_connected(request: Request, work: Awaitable[Result], cancel: Cal
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise bad_request("The client left.")
+        raise bad_request("The client disconnected.")
     finally:
         gone.cancel()
         task.cancel()
@@ -66,7 +66,7 @@ async def while_connected(request: Request, work: Awaitable[Result], cancel: Cal
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns when the client has left; the request's body must have been read."""
+    """Returns when the client disconnects; the request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -79,7 +79,7 @@ def json_response(
 
 
 class TooLongResponse(JSONResponse):
-    """An error that is sent before the end of the request's body, of which the rest is dropped."""
+    """An error response sent before the whole request body has arrived; discards the rest of the body."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -92,7 +92,7 @@ class TooLongResponse(JSONResponse):
 
 
 def error_response(error: ApiError) -> Response:
-    """Returns an error's response."""
+    """Returns the response for an error."""
     if error.status == 413:
         return TooLongResponse(error.body(), error.status, error.headers)
     return json_response(error.body(), error.status, error.headers)
@@ -104,6 +104,6 @@ def _too_long(limit: int) -> ApiError:
 
 
 def _unread(error: ApiError) -> ApiError:
-    """Closes the connection, whose next bytes are the rest of the body."""
+    """Makes the error close the connection: its next bytes would be the rest of the body."""
     error.headers["Connection"] = "close"
     return error
