@@ -123,7 +123,7 @@ class TokenTexts:
         return self.decode_bytes(tokens).decode(errors="replace")
 
     def name(self, token: int) -> str:
-        """Returns a token's text; for an incomplete character, the bytes in OpenAI's format: `bytes:\\xe2`."""
+        """Returns a token's text; for an incomplete character, its bytes as `bytes:\\xe2`, like OpenAI."""
         data = self._spelled(token)
         try:
             return data.decode()
