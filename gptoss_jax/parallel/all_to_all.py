@@ -1,11 +1,11 @@
-"""All-to-all of rows to the devices that hold their experts, and back: two transports with one result.
+"""All-to-all of rows to the devices with their experts, and back: two equivalent transports.
 
-How many rows a device gets depends on the router, and may be all rows of all devices. So its buffer holds a
-bounded number, and more rows travel in further rounds, which are rare. All devices along the expert axis know
-the number of rounds, because each has the row counts of all.
+The number of rows that a device receives depends on the router, and may be all rows of all devices. Buffers
+therefore have a fixed size, and excess rows are sent in additional rounds, which are rare. All devices along
+the expert axis know the number of rounds, because each has the row counts of all devices.
 
-Letters: R rows of one device, sorted by expert; C rows of a device's buffer; E experts of all devices; n
-devices along the expert axis; L = E / n experts of one device (layers elsewhere).
+Letters: R rows per device, sorted by expert; C rows per buffer; E experts on all devices; n devices along the
+expert axis; L = E / n experts per device (elsewhere: layers).
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 
 from gptoss_jax.kernels import backend
 
-# Row counts and offsets stay int32, even if jax_enable_x64 would make sums int64.
+# Keeps row counts and offsets int32 with jax_enable_x64, which would make sums int64.
 _sum = functools.partial(jnp.sum, dtype=jnp.int32)
 _cumsum = functools.partial(jnp.cumsum, dtype=jnp.int32)
 
-# Size of the buffer in percent of what an even router sends: to a device for the ragged transport, from one
-# device to another for the padded one, where smaller counts vary more.
+# Buffer size in percent of the rows under balanced routing: per receiving device for the ragged transport,
+# per pair of devices for the padded one, where the smaller counts vary more.
 BUFFER_PERCENT = {"ragged": 125, "padded": 150}
-# A buffer has at least this many rows, unless fewer can arrive: decoding then takes one round.
+# Minimum buffer size in rows, unless fewer can arrive, so that decoding takes one round.
 MIN_BUFFER_ROWS = 256
 
 
@@ -33,8 +33,8 @@ MIN_BUFFER_ROWS = 256
 def gather_rows(x_RD: jax.Array, index_C: jax.Array, inverse_R: jax.Array | None = None) -> jax.Array:
     """Returns `x_RD[index_C]`, zero for an index of -1. No row may be gathered twice.
 
-    `inverse_R`, required for the gradient, is the index of each row in the result, -1 for none: the gradient
-    is then a gather too, not a scatter.
+    `inverse_R`, required for the gradient, is the index of each row in the result, or -1; with it, the
+    gradient is also a gather instead of a scatter.
     """
     return jnp.where((index_C >= 0)[:, None], x_RD.at[index_C].get(mode="clip"), 0)
 
@@ -50,7 +50,7 @@ class Round(NamedTuple):
 
     dispatch: Callable[[jax.Array], jax.Array]  # [R, D] -> [C, D], rows sorted by local expert
     combine: Callable[[jax.Array], jax.Array]  # [C, D] -> [R, D], zero in rows of other rounds
-    group_sizes_L: jax.Array  # int32, rows of each local expert
+    group_sizes_L: jax.Array  # int32, rows per local expert
 
 
 def transport(
@@ -75,8 +75,8 @@ def transport(
 
 
 def has_ragged() -> bool:
-    """Returns True if the target backend has `ragged_all_to_all`: on GPUs, and on TPUs except v5e, whose
-    slices of more than 16 chips lack it."""
+    """Returns True if the target backend has `ragged_all_to_all`: GPUs, and TPUs except v5e, where it is
+    missing on slices of more than 16 chips."""
     if backend.platform() == "tpu":
         return not backend.device_kind().startswith(("TPU v5 lite", "TPU v5e"))
     return backend.platform() == "gpu"
@@ -84,21 +84,21 @@ def has_ragged() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RaggedAllToAll:
-    """Uses `ragged_all_to_all`: one slice for each expert; rows arrive sorted by expert, without padding."""
+    """Uses `ragged_all_to_all` with one slice per expert; rows arrive sorted by expert, without padding."""
 
     buffer_rows: int  # C
     max_rounds: int
 
     def num_rounds(self, counts_nE: jax.Array) -> jax.Array:
-        """Returns the rounds that the fullest device needs; `counts_nE` are the rows by device and expert."""
+        """Returns the number of rounds, from row counts by device and expert: that of the fullest device."""
         n, E = counts_nE.shape
         return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), (0, 2))) // self.buffer_rows)
 
     def plan_round(self, counts_nE: jax.Array, rows: int, index: jax.Array | int) -> Round:
         """Returns round `index`, for R = `rows` rows of this device.
 
-        All rows that a device gets, over all rounds, are ordered by expert, and within an expert by sender.
-        Round `index` moves rows starting at `index * C` in that order.
+        The rows that a device receives in all rounds are sorted by expert, then by sender. Round `index`
+        moves rows starting at `index * C` in that order.
         """
         n, E = counts_nE.shape
         device = jax.lax.axis_index("expert")
@@ -130,12 +130,12 @@ class RaggedAllToAll:
 
 
 class Slices(NamedTuple):
-    """One direction, as `jax.lax.ragged_all_to_all` takes it: E slices of rows, those for or from device 0
-    first, one for each expert of the device that holds the experts."""
+    """Arguments of `jax.lax.ragged_all_to_all` for one direction: E slices of rows, one per expert, in the
+    order of the devices that have the experts."""
 
-    read_E: jax.Array  # where each slice begins here
-    sizes_E: jax.Array  # rows in it
-    write_E: jax.Array  # where it begins on the receiving device
+    read_E: jax.Array  # start of each slice on this device
+    sizes_E: jax.Array  # rows in each slice
+    write_E: jax.Array  # start of each slice on the receiving device
     received_E: jax.Array  # rows in each incoming slice
 
 
@@ -143,7 +143,7 @@ class Slices(NamedTuple):
 def send_slices(x_RD: jax.Array, there: Slices, back: Slices, rows: int) -> jax.Array:
     """Sends slices of rows along the expert axis; returns [rows, D], zero where nothing arrives.
 
-    `back` sends the same rows back, as the gradient needs.
+    `back` describes the reverse direction, for the gradient.
     """
     move = ragged_all_to_all if has_ragged() else reference_all_to_all
     return move(x_RD, there, rows)
@@ -163,7 +163,7 @@ def ragged_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
 
 
 def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Array:
-    """The plain reference, for every backend: gathers all rows, and each device keeps its own."""
+    """Reference implementation for all backends: gathers all rows, and each device selects its own."""
     sources = jax.lax.axis_index("expert") * x_RD.shape[0] + slices.read_E
     x_RD = jax.lax.all_gather(x_RD, "expert", tiled=True)
     read_E, write_E = (
@@ -174,31 +174,31 @@ def reference_all_to_all(x_RD: jax.Array, slices: Slices, rows: int) -> jax.Arra
 
 @dataclasses.dataclass(frozen=True)
 class PaddedAllToAll:
-    """Uses `all_to_all`: the same number of rows between every pair of devices, padded with zeros; arriving
+    """Uses `all_to_all`: the same number of rows between each pair of devices, padded with zeros; received
     rows are then sorted by expert."""
 
     pair_rows: int  # rows from one device to another: C = n * pair_rows
     max_rounds: int
 
     def num_rounds(self, counts_nE: jax.Array) -> jax.Array:
-        """Returns the rounds that the pair of devices with the most rows needs."""
+        """Returns the number of rounds for the pair of devices with the most rows."""
         n, E = counts_nE.shape
         return -(-jnp.max(_sum(counts_nE.reshape(n, n, E // n), 2)) // self.pair_rows)
 
     def plan_round(self, counts_nE: jax.Array, rows: int, index: jax.Array | int) -> Round:
-        """Returns round `index`: rows starting at `index * pair_rows`, between every pair of devices."""
+        """Returns round `index`: rows starting at `index * pair_rows`, between each pair of devices."""
         n, E = counts_nE.shape
         device = jax.lax.axis_index("expert")
         pairs_nnL = counts_nE.reshape(n, n, E // n)
         low, high = index * self.pair_rows, (index + 1) * self.pair_rows
         slots_n = jnp.arange(n, dtype=jnp.int32) * self.pair_rows
 
-        # This device's rows: those for one device are consecutive.
+        # Rows of this device: those for the same destination are contiguous.
         counts_n = _sum(pairs_nnL[device], 1)
         starts_n = _cumsum(counts_n, 0) - counts_n
         sent_n = jnp.clip(counts_n - low, 0, self.pair_rows)
         departing = (slots_n, sent_n, starts_n + low)
-        # Rows arrive device by device, expert by expert within each; then they are sorted by expert.
+        # Rows arrive sorted by sender, then by expert; they are then sorted by expert.
         arriving_nL = jax.lax.dynamic_index_in_dim(pairs_nnL, device, axis=1, keepdims=False)
         begins_nL = _cumsum(arriving_nL, 1) - arriving_nL
         first_nL, end_nL = (jnp.clip(place, low, high) for place in (begins_nL, begins_nL + arriving_nL))
@@ -233,7 +233,7 @@ Transport = RaggedAllToAll | PaddedAllToAll
 
 
 def _in_slices(count: int, begins: jax.Array, sizes: jax.Array, others: jax.Array) -> jax.Array:
-    """Maps positions 0 … count - 1 on one side to positions on the other; -1 if in no slice."""
+    """Maps positions 0 … count - 1 on one side to positions on the other side; -1 outside of all slices."""
     offset = jnp.arange(count, dtype=jnp.int32)[:, None] - begins
     is_inside = (offset >= 0) & (offset < sizes)
     return _sum(jnp.where(is_inside, others + offset + 1, 0), 1) - 1

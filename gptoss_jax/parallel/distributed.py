@@ -1,7 +1,7 @@
-"""Runs with several processes on `jax.distributed`: initialization, exchange of host values, and failures.
+"""Multi-process runs with `jax.distributed`: initialization, host-value collectives, and failures.
 
-JAX's coordination service, which process 0 hosts, ends all other processes when one dies: at once if it is
-process 0, else when its heartbeats stop. Collectives on CPU notice a closed connection even earlier.
+JAX's coordination service, hosted by process 0, terminates all other processes when one dies: immediately if
+it is process 0, otherwise after missing heartbeats. Collectives on CPU notice a closed connection earlier.
 """
 
 import contextlib
@@ -25,35 +25,35 @@ from gptoss_jax.config import require
 from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable
 from gptoss_jax.kernels import selection
 
-# Environment variables for machines without a launcher that JAX detects.
+# Environment variables for jobs without a launcher that JAX detects.
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 BY_HAND = f"{ADDRESS} (HOST:PORT of process 0), {COUNT} and {INDEX}"
-# Seconds without a heartbeat after which a process counts as dead.
+# Seconds without a heartbeat after which a process is considered dead.
 HEARTBEAT_TIMEOUT = 30
-# Seconds that process 0 stays after an error, so that processes with the same error can report it too.
+# Seconds that process 0 stays alive after an error, so that other processes can report the same error.
 EXIT_GRACE = 5
-# A barrier waits as long as the slowest process needs, for example to tokenize the text.
+# Practically infinite: a barrier waits for the slowest process, for example for tokenization.
 BARRIER_TIMEOUT = 30 * 24 * 3600
 # Substrings of errors that a collective or a barrier raises because another process is gone.
 PEER_FAILURE = ("Gloo", "Barrier failed", "heartbeat", "coordination service")
-# Each barrier needs a new name.
+# Each barrier needs a unique name.
 _barriers = itertools.count()
 
 
 @contextlib.contextmanager
 def distributed_session(name: str) -> Iterator[None]:
-    """Joins the processes of a job, and ends all of them if this one fails; no-op for a single process.
+    """Connects the processes of a job, and terminates all of them if this one fails; no-op for one process.
 
-    Enter it before anything touches a device. JAX detects the processes of Cloud TPU, SLURM, Open MPI and
-    Kubernetes; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. Only
-    process 0 prints, except for errors. After an error in one process, or its death, the others exit with
-    a non-zero code within about `HEARTBEAT_TIMEOUT`.
+    Enter it before anything uses a device. JAX detects the processes of Cloud TPU, SLURM, Open MPI and
+    Kubernetes; elsewhere, set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Only process 0
+    prints, except for errors. After one process fails or dies, the others exit with a nonzero code within
+    about `HEARTBEAT_TIMEOUT`.
 
     Args:
-      name: the command's name, for error messages.
+      name: name of the command, for error messages.
 
     Raises:
-      ValueError: the environment names the processes incompletely.
+      ValueError: the environment variables are incomplete or invalid.
       OSError: the processes cannot reach each other.
     """
     if not _initialize():
@@ -65,7 +65,7 @@ def distributed_session(name: str) -> Iterator[None]:
             _silence_output()
             try:
                 yield
-            except SystemExit as error:  # on which all processes have agreed
+            except SystemExit as error:  # raised in all processes
                 stop = error
         barrier()
     except BaseException as error:
@@ -76,12 +76,12 @@ def distributed_session(name: str) -> Iterator[None]:
 
 
 def allgather_host(value: Any) -> list[Any]:
-    """Returns the JSON-ready values of all processes, by process index; all processes must call it."""
+    """All-gathers JSON-serializable values, ordered by process index. All processes must call it."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(data.size))
-    # Powers of two, so that few sizes are compiled.
+    # Padded to a power of two, so that few sizes are compiled.
     padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
@@ -89,7 +89,7 @@ def allgather_host(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Waits, without using a device, until all processes have called it."""
+    """Waits until all processes have called it, without using a device."""
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
@@ -99,18 +99,18 @@ def barrier() -> None:
 
 
 def stop_requested(step: int) -> bool:
-    """Returns True, in all processes for the same step, after one of them has received SIGTERM.
+    """Returns True, for the same step in all processes, after one of them has received SIGTERM.
 
-    All processes must call it before every step. JAX handles the signal once it is initialized.
+    All processes must call it before every step. `jax.distributed` handles the signal once initialized.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
 
 @functools.cache
 def agree_on_kernels(setting: str) -> None:
-    """Disables kernels in all processes that failed their check in any: all must compile the same programs.
+    """Turns off kernels in all processes if their check failed in any, so that all compile the same programs.
 
-    A single process only runs the checks. All processes must call it, with the same `model.kernels` setting.
+    With one process, only runs the check. All processes must call it, with the same `model.kernels` setting.
 
     Raises ValueError if the processes have different values of GPTOSS_JAX_KERNELS.
     """
@@ -126,11 +126,11 @@ def agree_on_kernels(setting: str) -> None:
 
 
 def _initialize() -> bool:
-    """Initializes `jax.distributed` if this is one of several processes; returns False if it is alone."""
+    """Initializes `jax.distributed` if there are several processes; returns False if there is only one."""
     arguments, launcher = _explicit_processes(), _launcher()
     if arguments is None and launcher is None:
         address = os.environ.get(ADDRESS)
-        require(address is None, ADDRESS, address, f"needs {COUNT} and {INDEX} with it")
+        require(address is None, ADDRESS, address, f"requires {COUNT} and {INDEX}")
         return False
     if arguments is not None and arguments["num_processes"] == 1:
         return False
@@ -140,27 +140,27 @@ def _initialize() -> bool:
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
         )
-    except Exception as error:  # every launcher has its own: HTTP, Kubernetes, a variable that isn't a number
+    except Exception as error:  # depends on the launcher: HTTP, Kubernetes, a variable that is not a number
         if launcher == "Cloud TPU" and isinstance(error, ValueError):
-            return False  # a TPU machine that belongs to no cluster
+            return False  # a TPU machine outside of a cluster
         raise OSError(
-            f"cannot join the processes that {launcher or 'the environment'} names: {error}. Set {BY_HAND}, "
-            f"or {COUNT}=1 for this process alone"
+            f"cannot connect to the processes of {launcher or 'the environment'}: {error}. Set {BY_HAND}, "
+            f"or {COUNT}=1 to run a single process"
         ) from error
     return True
 
 
 def _explicit_processes() -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize` from the environment variables, if they are set."""
+    """Returns the arguments of `jax.distributed.initialize` from environment variables, or None if unset."""
     count, index, address = (os.environ.get(name) for name in (COUNT, INDEX, ADDRESS))
     if count is None and index is None:
         return None
     index = "0" if count == "1" and index is None else index
     numbers = []
     for name, value in ((COUNT, count), (INDEX, index)):
-        require(value is not None, name, value, f"must be set with the others of {BY_HAND}")
+        require(value is not None, name, value, f"must be set together with the others of {BY_HAND}")
         text = value or ""
-        require(text.isascii() and text.isdigit(), name, value, "must be a whole number")
+        require(text.isascii() and text.isdigit(), name, value, "must be an integer of at least 0")
         numbers.append(int(text))
     num_processes, process_id = numbers
     require(num_processes > 0, COUNT, num_processes, "must be above 0")
@@ -174,9 +174,9 @@ def _explicit_processes() -> dict[str, Any] | None:
 
 
 def _launcher() -> str | None:
-    """Name of a launcher that may have started several processes; `jax.distributed` knows how to join them.
+    """Returns the name of a launcher that `jax.distributed` supports and that started several processes.
 
-    A task of one, such as `mpirun -n 1`, runs alone: JAX would also restrict it to one GPU.
+    A single task, such as `mpirun -n 1`, is not initialized, because JAX would restrict it to one GPU.
     """
     if "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
         return "SLURM"
@@ -188,7 +188,7 @@ def _launcher() -> str | None:
 
 
 def _silence_output() -> None:
-    """Leaves standard output to process 0, and there to Python: gloo writes to the same file descriptor."""
+    """Silences stdout, except for Python's output in process 0: gloo writes to the same file descriptor."""
     sys.stdout.flush()
     with contextlib.suppress(OSError):  # not backed by a file
         stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding)
@@ -203,13 +203,13 @@ def _silence_output() -> None:
 
 
 def _exit(name: str, error: BaseException) -> None:
-    """Reports an error and ends this process, without the exit handlers that would wait for the others."""
+    """Reports an error and exits without running exit handlers, which would wait for the other processes."""
     try:
         index, count = jax.process_index(), jax.process_count()
     except RuntimeError:  # no backend
         index, count = 0, 1
     if any(word in str(error) for word in PEER_FAILURE):
-        advice = "check that process's output, and start all again to resume from the last checkpoint"
+        advice = "check that process's output, and restart all processes to resume from the last checkpoint"
         lost = f"process {index} of {count} lost contact with another process, which failed or was killed"
         startup.say(name, "error", f"{lost}; {advice} ({str(error).splitlines()[0]})")
         code = 1

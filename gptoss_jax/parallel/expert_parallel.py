@@ -1,12 +1,13 @@
-"""Expert parallelism: tokens travel to their experts and back. Drops no tokens unless a capacity is set.
+"""Expert parallelism: dispatches tokens to their experts and combines the results. Drops no tokens unless a
+capacity is set.
 
-Each (token, expert) pair is a row. A device sorts its rows by expert, so that an expert's rows are
-consecutive. If the expert axis of the mesh spreads experts over devices, each row is dispatched to its
-expert's device, and its result is combined on its token's device (`all_to_all.py`); experts never move. The
-expert axis also splits the batch, so its devices hold different tokens.
+Each (token, expert) pair is a row. A device sorts its rows by expert, so that the rows of an expert are
+contiguous. If the mesh shards experts over the expert axis, each row is dispatched to the device of its
+expert, and its result is combined on the device of its token (`all_to_all.py`); experts never move. The
+expert axis also splits the batch, so its devices have different tokens.
 
 Letters: M tokens, of the whole mesh in `apply_experts` and of one device in `_one_device`; X experts per
-token; R = M X rows of one device; E experts; n devices along the expert axis.
+token; R = M X rows per device; E experts; n devices along the expert axis.
 """
 
 import functools
@@ -28,14 +29,14 @@ from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
 
 Carry = TypeVar("Carry")
 Parameters = Mapping[str, Weight]
-# (rows sorted by expert [R, D], parameters, rows of each expert [E]) -> [R, D], zero in rows past the groups.
+# (rows sorted by expert [R, D], parameters, rows per expert [E]) -> [R, D], zero in rows past the groups.
 ExpertFunction = Callable[[jax.Array, Parameters, jax.Array], jax.Array]
 # Of the backward pass: x_RD, trained and frozen parameters, counts_nE, and the gradient of the first round.
 Residuals = tuple[jax.Array, dict[str, Weight], dict[str, Weight], jax.Array, Callable]
 
 
 class Routing(NamedTuple):
-    """The experts of each token, and the weights with which their outputs are summed."""
+    """The experts of each token, and the weights of their outputs."""
 
     experts_MX: jax.Array  # int32; values outside [0, E) mean no expert and contribute zero
     weights_MX: jax.Array  # float32
@@ -54,14 +55,14 @@ def apply_experts(
     Args:
       expert_function: computes the outputs of the experts on one device.
       x_MD: tokens of the whole mesh.
-      parameters: the experts' parameters by name, sharded as their letters say; matrices are cast to the
-        dtype of `x_MD`, packed ones stay packed. A LayerView is read only if a kernel needs it as an array,
-        or if a mesh gathers it.
-      letters: of each parameter. If `down` is split along F, outputs are summed over the tensor axis; packed
-        `down` is split along its outputs, which `model.moe.expert_outputs` gathers.
-      capacity_factor: None drops nothing. A number limits each expert to that many times its even share of
-        the rows of the devices that exchange tokens (all rows, without an expert axis); excess rows (latest
-        tokens first) are dropped and contribute zero.
+      parameters: expert parameters by name, sharded according to `letters`; matrices are cast to the dtype of
+        `x_MD`, packed ones stay packed. A LayerView is read only if a kernel requires an array, or if the
+        mesh gathers it.
+      letters: the letters of each parameter. If `down` is split along F, outputs are summed over the tensor
+        axis; packed `down` is split along its outputs, which `model.moe.expert_outputs` gathers.
+      capacity_factor: limits each expert to this multiple of its even share of the rows of the devices that
+        exchange tokens (all rows, without an expert axis); excess rows (latest tokens first) are dropped and
+        contribute zero. None drops nothing.
 
     Returns:
       [M, D] in the dtype of `x_MD`, and the number of dropped rows, float32.
@@ -89,7 +90,7 @@ def apply_experts(
                 for name, value in parameters.items()
             }
         if is_partial_sum and "down_bias" in parameters:
-            # Add the bias on only the first tensor device, so the sum counts it once.
+            # Add the bias only on the first tensor device, so that the psum counts it once.
             is_first = jax.lax.axis_index("tensor") == 0
             bias = read(parameters["down_bias"])
             parameters = parameters | {"down_bias": jnp.where(is_first, bias, 0)}
@@ -119,13 +120,14 @@ def _cast(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
 
 
 def _is_packed(value: jax.Array | LayerView) -> bool:
-    """Returns True for the bytes of MXFP4."""
+    """Returns True for MXFP4 bytes."""
     return value.dtype == jnp.uint8
 
 
 def _saves_residual(primitive: Any, *_: object, **__: object) -> bool:
-    """Saves all residuals except gathered experts, also cast or reshaped: every device would hold the whole
-    experts of all layers. The backward pass gathers them again, and reads them again from their stack."""
+    """Rematerialization policy: saves all residuals except gathered experts, also cast or reshaped, which
+    would be the full experts of all layers on every device. The backward pass reads them from their stack and
+    gathers them again."""
     names = ("all_gather", "convert_element_type", "reshape", "dynamic_slice", "squeeze")
     return primitive.name not in names
 
@@ -139,13 +141,13 @@ def _one_device(
     expert_devices: int,
     capacity_factor: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs on each device, inside `shard_map` on a mesh: sorts its rows by expert, sends them through their
-    experts, and sums the results per token."""
+    """Runs on each device (on a mesh, inside `shard_map`): sorts its rows by expert, applies the experts, and
+    sums the results per token."""
     experts_MX, weights_MX = routing
     M, X = experts_MX.shape
     D = x_MD.shape[1]
     E = next(iter(parameters.values())).shape[0] * expert_devices
-    # Rows without an expert are sorted after all groups, where the result is zero.
+    # Rows without an expert are sorted to the end, past all groups, where the result is zero.
     experts_R = jnp.where((experts_MX >= 0) & (experts_MX < E), experts_MX, E).reshape(-1)
     num_dropped, max_rows = jnp.float32(0), None
     if capacity_factor is not None:
@@ -173,7 +175,7 @@ def _one_device(
 
 
 def _rank_in_expert(experts_R: jax.Array, E: int, expert_devices: int) -> jax.Array:
-    """Returns how many rows of the same expert precede each row, on this device and on earlier ones."""
+    """Returns the number of rows of the same expert before each row, on this device and on earlier ones."""
     one_hot_RE = (experts_R[:, None] == jnp.arange(E, dtype=jnp.int32)).astype(jnp.int32)
     before_RE = jnp.cumsum(one_hot_RE, axis=0, dtype=jnp.int32) - one_hot_RE
     if expert_devices > 1:
@@ -191,8 +193,7 @@ def _round(
     expert_function: ExpertFunction,
     transport: Transport,
 ) -> jax.Array:
-    """Runs round `index`: sends the rows that fit this round's buffers to their experts and brings the
-    results back."""
+    """Runs round `index`: dispatches the rows of this round to their experts and combines the results."""
     plan = transport.plan_round(counts_nE, x_RD.shape[0], index)
     return plan.combine(expert_function(plan.dispatch(x_RD), parameters, plan.group_sizes_L))
 
@@ -205,9 +206,10 @@ def _on_expert_devices(
     expert_function: ExpertFunction,
     transport: Transport,
 ) -> jax.Array:
-    """Sends rows sorted by expert through the experts of all devices, in as many rounds as `transport` needs.
+    """Applies the experts of all devices to rows sorted by expert, in one or more rounds of `transport`.
 
-    The backward pass reuses the residuals of the first round, and recomputes further rounds, which are rare.
+    The backward pass reuses the residuals of the first round, and recomputes any other rounds, which are
+    rare.
     """
     return _rounds(x_RD, dict(parameters), {}, counts_nE, expert_function, transport)[0]
 
@@ -223,7 +225,7 @@ def _rounds_forward(
     trained: dict[str, Weight] = {}
     frozen: dict[str, Weight] = {}
     for name, primals in parameters.items():
-        # A LayerView has two.
+        # A LayerView has two leaves.
         is_trained = any(primal.perturbed for primal in jax.tree.leaves(primals))
         (trained if is_trained else frozen)[name] = jax.tree.map(lambda primal: primal.value, primals)
     arguments = x_RD.value, trained, frozen, counts_nE.value
@@ -239,7 +241,7 @@ def _rounds(
     expert_function: ExpertFunction,
     transport: Transport,
 ) -> tuple[jax.Array, Callable]:
-    """Returns the result, and the function of its gradient from that of the first round."""
+    """Returns the result, and the VJP function of the first round."""
 
     def one_round(x_RD, trained, index=0):
         return _round(x_RD, trained | frozen, counts_nE, index, expert_function, transport)
@@ -266,7 +268,7 @@ def _rounds_backward(
     return dx_RD, gradients | dict.fromkeys(frozen), None
 
 
-# Of the parameters, those are differentiated for which it is asked: not the frozen ones, nor packed bytes.
+# Symbolic zeros show which parameters are differentiated: neither frozen ones nor packed bytes.
 _on_expert_devices.defvjp(_rounds_forward, _rounds_backward, symbolic_zeros=True)
 
 

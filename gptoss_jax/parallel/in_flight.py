@@ -1,4 +1,4 @@
-"""A bound on the programs that are dispatched and not finished."""
+"""Bounds the number of programs in flight: dispatched but not finished."""
 
 import collections
 from collections.abc import Iterable, Iterator
@@ -10,16 +10,16 @@ T = TypeVar("T")
 
 
 def bounded(results: Iterable[T]) -> Iterator[T]:
-    """Yields the results of programs in order, each when it is ready, with at most two programs in flight.
+    """Yields the results of programs in order, as soon as they are ready, with at most two programs in
+    flight.
 
-    JAX returns from a call before the device has run it, so a loop that only dispatches queues all of its
-    programs with their inputs and outputs. Two keep the device busy. On CPU the bound is one: the devices of
-    a mesh share a thread pool, and when it is full of waiting programs, a collective never gets its last
-    thread.
+    JAX dispatches asynchronously, so a loop that only dispatches enqueues all of its programs with their
+    inputs and outputs. Two keep the device busy. On CPU the bound is one: the devices of a mesh share a
+    thread pool, and if waiting programs fill it, a collective deadlocks because its last thread never starts.
 
     Args:
-      results: a generator that dispatches one program for each item. A result is any tree of arrays, which
-        no later program may donate.
+      results: a generator that dispatches one program per item. A result is any pytree of arrays, which later
+        programs must not donate.
     """
     limit = 1 if jax.default_backend() == "cpu" else 2
     pending: collections.deque[T] = collections.deque()

@@ -1,7 +1,7 @@
-"""Linear layers and embeddings whose weights are sharded: tensor parallelism and FSDP.
+"""Linear layers and embeddings with sharded weights: tensor parallelism and FSDP.
 
-Linear layers are einsums with sharding constraints. Where the compiler would shard badly (embeddings, the
-loss, experts) or cannot (Pallas kernels), `shard_map` spells out what each device does.
+Linear layers are einsums with sharding constraints. Where the compiler would shard badly (embeddings, loss,
+experts) or cannot (Pallas kernels), `shard_map` makes the computation of each device explicit.
 """
 
 import functools
@@ -19,7 +19,7 @@ from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, compute_spec, constrain, spec_axes, storage_spec
 
-# The name by which rematerialization can keep the results of `sharded_einsum`.
+# Checkpoint name by which rematerialization policies can save the results of `sharded_einsum`.
 LINEAR_OUTPUT = "linear_output"
 
 Weight = jax.Array | LayerView
@@ -45,20 +45,23 @@ def sharded_einsum(
     result_type: jnp.dtype | None = None,
     name: str | None = LINEAR_OUTPUT,
 ) -> jax.Array | list[jax.Array]:
-    """Computes `einsum(equation, x, weight)` for one weight or several, with weights that are sharded.
+    """Computes `einsum(equation, x, weight)` for one or several sharded weights.
 
-    The letters of the equation say how its arrays are sharded (`parallel/rules.py`): the batch axes split the
-    first dimension of `x` and of the result; what the tensor axis splits stays split, or is summed over
-    devices if the equation sums over it. The compiler inserts FSDP's all-gathers and reduce-scatters from
-    plain sharding constraints. Example: `q, k = sharded_einsum("BTD,DNH->BTNH", x_BTD, (q_DNH, k_DKH))`.
+    The letters of the equation determine the sharding of its arrays (`parallel/rules.py`): the batch axes
+    split the first dimension of `x` and of the result. Dimensions that the tensor axis splits stay split, or
+    are summed over devices if the equation contracts them. The compiler inserts FSDP's all-gathers and
+    reduce-scatters from sharding constraints.
+
+    Example: `q, k = sharded_einsum("BTD,DNH->BTNH", x_BTD, (q_DNH, k_DKH))`.
 
     Args:
-      x: multiplied in its own dtype, to which weights are cast.
-      weights: one or several, for the same equation. LayerViews are read in place if a kernel can do so.
-      result_type: default: the dtype of `x`.
-      name: by which rematerialization keeps the result; None has it computed again.
+      x: the input; weights are cast to its dtype.
+      weights: one or several weights for the same equation. LayerViews are read in place if a kernel supports
+        it.
+      result_type: dtype of the result; by default, that of `x`.
+      name: checkpoint name by which rematerialization can save the result; None recomputes it.
 
-    Returns the result of each weight: a list for a sequence of weights, else one array.
+    Returns the result for each weight: a list for a sequence of weights, otherwise one array.
     """
     if isinstance(weights, list | tuple):
         return _sharded_einsums(equation, x, tuple(weights), result_type, name)
@@ -75,7 +78,7 @@ def _sharded_einsums(
         assert_shapes(f"{x_letters} {letters}", x, weight)
     if decode.supports_einsum(equation, x, result_type):
         if any(weight.dtype != x.dtype for weight in weights):
-            # All of them, because the kernel reads the same layer of every stack.
+            # One call for all weights, because the kernel reads the same layer of every stack.
             weights = tuple(read(weight).astype(x.dtype) for weight in weights)
         results = decode.einsum(equation, x, [as_view(weight) for weight in weights])
     elif all(isinstance(weight, LayerView) for weight in weights) and grouped.supports_einsum(
@@ -108,14 +111,14 @@ def _einsum_backward(
     residuals: tuple[jax.Array, tuple[jax.Array, ...]],
     gradients: list[jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Gathers the weights again instead of keeping them. A weight's gradient is computed as x^T g: the other
-    order makes XLA for CPU transpose g."""
+    """Gathers the weights again instead of saving them. The gradient of a weight is computed as x^T g; with
+    the other order, XLA on CPU would transpose g."""
     x, weights = residuals
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
     x_spec, _ = activation_specs(equation)
 
     def backward(equation, a, b, dtype):
-        # A result wider than the operands has an equally wide gradient.
+        # If the result is wider than the operands, so is its gradient.
         a, b = a.astype(dtype), b.astype(dtype)
         return jnp.einsum(equation, a, b, precision="highest").astype(x.dtype)
 
@@ -134,20 +137,20 @@ _sharded_einsums.defvjp(_einsum_forward, _einsum_backward)
 
 
 def activation_specs(equation: str) -> tuple[P, P]:
-    """Returns how the activations of an equation are split: its first operand and its result."""
+    """Returns the specs of an equation's activations: its first operand and its result."""
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
     split = dict(zip(letters, compute_spec(letters), strict=True)) | {x_letters[0]: BATCH}
     return P(*map(split.get, x_letters)), P(*map(split.get, y_letters))
 
 
 def current_storage_spec(letters: str, shape: tuple[int, ...]) -> P:
-    """Returns how a parameter is stored on the current mesh."""
+    """Returns the storage spec of a parameter on the current mesh."""
     axes = current_axes()
     return storage_spec(letters, shape, axes, letters) if axes else P()
 
 
 def gathered_weight(letters: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Casts a weight in its storage sharding, then gathers it for use, over the fsdp and expert axes."""
+    """Casts a weight in its storage sharding, then all-gathers it over the fsdp and expert axes."""
     weight = constrain(weight.astype(dtype), current_storage_spec(letters, weight.shape))
     return constrain(weight, compute_spec(letters))
 
@@ -155,8 +158,8 @@ def gathered_weight(letters: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Ar
 def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Returns `weight_VD[tokens_BT]`, [B, T, D], sharded like a batch.
 
-    Each device looks up its own tokens, and only the gradient is summed over devices. Left to itself, the
-    compiler shards vocabulary and batch over the same axes, and moves every activation to do so.
+    Each device looks up its own tokens, and only the gradient is summed over devices. The compiler would
+    shard vocabulary and batch over the same axes, and communicate all activations.
     """
     assert_shapes("VD BT", weight_VD, tokens_BT)
     axes = current_axes()
@@ -176,15 +179,15 @@ def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def local_vocab_index(tokens_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Inside `shard_map`: each token's index in this device's `size` rows of the vocabulary, and whether it
-    is there (if not, the index is 0)."""
+    """Inside `shard_map`: returns each token's index in this device's `size` rows of the vocabulary, and a
+    mask of the tokens that are in them (elsewhere, the index is 0)."""
     index_BT = tokens_BT - jax.lax.axis_index("tensor") * size
     is_local_BT = (index_BT >= 0) & (index_BT < size)
     return jnp.where(is_local_BT, index_BT, 0), is_local_BT
 
 
 def gathered_dimensions(stored: P, used: P) -> list[tuple[int, tuple[str, ...]]]:
-    """Returns the dimensions that are gathered before use, each with the axes that split it."""
+    """Returns the dimensions that are gathered for use, each with the axes that split it."""
     sizes, found = current_axes(), []
     for dimension, (before, after) in enumerate(zip(stored, used, strict=True)):
         axes = tuple(axis for axis in spec_axes(before) if axis not in spec_axes(after) and sizes[axis] > 1)
@@ -193,8 +196,8 @@ def gathered_dimensions(stored: P, used: P) -> list[tuple[int, tuple[str, ...]]]
 
 
 def gather_parameter(x: jax.Array, stored: P, used: P) -> jax.Array:
-    """Inside `shard_map`: gathers a parameter for use, over the fsdp axis and, without experts, the expert
-    axis. Its gradient is reduce-scattered."""
+    """Inside `shard_map`: all-gathers a parameter over the fsdp axis and, unless it has experts, the expert
+    axis. The gradient is reduce-scattered."""
     for dimension, axes in gathered_dimensions(stored, used):
         x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
     return x
@@ -214,10 +217,10 @@ def _batch_axes_not_in(spec: P) -> tuple[str, ...]:
 
 @jax.custom_vjp
 def tensor_psum(x: jax.Array) -> jax.Array:
-    """Inside `shard_map` without vma checks: the sum over the tensor axis of a result replicated on it.
+    """Inside `shard_map` without vma checks: sums over the tensor axis; the result is replicated on it.
 
-    shard_map divides the cotangent of a replicated result by the axis size, but each summand needs all of it,
-    so scale by the size instead of a second psum.
+    shard_map divides the cotangent of a replicated result by the axis size, but each summand needs the full
+    cotangent: the backward pass multiplies by the axis size, which saves a second psum.
     """
     return jax.lax.psum(x, "tensor")
 
@@ -226,13 +229,13 @@ tensor_psum.defvjp(lambda x: (tensor_psum(x), None), lambda _, g: (g * jax.lax.a
 
 
 def tensor_all_gather(y_RF: jax.Array) -> jax.Array:
-    """Inside `shard_map`: gathers outputs that are split over the tensor axis."""
+    """Inside `shard_map`: all-gathers outputs over the tensor axis."""
     is_split = current_axes().get("tensor", 1) > 1
     return jax.lax.all_gather(y_RF, "tensor", axis=1, tiled=True) if is_split else y_RF
 
 
 def shard_map_batch(function: Callable[..., Result], *arrays: jax.Array) -> Result:
-    """Maps `function` over the batch axes: every device applies it to its local rows."""
+    """Maps `function` over the batch axes: each device applies it to its local rows."""
     if not current_axes():
         return function(*arrays)
     return jax.shard_map(function, in_specs=ROWS, out_specs=ROWS, check_vma=False)(*arrays)
@@ -246,7 +249,7 @@ def shard_map_heads(
     *rows_BT: jax.Array,
 ) -> jax.Array:
     """Maps `function(*heads, sinks, key, *rows)` over the batch axes and the tensor axis, which splits the
-    heads: axis 2 of `heads` and of the result, [B, T, N or K, H]. Each device gets its own random key."""
+    heads: axis 2 of `heads` and of the result, [B, T, N or K, H]. Each device has a different random key."""
     if not current_axes():
         return function(*heads, sinks_N, key, *rows_BT)
 

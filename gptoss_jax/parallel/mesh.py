@@ -1,4 +1,4 @@
-"""The device mesh: its axes, how it is made, and the sizes of the current one."""
+"""The device mesh: its axes, construction, and the axis sizes of the current mesh."""
 
 import dataclasses
 import math
@@ -10,9 +10,9 @@ from jax.sharding import AxisType, Mesh
 
 from gptoss_jax.config import MeshConfig, ModelConfig, require
 
-# The fields of MeshConfig, in order: devices along the last axis are the nearest neighbors.
+# The fields of MeshConfig, in order: devices along the last axis are nearest neighbors.
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
-# The axes that split a batch, so gradients are summed over them. Devices along the tensor axis share rows.
+# Axes that split the batch: gradients are summed over them. Devices along the tensor axis have the same rows.
 BATCH = ("data", "fsdp", "expert")
 
 
@@ -24,8 +24,8 @@ def divisors(number: int, most: int) -> list[int]:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of the devices (default: all) with the axis sizes of the config.
 
-    The axes are of type Auto: the compiler shards what parameters and a few constraints leave open. Raises
-    ValueError, with valid sizes, if the axis sizes do not multiply to the number of devices.
+    The axes have type Auto: the compiler chooses all shardings that parameters and a few constraints do not
+    fix. Raises ValueError, with valid sizes, if the axis sizes do not multiply to the number of devices.
     """
     count = len(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
@@ -35,13 +35,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         allowed = f"axis sizes must multiply to {count}, the number of devices; {_valid_sizes(sizes, count)}"
         raise ValueError(f"mesh is {asked}: {allowed}")
     shape = tuple(count // product if size == -1 else size for size in sizes.values())
-    # An axis may be part of a physical axis: 8 experts on a 4x4x4 slice take two of its rows.
+    # A mesh axis may split a physical axis: an expert axis of 8 on a 4x4x4 slice takes two of its rows.
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _valid_sizes(sizes: dict[str, int], count: int) -> str:
-    """Returns the sizes that make a mesh fit the devices, of a single axis if changing one is enough."""
+    """Describes the axis sizes that fit the devices, for a single axis if changing one is enough."""
     valid = []
     for name, size in sizes.items():
         others = math.prod(other for key, other in sizes.items() if key != name and other != -1)
@@ -56,7 +56,7 @@ def _valid_sizes(sizes: dict[str, int], count: int) -> str:
 
 
 def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
-    """Raises ValueError, with the valid sizes, if axes of these sizes cannot split a model."""
+    """Raises ValueError, with the valid sizes, if mesh axes of these sizes cannot shard a model."""
     split = {
         "expert": ("num_local_experts",),
         "tensor": ("num_key_value_heads", "intermediate_size", "vocab_size"),
@@ -71,11 +71,11 @@ def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
 
 
 def current_axes() -> dict[str, int]:
-    """Returns the axis sizes of the current mesh (`jax.set_mesh`); empty without one, or with one device."""
+    """Returns the axis sizes of the current mesh (`jax.set_mesh`); empty for no mesh or one device."""
     axes = dict(jax.sharding.get_abstract_mesh().shape)
     return axes if math.prod(axes.values()) > 1 else {}
 
 
 def batch_shards(axes: Mapping[str, int]) -> int:
-    """Returns the number of shards of a batch; 1 without axes."""
+    """Returns the number of shards of a batch; 1 without a mesh."""
     return math.prod(axes.get(axis, 1) for axis in BATCH)

@@ -1,8 +1,8 @@
-"""Sharding rules: which mesh axes split a dimension, by its letter (`model/parameters.py` has the key).
+"""Sharding rules: the mesh axes that split a dimension, by its letter (`model/parameters.py` has the key).
 
-A parameter is declared with one letter for each dimension, and an einsum equation uses the same letters, so
-the table covers parameters and einsums. The constants after it are the shardings of all other activations.
-A lower-case letter is a dimension that is never split: a norm's scale ("d") or the router's outputs ("e").
+Parameters are declared with one letter per dimension, and einsum equations use the same letters, so the table
+covers both. The constants after it are the shardings of all other activations. Lowercase letters are
+dimensions that are never split, such as a norm's scale ("d") or the router's outputs ("e").
 """
 
 import math
@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.parallel.mesh import BATCH, current_axes, divisors
 
-# Letter -> the mesh axes that split the dimension while the parameter is stored. Tensor parallelism splits
-# heads, expert width and vocabulary, expert parallelism the experts; FSDP splits the hidden dimension.
+# Letter -> the mesh axes that split the dimension in storage. Tensor parallelism splits heads, expert width
+# and vocabulary; expert parallelism splits the experts; FSDP splits the hidden dimension.
 STORAGE = {
     "V": ("tensor",),
     "N": ("tensor",),
@@ -24,17 +24,17 @@ STORAGE = {
     "F": ("tensor",),
     "E": ("expert",),
     "D": ("fsdp",),
-    # Packed MXFP4 experts are split along their rows only, because 32 input values share a scale: `U` the
-    # rows of gate and up, which alternate, `O` those of down.
+    # Packed MXFP4 experts are split only along their rows, because 32 input values share a scale: `U` the
+    # interleaved rows of gate and up, `O` those of down.
     "U": ("tensor", "fsdp"),
     "O": ("tensor", "fsdp"),
 }
-# Axes that split a parameter while it is used; the others are gathered first.
+# Axes that split a parameter for compute; it is all-gathered over the others.
 COMPUTE = ("tensor", "expert")
-# In storage, parameters without experts are also split over the expert axis: along V if they have it, else
-# along D, if the size is divisible.
+# In storage, parameters without experts are also split over the expert axis: along V if they have it,
+# otherwise along D, if the size is divisible.
 ALSO_OVER_EXPERT = "VD"
-# Dimensions that are only split between pairs: a row of gate and its row of up stay together.
+# Dimensions that are split only between pairs: a row of gate and its row of up stay together.
 PAIRED = "U"
 
 # Activations. ROWS are sequences or tokens, split along the first dimension of an array of any rank.
@@ -42,14 +42,14 @@ ROWS = P(BATCH)
 BATCH_BT = P(BATCH, None)
 HIDDEN_BTD = P(BATCH, None, None)
 HEADS_BTNH = P(BATCH, None, "tensor", None)
-CACHE_LBKSH = P(None, BATCH, "tensor", None, None)  # keys or values of layers
+CACHE_LBKSH = P(None, BATCH, "tensor", None, None)  # stacked keys or values
 
 
 def storage_spec(letters: str, shape: tuple[int, ...], axes: Mapping[str, int], name: str = "") -> P:
-    """Returns how an array of these letters is split in storage.
+    """Returns the PartitionSpec in which an array with these letters is stored.
 
     Args:
-      letters: one for each dimension; leading dimensions without one (stacked layers) are not split.
+      letters: one per dimension; leading dimensions without a letter (stacked layers) are not split.
       axes: sizes of the mesh axes.
       name: the array's name in error messages.
 
@@ -76,8 +76,8 @@ def storage_spec(letters: str, shape: tuple[int, ...], axes: Mapping[str, int], 
 
 
 def compute_spec(letters: str) -> P:
-    """Returns how a parameter of these letters is split while it is used: gathered over FSDP, and over the
-    expert axis unless it has experts."""
+    """Returns the PartitionSpec of a parameter for compute: gathered over the fsdp axis, and over the expert
+    axis unless it has experts."""
     return _spec([[axis for axis in STORAGE.get(letter, ()) if axis in COMPUTE] for letter in letters])
 
 
@@ -86,12 +86,12 @@ def _spec(entries: Iterable[Sequence[str]]) -> P:
 
 
 def spec_axes(entry: Any) -> tuple[str, ...]:
-    """Returns the mesh axes that one entry of a PartitionSpec names."""
+    """Returns the mesh axes in one entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def constrain(x: jax.Array, spec: P) -> jax.Array:
-    """Constrains an activation's sharding; a no-op on one device."""
+    """Constrains the sharding of an activation; no-op on one device."""
     return jax.lax.with_sharding_constraint(x, spec) if current_axes() else x
 
 
