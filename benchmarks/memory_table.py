@@ -1,8 +1,8 @@
 """Memory that chatting, serving and training take: python benchmarks/memory_table.py [--write].
 
-Prints the table of docs/comparison.md: for each task and kind of device the fewest devices, a power of two,
-that it fits on, by the estimates of `gptoss plan`; `--write` puts it there. Takes a minute and needs no
-device: nothing is compiled or run.
+Prints the tables of docs/comparison.md and, shorter, of README.md: for each task and kind of device the
+fewest devices, a power of two, that it fits on, by the estimates of `gptoss plan`; `--write` puts them there.
+Takes a minute and needs no device: nothing is compiled or run.
 """
 
 import argparse
@@ -17,16 +17,28 @@ from gptoss_jax.planning.inference import Workload, plan_inference
 from gptoss_jax.planning.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "comparison.md"
-START, END = (
-    "<!-- memory table: python benchmarks/memory_table.py --write -->",
-    "<!-- end of the memory table -->",
-)
+# Files with tables, each between its first line and END.
+PAGES = (ROOT / "docs" / "comparison.md", ROOT / "README.md")
+START = "<!-- memory table: python benchmarks/memory_table.py --write -->"
+SHORT = "<!-- short memory table: python benchmarks/memory_table.py --write -->"
+END = "<!-- end of the memory table -->"
 NAMES = {"v5e": "TPU v5e", "v6e": "TPU v6e", "v5p": "TPU v5p", "h100": "H100", "h200": "H200"}
 COUNTS = tuple(2**i for i in range(9))
 # Training steps compiled for TPUs need up to 7.6 GB more than their estimates (results/scaling.json).
 TPU_MARGIN = 8e9
 LARGE = ("--model.num-hidden-layers", "36", "--model.num-local-experts", "128")
+
+# Rows of the short table: names of tasks, and what they are called there.
+BRIEF = {
+    f"{size}: {name}": f"{brief} {size}"
+    for size in ("20b", "120b")
+    for name, brief in (
+        ("chat, 8,192 tokens", "chat with"),
+        ("serve 8 answers of 32,768 tokens", "serve"),
+        ("QLoRA", "QLoRA of"),
+        ("full fine-tuning or pretraining", "full training of"),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +74,16 @@ def tasks() -> list[Task]:
 
 
 @functools.cache
-def needed(task: Task, count: int) -> float:
+def needed(task: Task, count: int, is_tpu: bool) -> float:
     """Bytes of each of `count` devices, on the mesh that takes least."""
+    chip = "v5p" if is_tpu else "h100"
     path = ROOT / "configs" / f"{task.preset}.py"
     if task.workload is not None:
         model = read_preset(path).model
-        plan = plan_inference(model, chip="h100", devices=count, workload=task.workload, experts=task.experts)
+        plan = plan_inference(model, chip=chip, devices=count, workload=task.workload, experts=task.experts)
         return min(one.memory.total for one in plan.estimates)
-    # The chip decides about times only.
     config = read_preset(path, [*task.flags, *batch_flags(task, count)])
-    return min(one.memory.total for one in make_plan(config, chip="h100", devices=count).estimates)
+    return min(one.memory.total for one in make_plan(config, chip=chip, devices=count).estimates)
 
 
 def batch_flags(task: Task, count: int) -> list[str]:
@@ -81,11 +93,12 @@ def batch_flags(task: Task, count: int) -> list[str]:
 def fewest(task: Task, chip: str) -> str:
     """Returns the fewest devices and the GB of each; a dash if too many are needed."""
     capacity = CHIPS[chip].memory
-    limit = MEMORY_UTILIZATION * capacity
-    if CHIPS[chip].dimensions and task.workload is None:
+    limit, is_tpu = MEMORY_UTILIZATION * capacity, CHIPS[chip].dimensions > 0
+    if is_tpu and task.workload is None:
         limit = min(limit, capacity - TPU_MARGIN)
     for count in COUNTS:
-        size = needed(task, count)
+        # Estimates of training do not depend on the chip, but for times.
+        size = needed(task, count, is_tpu and task.workload is not None)
         if size <= limit:
             return f"{count} × {size / 1e9:,.1f}"
     return "–"
@@ -96,35 +109,52 @@ def on_cpu(task: Task) -> str:
         return ""
     model = read_preset(ROOT / "configs" / f"{task.preset}.py").model
     plan = plan_inference(model, chip="cpu", workload=task.workload, experts=task.experts)
-    return f"{plan.estimates[0].memory.total / 1e9:,.0f}"
+    return f"{plan.estimates[0].memory.total / 1e9:,.0f} GB"
 
 
 def table() -> str:
-    sizes = [f"{name}, {CHIPS[chip].memory / 1e9:,.1f} GB" for chip, name in NAMES.items()]
-    lines = ["| | CPU, GB | " + " | ".join(sizes) + " |", "| --- |" + " ---: |" * (1 + len(sizes))]
-    return "\n".join([*lines, *map(row, tasks())])
+    """Returns all tasks, with the GB of each device."""
+    return "\n".join([*header(), *map(row, tasks())])
 
 
-def row(task: Task) -> str:
-    cells = [on_cpu(task), *(fewest(task, chip) for chip in NAMES)]
+def short_table() -> str:
+    """Returns the tasks of `BRIEF`, with numbers of devices only."""
+    named = {task.name: task for task in tasks()}
+    rows = [row(dataclasses.replace(named[name], name=brief), False) for name, brief in BRIEF.items()]
+    return "\n".join([*header(), *rows])
+
+
+def header() -> list[str]:
+    sizes = [f"{name}<br>{CHIPS[chip].memory / 1e9:,.1f} GB" for chip, name in NAMES.items()]
+    return ["| | CPU | " + " | ".join(sizes) + " |", "| --- |" + " ---: |" * (1 + len(sizes))]
+
+
+def row(task: Task, has_sizes: bool = True) -> str:
+    counts = (fewest(task, chip) for chip in NAMES)
+    cells = [on_cpu(task), *(count if has_sizes else count.split()[0] for count in counts)]
     return f"| {task.name} | " + " | ".join(cells) + " |"
 
 
-def written(page: str) -> str:
-    """Returns the table that a page has."""
-    return page.partition(START)[2].partition(END)[0].strip()
+def written(page: str, start: str = START) -> str | None:
+    """Returns the table that a page has after a line, or None."""
+    _, found, rest = page.partition(start)
+    return rest.partition(END)[0].strip() if found else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the table into docs/comparison.md")
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables into docs/comparison.md and README.md"
+    )
     options = parser.parse_args()
-    text = table()
-    print(text)
-    if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(START)
-        PAGE.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    for start, text in ((START, table()), (SHORT, short_table())):
+        print(text, end="\n\n")
+        for path in PAGES if options.write else ():
+            page = path.read_text(encoding="utf-8")
+            before, found, rest = page.partition(start)
+            if found:
+                page = f"{before}{start}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+                path.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

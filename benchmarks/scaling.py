@@ -149,7 +149,7 @@ def figures(row: dict) -> tuple[bool, str, float]:
 def finetuning_table(rows: list[dict]) -> str:
     """Returns the table of fine-tuning, in GB of one device, with the arguments of `gptoss plan`."""
     lines = [
-        "| | `gptoss plan configs/finetune/` … | HBM | frozen | trained | estimated | compiled | fits |",
+        "| | `gptoss plan` … | HBM | frozen | trained | estimated | compiled | fits |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
@@ -163,9 +163,7 @@ def finetuning_table(rows: list[dict]) -> str:
         trained = sum(memory[name] for name in ("parameters", "optimizer", "gradients"))
         sizes = (capacity, memory["frozen"], trained, memory["total"])
         cells = " | ".join(f"{size / 1e9:,.1f}" for size in sizes)
-        lines.append(
-            f"| {name} | `{row['preset']}.py {flags}` | {cells} | {size} | {'yes' if fits else 'no'} |"
-        )
+        lines.append(f"| {name} | `{row['preset']} {flags}` | {cells} | {size} | {'yes' if fits else 'no'} |")
     return "\n".join(lines)
 
 

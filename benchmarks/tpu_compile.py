@@ -1,11 +1,12 @@
 """Figures of the TPU compiler for the kernels: python benchmarks/tpu_compile.py [--only TEXT].
 
 Needs libtpu but no TPU. Compiles attention and the grouped matmul of gpt-oss-20b, and a sliding and a full
-layer with these kernels, for one device of each kind; and decoding and prefill of all of gpt-oss-20b with
-MXFP4 experts in bfloat16 and a cache of 4,096 tokens, on one device and on four of the tensor axis. Prints
-the compiler's figures and writes them to results/tpu_compile.json; a dash is a figure that it could not
-compute. The compiler does not look into kernels: operations of attention are not counted, and the bytes of
-grouped matmul kernels are an upper bound, as is the time derived from them.
+layer with these kernels, for one device of each kind; decoding and prefill of all of gpt-oss-20b with MXFP4
+experts in bfloat16 and a cache of 4,096 tokens, on one device and on four of the tensor axis; and decoding 8
+sequences with 32,768 tokens on v5p. Prints the compiler's figures and writes them to
+results/tpu_compile.json; a dash is a figure that it could not compute. The compiler does not look into
+kernels: operations of attention are not counted, and the bytes of grouped matmul kernels are an upper bound,
+as is the time derived from them.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def pair_of_layers(place):
     return jax.jit(step), (jax.tree.map(shaped, params), tokens, d_out)
 
 
-def generation(mesh, batch, tokens):
+def generation(mesh, batch, tokens, cache_len=4096):
     """Returns a prefill of gpt-oss-20b or, for one token, a decode call, and arguments placed as
     `from_pretrained` does."""
     published = read_preset(HERE.parent / "configs" / "gpt_oss_20b.py").model
@@ -125,7 +126,7 @@ def generation(mesh, batch, tokens):
     def array(*shape, dtype="int32", spec=None):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))
 
-    cache = jax.eval_shape(lambda: init_cache(config, batch, 4096, "bfloat16"))
+    cache = jax.eval_shape(lambda: init_cache(config, batch, cache_len, "bfloat16"))
     layers = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype, spec=rules.CACHE_LBKSH), cache.layers)
     cache = KVCache(layers, array(batch))
     if tokens > 1:
@@ -222,6 +223,9 @@ def main() -> None:
             for mesh in (one, four):
                 key = f"gpt-oss-20b, {what}, batch {batch}, {mesh.size} device{'s' * (mesh.size > 1)}"
                 jobs[key] = functools.partial(generation, mesh, batch, tokens), None, mesh
+        if name.startswith("v5p"):
+            key = "gpt-oss-20b, decoding, batch 8, 1 device, cache of 32,768 tokens"
+            jobs[key] = functools.partial(generation, one, 8, 1, 32768), None, one
         for key, (job, work, mesh) in jobs.items():
             row = {"chip": name.split(":")[0], "program": key, "useful_flops": work}
             if options.only not in f"{row['chip']} {key}":

@@ -1,4 +1,4 @@
-"""The table of memory in docs/comparison.md is what benchmarks/memory_table.py prints."""
+"""The tables of memory in docs/comparison.md and README.md are what benchmarks/memory_table.py prints."""
 
 import importlib.util
 import pathlib
@@ -33,5 +33,12 @@ def test_a_row(script, written, name):
 
 
 @pytest.mark.slow
-def test_the_table(script, written):
+def test_the_tables(script, written):
     assert script.table() == written
+    short = script.written((ROOT / "README.md").read_text(encoding="utf-8"), script.SHORT)
+    assert short in (None, script.short_table())
+
+
+def test_a_page_without_a_table(script):
+    assert script.written("no table") is None
+    assert script.written(f"a\n{script.SHORT}\n\n| b |\n\n{script.END}\nc", script.SHORT) == "| b |"

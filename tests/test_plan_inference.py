@@ -129,9 +129,11 @@ def test_peaks_of_the_tpu_compiler():
         if "decoding" not in row["program"] or "peak" not in row:
             continue
         batch, devices = map(int, re.search(r"batch (\d+), (\d+) device", row["program"]).groups())
+        context = 32768 if "cache of 32,768" in row["program"] else 4096
         memory = memory_of(
-            model, row["chip"], f"tensor={devices}", devices, slots=batch, context=4096, prefix_cache_bytes=0
-        )
+            model, row["chip"], f"tensor={devices}", devices,
+            slots=batch, context=context, prefix_cache_bytes=0,
+        )  # fmt: skip
         held = memory.weights + memory.cache + memory.temporaries
         assert held == pytest.approx(row["peak"], rel=0.08), row["program"]
         found += 1

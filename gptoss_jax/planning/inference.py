@@ -43,6 +43,8 @@ from gptoss_jax.planning.plan import all_meshes, parse_mesh
 from gptoss_jax.planning.shards import abstract_mesh, gathered_axes, local_bytes
 
 CPU = "cpu"
+# Width of a tile of TPU memory.
+LANES = 128
 Experts = Literal["mxfp4", "bfloat16"]
 
 
@@ -99,6 +101,7 @@ class _Engine:
     num_slots: int
     cache_len: int
     is_cpu: bool
+    is_tpu: bool
 
     @property
     def itemsize(self) -> int:
@@ -116,7 +119,8 @@ def estimate_inference(
     model = dataclasses.replace(model, compute_dtype="float32" if chip is None else "bfloat16")
     shards = batch_shards(mesh)
     num_slots = -(-workload.slots // shards) * shards
-    engine = _Engine(model, mesh, num_slots, cache_length(model, context), chip is None)
+    is_tpu = chip is not None and chip.dimensions > 0
+    engine = _Engine(model, mesh, num_slots, cache_length(model, context), chip is None, is_tpu)
     row = row_bytes(engine, engine.cache_len)
     # All prompts are read; or one answer decodes while the others' prompts are read.
     prompts, temporaries = max(
@@ -177,7 +181,8 @@ def slot_bytes(engine: _Engine) -> int:
 
 def decode_temporaries(engine: _Engine) -> int:
     """Bytes that a decode call holds: logits and their copies in sampling; off CPU also the scores of a layer
-    and, as the TPU compiler lays them out again, all keys and values and attention's q and output matrices.
+    and, as the TPU compiler lays them out again, attention's q and output matrices and all keys and values,
+    whose heads it pads to 128 lanes.
 
     On CPU, XLA converts experts in bfloat16 to float32, all layers at once and through a copy.
     """
@@ -189,6 +194,8 @@ def decode_temporaries(engine: _Engine) -> int:
     tensor = engine.mesh["tensor"]
     scores = 2 * rows * model.num_attention_heads // tensor * engine.cache_len * 4
     cache = rows * row_bytes(engine, engine.cache_len)
+    if engine.is_tpu:
+        cache = cache * -(-model.head_dim // LANES) * LANES // model.head_dim
     return logits + gathered + scores + cache + stored["attention.q"] + stored["attention.out"]
 
 
