@@ -13,7 +13,7 @@ import pathlib
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.hardware import CHIPS
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
-from gptoss_jax.planning.inference import Workload, plan_inference
+from gptoss_jax.planning.inference import Experts, Workload, plan_inference
 from gptoss_jax.planning.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +50,7 @@ class Task:
     flags: tuple[str, ...] = ()
     # Inference, if it is not a training step.
     workload: Workload | None = None
-    experts: str = "mxfp4"
+    experts: Experts = "mxfp4"
 
 
 def tasks() -> list[Task]:
