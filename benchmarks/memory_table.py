@@ -54,15 +54,16 @@ class Task:
 
 
 def tasks() -> list[Task]:
-    found = []
+    found: list[Task] = []
+    inference: tuple[tuple[str, int, int, Experts], ...] = (
+        ("chat, 8,192 tokens", 1, 8192, "mxfp4"),
+        ("chat, 131,072 tokens", 1, 131072, "mxfp4"),
+        ("serve 8 answers of 32,768 tokens", 8, 32768, "mxfp4"),
+        ("chat, 8,192 tokens, bfloat16 experts", 1, 8192, "bfloat16"),
+    )
     for size, flags in (("20b", ()), ("120b", LARGE)):
         base = f"gpt_oss_{size}"
-        for name, slots, context, experts in (
-            ("chat, 8,192 tokens", 1, 8192, "mxfp4"),
-            ("chat, 131,072 tokens", 1, 131072, "mxfp4"),
-            ("serve 8 answers of 32,768 tokens", 8, 32768, "mxfp4"),
-            ("chat, 8,192 tokens, bfloat16 experts", 1, 8192, "bfloat16"),
-        ):
+        for name, slots, context, experts in inference:
             found.append(Task(f"{size}: {name}", base, (), Workload(slots, context), experts))
         accumulate = ("--optim.grad-accum-steps", "2")
         found += [
