@@ -1,4 +1,4 @@
-"""Grouped-query attention with alternating sliding windows and learned sinks."""
+"""Grouped-query attention with sliding windows in alternate layers, and learned sinks."""
 
 from typing import NamedTuple
 
@@ -21,16 +21,15 @@ from gptoss_jax.parallel.linear import shard_map_heads
 
 
 class Segments(NamedTuple):
-    """Which document each token belongs to, and its position in it."""
+    """The document of each token, and the token's position in it."""
 
-    ids_BT: jax.Array  # int32: documents from 1, padding 0
-    positions_BT: jax.Array  # int32, rising by one within a segment
+    ids_BT: jax.Array  # int32: documents count from 1, padding is 0
+    positions_BT: jax.Array  # int32, increasing by one within a segment
     cos_sin: tuple[jax.Array, jax.Array]  # of the rotary angles, float32 [B, T, H / 2]
 
 
 class Attention(nnx.Module):
-    """One layer's attention: projections, rotary embedding, softmax over the visible keys, output
-    projection."""
+    """Attention of one layer: QKV projections, RoPE, softmax over the visible keys, output projection."""
 
     def __init__(self, config: ModelConfig, layer_type: str, *, rngs: nnx.Rngs):
         self.q, self.k, self.v, self.out = (
@@ -54,9 +53,9 @@ class Attention(nnx.Module):
         cache: LayerCacheView | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCacheView | None]:
-        """Attends to the tokens of the same segment and, with a cache, to earlier tokens.
+        """Attends to tokens of the same segment and, with a cache, to earlier tokens of the sequence.
 
-        Returns [B, T, D], and the cache with the new keys and values.
+        Returns [B, T, D], and the cache updated with the new keys and values.
         """
         assert_shapes("BTD BT BT", x_BTD, segments.ids_BT, segments.positions_BT)
         config, dtype = self.config, x_BTD.dtype
@@ -72,7 +71,7 @@ class Attention(nnx.Module):
         else:
             updated = update_cache(cache, k_BTKH, v_BTKH, self.spec)
             if q_BTNH.shape[1] > 1:
-                # With the old cache: the last new tokens may overwrite keys that the first ones still need.
+                # Uses the old cache: the last new tokens may overwrite keys that the first ones attend to.
                 y_BTNH = prefill_attention(q_BTNH, k_BTKH, v_BTKH, cache, self.spec, sinks_N=sinks_N)
             else:
                 y_BTNH = decode_attention(q_BTNH, updated, sinks_N=sinks_N)
@@ -81,7 +80,7 @@ class Attention(nnx.Module):
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache
 
     def qkv(self, x_BTD: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns queries [B, T, N, H], keys and values [B, T, K, H]; queries and keys are rotated."""
+        """Returns queries [B, T, N, H] and keys, both after RoPE, and values; the latter two [B, T, K, H]."""
         config, dtype = self.config, x_BTD.dtype
         q_BTNH, k_BTKH, v_BTKH = lora.adapted_einsum(self, "BTD,DNH->BTNH", x_BTD, ("q", "k", "v"))
         if config.attention_bias:

@@ -1,4 +1,4 @@
-"""Intermediate values of the forward pass, to look at: attention weights and the router's choices."""
+"""Captures intermediate values of the forward pass: attention weights and routing."""
 
 import operator
 from typing import NamedTuple
@@ -18,21 +18,21 @@ from gptoss_jax.parallel.linear import embedding_lookup
 class LayerIntermediates(NamedTuple):
     """Attention weights and routing of one layer."""
 
-    attention_BNTS: jax.Array  # float32, each query's weights of the keys; with the sink they add up to 1
-    sink_BNT: jax.Array  # float32, the share of each head's learned sink; 0 without sinks
+    attention_BNTS: jax.Array  # float32, attention weights; together with the sink they sum to 1
+    sink_BNT: jax.Array  # float32, probability of each head's learned sink; 0 without sinks
     router_logits_BTE: jax.Array  # float32
-    experts_BTX: jax.Array  # int32, the chosen experts, best first
-    expert_weights_BTX: jax.Array  # float32, their weights, which add up to 1
+    experts_BTX: jax.Array  # int32, selected experts, best first
+    expert_weights_BTX: jax.Array  # float32, their weights, which sum to 1
 
 
 def capture_intermediates(
     model: Transformer, tokens_BT: jax.Array, segment_ids_BT: jax.Array | None = None
 ) -> list[LayerIntermediates]:
-    """Runs the layers on int32 tokens and returns the intermediate values of each.
+    """Runs the model on int32 tokens and returns the intermediate values of each layer.
 
-    For looking at short texts on one device: unlike the model, it materializes the attention weights,
-    [B, N, T, T] in every layer. `segment_ids_BT` is as in `Transformer.__call__`; values at padding have no
-    meaning.
+    For inspecting short texts on one device: unlike the model, it materializes the attention weights,
+    [B, N, T, T] in every layer. `segment_ids_BT` is as in `Transformer.__call__`; values at padding are
+    meaningless.
     """
     config = model.config
     if segment_ids_BT is None:
@@ -52,7 +52,7 @@ def capture_intermediates(
 
 
 def _run_block(block: Block, x_BTD: jax.Array, segments: Segments) -> tuple[jax.Array, LayerIntermediates]:
-    """`Block.__call__` without a cache and dropout, with its intermediate values."""
+    """`Block.__call__` without cache and dropout; also returns the intermediate values."""
     attention, moe, (B, T, D) = block.attention, block.moe, x_BTD.shape
     normed_BTD = block.attention_norm(x_BTD)
     q_BTNH, k_BTKH, _ = attention.qkv(normed_BTD, segments)

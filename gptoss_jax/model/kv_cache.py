@@ -1,7 +1,7 @@
-"""The KV cache: a pytree that is passed in and returned, never changed in place.
+"""The KV cache: an immutable pytree, passed in and returned.
 
-Full-attention layers have a slot for every token that fits; sliding layers have a ring of at most their
-window's size, after the slots of sink tokens (0 in gpt-oss; unrelated to the learned sinks), which stay.
+Full-attention layers have a slot for every token. Sliding-window layers have fixed slots for the sink tokens
+(0 in gpt-oss; unrelated to the learned sinks), then a ring buffer of at most the window size.
 """
 
 import dataclasses
@@ -15,25 +15,25 @@ from gptoss_jax.config import SLIDING, ModelConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of a batch of sequences, which may have read different numbers of tokens.
+    """Keys and values of a batch of sequences, which may have different lengths.
 
-    A sequence must not read more tokens than the full layers have slots.
+    A sequence must not exceed the number of slots in the full-attention layers.
     """
 
-    # For each layer of the period of `layer_types`: `keys` and `values`, [repetitions, B, K, slots, H].
+    # For each layer in the period of `layer_types`: `keys` and `values`, [repetitions, B, K, slots, H].
     layers: list[dict[str, jax.Array]]
-    # int32 [B]: tokens read so far.
+    # int32 [B]: number of tokens so far.
     lengths: jax.Array
 
 
 def slots_of_layers(config: ModelConfig, length: int) -> list[int]:
-    """Returns the slots of each layer of the period in a cache for `length` tokens."""
+    """Returns the number of slots in each layer of the period, for a cache of `length` tokens."""
     ring = config.sink_tokens + config.sliding_window
     return [min(length, ring) if kind == SLIDING else length for kind in config.period]
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """Returns an empty cache for `length` tokens of `batch` sequences."""
+    """Returns an empty cache for `batch` sequences of up to `length` tokens."""
     repetitions = config.num_hidden_layers // len(config.period)
     heads, size = config.num_key_value_heads, config.head_dim
     layers = [
@@ -44,9 +44,10 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -
 
 
 def grow(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
-    """Returns the cache with room for `length` tokens, which must exceed its current room.
+    """Grows the cache to `length` tokens, which must exceed its current capacity.
 
-    A ring with fewer slots than window plus sink tokens has not wrapped yet, so its tokens keep their slots.
+    A ring with fewer slots than window plus sink tokens has not wrapped around, so its tokens keep their
+    slots.
     """
     layers = [
         {

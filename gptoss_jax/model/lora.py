@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021): adapters beside frozen weights, y = x W + scaling (x A) B, never a sum of weights.
+"""LoRA (Hu et al. 2021): adapters next to frozen weights, y = x W + scaling (x A) B; never merges weights.
 
-An adapted weight `name` has the parameters `name_lora_a` and `name_lora_b`, float32, in the same module; each
-expert has its own pair. They are cast to the compute type where they are used.
+An adapted weight `name` has float32 parameters `name_lora_a` and `name_lora_b` in the same module; each
+expert has a separate pair. They are cast to the compute dtype for use.
 """
 
 import math
@@ -25,24 +25,24 @@ class Adaptable(Protocol):
 
 
 def is_adapter(path: tuple[str, ...]) -> bool:
-    """Returns True for the path of an adapter's parameter: what LoRA trains."""
+    """Returns True for the path of an adapter parameter; LoRA trains only these."""
     return path[-1].endswith(SUFFIXES)
 
 
 def adapter_names(config: ModelConfig, module: str | None = None) -> list[str]:
-    """Returns the parameters of a model's adapters, such as `attention.q_lora_a`, of one module or of all."""
+    """Returns the names of adapter parameters, such as `attention.q_lora_a`, in one module or in all."""
     targets = () if config.lora is None else config.lora.targets
     names = [name for name in LETTERS if adapted_target(name) in targets]
     return [name for name in names if module in (None, name.partition(".")[0])]
 
 
 def add_adapters(module: nnx.Module, config: ModelConfig, name: str, rngs: nnx.Rngs) -> None:
-    """Adds the config's adapters of a module: A as PEFT initializes it, uniform within 1 / sqrt(inputs), and
-    B zero, so that the model starts as its base."""
+    """Adds adapters to a module, initialized like in PEFT: A is uniform within 1 / sqrt(inputs), and B is
+    zero, so that the model is initially equal to its base."""
     for key in adapter_names(config, name):
         if key.endswith("lora_a"):
             shape = shape_of(config, key)
-            # All dimensions but that of the experts and the rank.
+            # All dimensions except experts and rank.
             bound = math.prod(shape[LETTERS[key].startswith("E") : -1]) ** -0.5
             param = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
         else:
@@ -51,7 +51,7 @@ def add_adapters(module: nnx.Module, config: ModelConfig, name: str, rngs: nnx.R
 
 
 def scaling(config: ModelConfig, target: str) -> float:
-    """Returns the factor of a target's adapters; 1 without any."""
+    """Returns the scaling of a target's adapters; 1 without adapters."""
     return 1.0 if config.lora is None else config.lora.scaling(config.lora_rank(target))
 
 
@@ -78,14 +78,14 @@ def adapted_einsum(module: Adaptable, equation: str, x: jax.Array, names: tuple[
     hidden = sharded_einsum(f"{x_letters},{summed}r->{kept}r", x, a)
     for i, h, b_rO in zip(adapted, hidden, b, strict=True):
         h = h * scaling(module.config, names[i])
-        # Cheap to compute again from h: rematerialization need not keep it beside the weight's product.
+        # Cheap to recompute from h, so rematerialization does not save it.
         y = sharded_einsum(f"{kept}r,r{outputs}->{y_letters}", h, b_rO, None, None)
         results[i] = results[i] + y
     return results
 
 
 def adapter_counts(config: ModelConfig) -> dict[str, int]:
-    """Returns the number of parameters of each target's adapters, in all layers."""
+    """Returns the number of adapter parameters by target, in all layers."""
     counts: dict[str, int] = {}
     for name in adapter_names(config):
         target, layers = adapted_target(name), 1 if name.startswith("head.") else config.num_hidden_layers

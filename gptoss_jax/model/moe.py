@@ -1,4 +1,4 @@
-"""Mixture of experts: the router and its SwiGLU experts."""
+"""Mixture of experts: the router and the SwiGLU experts."""
 
 import functools
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ RouterStats = dict[str, jax.Array]
 
 
 class MoE(nnx.Module):
-    """Routes each token to its top experts and sums their outputs, weighted."""
+    """Routes each token to its top-k experts and returns the weighted sum of their outputs."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.router = nnx.Param(normal(config, "moe.router", rngs))
         # Gate and up are separate halves; only packed weights keep the interleaved rows of the published
-        # files.
+        # checkpoints.
         gate_up_EDPF, down_EFD = normal(config, "moe.gate_up", rngs), normal(config, "moe.down", rngs)
         if config.expert_format == "mxfp4":
             E, D, P, F = gate_up_EDPF.shape
@@ -52,11 +52,11 @@ class MoE(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, token_mask_BT: jax.Array, capacity_factor: float | None = None
     ) -> tuple[jax.Array, RouterStats]:
-        """Returns the experts' outputs, [B, T, D], zero at padding, and the router's statistics.
+        """Returns the combined expert outputs, [B, T, D], zero at padding, and the router statistics.
 
         Args:
           token_mask_BT: bool; False at padding, which is not routed.
-          capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops no token.
+          capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops no tokens.
         """
         config = self.config
         assert_shapes("BTD BT", x_BTD, token_mask_BT)
@@ -67,7 +67,7 @@ class MoE(nnx.Module):
         parameters = self.expert_parameters()
         swiglu = SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset)
         is_adapted = "gate_up_lora_a" in parameters or "down_lora_a" in parameters
-        # In training only packed weights are views; the kernels for few tokens have no gradient.
+        # In training, only packed weights are views; the decode kernels are not differentiable.
         is_decoding = isinstance(self.router.get_value(), LayerView) and capacity_factor is None
         if is_decoding and not is_adapted and decode.supports_experts(x_MD, parameters):
             y_MD, num_dropped = decode.experts(x_MD, *routing, parameters, swiglu), jnp.float32(0)
@@ -81,20 +81,19 @@ class MoE(nnx.Module):
         return y_MD.reshape(B, T, D), stats | {"dropped": num_dropped / num_rows}
 
     def route(self, x_MD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the router's logits, float32 [M, E], each token's top experts, int32 [M, X], and their
-        weights, float32 [M, X], which add up to 1."""
+        """Returns the router logits, float32 [M, E], the top experts of each token, int32 [M, X], and their
+        weights, float32 [M, X], which sum to 1."""
         (logits_ME,) = lora.adapted_einsum(self, "MD,De->Me", x_MD.astype(jnp.float32), ("router",))
         if self.config.router_bias:
             logits_ME = logits_ME + self.router_bias[...]
-        # Left to itself, the compiler gathers all tokens on every device for the top-k.
+        # Without shard_map, the compiler all-gathers the tokens for top-k.
         experts_MX, weights_MX = shard_map_batch(
             functools.partial(top_experts, experts_per_token=self.config.num_experts_per_tok), logits_ME
         )
         return logits_ME, experts_MX, weights_MX
 
     def expert_parameters(self) -> dict[str, jax.Array | LayerView]:
-        """Returns the experts' weights, biases and adapters by name, weights in their stored format: dense or
-        MXFP4."""
+        """Returns the weights (dense or MXFP4, as stored), biases and adapters of the experts by name."""
         names = (
             name.removeprefix("moe.") for name in LETTERS if name.startswith(("moe.gate_up", "moe.down"))
         )
@@ -102,17 +101,17 @@ class MoE(nnx.Module):
 
 
 def top_experts(logits_ME: jax.Array, experts_per_token: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the top experts of each token, int32 [M, X] (ties: the lower index), and the softmax over only
-    their logits, float32 [M, X]."""
+    """Returns the top-k experts of each token, int32 [M, X] (the lower index wins ties), and the softmax over
+    only their logits, float32 [M, X]."""
     top_MX, experts_MX = jax.lax.top_k(logits_ME, experts_per_token)
     return experts_MX, jax.nn.softmax(top_MX.astype(jnp.float32), axis=-1)
 
 
 def router_stats(logits_ME: jax.Array, experts_MX: jax.Array, token_mask_M: jax.Array) -> RouterStats:
-    """Statistics for the balance losses, over the tokens of the mask.
+    """Returns statistics for the router losses, over the tokens in the mask.
 
-    Returns `load` [E], the share of assignments of each expert (sums to 1), `probability` [E], the mean
-    softmax over all experts, and `z`, the mean squared logsumexp of the logits.
+    `load` [E] is the fraction of assignments to each expert (sums to 1), `probability` [E] the mean softmax
+    over all experts, and `z` the mean squared logsumexp of the logits.
     """
     assert_shapes("ME MX M", logits_ME, experts_MX, token_mask_M)
     weight_M = token_mask_M.astype(jnp.float32)
@@ -134,17 +133,17 @@ def expert_outputs(
     group_sizes_E: jax.Array,
     scalings: Mapping[str, float] | None = None,
 ) -> jax.Array:
-    """Sends rows sorted by expert through the experts of one device: `swiglu(x gate_up + bias) down + bias`.
+    """Applies the experts of one device to rows sorted by expert: `swiglu(x gate_up + bias) down + bias`.
 
     Args:
-      parameters: the experts' parameters, dense or packed, as arrays or views of one layer.
-      group_sizes_E: int32, rows of each expert. Rows past their sum give zero.
-      scalings: factor of the adapters of `gate_up` and `down`, if there are any.
+      parameters: expert parameters, dense or packed, as arrays or views of one layer.
+      group_sizes_E: int32, rows per expert. Rows past their sum have a result of zero.
+      scalings: scaling of the adapters of `gate_up` and `down`, if any.
     """
     bias, down_bias = parameters.get("gate_up_bias"), parameters.get("down_bias")
 
     def adapter_inputs(name, x_RD):
-        """`scaling x A`, or None; a sum over what this device has of the inputs."""
+        """Returns `scaling x A`, or None; a partial sum over the inputs on this device."""
         a = parameters.get(f"{name}_lora_a")
         return None if a is None else (scalings or {})[name] * grouped_matmul(x_RD, a, group_sizes_E)
 
@@ -159,8 +158,8 @@ def expert_outputs(
         a_RF = swiglu_halves(swiglu, add_adapter("gate_up", h_RF, h_Rr))
         y_RD = grouped_matmul(a_RF, parameters["down"], group_sizes_E, down_bias)
         return add_adapter("down", y_RD, adapter_inputs("down", a_RF))
-    # Packed: rows of gate and up alternate, and the tensor axis splits outputs, which are gathered here.
-    # `apply_experts` sums dense outputs over that axis instead.
+    # Packed: rows of gate and up are interleaved, and the tensor axis splits outputs, which are all-gathered
+    # here. Dense outputs are summed over that axis in `apply_experts` instead.
     weights = {
         name: (parameters[f"{name}_blocks"], parameters[f"{name}_scales"]) for name in ("gate_up", "down")
     }
@@ -174,7 +173,7 @@ def expert_outputs(
     h_Rr = adapter_inputs("down", a_RF)
     if h_Rr is not None and current_axes().get("tensor", 1) > 1:
         h_Rr = tensor_psum(h_Rr)
-    # The bias is added after the gather: it is not split, unlike the rows of `down`.
+    # The bias is added after the gather because, unlike the rows of `down`, it is not split.
     a_RF = tensor_all_gather(a_RF)
     y_RD = tensor_all_gather(mxfp4_grouped_matmul(a_RF, *weights["down"], group_sizes_E))
     return add_group_bias(add_adapter("down", y_RD, h_Rr), down_bias, group_sizes_E)
@@ -199,14 +198,14 @@ class SwiGLU(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu_pair(swiglu: SwiGLU, gate_RF: jax.Array, up_RF: jax.Array) -> jax.Array:
-    """SwiGLU whose gradient saves only the inputs."""
+    """SwiGLU with a custom gradient that saves only the inputs."""
     return swiglu(gate_RF, up_RF)
 
 
 def _swiglu_pair_bwd(
     swiglu: SwiGLU, inputs: tuple[jax.Array, jax.Array], g_RF: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier XLA finds the same terms in the forward pass, and keeps them all from there.
+    # Without the barrier, XLA's CSE would save the terms of the forward pass instead of recomputing them.
     inputs, g_RF = jax.lax.optimization_barrier((inputs, g_RF))
     return jax.vjp(swiglu.__call__, *inputs)[1](g_RF)
 
@@ -216,16 +215,16 @@ swiglu_pair.defvjp(lambda swiglu, *inputs: (swiglu(*inputs), inputs), _swiglu_pa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
-    """SwiGLU of the two halves of each row, [R, 2 F] -> [R, F]; its gradient saves only the input."""
+    """SwiGLU of the two halves of each row, [R, 2 F] -> [R, F]; the gradient saves only the input."""
     return swiglu(*jnp.split(h_RF, 2, axis=-1))
 
 
 def _swiglu_halves_bwd(swiglu: SwiGLU, h_RF: jax.Array, g_RF: jax.Array) -> tuple[jax.Array]:
-    # As above, and before the split, which would be copied.
+    # As above. Before the split, whose result would be copied.
     h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
     halves = jnp.split(h_RF, 2, axis=-1)
     d_gate, d_up = jax.vjp(swiglu.__call__, *halves)[1](g_RF)
-    # Written in place, each half in one pass: XLA for CPU concatenates element by element.
+    # Writes each half in place: XLA on CPU concatenates element by element.
     start = (0,) * h_RF.ndim
     d_h_RF = jax.lax.dynamic_update_slice(jnp.zeros_like(h_RF), d_gate, start)
     return (jax.lax.dynamic_update_slice(d_h_RF, d_up, (*start[:-1], d_gate.shape[-1])),)

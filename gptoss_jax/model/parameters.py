@@ -1,7 +1,7 @@
-"""Every parameter, declared once: its dimensions by letter.
+"""Declares every parameter once, with one letter per dimension.
 
 Initialization, sharding (`parallel/rules.py`), weight decay and Muon's dimensions follow from the letters.
-Arrays of rank two and more carry theirs as a suffix (`q_BTNH`). The key, unless a file has its own: B batch,
+Arrays of rank two or more have them as a suffix (`q_BTNH`). The key, unless a file defines its own: B batch,
 T query length, S key length, D hidden, N query heads, K key/value heads, G = N / K, H head size, E experts,
 X experts per token, F expert width, P = 2 (gate and up), V vocabulary, L layers, W window, M = B T tokens,
 R rows sorted by expert, C chunk. Packed in MXFP4: U = 2 F rows of gate and up, O = D rows of down, each of
@@ -44,7 +44,7 @@ LETTERS = {
     "moe.gate_up_bias": "EPF",
     "moe.down": "EFD",
     "moe.down_bias": "Ed",
-    # Each block of 32 input values has a scale. Rows of gate and up alternate.
+    # Each block of 32 input values has a scale. Rows of gate and up are interleaved.
     "moe.gate_up_blocks": "EUgy",
     "moe.gate_up_scales": "EUg",
     "moe.down_blocks": "EOfy",
@@ -67,7 +67,7 @@ LETTERS = {
     "head.lora_a": "Dr",
     "head.lora_b": "Vr",
 }
-# A predicate on the path of a parameter, such as ("blocks", "0", "moe", "router").
+# Predicate on the path of a parameter, such as ("blocks", "0", "moe", "router").
 IsTrainable = Callable[[tuple[str, ...]], bool]
 Path = Iterable[Any]  # keys of `jax.tree_util`, of any kind
 Module = TypeVar("Module", bound=nnx.Module)
@@ -82,7 +82,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def shape_of(config: ModelConfig, name: str) -> tuple[int, ...]:
-    """Returns the shape of one layer's parameter, such as `attention.q`."""
+    """Returns the shape of a parameter, such as `attention.q`, in one layer."""
     size, letters = sizes(config), LETTERS[name]
     target = adapted_target(name)
     if target is not None:
@@ -91,7 +91,7 @@ def shape_of(config: ModelConfig, name: str) -> tuple[int, ...]:
 
 
 def adapted_target(name: str) -> str | None:
-    """Returns the target of LoRA that a parameter such as `attention.q_lora_a` adapts, here "q"; None for a
+    """Returns the LoRA target of an adapter parameter, such as "q" for `attention.q_lora_a`; None for a
     parameter of the base model."""
     module, _, field = name.rpartition(".")
     target, separator, _ = field.rpartition("lora_")
@@ -99,17 +99,17 @@ def adapted_target(name: str) -> str | None:
 
 
 def normal(config: ModelConfig, name: str, rngs: nnx.Rngs) -> jax.Array:
-    """Returns a random weight, float32, with the config's standard deviation."""
+    """Returns a normally distributed weight, float32, with the config's standard deviation."""
     return config.initializer_range * jax.random.normal(rngs.params(), shape_of(config, name), jnp.float32)
 
 
 def zeros(config: ModelConfig, name: str) -> nnx.Param:
-    """Returns a bias or sink of zeros, float32."""
+    """Returns a zero bias or sink, float32."""
     return nnx.Param(jnp.zeros(shape_of(config, name), jnp.float32))
 
 
 def path_names(path: Path) -> tuple[str, ...]:
-    """Returns the names along a path of `jax.tree_util`, without those of nnx Variables."""
+    """Returns the names in a `jax.tree_util` path, without those of nnx Variables."""
     names = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
     return tuple(name for name in names if name != "value")
 
@@ -120,19 +120,19 @@ def parameter_name(path: Path) -> str:
 
 
 def letters_of(path: Path) -> str | None:
-    """Returns the letters of the parameter at the end of a path, also in an optimizer's state; None if it
-    isn't a parameter."""
+    """Returns the letters of the parameter at the end of a path, also in optimizer state; None if it is not a
+    parameter."""
     return LETTERS.get(parameter_name(path))
 
 
 def is_matrix(path: Path) -> bool:
-    """Returns True for a weight matrix, stacked or packed, and for those of adapters; False for a norm, bias
-    or sink."""
+    """Returns True for a weight matrix (also stacked, packed, or of an adapter); False for a norm, bias or
+    sink."""
     return bool(set("DUOr") & set(letters_of(path) or ""))
 
 
 def view_layer(block: Module, index: jax.Array) -> Module:
-    """Returns layer `index` of a stacked block, with matrices as LayerViews, which are read in place."""
+    """Returns layer `index` of a stacked block, with matrices as LayerViews, which kernels read in place."""
 
     def one(path, leaf):
         view = LayerView(leaf, index)
@@ -142,7 +142,7 @@ def view_layer(block: Module, index: jax.Array) -> Module:
 
 
 def view_packed(layer: Module, block: Module, index: jax.Array) -> Module:
-    """Returns a layer whose packed weights are views of the stacked block that it is layer `index` of."""
+    """Returns a layer with its packed weights as views of `block`, the stack it is layer `index` of."""
 
     def one(value, stack):
         return LayerView(stack, index) if stack.dtype == jnp.uint8 else value
@@ -151,10 +151,10 @@ def view_packed(layer: Module, block: Module, index: jax.Array) -> Module:
 
 
 def parameter_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Returns the sharding of every leaf of a parameter tree or train state: an optimizer's state is split
-    like its parameters, and everything else is replicated.
+    """Returns the sharding of every leaf in a parameter tree or train state: optimizer state is sharded like
+    its parameters, and everything else is replicated.
 
-    Raises ValueError, with the valid sizes, if the mesh does not divide a parameter.
+    Raises ValueError, with the valid sizes, if a mesh axis does not divide a dimension of a parameter.
     """
     axes = dict(mesh.shape)
 
@@ -180,10 +180,10 @@ def split_params(params: dict, is_trainable: IsTrainable | None) -> tuple[dict, 
 
 
 def merge_params(trainable: dict, frozen: dict) -> dict:
-    """The parameter tree that `split_params` has split."""
+    """Inverts `split_params`."""
     return unflatten_dict(flatten_dict(trainable) | flatten_dict(frozen)) if frozen else trainable
 
 
 def tree_bytes(tree: Any) -> int:
-    """Returns the bytes of all arrays of a tree, abstract or real, summed over devices."""
+    """Returns the total bytes of all arrays in a tree, concrete or abstract, over all devices."""
     return sum(jnp.dtype(leaf.dtype).itemsize * leaf.size for leaf in jax.tree.leaves(tree))

@@ -10,7 +10,7 @@ from gptoss_jax.config import ModelConfig
 
 
 def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
-    """Returns the indices between which YaRN transitions from unscaled to interpolated frequencies."""
+    """Returns the frequency indices between which YaRN ramps from unscaled to interpolated frequencies."""
     scaling = config.rope_scaling
     assert scaling is not None, "model.rope_scaling is None"
     length = scaling.original_max_position_embeddings
@@ -28,10 +28,10 @@ def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Returns the H / 2 rotary frequencies, float32 in radians per token, and the factor on cos and sin.
+    """Returns the H / 2 rotary frequencies, float32 in radians per token, and the scale of cos and sin.
 
-    Every step is rounded to float32, as in the reference that the released models were trained with: at
-    position 100,000, the last bit of a frequency is a thousandth of a radian or more.
+    Every step is rounded to float32, as in the reference implementation of the released models: at position
+    100,000, the last bit of a frequency amounts to a thousandth of a radian or more.
     """
     one, half = np.float32(1), config.head_dim // 2
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -49,7 +49,7 @@ def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of every position's angles, float32 [B, T, H / 2]."""
+    """Returns cos and sin of the angles at each position, float32 [B, T, H / 2]."""
     frequencies, concentration = inverse_frequencies(config)
     angles = positions_BT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * concentration, jnp.sin(angles) * concentration
@@ -59,7 +59,7 @@ def apply_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.A
     """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the input's dtype."""
     cos, sin = (table[:, :, None, None, :] for table in cos_sin)
     halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
-    # A separate axis for the halves, which are flipped as a whole: XLA for CPU is slow to concatenate them.
+    # The halves get a separate axis, which is flipped as a whole: XLA on CPU is slow to concatenate them.
     signed_sin = jnp.concatenate([-sin, sin], axis=-2)
     rotated = halves * cos + jnp.flip(halves, axis=-2) * signed_sin
     return rotated.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

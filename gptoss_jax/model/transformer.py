@@ -1,4 +1,4 @@
-"""The model: RMSNorm, Block, Transformer, and its parameters as a plain tree."""
+"""The model: RMSNorm, Block, Transformer, and conversion to and from a plain parameter tree."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Dropout; without a key, the identity."""
+    """Dropout; the identity if `key` is None."""
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
@@ -48,7 +48,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019): float32 inside, the scale included."""
+    """RMSNorm (Zhang and Sennrich 2019), computed in float32, including the scale."""
 
     def __init__(self, config: ModelConfig):
         self.scale = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
@@ -62,7 +62,7 @@ class RMSNorm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and experts, each on a normed copy of the residual stream and added to it."""
+    """Pre-norm transformer block: attention and experts, each with a residual connection."""
 
     def __init__(self, config: ModelConfig, layer_type: str, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config)
@@ -79,12 +79,12 @@ class Block(nnx.Module):
         dropout_key: jax.Array | None = None,
         capacity_factor: float | None = None,
     ) -> tuple[jax.Array, LayerCacheView | None, RouterStats]:
-        """Returns the residual stream [B, T, D], the cache with this layer's keys and values, and the
-        router's statistics."""
+        """Returns the residual stream [B, T, D], the cache with this layer's keys and values, and the router
+        statistics."""
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), segments, cache, keys[0])
         if cache is not None:
-            # Zero at padding, without the output's bias: the decode kernels skip rows of zeros.
+            # Zeroes padding, where the output bias was added: the decode kernels skip rows of zeros.
             y_BTD = jnp.where(segments.ids_BT[..., None] > 0, y_BTD, 0)
         x_BTD = x_BTD + dropout(y_BTD, self.residual_dropout, keys[1])
         y_BTD, stats = self.moe(self.moe_norm(x_BTD), segments.ids_BT > 0, capacity_factor)
@@ -93,7 +93,7 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """One vector per token, [V, D]: the input embedding, and the head unless it is tied."""
+    """One vector per token, [V, D]: the input embedding or, if untied, the output head."""
 
     # Of an adapted head.
     lora_a: nnx.Param
@@ -104,9 +104,10 @@ class Embedding(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """gpt-oss. `blocks` holds one period of `layer_types`, each block stacked over the period's repetitions.
+    """The gpt-oss model. `blocks` is one period of `layer_types`, with each block stacked over its
+    repetitions.
 
-    Modules are read-only in the forward pass: caches, keys and statistics are arguments and results.
+    Modules are read-only in the forward pass: caches, random keys and statistics are arguments and results.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -124,7 +125,7 @@ class Transformer(nnx.Module):
             self.head = Embedding(config, "head", rngs=rngs)
             lora.add_adapters(self.head, config, "head", rngs)
         self.config = config
-        # The folder that the weights came from; the tokenizer's files are there.
+        # The folder that the weights were loaded from, which also has the tokenizer files.
         self.origin: str | None = None
 
     def __call__(
@@ -133,23 +134,23 @@ class Transformer(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the logits of the next token, float32 [B, T, V].
+        """Returns the next-token logits, float32 [B, T, V].
 
         Args:
-          tokens_BT: int32. Ids are not checked against the vocabulary.
-          segment_ids_BT: int32, documents from 1, padding 0; tokens see only their own document. Default: one
-            document.
-          positions_BT: int32, increasing by one within a segment: kernels rely on it. Default: from 0 in
-            every segment.
+          tokens_BT: int32. Ids are not checked against the vocabulary size.
+          segment_ids_BT: int32, documents count from 1, padding is 0; tokens see only their own document. By
+            default, each row is one document.
+          positions_BT: int32, must increase by one within a segment, which kernels rely on. By default,
+            starts at 0 in every segment.
         """
         hidden_BTD, _, _ = self.hidden_states(tokens_BT, segment_ids_BT, positions_BT)
         return self.logits(hidden_BTD)
 
     def head_operands(self, hidden_BTD: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Returns activations and weights; logits are the sum of their products.
+        """Returns activations and weights; the logits are the sum of their products.
 
-        They are the hidden states and the output embedding [V, D] (tied, the input embedding) and, where the
-        head has an adapter, its hidden states [B, T, r] and B [V, r].
+        These are the hidden states and the output embedding [V, D] (if tied, the input embedding) and, if the
+        head has an adapter, x A [B, T, r] and B [V, r].
         """
         head = self.embedding if self.config.tie_word_embeddings else self.head
         if not hasattr(head, "lora_a"):
@@ -160,7 +161,7 @@ class Transformer(nnx.Module):
         return (hidden_BTD, h_BTr), (head.weight[...], head.lora_b[...])
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns the float32 logits, [B, T, V], for hidden states."""
+        """Returns the logits for hidden states, float32 [B, T, V]."""
         operands = self.head_operands(hidden_BTD)
         with jax.default_matmul_precision("highest"), selection.using(self.config.kernels):
             products = [
@@ -179,19 +180,19 @@ class Transformer(nnx.Module):
         dropout_key: jax.Array | None = None,
         capacity_factor: float | None = None,
     ) -> tuple[jax.Array, KVCache | None, RouterStats]:
-        """Returns the residual stream after the final norm.
+        """Returns the final hidden states, after the last norm.
 
         Args:
-          cache: keys and values of earlier tokens. Each row then continues its sequence: its tokens come
-            first, padding (segment 0) after them, and positions are the cache's.
+          cache: keys and values of earlier tokens. Each row then continues its sequence: padding (segment 0)
+            must come after its tokens, and positions are taken from the cache.
           dropout_key: enables the config's dropout.
           capacity_factor: see `parallel.expert_parallel.apply_experts`; None drops nothing.
 
         Returns:
-          [B, T, D] in the compute dtype; the updated cache; the statistics of every layer's router, stacked:
+          [B, T, D] in the compute dtype; the updated cache; and the router statistics stacked over layers:
           `load` and `probability` [L, E], `z` and `dropped` [L].
 
-        Raises ValueError if the batch axes of the mesh do not divide the batch.
+        Raises ValueError if the batch axes of the mesh do not divide the batch size.
         """
         config = self.config
         batch, shards = tokens_BT.shape[0], batch_shards(current_axes())
@@ -201,7 +202,7 @@ class Transformer(nnx.Module):
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if cache is not None:
             if positions_BT is not None:
-                raise ValueError("positions can't be passed together with a cache")
+                raise ValueError("positions cannot be passed together with a cache")
             positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         elif positions_BT is None:
             positions_BT = segment_positions(segment_ids_BT)
@@ -222,7 +223,7 @@ class Transformer(nnx.Module):
                 if cache is None:
                     block = view_packed(period[i], block, index)
                 else:
-                    # Decode kernels read a layer's matrices in place, in the stack.
+                    # Decode kernels read the matrices of a layer in place from the stack.
                     block = view_layer(block, index)
                     layer_cache = LayerCacheView.of(stacks[i], index, cache.lengths, counts_B)
                 x_BTD, layer_cache, layer_stats = run_block(block, x_BTD, segments, layer_cache, layer_key)
@@ -230,9 +231,9 @@ class Transformer(nnx.Module):
                 stats.append(layer_stats)
             return (x_BTD, stacks), jax.tree.map(lambda *values: jnp.stack(values), *stats)
 
-        # Products of float32 operands stay float32: TPUs and GPUs would round them by default.
+        # Multiplies float32 operands in float32; TPUs and GPUs would round them by default.
         with jax.default_matmul_precision("highest"), selection.using(config.kernels):
-            # In float32, the dtype in which the gradients of a token's occurrences are summed.
+            # In float32, so that the gradients of all occurrences of a token are summed in float32.
             x_BTD = embedding_lookup(self.embedding.weight[...], tokens_BT).astype(compute_dtype(config))
             if cache is not None:
                 x_BTD = jnp.where(segment_ids_BT[..., None] > 0, x_BTD, 0)
@@ -257,27 +258,27 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def abstract_params(config: ModelConfig) -> dict:
-    """Returns the parameter tree as `jax.ShapeDtypeStruct`s: a model of any size without its memory."""
+    """Returns the parameter tree as `jax.ShapeDtypeStruct`s, without allocating memory."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), get_params(_abstract(config)[1])
     )
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
-    """Returns random parameters, float32: normal(0, initializer_range) weights, zero biases and sinks, norms
-    of one."""
+    """Returns random parameters, float32: normal(0, initializer_range) weights, zero biases and sinks, and
+    norm scales of one."""
     return get_params(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
 
 
 def get_params(model: Transformer | nnx.State) -> dict:
-    """Returns a model's parameters as a tree of plain dicts and arrays, as in checkpoints."""
+    """Returns the parameters of a model as a tree of plain dicts and arrays, like in checkpoints."""
     state = nnx.state(model) if isinstance(model, nnx.Module) else model
     pure = nnx.to_pure_dict(state)
     return pure | {"blocks": {str(i): block for i, block in pure["blocks"].items()}}
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-    """Returns the model of a config with the parameters of such a tree, also inside a traced function."""
+    """Returns a model with the parameters of such a tree; can be used in traced functions."""
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params | {"blocks": {int(i): b for i, b in params["blocks"].items()}})
@@ -285,6 +286,6 @@ def bind(config: ModelConfig, params: dict) -> Transformer:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Returns the number of parameters, counted on the abstract tree; each packed weight counts as one."""
+    """Returns the number of parameters, without allocating them; each packed weight counts as one."""
     plain = dataclasses.replace(config, expert_format="plain")
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(plain)))
