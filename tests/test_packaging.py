@@ -1,9 +1,13 @@
-"""What an installed copy has: presets by name, and one version."""
+"""What an installed copy has: presets by name, and one version. Facts that several files state."""
 
 import pathlib
 import re
+import tomllib
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import gptoss_jax
 from gptoss_jax.cli import main
@@ -11,6 +15,7 @@ from gptoss_jax.config import preset
 from gptoss_jax.config.preset import find_preset, preset_names, read_preset
 
 ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PRESETS = sorted((ROOT / "configs").rglob("*.py"))
 
 
@@ -71,3 +76,35 @@ def test_presets_of_an_installed_package(tmp_path, monkeypatch):
 def test_version(capsys):
     assert main.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith(f"gptoss-jax {gptoss_jax.__version__}, jax ")
+
+
+def test_the_version_is_the_same_everywhere():
+    assert PROJECT["project"]["dynamic"] == ["version", "readme"]
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "gptoss_jax/version.py"
+    released = re.findall(r"^## \[(\d.*)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == gptoss_jax.__version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == gptoss_jax.__version__
+
+
+def test_ci_tests_every_supported_python_with_pinned_versions():
+    prefix = "Programming Language :: Python :: 3."
+    supported = [line.split()[-1] for line in PROJECT["project"]["classifiers"] if line.startswith(prefix)]
+    assert PROJECT["project"]["requires-python"] == f">={supported[0]}"
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    matrix = workflow["jobs"]["tests"]["strategy"]["matrix"]["include"]
+    assert [entry["python"] for entry in matrix] == supported
+    assert {entry["versions"] for entry in matrix} == {"lowest", "latest"}
+
+
+@pytest.mark.parametrize("name", ["lowest", "latest"])
+def test_constraints_pin_every_dependency(name):
+    """`.ci/update_constraints` has to run again after a change in pyproject.toml."""
+    lines = (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
+    pins = dict(line.partition(" ")[0].split("==") for line in lines if not line.startswith(("#", " ")))
+    project = PROJECT["project"]
+    unpinned = {"cuda", "tpu"}  # the versions of their packages follow jax
+    extras = [needs for extra, needs in project["optional-dependencies"].items() if extra not in unpinned]
+    for need in sum(extras, project["dependencies"]):
+        requirement = Requirement(need)
+        if requirement.name != "gptoss-jax":
+            assert pins[canonicalize_name(requirement.name)] in requirement.specifier, need
