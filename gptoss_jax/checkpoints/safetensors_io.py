@@ -35,7 +35,7 @@ OTHER_FORMATS = {
     "flax_model*.msgpack": "Flax's msgpack format",
     "tf_model*.h5": "TensorFlow's format",
 }
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),

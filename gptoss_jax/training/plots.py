@@ -238,7 +238,8 @@ def _draw_load(axes: Axes, training: Rows) -> None:
     place = axes.inset_axes((1.015, 0, 0.018, 1))
     bar = axes.figure.colorbar(heat_map, cax=place, extend="max", format="{x:g}", label="× uniform share")
     bar.set_ticks([0, 0.5, 1, *np.unique(np.round(np.linspace(1, top, 4)[1:] * 2) / 2)])
-    bar.outline.set_visible(False)
+    outline: Any = bar.outline  # without the methods of an artist in the types of matplotlib 3.10
+    outline.set_visible(False)
 
 
 def _subtitle(config: TrainConfig, training: Rows, evaluations: Rows) -> str:
