@@ -3,7 +3,12 @@
 The same as `gptoss train`; see `gptoss_jax/cli/train.py`.
 """
 
-from gptoss_jax.cli import train
+import signal
 
 if __name__ == "__main__":
+    # Until `startup.run` handles it, Ctrl-C ends the process without a traceback.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from gptoss_jax.cli import train
+
     train.main()

@@ -1,16 +1,16 @@
 """`python -m gptoss_jax` is `gptoss`."""
 
-import os
+import signal
 import sys
 
 
 def main() -> int:
-    """Runs `gptoss`. Ctrl-C while its modules are imported ends it without a traceback."""
-    try:
-        from gptoss_jax.cli.main import main
-    except KeyboardInterrupt:
-        print("\ngptoss: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+    """Runs `gptoss`."""
+    # Until `startup.run` handles it, Ctrl-C ends the process without a traceback.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from gptoss_jax.cli.main import main
+
     return main()
 
 

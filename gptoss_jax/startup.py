@@ -34,13 +34,17 @@ def keep_memory() -> None:
     Without them a third of a CPU training step's time is page faults, in memory that was freed by the step
     before. glibc reads tunables only at the start of a process (hugetlb: 2.35 and later).
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by the process before the restart
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or "glibc.malloc." in tunables or not sys.executable:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join((*filter(None, [tunables]), *TUNABLES))
     # Without permission to start the interpreter again, the command is only slower.
     with contextlib.suppress(OSError):
+        # The new interpreter would print a traceback for a Ctrl-C before it runs our code.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 # Environment variables that a TPU machine or its user sets.
@@ -116,38 +120,52 @@ def run(command: Callable[[], object], name: str) -> int:
     return 0
 
 
+CLEANUP_SECONDS = 3.0  # after KeyboardInterrupt
+
+
 class Interrupts:
     """Ends the process on Ctrl-C even while it is inside C++ code, such as XLA's compiler.
 
-    Python handles a signal only when such a call returns, which may take minutes. A thread that hears of the
-    signal at once ends the process if that is not the case after a second. In a block of `patient`, it asks
-    for a second Ctrl-C first.
+    Python handles a signal only when such a call returns, which may take minutes, and then an exception in a
+    callback, such as JAX has, is ignored. A thread that hears of the signal at once ends the process if
+    KeyboardInterrupt does not. In a block of `patient`, it asks for a second Ctrl-C first.
     """
 
     current: "Interrupts | None" = None
 
     def __init__(self, name: str) -> None:
-        self._name, self._handled, self._asked = name, threading.Event(), False
+        self._name, self._asked = name, False
+        self._handled, self._ended = threading.Event(), threading.Event()
         self.advice: str | None = None  # of `patient`
 
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        before = signal.getsignal(signal.SIGINT)
+        if before not in (signal.default_int_handler, signal.SIG_DFL):
             return  # ignored, as in a background job of a shell, or handled by someone else
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.signal(signal.SIGINT, self._handle)
-        self._previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._restored = before, wakeup, sys.unraisablehook
+        sys.unraisablehook = self._ignored
         Interrupts.current = self
         threading.Thread(target=self._watch, args=(reader,), name="interrupts", daemon=True).start()
 
     def __exit__(self, *exception: object) -> None:
         if Interrupts.current is self:
             Interrupts.current = None
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.set_wakeup_fd(self._previous)
+            handler, wakeup, sys.unraisablehook = self._restored
+            signal.signal(signal.SIGINT, handler)
+            signal.set_wakeup_fd(wakeup)
+            self._ended.set()
             self._writer.close()
+
+    def _ignored(self, found: "sys.UnraisableHookArgs") -> None:
+        """Prints an exception that Python ignores, unless it is that of Ctrl-C."""
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            self._restored[2](found)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._handled.set()
@@ -164,16 +182,21 @@ class Interrupts:
             if self._handled.wait(1.0):
                 self._handled.clear()
                 self._asked = False
+                is_ours = self.advice is None and signal.getsignal(signal.SIGINT) == self._handle
+                if is_ours and not self._ended.wait(CLEANUP_SECONDS):
+                    self._leave()
             elif self.advice is not None and not self._asked:
                 self._asked = True
                 status.erase()
                 say(self._name, "Ctrl-C", self.advice)
             elif self.advice is not None or signal.getsignal(signal.SIGINT) == self._handle:
-                status.erase()
-                report(KeyboardInterrupt(), self._name)
-                show_cursor()
-                leave(INTERRUPTED)
+                self._leave()
         reader.close()
+
+    def _leave(self) -> NoReturn:
+        report(KeyboardInterrupt(), self._name)
+        show_cursor()
+        leave(INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -89,7 +89,8 @@ class Chat:
         session = Session(
             conversation, params, max_context, answer, writer(sys.stdout), note, self.analysis == "show"
         )
-        session.run(read_lines(sys.stdin, "> " if sys.stdout.isatty() else ""))
+        with patient("stopping the answer; press Ctrl-C again to leave the chat"):
+            session.run(read_lines(sys.stdin, "> " if sys.stdout.isatty() else ""))
 
     def _conversation(self, tokenizer: "Tokenizer", note: Callable[[str], None]) -> "Conversation":
         import datetime
@@ -156,9 +157,8 @@ class Session:
         waiting = "compiling" if self.num_answers == 1 else "reading"
         answer = until_first(waiting, self.answer(prompt, params))
         try:
-            with patient("stopping the answer; press Ctrl-C again to leave the chat"):
-                for tokens in throughput.count(answer):
-                    printer.show(reader.feed(tokens))
+            for tokens in throughput.count(answer):
+                printer.show(reader.feed(tokens))
         except KeyboardInterrupt:
             is_interrupted = True
         is_full = throughput.num_tokens >= params.max_new_tokens

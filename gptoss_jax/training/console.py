@@ -111,6 +111,7 @@ class Console:
         self._compiling.close()
         if self._progress is not None:
             self._progress.stop()
+            self._progress = None
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[None]:

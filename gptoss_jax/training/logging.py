@@ -208,7 +208,8 @@ class RunLog:
         self.console.stop()
         if not self.is_main or not step:
             return
-        picture = draw_report(self.run_dir)
+        with self.console.status("drawing report.png"):
+            picture = draw_report(self.run_dir)
         if step < self.config.steps:
             self.console.message(
                 f"Stopped at step {step} of {self.config.steps}; everything is saved in {self.run_dir}."
