@@ -123,6 +123,7 @@ def test_ctrl_c_ends_a_call_that_does_not_return(patient):
     )  # fmt: skip
     try:
         assert process.stdout.readline() == "begun\n"
+        time.sleep(1)  # it is inside the call
         process.send_signal(signal.SIGINT)
         if patient:
             assert process.stderr.readline() == "name: Ctrl-C: the step ends first\n"
