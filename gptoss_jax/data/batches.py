@@ -1,8 +1,8 @@
 """From the token cache to global batches: packed rows, shuffled epochs, arrays on the mesh.
 
-A row has T = `data.seq_len` positions, each with an input token and the token that follows it. A document of
-n stored tokens (bos, text, eos) is n - 1 such pairs; rows are filled with whole documents if they fit, and
-with examples of conversations only whole.
+A row has T = `data.seq_len` positions, each with an input token and the next token as its target. A document
+of n stored tokens (bos, text, eos) has n - 1 such pairs. Documents longer than a row are split; examples of
+conversations never are.
 """
 
 from typing import Literal
@@ -44,10 +44,10 @@ def _stack(rows: list[Batch]) -> Batch:
 
 
 def packed_lengths(cache: TokenCache, seq_len: int, overlong: Literal["skip", "cut"]) -> np.ndarray:
-    """Returns the pairs of each document in packed rows, int64 [documents]; 0 if it is left out.
+    """Returns the number of pairs of each document in packed rows, int64 [documents]; 0 if it is omitted.
 
-    A long text is cut into rows. An example of a conversation is not: one with more than `seq_len` pairs is
-    left out or, if `overlong` is cut, loses its end, and is left out if nothing to train on remains.
+    Long texts are split into rows. Examples of conversations are not: one with more than `seq_len` pairs is
+    omitted or, if `overlong` is "cut", truncated, and omitted if nothing to train on remains.
     """
     lengths = np.diff(cache.offsets) - 1
     if cache.weights is None:
@@ -73,9 +73,9 @@ def trained_pairs(cache: TokenCache, lengths: np.ndarray) -> np.ndarray:
 class PackedRows:
     """Packed rows, read from the cache on access.
 
-    A row is a dict of arrays [T]: `tokens`, `targets` (the token after each), `segment_ids` (documents count
-    from 1), `positions` (from 0 in each document) and `loss_weights`, 1 for each target, but 0 for those of a
-    conversation that are not trained on. Padding is 0 in all of them.
+    A row is a dict of arrays [T]: `tokens`, `targets` (the next token), `segment_ids` (documents count from
+    1), `positions` (from 0 in each document) and `loss_weights` (1 for each target, 0 for targets of a
+    conversation that are not trained on). Padding is 0 in all of them.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class PackedRows:
 
 
 class _GlobalBatches:
-    """Rows of each global batch as a Grain source. Batch k is items k * B … k * B + B - 1 of the epochs."""
+    """Grain source of the rows in each global batch. Batch k is items k * B … k * B + B - 1 of the epochs."""
 
     def __init__(self, epochs: grain.MapDataset, batch_size: int, rows: np.ndarray):
         self._epochs, self._batch_size, self._rows = epochs, batch_size, rows.tolist()
@@ -130,21 +130,22 @@ class _GlobalBatches:
 def train_batches(
     cache: TokenCache, config: DataConfig, seed: int, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator:
-    """Endless batches of training rows, reshuffled each epoch and prefetched by one thread.
+    """Yields batches of training rows indefinitely, reshuffled each epoch and prefetched by one thread.
 
-    Global batch k does not depend on which process reads which of its rows. The iterator's `get_state()` is a
-    JSON-ready position that `set_state` restores, also in another process or for other rows.
+    Global batch k does not depend on how its rows are distributed over processes. The iterator's
+    `get_state()` is a JSON-serializable position that `set_state` restores, even in another process or for
+    other rows.
 
     Args:
       cache: the tokenized corpus.
-      config: gives `seq_len`, `batch_size` and `overlong`.
-      seed: of the shuffle.
-      rows: indices of the rows of each batch to read, see `local_rows`; None reads all of them.
+      config: `seq_len`, `batch_size` and `overlong` are used.
+      seed: seed of the shuffle.
+      rows: indices of the rows to read in each batch, see `local_rows`; None reads all of them.
 
     Yields:
       batches of BATCH_FIELDS, each array [len(rows), T].
 
-    Raises ValueError for a text that does not fill one row, and for conversations of which no example fits.
+    Raises ValueError if the text does not fill a row, or if no example of a conversation fits in one.
     """
     packed = PackedRows(cache, held_out=False, seq_len=config.seq_len, overlong=config.overlong)
     pairs = int(packed.plan.length.sum())
@@ -162,8 +163,8 @@ def held_out_batches(
 ) -> list[Batch]:
     """Returns the same batches of held-out rows on every call, in the shape that `train_batches` yields.
 
-    All rows, with rows of padding at the end of the last batch; if they fill more than `limit` batches, only
-    that many, with rows spread evenly over the held-out text.
+    Covers all rows, with padding rows at the end of the last batch; if there are more than `limit` batches,
+    only `limit`, with rows spread evenly over the held-out text.
     """
     packed = PackedRows(cache, held_out=True, seq_len=config.seq_len, overlong=config.overlong)
     count = -(-len(packed) // config.batch_size)
@@ -181,14 +182,14 @@ def held_out_batches(
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
     """Returns the indices of a global batch's rows on this process's devices, in ascending order.
 
-    Processes whose devices share rows, as along the tensor axis, each get all shared rows.
+    Processes with devices that share rows, as along the tensor axis, each read all shared rows.
     """
     indices = sharding.addressable_devices_indices_map((batch_size, 1)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in indices if index]))
 
 
 def make_global_batch(batch: Batch, sharding: jax.sharding.Sharding, batch_size: int) -> dict[str, jax.Array]:
-    """Builds global arrays [batch_size, T] from the rows that each process has read (its `local_rows`)."""
+    """Builds global arrays [batch_size, T] from the rows that each process has read (`local_rows`)."""
     rows = local_rows(sharding, batch_size)
 
     def globalize(values: np.ndarray) -> jax.Array:

@@ -1,10 +1,10 @@
-"""Chat data for supervised fine-tuning: examples of conversations, with their masks.
+"""Chat data for supervised fine-tuning: examples of conversations, with their loss masks.
 
-An answer is trained on as the model works. A conversation gives one example for each turn of the user that
-is answered. The history is what inference shows: without old analysis, finished answers with <|end|>. In the
-turn itself the loss is on the tokens that the model samples: after each `<|start|>assistant` that the prompt
-gives, up to and including <|return|> or <|call|>, with the headers of the messages in between. Tool results
-have none.
+Training matches inference. A conversation yields one example for each user turn with an answer. The history
+is what the model sees at inference: without old analysis, and with <|end|> after finished answers. In the
+turn itself, the loss covers the tokens that the model samples: after each `<|start|>assistant` of the prompt,
+up to and including <|return|> or <|call|>, with the headers of the messages in between. Tool results are
+masked.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ TrainOn = Literal["assistant", "final", "all"]
 class Example:
     """One turn of a conversation, with its history.
 
-    `weights` are aligned with `tokens`, each that of the token when it is predicted: 1 if it is trained on.
+    `weights` are aligned with `tokens`, each for the token as a target: 1 if it is trained on.
     """
 
     tokens: np.ndarray  # int32 [n]
@@ -34,7 +34,7 @@ class Example:
 
 
 def needs_training(found: Sequence[TrainMessage], train_on: TrainOn) -> bool:
-    """Returns True if a conversation has tokens to train on, so that it gives an example."""
+    """Returns True if a conversation has tokens to train on, and therefore yields an example."""
     first = next(i for i, one in enumerate(found) if one.message.role == USER)
     return any(one.is_trained and (train_on == "all" or _is_answer(one, train_on)) for one in found[first:])
 
@@ -69,7 +69,7 @@ def _turns(harmony: Harmony, found: Sequence[TrainMessage], train_on: TrainOn) -
             new = harmony.pieces(message, is_last)
             is_sampled = i > start and _is_answer(found[i], train_on)
             weight = int(found[i].is_trained and (is_sampled or train_on == "all"))
-            # The prompt gives <|start|>assistant, except after a message that the model goes on from.
+            # The prompt ends with <|start|>assistant, except when the model continues after its own message.
             is_prompted = before is None or before.role != ASSISTANT or before.is_call
             header = 0 if is_prompted and train_on != "all" else weight
             pieces += new
@@ -84,13 +84,13 @@ def _turns(harmony: Harmony, found: Sequence[TrainMessage], train_on: TrainOn) -
 def make_examples(
     harmony: Harmony, conversations: Sequence[Sequence[TrainMessage]], train_on: TrainOn = "assistant"
 ) -> list[list[Example]]:
-    """Returns the examples of each conversation, encoded together; none where nothing is to be trained.
+    """Returns the examples of each conversation, encoded together; empty if there is nothing to train on.
 
     Args:
       harmony: renders with the vocabulary of a tokenizer.
-      conversations: the messages of each, of `harmony_messages`.
-      train_on: `assistant` trains all that the model samples, `final` only the final answers, `all` every
-        token, the prompts too. None trains a message whose row says `train: false`.
+      conversations: the messages of each conversation, from `harmony_messages`.
+      train_on: `assistant` trains on everything that the model samples, `final` only on final answers, `all`
+        on every token, including prompts. Messages with `train: false` are never trained on.
     """
     turns = [list(_turns(harmony, found, train_on)) for found in conversations]
     encoded = iter(harmony.encode([piece for some in turns for turn in some for piece in turn.pieces]))

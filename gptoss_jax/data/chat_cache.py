@@ -1,4 +1,4 @@
-"""Builds the tokenized conversations of `token_cache`."""
+"""Builds the token cache for conversations."""
 
 import collections
 import dataclasses
@@ -21,10 +21,10 @@ from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
 from gptoss_jax.status import status
 
 FORMAT = 3
-ROWS_AT_ONCE = 1024  # are encoded together, to use all cores and bound memory
+ROWS_AT_ONCE = 1024  # rows encoded together, to use all cores and bound memory
 MAX_HELD_OUT_BYTES = 8 << 20
 SKIPPED_FILE = "skipped.txt"
-SHOWN_ROWS = 5  # of the skipped ones
+SHOWN_ROWS = 5  # maximum number of skipped rows to print
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class _Row:
 def _read(
     corpus: ChatCorpus, config: DataConfig, skipped: list[tuple[str, RowError]]
 ) -> Iterator[tuple[_Row, bool]]:
-    """Yields the rows that can be used and whether each is held out, deterministically, and notes the others.
+    """Yields (row, is_held_out) for the usable rows, deterministically, and adds the others to `skipped`.
 
-    At least one row is held out and one is not. Raises ValueError if there are not two.
+    At least one row is held out and one is not. Raises ValueError if there are fewer than two.
     """
 
     def usable() -> Iterator[_Row]:
@@ -80,7 +80,7 @@ def _read(
 def build_chat(
     config: DataConfig, corpus: ChatCorpus, folder: pathlib.Path, report: Callable[[str], None]
 ) -> None:
-    """Writes a cache to an empty folder. Its documents are examples; those of a row are held out together."""
+    """Writes a cache of examples to an empty folder. The examples of a row are held out together."""
     report(f"Rendering {config.source} with {config.tokenizer} (cached in {config.cache_dir})")
     tokenizer = make_tokenizer(
         config.tokenizer,

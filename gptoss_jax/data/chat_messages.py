@@ -1,4 +1,4 @@
-"""Conversations of chat data as Harmony messages, and why a row cannot be used."""
+"""Converts conversations of chat data to Harmony messages, or explains why a row cannot be used."""
 
 import dataclasses
 import datetime
@@ -35,7 +35,7 @@ from gptoss_jax.data.harmony import (
 
 TOOL = "tool"
 ROLES = (SYSTEM, DEVELOPER, USER, ASSISTANT, TOOL)
-OLD_TOOL = "function"  # the role in OpenAI's older files, whose calls are in function_call
+OLD_TOOL = "function"  # role in OpenAI's older files, with calls in function_call
 CALL_FIELDS = ("tool_calls", "function_call")
 LIKE_CALLS = re.compile(r"((tool|function)s?)?_?calls?", re.IGNORECASE)
 # Tools of Harmony that are not functions.
@@ -46,20 +46,20 @@ NO_CALL = "is the result of a tool without a call"
 
 @dataclasses.dataclass(frozen=True)
 class TrainMessage:
-    """A message, and whether its row allows to train on it."""
+    """A message, and a flag that allows training on it."""
 
     message: Message
     is_trained: bool = True
-    left_out_calls: int = 0  # the calls after this one in its row's message, which have no results
+    left_out_calls: int = 0  # number of calls after this one in the row's message, without results
 
 
 def harmony_messages(conversation: Conversation, default_effort: Reasoning = "medium") -> list[TrainMessage]:
     """Converts a conversation to Harmony.
 
-    The system messages at its start are the instructions of the developer message, which also declares the
-    tools. Content before or beside a tool call is commentary; several calls of one message each come before
-    their result, because the model makes one call at a time. Without results only the first of them remains:
-    the model waits after it. Raises RowError for what does not fit.
+    System messages at the start become the instructions of the developer message, which also declares the
+    tools. Content with a tool call becomes commentary. If a message has several calls, each is followed by
+    its result, because the model makes one call at a time; without results, only the first call is kept,
+    because the model would wait after it. Raises RowError for an invalid conversation.
     """
     row = conversation.row
     messages = conversation.messages
@@ -112,9 +112,9 @@ def _role(message: RowMessage) -> str:
 def _answer(
     message: RowMessage, results: Sequence[RowMessage], later: Sequence[RowMessage], declared: Collection[str]
 ) -> Iterator[TrainMessage]:
-    """Yields the messages of an assistant's message and of its tool results.
+    """Yields the Harmony messages for an assistant message and its tool results.
 
-    `later` are the assistant's other messages of this turn, after the results.
+    `later` are the other assistant messages of this turn, after the results.
     """
     name, is_trained = message.name, _is_trained(message)
     thinking, calls = _thinking(message), _calls(message, declared)
@@ -157,7 +157,7 @@ class _Call:
 
 
 def _call_field(message: RowMessage) -> str | None:
-    """Returns the name of the field with the tool calls of an assistant's message; None without calls."""
+    """Returns the name of the field with the tool calls of an assistant message; None without calls."""
     fields = [name for name, value in message.fields.items() if value and LIKE_CALLS.fullmatch(name)]
     if len(fields) > 1 or not set(fields) <= set(CALL_FIELDS):
         allowed = f"must be {' or '.join(CALL_FIELDS)}"
@@ -166,7 +166,7 @@ def _call_field(message: RowMessage) -> str | None:
 
 
 def _calls(message: RowMessage, declared: Collection[str]) -> list[_Call]:
-    """Returns the tool calls of an assistant's message. Those that `tools` declares are functions."""
+    """Returns the tool calls of an assistant message. Tools in `declared` are functions."""
     field = _call_field(message)
     if field is None:
         return []
@@ -179,7 +179,7 @@ def _calls(message: RowMessage, declared: Collection[str]) -> list[_Call]:
 
 
 def _call(call: Any, where: str, declared: Collection[str]) -> _Call:
-    """Returns a tool call, the value of the field `where` or, in OpenAI's form, of its field `function`."""
+    """Parses a tool call: the value of the field `where` or, in OpenAI's format, of its field `function`."""
     given = call
     if isinstance(call, dict) and "function" in call:
         given, where = call["function"], f"{where}.function"
@@ -208,7 +208,7 @@ def _call(call: Any, where: str, declared: Collection[str]) -> _Call:
 
 
 def _match(name: str, calls: Sequence[_Call], results: Sequence[RowMessage]) -> list[RowMessage | None]:
-    """Returns the result of each call of message `name`: that with its id, else its name, else the next."""
+    """Returns the result of each call of message `name`, matched by id, otherwise by name or by order."""
     matched: list[RowMessage | None] = [None] * len(calls)
     ids = {call.id for call in calls if isinstance(call.id, str)}
     for result in results:
@@ -232,7 +232,7 @@ def _match(name: str, calls: Sequence[_Call], results: Sequence[RowMessage]) -> 
 
 
 def _functions(tools: Any) -> list[Mapping[str, Any]]:
-    """Returns the functions of a row's `tools`: a list, or its JSON."""
+    """Returns the functions of a row's `tools`, which may be a list or its JSON."""
     if isinstance(tools, str):
         try:
             tools = without_none(json.loads(tools)) if tools.strip() else None
@@ -275,7 +275,7 @@ def _date(row: Row) -> str | None:
 
 
 def _is_date(text: Any) -> bool:
-    """Returns True for the text of a day that exists, as YYYY-MM-DD."""
+    """Returns True for a valid date, as YYYY-MM-DD."""
     if not isinstance(text, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
         return False
     try:
@@ -286,7 +286,7 @@ def _is_date(text: Any) -> bool:
 
 
 def _is_trained(message: RowMessage) -> bool:
-    """Returns False for a message with `train: false`, or `weight: 0` as OpenAI's files have it."""
+    """Returns False for a message with `train: false` or, in OpenAI's format, `weight: 0`."""
     fields = message.fields
     for field in ("train", "weight"):
         if field in fields and fields[field] not in (0, 1):
@@ -306,7 +306,7 @@ def _thinking(message: RowMessage) -> str:
 
 
 def _content(message: RowMessage, required: bool = True, allow_empty: bool = False) -> str:
-    """Returns the content of a message: text, or parts of text, which are joined."""
+    """Returns the content of a message; a list of text parts is joined."""
     where, content = message.where("content"), message.fields.get("content")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]

@@ -1,9 +1,9 @@
-"""Rows of chat data: files, the four formats, and one form for all of them.
+"""Rows of chat data: reads the files and converts the four formats to a common one.
 
-`data.source` is `chat:GLOB`, JSON lines, JSON arrays or parquet, or `stdlib-chat`. The format of a row is
-that of its fields: `messages` (OpenAI), `conversations` (ShareGPT), `prompt` and `completion`, or
-`instruction` and `output` (Alpaca). A field that is None counts as absent, but not inside the arguments of
-a call or the JSON schema of a tool, except in parquet: there Arrow gives all objects the same fields.
+`data.source` is `chat:GLOB` (JSON lines, JSON arrays or parquet), or `stdlib-chat`. The fields of a row
+determine its format: `messages` (OpenAI), `conversations` (ShareGPT), `prompt` and `completion`, or
+`instruction` and `output` (Alpaca). A field that is None is treated as absent, but not in the arguments of a
+call or the JSON schema of a tool, except in parquet, where Arrow gives all objects the same fields.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from gptoss_jax.data.sources import Source, stdlib_files
 from gptoss_jax.data.stdlib_chat import question_rows
 
 STDLIB, GLOB = "stdlib-chat", "chat:"
-# Fields that hold the reasoning of an assistant's message.
+# Fields with the reasoning of an assistant message.
 THINKING = ("thinking", "reasoning", "reasoning_content")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
 SHAREGPT_ROLES = {
@@ -28,7 +28,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant", "tool": "tool",
 }  # fmt: skip
 SHAREGPT_NAMES = "system, human, gpt, function_call or observation"
-# Fields that hold the user's JSON.
+# Fields with arbitrary JSON.
 JSON_FIELDS = ("arguments", "parameters")
 MAX_SHOWN = 80  # characters of a value in an error
 KNOWN_FORMATS = "messages, conversations, prompt and completion, or instruction and output"
@@ -37,7 +37,7 @@ Row = Mapping[str, Any]
 
 
 class RowError(ValueError):
-    """A row that cannot be used: the message says why, `kind` in few words for the statistics."""
+    """A row that cannot be used, with the reason; `kind` is a short category for the statistics."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -46,20 +46,20 @@ class RowError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class RowMessage:
-    """A message in OpenAI's form, unchecked, and what its row calls it, for errors."""
+    """An unchecked message in OpenAI's format, and its name in the row, for error messages."""
 
     fields: Row
     name: str  # such as messages[2] or completion
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of fields that the row has elsewhere
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # OpenAI's field -> field of the row
 
     def where(self, field: str) -> str:
-        """Returns where the row has a field of OpenAI's form, such as `conversations[2].value`."""
+        """Returns the path in the row of a field of OpenAI's format, such as `conversations[2].value`."""
         return self.names.get(field, f"{self.name}.{field}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """A row in OpenAI's form. `format` names the form that it had."""
+    """A row in OpenAI's format. `format` is the name of its original format."""
 
     format: str
     messages: list[RowMessage]
@@ -67,7 +67,7 @@ class Conversation:
 
 
 def is_chat_source(source: str) -> bool:
-    """Returns True if a `data.source` holds conversations, not documents."""
+    """Returns True if a `data.source` has conversations rather than documents."""
     return source == STDLIB or source.startswith(GLOB)
 
 
@@ -75,7 +75,7 @@ class ChatCorpus(Source):
     """A source of conversations."""
 
     def rows(self) -> Iterator[tuple[str, int, Row | RowError]]:
-        """Yields each row, after where it is: a prefix, and a number to append to it."""
+        """Yields (prefix, number, row); prefix and number together are the location of the row."""
         return iter(self._read())
 
 
@@ -102,7 +102,7 @@ def open_chat(source: str) -> ChatCorpus:
 
 
 def _read_file(path: str) -> Iterator[tuple[str, int, Row | RowError]]:
-    """Reads parquet, a JSON array, or JSON lines, by the first bytes of the file."""
+    """Reads parquet, a JSON array, or JSON lines, as determined by the first bytes of the file."""
     with files.readable(path), open(path, "rb") as file:
         is_parquet = file.read(4) == b"PAR1"
     if is_parquet:
@@ -136,7 +136,7 @@ def _parse_line(line: bytes | bytearray) -> Row | RowError:
 
 
 def without_none(value: Any, kept: Collection[str] = JSON_FIELDS) -> Any:
-    """Drops the fields that are None. Those with a name in `kept` are not looked into."""
+    """Drops fields that are None, recursively except in fields named in `kept`."""
     if isinstance(value, dict):
         return {
             name: one if name in kept else without_none(one, kept)
@@ -147,7 +147,7 @@ def without_none(value: Any, kept: Collection[str] = JSON_FIELDS) -> Any:
 
 
 def read_conversation(row: Row) -> Conversation:
-    """Converts a row of any format to messages. Raises RowError for another one."""
+    """Converts a row of any supported format to messages. Raises RowError for an unknown format."""
     given, row = row, without_none(row)
     system = [_text("system", row["system"], "system")] if row.get("system") else []
     if "messages" in row:
@@ -161,7 +161,7 @@ def read_conversation(row: Row) -> Conversation:
         return Conversation("Alpaca (instruction, input, output)", system + _alpaca(row), row)
     for asked, answered in PAIRS:
         if asked in row and answered in row:
-            if isinstance(row[asked], list):  # messages, of which only the completion's are trained
+            if isinstance(row[asked], list):  # messages; only those of the completion are trained on
                 before = [
                     dataclasses.replace(one, fields={**one.fields, "train": False})
                     for one in _messages(row, asked)
@@ -177,13 +177,13 @@ def read_conversation(row: Row) -> Conversation:
 
 
 def shown(value: Any) -> str:
-    """Returns a value of a row for an error, at most MAX_SHOWN characters of it."""
+    """Formats a value of a row for an error message, truncated to MAX_SHOWN characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 2]}…{text[-1]}"
 
 
 def kind_of(value: Any) -> str:
-    """Returns the type of a value of a row for an error: `a str`, `null`."""
+    """Returns the type of a value for an error message: `a str`, `null`."""
     return "null" if value is None else type_name(value)
 
 
@@ -195,7 +195,7 @@ def _list(row: Row, field: str) -> list:
 
 
 def _messages(row: Row, field: str) -> list[RowMessage]:
-    """Returns the messages of a field that has OpenAI's form."""
+    """Returns the messages of a field in OpenAI's format."""
     return [_message(one, f"{field}[{i}]") for i, one in enumerate(_list(row, field))]
 
 
@@ -206,13 +206,13 @@ def _message(value: Any, name: str) -> RowMessage:
 
 
 def _text(role: str, text: Any, name: str, thinking: Row | None = None) -> RowMessage:
-    """Returns a message whose text is itself a field of the row, as is its thinking."""
+    """Returns a message with text, and thinking if any, from fields of the row."""
     fields = {"role": role, "content": text, **(thinking or {})}
     return RowMessage(fields, name, {"content": name} | {field: field for field in THINKING})
 
 
 def _answer(row: Row, name: str) -> RowMessage:
-    """The assistant's message of a row that is one question and its answer."""
+    """Returns the assistant message of a row with one question and its answer."""
     return _text("assistant", row[name], name, {field: row[field] for field in THINKING if field in row})
 
 
@@ -233,7 +233,7 @@ def _alpaca(row: Row) -> list[RowMessage]:
 
 
 def _sharegpt(message: Any, name: str) -> RowMessage:
-    """Converts `from` and `value`; messages with `role` and `content` pass."""
+    """Converts a message with `from` and `value`; one with `role` and `content` is unchanged."""
     if isinstance(message, dict) and "from" not in message and "role" in message:
         return RowMessage(message, name)
     if not isinstance(message, dict) or "from" not in message:

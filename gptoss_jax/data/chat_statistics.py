@@ -1,4 +1,4 @@
-"""Statistics of tokenized conversations: what is trained on, what is left out, and why."""
+"""Statistics of tokenized conversations: trained tokens, and omitted rows by reason."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ QUANTILES = (0, 0.25, 0.5, 0.75, 0.95, 1)
 
 
 def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
-    """Returns the statistics of a cache of conversations, JSON-ready.
+    """Returns the JSON-serializable statistics of a cache of conversations.
 
-    `overlong` examples have more than `data.seq_len` pairs; `left_out` of them are not trained on.
-    `left_out_calls` come after the first call of a message without results.
+    `overlong` is the number of examples with more than `data.seq_len` pairs, `left_out` how many of these are
+    omitted, and `left_out_calls` the number of calls after the first one of a message without results.
     """
     lengths, meta = np.diff(cache.offsets), cache.meta["chat"]
     packed = packed_lengths(cache, config.seq_len, config.overlong)
@@ -39,7 +39,7 @@ def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
 
 
 def summary(cache: TokenCache, config: DataConfig) -> list[str]:
-    """Returns lines on the rows of a cache, for the console: formats, counts, what is left out and why."""
+    """Returns a summary of the statistics for the console, as lines."""
     found, meta = statistics(cache, config), cache.meta["chat"]
     formats = ", ".join(f"{count:,} of {name}" for name, count in found["formats"].items())
     share = f"{found['trained_tokens']:,} of them trained ({found['trained_share']:.1%})"

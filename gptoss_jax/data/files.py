@@ -1,4 +1,4 @@
-"""Documents of text, JSON lines and parquet files, which may be compressed. A null field is None."""
+"""Reads documents from text, JSON lines and parquet files, which may be compressed. A null field is None."""
 
 import bz2
 import contextlib
@@ -18,10 +18,10 @@ from gptoss_jax.config.paths import user_path
 
 INSTALL_HF = "pip install 'gptoss-jax[hf]'"
 CHUNK = 1 << 20
-HEAD = 512  # bytes that are enough to recognize a format
+HEAD = 512  # number of bytes needed to recognize a format
 BOM = b"\xef\xbb\xbf"
 SEPARATOR = b"<|endoftext|>"
-# First bytes of compressed files. An empty bzip2 stream has its own.
+# Magic bytes of compressed files. An empty bzip2 stream has different ones.
 COMPRESSED: dict[bytes, Callable[..., Any]] = {
     rb"\x1f\x8b": gzip.open,
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
@@ -29,15 +29,15 @@ COMPRESSED: dict[bytes, Callable[..., Any]] = {
 }
 # A zstd frame, or the skippable frame that some tools write first.
 ZSTD = rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"
-# Names in an error message: a record may have thousands.
+# Maximum number of names in an error message: a record may have thousands.
 SHOWN_NAMES = 20
 
 
 def find_files(name: str, source: str) -> list[str]:
     """Returns the files that a path or glob pattern matches, sorted, as absolute paths.
 
-    An existing path is not read as a pattern, nor are the existing folders at its start. Raises ValueError if
-    there are no files, or if one is not a regular file.
+    An existing path, and existing folders at the start of a path, are not interpreted as patterns. Raises
+    ValueError if there are no files, or if one is not a regular file.
     """
     path = user_path(name, "data.source")
     if os.path.lexists(path):
@@ -59,7 +59,7 @@ def find_files(name: str, source: str) -> list[str]:
 
 
 def stamps(paths: Iterable[str | os.PathLike]) -> str:
-    """Returns the size and time of each file, one per line. Raises ValueError for a file that is gone."""
+    """Returns size and modification time of each file, one per line. Raises ValueError if one is missing."""
     lines = []
     for path in paths:
         with readable(path):
@@ -70,7 +70,7 @@ def stamps(paths: Iterable[str | os.PathLike]) -> str:
 
 @contextlib.contextmanager
 def readable(path: str | os.PathLike) -> Iterator[None]:
-    """Converts errors of the system and of decompressors to a ValueError that names the file."""
+    """Converts OS and decompression errors to a ValueError that names the file."""
     try:
         yield
     except EOFError:
@@ -81,20 +81,20 @@ def readable(path: str | os.PathLike) -> Iterator[None]:
 
 
 def guarded(values: Iterable[Any], name: str) -> Iterator[Any]:
-    """Passes on the values of a library's iterator. Its errors become a ValueError that names the source."""
+    """Yields the values of a library's iterator; converts errors to a ValueError that names the source."""
     values = iter(values)
     while True:
         try:
             value = next(values)
         except StopIteration:
             return
-        except Exception as error:  # of the file, its format, the network: each library has its own
+        except Exception as error:  # file, format or network errors, specific to each library
             raise ValueError(f"{name}: cannot be read ({one_line(error)})") from error
         yield value
 
 
 def decode(data: bytes | bytearray, path: str, offset: int = 0) -> str:
-    """Decodes UTF-8. Raises ValueError with the file and the byte for anything else."""
+    """Decodes UTF-8. Raises a ValueError that names the file and the byte offset if it is invalid."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -114,7 +114,7 @@ def read_text(path: str) -> Iterator[str]:
 
 
 def read_jsonl(path: str, field: str) -> Iterator[str | None]:
-    """Yields a field of each line. Raises ValueError with the line unless the field is text or null."""
+    """Yields a field of each line. Raises a ValueError that names the line if it is neither text nor null."""
     for number, line in jsonl_lines(path):
         where = f"{path}:{number}"
         value = text_of(parse_object(line, where), field, where)
@@ -128,9 +128,9 @@ def read_jsonl(path: str, field: str) -> Iterator[str | None]:
 
 
 def jsonl_lines(path: str) -> Iterator[tuple[int, bytearray]]:
-    """Yields the lines of a file that are not blank, with their numbers from 1."""
+    """Yields the nonblank lines of a file, with line numbers from 1."""
     for number, (_, line) in enumerate(split_file(path, b"\n"), 1):
-        # A line may begin with a byte order mark: that of the file, or of one that was joined to it.
+        # A line may begin with a byte order mark, at the start of the file or of a concatenated file.
         line = line.removeprefix(BOM)
         if line.strip():
             yield number, line
@@ -150,7 +150,7 @@ def parse_object(line: bytes | bytearray, where: str) -> dict[str, Any]:
 
 def json_reason(error: ValueError | RecursionError) -> str:
     """Returns why text could not be parsed as JSON."""
-    # Python limits integers, JSON does not; its message advises to change a setting of Python.
+    # Unlike JSON, Python limits the size of integers; its message suggests changing an interpreter setting.
     is_limit = "sys.set_int_max_str_digits" in str(error)
     return "has an integer of too many digits" if is_limit else f"not JSON ({one_line(error)})"
 
@@ -162,12 +162,12 @@ def read_parquet(path: str, field: str) -> Iterator[str | None]:
 
 
 def parquet_rows(path: str, field: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a parquet file: all columns, or only one. Raises ValueError if there is none."""
+    """Yields the rows of a parquet file, with all columns or one. Raises ValueError if it does not exist."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: parquet needs pyarrow: {INSTALL_HF}") from None
-    # Opened here: pyarrow takes only paths in UTF-8.
+    # Opened here because pyarrow accepts only UTF-8 paths.
     with readable(path), open(path, "rb") as opened:
         try:
             file = pyarrow.parquet.ParquetFile(opened)
@@ -190,10 +190,10 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str | None:
 
 
 def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
-    """Yields the parts of a file between separators, with their byte offsets, keeping one in memory.
+    """Streams the parts of a file between separators, with their byte offsets.
 
-    Gzip, bzip2, xz and zstd are decompressed; offsets count decompressed bytes. Raises ValueError,
-    naming the file, for one that cannot be read, is damaged, or is not text.
+    Gzip, bzip2, xz and zstd are decompressed; offsets count decompressed bytes. Raises a ValueError that
+    names the file if it cannot be read, is corrupt, or is not text.
     """
     with readable(path), open(path, "rb") as raw:
         head = raw.read(HEAD)
@@ -219,7 +219,7 @@ def split_file(path: str, separator: bytes) -> Iterator[tuple[int, bytearray]]:
 
 
 def _decompressed(raw: IO[bytes], head: bytes, path: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Opens the decompressed data of a file by its first bytes, because its name may be wrong."""
+    """Opens the decompressed data of a file. Detects the format by its first bytes, not its name."""
     for magic, opener in COMPRESSED.items():
         if re.match(magic, head):
             return opener(raw)
@@ -233,8 +233,8 @@ def _decompressed(raw: IO[bytes], head: bytes, path: str) -> contextlib.Abstract
 
 
 def _check_is_text(head: bytearray, path: str) -> None:
-    """Raises ValueError for formats that are often mistaken for text. Some of them are valid UTF-8."""
-    # Latin letters in UTF-16 are a zero byte and another one each.
+    """Raises ValueError for formats that are often mistaken for text, some of which are valid UTF-8."""
+    # In UTF-16, every other byte of Latin text is zero.
     even, odd = (head[start::2].count(0) * 2 / max(len(head), 4) for start in (0, 1))
     is_utf16 = head.startswith((b"\xff\xfe", b"\xfe\xff")) or abs(even - odd) > 0.7
     is_zip, is_tar = head.startswith(b"PK\x03\x04"), head[257:262] == b"ustar"

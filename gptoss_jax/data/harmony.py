@@ -1,8 +1,8 @@
 """Harmony, gpt-oss's chat format (https://github.com/openai/harmony): rendering and streaming parsing.
 
-An answer has messages in channels: `analysis` is reasoning, `commentary` has preambles and tool calls, and
-`final` is the answer for the user. Any tokenizer with the format's special tokens can write it; in gpt-oss's
-vocabulary the tokens are those of openai-harmony.
+An answer consists of messages in channels: `analysis` is reasoning, `commentary` has preambles and tool
+calls, and `final` is the answer to the user. Any tokenizer with the format's special tokens is supported;
+with gpt-oss's vocabulary, the tokens equal those of openai-harmony.
 """
 
 import codecs
@@ -22,19 +22,19 @@ FUNCTIONS = "functions."  # the namespace of a developer message's functions
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
-# Longest header. Names of tools may have 64 characters.
+# Maximum length of a header. Tool names may have 64 characters.
 HEADER_TOKENS = 64
 
 Reasoning = Literal["low", "medium", "high"]
-Piece = int | str  # a special token's id, or text that is encoded by itself
+Piece = int | str  # a special token's id, or text that is encoded separately
 
 
 @dataclasses.dataclass(frozen=True)
 class Message:
     """A message of a conversation.
 
-    `role` is that of its author, for a tool its name, such as `functions.get_weather`. `recipient` is the
-    tool that an answer calls, or `assistant` in a tool's result; `content_type` is the format of the text.
+    `role` is the role of the author or, for a tool, its name, such as `functions.get_weather`. `recipient` is
+    the called tool, or `assistant` for a tool result; `content_type` is the format of the text.
     """
 
     role: str
@@ -50,7 +50,7 @@ class Message:
 
 @dataclasses.dataclass(eq=False)
 class Part:
-    """A message of an answer, possibly unfinished; without a channel, text that is not in the format.
+    """A message of an answer, possibly unfinished. Without a channel, it is malformed text.
 
     `recipient` is the tool that a message calls, `content_type` the format of its text, such as `json`.
     """
@@ -61,7 +61,7 @@ class Part:
     text: str = ""
 
     def message(self) -> Message:
-        """Returns the message for the conversation. Text without a channel was shown as the answer: final."""
+        """Returns the message for the conversation. Text without a channel, shown as the answer, is final."""
         channel = self.channel or ("commentary" if self.recipient else "final")
         return Message(ASSISTANT, self.text, channel, self.recipient, self.content_type)
 
@@ -86,10 +86,10 @@ def system(
 
     Args:
       reasoning: reasoning effort.
-      date: today, as YYYY-MM-DD; None leaves it out.
+      date: current date, as YYYY-MM-DD; None omits it.
       knowledge_cutoff: last month of the training data, as YYYY-MM.
       channels: the valid channels of an answer.
-      has_functions: the developer message declares functions.
+      has_functions: True if the developer message declares functions.
     """
     about = [IDENTITY, f"Knowledge cutoff: {knowledge_cutoff}"]
     about += [] if date is None else [f"Current date: {date}"]
@@ -106,8 +106,8 @@ def developer(
 ) -> Message:
     """Returns the developer message: instructions, which take precedence over the user's, and functions.
 
-    Each function has `name`, and optionally `description` and `parameters`, a JSON schema. The format of the
-    answer is a section of `harmony_tools.response_formats_section`.
+    Each function has `name`, and optionally `description` and `parameters`, a JSON schema. `response_format`
+    is a section from `harmony_tools.response_formats_section`.
     """
     sections = [] if instructions is None else ["# Instructions", instructions]
     sections += [tools_section(functions)] if functions else []
@@ -121,7 +121,7 @@ def user(text: str) -> Message:
 
 
 def call(tool: str, arguments: str) -> Message:
-    """Returns the assistant's call of a tool, such as `functions.get_weather`, with JSON for arguments."""
+    """Returns the assistant's call of a tool, such as `functions.get_weather`, with arguments as JSON."""
     return Message(ASSISTANT, arguments, "commentary", tool, f"{CONSTRAIN}json")
 
 
@@ -133,9 +133,9 @@ def result(tool: str, text: str) -> Message:
 def without_old_analysis(messages: Sequence[Message]) -> list[Message]:
     """Drops the analysis before the last final answer that the user has replied to.
 
-    Analysis without an answer yet stays: the model was interrupted, or has called a tool. openai-harmony's
-    own rule (auto_drop_analysis) drops only analysis before the first final answer, and restores it if a
-    later turn has none.
+    Analysis without a final answer is kept: the model was interrupted, or has called a tool. In contrast,
+    openai-harmony (auto_drop_analysis) drops only analysis before the first final answer, and restores it if
+    a later turn has none.
     """
     return [messages[i] for i in shown_messages(messages)]
 
@@ -149,7 +149,7 @@ def shown_messages(messages: Sequence[Message]) -> list[int]:
 
 
 class Harmony:
-    """Renders and parses the format with the vocabulary of a tokenizer that `is_harmony`."""
+    """Renders and parses the format with a tokenizer for which `is_harmony` is True."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError for a tokenizer without the format's special tokens."""
@@ -171,11 +171,11 @@ class Harmony:
         return [token for tokens in self.encode([*pieces, self.start, ASSISTANT]) for token in tokens]
 
     def pieces(self, message: Message, is_last: bool = False) -> list[Piece]:
-        """Returns a message as special tokens and texts, the first two of which name its role.
+        """Returns a message as special tokens and texts; the first two contain its role.
 
         Args:
           message: the message.
-          is_last: it ends an answer that is trained on: with <|return|>, unless it calls a tool.
+          is_last: True if it ends an answer to train on: with <|return|>, unless it calls a tool.
         """
         pieces: list[Piece] = [self.start, message.role]
         if message.recipient not in (None, "all"):
@@ -190,7 +190,7 @@ class Harmony:
         return [*pieces, self.message, message.text, end]
 
     def encode(self, pieces: Sequence[Piece]) -> list[list[int]]:
-        """Returns the tokens of each piece. Equal texts are encoded once, all on all cores."""
+        """Returns the tokens of each piece. Encodes equal texts once, on all cores."""
         texts = list(dict.fromkeys(piece for piece in pieces if isinstance(piece, str)))
         encoded = {
             text: ids.tolist() for text, ids in zip(texts, self._tokenizer.encode_batch(texts), strict=True)
@@ -198,9 +198,9 @@ class Harmony:
         return [encoded[piece] if isinstance(piece, str) else [piece] for piece in pieces]
 
     def header(self, tokens: Sequence[int]) -> Part | None:
-        """Parses a header up to <|message|> to an empty message; None if it is not one of the assistant.
+        """Parses a header before <|message|> to an empty message; None if it is not an assistant header.
 
-        A header with <|start|> names its role; one without continues the prompt of `render`.
+        A header with <|start|> contains its role; one without continues the prompt of `render`.
         """
         has_role = tokens[0] == self.start
         try:
@@ -225,18 +225,18 @@ class Harmony:
         return Part(channel, recipient, content_type) if is_valid else None
 
     def spelled(self, token: int) -> bytes:
-        """The bytes of a token; for a special token, its name."""
+        """Returns the bytes of a token; for a special token, its name."""
         if token in self._names or token >= self._tokenizer.vocab_size:
             return self._names.get(token, f"<|reserved_{token}|>").encode()
         return self._tokenizer.decode_bytes([token])
 
     def spelled_text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, with the names of special tokens."""
+        """Returns the text of tokens, including the names of special tokens."""
         return b"".join(map(self.spelled, tokens)).decode(errors="replace")
 
     def prompt_of_last_turn(self, tokens: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Returns the prompt for the last user message of a rendered conversation, and the text of that
-        message."""
+        """Returns the prompt of a rendered conversation up to the answer to its last user message, and the
+        tokens of that message's text."""
         (start, user), (_, assistant) = self.encode([self.start, USER]), self.encode([self.start, ASSISTANT])
         header = [*start, *user, self.message]
         first = max(i for i in range(len(tokens)) if tokens[i : i + len(header)] == header)
@@ -245,11 +245,11 @@ class Harmony:
 
 
 class AnswerReader:
-    """Streaming parser of an answer, for any tokens: nothing that a model may generate is an error.
+    """Streaming parser of an answer. Never fails, regardless of the generated tokens.
 
-    Tokens that are not in the format, or an unfinished header, become a part without a channel, in which
-    special tokens are spelled out, up to the next <|start|>. A message ends with <|end|>, <|return|> or
-    <|call|>, or else at the next <|start|>.
+    Malformed tokens, or an unfinished header, become a part without a channel, with the names of special
+    tokens as text, up to the next <|start|>. A message ends with <|end|>, <|return|> or <|call|>, or at the
+    next <|start|>.
     """
 
     def __init__(self, harmony: Harmony) -> None:
@@ -257,7 +257,7 @@ class AnswerReader:
         self._harmony = harmony
         self._header: list[int] | None = []  # None outside of a header
         self._part: Part | None = None  # current part
-        self._framed = False  # the part has a header, so it ends with one of the three ends
+        self._framed = False  # the part has a header, so an end token ends it
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, tokens: Sequence[int]) -> list[tuple[Part, str]]:
@@ -271,11 +271,11 @@ class AnswerReader:
 
     @property
     def in_header(self) -> bool:
-        """True if the last tokens are a header so far; they become text if it turns out not to be one."""
+        """True if the last tokens may be an unfinished header; if it turns out invalid, they become text."""
         return bool(self._header)
 
     def steps(self, token: int) -> Iterator[Step]:
-        """Yields what a token changes."""
+        """Yields the steps that a token causes."""
         harmony = self._harmony
         if token == harmony.start:
             yield from self.last_steps()
@@ -292,7 +292,7 @@ class AnswerReader:
             yield self._add(harmony.spelled(token), token)
 
     def last_steps(self) -> Iterator[Step]:
-        """Yields what the end of the answer changes."""
+        """Yields the steps that the end of the answer causes."""
         if self._header:
             yield from self._header_as_text()
         if self._part is not None:

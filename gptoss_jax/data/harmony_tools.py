@@ -1,6 +1,6 @@
-"""Sections of Harmony's developer message: tools, a TypeScript type for each, and the answer's format.
+"""Sections of Harmony's developer message: tools as TypeScript types, and the response format.
 
-The text of tools is that of openai-harmony for any schema, character by character; the tests hold them equal.
+For any schema, the tools section equals that of openai-harmony character by character, as the tests verify.
 """
 
 import json
@@ -26,7 +26,7 @@ def tools_section(functions: Sequence[Schema]) -> str:
 
 
 def response_formats_section(name: str, schema: Schema, description: str | None = None) -> str:
-    """Returns the section that names the format of the answer, a JSON schema."""
+    """Returns the section that declares the response format, a JSON schema."""
     about = [f"// {line}" for line in _lines(description or "")]
     written = json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
     return "\n".join(["# Response Formats", "", f"## {name}", "", *about, written])
@@ -39,7 +39,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _type(schema: Any, indent: str) -> str:
-    """Returns the type of a schema whose properties are indented by `indent`."""
+    """Returns the TypeScript type of a schema, with properties indented by `indent`."""
     if not isinstance(schema, dict):
         return "any"
     if isinstance(variants := schema.get("oneOf"), list):
@@ -121,7 +121,7 @@ def _default(schema: Any, quote_enum: bool = False) -> str | None:
 
 
 def _comment(*parts: str | None) -> str:
-    """Returns the parts as a comment after a type; empty without any."""
+    """Joins the parts to a trailing comment; empty if there are none."""
     known = [part for part in parts if part is not None]
     return f" // {' '.join(known)}" if known else ""
 

@@ -11,17 +11,17 @@ class PackPlan:
     """Pieces of documents by row: row r has pieces row_offsets[r] to row_offsets[r + 1]."""
 
     row_offsets: np.ndarray  # int64 [rows + 1]
-    document: np.ndarray  # int64 [pieces], index into the lengths that were packed
+    document: np.ndarray  # int64 [pieces], index into the packed lengths
     start: np.ndarray  # int64 [pieces], first pair of the piece within its document
     length: np.ndarray  # int32 [pieces], pairs
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> PackPlan:
-    """Packs documents into rows by best fit decreasing, so that few of them are cut.
+    """Packs documents into rows with best-fit decreasing, so that few of them are split.
 
-    A document longer than a row fills whole rows, and its rest is packed like a short document: from long to
-    short, each into the row with the least room that fits it (Ding et al. 2024, "Fewer Truncations Improve
-    Language Modeling"). At most 2 * sum(lengths) / seq_len + 1 rows. Deterministic.
+    A document longer than a row fills whole rows, and its remainder is packed like a short document: from
+    long to short, each into the fullest row in which it fits (Ding et al. 2024, "Fewer Truncations Improve
+    Language Modeling"). Uses at most 2 * sum(lengths) / seq_len + 1 rows. Deterministic.
 
     Args:
       lengths: int [documents], (input, target) pairs of each document.
@@ -41,8 +41,8 @@ def pack(lengths: np.ndarray, seq_len: int) -> PackPlan:
     start.append(full[order] * seq_len)
     length.append(rest[order])
 
-    # Open rows by the room left in them. All documents of one length are placed together: a row with the
-    # least room still has the least after taking one, so it is filled before the next row gets any.
+    # Open rows by remaining room. Documents of the same length are placed together: the fullest row is still
+    # the fullest after adding one, so it is filled before the next row.
     rows_by_room: dict[int, list[np.ndarray]] = {}
     rooms: list[int] = []  # the keys of rows_by_room, sorted
     sizes, counts = np.unique(-rest[order], return_counts=True)

@@ -1,8 +1,8 @@
-"""Text sources: `data.source` names one; it is read as a stream of documents, some of which are held out.
+"""Text sources (`data.source`), read as streams of documents, some of which are held out.
 
 A source is `stdlib`, `text:GLOB`, `jsonl:GLOB#field`, `parquet:GLOB#field` or `hf:NAME:CONFIG:SPLIT#field`;
-those of conversations are in `chat_rows.py`. A file or folder that exists is never read as a pattern or as
-parts of a source.
+for conversations, see `chat_rows.py`. The path of an existing file or folder is never interpreted as a
+pattern or split at separators.
 """
 
 import collections
@@ -29,7 +29,7 @@ KINDS = (
     "(#field, :CONFIG and :SPLIT may be left out); for conversations chat:GLOB or stdlib-chat"
 )
 HF_SPEC = "hf:NAME:CONFIG:SPLIT"
-# In the path of a local folder, the datasets library takes these for a pattern or a chain of archives.
+# In the path of a local folder, the datasets library interprets these as a pattern or a chain of archives.
 UNREADABLE = ("*", "?", "[", "::", "\n")
 Item = TypeVar("Item")
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -37,12 +37,12 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What `data.source` names. Its `fingerprint` changes with its content."""
+    """A data source. Its `fingerprint` changes with its content."""
 
     source: str
     fingerprint: str
     _read: Callable[[], Iterable[Any]] = dataclasses.field(repr=False)
-    # Sizes and times of the files, the end of the fingerprint; None without files to check.
+    # Sizes and times of the files, the last part of the fingerprint; None if there are no files to check.
     _stamps: Callable[[], str] | None = dataclasses.field(default=None, repr=False)
 
     def check_unchanged(self) -> None:
@@ -102,7 +102,7 @@ def open_corpus(source: str) -> Corpus:
 
 
 def _split_field(source: str, rest: str) -> tuple[str, str]:
-    """Splits `NAME#field`. The # of an existing path belongs to its name."""
+    """Splits `NAME#field`. A # in an existing path belongs to the path."""
     if "#" not in rest or path_exists(rest, "data.source"):
         return rest, "text"
     folder, base = os.path.split(rest)
@@ -114,7 +114,7 @@ def _split_field(source: str, rest: str) -> tuple[str, str]:
 
 
 def stdlib_files() -> tuple[pathlib.Path, list[str], str]:
-    """The folder of Python's standard library, its files without tests, sorted, and their fingerprint."""
+    """Returns the folder of Python's standard library, its sorted files (no tests), and their fingerprint."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
     found: list[pathlib.Path] = []
@@ -123,13 +123,13 @@ def stdlib_files() -> tuple[pathlib.Path, list[str], str]:
         folders[:] = [name for name in folders if name not in skipped and not name.startswith("config-")]
         found += [inside / n for n in names if n.endswith(".py") and not n.startswith("test_")]
     paths = sorted(path.as_posix() for path in found)
-    # No times and no absolute paths: the same Python installed elsewhere is the same corpus.
+    # Without times and absolute paths, so that the same Python installed elsewhere is the same corpus.
     sizes = "\n".join(f"{path} {(root / path).stat().st_size}" for path in paths)
     return root, paths, f"stdlib of Python {platform.python_version()}\n{sizes}"
 
 
 def _open_stdlib() -> Corpus:
-    """The source code of Python's standard library, without its tests."""
+    """Opens the source code of Python's standard library, without its tests."""
     root, paths, fingerprint = stdlib_files()
 
     def read() -> Iterator[str]:
@@ -142,10 +142,10 @@ def _open_stdlib() -> Corpus:
 
 
 def _open_dataset(source: str, name: str, field: str) -> Corpus:
-    """Opens a dataset of the Hugging Face hub, or a local folder that the datasets library reads.
+    """Opens a dataset on the Hugging Face Hub, or a local folder that the datasets library can read.
 
-    Defaults are the dataset's default config, and the split `train` or the only one there is. Raises
-    ValueError for a dataset that cannot be loaded, with the configs or splits to choose from.
+    Defaults to the dataset's default config, and to the split `train` or the only one. Raises ValueError if
+    the dataset cannot be loaded, with the available configs or splits.
     """
     try:
         import datasets
@@ -182,9 +182,9 @@ def _open_dataset(source: str, name: str, field: str) -> Corpus:
 
 
 def _parse_dataset(source: str, name: str) -> tuple[str, str | None, str | None]:
-    """Returns name or folder, config and split of `NAME:CONFIG:SPLIT`; None for what is left out or empty.
+    """Returns name or folder, config and split of `NAME:CONFIG:SPLIT`; None for omitted or empty parts.
 
-    The colons of a folder that exists belong to its name.
+    Colons in the path of an existing folder belong to the path.
     """
     words = name.split(":")
     for count in range(len(words), 0, -1):
@@ -206,22 +206,22 @@ def _parse_dataset(source: str, name: str) -> tuple[str, str | None, str | None]
 def split(
     documents: Iterable[str], share: float, max_bytes: int = 8 << 20, source: str = ""
 ) -> Iterator[tuple[str, bool]]:
-    """Holds out a share of the documents, deterministically, in one pass over a stream of unknown length.
+    """Holds out a fraction of the documents, deterministically, in one pass over a stream of unknown length.
 
     Args:
       documents: the texts.
       share: fraction of the documents to hold out, above 0 and at most 0.5.
-      max_bytes: most UTF-8 bytes to hold out.
+      max_bytes: maximum number of UTF-8 bytes to hold out.
       source: the `data.source`, for the error message.
 
     Yields:
-      (text, is_held_out) in the order of `documents`. At least one is held out and one is kept: if necessary,
-      a document is cut in two and its end is held out.
+      (text, is_held_out) in the order of `documents`. At least one is held out and one is kept; if necessary,
+      a document is split and its end is held out.
 
     Raises ValueError if the only document has a single character.
     """
     held_bytes, closed = 0, False
-    # Look one document ahead, because the last one may have to be held out.
+    # Looks one document ahead, because the last one may have to be held out.
     for index, (text, following) in enumerate(with_next(documents)):
         is_last = following is None
         if is_last and index == 0:
@@ -243,19 +243,20 @@ def split(
 
 
 def with_next(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]:
-    """Yields each item and the one after it, None after the last."""
+    """Yields each item with its successor, which is None for the last."""
     end: Any = None
     return itertools.pairwise(itertools.chain(items, (end,)))
 
 
 def is_picked(index: int, share: float) -> bool:
-    """Returns True for a share of all indices, evenly spread."""
-    # Multiples of the golden ratio fill the unit interval evenly, so any stretch of text gives its share.
+    """Returns True for a fraction `share` of all indices, evenly spread."""
+    # Multiples of the golden ratio fill the unit interval evenly, so each stretch of text contributes
+    # equally.
     return (index + 1) * GOLDEN % 1 >= 1 - share
 
 
 def _cut(text: str, share: float, max_bytes: int) -> Iterator[tuple[str, bool]]:
-    """Cuts a document in two: the end, about `share` of it and at most `max_bytes`, is held out."""
+    """Splits a document in two: the end, about `share` of it and at most `max_bytes`, is held out."""
     first = max(1, len(text) - len(text.encode()[-max_bytes:].decode(errors="ignore")))
     target = min(max(int((1 - share) * len(text)), first), len(text) - 1)
     slack = int(share * len(text) / 2)

@@ -1,6 +1,6 @@
 """Special tokens of Hugging Face tokenizers: bos and eos, tokens that are never text, ids that end an answer.
 
-A tokenizer.json does not say which token is bos and which is eos. The user or the files beside it do, or they
+A tokenizer.json does not identify bos and eos. They are chosen by the user, named in the files next to it, or
 have well-known names.
 """
 
@@ -30,10 +30,11 @@ EOS_NAMES = (
     END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "[EOS]",
     "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|im_end|>",
 )  # fmt: skip
-# Ends of turns, which a chat model's files may name as eos. If it has one of DOCUMENT_ENDS, that is our eos.
+# End-of-turn tokens, which may be the eos of a chat model. If it also has one of DOCUMENT_ENDS, that is our
+# eos.
 TURN_ENDS = (RETURN, "<|im_end|>", "<|eot_id|>", "<|eot|>")
 DOCUMENT_ENDS = (END_OF_TEXT, "<|end_of_text|>")
-# Names of added tokens that are special, even if the file does not say so.
+# Pattern of added tokens that are special even if they are not marked as such.
 MARKER = re.compile(r"<[|\uff5c].+[|\uff5c]>")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 ROLE_KEYS = ("bos_token", "eos_token")
@@ -51,10 +52,10 @@ class Roles:
 
 @dataclasses.dataclass(frozen=True)
 class NamedTokens:
-    """Special tokens in the files beside a tokenizer.json."""
+    """Special tokens in the files next to a tokenizer.json."""
 
     roles: Roles = Roles()
-    without_bos: bool = False  # the files say that there is no bos
+    without_bos: bool = False  # the files declare that there is no bos
     special: frozenset[str] = frozenset()
     # bos_token_id and eos_token_id, of the model
     ids: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
@@ -65,7 +66,7 @@ SAVED_SPEC = "file:tokenizer.json"
 
 
 def parse_file_spec(spec: str) -> tuple[pathlib.Path, Roles]:
-    """Parses file:PATH#bos=NAME,eos=NAME; one name may be missing. A file with the whole name has precedence.
+    """Parses file:PATH#bos=NAME,eos=NAME; one name may be omitted. An existing file with the whole name wins.
 
     Raises ValueError for anything else after the # of a path.
     """
@@ -88,20 +89,20 @@ def _parse_roles(text: str, spec: str) -> Roles:
 
 
 def saved_spec(roles: Roles) -> str:
-    """Returns the spec that is stored beside a tokenizer.json with these roles."""
+    """Returns the spec that is stored next to a tokenizer.json with these roles."""
     return f"{SAVED_SPEC}#bos={roles.bos},eos={roles.eos}\n"
 
 
 def parse_saved_spec(spec: str) -> Roles:
-    """Parses a spec of `saved_spec`, without looking up paths. Raises ValueError for anything else."""
+    """Parses the output of `saved_spec`, without accessing paths. Raises ValueError for anything else."""
     named = spec.removeprefix(SAVED_SPEC).removesuffix("\n")
     return _parse_roles(named.removeprefix("#"), spec) if named else NO_ROLES
 
 
 def read_named_tokens(folder: pathlib.Path) -> NamedTokens:
-    """Reads tokenizer_config.json, then special_tokens_map.json, and the ids in the model's files.
+    """Reads tokenizer_config.json, then special_tokens_map.json, and the ids in the model's config files.
 
-    Raises ValueError for a damaged file, and for a bos_token or eos_token that is neither text nor null.
+    Raises ValueError for a corrupt file, and for a bos_token or eos_token that is neither text nor null.
     Other keys, such as num_image_token, may have values of any type.
     """
     found: dict[str, str | None] = {}
@@ -131,13 +132,13 @@ def _items(values: Any) -> list:
 
 
 def _content(token: Any) -> Any:
-    """Returns the text of a token, which is given as such or as an object."""
+    """Returns the text of a token, which may be a string or an object."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
-    """Returns the ids under a key of generation_config.json or else of config.json."""
-    # The files of `original/` are one folder up.
+    """Returns the ids under a key of generation_config.json or, if it is missing, of config.json."""
+    # For `original/`, the files are in the parent folder.
     folders = [folder, folder.parent] if folder.name == "original" else [folder]
     for path in (place / name for name in MODEL_SETTINGS for place in folders):
         value = read_json(path).get(key) if path.is_file() else None
@@ -150,13 +151,13 @@ def _token_ids(folder: pathlib.Path, key: str) -> tuple[int, ...]:
 
 
 def read_stop_ids(folder: pathlib.Path, vocab_size: int = 0) -> tuple[int, ...]:
-    """Returns the ids that end an answer: eos_token_id of generation_config.json or else of config.json.
+    """Returns the ids that end an answer: eos_token_id in generation_config.json, otherwise in config.json.
 
     Args:
       folder: the model's folder.
-      vocab_size: of the tokenizer. The model's may be larger; ids outside both are left out.
+      vocab_size: vocabulary size of the tokenizer. The model's may be larger; ids outside both are omitted.
 
-    Raises ValueError for a damaged file and for values that are not token ids.
+    Raises ValueError for a corrupt file and for values that are not token ids.
     """
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
@@ -169,15 +170,15 @@ def read_stop_ids(folder: pathlib.Path, vocab_size: int = 0) -> tuple[int, ...]:
 def find_roles(model: tokenizers.Tokenizer, chosen: Roles, named: NamedTokens) -> Roles:
     """Returns the bos and the eos of a tokenizer.json.
 
-    In order of precedence: chosen by the user, named in the files beside it, well-known names, ids in the
-    model's files. If there is only one, it has both roles. Both are None if there is none.
+    In order of precedence: chosen by the user, named in the files next to it, well-known names, ids in the
+    model's config files. A single token has both roles. Both are None if there is none.
     """
     added = model.get_added_tokens_decoder()
     names = {token.content for token in added.values()}
     marked = {token.content for token in added.values() if token.special}
 
     def first(candidates: Iterable[str | None]) -> str | None:
-        """The first that is a special token, or else an added token, or else any token."""
+        """Returns the first special token, otherwise the first added token, otherwise the first token."""
         known = [name for name in candidates if name and model.token_to_id(name) is not None]
         return next((name for group in (marked, names, known) for name in known if name in group), None)
 
@@ -191,16 +192,16 @@ def find_roles(model: tokenizers.Tokenizer, chosen: Roles, named: NamedTokens) -
 
 
 def document_end(eos: str, names: Collection[str]) -> str:
-    """Returns the end of a document in a vocabulary with these special tokens and this eos in its files."""
+    """Returns the end-of-document token of a vocabulary with these special tokens and this declared eos."""
     if eos not in TURN_ENDS:
         return eos
     return next((name for name in DOCUMENT_ENDS if name in names), eos)
 
 
 def special_names(model: tokenizers.Tokenizer, roles: Roles, named: NamedTokens) -> set[str]:
-    """Returns the tokens that are never text: special in a file, bos and eos, or named like a marker.
+    """Returns the tokens that are never text: declared special, bos and eos, or named like a marker.
 
-    Other added tokens are text, such as runs of spaces, and so are tokens of one character.
+    Other added tokens, such as runs of spaces, are text, as are tokens of one character.
     """
     added = model.get_added_tokens_decoder().values()
     found = {token.content for token in added if token.special or MARKER.fullmatch(token.content)}

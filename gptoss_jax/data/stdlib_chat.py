@@ -1,4 +1,4 @@
-"""Questions and answers on Python's standard library, made from its docstrings and signatures."""
+"""Questions and answers about Python's standard library, generated from its docstrings and signatures."""
 
 import ast
 import pathlib
@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 
-# Characters of an answer from a docstring, and of a signature.
+# Maximum number of characters of an answer from a docstring, and of a signature.
 MAX_SUMMARY, MAX_SIGNATURE = 240, 120
 MIN_SUMMARY = 16
 ABOUT = (
@@ -24,11 +24,11 @@ SIGNATURES = (
 
 
 def question_rows(root: pathlib.Path, paths: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Yields {"question", "answer"}: first sentences of docstrings, and signatures, of all public names.
+    """Yields {"question", "answer"} for the docstring (first sentence) and signature of each public name.
 
     Args:
       root: the folder of the library.
-      paths: its files, relative to the folder. Private modules and files that do not parse are left out.
+      paths: its files, relative to the folder. Private modules and files that do not parse are skipped.
     """
     seen = set()
     for path in paths:
@@ -49,7 +49,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _rows_of(node: Documented, name: str) -> Iterator[dict[str, str]]:
-    """Yields the rows of a module, class or function, and of what is in it."""
+    """Yields the rows of a module, class or function, and of its members."""
     about = _summary(ast.get_docstring(node) or "")
     if about:
         yield _row(MODULES if isinstance(node, ast.Module) else ABOUT, name, about)
@@ -77,6 +77,6 @@ def _summary(docstring: str) -> str | None:
 
 
 def _row(questions: tuple[str, ...], name: str, answer: str) -> dict[str, str]:
-    """A question in one of its forms, chosen by the name."""
+    """Returns a row with one of the phrasings of a question, selected by the name."""
     form = questions[zlib.crc32(name.encode()) % len(questions)]
     return {"question": form.format(name=name), "answer": answer}

@@ -37,25 +37,25 @@ CHUNK_CHARS = 1 << 18
 class TokenCache:
     """A tokenized corpus on disk. Document i is `tokens[offsets[i] : offsets[i + 1]]`, with bos and eos.
 
-    In a corpus of conversations a document is an example (`chat.py`), in Harmony, without bos and eos.
+    In a corpus of conversations, a document is an example (`chat.py`) in Harmony format, without bos and eos.
     """
 
     folder: pathlib.Path
     # source, tokenizer, vocab_size, documents, tokens, held_out_{documents,tokens,bytes}, null_records
-    # (skipped), and {gzip,xz}_bits_per_byte of the compressed held-out text. For conversations also chat, see
-    # `build_chat`, and the held-out text is that of the trained tokens.
+    # (skipped), and {gzip,xz}_bits_per_byte of the compressed held-out text. For conversations, also chat
+    # (see `build_chat`), and held-out text means the trained tokens.
     meta: dict[str, Any]
     tokenizer: Tokenizer
     tokens: np.ndarray  # memory-mapped, uint16 or uint32
     offsets: np.ndarray  # int64 [documents + 1]
     held_out: np.ndarray  # bool [documents]
-    # Of conversations: 1 for each token that is trained on, uint8, memory-mapped; file, row and turn of each
+    # For conversations: 1 for each token to train on, uint8, memory-mapped; file, row and turn of each
     # example, int64 [documents, 3].
     weights: np.ndarray | None = None
     origins: np.ndarray | None = None
 
     def where(self, document: int) -> str:
-        """Returns where a document comes from, such as `a.jsonl:17 turn 2`."""
+        """Returns the location of a document, such as `a.jsonl:17 turn 2`."""
         if self.origins is None:
             return f"document {document}"
         file, row, turn = self.origins[document].tolist()
@@ -65,15 +65,15 @@ class TokenCache:
 def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:
     """Tokenizes the source, or opens the cache of an earlier call in `config.cache_dir`.
 
-    Several processes may build the same cache at once; all use the first to be finished. A killed build is
-    never used, and the next build removes it.
+    Several processes may build the same cache at once; all use the one that is finished first. A killed build
+    is never used, and the next build removes it.
 
     Args:
-      config: gives source, tokenizer, val_fraction and cache_dir, for conversations also train_on and
+      config: source, tokenizer, val_fraction and cache_dir are used and, for conversations, train_on and
         reasoning_effort.
-      report: is called with lines about the progress of a build.
+      report: called with progress messages during a build.
 
-    Raises ValueError for a source or tokenizer that cannot be read, and a folder that cannot be written.
+    Raises ValueError if the source or tokenizer cannot be read, or the folder cannot be written.
     """
     corpus: ChatCorpus | Corpus
     if is_chat_source(config.source):
@@ -105,7 +105,7 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
 
 
 def _key(config: DataConfig, corpus: Source) -> str:
-    """Folder name of a cache: readable words, and a hash of everything that its content depends on."""
+    """Returns the folder name of a cache: readable words, and a hash of everything its content depends on."""
     parts = [str(FORMAT), corpus.fingerprint, config.tokenizer, repr(float(config.val_fraction))]
     if config.tokenizer.startswith("file:"):
         parts += fingerprint(config.tokenizer)
@@ -120,7 +120,7 @@ def _key(config: DataConfig, corpus: Source) -> str:
 
 
 def _remove_stale_builds(root: pathlib.Path) -> None:
-    """Removes the partial caches of dead processes of this host."""
+    """Removes partial caches left by dead processes on this host."""
     for path in root.glob(f".partial-*@{socket.gethostname()}"):
         try:
             os.kill(int(path.name.split("-")[1]), 0)
@@ -131,7 +131,7 @@ def _remove_stale_builds(root: pathlib.Path) -> None:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Cuts a long text before lines without indentation, which tokens hardly ever cross."""
+    """Splits a long text before unindented lines, which tokens rarely cross."""
     start = 0
     while len(text) - start > CHUNK_CHARS:
         cut = start + CHUNK_CHARS
@@ -144,7 +144,7 @@ def _chunks(text: str) -> Iterator[str]:
 
 
 def group_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Groups documents to about `BATCH_CHARS` characters, to use all cores and bound memory."""
+    """Groups documents into batches of about `BATCH_CHARS` characters, to use all cores and bound memory."""
     batch, size = [], 0
     for text, is_held_out in documents:
         batch.append((text, is_held_out))
@@ -157,7 +157,7 @@ def group_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tupl
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """Yields the stored tokens of each document: bos, its ids, eos."""
+    """Yields the stored tokens of each document: bos, text, eos."""
     chunks = [list(_chunks(text)) for text in texts]
     encoded = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(chunks))))
     for of_document in chunks:

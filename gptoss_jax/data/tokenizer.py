@@ -31,7 +31,8 @@ KINDS = "bytes, bpe:SIZE, file:tokenizer.json or o200k_harmony"
 HARMONY = "o200k_harmony"
 NAME_FILE = "tokenizer_name.txt"
 PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
-# Ids of text and of named special tokens. The other rows of the released embedding, 201088, are unused.
+# Number of ids of text and named special tokens. The other rows of the released embedding (201088) are
+# unused.
 HARMONY_VOCAB_SIZE = 200019
 
 
@@ -39,8 +40,8 @@ HARMONY_VOCAB_SIZE = 200019
 class Tokenizer:
     """A tokenizer, created by `make_tokenizer` or `load_tokenizer`.
 
-    `name` is the spec. A document is stored as bos, its ids, eos; the two may be the same token.
-    `special_tokens` are the ids of the tokens that are never text, by name, bos and eos among them.
+    `name` is the spec. A document is stored as bos, text, eos; bos and eos may be the same token.
+    `special_tokens` maps the names of tokens that are never text, including bos and eos, to their ids.
     """
 
     name: str
@@ -56,8 +57,8 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: those in the model's folder (`load_tokenizer`), ends of turns, in gpt-oss's
-        vocabulary also the end of a tool call, and eos.
+        """Ids that end an answer: those declared in the model's folder (`load_tokenizer`), end-of-turn
+        tokens, eos and, in gpt-oss's vocabulary, the end of a tool call.
         """
         harmony = (special.RETURN, END_OF_TEXT, special.CALL)
         ends = harmony if self.special_tokens.keys() >= set(harmony) else special.TURN_ENDS
@@ -68,8 +69,8 @@ class Tokenizer:
     def token_roles(self) -> dict[str, str]:
         """The tokens that `export` writes as bos_token, eos_token and pad_token, by role.
 
-        In gpt-oss's vocabulary the end of a turn is the eos and the end of a document the padding, as
-        published. In others the end of a document is the eos, and the padding if there is no such token.
+        In gpt-oss's vocabulary, eos is the end of a turn and padding is the end of a document, as published.
+        In others, eos is the end of a document, which is also the padding unless there is a padding token.
         """
         end_of_document = self._names[self.eos_id]
         return {
@@ -79,7 +80,7 @@ class Tokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        """Encodes a text, without bos and eos. Special tokens in it are encoded as characters."""
+        """Encodes a text, without bos and eos. Special tokens in the text are encoded as characters."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -91,7 +92,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """The concatenated bytes of ids, without special tokens. Raises ValueError for an unknown id."""
+        """Returns the joined bytes of ids, without special tokens. Raises ValueError for an unknown id."""
         pieces = []
         for token in ids:
             require(0 <= token < self.vocab_size, "token id", int(token), f"must be below {self.vocab_size}")
@@ -108,14 +109,14 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """A hash. Tokenizers with the same one give the same ids, but two forms of a tokenizer differ."""
+        """A hash. Equal hashes imply equal ids, but two representations of the same tokenizer differ."""
         parts = [part for file in self._files.items() for part in file]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def same_ids_as(self, other: "Tokenizer") -> bool:
         """Returns True if each id has the same bytes, or is the same special token, in both.
 
-        Then a model can be used with either. How text is split into tokens is not compared.
+        A model can then be used with either. Does not compare how text is split into tokens.
         """
         if self.digest == other.digest:
             return True
@@ -136,15 +137,15 @@ class Tokenizer:
             (folder / name).write_bytes(content.encode())
 
     def export(self, folder: str | os.PathLike, model_max_length: int | None = None) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, as Hugging Face has them.
+        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json for Hugging Face.
 
-        `load_tokenizer` reads the folder too, with the same ids.
+        `load_tokenizer` also reads the folder, with the same ids.
 
         Args:
           folder: created if it is missing; existing files are overwritten.
           model_max_length: number of tokens above which transformers warns; None for no limit.
 
-        Raises ValueError for a length below 1, a folder that cannot be written, and one with the
+        Raises ValueError if the length is below 1, or if the folder cannot be written or contains the
         tokenizer_name.txt of another tokenizer, which `load_tokenizer` would read instead.
         """
         fits = model_max_length is None or model_max_length >= 1
@@ -174,7 +175,7 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
       spec: bytes, bpe:SIZE, file:PATH or o200k_harmony.
       training_texts: returns the texts for bpe:SIZE, which is trained on the first 64 MiB.
 
-    Raises ValueError for an unknown kind, a bad size, or a file that is missing or damaged.
+    Raises ValueError for an unknown kind, an invalid size, or a missing or corrupt file.
     """
     kind, _, rest = spec.partition(":")
     if spec == "bytes":
@@ -194,7 +195,7 @@ def make_tokenizer(spec: str, training_texts: Callable[[], Iterator[str]] | None
 
 
 def fingerprint(spec: str) -> list[str]:
-    """Returns what the ids of a file: tokenizer depend on: hash of the file, tokens named beside it."""
+    """Returns what determines the ids of a `file:` tokenizer: its hash, and tokens named next to it."""
     path, _ = special.parse_file_spec(spec)
     require(path.is_file(), "data.tokenizer", spec, f"there is no file {path}")
     named = special.read_named_tokens(path.parent)
@@ -206,10 +207,10 @@ def fingerprint(spec: str) -> list[str]:
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """Loads a tokenizer from a folder of `save`, `export` or Hugging Face.
+    """Loads a tokenizer from a folder written by `save`, `export` or Hugging Face.
 
-    The eos_token_id of the folder's generation_config.json or config.json is among its `stop_ids`. Raises
-    ValueError if the folder has no tokenizer, or a damaged one.
+    Its `stop_ids` include the eos_token_id of the folder's generation_config.json or config.json. Raises
+    ValueError if the folder has no tokenizer, or a corrupt one.
     """
     folder = user_path(folder, "tokenizer folder")
     name, file = folder / NAME_FILE, folder / "tokenizer.json"
@@ -226,12 +227,12 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the type in which ids are stored."""
+    """Returns the dtype in which ids are stored."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def valid_text(text: str) -> str:
-    """Replaces lone surrogates, bytes that Python could not decode, by U+FFFD."""
+    """Replaces lone surrogates (bytes that Python could not decode) with U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -266,7 +267,8 @@ def _harmony() -> Tokenizer:
     names: dict[str, int] = {}
     for name in sorted(encoding.special_tokens_set, key=lambda name: ("reserved" in name, name)):
         token = encoding.encode_single_token(name)
-        # tiktoken has two names for one id, <|endofprompt|> and a reserved one, and reserves unused rows.
+        # tiktoken has two names for one id, <|endofprompt|> and a reserved one, and also reserves unused
+        # rows.
         if token < HARMONY_VOCAB_SIZE and token not in names.values():
             names[name] = token
 

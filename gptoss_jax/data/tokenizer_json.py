@@ -12,13 +12,13 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from gptoss_jax.data.special_tokens import END_OF_TEXT, HARMONY_TOKENS
 
-NO_LIMIT = int(1e30)  # transformers' value for a text of any length
+NO_LIMIT = int(1e30)  # transformers' value for unlimited length
 TRAINING_BYTES = 64 << 20
 # Single bytes, the end of a document and the special tokens of a chat.
 MIN_BPE_SIZE = 256 + 1 + len(HARMONY_TOKENS)
 
-# Pieces of text that a trained vocabulary never merges across. For code and prose: runs of spaces stay whole,
-# a name keeps the space, dot or underscore before it, numbers have three digits.
+# Pre-tokenization pattern of trained vocabularies, for code and prose: runs of spaces stay whole, a name
+# keeps the space, dot or underscore before it, numbers are split into groups of three digits.
 WORDS = "|".join(
     (
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",  # letters, and one sign or space before them
@@ -64,19 +64,19 @@ def _first_bytes(texts: Iterator[str], size: int) -> Iterator[str]:
 
 
 def byte_letters() -> list[str]:
-    """The letter of each byte in byte-level vocabularies: itself if printable, else one from U+0100 on."""
+    """Returns the character of each byte in byte-level BPE: itself if printable, otherwise from U+0100 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(0x100)
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
 
 
 def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], words: str | None) -> str:
-    """Converts a vocabulary of tiktoken, which merges the neighbors with the lowest id first.
+    """Converts a tiktoken vocabulary, in which the pair with the lowest id is merged first.
 
     Args:
-      tokens: the bytes of each id below the special tokens, all 256 single bytes among them.
-      special_tokens: ids of the tokens that are never text, by name; they follow the others without gaps.
-      words: regular expression of the pieces that are never merged across; None for a single piece.
+      tokens: the bytes of each id below the special tokens, including all 256 single bytes.
+      special_tokens: name -> id of the tokens that are never text; their ids follow the others without gaps.
+      words: regular expression for pre-tokenization; None does not split the text.
     """
     table = {byte: letter for byte, letter in enumerate(byte_letters())}
     written = [token.decode("latin-1").translate(table) for token in tokens]
@@ -87,7 +87,7 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
         pairs = sorted((ids[left], ids[right]) for left, right in cuts if left in ids and right in ids)
         merges += [(written[left], written[right]) for left, right in pairs]
     model = tokenizers.Tokenizer(
-        # As in tiktoken, a word that is a token is one, even if no merges lead to it.
+        # As in tiktoken, a word in the vocabulary is one token, even if no merges lead to it.
         models.BPE({text: i for i, text in enumerate(written)}, merges, ignore_merges=True)
     )
     to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -100,7 +100,7 @@ def byte_level_json(tokens: Sequence[bytes], special_tokens: dict[str, int], wor
 
 
 def mark_special(content: str, model: tokenizers.Tokenizer, names: set[str]) -> str:
-    """Returns the tokenizer.json with these tokens listed as special; unchanged if they are already."""
+    """Returns the tokenizer.json with these tokens marked as special; unchanged if they already are."""
     added = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
     if names <= added:
         return content
@@ -117,21 +117,21 @@ def mark_special(content: str, model: tokenizers.Tokenizer, names: set[str]) -> 
 def text_encoder(content: str, model: tokenizers.Tokenizer, names: set[str]) -> tokenizers.Tokenizer:
     """Returns a tokenizer that encodes special tokens in text as characters.
 
-    With `encode_special_tokens`, the library does not look for them. A model that has them in its own
-    vocabulary, such as T5's, may still find them; they are renamed there to names that no text contains.
+    With `encode_special_tokens`, the library does not look for them. A model with them in its vocabulary,
+    such as T5's, may still find them, so they are renamed there to names that no text contains.
     """
     names = {name for name in names if model.model.token_to_id(name) is not None}
     if names:
         model = tokenizers.Tokenizer.from_str(json.dumps(_renamed(json.loads(content), names)))
     model.encode_special_tokens = True
-    # Settings that the file may have from its last use.
+    # Settings that the file may contain from earlier use.
     model.no_truncation()
     model.no_padding()
     return model
 
 
 def _renamed(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """Renames these tokens of the model in a tokenizer.json, and drops them from the added tokens."""
+    """Renames these tokens in the model of a tokenizer.json, and removes them from the added tokens."""
     new = {name: f"\0{secrets.token_hex(32)}" for name in names}
     model = values["model"]
     if isinstance(model["vocab"], dict):
@@ -149,7 +149,7 @@ def _renamed(values: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def bytes_of_tokens(content: str, model: tokenizers.Tokenizer, special: set[str]) -> list[bytes]:
-    """The bytes of each id; none for special tokens and ids without a token.
+    """Returns the bytes of each id; empty for special tokens and ids without a token.
 
     Exact for byte-level vocabularies and byte fallback. WordPiece does not encode spaces: each word gets one.
     """
@@ -164,7 +164,7 @@ def bytes_of_tokens(content: str, model: tokenizers.Tokenizer, special: set[str]
 
 
 def _piece_decoder(values: dict[str, Any]) -> Callable[[str], bytes]:
-    """Returns the function from a piece of the vocabulary to its bytes, according to the file's decoder."""
+    """Returns a function that maps a vocabulary entry to its bytes, according to the file's decoder."""
     decoders = {part["type"]: part for part in _flat(values.get("decoder"))}
     before = [part for key in ("normalizer", "pre_tokenizer") for part in _flat(values.get(key))]
     to_byte = {letter: byte for byte, letter in enumerate(byte_letters())}
@@ -196,7 +196,7 @@ def _piece_decoder(values: dict[str, Any]) -> Callable[[str], bytes]:
 
 
 def _flat(part: dict | None) -> list[dict]:
-    """The components of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
+    """Returns the components of a normalizer, pre-tokenizer or decoder, with sequences flattened."""
     if part is None:
         return []
     parts = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
@@ -204,14 +204,14 @@ def _flat(part: dict | None) -> list[dict]:
 
 
 def settings_files(content: str, roles: dict[str, str], max_length: int | None) -> dict[str, str]:
-    """Returns {name: content} of the files beside a tokenizer.json; `roles` is `Tokenizer.token_roles`."""
+    """Returns {name: content} of the files next to a tokenizer.json; `roles` is `Tokenizer.token_roles`."""
     added = {str(token.pop("id")): token for token in json.loads(content).get("added_tokens") or []}
     config = roles | {
         "added_tokens_decoder": added,
-        # transformers may remove the space before a period by default.
+        # By default, transformers may remove the space before a period.
         "clean_up_tokenization_spaces": False,
         "extra_special_tokens": {},
-        # transformers may pass token types to the model by default.
+        # By default, transformers may pass token types to the model.
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": NO_LIMIT if max_length is None else max_length,
         "tokenizer_class": "PreTrainedTokenizerFast",

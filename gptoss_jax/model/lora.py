@@ -56,12 +56,12 @@ def scaling(config: ModelConfig, target: str) -> float:
 
 
 def adapted_einsum(module: Adaptable, equation: str, x: jax.Array, names: tuple[str, ...]) -> list[jax.Array]:
-    """Returns `sharded_einsum` of `x` and the weights of a module, with their adapters.
+    """Returns `sharded_einsum` of `x` and weights of a module, including their adapters.
 
     Args:
-      module: has the parameters.
-      equation: of `x` and each weight, such as "BTD,DNH->BTNH".
-      names: of the weights.
+      module: the module with the parameters.
+      equation: the equation for `x` and each weight, such as "BTD,DNH->BTNH".
+      names: the names of the weights.
     """
     weights = tuple(getattr(module, name).get_value() for name in names)
     results = list(sharded_einsum(equation, x, weights))
