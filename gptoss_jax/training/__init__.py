@@ -1,1 +1,1 @@
-"""Training: the loop, the step, its losses and optimizer, and the reports of a run."""
+"""Training: loop, step, losses, optimizer, and reports."""

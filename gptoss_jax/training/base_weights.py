@@ -1,4 +1,4 @@
-"""The frozen base weights of a LoRA run, from `init_from`, and its first adapters."""
+"""Frozen base weights of a LoRA run, from `init_from`, and its initial adapters."""
 
 import dataclasses
 import pathlib
@@ -28,9 +28,9 @@ def base_config(config: ModelConfig) -> ModelConfig:
 
 
 def find_base(config: TrainConfig, checkpoints: Checkpoints) -> BaseModel:
-    """Returns the base model of a run: that of its checkpoints, else that of `init_from`.
+    """Returns the base model of a run: the one in its checkpoints, otherwise `init_from`.
 
-    Raises ValueError if `init_from` has changed to another base model than that of the checkpoints.
+    Raises ValueError if `init_from` is a different base model than the one in the checkpoints.
     """
     records = map(checkpoints.record, reversed(checkpoints.steps))
     record: dict[str, Any] = next((record for record in records if record.get("base")), {})
@@ -50,10 +50,10 @@ def find_base(config: TrainConfig, checkpoints: Checkpoints) -> BaseModel:
 def load_base(config: TrainConfig, mesh: Mesh, base: BaseModel) -> dict:
     """Loads the parameters of a base model onto the mesh.
 
-    They keep their stored type where the model computes in bfloat16, and are float32 where it computes in
-    float32; packed experts stay packed with `model.expert_format` "mxfp4".
+    Parameters keep their storage dtype if the model computes in bfloat16, and are float32 if it computes in
+    float32; packed experts stay packed if `model.expert_format` is "mxfp4".
 
-    Raises ValueError if the base model is gone or has changed.
+    Raises ValueError if the base model is missing or has changed.
     """
     folder, model = base.check(config.run_dir), base_config(config.model)
     dtype = "float32" if compute_dtype(model) == "float32" else None
@@ -70,8 +70,8 @@ def load_base(config: TrainConfig, mesh: Mesh, base: BaseModel) -> dict:
 
 
 def first_adapters(config: TrainConfig, mesh: Mesh) -> dict:
-    """The adapters that a run starts from, on the mesh: those of `init_adapter`, or of a run of adapters that
-    is `init_from`, or new ones."""
+    """Returns the initial adapters of a run, on the mesh: from `init_adapter`, from the adapter run in
+    `init_from`, or new ones."""
     adapter = find_adapter(config)
     if adapter is None:
         return create_adapters(config, mesh)
@@ -80,8 +80,8 @@ def first_adapters(config: TrainConfig, mesh: Mesh) -> dict:
 
 
 def find_adapter(config: TrainConfig) -> Adapter | None:
-    """The adapter that a run continues; see `first_adapters`. Raises ValueError if `model.lora` has other
-    settings, or for two adapters."""
+    """Returns the adapter that a run continues; see `first_adapters`. Raises ValueError if `model.lora` has
+    different settings, or if there are two adapters."""
     field, folder = "init_adapter", config.init_adapter
     init_from = local_folder(_init_from(config))
     if is_run(init_from) and TrainConfig.load(init_from / "config.json").model.lora is not None:
@@ -106,14 +106,14 @@ def find_adapter(config: TrainConfig) -> Adapter | None:
 
 
 def _settings(lora: LoraConfig, config: ModelConfig) -> dict[str, object]:
-    """Returns the settings that must be equal for one adapter to continue another, by field."""
+    """Returns the settings that must match to continue an adapter, by field."""
     settings = {"targets": tuple(sorted(lora.targets)), "alpha": lora.alpha, "rslora": lora.rslora}
     ranks = {f"rank of {target}": config.lora_rank(target) for target in lora.targets}
     return {f"model.lora.{name}": value for name, value in settings.items()} | ranks
 
 
 def create_adapters(config: TrainConfig, mesh: Mesh) -> dict:
-    """New adapters. Every device initializes only its own shards, and none the base weights."""
+    """Creates new adapters. Each device initializes only its own shards, and no base weights."""
     abstract, _ = split_params(abstract_params(config.model), is_adapter)
 
     def init():
@@ -123,8 +123,8 @@ def create_adapters(config: TrainConfig, mesh: Mesh) -> dict:
 
 
 def check_base(config: TrainConfig, report: Callable[[str], None]) -> None:
-    """Raises ValueError if `init_from` cannot be the base of the run's adapters, or `init_adapter` not their
-    start; reads no weights of the base. Reports packed experts that are unpacked."""
+    """Raises ValueError if `init_from` cannot be the base of the run's adapters, or `init_adapter` cannot be
+    continued; does not read base weights. Reports if packed experts will be unpacked."""
     folder = local_folder(_init_from(config))
     base = run_base(folder) if is_run(folder) else None
     if base is not None:

@@ -1,4 +1,4 @@
-"""Logging of a run: rows of metrics, console output, the report."""
+"""Logging of a run: metrics, console output and the report."""
 
 import functools
 import math
@@ -30,8 +30,8 @@ from gptoss_jax.training.plots import draw_report
 from gptoss_jax.training.setup import stop_tokens
 
 MAX_SKIPPED_IN_A_ROW = 20
-EXPERT_LOAD_ROWS = 200  # rows of metrics.jsonl that hold the experts' load: enough for the plot
-# Metrics of a step that a row holds in another form.
+EXPERT_LOAD_ROWS = 200  # number of metrics.jsonl rows with expert load, enough for the plot
+# Metrics of a step that are logged in a different form.
 NOT_LOGGED_AS_IS = {"tokens", "skipped", "skipped_in_a_row", "expert_load", "dropped"}
 
 
@@ -52,13 +52,13 @@ class RunLog:
         self._best_loss = best_loss
         self.run_dir = pathlib.Path(config.run_dir)
         self.is_main = jax.process_index() == 0
-        # A run killed before its first checkpoint may have left rows: a new run keeps none, not even step 0.
+        # A run killed before its first checkpoint may have left rows: a new run drops all, including step 0.
         self._metrics = MetricsLog(self.run_dir, first_step or -1) if self.is_main else None
         self.rows = read_metrics(self.run_dir / "metrics.jsonl") if self.is_main else []
         self.timer = StepTimer()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._new_tokens = 0
-        # Process 0 has written the run folder; other machines may see its files later.
+        # Only in process 0, which wrote the run folder; other machines may see its files later.
         found = stop_tokens(self.run_dir, cache.tokenizer) if self.is_main else None
         self._stop_tokens = tuple(distributed.allgather_host(found)[0])
         lengths = packed_lengths(cache, config.data.seq_len, config.data.overlong)
@@ -91,10 +91,10 @@ class RunLog:
         self.timer.restart()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Logs the step before, while this one runs on the device.
+        """Logs the previous step while this one runs on the device.
 
-        That waits for the metrics of every step, regardless of `log_every`, and so bounds the steps in flight
-        to two.
+        Waits for the metrics of every step, regardless of `log_every`, which limits the steps in flight to
+        two.
         """
         self.flush()
         self._pending = step, metrics
@@ -116,7 +116,7 @@ class RunLog:
             if step % config.log_every and step != config.steps:
                 return
             timing = self.timer.take()
-            # Real tokens: padding is cost, not work.
+            # Excludes padding, which is cost rather than work.
             tokens_per_second = self._new_tokens / timing.pop("seconds")
             self._new_tokens = 0
             flops = tokens_per_second * self._flops_per_token
@@ -155,10 +155,11 @@ class RunLog:
             self._metrics.write(row)
 
     def evaluation(self, step: int, means: dict[str, float], is_final: bool = False) -> float:
-        """Logs the means of an evaluation on `eval.batches` batches of held-out text or, if `is_final`, on
-        all of it. Returns the loss."""
+        """Logs the mean metrics of an evaluation on `eval.batches` batches of held-out text or, if
+        `is_final`, on all of it. Returns the loss."""
         meta, val_loss = self.cache.meta, means["loss"]
-        # Only the bytes of whole documents are known, so the loss per token stands for all held-out text.
+        # Only the bytes of whole documents are known, so the loss per token is extrapolated to all held-out
+        # text.
         targets = meta["held_out_tokens"] - meta["held_out_documents"]
         if "chat" in meta:
             targets = meta["chat"]["held_out_trained_tokens"]
@@ -167,7 +168,7 @@ class RunLog:
         row["val_bits_per_byte"] = bits
         if is_final:
             row["final"] = True
-        if is_final and "chat" not in meta:  # answers by themselves are no text to compress
+        if is_final and "chat" not in meta:  # compressing answers without their prompts is meaningless
             row |= {k: meta[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
         self._write(row)
         if not is_final:
@@ -230,7 +231,7 @@ class RunLog:
         steps = [row for row in self.rows if "loss" in row]
         if not steps:
             return
-        # A row stands for all steps since the row before, and a resumed run may have another log_every.
+        # A row covers all steps since the previous row, and a resumed run may have a different log_every.
         seconds = np.diff([0] + [row["step"] for row in steps]) * [row["step_seconds"] for row in steps]
 
         def share(name: str) -> float:
@@ -262,8 +263,8 @@ class RunLog:
 
 
 def _describe_adapters(config: ModelConfig, params: dict) -> str:
-    """The number of trained parameters in all and of each target, and the experts' format; "" without
-    adapters."""
+    """Describes the number of trained parameters, in total and per target, and the format of the experts; ""
+    without adapters."""
     counts = adapter_counts(config)
     each = ", ".join(f"{target} {format_count(count)}" for target, count in counts.items())
     if not counts:
@@ -275,9 +276,9 @@ def _describe_adapters(config: ModelConfig, params: dict) -> str:
 
 
 def next_command(run_dir: pathlib.Path, prompt: str | None) -> str:
-    """The command line that continues a prompt with a run's model or, without a prompt, chats with it, quoted
-    for a POSIX shell."""
-    # A leading dash would make either an option.
+    """Returns the shell command, quoted for POSIX, that continues a prompt with a run's model or, if there is
+    no prompt, chats with it."""
+    # A leading dash would turn either into an option.
     folder = f"./{run_dir}" if str(run_dir).startswith("-") else str(run_dir)
     if prompt is None:
         return f"gptoss chat {shlex.quote(folder)}"

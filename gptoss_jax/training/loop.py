@@ -30,27 +30,27 @@ from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
-# Said when a step takes longer than a moment.
+# Printed if the current step takes long.
 PATIENCE = "stopping after this step; press Ctrl-C again to stop at once, without saving"
 
 
 def train(
     config: TrainConfig, objective: Objective = LANGUAGE_MODELING, is_trainable: IsTrainable | None = None
 ) -> TrainState:
-    """Trains a model, or resumes the run of the same folder and config; `train.py` calls it.
+    """Trains a model, or resumes the run with the same folder and config; called by `gptoss train`.
 
     Returns the final state. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt and SystemExit(143).
 
     Args:
-      objective: what is minimized and evaluated.
-      is_trainable: selects the parameters to train by their paths; None trains the adapters of a model with
-        `model.lora`, else all. The others stay as they are, and have no optimizer state. Resume a run with
-        the same ones.
+      objective: the loss to minimize and the metrics to evaluate.
+      is_trainable: selects the parameters to train by their paths; None trains only the adapters if
+        `model.lora` is set, otherwise all. The others are frozen, without optimizer state. A resumed run must
+        select the same parameters.
 
     Raises:
-      ValueError: a setting, the text or the run folder does not fit; the message names it.
-      FloatingPointError: loss or gradient was not finite in 20 steps in a row.
-      OSError: something could not be written; earlier checkpoints stay.
+      ValueError: a setting, the text or the run folder is invalid; the message names it.
+      FloatingPointError: loss or gradient was not finite for 20 consecutive steps.
+      OSError: a file could not be written; earlier checkpoints are kept.
     """
     config = dataclasses.replace(config, run_dir=str(user_path(config.run_dir, "run_dir")))
     if is_trainable is None and config.model.lora is not None:
@@ -119,8 +119,7 @@ def train(
 def _evaluation(
     config: TrainConfig, cache: TokenCache, console: Console, eval_step: Callable
 ) -> Callable[[dict, int | None], dict[str, float]]:
-    """Returns a function of the parameters and a number of batches of held-out text, None for all of it: the
-    objective's means."""
+    """Returns a function (params, number of held-out batches or None for all) -> mean metrics."""
 
     def evaluate(params: dict, num_batches: int | None) -> dict[str, float]:
         sharding = batch_sharding(jax.tree.leaves(params)[0].sharding.mesh)
@@ -136,7 +135,7 @@ def _evaluation(
 
 
 class StopSignal:
-    """Asks the loop to save and stop on Ctrl-C and SIGTERM; a second Ctrl-C stops at once."""
+    """Tells the loop to save and stop on Ctrl-C and SIGTERM; a second Ctrl-C stops immediately."""
 
     def __init__(self, report: Callable[[str], None]):
         self._report = report
@@ -168,14 +167,14 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
-        """Returns True to stop before this step: the same in all processes, whichever got the signal."""
+        """Returns True, in all processes, if the loop must stop before this step."""
         requested = self._signal is not None if self._is_single else distributed.stop_requested(step)
         if requested:
             self._report("Stopping after saving the run. Press Ctrl-C again to stop at once.")
         return requested
 
     def leave(self) -> None:
-        """Ends the program as the signal asked for."""
+        """Raises the exception that corresponds to the signal."""
         if self._is_single and self._signal == signal.SIGINT:
             raise KeyboardInterrupt("the run is saved")
         raise SystemExit(128 + (self._signal or signal.SIGTERM))

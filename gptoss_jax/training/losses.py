@@ -1,6 +1,6 @@
-"""Cross-entropy in chunks over the sequence, and the router losses.
+"""Chunked cross-entropy, and the router losses.
 
-Letters: C positions of a chunk; V the vocabulary, or one device's shard of it in `_scan_chunks`.
+Letters: C positions per chunk; V vocabulary or, in `_scan_chunks`, one device's shard of it.
 """
 
 import functools
@@ -21,12 +21,12 @@ from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
 
 Arrays = tuple[jax.Array, ...]
 Gradients = tuple[jax.Array | None, ...]  # None for a weight that is not trained
-CHUNK_LOGITS = 1 << 25  # logits of one chunk on one device: 128 MiB in float32
+CHUNK_LOGITS = 1 << 25  # maximum number of logits per chunk and device: 128 MiB in float32
 
 
 def chunk_length(batch: int, length: int, vocab_size: int, shards: int = 1) -> int:
-    """Returns the positions in a chunk: the largest divisor of `length` for which each of the `shards` of the
-    logits [B, C, V] has at most `CHUNK_LOGITS` elements; at least 1."""
+    """Returns the number of positions per chunk: the largest divisor of `length` for which each of the
+    `shards` of the logits [B, C, V] has at most `CHUNK_LOGITS` elements; at least 1."""
     most = max(1, CHUNK_LOGITS * shards // (batch * vocab_size))
     return max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
 
@@ -51,19 +51,19 @@ def cross_entropy(
 ) -> jax.Array:
     """Returns the weighted sum of -log p(target) in nats, a float32 scalar.
 
-    Works through `chunk` positions at a time (default: `chunk_length`), so that the logits of all positions
-    never exist together. Under differentiation each chunk's gradient is computed while its logits exist: no
-    product is computed twice. The gradient reaches `hidden` and `head` only; that of a weight which is not
-    differentiated is not computed.
+    Processes `chunk` positions at a time (default: `chunk_length`), so the full logits are never
+    materialized. Under differentiation, the gradient of a chunk is computed while its logits are in memory,
+    so no matmul is computed twice. Only `hidden` and `head` are differentiable, and gradients of weights that
+    are not differentiated are not computed.
 
-    On a mesh the weights of the head are sharded as parameters are stored, and so are their gradients, and
-    each device processes its rows of the batch against its shard of the vocabulary. If a weight of the loss
-    is not positive, the values of hidden state and target are ignored: such positions are moved behind the
-    others of their row, and chunks that hold only them are skipped.
+    On a mesh, the head weights and their gradients have the storage sharding of parameters, and each device
+    processes its rows of the batch with its shard of the vocabulary. If a loss weight is not positive, hidden
+    state and target are ignored: such positions are moved to the end of their row, and chunks with only such
+    positions are skipped.
 
     Args:
-      hidden, head: of `Transformer.head_operands`: the logits are the sum of the products of each activation,
-        [B, T, D], and its weight, [V, D].
+      hidden, head: from `Transformer.head_operands`: the logits are the sum of the products of each
+        activation, [B, T, D], and its weight, [V, D].
     """
     return _loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk)[0]
 
@@ -97,8 +97,8 @@ def _loss_and_gradients(
     chunk: int | None,
     is_trained: tuple[bool, ...] | None = None,
 ) -> tuple[Any, ...]:
-    """(loss,) or, with `is_trained`, (loss, gradients of `hidden`, gradients of `head`): None for weights
-    that are not trained."""
+    """Returns (loss,) or, with `is_trained`, (loss, gradients of `hidden`, gradients of `head`), None for
+    weights that are not trained."""
     axes = current_axes()
     if chunk is None:
         # The batch axes split the rows, the tensor axis splits the vocabulary.
@@ -161,7 +161,7 @@ def _scan_chunks(
     B, T = targets_BT.shape
     einsum = functools.partial(jnp.einsum, precision="highest")
     einsum_float32 = functools.partial(einsum, preferred_element_type=jnp.float32)
-    # The equation's letter of the axis that is summed over: D, or r of an adapter.
+    # The letter of the contracted axis: D, or r for an adapter.
     pairs = [*zip("Dr", head, strict=False)]
 
     def over_vocabulary(reduce, x):
@@ -170,7 +170,7 @@ def _scan_chunks(
     def one_chunk(carry, inputs):
         loss, d_head = carry
         xs, target_BC, weight_BC, _ = inputs
-        # Positions of weight 0 may hold anything, and 0 times infinity is not 0.
+        # Positions with weight 0 may contain inf or NaN, and 0 * inf is NaN.
         xs = [jnp.where(weight_BC[..., None] > 0, x, 0) for x in xs]
         products = [einsum_float32(f"BC{d},V{d}->BCV", x, w) for (d, w), x in zip(pairs, xs, strict=True)]
         logits_BCV = functools.reduce(jnp.add, products)
@@ -194,7 +194,7 @@ def _scan_chunks(
 
         def weight_gradient(d, x):
             if x.dtype == jnp.float32:
-                # In this order XLA for CPU transposes the smaller of the two.
+                # In this order, XLA on CPU transposes the smaller operand.
                 return einsum_float32(f"BC{d},BCV->{d}V", x, d_logits_BCV).T
             return einsum_float32(f"BCV,BC{d}->V{d}", d_logits_BCV, x)
 
@@ -219,7 +219,7 @@ def _scan_chunks(
     chunks = split_chunks(jax.tree.map(lambda x: _reorder(x, order_BT), arrays), chunk)
     is_needed = jnp.any(chunks[-1] > 0, axis=(1, 2))
     if is_sharded:
-        # All devices agree: a step waits for the slowest, and none may miss in a collective.
+        # All devices must agree, because each takes part in the collectives of a chunk.
         is_needed = jax.lax.pmax(is_needed.astype(jnp.int32), BATCH) > 0
     (loss, d_head), d_xs = jax.lax.scan(one_chunk_if_needed, (jnp.float32(0), zeros), (*chunks, is_needed))
     if is_trained is None:
@@ -230,30 +230,30 @@ def _scan_chunks(
 
 
 def _sorted_positions(keys_BT: jax.Array) -> jax.Array:
-    """Returns the positions of each row in the order of their keys; equal keys keep theirs."""
+    """Returns the positions of each row in a stable sort by key."""
     positions_BT = jax.lax.broadcasted_iota(jnp.int32, keys_BT.shape, 1)
     return jax.lax.sort_key_val(keys_BT, positions_BT, dimension=1, is_stable=True)[1]
 
 
 def _reorder(x: jax.Array, order_BT: jax.Array) -> jax.Array:
-    """Returns `x` [B, T, ...] with the positions of each row in another order."""
+    """Returns `x` [B, T, ...] with the positions of each row reordered."""
     return jnp.take_along_axis(x, order_BT.reshape(*order_BT.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def load_balance_loss(stats: RouterStats) -> jax.Array:
     """Load-balance loss of Fedus et al. 2021, averaged over layers: E * sum_e load_e * probability_e, which
-    is 1 if every expert gets the same share."""
+    is 1 for balanced experts."""
     num_experts = stats["load"].shape[-1]
     return num_experts * jnp.mean(jnp.sum(stats["load"] * stats["probability"], axis=-1))
 
 
 def router_z_loss(stats: RouterStats) -> jax.Array:
-    """Mean squared logsumexp of the router's logits, averaged over layers (Zoph et al. 2022)."""
+    """Router z-loss (Zoph et al. 2022): mean squared logsumexp of the router logits, averaged over layers."""
     return jnp.mean(stats["z"])
 
 
 def router_losses(config: ModelConfig, stats: RouterStats) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the router losses, weighted as in the config, and the routers' metrics."""
+    """Returns the weighted sum of the router losses, and the router metrics."""
     balance, z = load_balance_loss(stats), router_z_loss(stats)
     metrics = {"load_balance_loss": balance, "router_z_loss": z, "expert_load": stats["load"]}
     metrics["dropped"] = jnp.mean(stats["dropped"])
@@ -261,5 +261,5 @@ def router_losses(config: ModelConfig, stats: RouterStats) -> tuple[jax.Array, d
 
 
 def bits_per_byte(total_nats: float, total_bytes: int) -> float:
-    """Converts the sum of -log p over all tokens of a text to bits per UTF-8 byte."""
+    """Converts the total -log p of a text, in nats, to bits per UTF-8 byte."""
     return total_nats / math.log(2) / total_bytes

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl and TensorBoard, and the timing of steps."""
+"""Metrics of a run (metrics.jsonl and TensorBoard), and step timing."""
 
 import contextlib
 import errno
@@ -14,11 +14,11 @@ from tensorboardX import SummaryWriter
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in the order in which they were written.
+    """Returns the rows of a metrics.jsonl in the order they were written.
 
-    Leaves out an incomplete last line, as a process killed while writing leaves behind. Raises ValueError
-    with the number of any other line that is not a JSON object with a step, FileNotFoundError if there is no
-    file.
+    Ignores an incomplete last line, left by a process that was killed while writing. Raises a ValueError that
+    names the line number if any other line is not a JSON object with a step, and FileNotFoundError if there
+    is no file.
     """
     lines, rows = pathlib.Path(path).read_bytes().rstrip().split(b"\n"), []
     for number, line in enumerate(lines, start=1):
@@ -35,7 +35,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _to_json(value: Any) -> Any:
-    """A scalar or array as strict JSON: Python numbers, and null for NaN and infinities."""
+    """Converts a scalar or array to Python numbers, with None for NaN and infinities."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
@@ -43,10 +43,10 @@ def _to_json(value: Any) -> Any:
 
 
 class MetricsLog:
-    """Appends to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`; only one process of a run has one.
+    """Appends to `run_dir/metrics.jsonl` and `run_dir/tensorboard/`; used in only one process of a run.
 
     `last_step` is the step of the checkpoint that the run resumes from, -1 for a new run. Rows of later steps
-    are dropped on opening, so that a resumed run's file equals an uninterrupted run's.
+    are dropped on opening, so that the file of a resumed run equals that of an uninterrupted one.
     """
 
     def __init__(self, run_dir: str | pathlib.Path, last_step: int = -1) -> None:
@@ -59,8 +59,9 @@ class MetricsLog:
         os.replace(temporary, path)
         # Unbuffered: each row is a single write, so a killed process loses at most that one.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        # The name of an event file has a resolution of seconds: the suffix keeps a quick restart from
-        # overwriting it. Absolute, because tensorboardX takes a path that begins with `s3:` for a bucket.
+        # Names of event files have a resolution of one second: the suffix keeps a quick restart from
+        # overwriting one. The path is absolute because tensorboardX treats a path that begins with `s3:` as a
+        # bucket.
         options = dict(max_queue=1000, flush_secs=10, filename_suffix=f".{time.time_ns()}")
         board = folder.absolute() / "tensorboard"
         self._board = SummaryWriter(str(board), purge_step=last_step + 1, **options)
@@ -90,7 +91,7 @@ class MetricsLog:
 
 
 class StepTimer:
-    """Splits the time of the steps since the last `take` into running, waiting for data and logging."""
+    """Splits the time since the last `take` into running steps, waiting for data, and logging."""
 
     def __init__(self) -> None:
         self.restart()
@@ -102,7 +103,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def measure(self, kind: Literal["data", "logging", "other"]) -> Iterator[None]:
-        """Attributes the time inside to waiting for data, to logging, or to other work than the steps."""
+        """Attributes the time in the context to waiting for data, logging, or other work besides steps."""
         start = time.perf_counter()
         try:
             yield
@@ -111,7 +112,7 @@ class StepTimer:
             self._spent[kind] += time.perf_counter() - max(start, self._start)
 
     def take(self) -> dict[str, float]:
-        """Ends the interval. Returns its seconds, those per step, and the fractions waiting and logging."""
+        """Ends the interval. Returns its seconds, seconds per step, and fractions of waiting and logging."""
         spent, steps = self._spent, self.steps
         seconds = max(time.perf_counter() - self._start - spent["other"], 1e-9)
         self.restart()

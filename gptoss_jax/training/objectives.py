@@ -1,4 +1,4 @@
-"""Training objectives: what a step minimizes and an evaluation measures."""
+"""Training objectives: the loss to minimize, and the metrics of training and evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training.losses import cross_entropy
 
 # int32 [B, T]: tokens, targets, segment_ids (0 is padding), positions; float32 [B, T]: loss_weights. An
-# objective may ask for more. Axis 0 is split into microbatches and over the mesh.
+# objective may require more. Axis 0 is split into microbatches and over the mesh.
 Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Sums over a batch and the weight that turns them into means.
+    """Sums over a batch, and the weight by which they are divided to get means.
 
-    Sums and weights add up over microbatches, and over the batches of an evaluation.
+    Sums and weights are added up over microbatches, and over the batches of an evaluation.
     """
 
     # (model, batch, *, dropout_key, capacity_factor) -> (float32 scalars by name, statistics of all routers).
@@ -31,7 +31,7 @@ class Objective:
 
 
 def loss_weights(batch: Batch) -> jax.Array:
-    """The weight of each target in the loss, float32 [B, T]; by default 1, and 0 for padding."""
+    """Returns the loss weight of each target, float32 [B, T]; by default 1, and 0 for padding."""
     return batch.get("loss_weights", (batch["segment_ids"] > 0).astype(jnp.float32))
 
 
@@ -54,5 +54,5 @@ def _next_token_sums(
     return {"loss": nats}, router_stats
 
 
-# The mean -log p of the next token, for pretraining and, with the prompts' weights 0, supervised fine-tuning.
+# Mean -log p of the next token, for pretraining and, with zero weights for prompts, supervised fine-tuning.
 LANGUAGE_MODELING = Objective(_next_token_sums, weight=lambda batch: jnp.sum(loss_weights(batch)))

@@ -1,4 +1,4 @@
-"""The optimizer of an `OptimConfig`, from optax."""
+"""Builds the optimizer of an `OptimConfig` with optax."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ from gptoss_jax.model.parameters import is_matrix, letters_of, parameter_name
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay applies to: matrices, not norms, biases or sinks."""
+    """Returns a mask of the parameters with weight decay: matrices, but not norms, biases or sinks."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
 
 def muon_dimensions(params: Any) -> Any:
-    """Input and output axes, from the end, of each parameter that Muon updates: the matrices of attention and
-    experts. None for the others, the router among them.
+    """Returns the input and output axes, counted from the end, of each parameter that Muon updates (matrices
+    of attention and experts); None for the others, including the router.
 
-    All other axes count matrices that are orthogonalized one by one: layers, experts, gate and up.
+    All other axes (layers, experts, gate and up) are batch axes of separately orthogonalized matrices.
     """
 
     def dimensions(path, leaf):
@@ -41,7 +41,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     `min_lr_ratio` of it, or `constant`."""
     peak, final = config.learning_rate, config.learning_rate * config.min_lr_ratio
     warmup_steps = min(config.warmup_steps, steps - 1)
-    # Of n warmup steps the first has 1/n of the peak, not 0.
+    # The first of n warmup steps has 1/n of the peak, not 0.
     warmup = optax.linear_schedule(peak / max(warmup_steps, 1), peak, max(warmup_steps - 1, 1))
     if config.schedule == "constant":
         return optax.join_schedules([warmup, optax.constant_schedule(peak)], [warmup_steps])
@@ -58,9 +58,9 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     """AdamW (Loshchilov and Hutter 2019), or Muon (Jordan et al. 2024) for the matrices inside the blocks and
     AdamW for the rest, on the clipped gradient.
 
-    Its `update` takes one more argument, `finite`: if it is False, the state is unchanged. Muon's
-    updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training"), so that
-    one learning rate serves both. Weight decay then applies to Muon's matrices only.
+    Its `update` has an additional argument, `finite`: if it is False, the state is unchanged. Muon's updates
+    are scaled to the magnitude of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training"), so that
+    both share one learning rate. With Muon, weight decay applies only to Muon's matrices.
     """
     schedule = make_schedule(config, steps)
     if config.name == "adamw":
@@ -101,15 +101,15 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
         return updates, jax.tree.map(keep_finite, new_state, state)
 
-    # The type of optax does not know of required arguments.
+    # optax's type does not support required arguments.
     return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
 
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
     """`optax.scale_by_adam` that keeps the moments if `finite` is False.
 
-    The barrier makes the update depend on the new moments. Otherwise a compiler also computes it from the old
-    ones, and has to copy those before it can overwrite them with the new ones.
+    The barrier makes the update depend on the new moments. Otherwise, the compiler computes it from the old
+    moments, which it must then copy before overwriting them.
     """
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
 
@@ -132,8 +132,8 @@ def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` as a product with one factor. Gradients divided one by one would all be
-    written out before the optimizer reads them again."""
+    """`optax.clip_by_global_norm` as a multiplication by one factor. optax's division would write all clipped
+    gradients to memory before the optimizer reads them."""
 
     def update(gradients, state, params=None):
         norm = optax.tree.norm(gradients)

@@ -1,4 +1,4 @@
-"""The first state of a run, and which settings a resumed run may change."""
+"""Initial or restored state of a run, and the settings that a resumed run may change."""
 
 import dataclasses
 import pathlib
@@ -32,9 +32,9 @@ from gptoss_jax.training.state import (
     place_on_mesh,
 )
 
-# Sections and fields that a resumed run may change, because they do not change what it computes. `init_from`
-# is read only by a run without a checkpoint, and as the base model of adapters, which must stay the same; for
-# `steps` see `check_steps`.
+# Sections and fields that a resumed run may change, because they do not affect its results. `init_from` is
+# used only by a run without a checkpoint, and as the base model of adapters, which must stay the same; for
+# `steps`, see `check_steps`.
 FREE_FIELDS = (
     "run_dir", "data.cache_dir", "mesh", "model.remat", "model.kernels", "checkpoint", "eval", "log_every",
     "steps", "init_from", "init_adapter",
@@ -50,11 +50,12 @@ def init_or_restore_state(
     report: Callable[[str], None],
     is_trainable: IsTrainable | None = None,
 ) -> tuple[TrainState, dict, dict[str, Any]]:
-    """Restores the last checkpoint, or else starts from `init_from` or from random parameters.
+    """Restores the last checkpoint, or initializes from `init_from` or at random.
 
-    Returns the state, the frozen parameters and the metadata of checkpoints, JSON-ready: `data` (the position
-    in the data, None for a new run), `tokens_seen`, `schedule_jumped`, `text` and `config`. Raises ValueError
-    if text or tokenizer differ from the checkpoint's, or `init_from` has another tokenizer.
+    Returns the state, the frozen parameters and the JSON-serializable metadata of checkpoints: `data`
+    (position in the data, None for a new run), `tokens_seen`, `schedule_jumped`, `text` and `config`. Raises
+    ValueError if the text or tokenizer differs from the checkpoint's, or `init_from` has a different
+    tokenizer.
     """
     abstract = place_on_mesh(abstract_params(config.model), mesh)
     base = None if config.model.lora is None else find_base(config, checkpoints)
@@ -90,14 +91,14 @@ def init_or_restore_state(
 
 
 def _describe(config: TrainConfig, base: BaseModel | None) -> dict[str, Any]:
-    """Returns what the record of a checkpoint says of the config and of the base model of adapters."""
+    """Returns the checkpoint metadata for the config and, with adapters, the base model."""
     return {"config": config.to_dict()} | ({} if base is None else base.to_record())
 
 
 def _load_init_weights(
     config: TrainConfig, abstract: dict, cache: TokenCache, report: Callable[[str], None]
 ) -> dict:
-    """Loads the weights of `init_from`, a run folder or published ones, onto the mesh."""
+    """Loads the weights of `init_from`, a run folder or a published checkpoint, onto the mesh."""
     folder = _check_tokenizer(config, cache, report)
     if not is_run(folder):
         return read_params(open_weights(folder), config.model, abstract)
@@ -107,7 +108,7 @@ def _load_init_weights(
 
 
 def _check_tokenizer(config: TrainConfig, cache: TokenCache, report: Callable[[str], None]) -> pathlib.Path:
-    """Returns the folder of `init_from`. Raises ValueError if the text has another tokenizer."""
+    """Returns the folder of `init_from`. Raises ValueError if the text uses a different tokenizer."""
     assert config.init_from is not None
     folder = local_folder(config.init_from)
     tokenizer = find_tokenizer(folder)
@@ -124,8 +125,8 @@ def _check_tokenizer(config: TrainConfig, cache: TokenCache, report: Callable[[s
 def checkpoint_items(
     state: TrainState, frozen: dict, metadata: dict[str, Any]
 ) -> tuple[dict, dict[str, Any], dict[str, Any]]:
-    """Returns the items of a checkpoint: all parameters, or only those trained beside a base model and all
-    adapters; the rest of the state; the metadata."""
+    """Returns the items of a checkpoint: the parameters (with a base model, only adapters and other trained
+    ones), the rest of the state, and the metadata."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     if "base" in metadata:
         kept = {path: leaf for path, leaf in flatten_dict(frozen).items() if is_adapter(path)}
@@ -134,14 +135,14 @@ def checkpoint_items(
 
 
 def describe_text(cache: TokenCache) -> dict[str, Any]:
-    """Identifies a tokenized text: the tokenizer's digest and the counts, not when it was built."""
+    """Identifies a tokenized text by the tokenizer's digest and the counts, but not the build time."""
     counts = {name: cache.meta[name] for name in ("documents", "tokens", "held_out_bytes")}
     return counts | {"tokenizer": cache.tokenizer.digest}
 
 
 def check_run_dir(config: TrainConfig) -> None:
-    """Raises ValueError if no checkpoint can be written to the run folder, or if its run was started with
-    a config that computes something else, naming the fields that differ."""
+    """Raises ValueError if no checkpoint can be written to the run folder, or if its run was started with an
+    incompatible config, naming the fields that differ."""
     run_dir = pathlib.Path(config.run_dir)
     check_folder_name(run_dir.absolute(), "run_dir", config.run_dir)
     require_writable(run_dir, "run_dir", config.run_dir)
@@ -163,20 +164,20 @@ def check_run_dir(config: TrainConfig) -> None:
 
 
 def has_checkpoints(run_dir: pathlib.Path) -> bool:
-    """Returns True if a run has reached a checkpoint. The folder of one that has not may be overwritten."""
+    """Returns True if a run has a checkpoint. The folder of a run without one may be overwritten."""
     return any(path.name.isdigit() for path in run_dir.glob("checkpoints/*"))
 
 
 def check_steps(
     config: TrainConfig, metadata: dict[str, Any], step: int, num_updates: int, report: Callable[[str], None]
 ) -> bool:
-    """Reports how a new number of steps changes a run that is resumed at `step`.
+    """Reports how a new number of steps affects a run that is resumed at `step`.
 
-    The result equals a run with the new number from the start if the new schedule gives all updates so far
-    the same learning rates.
+    The result equals that of a run with the new number from the start if the learning rates of all updates so
+    far are the same in the new schedule.
 
-    Returns True if the schedule has jumped, now or when the run was resumed before. Raises ValueError if the
-    run is already past the new number.
+    Returns True if the schedule has jumped, now or in an earlier resume. Raises ValueError if the run is
+    already past the new number.
     """
     steps_before, jumped = metadata["config"]["steps"], metadata.get("schedule_jumped", False)
     if config.steps == steps_before:
@@ -204,7 +205,7 @@ def check_steps(
 
 
 def report_changes(config: TrainConfig, metadata: dict[str, Any], report: Callable[[str], None]) -> None:
-    """Reports settings that a resumed run no longer reads, or that make earlier losses incomparable."""
+    """Reports settings that a resumed run ignores, or that make losses incomparable with earlier ones."""
     before = metadata["config"]
     names = ["init_from", "init_adapter"] if config.model.lora is None else ["init_adapter"]
     for name in names:

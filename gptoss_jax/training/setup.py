@@ -1,4 +1,4 @@
-"""Run setup: validate run folder, text, devices and initial weights before the first step."""
+"""Run setup: validates run folder, text, devices and initial weights before the first step."""
 
 import contextlib
 import dataclasses
@@ -28,19 +28,19 @@ from gptoss_jax.status import status
 from gptoss_jax.training.base_weights import check_base
 from gptoss_jax.training.resume import check_run_dir, has_checkpoints
 
-# Fields that affect how a model is trained or computed, not the function that its weights are for.
+# Fields that affect training or implementation, but not the function that the model computes.
 TRAINING_ONLY_FIELDS = {
     "max_position_embeddings", "attention_dropout", "residual_dropout", "initializer_range",
     "router_aux_loss_coef", "router_z_loss_coef", "expert_capacity_factor", "compute_dtype",
     "expert_format", "kernels", "remat", "lora",
 }  # fmt: skip
 
-SHARED_FOLDER_TIMEOUT = 15  # seconds until all machines must see a new file of a network file system
+SHARED_FOLDER_TIMEOUT = 15  # seconds until all machines must see a new file on a network file system
 
 
 @status("starting")
 def check_settings(config: TrainConfig, mesh: jax.sharding.Mesh, report: Callable[[str], None]) -> None:
-    """Raises ValueError for a run that cannot be started, before any text is tokenized."""
+    """Raises ValueError if the run cannot start, before any text is tokenized."""
     check_same_config(config)
     check_devices(config, mesh)
     distributed.agree_on_kernels(config.model.kernels)
@@ -49,7 +49,7 @@ def check_settings(config: TrainConfig, mesh: jax.sharding.Mesh, report: Callabl
 
 
 def check_same_config(config: TrainConfig) -> None:
-    """Raises ValueError if the processes of a run were started with different settings, naming the first."""
+    """Raises ValueError if the processes of a run have different settings, naming the first difference."""
     first, *others = (
         flatten_dict(values, sep=".") for values in distributed.allgather_host(config.to_dict())
     )
@@ -76,7 +76,7 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
     """Raises ValueError if `init_from` does not contain weights for this model, without reading them.
 
-    A run that has a checkpoint no longer needs them, or checks them as those of its checkpoint
+    A run with a checkpoint no longer needs them, or checks them against the checkpoint
     (`base_weights.find_base`).
     """
     if has_checkpoints(pathlib.Path(config.run_dir)):
@@ -102,7 +102,7 @@ def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
 
 
 def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable[[str], None]) -> None:
-    """Raises ValueError if the weights do not fit the model; reports if they were trained as another one."""
+    """Raises ValueError if the weights do not fit the model; reports differences in other settings."""
 
     def fields(model: ModelConfig) -> dict:
         values = {name: getattr(model, name) for name in model.to_dict() if name not in TRAINING_ONLY_FIELDS}
@@ -126,7 +126,7 @@ def _check_same_model(config: TrainConfig, theirs: ModelConfig, report: Callable
 
 
 def _plain_params(config: ModelConfig) -> dict:
-    """The abstract parameters of a model without adapters, with experts that are not packed."""
+    """Returns the abstract parameters of a model without adapters and with unpacked experts."""
     return abstract_params(dataclasses.replace(config, lora=None, expert_format="plain"))
 
 
@@ -134,7 +134,7 @@ def _plain_params(config: ModelConfig) -> dict:
 def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache:
     """Returns the tokenized text, built by process 0 and then, if its folder is not shared, once per machine.
 
-    Raises ValueError if the tokenizer has more ids than the model.
+    Raises ValueError if the tokenizer's vocabulary is larger than the model's.
     """
     data = _data_of_run(config)
     hosts = distributed.allgather_host(socket.gethostname())
@@ -153,7 +153,7 @@ def open_cache(config: TrainConfig, report: Callable[[str], None]) -> TokenCache
 
 
 def _data_of_run(config: TrainConfig) -> DataConfig:
-    """The data settings, with the tokenizer of a run that began before bpe:SIZE had Harmony's tokens."""
+    """Returns the data settings, with the saved tokenizer if the run predates Harmony tokens in bpe:SIZE."""
     run_dir = pathlib.Path(config.run_dir)
     if not config.data.tokenizer.startswith("bpe:") or not has_checkpoints(run_dir):
         return config.data
@@ -210,19 +210,19 @@ def write_run_dir(config: TrainConfig, tokenizer: Tokenizer, is_new: bool) -> No
 
 
 def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Writes the tokenizer to the run folder, and the stop tokens of `init_from` if it names others: the
-    folder of a resumed run's `init_from` may be gone."""
+    """Writes the tokenizer to the run folder, and the stop tokens of `init_from` if they differ, because its
+    folder may be gone when the run is resumed."""
     folder = pathlib.Path(config.run_dir)
     tokenizer.save(folder)
     stops = tokenizer.stop_ids
     if config.init_from is not None:
         stops = stop_tokens(local_folder(config.init_from), tokenizer)
     path = folder / "generation_config.json"
-    # An existing file is from an earlier start that reached no checkpoint.
+    # An existing file is from an earlier start without a checkpoint.
     if set(stops) != set(tokenizer.stop_ids) or path.exists():
         write_json(path, {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops})
 
 
 def stop_tokens(folder: pathlib.Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the tokens that end a sample: the ones named in a folder's files, and the tokenizer's."""
+    """Returns the tokens that end a sample: those named in a folder's files, and the tokenizer's."""
     return tuple(dict.fromkeys((*read_stop_ids(folder, tokenizer.vocab_size), *tokenizer.stop_ids)))

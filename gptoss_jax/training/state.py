@@ -20,24 +20,24 @@ Tree = TypeVar("Tree")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes."""
+    """Everything that a training step updates."""
 
     # Steps taken, including skipped ones; int32.
     step: jax.Array
-    # The trainable parameters, float32; None stands for parameters that are kept elsewhere.
+    # Trainable parameters, float32; None in place of frozen parameters.
     params: dict
-    # The optimizer's state over them.
+    # Optimizer state of the trainable parameters.
     opt_state: optax.OptState
-    # Root key of dropout, which each step folds its number into; uint32.
+    # Root dropout key, into which each step folds its number; uint32.
     key: jax.Array
-    # Steps that changed nothing because the loss or gradient was not finite: in total, and the latest in a
-    # row; int32.
+    # Number of skipped steps, with a loss or gradient that was not finite: in total, and consecutive up to
+    # the latest step; int32.
     skipped: jax.Array
     skipped_in_a_row: jax.Array
 
 
 def place_on_mesh(shapes: Tree, mesh: Mesh | AbstractMesh) -> Tree:
-    """Adds shardings to an abstract tree of parameters, or of a train state over them."""
+    """Adds shardings to an abstract parameter tree or train state."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -48,22 +48,22 @@ def place_on_mesh(shapes: Tree, mesh: Mesh | AbstractMesh) -> Tree:
 def abstract_state(
     config: TrainConfig, mesh: Mesh | AbstractMesh, is_trainable: IsTrainable | None = None
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without allocating it."""
+    """Returns the shapes, dtypes and shardings of the state, without allocating it."""
     params, _ = split_params(abstract_params(config.model), is_trainable)
     state = jax.eval_shape(lambda params: _init_without_params(config, params), params)
     return place_on_mesh(dataclasses.replace(state, params=params), mesh)
 
 
 def create_params(config: TrainConfig, mesh: Mesh) -> dict:
-    """Random parameters of the whole model. Every device initializes only its own shards."""
+    """Returns random parameters of the whole model. Each device initializes only its own shards."""
     shardings = parameter_shardings(abstract_params(config.model), mesh)
     return jax.jit(lambda: init_params(config.model, parameter_key(config)), out_shardings=shardings)()
 
 
 def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) -> TrainState:
-    """The state before the first step. Every device initializes only its own shards.
+    """Returns the state before the first step. Each device initializes only its own shards.
 
-    `params`: the trainable parameters, placed as in `abstract_state`; None trains all, from random ones.
+    `params` are the trainable parameters, sharded as in `abstract_state`; None trains all, from random ones.
     """
     params = create_params(config, mesh) if params is None else params
 
@@ -75,12 +75,12 @@ def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) ->
 
 
 def parameter_key(config: TrainConfig) -> jax.Array:
-    """The key of a run's random parameters."""
+    """Returns the key of a run's random parameters."""
     return _keys(config)[0]
 
 
 def _keys(config: TrainConfig) -> jax.Array:
-    """The keys of the parameters and of dropout."""
+    """Returns the keys of parameters and dropout."""
     return jax.random.split(jax.random.key(np.uint32(config.seed % (1 << 32))))
 
 

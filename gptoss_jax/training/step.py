@@ -1,4 +1,4 @@
-"""Training and evaluation steps: pure functions of state and batch, each compiled once for a run."""
+"""Training and evaluation steps: pure functions of state and batch, each compiled once per run."""
 
 import dataclasses
 
@@ -19,13 +19,13 @@ from gptoss_jax.training.state import TrainState
 def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELING) -> jax.stages.Wrapped:
     """Returns the jitted `train_step(state, batch, frozen={}) -> (state, metrics)`.
 
-    `state` is donated: it must not be reused. `frozen` holds the parameters of the model that the state
-    does not train; they are neither differentiated nor donated.
+    `state` is donated and must not be reused. `frozen` has the parameters that are not trained; they are
+    neither differentiated nor donated.
 
     Metrics, float32 scalars unless noted: the objective's means (`loss`), `load_balance_loss`,
     `router_z_loss`, `grad_norm` (before clipping), `learning_rate`, `skipped` and `skipped_in_a_row` (int32,
     including this step), `tokens` (without padding, int32), `expert_load` [L, E], `dropped` (fraction of the
-    tokens' assignments to experts beyond `model.expert_capacity_factor`).
+    token-expert assignments beyond `model.expert_capacity_factor`).
     """
     optimizer = make_optimizer(config.optim, config.steps)
     schedule = make_schedule(config.optim, config.steps)
@@ -33,7 +33,7 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
     with_dropout = model_config.attention_dropout > 0 or model_config.residual_dropout > 0
 
     def loss(params, frozen, batch, weight, key):
-        """A microbatch's share of the batch's loss and metrics."""
+        """Returns the contribution of a microbatch to the loss and metrics of the batch."""
         model = bind(model_config, merge_params(params, frozen))
         sums, stats = objective.sums(
             model, batch, dropout_key=key, capacity_factor=model_config.expert_capacity_factor
@@ -99,7 +99,7 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
 
 
 def make_eval_step(config: ModelConfig, objective: Objective = LANGUAGE_MODELING) -> jax.stages.Wrapped:
-    """Returns the jitted `eval_step(params, batch) -> (sums, weight)` of the objective; params are all."""
+    """Returns the jitted `eval_step(params, batch) -> (sums, weight)`; `params` has all parameters."""
 
     def eval_step(params: dict, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
         sums, _ = objective.sums(bind(config, params), batch)
