@@ -1,8 +1,7 @@
 """Accelerators (peak FLOP/s, memory, bandwidths), and the FLOPs of a model on them (MFU).
 
-Figures are for one device as JAX counts devices. FLOPs count only what the mathematics asks for: the experts
-a token is routed to, the keys its window lets it see. Recomputation, padding and the masked half of attention
-scores lower the MFU.
+Figures are per JAX device. FLOPs include only useful work: the experts that a token is routed to, and the
+keys in its window. Recomputation, padding and the masked half of attention scores lower the MFU.
 """
 
 import dataclasses
@@ -18,20 +17,21 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of device. A chip without memory and link is only known for its peak."""
+    """A kind of device. If memory and links are not given, only its peak is known."""
 
     name: str
-    # Pattern for the whole of `device.device_kind`: a chip that no pattern matches has no peak, rather than
-    # a similar chip's.
+    # Pattern for the entire `device.device_kind`, so that an unknown chip has no peak instead of that of a
+    # similar chip.
     device_kind: str
     # Dense bfloat16 FLOP/s with float32 accumulation.
     peak: float
-    # Bytes that a program may use.
+    # Usable memory, in bytes.
     memory: float = 0.0
-    # Bytes per second: of its memory, and one way over all links to the other devices of its slice or node.
+    # Bytes per second: memory bandwidth, and one-way bandwidth of all links to other devices in the slice or
+    # node.
     memory_bandwidth: float = 0.0
     link: float = 0.0
-    # Devices of a node, which the links join, and one device's bytes per second beyond it; a TPU slice has
+    # Devices per node, connected by the links, and bytes per second and device between nodes; a TPU slice has
     # no nodes.
     node: int | None = None
     network: float | None = None
@@ -71,12 +71,12 @@ TABLE = (
     Chip("a30", r"NVIDIA A30", 165e12),
     Chip("a40", r"NVIDIA A40", 149.7e12),
 )  # fmt: skip
-# The chips that `gptoss plan` can plan for.
+# Chips that `gptoss plan` supports.
 CHIPS = {chip.name: chip for chip in TABLE if chip.memory}
 
 
 def find_chip(name: str, field: str = "chip") -> Chip:
-    """Returns the chip with a name. Raises ValueError, naming `field`, with the known names."""
+    """Returns the chip with the given name. Raises a ValueError that names `field` and the known chips."""
     if name.lower() in CHIPS:
         return CHIPS[name.lower()]
     near = nearest(name.lower(), CHIPS)
@@ -87,7 +87,7 @@ def find_chip(name: str, field: str = "chip") -> Chip:
 def parse_topology(name: str) -> tuple[Chip, int]:
     """Returns the chip and the number of devices of a TPU slice such as "v5p:4x4x4".
 
-    Raises ValueError for an unknown chip, a GPU, or dimensions that the chip's slices do not have.
+    Raises ValueError for an unknown chip, a GPU, or the wrong number of dimensions.
     """
     kind, _, shape = name.partition(":")
     chip = find_chip(kind, "topology")
@@ -120,7 +120,8 @@ def mfu(flops_per_second: float, device_kind: str, device_count: int = 1) -> flo
 
 
 def _matmul_weights(config: ModelConfig) -> tuple[int, int, int, int]:
-    """Weights of one layer's attention projections, of its router, of one expert, and of the head."""
+    """Returns the number of weights in one layer's attention projections and router, in one expert, and in
+    the head."""
     hidden = config.hidden_size
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     attention, router = hidden * heads * config.head_dim, hidden * config.num_local_experts
@@ -128,11 +129,11 @@ def _matmul_weights(config: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """Returns the numbers of parameters, `(total, active)`, without adapters; norms, biases and sinks are in
-    both.
+    """Returns the number of parameters, `(total, active)`, without adapters; both include norms, biases and
+    sinks.
 
-    Active are the ones a token is multiplied with: `num_experts_per_tok` of the experts, and not the input
-    embedding, from which a row is only looked up. Tied weights count once, in both, because the head uses
+    Active parameters are those that a token is multiplied with: `num_experts_per_tok` of the experts, but not
+    the input embedding, which is only looked up. Tied weights count once, in both, because the head uses
     them.
     """
     attention, router, expert, vocabulary = _matmul_weights(config)
@@ -150,7 +151,7 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
 
 
 def adapter_weights(config: ModelConfig, targets: tuple[str, ...] = LORA_TARGETS) -> int:
-    """Returns the weights that a token is multiplied with in the adapters of some targets, in all layers."""
+    """Returns the number of active adapter weights per token of the given targets, in all layers."""
     if config.lora is None:
         return 0
     hidden, width, size = config.hidden_size, config.intermediate_size, config.head_dim
@@ -167,10 +168,10 @@ def adapter_weights(config: ModelConfig, targets: tuple[str, ...] = LORA_TARGETS
 
 
 def mean_visible_keys(config: ModelConfig, layer_type: str, seq_len: int) -> float:
-    """Returns how many keys a query sees, averaged over the positions of one document of `seq_len` tokens.
+    """Returns the number of keys that a query sees, averaged over a document of `seq_len` tokens.
 
-    A query at position i sees i + 1 keys in a full layer, and min(i + 1, W + sink_tokens) in a sliding one
-    (the first tokens that stay visible add themselves once they have left the window).
+    A query at position i sees i + 1 keys in a full-attention layer, and min(i + 1, W + sink_tokens) in a
+    sliding-window layer, because sink tokens stay visible after they leave the window.
     """
     most = seq_len
     if layer_type == SLIDING:
@@ -179,13 +180,13 @@ def mean_visible_keys(config: ModelConfig, layer_type: str, seq_len: int) -> flo
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, training: bool = True) -> float:
-    """Returns the useful FLOPs for one token of a row of `seq_len` tokens, head included.
+    """Returns the useful FLOPs per token in a row of `seq_len` tokens, including the head.
 
-    Two for each multiply-add of a matrix product: projections, router, active experts, head, their adapters,
-    and q·k and p·v over the mean number of visible keys. Norms, softmax and activations are left out, as is
-    usual. Training is three times the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), but
-    twice for the weights that adapters leave frozen: they have no gradient. Rows packed from several short
-    documents need less in attention: this is the cost of one document per row.
+    Counts two FLOPs per multiply-add of all matmuls: projections, router, active experts, head, their
+    adapters, and q·k and p·v over the mean number of visible keys. Norms, softmax and activations are
+    omitted, as usual. Training is three times the forward pass (Kaplan et al. 2020, arXiv:2001.08361, section
+    2.1), but twice for frozen weights with adapters, which have no gradient. Assumes one document per row;
+    attention is cheaper in rows packed from several short documents.
 
     Raises ValueError if `seq_len` is below 1.
     """

@@ -1,1 +1,1 @@
-"""Cost of a training step, without access to the devices: `gptoss plan`."""
+"""Cost of training and inference without access to the devices: `gptoss plan`."""

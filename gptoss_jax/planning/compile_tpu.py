@@ -1,6 +1,6 @@
-"""The real train step compiled by the real TPU compiler (libtpu), on a machine without a TPU.
+"""Compiles the real train step with the real TPU compiler (libtpu), on a machine without a TPU.
 
-libtpu prints to stderr and takes a whole process for itself, so it runs in a child process,
+libtpu prints to stderr and needs a separate process, so it runs in a child process,
 `python -m gptoss_jax.planning.compile_tpu`, which is this file.
 """
 
@@ -24,12 +24,12 @@ INSTALL = "pip install -e '.[tpu-compile]'"
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """The compiler's report on one step; bytes per device."""
+    """The compiler's report on a step, in bytes per device."""
 
     mesh: dict[str, int]
     fits: bool
     seconds: float
-    # The compiler's message if it ran out of memory, and the bytes it names.
+    # The compiler's message if it ran out of memory, and the bytes in the message.
     refusal: str = ""
     available: float | None = None
     needed: float | None = None
@@ -39,11 +39,11 @@ class CompiledStep:
     # Outputs that reuse the memory of arguments.
     aliased: int = 0
     code: int = 0
-    # Largest amount in use at once; less than `total`, which has gaps.
+    # Peak memory in use; less than `total`, which has gaps.
     peak: int = 0
-    # By kind and axes: kind, axes, executions in a step, bytes a device sends, trips_known (False for those
-    # in loops that run as often as the data asks, each counted once). None if this jaxlib cannot read what
-    # this libtpu wrote.
+    # By kind and axes: kind, axes, executions per step, bytes sent per device, trips_known (False in loops
+    # with a data-dependent trip count, which are counted once). None if this jaxlib cannot parse the HLO of
+    # this libtpu.
     collectives: list[dict] | None = None
 
     @property
@@ -60,8 +60,8 @@ def has_tpu_compiler() -> bool:
 def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) -> CompiledStep:
     """Compiles a step of `config` for a slice such as "v5p:4x4x4" in a separate process; takes minutes.
 
-    A step that needs too much memory is a result, not an error. Raises ValueError if libtpu is not installed
-    or does not know the topology, and OSError if the compiler fails.
+    A step that does not fit in memory is a result, not an error. Raises ValueError if libtpu is not installed
+    or does not support the topology, and OSError if the compiler fails.
     """
     if not has_tpu_compiler():
         raise ValueError(
@@ -74,9 +74,9 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
-        # Compilations in parallel would wait for each other's lock.
+        # Otherwise, parallel compilations wait for each other's lock.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # The last line of a traceback is then the error, not a remark on hidden frames.
+        # Makes the error the last line of a traceback, instead of a note on hidden frames.
         "JAX_TRACEBACK_FILTERING": "off",
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
 
 
 def read_refusal(message: str) -> dict:
-    """Returns the fields of `CompiledStep` that the compiler's "Ran out of memory" message holds."""
+    """Returns the fields of `CompiledStep` in the compiler's "Ran out of memory" message."""
     line = message.strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
     found = re.search(r"\(([\d.]+)G\) exceeds available \w+ \(([\d.]+)G\)", line)
     found = found or re.search(r"[Uu]sed ([\d.]+)G of ([\d.]+)G", message)
@@ -109,7 +109,7 @@ def read_refusal(message: str) -> dict:
 
 
 def _compile(config: TrainConfig, topology: str) -> dict:
-    """Returns the fields of `CompiledStep`, JSON-ready; only an error if the topology is unknown."""
+    """Returns the fields of `CompiledStep` as JSON values, or only an error if the topology is unknown."""
     import jax
     from jax.experimental import topologies
 
@@ -123,7 +123,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     from gptoss_jax.training.state import abstract_state
     from gptoss_jax.training.step import make_train_step
 
-    # By default libtpu only knows slices of whole hosts, each with four chips.
+    # By default, libtpu supports only slices of whole hosts with four chips each.
     is_one_chip = {*topology.partition(":")[2].split("x")} == {"1"}
     options = {"chips_per_host_bounds": (1, 1, 1)} if is_one_chip else {}
     try:
@@ -151,7 +151,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     try:
         collectives = _sum_collectives(program.as_text() or "", mesh.shape)
     except jax.errors.JaxRuntimeError:
-        collectives = None  # a libtpu that is newer than jaxlib writes instructions that jaxlib cannot read
+        collectives = None  # a libtpu newer than jaxlib may emit instructions that jaxlib cannot parse
     return {
         "fits": True,
         "seconds": time.monotonic() - began,
@@ -166,7 +166,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
 
 
 def _sum_collectives(hlo_text: str, mesh: Mapping[str, int]) -> list[dict]:
-    """Returns executions and bytes sent in a step by kind and axes of the mesh, the most bytes first."""
+    """Returns executions and bytes sent per step by kind and mesh axes, sorted by bytes, descending."""
     from gptoss_jax.planning.hlo import collectives
 
     sums: dict[tuple, dict] = {}

@@ -1,4 +1,4 @@
-"""A picture of the architecture that a config describes: its blocks, attention heads and experts."""
+"""Draws the architecture of a model config: blocks, attention heads and experts."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,18 +16,17 @@ from gptoss_jax.terminal import format_count
 from gptoss_jax.training.plots import BLUE, LINE, MUTED, ORANGE, STYLE, TEXT
 
 LIGHT_BLUE, LIGHT_ORANGE, GRAY, PANEL = "#d6e4f5", "#fbe3c4", "#eef0f3", "#fafbfc"
-WIDTH, HEIGHT = 160.0, 92.0  # drawing units; a tenth of an inch is 1.25 of them
+WIDTH, HEIGHT = 160.0, 92.0  # drawing units; 12.5 per inch
 MAX_BLOCKS = 8  # more are drawn as the first four, dots and the last two
 MASK_TOKENS = 12  # rows and columns of the small masks
 
 
 def draw_architecture(config: ModelConfig, title: str = "gpt-oss") -> Figure:
-    """Returns a picture of a model, with all sizes from its config.
+    """Returns a diagram of a model, with all sizes from its config.
 
-    From left to right: the stack of blocks with the kind of attention of each, one block, and inside of it
-    the heads, masks and sinks of attention, and the router with its experts. No weights are needed, so
-    `draw_architecture(ModelConfig())` draws gpt-oss-20b anywhere. Notebooks display the result;
-    `savefig` writes it.
+    From left to right: the stack of blocks with the attention type of each, one block, and its details: the
+    heads, masks and sinks of attention, and the router with its experts. Needs no weights:
+    `draw_architecture(ModelConfig())` draws gpt-oss-20b. Notebooks display the result; `savefig` writes it.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.8, 7.36))
@@ -65,7 +64,7 @@ def _box(
 
 
 def _arrow(axes: Axes, *points: tuple[float, float], color: str = MUTED) -> None:
-    """Draws a line through points, with a head at the last one."""
+    """Draws a line through points, with an arrowhead at the last one."""
     *_, before, last = points
     axes.plot(*zip(*points[:-1], before, strict=True), color=color, linewidth=1.2, solid_capstyle="round")
     arrow = {"arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.2}
@@ -73,7 +72,7 @@ def _arrow(axes: Axes, *points: tuple[float, float], color: str = MUTED) -> None
 
 
 def _draw_stack(axes: Axes, config: ModelConfig) -> None:
-    """Tokens, embedding, all blocks, final norm and head, from bottom to top."""
+    """Draws tokens, embedding, all blocks, final norm and head, from bottom to top."""
     D, V, L = config.hidden_size, config.vocab_size, config.num_hidden_layers
     left, width, middle = 4.0, 36.0, 22.0
     _text(axes, middle, 4, "tokens", color=MUTED)
@@ -101,7 +100,7 @@ def _draw_stack(axes: Axes, config: ModelConfig) -> None:
 
 
 def _draw_block(axes: Axes, config: ModelConfig) -> None:
-    """One block: the residual stream, and the two branches that read it and add to it."""
+    """Draws one block: the residual stream, and the two branches that read from and add to it."""
     _box(axes, (47, 7, 41, 69.4), color=PANEL, edge=LINE)
     _text(axes, 60, 73.2, "one block", size=10.5, weight="bold", ha="left")
     stream, left, width = 53.0, 60.0, 25.0
@@ -125,7 +124,7 @@ def _draw_block(axes: Axes, config: ModelConfig) -> None:
 
 
 def _panel(axes: Axes, bottom: float, height: float, title: str, color: str, source: float) -> None:
-    """A panel on the right that magnifies the box of the block at height `source`."""
+    """Draws a panel on the right that magnifies the block's box at height `source`."""
     for y in (bottom, bottom + height):
         axes.plot((85, 97), (source + (2.5 if y > source else -2.5), y), color=color, linewidth=1, alpha=0.8)
     _box(axes, (97, bottom, 60, height), color=PANEL, edge=color)
@@ -152,7 +151,7 @@ def _draw_attention(axes: Axes, config: ModelConfig) -> None:
     yarn = "" if scaling is None else f", YaRN × {scaling.factor:g}"
     rope = f"heads of {H}   ·   RoPE, θ = {config.rope_theta:,.0f}{yarn}"
     _text(axes, 154, 41.8, rope, size=8.5, color=MUTED, ha="right")
-    # Each key/value head lies under the query heads that it serves.
+    # Each key/value head is drawn below its query heads.
     slot = width / N
     gap = min(0.5, 0.12 * slot)
     _squares(axes, left + slot * np.arange(N) + gap / 2, 34.2, (slot - gap, 3), BLUE)
@@ -174,7 +173,7 @@ def _draw_attention(axes: Axes, config: ModelConfig) -> None:
 
 
 def _draw_mask(axes: Axes, left: float, band: int | None, color: str, config: ModelConfig) -> None:
-    """A small mask, queries from top to bottom, and the sink beside its keys."""
+    """Draws a small mask, with queries from top to bottom, and the sink next to its keys."""
     size, top = 1.2, 22.6
     for query in range(MASK_TOKENS):
         y = top - (query + 1) * size

@@ -1,10 +1,9 @@
-"""Cost of a training step from shapes: memory, FLOPs and collectives of one device.
+"""Estimates the cost of a training step from shapes: memory, FLOPs and collectives per device.
 
-Parameters, optimizer state and gradients are exact. With `model.lora` only adapters have the latter two; the
-frozen weights are those of published files: packed, or in bfloat16 where the model computes in it.
-Activations and temporaries follow formulas for the arrays that the backward pass needs; a compiler needs
-more, for copies and for what its schedule holds longer. Times divide by published peaks, so no real step is
-faster.
+Parameters, optimizer state and gradients are exact. With `model.lora`, only adapters have the latter two; the
+frozen weights are stored as published: packed, or in bfloat16 if the model computes in it. Activations and
+temporaries are formulas for the arrays that the backward pass needs; the compiler uses more, for copies and
+because of its schedule. Times are based on published peak rates, so no real step is faster.
 """
 
 import dataclasses
@@ -18,24 +17,24 @@ from gptoss_jax.planning.shards import Step, step_on
 from gptoss_jax.planning.traffic import CollectiveCost, collective_costs
 from gptoss_jax.training.losses import chunk_length
 
-# Share of a chip's memory that an estimate may fill; the rest is for what the formulas do not know.
+# Fraction of a chip's memory that an estimate may use; the rest is for what the formulas do not cover.
 MEMORY_UTILIZATION = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device."""
+    """Memory in bytes per device."""
 
-    # Those that are trained.
+    # Trained parameters.
     parameters: int
     optimizer: int
-    # With gradient accumulation, their sum and one microbatch's gradients.
+    # With gradient accumulation, the accumulated gradients and those of one microbatch.
     gradients: int
     # Saved by the forward pass for the backward pass.
     activations: int
-    # The most that one block, or the loss, holds in addition.
+    # Maximum additional memory of one block or the loss.
     temporaries: int
-    # Weights beside adapters.
+    # Frozen weights next to adapters.
     frozen: int = 0
 
     @property
@@ -45,13 +44,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Cost of a step on one mesh, for one device."""
+    """Cost of a step on one mesh, per device."""
 
     mesh: dict[str, int]
     memory: Memory
-    # Bytes of the chip.
+    # Memory of the chip, in bytes.
     capacity: float
-    # Without and with what is recomputed.
+    # Without and with recomputation.
     useful_flops: float
     flops: float
     compute_seconds: float
@@ -67,7 +66,7 @@ class Estimate:
 
     @property
     def overlapped_seconds(self) -> float:
-        """Duration of the step if the shorter of computation and communication is hidden by the other."""
+        """Duration of the step if computation and communication overlap fully."""
         return max(self.compute_seconds, self.communication_seconds)
 
     @property
@@ -77,9 +76,9 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
-    """Estimates a step of `config` on a mesh of `chip`s, given as sizes by axis in place of the config's own.
+    """Estimates a step of `config` on a mesh of `chip`s; `mesh` (sizes by axis) overrides the config's mesh.
 
-    Raises ValueError if the mesh cannot split the model or the batch.
+    Raises ValueError if the mesh cannot shard the model or the batch.
     """
     rows = config.data.batch_size // config.optim.grad_accum_steps
     allowed = f"the {rows} rows of a microbatch must be a multiple of the {batch_shards(mesh)} devices that"
@@ -103,8 +102,8 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
 
 
 def saved_activation_bytes(step: Step) -> int:
-    """Bytes that one layer saves for the backward pass: its input; with remat "dots" also the outputs of
-    attention's and the router's matmuls; with "none" all of `block_bytes`."""
+    """Returns the bytes that one layer saves for the backward pass: its input; with remat "dots" also the
+    outputs of the attention and router matmuls; with "none" all of `block_bytes`."""
     model, tensor = step.model, step.mesh["tensor"]
     entry = step.tokens * model.hidden_size * step.itemsize
     if model.remat == "block":
@@ -118,9 +117,9 @@ def saved_activation_bytes(step: Step) -> int:
 
 
 def block_bytes(step: Step) -> int:
-    """Bytes that the backward pass of a block reads, except for the block's input: two normed copies of the
-    residual stream; queries, keys, values, attention's output and its float32 log-sum-exp; what is between
-    the factors of attention's adapters; expert rows."""
+    """Returns the bytes that the backward pass of a block reads, except the block's input: two normed copies
+    of the residual stream; queries, keys, values, attention output and float32 log-sum-exp; x A of the
+    attention adapters; expert rows."""
     model, tensor = step.model, step.mesh["tensor"]
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     stream = step.tokens * 2 * model.hidden_size * step.itemsize
@@ -130,14 +129,14 @@ def block_bytes(step: Step) -> int:
 
 
 def adapter_ranks(model: ModelConfig, among: tuple[str, ...] = ("q", "k", "v", "out", "router")) -> int:
-    """Returns the sum of the ranks of a layer's adapters."""
+    """Returns the sum of the adapter ranks in a layer."""
     targets = () if model.lora is None else model.lora.targets
     return sum(model.lora_rank(target) for target in targets if target in among)
 
 
 def expert_row_bytes(step: Step) -> int:
-    """Bytes of the (token, expert) rows of a layer: gate, up, and output; input and product of gate and up if
-    their weights are trained or have adapters, and what is between the adapters' factors. Rows are taken to
+    """Returns the bytes of the (token, expert) rows in a layer: gate, up, and output; the input, and the
+    activation, if the weights are trained or have adapters; and x A of the adapters. Assumes that rows are
     spread evenly over the experts."""
     model, tensor = step.model, step.mesh["tensor"]
     rows = step.tokens * model.num_experts_per_tok
@@ -147,9 +146,10 @@ def expert_row_bytes(step: Step) -> int:
 
 
 def block_temporaries(step: Step) -> int:
-    """Bytes held while one block runs backward: its gathered weights in the compute type and their gradients,
-    the gradients of its expert rows, and with remat everything that is recomputed. Frozen weights have no
-    gradient, and packed ones are read where they are stored unless they are gathered."""
+    """Returns the bytes in use during the backward pass of one block: its gathered weights in the compute
+    dtype and their gradients, the gradients of its expert rows and, with remat, everything that is
+    recomputed. Frozen weights have no gradient, and packed ones are read in place unless they are
+    gathered."""
     blocks = [p for p in step.parameters if "blocks" in p.names]
     held = [p for p in blocks if p.is_trained or p.itemsize > 1 or p.gathered_over]
     weights = step.gathered(held) + step.gathered(p for p in blocks if p.is_trained)
@@ -159,8 +159,8 @@ def block_temporaries(step: Step) -> int:
 
 
 def loss_temporaries(step: Step) -> int:
-    """Bytes held while the loss runs: the gathered head in the compute type and its float32 gradient, unless
-    it is frozen, and one chunk's logits, their exponentials and gradient."""
+    """Returns the bytes in use during the loss: the gathered head in the compute dtype and its float32
+    gradient unless it is frozen, and the logits of one chunk, their exponentials and gradient."""
     model, shards = step.model, batch_shards(step.mesh)
     name = "embedding" if model.tie_word_embeddings else "head"
     head = [p for p in step.parameters if name in p.names and (p.is_trained or p.gathered_over)]
@@ -172,7 +172,7 @@ def loss_temporaries(step: Step) -> int:
 
 
 def recomputed_flops(model: ModelConfig, seq_len: int) -> float:
-    """Returns the FLOPs per token that remat repeats: with "block" the forward pass of all blocks, with
+    """Returns the FLOPs per token that remat recomputes: with "block" the forward pass of all blocks, with
     "dots" only that of experts and attention scores."""
     if model.remat == "none":
         return 0.0

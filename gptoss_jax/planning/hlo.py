@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, read from its optimized HLO text; pure functions of that text."""
+"""Parses the collectives of a compiled program from its optimized HLO text."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import numpy as np
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
 )  # fmt: skip
-# Devices that exchange with each other, by their index in the mesh; pairs for a permute.
+# Groups of communicating devices, by their index in the mesh; pairs for a permute.
 Groups = tuple[tuple[int, ...], ...]
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -27,20 +27,20 @@ _DIMS = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction; an asynchronous one, in however many parts, counts once."""
+    """A collective instruction; an asynchronous one counts once, regardless of its number of parts."""
 
     name: str
     # One of KINDS.
     kind: str
     # Results on one device, as "bf16[8,128]".
     shapes: tuple[str, ...]
-    # Bytes on one device of one execution: before a reduce-scatter, after any other collective. For a ragged
-    # all-to-all an upper bound: the smaller of its operand and its output.
+    # Bytes per device and execution: of the input of a reduce-scatter, of the output of any other collective.
+    # For a ragged all-to-all, an upper bound: the smaller of operand and output.
     bytes: int
     groups: Groups
-    # Executions in one run of the program: the product of the trip counts of the loops around it.
+    # Executions per run of the program: the product of the trip counts of the enclosing loops.
     times: int
-    # False if a loop's trip count is not known; it counts once then.
+    # False if the trip count of a loop is unknown; the loop is then counted once.
     trips_known: bool
 
     @property
@@ -56,7 +56,7 @@ class Collective:
 
 
 def bytes_sent(kind: str, size: float, devices: int) -> float:
-    """Bytes that each device of a group sends to gather, scatter or exchange `size` bytes, around a ring or
+    """Returns the bytes that each device of a group sends in a collective of `size` bytes, around a ring or
     directly (Thakur et al. 2005, "Optimization of Collective Communication"). An all-reduce is a
     reduce-scatter and an all-gather."""
     return (2 if kind == "all-reduce" else 1) * size * (devices - 1) / devices
@@ -124,7 +124,7 @@ def parse_groups(text: str) -> Groups:
 
 
 def mesh_axes(groups: Groups, mesh: Mapping[str, int], pairs: bool = False) -> tuple[str, ...]:
-    """Returns the fewest axes along which a mesh has these groups; for pairs, all that any pair crosses."""
+    """Returns the smallest set of mesh axes with these groups; for pairs, all axes that any pair crosses."""
     names, sizes = list(mesh), tuple(mesh.values())
     ids = np.arange(math.prod(sizes)).reshape(sizes)
     if pairs:
@@ -171,7 +171,7 @@ Computations = dict[str, list[_Instruction]]
 
 def _computations(text: str) -> tuple[Computations, str]:
     """Returns the instructions of each computation, and the name of the entry computation."""
-    # A long head of a computation is broken into several lines.
+    # A long computation header is split into several lines.
     head = re.compile(r"^(?:ENTRY )?%?[\w.\-]+ \(.*?\{$", re.MULTILINE | re.DOTALL)
     text = head.sub(lambda match: " ".join(match[0].split()), text)
     computations: Computations = {}
@@ -187,7 +187,7 @@ def _computations(text: str) -> tuple[Computations, str]:
 
 
 def _executions(computations: Computations, entry: str) -> Iterator[tuple[str, int, bool]]:
-    """Yields (computation, executions, whether the trip counts of the loops around it are known), callers
+    """Yields (computation, executions, True if all trip counts of its enclosing loops are known), callers
     first."""
     waiting = [(entry, 1, True)]
     while waiting:
@@ -206,8 +206,8 @@ def _executions(computations: Computations, entry: str) -> Iterator[tuple[str, i
 
 
 def _trip_count(computations: Computations, loop: str) -> int | None:
-    """Returns how often a loop's body runs: as noted by the compiler, or the constant that the loop's counter
-    must stay below. Counters of `jax.lax.scan` and `fori_loop` start at 0 and increase by one."""
+    """Returns the trip count of a loop: the compiler's annotation, or the constant upper bound of its
+    counter. Counters of `jax.lax.scan` and `fori_loop` start at 0 and increase by one."""
     if noted := _TRIP_COUNT.search(loop):
         return int(noted[1])
     condition = re.search(r"\bcondition=%?([\w.\-]+)", loop)

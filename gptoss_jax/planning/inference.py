@@ -1,7 +1,7 @@
-"""Memory of one device while an engine answers prompts, from shapes.
+"""Estimates the memory of inference per device from shapes.
 
-Weights and the KV cache are exact. The rest is the most that the engine holds at once: all slots at their
-longest context, every prompt read at the same time, and formulas for what a prefill or decode call computes.
+Weights and the KV cache are exact. The rest is the worst case: all slots at their maximum context, all
+prompts prefilled at the same time, and formulas for the temporaries of a prefill or decode call.
 TPUs pad some layouts, so their weights take up to 3 % more.
 """
 
@@ -50,9 +50,9 @@ Experts = Literal["mxfp4", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What an engine has room for."""
+    """Capacity of an inference engine."""
 
-    # Sequences that decode together, and the most tokens of each; None is the model's limit.
+    # Number of sequences that decode together, and maximum tokens per sequence; None is the model's limit.
     slots: int = 1
     context: int | None = None
     prefix_cache_bytes: int = DEFAULT_PREFIX_BYTES
@@ -60,16 +60,16 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class InferenceMemory:
-    """Bytes of one device."""
+    """Memory in bytes per device."""
 
     weights: int
     # State of all slots: keys, values, and counts of sampled tokens.
     cache: int
-    # Keys and values of prompts that are read before they get into their slots.
+    # Keys and values of prompts during prefill, before they are copied to slots.
     prompts: int
-    # Keys and values kept for prompts that begin alike.
+    # Keys and values in the prefix cache.
     prefixes: int
-    # Held while a call runs.
+    # In use during a call.
     temporaries: int
 
     @property
@@ -79,11 +79,11 @@ class InferenceMemory:
 
 @dataclasses.dataclass(frozen=True)
 class InferenceEstimate:
-    """Memory on one mesh, for one device."""
+    """Memory on one mesh, per device."""
 
     mesh: dict[str, int]
     memory: InferenceMemory
-    # Bytes of the chip; None on CPU.
+    # Memory of the chip, in bytes; None on CPU.
     capacity: float | None
 
     @property
@@ -94,7 +94,7 @@ class InferenceEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class _Engine:
-    """An engine on a mesh: its model, with the type it computes in, its slots and the tokens of each."""
+    """An engine on a mesh: model with resolved compute dtype, slots, and tokens per slot."""
 
     model: ModelConfig
     mesh: dict[str, int]
@@ -113,7 +113,7 @@ def estimate_inference(
 ) -> InferenceEstimate:
     """Estimates an engine of `model` on a mesh of `chip`s; None is a CPU.
 
-    Raises ValueError if the mesh cannot split the model.
+    Raises ValueError if the mesh cannot shard the model.
     """
     context = model.max_position_embeddings if workload.context is None else workload.context
     model = dataclasses.replace(model, compute_dtype="float32" if chip is None else "bfloat16")
@@ -122,7 +122,7 @@ def estimate_inference(
     is_tpu = chip is not None and chip.dimensions > 0
     engine = _Engine(model, mesh, num_slots, cache_length(model, context), chip is None, is_tpu)
     row = row_bytes(engine, engine.cache_len)
-    # All prompts are read; or one answer decodes while the others' prompts are read.
+    # Either all prompts are in prefill, or one answer decodes while the other prompts are.
     prompts, temporaries = max(
         (num_slots * row, prefill_temporaries(engine)),
         ((num_slots - 1) * row, decode_temporaries(engine)),
@@ -136,11 +136,11 @@ def estimate_inference(
 
 
 def weight_bytes(engine: _Engine) -> tuple[collections.Counter, int]:
-    """Returns the bytes of the parameters by name (such as `attention.q`, all layers), in the types in which
-    `gptoss serve` keeps published files, and the bytes of what is gathered to be used: a layer, and embedding
-    and head.
+    """Returns the bytes of the parameters by name (such as `attention.q`, all layers), in the dtypes that
+    `gptoss serve` uses for published weights, and the bytes of parameters gathered for use: one layer,
+    embedding and head.
 
-    Experts' matrices are packed or bfloat16, adapters float32; the rest has the type of the computation.
+    Expert matrices are packed or bfloat16, adapters float32; the rest has the compute dtype.
     """
     model, mesh = engine.model, abstract_mesh(engine.mesh)
 
@@ -180,11 +180,11 @@ def slot_bytes(engine: _Engine) -> int:
 
 
 def decode_temporaries(engine: _Engine) -> int:
-    """Bytes that a decode call holds: logits and their copies in sampling; off CPU also the scores of a layer
-    and, as the TPU compiler lays them out again, attention's q and output matrices and all keys and values,
-    whose heads it pads to 128 lanes.
+    """Returns the bytes in use during a decode call: logits and their copies in sampling. Except on CPU, also
+    the scores of a layer and copies that the TPU compiler makes to change layouts: attention's q and output
+    matrices, and all keys and values, with heads padded to 128 lanes.
 
-    On CPU, XLA converts experts in bfloat16 to float32, all layers at once and through a copy.
+    On CPU, XLA converts bfloat16 experts to float32, for all layers at once and through a copy.
     """
     model, rows = engine.model, engine.num_slots // batch_shards(engine.mesh)
     stored, gathered = weight_bytes(engine)
@@ -200,8 +200,8 @@ def decode_temporaries(engine: _Engine) -> int:
 
 
 def prefill_temporaries(engine: _Engine) -> int:
-    """Bytes that the largest prefill call holds: a copy of its prompts' keys and values, the activations of a
-    layer, and its scores against a block of the cache."""
+    """Returns the bytes in use during the largest prefill call: a copy of the prompts' keys and values, the
+    activations of a layer, and its scores for a block of the cache."""
     model, tensor = engine.model, engine.mesh["tensor"]
     stored, gathered = weight_bytes(engine)
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
@@ -228,7 +228,7 @@ def _converted(stored: collections.Counter) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class InferencePlan:
-    """Memory of an engine on some devices."""
+    """Memory of an engine on a number of devices."""
 
     model: ModelConfig
     workload: Workload
@@ -240,7 +240,7 @@ class InferencePlan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether any mesh fits; None if the memory is unknown."""
+        """True if any mesh fits; None if the memory is unknown."""
         return None if self.chip is None else any(one.fits for one in self.estimates)
 
     def to_dict(self) -> dict[str, Any]:

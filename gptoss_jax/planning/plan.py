@@ -1,4 +1,4 @@
-"""A plan: the estimates of a training step on all meshes of some devices, and compiled steps."""
+"""Plans a training step: estimates for all meshes of a number of devices, and compiled steps."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from gptoss_jax.planning.estimate import Estimate, estimate
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Memory, FLOPs and collectives of a training step on some devices."""
+    """Memory, FLOPs and collectives of a training step on a number of devices."""
 
     config: TrainConfig
     chip: Chip
@@ -25,18 +25,18 @@ class Plan:
     topology: str | None
     # Best first.
     estimates: list[Estimate]
-    # One for each mesh that was compiled.
+    # One per compiled mesh.
     compiled: list[CompiledStep]
 
     @property
     def trained_parameters(self) -> int:
-        """Those of the adapters, if there are any, else all."""
+        """Number of trained parameters: those of the adapters, if any, otherwise all."""
         model = self.config.model
         return parameter_counts(model)[0] if model.lora is None else sum(adapter_counts(model).values())
 
     @property
     def fits(self) -> bool:
-        """Whether any mesh fits, according to the compiler if it ran."""
+        """True if any mesh fits, according to the compiler if it ran."""
         return any(one.fits for one in self.compiled or self.estimates)
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def make_plan(
       on_compile: called with each mesh before it is compiled, which takes minutes.
 
     Raises:
-      ValueError: an argument is not allowed, a given mesh cannot split model or batch, or no mesh can.
+      ValueError: an argument is invalid, a given mesh cannot shard the model or batch, or no mesh can.
       OSError: the compiler fails.
     """
     if topology is not None:
@@ -113,12 +113,12 @@ def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
 
 
 def mesh_name(mesh: dict[str, int], separator: str = ",") -> str:
-    """Returns a mesh as `--mesh` takes it, such as "fsdp=16,expert=4"; axes of size 1 are left out."""
+    """Formats a mesh for `--mesh`, such as "fsdp=16,expert=4"; axes of size 1 are omitted."""
     return separator.join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """Returns sizes by axis from text such as "fsdp=16,expert=4"; other axes are 1, and one may be -1.
+    """Parses sizes by axis, such as "fsdp=16,expert=4"; other axes are 1, and one may be -1.
 
     Raises ValueError for an unknown axis, and if the sizes do not multiply to the number of devices.
     """
@@ -140,7 +140,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 
 
 def all_meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Yields every way to lay out the devices along the axes of the mesh."""
+    """Yields all mesh shapes for the devices."""
     for sizes in itertools.product(divisors(devices, devices), repeat=len(AXES) - 1):
         first, rest = divmod(devices, math.prod(sizes))
         if rest == 0:
@@ -148,7 +148,7 @@ def all_meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def _estimate_all(config: TrainConfig, chip: Chip, devices: int) -> list[Estimate]:
-    """Returns the estimates of all meshes that can split model and batch. Raises ValueError if none can."""
+    """Returns the estimates of all meshes that can shard model and batch. Raises ValueError if none can."""
     found, refusal = [], None
     for mesh in all_meshes(devices):
         try:

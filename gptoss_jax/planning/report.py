@@ -1,4 +1,4 @@
-"""The reports of `gptoss plan`: which meshes fit, what they cost, and which one to take."""
+"""The reports of `gptoss plan`: the meshes that fit, their cost, and the best one."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from gptoss_jax.planning.inference import InferencePlan
 from gptoss_jax.planning.plan import Plan, mesh_name
 from gptoss_jax.terminal import format_count, format_si
 
-# Meshes that the table has rows for.
+# Maximum number of meshes in the table.
 MAX_ROWS = 6
 
 
@@ -42,7 +42,7 @@ def show(plan: Plan, console: Console) -> None:
         _collectives(best),
         *(_compiled(one, plan) for one in plan.compiled),
     ):
-        # Printed here, because the table would wrap them at its own width.
+        # Printed separately, because the table would wrap them at its width.
         title, caption, table.title, table.caption = table.title, table.caption, None, None
         console.print(f"\n[bold]{title}[/]", highlight=False)
         console.print(table)
@@ -89,7 +89,7 @@ def show_inference(plan: InferencePlan, console: Console) -> None:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in units of 1e9, without the unit."""
+    """Formats bytes in units of 1e9, without the unit."""
     size /= 1e9
     if 0 < size < 0.005:
         return "<.01"
@@ -101,7 +101,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str], widths: Sequence[int] = ()) -> Table:
-    """A table without borders, with columns aligned to the left and to the right."""
+    """Returns a table without borders, with left- and right-aligned columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for name, width in itertools.zip_longest((*left, *right), widths):
         justify: JustifyMethod = "left" if name in left else "right"

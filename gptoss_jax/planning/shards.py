@@ -1,4 +1,4 @@
-"""What one device of a mesh holds of a train state, of frozen weights and of a served model, from shapes."""
+"""Per-device shards of a train state, of frozen weights and of a served model, from shapes."""
 
 import dataclasses
 import functools
@@ -20,8 +20,8 @@ from gptoss_jax.training.state import TrainState, abstract_state
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter on one device: its path, elements, bytes of an element in use, and the mesh axes that
-    shard it in storage and over which it is gathered for use."""
+    """A parameter on one device: its path, elements, itemsize in compute, and the mesh axes that shard it in
+    storage and over which it is gathered for compute."""
 
     names: tuple[str, ...]
     size: int
@@ -33,7 +33,7 @@ class Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step on a mesh, as seen by one device."""
+    """A training step on a mesh, per device."""
 
     config: TrainConfig
     mesh: dict[str, int]
@@ -53,17 +53,17 @@ class Step:
 
     @property
     def rows(self) -> int:
-        """Rows of a microbatch, on all devices."""
+        """Rows per microbatch, on all devices."""
         return self.config.data.batch_size // self.microbatches
 
     @property
     def tokens(self) -> int:
-        """Tokens of a microbatch, on one device."""
+        """Tokens per microbatch, on one device."""
         return self.rows // batch_shards(self.mesh) * self.config.data.seq_len
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an activation."""
+        """Itemsize of activations."""
         return _compute_type(self.model).itemsize
 
     def trains(self, target: str) -> bool:
@@ -74,16 +74,16 @@ class Step:
         return math.prod(self.mesh[axis] for axis in axes)
 
     def gathered(self, parameters: Iterable[Parameter], itemsize: int | None = None) -> int:
-        """Bytes of parameters, gathered, in the type in which they are used or with `itemsize` bytes each."""
+        """Returns the bytes of gathered parameters, in the compute dtype or with `itemsize` bytes each."""
         return sum(p.size * self.axis_size(p.gathered_over) * (itemsize or p.itemsize) for p in parameters)
 
 
 def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
-    """Returns the step of a config on a mesh, given as sizes by axis in place of the config's own.
+    """Returns the step of a config; `mesh` (sizes by axis) overrides the config's mesh.
 
     Raises ValueError, with the valid sizes, if the mesh does not divide a parameter.
     """
-    # Neither mesh nor batch changes a shape.
+    # Shapes depend on neither mesh nor batch size.
     data = dataclasses.replace(config.data, batch_size=config.optim.grad_accum_steps)
     shapes = _shapes(dataclasses.replace(config, mesh=type(config.mesh)(), data=data))
     shardings = parameter_shardings(shapes, abstract_mesh(mesh))
@@ -96,7 +96,7 @@ def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
 
 @functools.cache
 def _shapes(config: TrainConfig) -> tuple[TrainState, dict]:
-    """The abstract state, and the frozen parameters as published ones are loaded."""
+    """Returns the abstract state, and the abstract frozen parameters as loaded from published weights."""
     is_trained = None if config.model.lora is None else is_adapter
     state = abstract_state(config, abstract_mesh(dict.fromkeys(AXES, 1)), is_trained)
     _, frozen = split_params(abstract_params(config.model), is_trained)
@@ -107,7 +107,7 @@ def _shapes(config: TrainConfig) -> tuple[TrainState, dict]:
 
 
 def _compute_type(model: ModelConfig) -> jnp.dtype:
-    """The type of activations; "auto" is bfloat16 on every accelerator."""
+    """Returns the dtype of activations; "auto" is bfloat16 on all accelerators."""
     return jnp.dtype("bfloat16" if model.compute_dtype == "auto" else model.compute_dtype)
 
 
@@ -120,7 +120,7 @@ def axes_of(spec: PartitionSpec) -> frozenset[str]:
 
 
 def gathered_axes(path: Path, sharding: NamedSharding) -> tuple[str, ...]:
-    """Returns the mesh axes over which a parameter is gathered where it is used."""
+    """Returns the mesh axes over which a parameter is gathered for compute."""
     axes = axes_of(sharding.spec) - axes_of(compute_spec(letters_of(path) or ""))
     return tuple(axis for axis in AXES if axis in axes and sharding.mesh.shape[axis] > 1)
 
@@ -133,12 +133,12 @@ def local_bytes(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> 
 def _parameters(
     model: ModelConfig, state: TrainState, frozen: dict, of_state: TrainState, of_frozen: dict
 ) -> list[Parameter]:
-    """All parameters; the last two arguments are the shardings."""
+    """Returns all parameters; the last two arguments are the shardings."""
 
     def parameter(is_trained, path, leaf, sharding):
         axes, gathered = axes_of(sharding.spec), gathered_axes(path, sharding)
         size = math.prod(sharding.shard_shape(leaf.shape))
-        # Packed bytes are used as they are.
+        # Packed bytes are not cast.
         itemsize = 1 if leaf.dtype == jnp.uint8 else _compute_type(model).itemsize
         return Parameter(path_names(path), size, itemsize, is_trained, axes, gathered)
 

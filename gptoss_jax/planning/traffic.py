@@ -1,4 +1,4 @@
-"""Collectives of a training step from shapes: what sharding asks for, in bytes and seconds."""
+"""Estimates the collectives of a training step from shapes, in bytes and seconds."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from gptoss_jax.planning.shards import Step
 
 @dataclasses.dataclass(frozen=True)
 class CollectiveCost:
-    """All collectives of one purpose in a step: bytes that a device sends, seconds at the published rates."""
+    """All collectives in a step with the same purpose: bytes sent per device, seconds at published rates."""
 
     purpose: str
     # One of `hlo.KINDS`.
@@ -23,7 +23,7 @@ class CollectiveCost:
 
 
 def collective_costs(step: Step, chip: Chip) -> tuple[CollectiveCost, ...]:
-    """Returns the collectives of a step that send anything."""
+    """Returns the collectives of a step that send more than zero bytes."""
     return tuple(
         CollectiveCost(purpose, kind, axes, sent, transfer_seconds(chip, step.mesh, kind, axes, sent))
         for purpose, kind, axes, sent in _collectives(step)
@@ -34,11 +34,11 @@ def collective_costs(step: Step, chip: Chip) -> tuple[CollectiveCost, ...]:
 def transfer_seconds(
     chip: Chip, mesh: dict[str, int], kind: str, axes: tuple[str, ...], sent: float
 ) -> float:
-    """Seconds for one device to send `sent` bytes along some axes; the mesh's last axis has the nearest
-    neighbors.
+    """Returns the seconds for one device to send `sent` bytes along some axes; devices along the last axis of
+    the mesh are nearest neighbors.
 
-    In a slice all links of a chip work at once. If a group spans nodes, its k devices in a node share the
-    uplink: each carries 1/k of a ring's traffic; an all-to-all sends all cross-node traffic out.
+    In a slice, all links of a chip work in parallel. If a group spans nodes, its k devices per node share the
+    uplink: each carries 1/k of a ring's traffic; an all-to-all sends all cross-node traffic over it.
     """
     inside = sent / chip.link
     if chip.node is None or chip.network is None or math.prod(mesh.values()) <= chip.node:
@@ -56,7 +56,7 @@ def transfer_seconds(
 
 
 def _collectives(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
-    """Yields (purpose, kind, axes, bytes sent by a device in a step) for all that the sharding requires."""
+    """Yields (purpose, kind, axes, bytes sent per device and step) for all collectives due to sharding."""
     model, width, n = step.model, step.itemsize, step.microbatches
     for axes in sorted({p.gathered_over for p in step.parameters if p.gathered_over}):
         size = step.axis_size(axes)
@@ -72,7 +72,7 @@ def _collectives(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]
         blocks, rest = ([p for p in part if p.is_trained] for part in (blocks, embedding + head))
         scatters = n * (step.gathered(blocks) + step.gathered(rest, itemsize=4))
         yield "scatter gradients", "reduce-scatter", axes, bytes_sent("reduce-scatter", scatters, size)
-    # Gradients are summed over the batch axes that do not shard the parameter: they hold copies of it.
+    # Gradients are summed over the batch axes that replicate the parameter.
     replicated: dict[tuple[str, ...], int] = {}
     for p in step.parameters:
         axes = tuple(axis for axis in BATCH if axis not in p.axes and step.mesh[axis] > 1)
@@ -80,14 +80,14 @@ def _collectives(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]
         replicated[axes] = replicated.get(axes, 0) + p.is_trained * size
     for axes, size in replicated.items():
         yield "sum gradients", "all-reduce", axes, n * bytes_sent("all-reduce", size, step.axis_size(axes))
-    # Rows travel to their experts and back, in the forward and backward pass and, with remat, once more.
+    # Rows are sent to their experts and back in the forward and backward pass and, with remat, once more.
     passes = (3 if model.remat == "block" else 2) * model.num_hidden_layers
     stream = n * step.tokens * model.hidden_size * width
     rows = stream * model.num_experts_per_tok * 2 * passes
     sent = bytes_sent("all-to-all", rows, step.mesh["expert"])
     yield "dispatch and combine", "ragged-all-to-all", ("expert",), sent
-    # Outputs of attention and experts, gradients of their inputs; embedding and loss. Packed experts instead
-    # gather their rows, between their two products and after them.
+    # Outputs of attention and experts, gradients of their inputs; embedding and loss. Packed experts gather
+    # their rows instead, between their two matmuls and after them.
     is_packed, tensor = model.expert_format == "mxfp4", step.mesh["tensor"]
     sums = stream * ((1 if is_packed else 2) * passes + 2)
     yield "sum over tensor", "all-reduce", ("tensor",), bytes_sent("all-reduce", sums, tensor)
