@@ -131,7 +131,7 @@ def test_symlink_to_an_empty_folder(tmp_path):
 def test_disk_that_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3_000_000_000))
     with (
-        pytest.raises(OSError, match=r"model: 3\.50 GB are needed, the disk has 3\.00 GB left"),
+        pytest.raises(OSError, match=r"model: needs 3\.50 GB, but the disk has 3\.00 GB left"),
         atomic_folder(tmp_path / "model", 3_500_000_000),
     ):
         raise AssertionError("must not be reached")

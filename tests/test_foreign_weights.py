@@ -122,7 +122,9 @@ def test_two_tensors_with_the_same_name(published, written):
     tensors = load_file(published / "model.safetensors")
     tensors["module.model.norm.weight"] = tensors["model.norm.weight"].copy()
     message = refusal(written(tensors))
-    assert "holds both model.norm.weight and module.model.norm.weight, which are the same tensor" in message
+    assert (
+        "contains both model.norm.weight and module.model.norm.weight, which are the same tensor" in message
+    )
 
 
 # One tensor per expert.
@@ -207,23 +209,26 @@ def test_non_finite_expert_warns(published, written):
 FOREIGN = {
     "lora": (
         {f"{LAYER_1}self_attn.q_proj.lora_A.default.weight"},
-        "a PEFT model with an adapter that is not merged",
+        "a PEFT model with an unmerged adapter",
     ),
     "peft's wrapped layers": (
         lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"),
-        "a PEFT model with an adapter that is not merged",
+        "a PEFT model with an unmerged adapter",
     ),
     "experts in an unknown order": (
         lambda name: re.sub(r"experts\.gate_up_proj$", "experts.0.gate_up_proj.weight", name),
-        "experts one by one, with gate and up in one matrix in an unknown order",
+        "separate experts with gate and up in one matrix, in an unknown order",
     ),
     "mixtral": (lambda name: name.replace("mlp.router", "block_sparse_moe.gate"), "a Mixtral model"),
-    "qwen": (lambda name: name.replace("mlp.router", "mlp.gate"), "another mixture of experts, such as Qwen"),
+    "qwen": (
+        lambda name: name.replace("mlp.router", "mlp.gate"),
+        "another mixture-of-experts model, such as Qwen",
+    ),
     "llama": ({f"{LAYER_1}mlp.gate_proj.weight"}, "a model without experts, such as Llama"),
     "gguf": (lambda name: name.replace("model.layers", "blk"), "a model with GGUF tensor names"),
     "bitsandbytes": (
         {f"{LAYER_1}mlp.experts.gate_up_projs.0.weight.absmax"},
-        "a model that GPTQ, AWQ, bitsandbytes or the like has quantized",
+        "a model quantized with GPTQ, AWQ, bitsandbytes or similar",
     ),
     "gpt-2": ({"transformer.h.0.attn.c_attn.weight"}, "a GPT-2 model"),
 }

@@ -282,7 +282,7 @@ def test_missing_folders(tmp_path):
     one_line(caught)
     random_checkpoint(tmp_path / "bare", 3, "bfloat16")
     (tmp_path / "bare" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="bare: holds no .safetensors file"):
+    with pytest.raises(ValueError, match="bare: contains no .safetensors file"):
         from_pretrained(tmp_path / "bare")
 
 
@@ -295,10 +295,10 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_hub_model_that_is_not_cached(hub):
-    with pytest.raises(ValueError, match="hf:some/model: cannot be fetched") as caught:
+    with pytest.raises(ValueError, match="hf:some/model: cannot be downloaded") as caught:
         from_pretrained("hf:some/model")
     assert len(one_line(caught)) < 600
-    with pytest.raises(ValueError, match="hf:not a name: cannot be fetched"):
+    with pytest.raises(ValueError, match="hf:not a name: cannot be downloaded"):
         from_pretrained("hf:not a name")
 
 

@@ -218,9 +218,9 @@ def test_commands_take_an_adapter(finished, base_folder, tmp_path, capsys):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert main.main(["generate", config.run_dir, "--adapter", config.run_dir, "--prompt", "S"]) == 2
-    assert "has an adapter already; name its base model instead" in capsys.readouterr().err
+    assert "already has an adapter; name its base model instead" in capsys.readouterr().err
     assert main.main(["convert", config.run_dir, str(tmp_path / "out")]) == 2
-    assert "gptoss merge writes a model with the adapter in its weights" in capsys.readouterr().err
+    assert "use gptoss merge to write a model with merged weights" in capsys.readouterr().err
     assert main.main(["export-adapter", str(base_folder("float32")), str(tmp_path / "out")]) == 2
     assert "must be a run of train.py that trained adapters" in capsys.readouterr().err
 
@@ -228,7 +228,7 @@ def test_commands_take_an_adapter(finished, base_folder, tmp_path, capsys):
 def test_adapter_on_another_base(finished, make_config, base_folder, tmp_path):
     run, base, other = finished[0].run_dir, base_folder("float32"), tmp_path / "other"
     save_pretrained(bind(MODEL, init_params(MODEL, jax.random.key(4))), other, "float32", tokenizer=base)
-    message = f"^{run}: trained on the weights of {base}, and those of {other} are not the same files$"
+    message = f"^{run}: trained on the weights of {base}, which differ from those of {other}$"
     with pytest.warns(UserWarning, match=message):
         merge(other, tmp_path / "merged", run)
     with pytest.warns(UserWarning, match=message):
@@ -318,7 +318,7 @@ def test_continuing_an_adapter(finished, make_config, base_folder, tmp_path):
         with pytest.raises(ValueError, match=f"init_from is .*: an adapter with other settings: .*{message}"):
             train(make_config(tmp_path / "bad", model=model, init_from=config.run_dir))
     message = (
-        f"init_adapter is '{tmp_path}/adapter': {config.run_dir} .init_from. has an adapter already; name"
+        f"init_adapter is '{tmp_path}/adapter': {config.run_dir} .init_from. already has an adapter; name"
     )
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(again, init_from=config.run_dir, run_dir=str(tmp_path / "bad")))
@@ -369,7 +369,7 @@ def test_other_parameters_than_adapters(make_config, tmp_path):
     state = train(config, is_trainable=with_norms)
     model = from_pretrained(config.run_dir)
     assert_same_params(leaves(get_params(model)), leaves(state.params))
-    message = "also trained attention_norm.scale, final_norm.scale, moe_norm.scale, which is no adapter"
+    message = "also trained attention_norm.scale, final_norm.scale, moe_norm.scale, not only adapters"
     with pytest.raises(ValueError, match=message):
         export_adapter(config.run_dir, tmp_path / "adapter")
     merge(config.run_dir, tmp_path / "merged")
@@ -422,5 +422,5 @@ def test_adapter_of_a_run_for_another_model(finished, tmp_path):
     write_adapter(random_adapter(MODEL, LORA), MODEL, tmp_path / "a")
     with pytest.raises(ValueError, match=r"q_proj.lora_A.weight has shape \[4, 64\], expected \[4, 96\]"):
         read_adapter(tmp_path / "a", other)
-    with pytest.raises(ValueError, match="has an adapter beside its weights: gptoss merge"):
+    with pytest.raises(ValueError, match="has an unmerged adapter: use gptoss merge"):
         convert(finished[0].run_dir, tmp_path / "new")

@@ -229,8 +229,8 @@ def test_index_must_stay_in_its_folder(sharded, home):
         ),
         ("pytorch_model-00001-of-00002.bin", "PyTorch's pickle format"),
         ("gpt-oss-20b-Q4_K_M.gguf", "llama.cpp's GGUF format"),
-        ("notes.txt", "holds no .safetensors file$"),
-        ("original/model.safetensors", "holds no .safetensors file; there are some in original$"),
+        ("notes.txt", "contains no .safetensors file$"),
+        ("original/model.safetensors", "contains no .safetensors file; there are some in original$"),
     ],
 )
 def test_folders_of_other_formats(tmp_path, name, words):
@@ -426,7 +426,7 @@ def test_duplicate_tensor(tmp_path):
 
 
 def test_no_files_at_all(tmp_path):
-    assert_refused(tmp_path, str(tmp_path), "holds no .safetensors file")
+    assert_refused(tmp_path, str(tmp_path), "contains no .safetensors file")
 
 
 def resident_kilobytes(path):

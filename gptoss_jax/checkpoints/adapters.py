@@ -1,6 +1,6 @@
-"""Adapters of PEFT, in and out, and models with an adapter beside them.
+"""Reads and writes PEFT adapters, and opens models with an unmerged adapter.
 
-docs/weights.md describes the format. vLLM reads the same files.
+docs/weights.md describes the format, which vLLM reads too.
 """
 
 import dataclasses
@@ -33,19 +33,19 @@ from gptoss_jax.config.model import EXPERT_TARGETS, LORA_TARGETS
 from gptoss_jax.model.lora import adapter_names
 from gptoss_jax.model.parameters import adapted_target, shape_of
 
-# The version of PEFT that was tested with what is written here.
+# The version of PEFT that the output was tested with.
 PEFT_VERSION = "0.21.2"
 
 
 def open_adapted(folder: str | os.PathLike, adapter: str | os.PathLike | None = None) -> WeightReader:
-    """Opens the weights of a folder with an adapter beside them; None is that of a run that trained one.
+    """Opens the weights of a folder with an unmerged adapter; None uses the run's own, if it trained one.
 
-    Raises ValueError as `open_weights` and `read_adapter` do, and for two adapters.
+    Raises ValueError like `open_weights` and `read_adapter`, and for two adapters.
     """
     reader = open_weights(folder)
     if adapter is None:
         return reader
-    allowed = f"{folder} has an adapter already; name its base model instead"
+    allowed = f"{folder} already has an adapter; name its base model instead"
     require(reader.config.lora is None, "adapter", str(adapter), allowed)
     found = read_adapter(adapter, reader.config)
     warn_of_other_base(adapter, folder)
@@ -53,33 +53,33 @@ def open_adapted(folder: str | os.PathLike, adapter: str | os.PathLike | None = 
 
 
 def warn_of_other_base(adapter: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Warns if a run trained its adapter beside other weights than those of a folder. PEFT's files do not
-    say which weights theirs belongs to."""
+    """Warns if a run's adapter was trained on other base weights than a folder's. PEFT's files do not record
+    which weights they were trained on."""
     local = local_folder(adapter)
     base = run_base(local) if is_run(local) else None
     if base is None:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the folder's own, which opening it has shown
+        warnings.simplefilter("ignore")  # already shown when the folder was opened
         ours = describe_base(folder)
     if base.fingerprint != ours.fingerprint:
         where = base.folder if base.step is None else f"step {base.step} of {base.folder}"
         warnings.warn(
-            f"{adapter}: trained on the weights of {where}, and those of {folder} are not the same files",
+            f"{adapter}: trained on the weights of {where}, which differ from those of {folder}",
             stacklevel=3,
         )
 
 
 def read_adapter(folder: str | os.PathLike, config: ModelConfig, field: str = "adapter") -> Adapter:
-    """Reads an adapter for a model: a folder of PEFT, `hf:OWNER/NAME`, or a run that trained adapters.
+    """Reads an adapter for a model: a PEFT folder, `hf:OWNER/NAME`, or a run that trained adapters.
 
-    Layers and experts that a PEFT adapter leaves out get zeros, and so do the ranks of targets with a lower
-    rank than others; a target with another scaling gets the difference multiplied into its B.
+    All targets get the same rank and scaling: missing layers, experts and ranks of a PEFT adapter are filled
+    with zeros, and a different scaling is multiplied into B.
 
     `field` is the setting that names the folder, for error messages.
 
-    Raises ValueError, in one line, for a folder without an adapter or with one that is more than LoRA, for a
-    layout that cannot be told for certain, and for tensors that do not fit the model, naming them.
+    Raises ValueError for a folder without an adapter or with one that is not plain LoRA, for an ambiguous
+    layout, and for tensors that do not fit the model, by name.
     """
     local = local_folder(folder)
     if not is_run(local):
@@ -89,7 +89,7 @@ def read_adapter(folder: str | os.PathLike, config: ModelConfig, field: str = "a
     for (key, layer), tensor in adapter.tensors.items():
         if layer >= config.num_hidden_layers or tensor.shape != shape_of(config, key):
             wrong.append(f"{key} of layer {layer} has shape {list(tensor.shape)}")
-    # The head has no layers.
+    # The head counts as layer -1.
     layers = {layer for _, layer in adapter.tensors} - {-1}
     if wrong or len(layers) not in (0, config.num_hidden_layers):
         raise ValueError(
@@ -99,7 +99,7 @@ def read_adapter(folder: str | os.PathLike, config: ModelConfig, field: str = "a
 
 
 def export_adapter(run: str | os.PathLike, folder: str | os.PathLike) -> Adapter:
-    """Writes the adapter of a run for PEFT and vLLM; see `write_adapter`. Returns it."""
+    """Exports a run's adapter for PEFT and vLLM, and returns it; see `write_adapter`."""
     local = local_folder(run)
     if not is_run(local):
         if (local / "config.json").is_file():
@@ -108,7 +108,7 @@ def export_adapter(run: str | os.PathLike, folder: str | os.PathLike) -> Adapter
     adapter, config = read_run_adapter(local, "RUN"), TrainConfig.load(local / "config.json")
     extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
     if extra:
-        raise ValueError(f"{run}: also trained {listed(extra)}, which is no adapter: use gptoss merge")
+        raise ValueError(f"{run}: also trained {listed(extra)}, not only adapters: use gptoss merge")
     found = run_base(local)
     base = str(local) if found is None else found.folder
     if config.init_from is not None and config.init_from.startswith(HUB):
@@ -122,11 +122,11 @@ def write_adapter(
 ) -> None:
     """Writes an adapter as PEFT's adapter_model.safetensors and adapter_config.json.
 
-    Where one of gate_up and down is adapted, both are written, the other as zeros: vLLM expects both.
+    If only one of gate_up and down is adapted, the other is written as zeros, because vLLM expects both.
 
     Args:
-      config: of the model.
-      folder: must not exist yet, or be empty. It appears when it is complete.
+      config: the model's config.
+      folder: must not exist or be empty. It is created atomically.
       base: name or folder of the base model.
     """
     lora = adapter.lora
@@ -154,7 +154,7 @@ def _file_chunks(mapping: TensorMapping, array: np.ndarray) -> Iterator[np.ndarr
 
 
 def _peft_config(config: ModelConfig, base: str | None) -> dict[str, Any]:
-    """The content of adapter_config.json."""
+    """Returns the contents of adapter_config.json."""
     lora = config.lora
     assert lora is not None
     experts = [MODULES[target] for target in EXPERT_TARGETS if target in lora.targets]

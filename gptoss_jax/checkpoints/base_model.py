@@ -1,4 +1,4 @@
-"""Where the base model of a LoRA run is. The run's checkpoints hold what it trains, and refer to the rest."""
+"""References to the base model of a LoRA run, whose checkpoints hold only the trained parameters."""
 
 import dataclasses
 import hashlib
@@ -15,21 +15,21 @@ SAMPLE_BYTES = 64
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel:
-    """The folder of a base model and what identifies its weights."""
+    """The folder of a base model and a fingerprint of its weights."""
 
     folder: str  # absolute
-    step: int | None  # of the checkpoint, if the folder is a run
+    step: int | None  # step of the checkpoint if the folder is a run
     fingerprint: str
 
     @classmethod
     def of(cls, folder: pathlib.Path, step: int | None = None) -> Self:
-        """Describes the weights of a folder. Raises ValueError when there are none."""
+        """Describes the weights of a folder. Raises ValueError if there are none."""
         folder = folder.resolve()
         return cls(str(folder), step, _fingerprint(folder, step))
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self | None:
-        """Reads the description in a checkpoint's record; None where the checkpoint holds the whole model."""
+        """Parses a checkpoint's record; returns None if the checkpoint holds the whole model."""
         values = record.get("base")
         return None if values is None else cls(**values)
 
@@ -37,8 +37,7 @@ class BaseModel:
         return {"base": dataclasses.asdict(self)}
 
     def check(self, run: str | os.PathLike) -> pathlib.Path:
-        """Returns the folder. Raises ValueError when it is gone, or holds other weights than when the run
-        was trained."""
+        """Returns the folder; raises ValueError if it is gone or its weights changed since training."""
         folder = pathlib.Path(self.folder)
         name = str(folder) if self.step is None else f"step {self.step} of {folder}"
         there = folder if self.step is None else folder / "checkpoints" / str(self.step)
@@ -53,13 +52,13 @@ class BaseModel:
 
 
 def _fingerprint(folder: pathlib.Path, step: int | None) -> str:
-    """A digest of the weight files: names, sizes, headers, and a sample of each tensor.
+    """Returns a digest of the weight files: names, sizes, headers, and a sample of each tensor.
 
-    It does not depend on where the folder is or when its files were copied.
+    It does not depend on the folder's path or the files' modification times.
     """
     digest = hashlib.sha256()
     if step is not None:
-        # The files of arrays have random names.
+        # The array files' names are random, so names and sizes suffice.
         params = folder / "checkpoints" / str(step) / "params"
         found = ((path.relative_to(params).as_posix(), path) for path in params.rglob("*") if path.is_file())
         for name, path in sorted(found):
@@ -73,7 +72,7 @@ def _fingerprint(folder: pathlib.Path, step: int | None) -> str:
 
 
 def _samples(path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the header of a safetensors file and some bytes of each tensor."""
+    """Yields the header of a safetensors file and sampled bytes of each tensor."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         yield (header := file.read(size))

@@ -1,4 +1,4 @@
-"""Writes models as Hugging Face folders, from any source and into any dtype, in slices."""
+"""Exports models to Hugging Face folders, from any source to any dtype, slice by slice."""
 
 import contextlib
 import dataclasses
@@ -37,11 +37,10 @@ from gptoss_jax.terminal import format_si
 
 GENERATION = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# The format has these parameters in every model; with these values they have no effect (exp(sink - max) is
-# 0).
+# The format requires these parameters; with these values they have no effect (exp(sink - max) is 0).
 NO_SINK = float(jnp.finfo(jnp.bfloat16).min)
 NO_EFFECT = {"moe.router_bias": 0, "moe.gate_up_bias": 0, "moe.down_bias": 0, "attention.sinks": NO_SINK}
-# Bytes that are written at a time, if slices of the tensor can be converted one by one.
+# Bytes converted and written at a time, for tensors that can be converted in slices.
 CHUNK_BYTES = 64 << 20
 
 
@@ -52,18 +51,18 @@ def save_pretrained(
     tokenizer: str | os.PathLike | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model as a Hugging Face folder, which transformers and vLLM load.
+    """Saves a model as a Hugging Face folder, which transformers and vLLM can load.
 
     Args:
-      folder: must not exist yet, or be empty. It appears when it is complete.
-      experts: the dtype of the weights; "mxfp4" quantizes the experts' matrices, and all else is bfloat16.
-        Matrices that were loaded packed keep their bytes. None is mxfp4 for a model with packed experts, else
+      folder: must not exist or be empty. It is created atomically.
+      experts: the dtype of the weights; "mxfp4" quantizes the experts' matrices and stores the rest in
+        bfloat16. Packed matrices keep their bytes. None is mxfp4 for a model with packed experts, else
         float32 if any parameter is wider than bfloat16, else bfloat16.
-      tokenizer: a folder whose tokenizer is copied; None is the folder that the model was loaded from.
-      shard_bytes: the maximum size of a file that holds more than one tensor.
+      tokenizer: folder to copy the tokenizer from; None: the folder that the model was loaded from.
+      shard_bytes: maximum size of a file with more than one tensor.
 
-    Raises ValueError for a model that the format cannot express, saying why, and for a folder that is not
-    empty; OSError when it cannot be written.
+    Raises ValueError for a model that the format cannot represent, and for a folder that is not empty;
+    OSError if it cannot be written.
     """
     origin = None if model.origin is None else pathlib.Path(model.origin)
     if tokenizer is not None:
@@ -74,7 +73,7 @@ def save_pretrained(
             )
     elif origin is not None and not origin.is_dir():
         raise ValueError(
-            f"tokenizer is None: {origin}, where the model came from, is gone; name another folder"
+            f"tokenizer is None: {origin}, which the model was loaded from, is gone; name another folder"
         )
     write_folder(InMemoryReader(model.config, get_params(model), origin), folder, experts, shard_bytes)
 
@@ -85,9 +84,9 @@ def convert(
     experts: ExpertFormat | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes the model of any folder as a Hugging Face folder; see `save_pretrained` and `write_folder`.
+    """Converts any model folder to a Hugging Face folder; see `save_pretrained` and `write_folder`.
 
-    The weights of a run are restored first, as a whole and in float32; others are converted in slices.
+    A run's weights are first restored completely, in float32; others are converted in slices.
     """
     check_target(target)
     local = readers.local_folder(source)
@@ -120,7 +119,7 @@ def write_folder(
         experts = "mxfp4" if reader.packed else "float32" if is_wide else "bfloat16"
     check_target(folder)
     origin = reader.origin
-    # A run folder lacks files that other programs need; its tokenizer writes them.
+    # Run folders lack tokenizer files that other programs need; the tokenizer exports them.
     tokenizer = None
     if origin is not None and (is_run(origin) or (origin / "tokenizer_name.txt").is_file()):
         tokenizer = load_tokenizer(origin)
@@ -151,16 +150,18 @@ def write_folder(
 def _refuse_adapter(config: ModelConfig, what: str | os.PathLike) -> None:
     if config.lora is not None:
         raise ValueError(
-            f"{what}: has an adapter beside its weights: gptoss merge writes a model with the adapter in its "
-            "weights, gptoss export-adapter only the adapter"
+            f"{what}: has an unmerged adapter: use gptoss merge to write a model with merged weights, or "
+            "gptoss export-adapter to write only the adapter"
         )
 
 
 def _new_tensors(
     reader: WeightReader, config: ModelConfig, experts: str, non_finite: set[str]
 ) -> list[NewTensor]:
-    """Returns every tensor of a config's Hugging Face folder, layer by layer. While they are written,
-    `non_finite` collects the names of tensors with NaN or infinite values."""
+    """Returns all tensors of a config's Hugging Face folder, layer by layer.
+
+    While they are written, the names of tensors with NaN or infinite values are added to `non_finite`.
+    """
     present = {parameter_name(path) for path in parameter_layers(reader.config)}
     dense = np.dtype(np.float32) if experts == "float32" else BFLOAT16
     tensors = []
@@ -181,7 +182,7 @@ def _new_tensors(
 def _chunks(
     read: Callable[[], LazyTensor], dtype: np.dtype, mapping: TensorMapping, non_finite: set[str]
 ) -> Iterator[np.ndarray]:
-    """The bytes of a tensor in the file's order."""
+    """Yields a tensor's values in the file's layout."""
     tensor = read()
     count, *rest = tensor.shape
     row_bytes = math.prod(rest) * dtype.itemsize
@@ -194,12 +195,12 @@ def _chunks(
 
 
 def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
-    """The ids of bos, eos and padding for config.json."""
+    """Returns the bos, eos and pad token ids for config.json."""
     if tokenizer is not None:
         return {f"{role}_id": tokenizer.special_tokens[name] for role, name in tokenizer.token_roles.items()}
     if origin is None:
         return {}
-    # The released config.json names only the end of a turn; the other file is read only if it names nothing.
+    # generation_config.json is only used if config.json has no token ids.
     for path in (origin / "config.json", readers.sidecar_files(origin).get(GENERATION)):
         values = read_json(path) if path is not None and path.is_file() else {}
         found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
@@ -209,7 +210,7 @@ def _token_ids(origin: pathlib.Path | None, tokenizer: Tokenizer | None) -> dict
 
 
 def _generation_ids(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, int | list[int]]:
-    """The ids for generation_config.json: config.json's, with all that end an answer as eos."""
+    """Returns the token ids for generation_config.json: config.json's, with all stop tokens as eos."""
     ids = {name: config[name] for name in TOKEN_IDS if name in config}
     if tokenizer is not None:
         stops = list(tokenizer.stop_ids)
@@ -219,36 +220,36 @@ def _generation_ids(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict
 
 @contextlib.contextmanager
 def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[pathlib.Path]:
-    """Yields a folder to write in, which becomes `target` at the end, or is removed after an error.
+    """Yields a temporary folder that is renamed to `target` at the end, or removed after an error.
 
-    A killed process leaves a hidden folder `.NAME.partial` beside the target, which the next call removes.
-    Raises ValueError when the target is not empty or another process is writing it, OSError when the disk has
-    less space than `needed_bytes`.
+    A killed process leaves a hidden folder `.NAME.partial` next to the target, which the next call removes.
+    Raises ValueError if the target is not empty or another process is writing it, OSError if the disk has
+    less than `needed_bytes` of free space.
     """
-    # A symbolic link stays, and the folder that it points to is written.
+    # Follow a symbolic link and keep it.
     target = user_path(target, "folder").resolve()
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed_bytes:
         raise OSError(
-            f"{target}: {format_si(needed_bytes, 'B')} are needed, the disk has {format_si(free, 'B')} left"
+            f"{target}: needs {format_si(needed_bytes, 'B')}, but the disk has {format_si(free, 'B')} left"
         )
     partial, lock = (target.with_name(f".{target.name}.{end}") for end in ("partial", "lock"))
     with open(lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_locked = os.fstat(file.fileno()).st_nlink > 0  # else its holder has just removed it
+            is_locked = os.fstat(file.fileno()).st_nlink > 0  # otherwise its holder has just removed it
         except BlockingIOError:
             is_locked = False
         if not is_locked:
-            raise ValueError(f"{target}: another process is writing it now")
+            raise ValueError(f"{target}: another process is writing to it")
         try:
             check_target(target)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
-            # After a power cut the name must not be there without the contents.
+            # Flush before renaming, so that a power failure cannot leave the name without the contents.
             for path in [*partial.iterdir(), partial]:
                 _flush(path)
             os.rename(partial, target)
@@ -259,8 +260,7 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
 
 
 def check_target(target: str | os.PathLike) -> None:
-    """Raises ValueError if the folder to be written already exists and is not empty, is a file or a mount
-    point, or cannot be created."""
+    """Raises ValueError if a target folder is not empty, is a file or a mount point, or cannot be created."""
     target, name = user_path(target, "folder"), os.fspath(target)
     if target.is_mount():
         raise ValueError(f"{target}: is a mount point; name a folder in it")

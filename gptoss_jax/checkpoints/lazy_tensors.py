@@ -1,7 +1,7 @@
 """Lazy tensors: read any slice of one layer's parameter, casting, transposing and (de)quantizing on the fly.
 
-A lazy tensor is a parameter of one layer with the model's axes, however it is stored. Only the slice being
-read is in memory, besides the source and the result.
+A lazy tensor presents one layer's parameter with the model's axes, regardless of how it is stored. Besides
+the source and the result, only the slice being read is in memory.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ import numpy as np
 from gptoss_jax.kernels.mxfp4 import codec
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-# Rows of a matrix that are transposed at a time: few enough that their cache lines stay in the cache.
+# Matrix rows transposed at a time: few enough for their cache lines to stay in the cache.
 TRANSPOSE_ROWS = 256
-# Bytes of codes that are dequantized at a time. Compiling for less than a sixteenth of it does not pay.
+# Bytes of codes dequantized at a time. Below a sixteenth of this, compiling does not pay off.
 DEQUANTIZE_BYTES = 1 << 18
 
 Index = tuple[slice, ...]
@@ -31,23 +31,25 @@ Axis = TypeVar("Axis")
 
 
 class LazyTensor(Protocol):
-    """A parameter of one layer that can be read in slices."""
+    """One layer's parameter, readable in slices."""
 
     @property
     def name(self) -> str:
-        """The name of the checkpoint tensor that it is read from."""
+        """Name of the checkpoint tensor that it is read from."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
-        """Writes `tensor[index]` to `out`, which has its shape, in the dtype of `out`. Returns whether all
-        values are finite."""
+        """Copies `tensor[index]` to `out`, an array of the same shape, casting to its dtype.
+
+        Returns whether all values are finite.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseTensor:
-    """An array in memory or of a mapped file, or packed bytes that stay packed."""
+    """An array in memory or in a memory-mapped file; also packed bytes that stay packed."""
 
     name: str
     array: np.ndarray
@@ -75,13 +77,13 @@ class DenseTensor:
 
 @dataclasses.dataclass(frozen=True)
 class DequantizedTensor:
-    """Dense expert weights of a source that stores them in MXFP4, [E, in, out] or [E, in, 2, out].
+    """Expert weights stored in MXFP4, dequantized to [E, in, out] or [E, in, 2, out].
 
     Args:
       name: the name of the scales tensor.
       blocks: uint8 [E, rows, in / 32, 16].
       scales: uint8 [E, rows, in / 32].
-      interleaved: whether rows alternate between gate and up, which are a separate axis here.
+      interleaved: rows alternate between gate and up, which become a separate axis.
     """
 
     name: str
@@ -106,7 +108,7 @@ class DequantizedTensor:
                 part.reshape(len(part), -1, 2, *part.shape[2:])[:, :, pair[0]] for part in stored
             )
         for e in range(len(blocks)):
-            # Transpose the bytes, not the values, which are four times as large.
+            # Transpose the packed bytes: the values are four times as large.
             transposed = _transpose(blocks[e].reshape(*blocks.shape[1:-2], -1))
             codes = transposed.reshape(last - first, codec.BLOCK_BYTES, *transposed.shape[1:])
             exponents = np.ascontiguousarray(scales[e].T)[:, None]
@@ -120,13 +122,13 @@ class DequantizedTensor:
                 )
         for part in stored:
             release_pages(part)
-        # The largest codes overflow at the two scales below NaN's.
+        # With the two scales below NaN's, the largest codes overflow.
         return scales.size == 0 or int(scales.max()) < codec.NAN_SCALE - 2 or is_finite(out)
 
 
 @dataclasses.dataclass(frozen=True)
 class StackedExperts:
-    """Experts that the source stores one by one: one tensor each, or two, gate and up, along our axis P."""
+    """Experts stored as separate tensors: one per expert, or two (gate and up), stacked along axis P."""
 
     name: str
     experts: list[list[DenseTensor]]
@@ -147,7 +149,7 @@ class StackedExperts:
             if len(parts) == 1:
                 finite &= parts[0].read_into(row, index[1:])
                 continue
-            # Gate and up lack the axis P, the one before the last.
+            # Separate gate and up tensors lack axis P, the second to last.
             for i, part in enumerate(parts[index[-2]]):
                 finite &= part.read_into(row[..., i, :], (*index[1:-2], index[-1]))
         return finite
@@ -155,7 +157,7 @@ class StackedExperts:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """The MXFP4 blocks or scales of experts that the source stores dense."""
+    """The MXFP4 blocks or scales of experts that are stored dense, quantized when read."""
 
     source: DenseTensor | StackedExperts
     part: Literal["blocks", "scales"]
@@ -172,7 +174,7 @@ class QuantizedTensor:
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
         experts, rows, groups = index[:3]
-        # Interleaved rows are a separate axis in the source: both rows of a pair are requested.
+        # Interleaved rows are a separate axis in the source; requests always cover both rows of a pair.
         pair = self.source.shape[2:-1]
         rows = slice(rows.start // math.prod(pair), rows.stop // math.prod(pair))
         inputs = slice(groups.start * codec.BLOCK_SIZE, groups.stop * codec.BLOCK_SIZE)
@@ -188,20 +190,20 @@ class QuantizedTensor:
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """Returns the common dtype, or float32 if they differ."""
+    """Returns the dtype if all are equal, otherwise float32."""
     found = set(dtypes)
     return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
 def _swap_in_out(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    """Swaps axis 1 with the last one: from [E, in, …, out] to the order of packed experts, and back."""
+    """Swaps axis 1 with the last one: [E, in, …, out] to the layout of packed experts, and back."""
     return (axes[0], axes[-1], *axes[2:-1], axes[1])
 
 
 def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
-    """Copies values to an array of the same shape, rounding (to nearest even) if its dtype is narrower."""
+    """Copies values to an array of the same shape, rounding to nearest even if its dtype is narrower."""
     if out.dtype == values.dtype:
-        # As integers: numpy copies dtypes that are not its own value by value.
+        # Copy as integers: NumPy copies extension dtypes element by element.
         integer = f"u{out.itemsize}"
         out.view(integer)[...] = values.view(integer)
     elif out.dtype == np.float32 and values.dtype == BFLOAT16:
@@ -213,8 +215,8 @@ def copy_cast(out: np.ndarray, values: np.ndarray) -> None:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Returns True if a contiguous array of floats has no infinite or NaN value."""
-    # Only NaNs have bits above infinity's, for either sign: two maxima, and no temporary array.
+    """Returns True if a contiguous float array has no infinite or NaN values."""
+    # For either sign, only NaNs have larger bit patterns than infinity: two maxima, no temporary array.
     infinity = np.array(np.inf, values.dtype)
     signed, unsigned = values.view(f"i{values.itemsize}"), values.view(f"u{values.itemsize}")
     limits = infinity.view(signed.dtype), (-infinity).view(unsigned.dtype)
@@ -222,9 +224,9 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def release_pages(view: np.ndarray) -> None:
-    """Gives the pages under a view of a mapped file back to the system, which reads them again when needed.
+    """Releases the pages under a view of a memory-mapped file, which otherwise count as resident memory.
 
-    Until then they count as memory of this process. Other arrays are unaffected.
+    The system reads them again when needed. Other arrays are unaffected.
     """
     base: Any = view
     first = view
@@ -243,8 +245,8 @@ _scratch = threading.local()
 
 
 def _transpose(array: np.ndarray) -> np.ndarray:
-    """Reverses the axes, into memory of this thread that the next call reuses."""
-    # New memory for each matrix would cost more than the work, because the system provides it page by page.
+    """Reverses the axes, into a thread-local buffer that the next call reuses."""
+    # Allocating for each matrix would cost more than transposing, because of page faults.
     if getattr(_scratch, "raw", np.empty(0)).nbytes < array.nbytes:
         _scratch.raw = np.empty(array.nbytes, np.uint8)
     out = _scratch.raw[: array.nbytes].view(array.dtype).reshape(array.shape[::-1])
@@ -254,7 +256,7 @@ def _transpose(array: np.ndarray) -> np.ndarray:
 
 
 def _dequantize(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
-    """Codes [g, 16, ...] and scales [g, 1, ...] -> bfloat16 [32 * g, ...]."""
+    """Dequantizes codes [g, 16, ...] with scales [g, 1, ...] to bfloat16 [32 * g, ...]."""
     is_small = codes.nbytes < DEQUANTIZE_BYTES // 16
     bits = _value_bits(codes, exponents, np) if is_small else on_cpu(_value_bits)(codes, exponents)
     return bits.reshape(-1, *codes.shape[2:]).view(BFLOAT16)
@@ -271,7 +273,7 @@ def _quantize(values: jax.Array, part: str) -> jax.Array:
 
 @functools.cache
 def on_cpu(function: Callable, *static: str) -> Callable[..., Any]:
-    """Compiles a function of arrays, and then of static arguments, for the CPU; results are NumPy arrays."""
+    """Jits a function of arrays, followed by static arguments, for the CPU; it returns NumPy arrays."""
     compiled = jax.jit(lambda *arrays: function(*arrays, *static))
     return lambda *arrays: jax.tree.map(np.asarray, compiled(*jax.device_put(arrays, host_device())))
 

@@ -1,4 +1,4 @@
-"""Loads models from Hugging Face folders (bfloat16, float32, MXFP4), `original/`, and runs of train.py."""
+"""Loads models from Hugging Face folders (bfloat16, float32, MXFP4), `original/`, and training runs."""
 
 import dataclasses
 import os
@@ -44,25 +44,24 @@ def from_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     adapter: str | os.PathLike | None = None,
 ) -> Transformer:
-    """Loads the model of a Hugging Face folder, `original/`, a run folder of train.py, or `hf:OWNER/NAME`.
+    """Loads a model from a Hugging Face folder, `original/`, a training run, or `hf:OWNER/NAME`.
 
-    The weights are read one by one, each directly to its shards. A run that trained adapters is loaded with
-    its base model.
+    Arrays are read one at a time, directly into their shards. A run that trained adapters is loaded with its
+    base model.
 
     Args:
       folder: path or `hf:OWNER/NAME`.
-      dtype: of the parameters and of the computation. None keeps the parameters as they are stored and
-        computes in float32 on CPU and bfloat16 elsewhere.
-      experts: the format of the experts' matrices. "mxfp4" keeps the released bytes, 4.25 bits a weight, also
-        during computation. None keeps packed matrices packed, and others in `dtype`.
-      mesh: shards the parameters by the rules of `parallel.rules`; None puts them on the first device. Call
-        the model under `jax.set_mesh(mesh)`.
-      adapter: folder of a PEFT adapter, `hf:OWNER/NAME`, or a run that trained adapters. It stays beside the
-        weights, in float32; `gptoss merge` merges it.
+      dtype: dtype of parameters and compute. None keeps the stored dtypes and computes in float32 on CPU and
+        bfloat16 elsewhere.
+      experts: format of the experts' matrices. "mxfp4" keeps them packed at 4.25 bits per weight, also during
+        compute. None keeps packed matrices packed, and others in `dtype`.
+      mesh: shards the parameters as `parallel.rules` specifies; None puts them on the first device. Call the
+        model under `jax.set_mesh(mesh)`.
+      adapter: folder of a PEFT adapter, `hf:OWNER/NAME`, or a run that trained adapters. It stays unmerged,
+        in float32; `gptoss merge` merges it.
 
-    Raises ValueError for a folder that does not exist or is not a model's, for a damaged file, and, in one
-    message, for all tensors that are missing, unexpected or of another shape. Warns of NaN and infinite
-    values.
+    Raises ValueError for a missing folder, a folder without a model, a damaged file, and, in one message, for
+    all tensors that are missing, unexpected or of the wrong shape. Warns about NaN and infinite values.
     """
     config, params, origin = load_pretrained(folder, dtype, experts, mesh, adapter)
     model = bind(config, params)
@@ -77,14 +76,13 @@ def load_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     adapter: str | os.PathLike | None = None,
 ) -> tuple[ModelConfig, dict, pathlib.Path | None]:
-    """Loads what `from_pretrained` makes a model of: config, parameters, and the folder with the
-    tokenizer."""
+    """Same as `from_pretrained`, but returns config, parameters, and the folder with the tokenizer."""
     check_formats(dtype, experts)
     local = local_folder(folder)
     compute: dict[str, Any] = {} if dtype is None else {"compute_dtype": dtype}
     is_whole = is_run(local) and adapter is None and run_base(local) is None
     if is_whole and experts != "mxfp4":
-        # Orbax reads each array directly to its shards, in XLA's default memory layout.
+        # Orbax reads each array directly into its shards, in XLA's default memory layout.
         config = TrainConfig.load(local / "config.json").model
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
@@ -107,9 +105,9 @@ def load_target(
     experts: str | None = None,
     stored_dtype: Callable[[str], np.dtype] = lambda key: np.dtype(np.float32),
 ) -> dict:
-    """Returns the abstract parameters with their dtypes, shardings and memory layouts; see `from_pretrained`.
+    """Returns abstract parameters with dtypes, shardings and memory layouts; see `from_pretrained`.
 
-    `stored_dtype` gives the dtype of a parameter if none is requested. Adapters are float32.
+    `stored_dtype` returns the dtype of a parameter if none is requested. Adapters are float32.
     """
 
     def typed(path, leaf):
@@ -129,7 +127,7 @@ def load_target(
 
 
 def read_params(reader: WeightReader | Adapter, config: ModelConfig, target: dict) -> dict:
-    """Reads the parameters of a config; `target` gives the shape, dtype and sharding of each array."""
+    """Reads all parameters; `target` specifies the shape, dtype and sharding of each array."""
     layers_of = parameter_layers(config)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target)]
     done, total = 0, sum(sizes)
@@ -152,7 +150,7 @@ def read_params(reader: WeightReader | Adapter, config: ModelConfig, target: dic
 
 
 def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Path) -> None:
-    """Warns of every tensor in dense parameters on devices that holds NaN or infinite values."""
+    """Warns about all tensors with NaN or infinite values in dense parameters on devices."""
 
     def is_finite(leaf):
         return jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
@@ -169,16 +167,15 @@ def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Pa
 def load_model(
     folder: str | os.PathLike, adapter: str | os.PathLike | None = None
 ) -> tuple[Transformer, Tokenizer]:
-    """Loads the model of any folder that `from_pretrained` reads, with its adapter or another one, and its
-    tokenizer.
+    """Loads a model, as `from_pretrained` does, and its tokenizer.
 
-    Raises ValueError as that does, and if the folder holds no tokenizer.
+    Raises ValueError like `from_pretrained`, and if the folder has no tokenizer.
     """
     local = local_folder(folder)
     if not is_run(local) and not (local / "original").is_dir():
-        # Before the tokenizer, so that an adapter is not refused because it has none.
+        # Check before the tokenizer: an adapter should not be rejected for lacking one.
         refuse_other_contents(local)
     tokenizer = find_tokenizer(local)
     if tokenizer is None:
-        raise ValueError(f"{folder}: must hold tokenizer.json or tokenizer_name.txt")
+        raise ValueError(f"{folder}: must contain tokenizer.json or tokenizer_name.txt")
     return from_pretrained(local, adapter=adapter), tokenizer

@@ -1,7 +1,7 @@
-"""One table: which checkpoint tensor each parameter is, and how its axes map to the model's.
+"""Table that maps each parameter to checkpoint tensors and their axes to the model's.
 
-The axes of a file are written in the letters of `model.parameters`. (N H) is one axis that runs over both:
-files interleave P, the pair of gate and up, with F. Q counts the heads of q, k and v together.
+File axes are written with the letters of `model.parameters`. (N H) is one merged axis; files interleave P,
+the pair of gate and up, with F. Q counts the heads of q, k and v together.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from gptoss_jax.model.transformer import abstract_params
 
 @dataclasses.dataclass(frozen=True)
 class TensorMapping:
-    """The checkpoint tensors that a parameter of one layer is read from, and what their axes are.
+    """The checkpoint tensors that one layer's parameter is read from, and their axes.
 
     Args:
       key: the parameter's key in `LETTERS`.
       axes: the file's axes, such as "(N H) D".
-      names: usually one name, in which `{layer}` stands for a number. A name with `{expert}` is for one
-        expert's tensor, which lacks the axis E. Two names are gate and up, which lack the axis P.
+      names: usually one name, with a placeholder `{layer}`. With `{expert}`, there is one tensor per expert,
+        without axis E. Two names are gate and up, without axis P.
     """
 
     key: str
@@ -35,12 +35,12 @@ class TensorMapping:
 
     @functools.cached_property
     def file_axes(self) -> list[str]:
-        """The letters of each axis of the file: "(N H) D" is NH, D."""
+        """Letters of each axis in the file: "(N H) D" gives NH, D."""
         return [re.sub(r"\W", "", axis) for axis in re.findall(r"\([^)]*\)|\w", self.axes)]
 
     @functools.cached_property
     def _permutation(self) -> list[int]:
-        """The place of each axis of the model among the file's letters."""
+        """Position of each model axis among the file's letters."""
         letters, ours = "".join(self.file_axes), LETTERS[self.key]
         ours = re.sub("[NK]", "Q", ours) if "Q" in letters else ours
         return [letters.index(letter) for letter in ours if letter in letters]
@@ -51,26 +51,26 @@ class TensorMapping:
 
     @property
     def keeps_first_axis(self) -> bool:
-        """True if both sides have the same first axis, so that slices of it can be converted one by one."""
+        """True if file and model have the same first axis, so that slices along it convert separately."""
         return len(self.file_axes[0]) == 1 and self._permutation[0] == 0
 
     def name(self, layer: int) -> str:
-        """The name of the only tensor of a layer."""
+        """Returns the name of a layer's tensor, for mappings with a single name."""
         return self.names[0].format(layer=layer)
 
     def file_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """The shape of one tensor in the file."""
+        """Returns the shape of one tensor in the file."""
         size = axis_sizes(config, self.key)
         return tuple(math.prod(size[letter] for letter in axis) for axis in self.file_axes)
 
     def file_shapes(self, config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor that the parameter of a layer is read from."""
+        """Returns name -> shape of all tensors that a layer's parameter is read from."""
         experts = range(config.num_local_experts if self.is_per_expert else 1)
         names = [name.format(layer=layer, expert=expert) for expert in experts for name in self.names]
         return dict.fromkeys(names, self.file_shape(config))
 
     def to_model(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
-        """A view of the file's tensor with the model's axes."""
+        """Returns a view of the file's tensor with the model's axes."""
         size = axis_sizes(config, self.key)
         tensor = tensor.reshape([size[letter] for letter in "".join(self.file_axes)])
         if "Q" in self.axes:
@@ -90,15 +90,14 @@ class TensorMapping:
 
 
 def axis_sizes(config: ModelConfig, key: str = "") -> dict[str, int]:
-    """The size of every letter of `TensorMapping.axes`; the rank r is that of the adapter `key`."""
+    """Returns letter -> size for `TensorMapping.axes`; r is the rank of the adapter `key`."""
     size = sizes(config) | {"Q": config.num_attention_heads + 2 * config.num_key_value_heads}
     target = adapted_target(key)
     return size if target is None else size | {"r": config.lora_rank(target)}
 
 
-# Parameter -> axes and name of the Hugging Face tensor, then those of the tensor in `original/`, which stores
-# q, k and v together and the matrices of dense experts as [out, in]. Empty axes are the model's; @ is the
-# prefix of a layer.
+# Parameter -> axes and name of the Hugging Face tensor, then of the tensor in `original/`, which fuses q, k
+# and v and stores dense expert matrices as [out, in]. Empty axes: same as the model's; @: the layer's prefix.
 _TENSORS = {
     "embedding.weight": ("", "model.embed_tokens.weight", "", "embedding.weight"),
     "attention_norm.scale": ("", "@input_layernorm.weight", "", "@attn.norm.scale"),
@@ -125,9 +124,9 @@ _TENSORS = {
     "final_norm.scale": ("", "model.norm.weight", "", "norm.scale"),
     "head.weight": ("", "lm_head.weight", "", "unembedding.weight"),
 }
-# The same for adapters, in PEFT's layout, whose names begin with ADAPTER_PREFIX there. Its wrapper of
-# `experts` adapts gate_up, and the wrapper around that one adapts down. The rows of A run over experts and
-# then over ranks, the columns of B over ranks and then over experts.
+# The same for adapters in PEFT's layout, where names begin with ADAPTER_PREFIX. PEFT wraps `experts` twice:
+# the inner wrapper adapts gate_up, the outer one down. Rows of A are ordered by expert, then rank; columns of
+# B by rank, then expert.
 ADAPTER_PREFIX = "base_model.model."
 _ADAPTER_TENSORS = {
     "attention.q_lora_a": ("r D", "@self_attn.q_proj.lora_A.weight"),
@@ -150,7 +149,7 @@ _ADAPTER_TENSORS = {
 
 
 def _table(prefix: str, rows: Mapping[str, tuple[str, ...]]) -> dict[str, TensorMapping]:
-    """The mappings for rows of axes and names."""
+    """Builds the mappings from rows of axes and names."""
     return {
         key: TensorMapping(key, axes or LETTERS[key], tuple(name.replace("@", prefix) for name in names))
         for key, (axes, *names) in rows.items()
@@ -160,10 +159,10 @@ def _table(prefix: str, rows: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor
 _LAYER = "model.layers.{layer}."
 HUGGINGFACE = _table(_LAYER, {**{key: row[:2] for key, row in _TENSORS.items()}, **_ADAPTER_TENSORS})
 ORIGINAL = _table("block.{layer}.", {key: row[2:] for key, row in _TENSORS.items()})
-# The matrices of the experts, which may be stored in MXFP4.
+# The experts' matrices, which may be stored in MXFP4.
 EXPERT_MATRICES = tuple(key.removesuffix("_blocks") for key in LETTERS if key.endswith("_blocks"))
-# Layouts with one tensor per expert, by a name that only they have: gate and up apart (llm-compressor), or
-# both in one matrix with alternating rows, as in the published layout (Unsloth).
+# Layouts with one tensor per expert, keyed by a pattern that identifies them: separate gate and up
+# (llm-compressor), or one matrix with alternating rows, as in the published layout (Unsloth).
 PER_EXPERT = {
     r"\.mlp\.experts\.\d+\.gate_proj\.weight$": _table("model.layers.{layer}.mlp.experts.", {
         "moe.gate_up": ("F D", "@{expert}.gate_proj.weight", "@{expert}.up_proj.weight"),
@@ -179,8 +178,8 @@ PER_EXPERT = {
     }),
 }  # fmt: skip
 Table = dict[str, TensorMapping]
-# Other layouts of the experts' adapters: PEFT with transformers 4, for which A is on the side of the outputs,
-# and one pair for each expert (Unsloth with experts in bitsandbytes' 4 bits).
+# Other layouts of expert adapters: PEFT with transformers 4, where A is on the output side, and one pair per
+# expert (Unsloth with 4-bit bitsandbytes experts).
 SWAPPED_ADAPTERS = _table(f"{_LAYER}mlp.experts.", {
     "moe.gate_up_lora_a": ("D (r E)", "@base_layer.lora_B.weight"),
     "moe.gate_up_lora_b": ("(E r) (F P)", "@base_layer.lora_A.weight"),
@@ -196,7 +195,7 @@ PER_EXPERT_ADAPTERS = _table(f"{_LAYER}mlp.experts.", {
 
 
 def table_for(names: Collection[str]) -> Table:
-    """Returns the table of the layout that has tensors of these names."""
+    """Returns the table of the layout that these tensor names belong to."""
     if "embedding.weight" in names:
         return ORIGINAL
     per_expert = next((t for key, t in PER_EXPERT.items() if any(re.search(key, n) for n in names)), {})
@@ -204,10 +203,10 @@ def table_for(names: Collection[str]) -> Table:
 
 
 def parameter_layers(config: ModelConfig) -> dict[tuple[str, ...], list[int]]:
-    """Path -> layers of every array of the parameter tree, in the order in which a model is read.
+    """Returns path -> layers of each array in the parameter tree, in tree order.
 
-    An array that is stacked over the repetitions of a period holds every period-th layer. The embedding, the
-    final norm and the head are in no layer, which counts as layer -1.
+    An array stacked over the repetitions of the layer pattern holds every period-th layer. Embedding, final
+    norm and head count as layer -1.
     """
     period, count = len(config.period), config.num_hidden_layers
     paths = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))]
@@ -215,14 +214,14 @@ def parameter_layers(config: ModelConfig) -> dict[tuple[str, ...], list[int]]:
 
 
 def in_file_order(config: ModelConfig) -> list[tuple[tuple[str, ...], int]]:
-    """Path and layer of every parameter of every layer, from the embedding through the layers to the head."""
+    """Returns (path, layer) of all parameters, from the embedding through the layers to the head."""
     place = {"embedding": -1, "final_norm": config.num_hidden_layers, "head": config.num_hidden_layers}
     found = [(path, layer) for path, layers in parameter_layers(config).items() for layer in layers]
     return sorted(found, key=lambda entry: place.get(entry[0][0], entry[1]))
 
 
 def expected_shapes(config: ModelConfig, table: Table) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint of a config, layer by layer."""
+    """Returns name -> shape of all tensors in a checkpoint, layer by layer."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path, layer in in_file_order(config):
         shapes |= table[parameter_name(path)].file_shapes(config, layer)
@@ -230,8 +229,10 @@ def expected_shapes(config: ModelConfig, table: Table) -> dict[str, tuple[int, .
 
 
 def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[str, np.ndarray]) -> None:
-    """Raises one ValueError that names all tensors that are missing, unexpected, or of another shape or
-    dtype, and says which model they seem to belong to."""
+    """Raises one ValueError for all tensors that are missing, unexpected, or of the wrong shape or dtype.
+
+    The message says which other kind of model they seem to belong to.
+    """
     expected, wrong = expected_shapes(config, table), []
     for name, shape in expected.items():
         packed = name.endswith(("blocks", "scales"))
@@ -254,32 +255,32 @@ def check_tensors(where: str, config: ModelConfig, table: Table, tensors: dict[s
         )
 
 
-# A pattern of tensor names -> what has such tensors. The first match counts.
+# Pattern of tensor names -> description of models with such tensors. The first match is used.
 FOREIGN = {
-    r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.original_module\.": "a PEFT model with an adapter that is "
-    "not merged (merge_and_unload of peft merges it)",
-    r"\.(qweight|qzeros|weight_packed|weight_scale\w*|absmax|quant_map|SCB)$|\.quant_state\.": "a model that "
-    "GPTQ, AWQ, bitsandbytes or the like has quantized (must be bfloat16, float16, float32 or MXFP4)",
+    r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.original_module\.": "a PEFT model with an unmerged "
+    "adapter (merge it with peft's merge_and_unload)",
+    r"\.(qweight|qzeros|weight_packed|weight_scale\w*|absmax|quant_map|SCB)$|\.quant_state\.": "a model "
+    "quantized with GPTQ, AWQ, bitsandbytes or similar (must be bfloat16, float16, float32 or MXFP4)",
     r"^blk\.\d+\.": "a model with GGUF tensor names",
     r"\.block_sparse_moe\.": "a Mixtral model",
     r"\.mlp\.shared_expert": "a DeepSeek or Qwen model with shared experts",
-    r"\.experts\.\d+\.gate_up_proj": "experts one by one, with gate and up in one matrix in an unknown "
+    r"\.experts\.\d+\.gate_up_proj": "separate experts with gate and up in one matrix, in an unknown "
     "order (must be gate_proj and up_proj, or all experts in one gate_up_proj)",
-    r"\.mlp\.gate\.weight$": "another mixture of experts, such as Qwen or DeepSeek",
-    r"\.mlp\.experts\.(\d+|gate_up_projs\.\d+)\.": "experts one by one",
+    r"\.mlp\.gate\.weight$": "another mixture-of-experts model, such as Qwen or DeepSeek",
+    r"\.mlp\.experts\.(\d+|gate_up_projs\.\d+)\.": "separate experts",
     r"layers\.\d+\.mlp\.(gate|up)_proj\.weight$": "a model without experts, such as Llama, Qwen or Mistral",
     r"^(transformer\.)?h\.\d+\.": "a GPT-2 model",
-    r"(^|\.)(exp_avg|exp_avg_sq|optimizer)(\.|$)": "the state of an optimizer",
+    r"(^|\.)(exp_avg|exp_avg_sq|optimizer)(\.|$)": "an optimizer state",
 }
-# Modules that wrap others, anywhere in a name: torch.compile, data parallelism, FSDP, activation
-# checkpointing, DeepSpeed.
+# Wrapper modules, anywhere in a name: torch.compile, data parallelism, FSDP, activation checkpointing,
+# DeepSpeed.
 WRAPPERS = r"(?<![^.])(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 
 
 def strip_wrappers(where: str, names: Iterable[str]) -> dict[str, str]:
-    """Maps every tensor name to the name without the prefixes of wrappers and trainers.
+    """Maps tensor names to names without the prefixes of wrappers and trainers.
 
-    Raises ValueError if two names become the same.
+    Raises ValueError if two names become equal.
     """
     stripped = {name: re.sub(WRAPPERS, "", name) for name in names}
 
@@ -290,13 +291,13 @@ def strip_wrappers(where: str, names: Iterable[str]) -> dict[str, str]:
     rename(r"^(base_model\.model\.)+")  # PEFT
     short = stripped.values()
     if any(name.startswith("model.model.") for name in short) and all(n.startswith("model.") for n in short):
-        # The model is the attribute `model` of a trainer's module.
+        # A trainer's module holds the model in its attribute `model`.
         rename(r"^model\.")
     elif any(name.startswith("layers.") for name in short):
-        # The base model was saved, without the class that adds the head.
+        # Only the inner model was saved, without the class that adds the head.
         rename(r"^(?=(layers|embed_tokens|norm)\.)", "model.")
     first: dict[str, str] = {}
     for name, other in stripped.items():
         if first.setdefault(other, name) != name:
-            raise ValueError(f"{where}: holds both {first[other]} and {name}, which are the same tensor")
+            raise ValueError(f"{where}: contains both {first[other]} and {name}, which are the same tensor")
     return stripped

@@ -1,4 +1,4 @@
-"""Merges adapters into weights, W + scaling A B, slice by slice while they are written."""
+"""Merges adapters into weights, W + scaling A B, slice by slice during export."""
 
 import collections
 import dataclasses
@@ -34,10 +34,10 @@ from gptoss_jax.model.parameters import LETTERS, adapted_target
 
 @dataclasses.dataclass(frozen=True)
 class Survival:
-    """What the written weights of one kind keep of the delta D = scaling A B.
+    """How much of the delta D = scaling A B survives rounding in the merged weights of one target.
 
-    W is the base, E the change that was written; sums run over all values of the kind. Where a dense base is
-    written in MXFP4, E is the difference from the base in MXFP4, Q(W), without an adapter.
+    W is the base and E the effective change; sums run over all weights of the target. If a dense base is
+    written in MXFP4, E is the difference from the quantized base, Q(W), without an adapter.
     """
 
     base: float = 0.0  # |W|^2
@@ -53,7 +53,7 @@ class Survival:
 
     @property
     def share(self) -> float:
-        """The part of D in E, E D / |D|^2: 1 where the delta survived, 0 where it was rounded away."""
+        """Fraction of D in E, E D / |D|^2: 1 if the delta survived, 0 if it was rounded away."""
         return self.product / self.delta if self.delta else 1.0
 
     @property
@@ -63,7 +63,7 @@ class Survival:
 
     @property
     def base_noise(self) -> float:
-        """|Q(W) - W| / |W|: what quantizing the base costs without an adapter."""
+        """|Q(W) - W| / |W|: the error of quantizing the base without an adapter."""
         return math.sqrt(self.rounding / self.base) if self.base else 0.0
 
     def __add__(self, sums: Iterable[float]) -> "Survival":
@@ -80,17 +80,17 @@ def merge(
 ) -> dict[str, Survival]:
     """Writes a model with its adapter merged as a Hugging Face folder; see `export.write_folder`.
 
-    Experts that are written in MXFP4 keep the scales of a packed base where a block's squared error is the
-    least with them, and else take half or twice that scale. Blocks without a delta keep their bytes.
+    When a packed base is written in MXFP4, each block uses the base's scale, half of it or twice it,
+    whichever has the smallest squared error. Blocks without a delta keep their bytes.
 
     Args:
       source: a run that trained adapters, or the folder of a base model.
-      adapter: see `adapters.read_adapter`; None is that of the run.
+      adapter: see `adapters.read_adapter`; None: the run's own.
 
-    Returns what survived for each target, such as "gate_up", in the model's order.
+    Returns the `Survival` of each target, such as "gate_up", in the model's order.
 
-    Raises ValueError as `adapters.open_adapted`, for a source without an adapter, and for an adapter with NaN
-    or infinite values.
+    Raises ValueError like `adapters.open_adapted`, for a source without an adapter, and for an adapter with
+    NaN or infinite values.
     """
     export.check_target(target)
     reader = open_adapted(source, adapter)
@@ -103,7 +103,7 @@ def merge(
         if not is_finite((tensor := reader.stored_whole(name, layer)).array)
     ]
     if damaged:
-        raise ValueError(f"{adapter or source}: NaN or infinite values in {listed(damaged)}: not merged")
+        raise ValueError(f"{adapter or source}: not merged: NaN or infinite values in {listed(damaged)}")
     merged = MergedReader(reader)
     export.write_folder(merged, target, experts, on_progress=on_progress)
     targets = filter(None, map(adapted_target, adapter_names(reader.config)))
@@ -111,13 +111,13 @@ def merge(
 
 
 class MergedReader(WeightReader):
-    """The weights of a model with adapters, merged."""
+    """Reads the weights of a model with its adapters merged."""
 
     def __init__(self, reader: WeightReader):
         self._reader, self._config = reader, reader.config
         self.config = dataclasses.replace(reader.config, lora=None)
         self.packed, self.origin = reader.packed, reader.origin
-        # Weight -> the names of its A and B.
+        # Weight -> names of its A and B.
         self._adapters: dict[str, list[str]] = {}
         for name in adapter_names(reader.config):
             weight = name.rpartition("lora_")[0]
@@ -125,7 +125,7 @@ class MergedReader(WeightReader):
             self._adapters.setdefault(weight, []).append(name)
         self.survival: dict[str, Survival] = collections.defaultdict(Survival)
         self._lock = threading.Lock()
-        # Scales of each expert that were computed with its blocks, until they are written.
+        # Scales of each expert, computed together with its blocks and kept until they are written.
         self._scales: dict[tuple[str, int], dict[int, np.ndarray]] = collections.defaultdict(dict)
 
     def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
@@ -164,9 +164,9 @@ class MergedTensor:
     Args:
       base: the weight.
       a: the adapter's A, float32.
-      b: its B times the scaling, float32.
-      letters: those of A, B and the weight.
-      count: is called with the sums of `Survival` for each slice that is read.
+      b: the adapter's B times the scaling, float32.
+      letters: axes of A, B and the weight.
+      count: called with the sums of `Survival` for each slice that is read.
     """
 
     base: LazyTensor
@@ -211,13 +211,13 @@ class MergedTensor:
 
 @dataclasses.dataclass(frozen=True)
 class MergedBlocks:
-    """The MXFP4 blocks or scales of experts with their delta.
+    """The MXFP4 blocks or scales of experts plus their delta.
 
     Args:
-      source: the same, dense.
+      source: the dense merged weight.
       part: "blocks" or "scales".
-      packed: blocks and scales of a packed base, else nothing.
-      scales: by expert, those that were computed with blocks and not read yet.
+      packed: blocks and scales of a packed base, or empty.
+      scales: expert -> scales that were computed with the blocks and not read yet.
     """
 
     source: MergedTensor
@@ -236,7 +236,7 @@ class MergedBlocks:
         return (*shape, codec.BLOCK_BYTES) if self.part == "blocks" else shape
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
-        """See `LazyTensor`; the index must be whole but for the experts."""
+        """See `LazyTensor`; only experts can be sliced."""
         for row, e in zip(out, range(index[0].start, index[0].stop), strict=True):
             if self.part == "blocks":
                 row[...], self.scales[e], sums = self._merge(e)
@@ -247,7 +247,7 @@ class MergedBlocks:
         return self.part == "blocks" or not np.any(out == codec.NAN_SCALE)
 
     def _merge(self, e: int) -> tuple[np.ndarray, np.ndarray, Iterable[float]]:
-        # [r, P, F] -> [r, U]: packed rows of gate and up alternate.
+        # [r, P, F] -> [r, U]: packed rows alternate between gate and up.
         a, b = self.source.a[e], np.moveaxis(self.source.b[e], 1, -1).reshape(self.source.b.shape[1], -1)
         if self.packed:
             base = [part[e] for part in self.packed]
@@ -263,14 +263,14 @@ class MergedBlocks:
 def merge_plain(
     base: jax.Array, a: jax.Array, b: jax.Array, equation: str, dtype: str
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Returns a slice of a weight with its delta, in a dtype, and the sums of `Survival`.
+    """Returns a slice of a weight plus its delta, cast to `dtype`, and the sums of `Survival`.
 
     Args:
       base: float32.
-      a, b: float32, whose product by the equation has the base's shape; b times the scaling.
+      a, b: float32; einsum with `equation` gives the delta, in the base's shape. b includes the scaling.
     """
     delta = jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
-    # Not where the delta is 0: that would change the sign of a negative zero.
+    # Adding a delta of 0 would change the sign of a negative zero.
     merged = jnp.where(delta != 0, base + delta, base).astype(dtype)
     return merged, survival_sums(base, delta, merged.astype(jnp.float32) - base)
 
@@ -278,16 +278,16 @@ def merge_plain(
 def merge_packed(
     blocks: jax.Array, scales: jax.Array, a: jax.Array, b: jax.Array
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """Returns the blocks and scales of one expert with its delta, and the sums of `Survival`.
+    """Returns the blocks and scales of one expert plus its delta, and the sums of `Survival`.
 
-    Each block takes the base's scale s, s/2 or 2s, whichever has the least squared error, s if equal. Without
-    a delta it keeps its bytes, and with one that overflows it becomes NaN.
+    Each block uses the base's scale s, s/2 or 2s, whichever has the smallest squared error (s if tied).
+    Blocks without a delta keep their bytes; blocks that overflow become NaN.
 
     Args:
       blocks: uint8 [out, G, 16].
       scales: uint8 [out, G].
       a: float32 [in, r].
-      b: float32 [r, out], times the scaling.
+      b: float32 [r, out], including the scaling.
     """
     base = codec.dequantize(blocks, scales, jnp.float32)
     delta = _delta(a, b)
@@ -307,7 +307,7 @@ def merge_packed(
 
 
 def merge_dense(base: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """Returns one expert with its delta in MXFP4, by the publisher's rule, and the sums of `Survival`.
+    """Quantizes one expert plus its delta to MXFP4 with `codec.quantize`; also returns `Survival`'s sums.
 
     Args:
       base: float32 [out, in].
@@ -330,7 +330,7 @@ def _block_sums(values: jax.Array) -> jax.Array:
 def survival_sums(
     base: jax.Array, delta: jax.Array, effect: jax.Array, rounding: jax.Array | float = 0.0
 ) -> list[jax.Array]:
-    """The fields of `Survival` for float32 arrays of one shape; values that are not finite count as 0."""
+    """Returns the fields of `Survival` for float32 arrays of equal shape; non-finite values count as 0."""
     finite = jnp.isfinite(effect) & jnp.isfinite(delta)
     base, delta, effect, noise = (jnp.where(finite, x, 0) for x in (base, delta, effect, rounding))
     rest = effect - delta

@@ -1,4 +1,4 @@
-"""Local paths with any name for Orbax, and no tracebacks after its errors."""
+"""Patches for Orbax: local paths with special characters, and no stray tracebacks after errors."""
 
 import asyncio
 import pathlib
@@ -17,11 +17,11 @@ _LocalBase: Any = type(epath.Path("/"))
 
 @epath.register_path_cls
 class LocalPath(_LocalBase):
-    """A local path with any name.
+    """A local path that may contain any characters.
 
-    Orbax finds the parts of a checkpoint with `epath.Path.glob`, which takes the folder for a part of the
-    pattern: under `lr=[3e-4]` it finds nothing, and the checkpoint is never completed. Here the folder is
-    taken literally. `epath` also takes an absolute path under /gs, /s3, /az or /hf for the URL of a bucket.
+    Orbax finds the parts of a checkpoint with `epath.Path.glob`, which treats the folder as part of the
+    pattern: under `lr=[3e-4]` it matches nothing, and the checkpoint is never finalized. This class takes the
+    folder literally. `epath` also mistakes an absolute path under /gs, /s3, /az or /hf for a bucket URL.
     """
 
     _uri_scheme = None
@@ -32,11 +32,10 @@ class LocalPath(_LocalBase):
 
 
 async def _finish_all_tasks(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Awaits a coroutine of Orbax and, if it fails, all other tasks of its event loop.
+    """Awaits an Orbax coroutine and, if it fails, all other tasks of its event loop.
 
-    Orbax raises the first error of many parallel reads or writes and closes the loop. TensorStore reports the
-    end of each of the others to that loop, and asyncio reports errors that nobody awaited: each prints a
-    traceback.
+    Orbax raises the first error of many parallel reads or writes and closes the loop. TensorStore still
+    reports the others to that loop, and asyncio logs errors that were never awaited: each prints a traceback.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -48,8 +47,8 @@ async def _finish_all_tasks(coroutine: Coroutine[Any, Any, Any]) -> Any:
         raise
 
 
-# Orbax runs every coroutine with this function, in a new event loop each time. Replacing it affects no other
-# event loop of the process, which another asyncio policy would.
+# Orbax runs every coroutine with this function, each in a new event loop. Unlike another asyncio policy,
+# replacing it does not affect other event loops of the process.
 if hasattr(asyncio_utils, "run_sync"):
     _orbax_run_sync = asyncio_utils.run_sync
     asyncio_utils.run_sync = lambda coro: _orbax_run_sync(_finish_all_tasks(coro))

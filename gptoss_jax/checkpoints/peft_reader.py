@@ -1,4 +1,4 @@
-"""Reads adapters of PEFT."""
+"""Reads PEFT adapters."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from gptoss_jax.model.lora import adapter_names
 from gptoss_jax.model.parameters import adapted_target, shape_of
 
 WEIGHTS = ADAPTERS[0]
-# What PEFT adapts for each target: modules, and parameters, which are those of `experts` and `router`.
+# Target -> the module, or for experts and router the parameter, that PEFT adapts.
 MODULES = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
@@ -32,9 +32,9 @@ MODULES = {
     "head": "lm_head",
 }
 PARAMETERS = (*EXPERT_TARGETS, "router")
-# Target -> the keys of A and B.
+# Target -> keys of A and B.
 PAIRS = {target: [key for key in HUGGINGFACE if adapted_target(key) == target] for target in LORA_TARGETS}
-# Settings of PEFT that change the function, and their values in plain LoRA, besides None and empty ones.
+# PEFT settings that change the computation, and their values for plain LoRA (also allowed: None and empty).
 PLAIN_SETTINGS = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "use_qalora": False, "lora_bias": False,
     "fan_in_fan_out": False, "modules_to_save": None, "layer_replication": None, "arrow_config": None,
@@ -43,20 +43,20 @@ PLAIN_SETTINGS = {
 # Initializations that change the base weights.
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
-# The types of the settings that are read.
+# Types of the settings that are used.
 NAMES = list[str] | str | None
 READ_SETTINGS = {
     "use_rslora": bool | None, "rank_pattern": dict | None, "alpha_pattern": dict | None,
     "target_modules": NAMES, "exclude_modules": NAMES, "target_parameters": list[str] | None,
     "layers_to_transform": list[int] | int | None, "auto_mapping": dict | None,
 }  # fmt: skip
-BY_PATTERN = r"(.*\.)?({})"  # how a pattern matches the name of a module
+BY_PATTERN = r"(.*\.)?({})"  # how PEFT matches a pattern against a module's name
 BASE_WEIGHTS = r"(lm_head|embed_tokens)(\.base_layer)?\.weight$"
-MAX_NAMED = 4  # tensors in an error message
+MAX_NAMED = 4  # maximum number of tensors named in an error message
 
 
 class PeftFolder:
-    """The files of one adapter. See `adapters.read_adapter`."""
+    """A folder with a PEFT adapter. See `adapters.read_adapter`."""
 
     def __init__(self, folder: pathlib.Path, config: ModelConfig):
         self.folder, self.config = folder, config
@@ -70,7 +70,7 @@ class PeftFolder:
         self.tensors = {
             re.sub(r"\.default(?=\.weight$)", "", names[name]): array for name, array in tensors.items()
         }
-        # PEFT writes the base's own embedding and head along where it adapts them.
+        # PEFT also saves the base's embedding and head if it adapts them.
         self.tensors = {
             name: array
             for name, array in self.tensors.items()
@@ -81,7 +81,7 @@ class PeftFolder:
         self.table |= _expert_table(folder, self.values, self.tensors, config)
 
     def read(self) -> Adapter:
-        """Reads the adapter, with the ranks and the scaling of one `LoraConfig` for all pairs."""
+        """Reads the adapter, padded and scaled to a single `LoraConfig` for all pairs."""
         pairs = self._pairs()
         ranks: dict[bool, list[int]] = {True: [], False: []}
         for (target, _), pair in pairs.items():
@@ -126,20 +126,20 @@ class PeftFolder:
                     known |= shapes.keys()
                     found[target, layer] = config
         wrong += [
-            f"{name} is not part of this model, or not of LoRA"
+            f"{name} is not part of this model, or not a LoRA tensor"
             for name in sorted(self.tensors.keys() - known)
         ]
         if wrong or not found:
             more = f"; and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
             problem = f"{len(wrong)} tensors do not fit: {'; '.join(wrong[:MAX_NAMED])}{more}"
             raise ValueError(
-                f"{self.folder}: an adapter for another model or of an unknown layout: "
+                f"{self.folder}: adapter for another model or in an unknown layout: "
                 f"{problem if wrong else 'it adapts nothing'}"
             )
         return found
 
     def _array(self, key: str, pair: ModelConfig | None, layer: int, config: ModelConfig) -> np.ndarray:
-        """One A or B with the rank and scaling of `config`; zeros where the file has none."""
+        """Returns one A or B with the rank and scaling of `config`; zeros if the file has none."""
         shape, mapping = shape_of(config, key), self.table[key]
         if pair is None or mapping is None:
             return np.zeros(shape, np.float32)
@@ -156,7 +156,7 @@ class PeftFolder:
 
 
 def _check_settings(path: pathlib.Path, values: dict[str, Any]) -> None:
-    """Raises ValueError for an adapter_config.json with settings that are damaged, or more than LoRA."""
+    """Raises ValueError for an adapter_config.json with invalid settings, or settings beyond plain LoRA."""
     for name, plain in PLAIN_SETTINGS.items():
         value = values.get(name)
         require(
@@ -167,7 +167,7 @@ def _check_settings(path: pathlib.Path, values: dict[str, Any]) -> None:
         )
     start = values.get("init_lora_weights")
     changes_base = isinstance(start, str) and start.startswith(CHANGE_BASE)
-    require(not changes_base, f"{path}: init_lora_weights", start, "the adapter is for changed base weights")
+    require(not changes_base, f"{path}: init_lora_weights", start, "the adapter is for modified base weights")
     for name, kind in READ_SETTINGS.items():
         require(fits(values.get(name), kind), f"{path}: {name}", values.get(name), f"must be {spelled(kind)}")
     numbers = [("r", int, values.get("r")), ("lora_alpha", float, values.get("lora_alpha"))]
@@ -187,7 +187,7 @@ def _check_settings(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends with."""
+    """Returns the value of the first pattern that matches the end of a module's name."""
     found = (
         value for name, value in (patterns or {}).items() if re.fullmatch(BY_PATTERN.format(name), module)
     )
@@ -204,13 +204,13 @@ def _is_named(values: dict[str, Any], target: str, module: str) -> bool:
     if isinstance(names, str) and names.lower() == "all-linear":
         return target != "head"
     layers = [layers] if isinstance(layers, int) else layers
-    # A full name counts in all layers.
+    # A full module name matches regardless of `layers_to_transform`.
     is_in = not layers or module in names or (target != "head" and int(module.split(".")[2]) in layers)
     return is_in and _matches(names, module)
 
 
 def _matches(names: str | list[str] | None, module: str) -> bool:
-    """Returns True if a module has the whole name of a regular expression, or ends with one of some names."""
+    """Returns True if a module's full name matches a regular expression, or ends with one of the names."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names or ())
@@ -229,20 +229,22 @@ def _misfits(shapes: dict[str, tuple[int, ...]], tensors: dict[str, np.ndarray])
 def _expert_table(
     folder: pathlib.Path, values: dict[str, Any], tensors: dict[str, np.ndarray], config: ModelConfig
 ) -> Table:
-    """The mappings of the experts' adapters in the layout that a file has.
+    """Returns the mappings of the experts' adapters for the file's layout.
 
-    Raises ValueError for layouts that are not supported, or that the file does not tell.
+    Raises ValueError for an unsupported or ambiguous layout.
     """
     names = [name for name in tensors if ".mlp.experts." in name]
     if any(re.search(r"\.experts\.w[123]\.", name) for name in names):
-        raise ValueError(f"{folder}: in Tinker's layout, whose experts share matrices (w1, w2, w3): not read")
+        raise ValueError(
+            f"{folder}: Tinker's layout with shared expert matrices (w1, w2, w3) is not supported"
+        )
     if any(re.search(r"\.experts\.(gate_up|down)_projs\.", name) for name in names):
         return PER_EXPERT_ADAPTERS
     tables = [{key: table[key] for key in PER_EXPERT_ADAPTERS} for table in (HUGGINGFACE, SWAPPED_ADAPTERS)]
     if not names:
         return tables[0]
     if not any(".base_layer." in name for name in names):
-        # PEFT leaves out the inner wrapper where only one of the two is adapted.
+        # PEFT omits the inner wrapper if only one of the two is adapted.
         named = [target for target in EXPERT_TARGETS if any(
             name.endswith(MODULES[target]) for name in values.get("target_parameters") or ()
         )]  # fmt: skip
@@ -254,14 +256,14 @@ def _expert_table(
     fitting = [table for table in tables if _fits(table, tensors, config)]
     if len(fitting) > 1:
         raise ValueError(
-            f"{folder}: only one of gate_up and down has adapters, and their shapes fit both an input and an "
-            "output side: cannot be told apart"
+            f"{folder}: ambiguous layout: only one of gate_up and down is adapted, and the shapes of A and B "
+            "fit either side"
         )
     table = (fitting or tables)[0]
     layout, is_unsloth = values.get("lora_B_layout"), (values.get("auto_mapping") or {}).get("unsloth_fixed")
     allowed = (
-        "must be 'rank_major', or 'grouped_by_expert' for an adapter that Unsloth trained before September "
-        "2026; its tensors do not tell"
+        "must be 'rank_major', or 'grouped_by_expert' for an adapter trained by Unsloth before September "
+        "2026; the tensors alone are ambiguous"
     )
     known = layout in ("rank_major", "grouped_by_expert") or (layout is None and not is_unsloth)
     require(known, f"{folder / ADAPTER_CONFIG}: lora_B_layout", layout, allowed)
@@ -279,7 +281,7 @@ def _outer(mapping: mappings.TensorMapping) -> mappings.TensorMapping:
 
 
 def _fits(table: Table, tensors: dict[str, np.ndarray], config: ModelConfig) -> bool:
-    """Returns True if all axes that do not depend on the rank have the model's size."""
+    """Returns True if all axes that do not depend on the rank match the model's sizes."""
     for mapping in table.values():
         size = mappings.axis_sizes(config)
         for layer in range(config.num_hidden_layers):

@@ -1,6 +1,6 @@
-"""Weight readers: Hugging Face folders, `original/`, run folders of train.py, and parameters in memory.
+"""Weight readers for Hugging Face folders, `original/`, training runs, and parameters in memory.
 
-A reader gives lazy tensors, one parameter of one layer each, in the requested form.
+A reader returns lazy tensors, each for one layer's parameter, dense or packed as requested.
 """
 
 import abc
@@ -40,7 +40,7 @@ from gptoss_jax.status import download
 
 ExpertFormat = Literal["bfloat16", "float32", "mxfp4"]
 HUB = "hf:"
-# The files of a model's folder besides the weights and config.json; they are copied unchanged.
+# Files in a model folder besides weights and config.json; they are copied unchanged.
 SIDECAR_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,28 +65,28 @@ class WeightReader(abc.ABC):
 
     @abc.abstractmethod
     def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
-        """A parameter as it is stored; -1 is the layer of parameters outside the layers."""
+        """Returns a parameter in its stored format; layer -1 is for parameters outside the layers."""
 
     def stored_whole(self, key: str, layer: int) -> DenseTensor:
-        """`stored` for a parameter that no layout splits into several tensors."""
+        """Same as `stored`, for parameters that no layout splits into several tensors."""
         tensor = self.stored(key, layer)
         assert isinstance(tensor, DenseTensor), key
         return tensor
 
     def origin_of(self, key: str) -> pathlib.Path | None:
-        """The folder that a parameter is read from."""
+        """Returns the folder that a parameter is read from."""
         return self.origin
 
     @abc.abstractmethod
     def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
-        """The dtypes of a parameter in all layers."""
+        """Returns the stored dtypes of a parameter in all layers."""
 
     def dtype(self, key: str) -> np.dtype:
-        """The dtype that holds a parameter of every layer exactly; packed experts count as bfloat16."""
+        """Returns the dtype that holds a parameter exactly in all layers; bfloat16 for packed experts."""
         return BFLOAT16 if self.packed and key in EXPERT_MATRICES else common_dtype(self.stored_dtypes(key))
 
     def tensor(self, key: str, layer: int) -> LazyTensor:
-        """A parameter, dense or packed as its key says, however the experts are stored."""
+        """Returns a parameter, dense or packed according to its key, regardless of how it is stored."""
         matrix, _, part = key.rpartition("_")
         if self.packed and key in EXPERT_MATRICES:
             blocks, scales = (self.stored_whole(f"{key}_{part}", layer) for part in ("blocks", "scales"))
@@ -97,7 +97,7 @@ class WeightReader(abc.ABC):
 
 
 class HFReader(WeightReader):
-    """A folder of safetensors files in one of the layouts of `mappings`."""
+    """Reads a folder of safetensors files in one of the layouts in `mappings`."""
 
     origin: pathlib.Path
 
@@ -118,7 +118,7 @@ class HFReader(WeightReader):
         mappings.check_tensors(str(folder), stored_config, self._table, self._tensors)
 
     def _drop_tied_head(self) -> None:
-        """Drops the head that some programs write although it is tied to the embedding."""
+        """Drops the head that some programs save although it is tied to the embedding."""
         head, embedding = (self._table[key].name(-1) for key in ("head.weight", "embedding.weight"))
         if not {head, embedding} <= self._tensors.keys():
             return
@@ -144,7 +144,7 @@ class HFReader(WeightReader):
 
 
 class InMemoryReader(WeightReader):
-    """The parameters of a model in memory, or some of them."""
+    """Reads a model's parameters, or a subset, from memory."""
 
     def __init__(self, config: ModelConfig, params: dict, origin: pathlib.Path | None):
         self.packed = config.expert_format == "mxfp4"
@@ -157,7 +157,7 @@ class InMemoryReader(WeightReader):
             self._arrays.setdefault(parameter_name(path), {}).update(rows)
 
     def adapter(self, name: str) -> "Adapter":
-        """Returns the parameters as those that a run trained beside the adapters of its config."""
+        """Returns the parameters as an `Adapter`, for a run that trained adapters."""
         places = [(key, layer) for key, rows in self._arrays.items() for layer in rows]
         assert self.config.lora is not None, name
         rank = self.config.lora_rank(EXPERT_TARGETS[0])
@@ -173,11 +173,11 @@ class InMemoryReader(WeightReader):
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What was trained beside a base model: LoRA's matrices, float32, in each layer."""
+    """The trained parameters of a LoRA run or a PEFT folder: A and B of each layer, in float32."""
 
     name: str  # the folder
     lora: LoraConfig
-    # By key and layer, with the model's axes. A run may also have trained weights of the base.
+    # By key and layer, with the model's axes. A run may also have trained some of the base's weights.
     tensors: dict[tuple[str, int], DenseTensor]
 
     @property
@@ -192,7 +192,7 @@ class Adapter:
 
 
 class AdaptedReader(WeightReader):
-    """The weights of a base model with an adapter beside them."""
+    """Reads the weights of a base model with an unmerged adapter."""
 
     def __init__(self, base: WeightReader, adapter: Adapter):
         self._base, self._adapter = base, adapter
@@ -217,11 +217,11 @@ def with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
 
 
 def open_weights(folder: str | os.PathLike) -> WeightReader:
-    """Opens a Hugging Face folder, `original/`, a run folder, or `hf:OWNER/NAME`, which is fetched from the
-    Hugging Face Hub or taken from its cache. A run that trained adapters is opened with its base model.
+    """Opens a Hugging Face folder, `original/`, a training run, or `hf:OWNER/NAME` (downloaded from the
+    Hugging Face Hub, or cached). A run that trained adapters is opened with its base model.
 
-    Raises ValueError if there is no such folder, it is another kind, its tensors do not fit its config, or
-    the base model of a run is gone or has changed.
+    Raises ValueError if the folder does not exist or is of another kind, if its tensors do not fit its
+    config, or if a run's base model is gone or has changed.
     """
     folder = local_folder(folder)
     if not is_run(folder):
@@ -232,14 +232,14 @@ def open_weights(folder: str | os.PathLike) -> WeightReader:
         return trained
     reader = AdaptedReader(open_base(base, folder), trained.adapter(str(folder)))
     reader.config = trained.config
-    # The files of a published tokenizer are with the base.
+    # A published tokenizer's files are in the base model's folder.
     if reader.origin is None or is_run(reader.origin) or find_tokenizer(reader.origin) is None:
         reader.origin = folder
     return reader
 
 
 def open_base(base: BaseModel, run: str | os.PathLike) -> WeightReader:
-    """Opens the base model of a run. Raises ValueError when it is gone or has changed."""
+    """Opens a run's base model. Raises ValueError if it is gone or has changed."""
     folder = base.check(run)
     if base.step is None:
         return HFReader(folder)
@@ -248,7 +248,7 @@ def open_base(base: BaseModel, run: str | os.PathLike) -> WeightReader:
 
 
 def describe_base(folder: str | os.PathLike) -> BaseModel:
-    """Describes the base model of a run that starts from a folder (`TrainConfig.init_from`)."""
+    """Describes the base model for a run that starts from a folder (`TrainConfig.init_from`)."""
     folder = local_folder(folder)
     if not is_run(folder):
         return BaseModel.of(HFReader(folder).origin)
@@ -257,7 +257,7 @@ def describe_base(folder: str | os.PathLike) -> BaseModel:
 
 
 def read_run_adapter(folder: str | pathlib.Path, field: str = "adapter") -> Adapter:
-    """Reads the adapter of a run, of the checkpoint that `read_checkpoint` takes, without its base model."""
+    """Reads a run's adapter without its base model, from the checkpoint that `read_checkpoint` selects."""
     folder = pathlib.Path(folder)
     config = TrainConfig.load(folder / "config.json").model
     require(config.lora is not None, field, str(folder), "a run without an adapter")
@@ -268,18 +268,18 @@ def read_run_adapter(folder: str | pathlib.Path, field: str = "adapter") -> Adap
 
 
 def local_folder(folder: str | os.PathLike) -> pathlib.Path:
-    """Returns the path of a folder of weights; fetches `hf:OWNER/NAME`. Raises ValueError without one."""
+    """Returns the path of a weight folder; downloads `hf:OWNER/NAME`. Raises ValueError if it is missing."""
     name = str(folder)
     if name.startswith(HUB):
         patterns = ["*.json", "*.safetensors", "*.jinja"]
         try:
-            # The repository also holds other copies of the weights.
+            # The repository also contains other copies of the weights.
             with download(f"downloading {name[len(HUB) :]}", huggingface_hub.utils.disable_progress_bars):
                 found = huggingface_hub.snapshot_download(
                     name[len(HUB) :], allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"]
                 )
-        except Exception as error:  # each HTTP client has its own classes
-            raise ValueError(f"{name}: cannot be fetched from the Hugging Face hub ({error})") from error
+        except Exception as error:  # each HTTP client has its own exception classes
+            raise ValueError(f"{name}: cannot be downloaded from the Hugging Face Hub ({error})") from error
         return pathlib.Path(found)
     path = user_path(folder, "folder")
     if not path.is_dir():
@@ -290,7 +290,7 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def sidecar_files(origin: pathlib.Path | None) -> dict[str, pathlib.Path]:
-    """The files that go with the weights of a folder, by name; for `original/` also those one folder up."""
+    """Returns a folder's sidecar files by name; for `original/`, also those of the parent folder."""
     if origin is None:
         return {}
     folders = [origin.parent, origin] if origin.name == "original" else [origin]

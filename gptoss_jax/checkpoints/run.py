@@ -1,8 +1,8 @@
-"""Checkpoints of a run (Orbax): trees of arrays and a JSON record, sharded and written in the background.
+"""Training checkpoints with Orbax: sharded arrays and a JSON record, written asynchronously.
 
 A checkpoint has the items `params` (the model's tree), `training` (the rest of the train state) and `record`
-(data position, config, tokenizer: everything else that train.py needs to resume). It appears under its final
-name when it is complete.
+(data position, config, tokenizer: everything else needed to resume). It is renamed to its final name when it
+is complete.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from gptoss_jax.config.paths import require_utf8
 from gptoss_jax.model.parameters import letters_of, path_names, tree_bytes
 from gptoss_jax.parallel import distributed
 
-OVERHEAD = 2 << 20  # bytes of a checkpoint besides its arrays: indices, the record, partly filled blocks
-# The longest error message of another library that is repeated; TensorStore's have many hundred characters.
+OVERHEAD = 2 << 20  # bytes per checkpoint besides the arrays: indices, record, partially filled blocks
+# Maximum length of other libraries' error messages; TensorStore's have many hundreds of characters.
 MAX_MESSAGE = 200
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """Saves and restores the checkpoints of one run folder."""
 
     def __init__(
         self,
@@ -43,13 +43,12 @@ class Checkpoints:
     ):
         """Keeps the `keep` latest checkpoints and the one with the lowest finite validation loss.
 
-        Losses that the run measured on another number of batches than `eval_batches` are ignored, unless it
-        is None.
+        Ignores losses measured on a number of batches other than `eval_batches`, unless it is None.
         """
         self.folder = pathlib.Path(run_dir).absolute() / "checkpoints"
         check_folder_name(self.folder, "run_dir", str(run_dir))
         self._verified, self._eval_batches = False, eval_batches
-        # Orbax logs routine steps of a save as warnings and errors. Failures are raised.
+        # Orbax logs routine steps as warnings and errors; actual failures are raised.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         best = BestN(get_metric_fn=_goodness, n=1, keep_checkpoints_without_metrics=False)
         self._options = ocp.CheckpointManagerOptions(
@@ -66,32 +65,32 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in ascending order."""
+        """Steps of all complete checkpoints, in ascending order."""
         return sorted(self._manager.all_steps())
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss; None when no checkpoint has a finite one."""
+        """Step with the lowest validation loss; None if no checkpoint has a finite one."""
         return None if self.best_loss == math.inf else self._manager.best_step()
 
     @property
     def best_loss(self) -> float:
-        """The lowest finite validation loss of the checkpoints on disk; infinity when none has one."""
+        """Lowest finite validation loss of the checkpoints on disk; infinity if there is none."""
         step = self._manager.best_step()
         metrics = None if step is None else self._manager.metrics(step)
         return math.inf if metrics is None else -_goodness(metrics)
 
     def record(self, step: int) -> dict[str, Any]:
-        """The record of one checkpoint; empty when it cannot be read, which `restore` reports."""
+        """Returns the record of a checkpoint; empty if it cannot be read, which `restore` reports."""
         try:
             return json.loads((self.folder / str(step) / "record" / "metadata").read_bytes())
         except (OSError, ValueError):
             return {}
 
     def parameter_paths(self, step: int) -> set[tuple[str, ...]]:
-        """Paths of the parameters in one checkpoint: of the model's tree, or of what a run trained of it.
+        """Returns the paths of the parameters in a checkpoint: all of the model's, or only the trained ones.
 
-        Raises ValueError when it cannot be read.
+        Raises ValueError if it cannot be read.
         """
         try:
             tree = self._manager.item_metadata(step)["params"].tree
@@ -102,13 +101,12 @@ class Checkpoints:
     def save(
         self, step: int, params: Any, training: Any, record: dict[str, Any], val_loss: float | None = None
     ) -> None:
-        """Copies the trees from the devices and returns; the files are written in the background.
+        """Copies the trees to the host and returns; the files are written asynchronously.
 
-        The first save of this object waits until the checkpoint is on disk, and checks that it is complete:
-        a folder in which nothing can be read must not cost more than the steps before the first checkpoint.
-        `val_loss` is ignored if it is not finite.
+        The first save waits until the checkpoint is on disk and verifies it, so that storage that loses data
+        costs no more than the steps before the first checkpoint. `val_loss` is ignored if not finite.
 
-        Raises OSError when this or an earlier checkpoint could not be written; those before it stay.
+        Raises OSError if this or an earlier checkpoint could not be written; existing ones are kept.
         """
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
@@ -130,7 +128,7 @@ class Checkpoints:
             self._verified = True
 
     def _verify(self, step: int, trees: dict[str, Any]) -> None:
-        """Raises OSError when a checkpoint is incomplete, and sets it aside. Reads no array values."""
+        """Raises OSError if a checkpoint is incomplete, and sets it aside. Does not read array values."""
         reason = None
         if jax.process_index() == 0:
             try:
@@ -153,11 +151,11 @@ class Checkpoints:
         return f"the last complete one is of step {self.steps[-1]}" if self.steps else "there is none yet"
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises OSError when something could not be written."""
+        """Waits until all writes are on disk. Raises OSError if one failed."""
         self._guarded(None, self._manager.wait_until_finished)
 
     def _guarded(self, step: int | None, action: Callable[[], Any]) -> None:
-        # The class of the error depends on the layer and the thread that met the full disk.
+        # The exception type depends on the layer and thread that hit the full disk.
         try:
             action()
         except Exception as error:
@@ -169,11 +167,11 @@ class Checkpoints:
     def restore(
         self, params: Any, training: Any, report: Callable[[str], None] = print
     ) -> tuple[int, Any, Any, dict[str, Any]] | None:
-        """Restores the latest checkpoint that can be read, with the shardings of the abstract trees.
+        """Restores the latest readable checkpoint, with the shardings of the abstract trees.
 
-        A damaged checkpoint is passed to `report` in one line and moved to `damaged-STEP`, so that the one
-        before it is used and nothing is lost. Returns (step, params, training, record), or None if there
-        is no checkpoint. Raises ValueError when there are checkpoints and none can be read.
+        A damaged checkpoint is described to `report` in one line and renamed to `damaged-STEP`, and the one
+        before it is used. Returns (step, params, training, record), or None if there is no checkpoint. Raises
+        ValueError if there are checkpoints but none can be read.
         """
         steps = self.steps
         damaged: list[int] = []
@@ -190,7 +188,7 @@ class Checkpoints:
                 restored = self._read(step, items)
             except ValueError as error:
                 reason, cause = str(error), error
-            # All processes skip a checkpoint that one of them cannot read.
+            # If one process cannot read a checkpoint, all skip it.
             reason = next((said for said in distributed.allgather_host(reason) if said is not None), None)
             if reason is None:
                 self._set_aside(damaged)
@@ -204,7 +202,7 @@ class Checkpoints:
         return None
 
     def _check_parameters(self, step: int, trees: dict[str, Any]) -> None:
-        """Raises ValueError for a checkpoint of a run that trains other parameters, which is not damaged."""
+        """Raises ValueError if a checkpoint has other trainable parameters, which does not mean damage."""
         try:
             metadata = self._manager.item_metadata(step)
             found = {name: _parameters(metadata[name].tree) for name in trees}
@@ -221,7 +219,7 @@ class Checkpoints:
                 )
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Renames the folders of damaged checkpoints; all processes must call it."""
+        """Renames the folders of damaged checkpoints; must be called on all processes."""
         if not steps:
             return
         self._manager.close()
@@ -236,7 +234,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """Restores only the model's tree of one checkpoint. Raises ValueError when it cannot be read."""
+        """Restores only the parameters of a checkpoint. Raises ValueError if it cannot be read."""
         try:
             return self._read(step, {"params": ocp.args.StandardRestore(params)})["params"]
         except ValueError as error:
@@ -249,12 +247,12 @@ class Checkpoints:
         return ValueError(f"{self.folder}/{step}: cannot be read ({reason}); {hint}")
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
-        """Reads items of one checkpoint. Raises ValueError, naming the item, for one missing or damaged."""
+        """Reads items of a checkpoint. Raises ValueError with the item's name if it is missing or damaged."""
         found = {}
         for name, arguments in items.items():
             try:
                 one = self._manager.restore(step, args=ocp.args.Composite(**{name: arguments}))
-            except Exception as error:  # Orbax, TensorStore and JSON each have their own for a broken file
+            except Exception as error:  # Orbax, TensorStore and JSON each raise their own for a damaged file
                 raise ValueError(f"{name}: {root_message(error)}") from error
             found[name] = one.get(name)
             if not isinstance(found[name], dict):
@@ -262,7 +260,7 @@ class Checkpoints:
         return found
 
     def close(self) -> None:
-        """Waits for what is being written, then releases the folder."""
+        """Waits for pending writes, then closes the manager."""
         self._guarded(None, self._manager.close)
 
 
@@ -275,15 +273,15 @@ def _parameters(tree: Any) -> set[str]:
 
 
 def _goodness(metrics: dict[str, float]) -> float:
-    """Higher is better. A loss that is not finite, as older runs have stored, is worse than any other."""
+    """Returns the negative loss. A non-finite loss, as stored by older runs, is worse than any other."""
     loss = metrics["val_loss"]
     return -loss if math.isfinite(loss) else -math.inf
 
 
 def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
-    """Raises ValueError for a folder whose checkpoints TensorStore could not write, or would write elsewhere.
+    """Raises ValueError for a folder name that TensorStore cannot handle or would interpret differently.
 
-    `folder` is absolute; `field` and `value` are the setting that it comes from, for the error message.
+    `folder` is absolute; `field` and `value` name the setting in the error message.
     """
     path = folder.as_posix()
     require("\\" not in path, field, value, "no folder in its path may have a backslash in its name")
@@ -292,7 +290,7 @@ def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
 
 
 def root_message(error: BaseException) -> str:
-    """The first line of the error at the root of a chain of errors, or its type if it has no text."""
+    """Returns the first line of the root cause of an error, or its type if it has no message."""
     while error.__cause__ is not None:
         error = error.__cause__
     # The text of a KeyError is the repr of its message.
@@ -306,8 +304,8 @@ def root_message(error: BaseException) -> str:
 class _Manager(ocp.CheckpointManager):
     """A checkpoint manager that treats unreadable or incomparable metrics as missing.
 
-    All metrics are read on opening, so a damaged file would otherwise make every checkpoint unreadable.
-    Metrics are comparable if the run used `eval_batches` when it saved them, or if that is None.
+    Orbax reads all metrics when opening, so one damaged file would make every checkpoint unreadable. Metrics
+    are comparable if they were measured with the same `eval_batches`, or if that is None.
     """
 
     def __init__(self, folder: LocalPath, options: ocp.CheckpointManagerOptions, eval_batches: int | None):

@@ -1,4 +1,4 @@
-"""Reads the parameters in the checkpoints of run folders of train.py."""
+"""Reads model parameters from the checkpoints of training runs."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from gptoss_jax.model.transformer import abstract_params
 
 
 def is_run(folder: str | pathlib.Path) -> bool:
-    """Returns True for a run folder of train.py, whose config.json holds a `TrainConfig`."""
+    """Returns True if a folder is a training run, whose config.json holds a `TrainConfig`."""
     try:
         values = json.loads((pathlib.Path(folder) / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -28,9 +28,9 @@ def is_run(folder: str | pathlib.Path) -> bool:
 def load_run(
     folder: str | pathlib.Path, step: int | None = None, abstract: dict | None = None
 ) -> tuple[TrainConfig, dict, Tokenizer]:
-    """Loads config, parameters and tokenizer of a run folder; see `read_checkpoint`.
+    """Loads config, parameters and tokenizer of a run; see `read_checkpoint`.
 
-    Raises ValueError as that does, and for a run that trained adapters beside a base model.
+    Raises ValueError like `read_checkpoint`, and for a run that trained adapters.
     """
     config, base, params = read_checkpoint(folder, step, abstract)
     if base is not None:
@@ -41,15 +41,15 @@ def load_run(
 def read_checkpoint(
     folder: str | pathlib.Path, step: int | None = None, abstract: dict | None = None
 ) -> tuple[TrainConfig, BaseModel | None, dict]:
-    """Reads the parameters in a checkpoint of a run.
+    """Reads the parameters in a run's checkpoint.
 
     Args:
-      step: of the checkpoint; None takes the one with the lowest validation loss, or else the latest.
-      abstract: the parameter tree with the shardings to load it with; None leaves it in host memory.
+      step: step of the checkpoint; None: the one with the lowest validation loss, or the latest if none has
+        one.
+      abstract: abstract parameter tree with shardings; None loads to host memory.
 
-    Returns the config, the base model of a run that trained adapters, and the parameters: of the whole model,
-    or what was trained beside that base. Raises ValueError when the folder is not a run, or has no such
-    checkpoint.
+    Returns the config, the base model if the run trained adapters, and the parameters: the whole model, or
+    only the trained ones. Raises ValueError if the folder is not a run or has no such checkpoint.
     """
     with open_checkpoint(folder, step) as (config, checkpoints, step):
         if abstract is None:
@@ -64,7 +64,7 @@ def read_checkpoint(
 
 
 def run_base(folder: str | pathlib.Path) -> BaseModel | None:
-    """Returns the base model of a run that trained adapters; None where checkpoints hold the whole model."""
+    """Returns the base model of a run that trained adapters; None if its checkpoints hold whole models."""
     with open_checkpoint(folder) as (_, checkpoints, step):
         return BaseModel.from_record(checkpoints.record(step))
 
@@ -73,7 +73,7 @@ def run_base(folder: str | pathlib.Path) -> BaseModel | None:
 def open_checkpoint(
     folder: str | pathlib.Path, step: int | None = None
 ) -> Iterator[tuple[TrainConfig, Checkpoints, int]]:
-    """Opens the checkpoints of a run, and picks one as `read_checkpoint` does."""
+    """Opens a run's checkpoints and selects one as `read_checkpoint` does."""
     folder = pathlib.Path(folder)
     config = TrainConfig.load(folder / "config.json")
     if not (folder / "checkpoints").is_dir():

@@ -1,7 +1,7 @@
-"""Folders of safetensors files: which of the files hold the weights, their tensors as views, and new files.
+"""Folders of safetensors files: finds the weight files, maps their tensors as views, and writes new files.
 
-The safetensors library validates headers. It copies what it reads, lacks bfloat16 in numpy, and writes only
-tensors that are all in memory, so the bytes are mapped and written here.
+The safetensors library is only used to validate headers: it copies what it reads, does not support bfloat16
+in NumPy, and can only write tensors that are all in memory.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from gptoss_jax.config.base import listed, read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# Adapter weights, of PEFT and of MLX.
+# Adapter weights of PEFT and MLX.
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-# Weights in formats that are not read.
+# Unsupported weight formats.
 OTHER_FORMATS = {
     "pytorch_model*.bin": "PyTorch's pickle format",
     "consolidated*.pth": "PyTorch's pickle format",
@@ -47,10 +47,10 @@ SHARD_BYTES = 5 * 10**9
 
 
 def map_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Returns the tensors of a folder by name, each a read-only view of its memory-mapped file.
+    """Returns a folder's tensors by name, as read-only views of memory-mapped files.
 
-    Raises ValueError, naming the file, for one that is missing, truncated or not a safetensors file, and for
-    an index that does not agree with its files. See `find_files`.
+    Raises ValueError with the file's name if it is missing, truncated or not a safetensors file, and for an
+    index that does not match its files. See `find_files`.
     """
     folder = pathlib.Path(folder)
     tensors: dict[str, np.ndarray] = {}
@@ -68,13 +68,13 @@ def map_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file as read-only views of it. Raises ValueError for a damaged file."""
+    """Returns a file's tensors as read-only views. Raises ValueError for a damaged file."""
     tensors, offset = {}, 0
     try:
         with safetensors.safe_open(path, "np") as file, open(path, "rb") as raw:
             mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
             data = np.frombuffer(mapped, np.uint8)[8 + int.from_bytes(mapped[:8], "little") :]
-            # Validated: the tensors follow one another without gaps and fill the file.
+            # The header is validated: tensors are contiguous and fill the file.
             for name in file.offset_keys():
                 dtype, shape = file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()
                 if dtype not in DTYPES:
@@ -87,7 +87,7 @@ def map_file(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _sizes(path: pathlib.Path) -> str:
-    """Describes the size of a damaged file and, as far as its header can be read, the size it should have."""
+    """Describes a damaged file's size and, if its header is readable, the expected size."""
     size = f"{path.stat().st_size:,} bytes"
     try:
         with open(path, "rb") as file:
@@ -100,14 +100,14 @@ def _sizes(path: pathlib.Path) -> str:
 
 
 def find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str] | None]:
-    """Returns the files that hold the weights of a folder, and the index (tensor name -> file name), if any.
+    """Returns a folder's weight files, and the index (tensor name -> file name) if there is one.
 
-    Looks in transformers' order: the file or index that `transformers_weights` of config.json names,
-    model.safetensors, model.safetensors.index.json. Without these, every other .safetensors file is read.
-    Warns of files with weights that are not read, by name.
+    Searches in transformers' order: the file or index named by `transformers_weights` in config.json,
+    model.safetensors, model.safetensors.index.json. Without these, uses all .safetensors files. Warns about
+    weight files that are not used.
 
-    Raises ValueError, naming the file, for one that is missing or a damaged index, and for a folder that
-    holds something other than a model's weights in .safetensors files.
+    Raises ValueError with the file's name for a missing file or a damaged index, and for a folder that does
+    not contain a model's weights as .safetensors files.
     """
     names = sorted({path.name for path in folder.glob("*.safetensors")} - {*ADAPTERS})
     start = _named_in_config(folder) or (SINGLE if (folder / SINGLE).is_file() else INDEX)
@@ -119,7 +119,7 @@ def find_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]
         names = [start]
     if not names:
         refuse_other_contents(folder)
-        raise ValueError(f"{folder}: holds no .safetensors file{_subfolder_hint(folder)}")
+        raise ValueError(f"{folder}: contains no .safetensors file{_subfolder_hint(folder)}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing and index is not None:
         raise ValueError(f"{folder / start}: names {listed(missing)}, which {folder} does not hold")
@@ -141,7 +141,7 @@ def _named_in_config(folder: pathlib.Path) -> str | None:
 
 
 def _inside(where: pathlib.Path, name: object) -> str:
-    """Returns a file name in its shortest form. Raises ValueError for one that is not inside the folder."""
+    """Normalizes a relative file name. Raises ValueError for a path outside the folder."""
     if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
         raise ValueError(f"{where}: names {name!r} as a file of weights, which must be in the same folder")
     return posixpath.normpath(name)
@@ -176,7 +176,7 @@ def _warn_of_unread_files(folder: pathlib.Path, names: list[str], start: str) ->
 
 
 def refuse_other_contents(folder: str | os.PathLike) -> None:
-    """Raises ValueError for a folder without .safetensors weights that holds an adapter or other formats."""
+    """Raises ValueError for a folder that has an adapter or other weight formats instead of .safetensors."""
     folder = pathlib.Path(folder)
     if {path.name for path in folder.glob("*.safetensors")} - {*ADAPTERS} or (folder / INDEX).is_file():
         return
@@ -204,7 +204,7 @@ def _subfolder_hint(folder: pathlib.Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written; `chunks` gives its bytes in order, in any number of arrays."""
+    """A tensor to write; `chunks` yields its contents in order, as any number of arrays."""
 
     name: str
     dtype: np.dtype
@@ -222,8 +222,10 @@ def write_tensors(
     shard_bytes: int = SHARD_BYTES,
     on_write: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` (a larger tensor has its own) and their
-    index. Calls `on_write` with the bytes of each chunk."""
+    """Writes model.safetensors, or an index and shards of at most `shard_bytes` (more for a single tensor).
+
+    Calls `on_write` with the size of each chunk in bytes.
+    """
     folder = pathlib.Path(folder)
     shards: list[list[NewTensor]] = [[]]
     size = 0
@@ -247,10 +249,10 @@ def write_tensors(
 def write_file(
     path: pathlib.Path, tensors: list[NewTensor], on_write: Callable[[int], None] = lambda count: None
 ) -> None:
-    """Writes one file. Raises ValueError for a tensor whose chunks do not have its size."""
-    # The widest dtypes first, so that every tensor is aligned to its own width.
+    """Writes one file. Raises ValueError if a tensor's chunks do not add up to its size."""
+    # Widest dtypes first, so that every tensor is aligned.
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
-    # transformers refuses a file without this.
+    # transformers rejects files without this.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

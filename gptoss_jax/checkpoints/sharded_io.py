@@ -1,4 +1,4 @@
-"""Streams lazy tensors into sharded arrays and back, on all cores, one layer of one parameter at a time."""
+"""Streams lazy tensors into sharded arrays and back, multithreaded, one layer of one parameter at a time."""
 
 import functools
 import math
@@ -14,14 +14,14 @@ from jax.experimental.layout import Format, Layout
 from gptoss_jax.checkpoints.lazy_tensors import Index, LazyTensor, copy_cast
 from gptoss_jax.kernels.mxfp4.codec import TPU_LAYOUTS
 
-# Bytes that one thread reads at a time: they fit into its cache, and numpy's overhead is small beside them.
+# Bytes per thread and read: small enough for the cache, large enough to amortize NumPy's overhead.
 TASK_BYTES = 8 << 20
 
 
 def read_slices(slices: Iterable[tuple[np.ndarray, LazyTensor, Index]]) -> set[str]:
-    """Reads a slice of a tensor into each array, on all cores.
+    """Reads a slice of a tensor into each array, multithreaded.
 
-    Returns the names of the tensors in which a value is infinite or NaN.
+    Returns the names of tensors with NaN or infinite values.
     """
     tasks = []
     for out, tensor, index in slices:
@@ -39,8 +39,8 @@ def read_slices(slices: Iterable[tuple[np.ndarray, LazyTensor, Index]]) -> set[s
 def with_layout(
     key: str, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
 ) -> jax.ShapeDtypeStruct:
-    """Adds a sharding to an abstract parameter and, on TPU, a memory layout if programs read one other than
-    XLA's default. `key` is the last two names of the parameter's path."""
+    """Adds a sharding to an abstract parameter and, on TPU, the memory layout that programs expect if it is
+    not XLA's default. `key` is the last two names of the parameter's path."""
     # XLA's default for these is column-major, and it transposes the whole table for each lookup, and the head
     # for the loss.
     order = (0, 1) if key in ("embedding.weight", "head.weight") else TPU_LAYOUTS.get(key.rpartition("_")[2])
@@ -57,14 +57,14 @@ def _platform(sharding: jax.sharding.Sharding) -> str:
 
 
 def load_sharded(leaf: jax.ShapeDtypeStruct, tensors: list[LazyTensor]) -> tuple[jax.Array, set[str]]:
-    """Reads one array of the parameter tree; every shard is filled from the source directly.
+    """Reads one array of the parameter tree, filling each shard directly from the source.
 
     Args:
-      leaf: shape, dtype, sharding and possibly memory layout of the array.
-      tensors: one per layer, stacked along the first axis of the array; or a single one for the whole array.
+      leaf: shape, dtype, sharding and optionally memory layout of the array.
+      tensors: one per layer, stacked along the first axis of the array, or a single one for the whole array.
 
     Returns:
-      the array, and the names of the tensors in which a value is infinite or NaN.
+      The array, and the names of tensors with NaN or infinite values.
     """
     is_stacked, layout = len(leaf.shape) > len(tensors[0].shape), leaf.format.layout
     devices_by_index: dict[tuple, list[jax.Device]] = {}
@@ -86,7 +86,7 @@ def load_sharded(leaf: jax.ShapeDtypeStruct, tensors: list[LazyTensor]) -> tuple
         shards += arrays
         non_finite |= names
     array = jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
-    # Otherwise the host would hold an array in transfer together with the next one.
+    # Otherwise the host would hold this array, still in transfer, together with the next one.
     return jax.block_until_ready(array), non_finite
 
 
@@ -123,7 +123,7 @@ def _stack_on_devices(
 def _stacking_programs(
     shape: tuple[int, ...], dtype: np.dtype, place: Format
 ) -> tuple[Callable[[], jax.Array], Callable[[jax.Array, jax.Array, int], jax.Array]]:
-    """Compiles () -> zeros, and (array, layer, i) -> the array with that layer set, in the same memory."""
+    """Compiles () -> zeros, and (array, layer, i) -> the array with layer i set, in place (donated)."""
 
     def set_layer(array: jax.Array, layer: jax.Array, i: int) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(array, layer, i, 0)
@@ -133,10 +133,10 @@ def _stacking_programs(
 
 
 def layer_on_host(array: jax.Array, layer: int | None) -> np.ndarray:
-    """Returns one layer of a stacked array, or all of an array (None): a view if it is in host memory.
+    """Returns one layer of a stacked array, or the whole array (None), on the host.
 
-    Otherwise it is assembled on the host from its shards; a device only needs memory for one more layer of
-    its own shard.
+    This is a view if the array is in host memory; otherwise it is assembled from the shards, and a device
+    needs extra memory for only one layer of its shard.
     """
     if len(array.sharding.device_set) == 1 and next(iter(array.devices())).platform == "cpu":
         whole = np.asarray(array)

@@ -1,1 +1,1 @@
-"""Perplexity on text, and the tasks of lm_eval."""
+"""Evaluation: perplexity on text, and lm_eval tasks."""

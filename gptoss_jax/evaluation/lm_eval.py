@@ -1,6 +1,6 @@
-"""Adapter to lm_eval (EleutherAI's evaluation harness), registered as "gptoss_jax".
+"""lm_eval (EleutherAI's LM Evaluation Harness) model adapter, registered as "gptoss_jax".
 
-Importing this needs lm_eval: pip install 'gptoss-jax[eval]'.
+Requires lm_eval: pip install 'gptoss-jax[eval]'.
 """
 
 import os
@@ -29,18 +29,18 @@ from gptoss_jax.inference.prefill import next_power_of_two
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import get_params
 
-# Shortest row of tokens to score; every other length doubles the one before.
+# Minimum length of a padded row; longer ones double it.
 MIN_LENGTH = 32
-# New tokens if a task does not set their number; the default of lm_eval's own adapters.
+# Default number of new tokens, as in lm_eval's own adapters.
 DEFAULT_NEW_TOKENS = 256
 GENERATION_KWARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p")
 
 
 @register_model("gptoss_jax")
 class GptOss(TemplateLM):
-    """The model of any folder that `from_pretrained` reads, with its tokenizer.
+    """lm_eval model for any folder that `from_pretrained` can load.
 
-    Texts start with bos, as in training. Inputs that are too long are truncated at the start.
+    Texts start with bos, as in training. Inputs that are too long are truncated from the left.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class GptOss(TemplateLM):
     ):
         """
         Args:
-          folder: the model's folder.
-          batch_size: rows per forward pass. Default: as many as have 16,384 tokens.
-          max_length: most tokens that the model sees at once. Default: its max_position_embeddings.
+          folder: model folder.
+          batch_size: rows per forward pass. Default: 16,384 tokens per batch.
+          max_length: maximum context length in tokens. Default: the model's max_position_embeddings.
           adapter: see `from_pretrained`.
         """
         super().__init__()
@@ -78,7 +78,7 @@ class GptOss(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The key under which lm_eval caches tokenized requests."""
+        """Key for lm_eval's cache of tokenized requests."""
         return f"gptoss_jax-{self._tokenizer.digest}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
@@ -94,7 +94,7 @@ class GptOss(TemplateLM):
         """Returns the log-probability of each continuation, and whether greedy decoding would produce it.
 
         A request is (texts, context, continuation); the texts are lm_eval's cache key. Rows are padded to a
-        power of two from 32 up, or to `max_length`: one program is compiled for each length.
+        power of two of at least 32, or to `max_length`; each length compiles one program.
         """
         for _, _, continuation in requests:
             allowed = f"must be at most max_length, {self.max_length}"
@@ -129,7 +129,7 @@ class GptOss(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-probability of each text, in lm_eval's disjoint windows."""
+        """Returns the log-probability of each text, computed in lm_eval's disjoint windows."""
         texts = [request.args[0] for request in requests]
         windows = [
             [
@@ -149,10 +149,10 @@ class GptOss(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns the text that continues each (context, settings), up to a stop token or an `until` string.
+        """Generates text for each (context, generation_kwargs), up to a stop token or an `until` string.
 
-        Stop tokens are the model folder's; one that is text is part of the answer, as in lm_eval's
-        adapters. Greedy unless the task sets `do_sample`; then the seed is the number of the request.
+        Stop tokens are the model folder's; ones that decode to text are ignored, as in lm_eval's adapters.
+        Greedy unless the task sets `do_sample`; then the seed is the request's index.
         """
         prepared = [self._prepare(seed, *request.args) for seed, request in enumerate(requests)]
         order = sorted(range(len(prepared)), key=lambda i: -len(prepared[i][0]))
@@ -182,7 +182,7 @@ class GptOss(TemplateLM):
 
     def _prepare(self, seed: int, context: str, settings: dict[str, Any]) -> tuple[list[int], SamplingParams]:
         """Converts a context and a task's generation_kwargs to a prompt and its sampling parameters."""
-        # The default must leave room for the question in a small context.
+        # In a small context, the default must leave room for the prompt.
         kwargs: Mapping[str, Any] = normalize_gen_kwargs(
             settings, min(DEFAULT_NEW_TOKENS, self.max_length // 2)
         )
@@ -216,16 +216,16 @@ def evaluate_tasks(
     *,
     adapter: str | None = None,
 ) -> dict[str, Any]:
-    """Runs tasks and returns the result of lm_eval's `evaluate`, without the samples.
+    """Runs lm_eval tasks and returns the result of its `evaluate`, without samples.
 
     Args:
-      folder, batch_size, max_length, adapter: of the model, see `GptOss`.
-      tasks: YAML files, or names of tasks that come with lm_eval. Data files that a YAML file names are
-        relative to the working directory.
-      limit: most documents of each task.
-      num_fewshot: number of examples, unless the task sets it to 0.
+      folder, batch_size, max_length, adapter: see `GptOss`.
+      tasks: YAML files, or names of tasks included in lm_eval. Data files named in a YAML file are relative
+        to the working directory.
+      limit: maximum number of documents per task.
+      num_fewshot: number of few-shot examples, unless the task sets it to 0.
 
-    Raises ValueError for a model or a task that is unknown or cannot be loaded.
+    Raises ValueError for a model or task that is unknown or cannot be loaded.
     """
     loaded = _load_tasks(tasks)
     model = GptOss(folder, batch_size, max_length, adapter)
@@ -243,7 +243,7 @@ def _load_tasks(tasks: Sequence[str]) -> Mapping[str, Any]:
     is_file = [name.endswith((".yaml", ".yml")) for name in tasks]
     tasks = [str(user_path(t, "task")) if file else t for t, file in zip(tasks, is_file, strict=True)]
     files = {name for name, file in zip(tasks, is_file, strict=True) if file}
-    # The names that come with lm_eval take thousands of files to read.
+    # Indexing lm_eval's own tasks reads thousands of files.
     manager = TaskManager(include_defaults=bool(set(tasks) - files))
     for name in tasks:
         known = os.path.isfile(name) if name in files else name in manager.task_index

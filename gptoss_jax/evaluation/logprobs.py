@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, with logits in chunks over the sequence."""
+"""Log-probabilities of given tokens, with logits computed in chunks over the sequence."""
 
 import functools
 
@@ -9,14 +9,14 @@ from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.training.losses import chunk_length, split_chunks
 
-# Tokens of a batch whose size is not given.
+# Default number of tokens per batch.
 BATCH_TOKENS = 1 << 14
 
 Batch = dict[str, jax.Array]
 
 
 def batch_rows(length: int) -> int:
-    """Rows of `length` tokens that make a batch of the default size."""
+    """Returns the number of rows of `length` tokens in a default batch."""
     return max(1, BATCH_TOKENS // length)
 
 
@@ -24,9 +24,9 @@ def batch_rows(length: int) -> int:
 def token_logprobs(config: ModelConfig, params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns log p(target) in nats, float32 [B, T], and whether the target is the most likely token, bool.
 
-    `batch` holds tokens, targets and segment_ids, int32 [B, T]; the results at padding (segment 0) are
-    meaningless. Positions start at 0 in each segment. Only one chunk of logits exists at a time. Recompiles
-    for a new shape of the batch.
+    `batch` holds tokens, targets and segment_ids, int32 [B, T]; results at padding (segment 0) are undefined.
+    Positions restart at 0 in each segment. Only one chunk of logits is in memory at a time. Recompiles for a
+    new batch shape.
     """
     model = bind(config, params)
     hidden_BTD, _, _ = model.hidden_states(batch["tokens"], batch["segment_ids"])

@@ -1,9 +1,9 @@
-"""Loss, perplexity and bits per byte of long text, in sliding windows over each document.
+"""Loss, perplexity and bits per byte on text, with sliding windows over each document.
 
-A document is tokenized as in training: bos, its tokens, eos. Every token except bos is predicted exactly
-once, eos included, from tokens of its own document only. The loss is the mean over these tokens; bits per
-byte is their sum divided by the UTF-8 bytes of the text. Windows of `data.seq_len` without overlap give the
-loss that training reports for the same text.
+A document is tokenized as in training: bos, its tokens, eos. Every token except bos, including eos, is
+predicted exactly once, using only context from its own document. The loss is the mean over these tokens; bits
+per byte is their sum divided by the UTF-8 bytes of the text. Windows of `data.seq_len` without overlap give
+the loss that training reports for the same text.
 """
 
 import collections
@@ -26,7 +26,7 @@ from gptoss_jax.model.transformer import Transformer, get_params
 from gptoss_jax.training.losses import bits_per_byte
 from gptoss_jax.training.step import make_eval_step
 
-# Tokens of a window, unless the model has a smaller context.
+# Default window length in tokens, unless the model's context is smaller.
 DEFAULT_CONTEXT = 2048
 
 
@@ -54,13 +54,13 @@ class TextScore:
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings(ConfigBase):
-    """How text is cut into windows. Raises ValueError for a value out of range."""
+    """Window settings for evaluating text. Raises ValueError for a value out of range."""
 
-    # Tokens that the model sees at once. Default: DEFAULT_CONTEXT, or the model's context if that is smaller.
+    # Window length in tokens. Default: DEFAULT_CONTEXT, or the model's context if smaller.
     context: int | None = None
     # Tokens between the starts of two windows. Default: half the context.
     stride: int | None = None
-    # Rows per forward pass. Default: as many as have 16,384 tokens.
+    # Rows per forward pass. Default: 16,384 tokens per batch.
     batch_size: int | None = None
     # Predict at most this many tokens. Default: all.
     max_tokens: int | None = None
@@ -74,7 +74,7 @@ class TextSettings(ConfigBase):
             self._require(fits, "stride", f"must be at most the context, {self.context}")
 
     def resolve(self, config: ModelConfig) -> "ResolvedTextSettings":
-        """Fills in the defaults. Raises ValueError for a context that the model does not have."""
+        """Fills in the defaults. Raises ValueError for a context longer than the model's."""
         limit = config.max_position_embeddings
         context = min(DEFAULT_CONTEXT, limit) if self.context is None else self.context
         allowed = f"must be at most the model's max_position_embeddings, {limit}"
@@ -87,10 +87,10 @@ class TextSettings(ConfigBase):
         )
 
     def windows(self, num_targets: int) -> np.ndarray:
-        """Windows over a document: int64 [windows, 3] of first target, number of targets, and number scored.
+        """Returns windows over a document, int64 [windows, 3]: first target, targets, scored targets.
 
-        The last ones of a window are scored: all in the first window, afterwards those after the first
-        context - stride, which the window before has scored.
+        The first window scores all its targets; later ones skip the first context - stride targets, which
+        the previous window has scored.
         """
         context, stride = self.context, self.stride
         assert context is not None and stride is not None
@@ -103,7 +103,7 @@ class TextSettings(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedTextSettings(TextSettings):
-    """Settings without defaults to fill in."""
+    """`TextSettings` with defaults filled in."""
 
     context: int = DEFAULT_CONTEXT
     stride: int = DEFAULT_CONTEXT // 2
@@ -117,13 +117,13 @@ def evaluate_text(
     settings: TextSettings = TextSettings(),  # noqa: B008 (it is frozen)
     on_progress: Callable[[int, int | None, float], None] = lambda done, total, loss: None,
 ) -> TextScore:
-    """Evaluates a model on a corpus. Memory does not grow with the length of the text.
+    """Evaluates a model on a corpus, streaming: memory does not grow with the length of the text.
 
     Args:
       on_progress: called with the tokens done, the total (None until known), and the loss so far.
 
-    Raises ValueError for settings that do not fit the model, text that cannot be read, a corpus without text,
-    and tokens outside the model's vocabulary.
+    Raises ValueError for settings that do not fit the model, unreadable text, an empty corpus, and tokens
+    outside the model's vocabulary.
     """
     config, params = model.config, get_params(model)
     resolved = settings.resolve(config)
@@ -131,13 +131,13 @@ def evaluate_text(
     nats, done, documents, total, num_bytes = 0.0, 0, 0, 0, 0
     skipped: collections.Counter[str] = collections.Counter()
     groups = _groups(tokenizer, corpus.documents(skipped), resolved.max_tokens)
-    # One group ahead, to know the total before the last one.
+    # Read one group ahead, to know the total before the last group.
     for group, following in with_next(groups):
         documents += len(group)
         total += sum(len(tokens) - 1 for tokens, _ in group)
         num_bytes += sum(count for _, count in group)
         if eval_step is None:
-            # A short text does not need a whole batch.
+            # A short text does not need a full batch.
             count = sum(len(resolved.windows(len(tokens) - 1)) for tokens, _ in group)
             resolved = dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))
         for batch in _batches([tokens for tokens, _ in group], resolved):
@@ -156,7 +156,7 @@ def evaluate_text(
         loss=loss,
         # exp(710) overflows.
         perplexity=math.exp(loss) if not loss > 709 else math.inf,
-        # The first tokens of a document that was cut may have no bytes.
+        # The first tokens of a truncated document may have no bytes.
         bits_per_byte=bits_per_byte(nats, num_bytes) if num_bytes else math.nan,
         documents=documents,
         null_records=skipped["null"],
@@ -173,7 +173,7 @@ def evaluate_text(
 def _groups(
     tokenizer: Tokenizer, documents: Iterable[str], max_tokens: int | None
 ) -> Iterator[list[tuple[np.ndarray, int]]]:
-    """Yields groups of documents, some megabytes each: the tokens, and the number of bytes of the text."""
+    """Yields groups of documents, a few megabytes each: the tokens, and the number of bytes of text."""
     left = math.inf if max_tokens is None else max_tokens
     for batch in group_documents((text, False) for text in documents):
         texts, group = [text for text, _ in batch], []
@@ -191,9 +191,9 @@ def _groups(
 
 
 def _batches(documents: list[np.ndarray], settings: ResolvedTextSettings) -> Iterator[Batch]:
-    """Yields batches of windows; `loss_weights` is 1 for targets that are scored.
+    """Yields batches of windows; `loss_weights` is 1 for scored targets.
 
-    Short windows share a row as separate segments.
+    Short windows are packed into rows as separate segments.
     """
     windows, offset = [], 0
     for tokens in documents:
