@@ -165,7 +165,7 @@ class ConfigBase:
         require(condition, self._path(name), getattr(self, name), allowed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the config as JSON-ready values; `from_dict` reads them."""
+        """Returns the config as JSON-serializable values, the input of `from_dict`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod

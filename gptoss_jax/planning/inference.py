@@ -244,7 +244,7 @@ class InferencePlan:
         return None if self.chip is None else any(one.fits for one in self.estimates)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as JSON-ready values; bytes are for one device."""
+        """Returns all results as JSON-serializable values; bytes are per device."""
         total, active = parameter_counts(self.model)
         estimates = []
         for one in self.estimates:

@@ -40,7 +40,7 @@ class Plan:
         return any(one.fits for one in self.compiled or self.estimates)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as JSON-ready values; bytes, seconds and FLOPs are for one device."""
+        """Returns all results as JSON-serializable values; bytes, seconds and FLOPs are per device."""
         total, active = parameter_counts(self.config.model)
         estimates = []
         for one in self.estimates:

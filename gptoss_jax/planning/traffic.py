@@ -64,8 +64,8 @@ def _collectives(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]
         blocks, embedding, head = (
             [p for p in found if part in p.names] for part in ("blocks", "embedding", "head")
         )
-        # Forward and backward pass gather, with or without remat. The embedding is sent as it is stored, and
-        # gradients of embedding and head in float32.
+        # Both forward and backward pass gather, with or without remat. The embedding is sent in its storage
+        # dtype, and the gradients of embedding and head in float32.
         stored = width if model.lora else 4
         gathers = n * (2 * step.gathered(blocks) + step.gathered(embedding, stored) + step.gathered(head))
         yield "gather parameters", "all-gather", axes, bytes_sent("all-gather", gathers, size)
