@@ -43,6 +43,14 @@ COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.1,
 }
+# The files that take longest, in this order. They run first: with two processes, one that is begun last would
+# leave the other without work.
+LONGEST = [
+    "train", "lora_training", "distributed", "server_answer_grammar", "notebooks", "lora_runs", "meshes",
+    "any_path", "lora", "generate", "engine", "packed_training", "benchmarks", "plan", "golden", "step",
+    "encoding", "parity", "kv_cache", "lora_parity", "kernel_check", "plan_adapters", "memory_table",
+    "startup", "chat_training", "x64",
+]  # fmt: skip
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
 
 
@@ -55,6 +63,11 @@ def pytest_configure(config):
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > 7 * 86400:
                 file.unlink()
+
+
+def pytest_collection_modifyitems(items):
+    rank = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
