@@ -249,7 +249,10 @@ def report(error: BaseException, name: str) -> int:
         return 1
     if not isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError)):
         raise error
-    say(name, "error", error)
+    message: BaseException | str = error
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"  # without [Errno 2]
+    say(name, "error", message)
     return 2 if isinstance(error, ValueError) else 1
 
 

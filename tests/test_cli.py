@@ -346,3 +346,31 @@ def test_plan_takes_the_flags_of_train(words, settings, monkeypatch):
         main.main(["plan", "configs/quickstart.py", *words])
     expected = [setting.partition("=") for setting in settings]
     assert read == [[word for name, _, value in expected for word in (f"--{name}", *value.split())]]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ["generate", "NONE", "--prompt", "a"],
+            "NONE: no such folder; name a run, a model folder or hf:OWNER/NAME",
+        ),
+        (["generate", "EMPTY", "--prompt", "a"], "EMPTY is not a model or a run: it has no config.json"),
+        (["plan", "gpt_oss_20c"], "(did you mean gpt_oss_20b?); the presets are"),
+    ],
+)
+def test_errors_say_the_next_step(tmp_path, capsys, args, words):
+    (tmp_path / "EMPTY").mkdir()
+    places = {name: str(tmp_path / name) for name in ("NONE", "EMPTY")}
+    assert main.main([places.get(word, word) for word in args]) == 2
+    said = capsys.readouterr().err
+    assert words in said.replace(f"{tmp_path}/", "") and said.count("\n") == 1
+
+
+def test_errors_of_the_system_name_the_file(monkeypatch, capsys):
+    def fail(run, adapter):
+        raise PermissionError(13, "Permission denied", "/x/y")
+
+    monkeypatch.setattr(load, "load_model", fail)
+    assert main.main(["generate", "run", "--prompt", "a"]) == 1
+    assert capsys.readouterr().err == "gptoss: error: /x/y: permission denied\n"

@@ -291,7 +291,7 @@ def test_command_reports_skipped_records(run_folder, corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "source is None: give one, such as text:FILE, or a task"),
+        ([], "source is None: give --source, such as text:FILE, or --task"),
         (["--source", "stdlib", "--task", "a"], "task is ['a']: must be left out if there is a source"),
         (["--source", "stdlib", "--limit", "3"], "limit is 3: applies only to a task"),
         (["--task", "a", "--stride", "3"], "stride is 3: applies only to a source"),

@@ -177,5 +177,9 @@ def load_model(
         refuse_other_contents(local)
     tokenizer = find_tokenizer(local)
     if tokenizer is None:
-        raise ValueError(f"{folder}: must contain tokenizer.json or tokenizer_name.txt")
+        has_config = (local / "config.json").is_file()
+        kind = (
+            "has no tokenizer; add" if has_config else "is not a model or a run: it has no config.json and no"
+        )
+        raise ValueError(f"{folder} {kind} tokenizer.json or tokenizer_name.txt")
     return from_pretrained(local, adapter=adapter), tokenizer

@@ -284,8 +284,12 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
     path = user_path(folder, "folder")
     if not path.is_dir():
         is_repository = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
-        hint = f"; did you mean {HUB}{name}?" if is_repository else ""
-        raise ValueError(f"{folder}: no such folder{hint}")
+        hint = (
+            f"did you mean {HUB}{name}?"
+            if is_repository
+            else f"name a run, a model folder or {HUB}OWNER/NAME"
+        )
+        raise ValueError(f"{folder}: no such folder; {hint}")
     return path
 
 

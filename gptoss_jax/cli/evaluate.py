@@ -64,7 +64,9 @@ class Evaluate:
     def _check(self) -> None:
         source, task = self.source, list(self.task)
         require(source is None or not task, "task", task, "must be left out if there is a source")
-        require(source is not None or bool(task), "source", source, "give one, such as text:FILE, or a task")
+        require(
+            source is not None or bool(task), "source", source, "give --source, such as text:FILE, or --task"
+        )
         other = "source" if task else "task"
         for name in ("stride", "max_tokens") if task else ("limit", "num_fewshot"):
             require(getattr(self, name) is None, name, getattr(self, name), f"applies only to a {other}")

@@ -10,7 +10,7 @@ import runpy
 from collections.abc import Sequence
 from typing import Any
 
-from gptoss_jax.config.base import FORMER_NAMES, require
+from gptoss_jax.config.base import FORMER_NAMES, nearest, require
 from gptoss_jax.config.command_line import EXAMPLES, parse
 from gptoss_jax.config.model import LoraConfig, RopeScaling
 from gptoss_jax.config.paths import user_path
@@ -95,8 +95,9 @@ def find_preset(path: str | os.PathLike) -> pathlib.Path:
         in_repository = ("configs" / preset.parent.relative_to(preset_folder())).as_posix()
         if preset.stem == stem and folder in (".", in_repository, in_repository.removeprefix("configs/")):
             return preset
-    names = ", ".join(preset_names())
-    raise ValueError(f"config is {os.fspath(path)!r}: no such file or preset; the presets are {names}")
+    names, near = ", ".join(preset_names()), nearest(name.name, preset_names())
+    hint = f" (did you mean {near}?)" if near else ""
+    raise ValueError(f"config is {os.fspath(path)!r}: no such file or preset{hint}; the presets are {names}")
 
 
 def _run(path: pathlib.Path) -> object:
