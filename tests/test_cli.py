@@ -374,3 +374,13 @@ def test_errors_of_the_system_name_the_file(monkeypatch, capsys):
     monkeypatch.setattr(load, "load_model", fail)
     assert main.main(["generate", "run", "--prompt", "a"]) == 1
     assert capsys.readouterr().err == "gptoss: error: /x/y: permission denied\n"
+
+
+def test_no_color_turns_off_dimmed_text(run, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    run.chunks = [b"a"]
+    assert main.main(["generate", "folder", "--prompt", "Hi"]) == 0
+    assert out.getvalue() == "Hia\n"

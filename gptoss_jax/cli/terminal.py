@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TextIO
 
-from gptoss_jax.terminal import encodable, is_terminal, printable
+from gptoss_jax.terminal import encodable, has_colors, is_terminal, printable
 
 
 class Write(Protocol):
@@ -15,13 +15,13 @@ class Write(Protocol):
 
 def writer(file: TextIO) -> Write:
     """Returns a function that writes text at once. On a terminal, control characters are spelled out."""
-    on_terminal = is_terminal(file)
+    on_terminal, is_styled = is_terminal(file), has_colors(file)
 
     def write(text: str, dim: bool = False) -> None:
         text = encodable(text, file)
         if on_terminal:
             text = printable(text)
-            text = f"\x1b[2m{text}\x1b[0m" if dim and text else text
+            text = f"\x1b[2m{text}\x1b[0m" if dim and text and is_styled else text
         file.write(text)
         file.flush()
 
