@@ -34,6 +34,7 @@ from gptoss_jax.model.parameters import (
     path_names,
 )
 from gptoss_jax.model.transformer import Transformer, abstract_params, bind
+from gptoss_jax.parallel.mesh import check_model
 from gptoss_jax.status import progress
 
 
@@ -118,6 +119,8 @@ def load_target(
 
     tree = jax.tree_util.tree_map_with_path(typed, abstract_params(config))
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if mesh is not None:
+        check_model(config, dict(mesh.shape))
     shardings = jax.tree.map(lambda leaf: first, tree) if mesh is None else parameter_shardings(tree, mesh)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf, sharding: with_layout(parameter_name(path), leaf, sharding),
@@ -165,7 +168,9 @@ def warn_non_finite_params(config: ModelConfig, params: dict, origin: pathlib.Pa
 
 
 def load_model(
-    folder: str | os.PathLike, adapter: str | os.PathLike | None = None
+    folder: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Loads a model, as `from_pretrained` does, and its tokenizer.
 
@@ -182,4 +187,4 @@ def load_model(
             "has no tokenizer; add" if has_config else "is not a model or a run: it has no config.json and no"
         )
         raise ValueError(f"{folder} {kind} tokenizer.json or tokenizer_name.txt")
-    return from_pretrained(local, adapter=adapter), tokenizer
+    return from_pretrained(local, adapter=adapter, mesh=mesh), tokenizer

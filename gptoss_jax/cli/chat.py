@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Literal, TextIO
 import tyro
 
 from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFlags
+from gptoss_jax.cli.model import open_model
 from gptoss_jax.config import require
 from gptoss_jax.startup import patient
-from gptoss_jax.status import status, until_first
+from gptoss_jax.status import until_first
 
 if TYPE_CHECKING:
     from gptoss_jax.cli.terminal import Write
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from gptoss_jax.data.tokenizer import Tokenizer
     from gptoss_jax.inference.chat import Conversation
     from gptoss_jax.inference.sampling_params import SamplingParams
+    from gptoss_jax.model.transformer import Transformer
 
 HELP = "/new starts a new conversation, /exit or Ctrl-D exits, Ctrl-C stops an answer and keeps what it said"
 
@@ -43,6 +45,8 @@ class Chat:
     folder: Folder
     # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
+    # Mesh of devices to split the model over, such as tensor=2. (default: one device)
+    mesh: OptionalText = None
     # Reasoning effort of a chat model.
     reasoning: Literal["low", "medium", "high"] = "medium"
     # Developer message for a chat model, such as "Answer in French."
@@ -54,10 +58,10 @@ class Chat:
     sampling: Sampling = SamplingFlags()
 
     def run(self) -> None:
-        with status(f"loading {self.folder}"):
-            from gptoss_jax.checkpoints.load import load_model
+        with open_model(self.folder, self.adapter, self.mesh) as (model, tokenizer):
+            self._run(model, tokenizer)
 
-            model, tokenizer = load_model(self.folder, self.adapter)
+    def _run(self, model: "Transformer", tokenizer: "Tokenizer") -> None:
         from gptoss_jax.cli.terminal import writer
         from gptoss_jax.inference.engine import Engine
         from gptoss_jax.inference.generate import stream_one

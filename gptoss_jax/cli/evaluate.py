@@ -10,6 +10,8 @@ from gptoss_jax.config import require
 from gptoss_jax.status import status
 
 if TYPE_CHECKING:
+    import jax
+
     from gptoss_jax.evaluation.perplexity import TextScore
 
 INSTALL_EVAL = "pip install 'gptoss-jax[eval]'"
@@ -32,6 +34,8 @@ class Evaluate:
     folder: Folder
     # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
+    # Mesh of devices to split the model over, such as tensor=2. (default: one device)
+    mesh: OptionalText = None
     # Text to score: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME.
     source: OptionalText = None
     # lm_eval task to run: a name, or your own YAML file.
@@ -57,7 +61,10 @@ class Evaluate:
 
         self._check()
         path = None if self.json_file is None else output_file(self.json_file, "json")
-        result = self._run_tasks() if self.task else self._run_text()
+        with status("starting"):
+            from gptoss_jax.parallel.mesh import use_mesh
+        with use_mesh(self.mesh) as mesh:
+            result = self._run_tasks(mesh) if self.task else self._run_text(mesh)
         if path is not None:
             write_json(path, _to_json(result), default=str)
 
@@ -74,7 +81,7 @@ class Evaluate:
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"must be {least} or more")
 
-    def _run_text(self) -> dict[str, Any]:
+    def _run_text(self, mesh: "jax.sharding.Mesh | None") -> dict[str, Any]:
         with status(f"loading {self.folder}"):
             from gptoss_jax.checkpoints.load import load_model
             from gptoss_jax.checkpoints.readers import local_folder
@@ -93,7 +100,7 @@ class Evaluate:
             seq_len = TrainConfig.load(folder / "config.json").data.seq_len
             settings = dataclasses.replace(settings, context=seq_len)
         with status(f"loading {self.folder}"):
-            model, tokenizer = load_model(folder, self.adapter)
+            model, tokenizer = load_model(folder, self.adapter, mesh)
         with status("scoring") as shown:
             shown.update("compiling")
 
@@ -106,7 +113,7 @@ class Evaluate:
         values = dataclasses.asdict(score) | {"tokens_per_second": score.tokens_per_second}
         return {"folder": self.folder, "source": self.source, **values}
 
-    def _run_tasks(self) -> dict[str, Any]:
+    def _run_tasks(self, mesh: "jax.sharding.Mesh | None") -> dict[str, Any]:
         try:
             with status("starting lm_eval"):
                 import lm_eval.utils
@@ -126,6 +133,7 @@ class Evaluate:
             self.batch_size,
             self.context,
             adapter=self.adapter,
+            mesh=mesh,
         )
         print(lm_eval.utils.make_table(result))
         if result.get("groups"):

@@ -3,12 +3,17 @@
 import dataclasses
 import itertools
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFlags, Texts
-from gptoss_jax.status import status, until_first
+from gptoss_jax.cli.model import open_model
+from gptoss_jax.status import until_first
+
+if TYPE_CHECKING:
+    from gptoss_jax.data.tokenizer import Tokenizer
+    from gptoss_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +34,17 @@ class Generate:
     prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")]
     # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
+    # Mesh of devices to split the model over, such as tensor=2. (default: one device)
+    mesh: OptionalText = None
     # Stop before this text appears.
     stop_strings: Texts = ()
     sampling: Sampling = SamplingFlags()
 
     def run(self) -> None:
-        with status(f"loading {self.folder}"):
-            from gptoss_jax.checkpoints.load import load_model
+        with open_model(self.folder, self.adapter, self.mesh) as (model, tokenizer):
+            self._run(model, tokenizer)
 
-            model, tokenizer = load_model(self.folder, self.adapter)
+    def _run(self, model: "Transformer", tokenizer: "Tokenizer") -> None:
         from gptoss_jax.cli.terminal import Throughput, writer
         from gptoss_jax.config.paths import user_text
         from gptoss_jax.inference.chat import PLAIN

@@ -47,6 +47,8 @@ class Serve:
     api_key: OptionalText = None
     # LoRA adapter to apply: a PEFT folder, or a run that trained adapters.
     adapter: OptionalText = None
+    # Mesh of devices to split the model over, such as tensor=2. (default: one device)
+    mesh: OptionalText = None
     # Name of the model in the API. (default: the name of the folder)
     model_name: OptionalText = None
     # Number of requests decoded together. (default: 8 on CPU; elsewhere as many as fit in memory, up to 16)
@@ -153,6 +155,7 @@ class Serve:
         return ServeConfig(
             folder=self.folder,
             adapter=self.adapter,
+            mesh=self.mesh,
             model_name=self.model_name,
             slots=self.slots,
             context=self.context,

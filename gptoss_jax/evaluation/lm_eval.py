@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from gptoss_jax.checkpoints.load import load_model
 from gptoss_jax.config import require
 from gptoss_jax.config.paths import user_path
-from gptoss_jax.evaluation.logprobs import batch_rows, token_logprobs
+from gptoss_jax.evaluation.logprobs import batch_rows, split_rows, token_logprobs
 from gptoss_jax.inference.detokenizer import detokenize
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.prefill import next_power_of_two
@@ -49,18 +50,19 @@ class GptOss(TemplateLM):
         batch_size: int | None = None,
         max_length: int | None = None,
         adapter: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         """
         Args:
           folder: model folder.
           batch_size: rows per forward pass. Default: 16,384 tokens per batch.
           max_length: maximum context length in tokens. Default: the model's max_position_embeddings.
-          adapter: see `from_pretrained`.
+          adapter, mesh: see `from_pretrained`.
         """
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             require(value is None or value >= least, name, value, f"must be {least} or more")
-        self._model, self._tokenizer = load_model(folder, adapter)
+        self._model, self._tokenizer = load_model(folder, adapter, mesh)
         self._params = get_params(self._model)
         limit = self._model.config.max_position_embeddings
         self.max_length = limit if max_length is None else max_length
@@ -107,6 +109,7 @@ class GptOss(TemplateLM):
                 length = max(MIN_LENGTH, next_power_of_two(len(tokens[order[0]]) - 1))
                 length = min(length, self.max_length)
                 rows = min(self._batch_size or batch_rows(length), next_power_of_two(len(requests)))
+                rows = split_rows(rows)
                 chosen, order = order[:rows], order[rows:]
                 names = ("tokens", "targets", "segment_ids")
                 batch = {name: np.zeros((rows, length), np.int32) for name in names}
@@ -215,11 +218,12 @@ def evaluate_tasks(
     max_length: int | None = None,
     *,
     adapter: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
     """Runs lm_eval tasks and returns the result of its `evaluate`, without samples.
 
     Args:
-      folder, batch_size, max_length, adapter: see `GptOss`.
+      folder, batch_size, max_length, adapter, mesh: see `GptOss`.
       tasks: YAML files, or names of tasks included in lm_eval. Data files named in a YAML file are relative
         to the working directory.
       limit: maximum number of documents per task.
@@ -228,7 +232,7 @@ def evaluate_tasks(
     Raises ValueError for a model or task that is unknown or cannot be loaded.
     """
     loaded = _load_tasks(tasks)
-    model = GptOss(folder, batch_size, max_length, adapter)
+    model = GptOss(folder, batch_size, max_length, adapter, mesh)
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     for task in loaded["tasks"].values():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.transformer import bind
+from gptoss_jax.parallel.mesh import batch_shards, current_axes
 from gptoss_jax.training.losses import chunk_length, split_chunks
 
 # Default number of tokens per batch.
@@ -18,6 +19,12 @@ Batch = dict[str, jax.Array]
 def batch_rows(length: int) -> int:
     """Returns the number of rows of `length` tokens in a default batch."""
     return max(1, BATCH_TOKENS // length)
+
+
+def split_rows(rows: int) -> int:
+    """Rounds rows up to a number that the current mesh can split."""
+    shards = batch_shards(current_axes())
+    return -(-rows // shards) * shards
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -21,7 +21,7 @@ from gptoss_jax.data.packing import pack
 from gptoss_jax.data.sources import Corpus, with_next
 from gptoss_jax.data.token_cache import encode_documents, group_documents
 from gptoss_jax.data.tokenizer import Tokenizer
-from gptoss_jax.evaluation.logprobs import batch_rows
+from gptoss_jax.evaluation.logprobs import batch_rows, split_rows
 from gptoss_jax.model.transformer import Transformer, get_params
 from gptoss_jax.training.losses import bits_per_byte
 from gptoss_jax.training.step import make_eval_step
@@ -139,7 +139,8 @@ def evaluate_text(
         if eval_step is None:
             # A short text does not need a full batch.
             count = sum(len(resolved.windows(len(tokens) - 1)) for tokens, _ in group)
-            resolved = dataclasses.replace(resolved, batch_size=min(resolved.batch_size, count))
+            rows = split_rows(min(resolved.batch_size, count))
+            resolved = dataclasses.replace(resolved, batch_size=rows)
         for batch in _batches([tokens for tokens, _ in group], resolved):
             largest = int(batch["tokens"].max())
             allowed = f"must be below the model's vocab_size, {config.vocab_size}"

@@ -1,14 +1,16 @@
 """The device mesh: its axes, construction, and the axis sizes of the current mesh."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from gptoss_jax.config import MeshConfig, ModelConfig, require
+from gptoss_jax.config.base import nearest
 
 # The fields of MeshConfig, in order: devices along the last axis are nearest neighbors.
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
@@ -68,6 +70,56 @@ def check_model(config: ModelConfig, axes: Mapping[str, int]) -> None:
         for field, size in sizes.items():
             allowed = f"must divide model.{field} ({size}); valid sizes: {valid}"
             require(size % axes[axis] == 0, f"mesh.{axis}", axes[axis], allowed)
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """Returns sizes by axis from text such as "fsdp=16,expert=4"; other axes are 1, and one may be -1.
+
+    Raises ValueError for an unknown axis, and if the sizes do not multiply to the number of devices.
+    """
+    sizes = _parse_sizes(text)
+    product = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {name: devices // product if size == -1 else size for name, size in sizes.items()}
+    allowed = f"axis sizes must multiply to {devices}, the number of devices"
+    require(math.prod(sizes.values()) == devices, "mesh", text, allowed)
+    return sizes
+
+
+def _parse_sizes(text: str) -> dict[str, int]:
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        near = nearest(name, AXES)
+        hint = f"did you mean {near}? " if near else ""
+        require(name in sizes, "mesh", text, f"{hint}axes are {', '.join(AXES)}")
+        is_number = size.removeprefix("-").isdecimal()
+        require(is_number, "mesh", text, "must be axis=number, such as fsdp=16,expert=4")
+        sizes[name] = int(size)
+    MeshConfig(**sizes)
+    return sizes
+
+
+@contextlib.contextmanager
+def use_mesh(text: str | None) -> Iterator[Mesh | None]:
+    """Makes a mesh such as "tensor=2" the current one for inference; None uses one device, without a mesh.
+
+    A mesh may have fewer devices than the machine: it takes the first ones. Raises ValueError for an unknown
+    axis, more devices than there are, and several processes.
+    """
+    if text is None:
+        yield None
+        return
+    require(jax.process_count() == 1, "mesh", text, "must be left out: inference runs in a single process")
+    available = jax.devices()
+    sizes = _parse_sizes(text)
+    product = math.prod(size for size in sizes.values() if size != -1)
+    count = len(available) if -1 in sizes.values() else product
+    plural = "s" * (len(available) != 1)
+    allowed = f"needs {product} devices, and this machine has {len(available)} JAX device{plural}"
+    require(product <= len(available), "mesh", text, allowed)
+    mesh = make_mesh(MeshConfig(**sizes), available[:count])
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def current_axes() -> dict[str, int]:

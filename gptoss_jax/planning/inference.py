@@ -37,9 +37,9 @@ from gptoss_jax.model.parameters import (
     tree_bytes,
 )
 from gptoss_jax.model.transformer import abstract_params
-from gptoss_jax.parallel.mesh import batch_shards
+from gptoss_jax.parallel.mesh import batch_shards, parse_mesh
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
-from gptoss_jax.planning.plan import all_meshes, parse_mesh
+from gptoss_jax.planning.plan import all_meshes
 from gptoss_jax.planning.shards import abstract_mesh, gathered_axes, local_bytes
 
 CPU = "cpu"

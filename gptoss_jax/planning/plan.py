@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from gptoss_jax.config import MeshConfig, TrainConfig, require
-from gptoss_jax.config.base import nearest
+from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology
 from gptoss_jax.model.lora import adapter_counts
-from gptoss_jax.parallel.mesh import AXES, divisors
+from gptoss_jax.parallel.mesh import AXES, divisors, parse_mesh
 from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step
 from gptoss_jax.planning.estimate import Estimate, estimate
 
@@ -115,28 +114,6 @@ def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
 def mesh_name(mesh: dict[str, int], separator: str = ",") -> str:
     """Formats a mesh for `--mesh`, such as "fsdp=16,expert=4"; axes of size 1 are omitted."""
     return separator.join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
-
-
-def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """Parses sizes by axis, such as "fsdp=16,expert=4"; other axes are 1, and one may be -1.
-
-    Raises ValueError for an unknown axis, and if the sizes do not multiply to the number of devices.
-    """
-    sizes = dict.fromkeys(AXES, 1)
-    for part in filter(None, text.replace(" ", "").split(",")):
-        name, _, size = part.partition("=")
-        near = nearest(name, AXES)
-        hint = f"did you mean {near}? " if near else ""
-        require(name in sizes, "mesh", text, f"{hint}axes are {', '.join(AXES)}")
-        is_number = size.removeprefix("-").isdecimal()
-        require(is_number, "mesh", text, "must be axis=number, such as fsdp=16,expert=4")
-        sizes[name] = int(size)
-    MeshConfig(**sizes)
-    product = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {name: devices // product if size == -1 else size for name, size in sizes.items()}
-    allowed = f"axis sizes must multiply to {devices}, the number of devices"
-    require(math.prod(sizes.values()) == devices, "mesh", text, allowed)
-    return sizes
 
 
 def all_meshes(devices: int) -> Iterator[dict[str, int]]:

@@ -21,6 +21,7 @@ from gptoss_jax.inference.engine import Engine
 from gptoss_jax.model.kv_cache import init_cache
 from gptoss_jax.model.parameters import parameter_name, tree_bytes
 from gptoss_jax.model.transformer import Transformer, bind, compute_dtype, get_params
+from gptoss_jax.parallel.mesh import use_mesh
 from gptoss_jax.server.engine_thread import EngineThread
 from gptoss_jax.server.metrics import Metrics
 from gptoss_jax.server.service import Defaults, Service, Settings
@@ -36,6 +37,7 @@ class ServeConfig:
 
     folder: str
     adapter: str | None = None
+    mesh: str | None = None  # such as "tensor=2"; None: one device
     model_name: str | None = None  # None: the folder's name
     slots: int | None = None
     context: int | None = None
@@ -50,16 +52,22 @@ class ServeConfig:
 
 def load_service(config: ServeConfig) -> Service:
     """Loads the model; raises ValueError like `from_pretrained`, and for a bad generation_config.json."""
+    with use_mesh(config.mesh) as mesh:
+        return _load_service(config, mesh)
+
+
+def _load_service(config: ServeConfig, mesh: jax.sharding.Mesh | None) -> Service:
     folder = local_folder(config.folder)
     defaults = read_defaults(folder)
-    model, tokenizer = load_model(folder, config.adapter)
+    model, tokenizer = load_model(folder, config.adapter, mesh)
     model = widen(model)
     kind = find_model_kind(folder if config.adapter is None else config.adapter, tokenizer)
     limit = model.config.max_position_embeddings
     context = limit if config.context is None else config.context
     allowed = f"must be from 2 to the model's max_position_embeddings, {limit}"
     require(2 <= context <= limit, "context", context, allowed)
-    slots = config.slots or min(8 if jax.default_backend() == "cpu" else 16, max_slots(model.config, context))
+    usual = 8 if jax.default_backend() == "cpu" else 16
+    slots = config.slots or min(usual, max_slots(model.config, context, mesh))
     cache: dict[str, Any] = (
         {} if config.prefix_cache_bytes is None else {"prefix_cache_bytes": config.prefix_cache_bytes}
     )
@@ -101,8 +109,9 @@ def widen(model: Transformer) -> Transformer:
     return widened
 
 
-def max_slots(config: ModelConfig, context: int) -> int:
-    """Returns how many slots of `context` tokens fit in the device memory left by the weights, at least 1.
+def max_slots(config: ModelConfig, context: int, mesh: jax.sharding.Mesh | None = None) -> int:
+    """Returns how many slots of `context` tokens fit in the memory left by the weights, at least 1: of a device,
+    or of the mesh that splits them.
 
     Returns 2**31 if JAX does not report the memory. While a cache grows, the old and the new one coexist: at
     most 1.5 times the new size.
@@ -112,7 +121,8 @@ def max_slots(config: ModelConfig, context: int) -> int:
         return 1 << 31
     free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     row = jax.eval_shape(lambda: init_cache(config, 1, context, compute_dtype(config)))
-    return max(int(0.9 * free / (1.5 * tree_bytes(row))), 1)
+    devices = 1 if mesh is None else mesh.size
+    return max(int(0.9 * free * devices / (1.5 * tree_bytes(row))), 1)
 
 
 def default_name(folder: str) -> str:
