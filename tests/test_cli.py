@@ -178,7 +178,7 @@ def test_a_folder_without_a_run(capsys, tmp_path, command):
     [(ValueError("one\n  two"), 2), (OSError("one two"), 1), (FileNotFoundError("one two"), 1)],
 )
 def test_errors_are_one_line(capsys, monkeypatch, error, code):
-    def fail(run, adapter):
+    def fail(run, adapter, mesh):
         raise error
 
     monkeypatch.setattr(load, "load_model", fail)
@@ -187,7 +187,7 @@ def test_errors_are_one_line(capsys, monkeypatch, error, code):
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
-    def fail(run, adapter):
+    def fail(run, adapter, mesh):
         raise TypeError("a fault of ours")
 
     monkeypatch.setattr(load, "load_model", fail)
@@ -200,7 +200,7 @@ def run(monkeypatch):
     """A fake run, and an engine that answers with the given chunks of bytes."""
     seen = types.SimpleNamespace(chunks=[], tokenizer=make_tokenizer("bytes"))
     seen.model = types.SimpleNamespace(config=ModelConfig(vocab_size=260))
-    monkeypatch.setattr(load, "load_model", lambda folder, adapter: (seen.model, seen.tokenizer))
+    monkeypatch.setattr(load, "load_model", lambda folder, adapter, mesh: (seen.model, seen.tokenizer))
 
     def stream(model, prompts, params, *, tokenizer):
         assert model is seen.model and tokenizer is seen.tokenizer

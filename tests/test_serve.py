@@ -182,7 +182,7 @@ def test_a_service_of_a_folder(model_folder, monkeypatch):
         load_service(ServeConfig(str(model_folder), context=1))
 
 
-def _model_with_bytes(folder, adapter=None):
+def _model_with_bytes(folder, adapter=None, mesh=None):
     """A model whose vocabulary has the bytes; the checkpoints of the tests are too small for it."""
     import jax
 

@@ -110,8 +110,8 @@ def widen(model: Transformer) -> Transformer:
 
 
 def max_slots(config: ModelConfig, context: int, mesh: jax.sharding.Mesh | None = None) -> int:
-    """Returns how many slots of `context` tokens fit in the memory left by the weights, at least 1: of a device,
-    or of the mesh that splits them.
+    """Returns how many slots of `context` tokens fit in the memory left by the weights, of a device or of the
+    mesh that splits them; at least 1.
 
     Returns 2**31 if JAX does not report the memory. While a cache grows, the old and the new one coexist: at
     most 1.5 times the new size.
