@@ -30,13 +30,13 @@ LARGE = ("--model.num-hidden-layers", "36", "--model.num-local-experts", "128")
 
 # Rows of the short table: names of tasks, and what they are called there.
 BRIEF = {
-    f"{size}: {name}": f"{brief} {size}"
+    f"{size}: {name}": brief.format(size)
     for size in ("20b", "120b")
     for name, brief in (
-        ("chat, 8,192 tokens", "chat with"),
-        ("serve 8 answers of 32,768 tokens", "serve"),
-        ("QLoRA", "QLoRA of"),
-        ("full fine-tuning or pretraining", "full training of"),
+        ("chat, 8,192 tokens", "chat with {}, 8,192 tokens"),
+        ("serve 8 requests of 32,768 tokens", "serve {}, 8 requests of 32,768 tokens"),
+        ("QLoRA", "QLoRA of {}"),
+        ("full fine-tuning or pretraining", "full training of {}"),
     )
 }
 
@@ -58,7 +58,7 @@ def tasks() -> list[Task]:
     inference: tuple[tuple[str, int, int, Experts], ...] = (
         ("chat, 8,192 tokens", 1, 8192, "mxfp4"),
         ("chat, 131,072 tokens", 1, 131072, "mxfp4"),
-        ("serve 8 answers of 32,768 tokens", 8, 32768, "mxfp4"),
+        ("serve 8 requests of 32,768 tokens", 8, 32768, "mxfp4"),
         ("chat, 8,192 tokens, bfloat16 experts", 1, 8192, "bfloat16"),
     )
     for size, flags in (("20b", ()), ("120b", LARGE)):

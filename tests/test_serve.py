@@ -22,8 +22,10 @@ from helpers.scripted_engine import ScriptedEngine, scripted_service
 
 from gptoss_jax.cli import main
 from gptoss_jax.cli.serve import Serve
-from gptoss_jax.config import ModelConfig
+from gptoss_jax.config import MeshConfig, ModelConfig
 from gptoss_jax.model.transformer import bind, get_params, init_params
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.planning.inference import Workload
 from gptoss_jax.server.load import (
     ServeConfig,
     default_name,
@@ -220,15 +222,18 @@ def test_narrow_weights_are_widened_once_on_cpu():
 def test_slots_that_fit_in_memory(monkeypatch):
     config = ModelConfig(compute_dtype="bfloat16")  # gpt-oss-20b: 3.22 GB for its whole context
 
-    def slots(context, **stats):
-        device = types.SimpleNamespace(memory_stats=lambda: stats)
+    def slots(context, platform="gpu", mesh=None, **stats):
+        device = types.SimpleNamespace(memory_stats=lambda: stats, device_kind="A GPU", platform=platform)
         monkeypatch.setattr(jax, "local_devices", lambda: [device])
-        return max_slots(config, context)
+        return max_slots(16, config, Workload(1, context), mesh)
 
-    assert slots(131072, bytes_limit=85_000_000_000, bytes_in_use=14_000_000_000) == 13
-    assert slots(131072, bytes_limit=16_000_000_000, bytes_in_use=14_000_000_000) == 1
-    assert slots(8192, bytes_limit=16_000_000_000, bytes_in_use=14_000_000_000) == 5
-    assert slots(131072) == 1 << 31
+    in_use = {"bytes_in_use": 14_000_000_000}
+    assert slots(131072, bytes_limit=80_000_000_000, **in_use) == 6
+    assert slots(131072, bytes_limit=16_000_000_000, **in_use) == 1
+    assert slots(8192, bytes_limit=24_000_000_000, **in_use) == 9
+    mesh = make_mesh(MeshConfig(tensor=8))
+    assert slots(131072, "tpu", mesh, bytes_limit=16_900_000_000, bytes_in_use=2_000_000_000) == 7
+    assert slots(131072) == 16  # unknown, as on CPU
 
 
 @pytest.mark.slow

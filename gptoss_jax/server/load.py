@@ -1,12 +1,14 @@
 """Loads a model folder into a `Service`: engine, tokenizer, names and defaults."""
 
+import bisect
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
-from typing import Any, Literal
+import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,14 @@ from gptoss_jax.checkpoints.readers import HUB, local_folder
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.config.base import read_json
 from gptoss_jax.data.harmony import Harmony, Reasoning
+from gptoss_jax.hardware import Chip
 from gptoss_jax.inference.chat import find_model_kind
-from gptoss_jax.inference.engine import Engine
-from gptoss_jax.model.kv_cache import init_cache
-from gptoss_jax.model.parameters import parameter_name, tree_bytes
+from gptoss_jax.inference.engine import DEFAULT_PREFIX_BYTES, Engine
+from gptoss_jax.model.parameters import parameter_name
 from gptoss_jax.model.transformer import Transformer, bind, compute_dtype, get_params
-from gptoss_jax.parallel.mesh import use_mesh
+from gptoss_jax.parallel.mesh import AXES, use_mesh
+from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
+from gptoss_jax.planning.inference import Workload, estimate_inference
 from gptoss_jax.server.engine_thread import EngineThread
 from gptoss_jax.server.metrics import Metrics
 from gptoss_jax.server.service import Defaults, Service, Settings
@@ -66,13 +70,15 @@ def _load_service(config: ServeConfig, mesh: jax.sharding.Mesh | None) -> Servic
     context = limit if config.context is None else config.context
     allowed = f"must be from 2 to the model's max_position_embeddings, {limit}"
     require(2 <= context <= limit, "context", context, allowed)
+    prefixes = DEFAULT_PREFIX_BYTES if config.prefix_cache_bytes is None else config.prefix_cache_bytes
     usual = 8 if jax.default_backend() == "cpu" else 16
-    slots = config.slots or min(usual, max_slots(model.config, context, mesh))
-    cache: dict[str, Any] = (
-        {} if config.prefix_cache_bytes is None else {"prefix_cache_bytes": config.prefix_cache_bytes}
-    )
     engine = Engine(
-        model, tokenizer, num_slots=slots, max_context=context, prefix_reuse=config.prefix_reuse, **cache
+        model,
+        tokenizer,
+        num_slots=config.slots or max_slots(usual, model.config, Workload(1, context, prefixes), mesh),
+        max_context=context,
+        prefix_reuse=config.prefix_reuse,
+        prefix_cache_bytes=prefixes,
     )
     name = config.model_name or default_name(config.folder)
     return Service(
@@ -109,20 +115,28 @@ def widen(model: Transformer) -> Transformer:
     return widened
 
 
-def max_slots(config: ModelConfig, context: int, mesh: jax.sharding.Mesh | None = None) -> int:
-    """Returns how many slots of `context` tokens fit in the memory left by the weights, of a device or of the
-    mesh that splits them; at least 1.
+def max_slots(
+    most: int, config: ModelConfig, workload: Workload, mesh: jax.sharding.Mesh | None = None
+) -> int:
+    """Returns how many slots, from 1 to `most`, fit next to the weights in the memory of the devices.
 
-    Returns 2**31 if JAX does not report the memory. While a cache grows, the old and the new one coexist: at
-    most 1.5 times the new size.
+    `workload` has the context of a slot. By the estimate of `gptoss plan --inference`; `most` if JAX does not
+    report the memory, as on CPU.
     """
-    stats = jax.local_devices()[0].memory_stats() or {}
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
-        return 1 << 31
-    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    row = jax.eval_shape(lambda: init_cache(config, 1, context, compute_dtype(config)))
-    devices = 1 if mesh is None else mesh.size
-    return max(int(0.9 * free * devices / (1.5 * tree_bytes(row))), 1)
+        return most
+    limit, axes = stats["bytes_limit"], dict.fromkeys(AXES, 1) if mesh is None else dict(mesh.shape)
+    free = MEMORY_UTILIZATION * limit - stats.get("bytes_in_use", 0)
+    kind, dimensions = device.device_kind, int(device.platform == "tpu")
+    chip = Chip(kind, re.escape(kind), peak=0.0, memory=limit, dimensions=dimensions)
+
+    def needed(slots: int) -> int:
+        memory = estimate_inference(config, chip, axes, dataclasses.replace(workload, slots=slots)).memory
+        return memory.total - memory.weights
+
+    return max(bisect.bisect_right(range(1, most + 1), free, key=needed), 1)
 
 
 def default_name(folder: str) -> str:
