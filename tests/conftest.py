@@ -41,7 +41,7 @@ from gptoss_jax.model.transformer import abstract_params, bind, init_params
 # Compiled programs are shared by all processes of a run, and by later runs.
 COMPILED = {
     "JAX_COMPILATION_CACHE_DIR": pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.1,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
 }
 # The files that take longest, in this order. They run first: with two processes, one that is begun last would
 # leave the other without work.
