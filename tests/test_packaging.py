@@ -111,3 +111,9 @@ def test_constraints_pin_every_dependency(name):
         requirement = Requirement(need)
         if requirement.name != "gptoss-jax":
             assert pins[canonicalize_name(requirement.name)] in requirement.specifier, need
+
+
+def test_every_benchmark_is_described():
+    described = re.findall(r"`(\w+\.py)`", (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"))
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("gpu_")}
+    assert set(described) == scripts
