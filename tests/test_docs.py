@@ -36,7 +36,9 @@ def shown_commands(text: str) -> list[str]:
             if start and re.fullmatch(
                 r"\s*(?:[A-Z_]+=\S+ |mpirun .*|srun .*)*(?:\.venv/bin/)?", part[: start.start(1)]
             ):
-                commands.append(part[start.start(1) :].strip())
+                command = part[start.start(1) :].strip()
+                # The last command of a quoted script, as for `ssh --command='…'`, ends with its quote.
+                commands.append(command.removesuffix("'") if command.count("'") % 2 else command)
     inline = [" ".join(command.split()) for command in INLINE.findall(text)]
     # `gptoss eval --task` mentions a flag, without its value.
     commands += [words for words in inline if " " in words and not words.split()[-1].startswith("--")]
