@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import huggingface_hub
+import huggingface_hub.utils
 import jax
 import numpy as np
 
