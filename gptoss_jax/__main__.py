@@ -6,9 +6,12 @@ import sys
 
 def main() -> int:
     """Runs `gptoss`."""
-    # Until `startup.run` handles it, Ctrl-C ends the process without a traceback.
+    # Until `Interrupts` handles it, Ctrl-C ends the process without a traceback.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from gptoss_jax.interrupts import Interrupts
+
+    Interrupts("gptoss").install()
     from gptoss_jax.cli.main import main
 
     return main()

@@ -1,4 +1,4 @@
-"""Process setup before jax is imported, Ctrl-C, and exit codes of commands. Standard library only."""
+"""Process setup before jax is imported, and exit codes of commands. Standard library only."""
 
 import codecs
 import contextlib
@@ -7,18 +7,15 @@ import importlib.machinery
 import io
 import os
 import signal
-import socket
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import NoReturn
 
 from gptoss_jax import status
-from gptoss_jax.terminal import ASCII, is_terminal
+from gptoss_jax.interrupts import CODES, ENDINGS, INTERRUPTED, Interrupts, ending
+from gptoss_jax.terminal import ASCII
 
-INTERRUPTED = 130
 # Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step.
 TUNABLES = (
     "glibc.malloc.hugetlb=1",
@@ -34,17 +31,16 @@ def keep_memory() -> None:
     Without them a third of a CPU training step's time is page faults, in memory that was freed by the step
     before. glibc reads tunables only at the start of a process (hugetlb: 2.35 and later).
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by the process before the restart
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or "glibc.malloc." in tunables or not sys.executable:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join((*filter(None, [tunables]), *TUNABLES))
     # Without permission to start the interpreter again, the command is only slower.
     with contextlib.suppress(OSError):
-        # The new interpreter would print a traceback for a Ctrl-C before it runs our code.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # The new interpreter would print a traceback for a Ctrl-C before `Interrupts.install`.
+        signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
 
 
 # Environment variables that a TPU machine or its user sets.
@@ -113,136 +109,29 @@ def run(command: Callable[[], object], name: str) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show
         try:
-            with Interrupts(name):
-                command()
+            command()
         except (Exception, KeyboardInterrupt) as error:
             return report(error, name)
+        except SystemExit as done:
+            if done.code not in ENDINGS:
+                raise
+            return report(done, name)
     return 0
-
-
-CLEANUP_SECONDS = 3.0  # after KeyboardInterrupt
-
-
-class Interrupts:
-    """Ends the process on Ctrl-C even while it is inside C++ code, such as XLA's compiler.
-
-    Python handles a signal only when such a call returns, which may take minutes, and then an exception in a
-    callback, such as JAX has, is ignored. A thread that hears of the signal at once ends the process if
-    KeyboardInterrupt does not. In a block of `patient`, it asks for a second Ctrl-C first.
-    """
-
-    current: "Interrupts | None" = None
-
-    def __init__(self, name: str) -> None:
-        self._name, self._asked = name, False
-        self._handled, self._ended = threading.Event(), threading.Event()
-        self.advice: str | None = None  # of `patient`
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        before = signal.getsignal(signal.SIGINT)
-        if before not in (signal.default_int_handler, signal.SIG_DFL):
-            return  # ignored, as in a background job of a shell, or handled by someone else
-        reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        signal.signal(signal.SIGINT, self._handle)
-        wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._restored = before, wakeup, sys.unraisablehook
-        sys.unraisablehook = self._ignored
-        Interrupts.current = self
-        threading.Thread(target=self._watch, args=(reader,), name="interrupts", daemon=True).start()
-
-    def __exit__(self, *exception: object) -> None:
-        if Interrupts.current is self:
-            Interrupts.current = None
-            handler, wakeup, sys.unraisablehook = self._restored
-            signal.signal(signal.SIGINT, handler)
-            signal.set_wakeup_fd(wakeup)
-            self._ended.set()
-            self._writer.close()
-
-    def _ignored(self, found: "sys.UnraisableHookArgs") -> None:
-        """Prints an exception that Python ignores, unless it is that of Ctrl-C."""
-        if not issubclass(found.exc_type, KeyboardInterrupt):
-            self._restored[2](found)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._handled.set()
-        raise KeyboardInterrupt
-
-    def acknowledge(self) -> None:
-        """Says that a handler of SIGINT has run."""
-        self._handled.set()
-
-    def _watch(self, reader: socket.socket) -> None:
-        while numbers := reader.recv(64):
-            if signal.SIGINT not in numbers:
-                continue
-            if self._handled.wait(1.0):
-                self._handled.clear()
-                self._asked = False
-                is_ours = self.advice is None and signal.getsignal(signal.SIGINT) == self._handle
-                if is_ours and not self._ended.wait(CLEANUP_SECONDS):
-                    self._leave()
-            elif self.advice is not None and not self._asked:
-                self._asked = True
-                status.erase()
-                say(self._name, "Ctrl-C", self.advice)
-            elif self.advice is not None or signal.getsignal(signal.SIGINT) == self._handle:
-                self._leave()
-        reader.close()
-
-    def _leave(self) -> NoReturn:
-        report(KeyboardInterrupt(), self._name)
-        show_cursor()
-        leave(INTERRUPTED)
-
-
-@contextlib.contextmanager
-def patient(advice: str) -> Iterator[None]:
-    """Lets a long call finish after Ctrl-C instead of ending the process: `advice` says what happens next.
-
-    A second Ctrl-C ends the process all the same.
-    """
-    interrupts = Interrupts.current
-    if interrupts is None:
-        yield
-        return
-    before, interrupts.advice = interrupts.advice, advice
-    try:
-        yield
-    finally:
-        interrupts.advice = before
-
-
-def acknowledge_interrupt() -> None:
-    """For a handler of SIGINT that takes the place of Python's: says that it has run."""
-    if Interrupts.current is not None:
-        Interrupts.current.acknowledge()
-
-
-def show_cursor() -> None:
-    """Shows the cursor, which a progress bar may have hidden."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            if is_terminal(stream):
-                stream.write("\x1b[?25h")
-                stream.flush()
 
 
 def report(error: BaseException, name: str) -> int:
     """Prints an error that a user can fix and returns the exit code; raises any other error.
 
-    2: ValueError, input that is not allowed. 1: a failure on the way. 130: Ctrl-C.
+    2: ValueError, input that is not allowed. 1: a failure on the way. 130: Ctrl-C. 143: SIGTERM.
     """
     status.erase()
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(str(error.code))
+        note = Interrupts.current.last_note if Interrupts.current is not None else ""
+        said = error if isinstance(error, KeyboardInterrupt) and error.args else note
         with contextlib.suppress(OSError):
-            # The terminal shows ^C, with the cursor behind it.
-            print(file=sys.stderr, end="\n" if is_terminal(sys.stderr) else "")
-            print(f"{name}: interrupted" + (f": {error}" if error.args else ""), file=sys.stderr, flush=True)
-        return INTERRUPTED
+            print(ending(name, code, said), end="", file=sys.stderr, flush=True)
+        return code
     if isinstance(error, BrokenPipeError):
         # The reader is gone, for example `| head`; flushing the rest at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -259,10 +148,10 @@ def report(error: BaseException, name: str) -> int:
 def leave(code: int) -> NoReturn:
     """Ends the process with the exit code of `run`.
 
-    After Ctrl-C at once: the interpreter's own shutdown waits for threads, and threads of JAX and Orbax that
-    still run when it is over crash the process.
+    After a signal at once: the interpreter's own shutdown waits for threads, and threads of JAX and Orbax
+    that still run when it is over crash the process.
     """
-    if code == INTERRUPTED:
+    if code in ENDINGS:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

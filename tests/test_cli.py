@@ -1,12 +1,10 @@
 """The command line: help, errors, and text that arrives in arbitrary chunks."""
 
-import contextlib
 import io
 import os
 import pathlib
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import types
@@ -18,7 +16,6 @@ from safetensors.numpy import load_file, save_file
 
 from gptoss_jax.checkpoints import load
 from gptoss_jax.cli import main, train
-from gptoss_jax.cli.convert import WriteProgress
 from gptoss_jax.cli.terminal import Throughput
 from gptoss_jax.config import ModelConfig, preset
 from gptoss_jax.data.tokenizer import make_tokenizer
@@ -305,17 +302,6 @@ def test_convert(tmp_path, capsys):
     capsys.readouterr()
     assert main.main(["convert", str(checkpoint), str(tmp_path / "same")]) == 2
     assert "already exists" in capsys.readouterr().err
-
-
-def test_an_interruption_that_python_has_ignored():
-    """An exception in a callback of a weak reference is printed and ignored."""
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), WriteProgress("x") as progress:
-        progress.show(1, 2)
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        progress.show(2, 2)
-    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_a_warning_is_one_line(tmp_path, capsys):

@@ -1,19 +1,12 @@
-"""The status line, and Ctrl-C inside of calls that do not return."""
+"""The status line."""
 
 import io
-import os
-import pathlib
 import re
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from gptoss_jax import status
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Terminal(io.StringIO):
@@ -96,39 +89,3 @@ def test_a_download_keeps_the_bars_of_a_terminal(shown):
 def test_items_pass_through_until_first(shown):
     assert list(status.until_first("waiting", iter([1, 2, 3]))) == [1, 2, 3]
     assert list(status.until_first("waiting", [])) == []
-
-
-# A call into C that blocks and does not look at signals, like XLA's compiler.
-STUCK = """
-import ctypes, contextlib
-from gptoss_jax import startup
-
-def command():
-    lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
-    libc.pthread_mutex_lock(lock)
-    with startup.patient("the step ends first") if PATIENT else contextlib.nullcontext():
-        print("begun", flush=True)
-        libc.pthread_mutex_lock(lock)
-
-startup.leave(startup.run(command, "name"))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a C library with pthreads")
-@pytest.mark.parametrize("patient", [False, True])
-def test_ctrl_c_ends_a_call_that_does_not_return(patient):
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUCK.replace("PATIENT", str(patient))], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    try:
-        assert process.stdout.readline() == "begun\n"
-        time.sleep(1)  # it is inside the call
-        process.send_signal(signal.SIGINT)
-        if patient:
-            assert process.stderr.readline() == "name: Ctrl-C: the step ends first\n"
-            process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, said) == (130, "name: interrupted\n")

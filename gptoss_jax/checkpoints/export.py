@@ -31,6 +31,7 @@ from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import require_writable, user_path
 from gptoss_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gptoss_jax.interrupts import cleanup
 from gptoss_jax.model.parameters import parameter_name, shape_of
 from gptoss_jax.model.transformer import Transformer, get_params
 from gptoss_jax.terminal import format_si
@@ -236,7 +237,7 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
             f"{target}: needs {format_si(needed_bytes, 'B')}, but the disk has {format_si(free, 'B')} left"
         )
     partial, lock = (target.with_name(f".{target.name}.{end}") for end in ("partial", "lock"))
-    with open(lock, "w", encoding="utf-8") as file:
+    with cleanup(partial), open(lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_locked = os.fstat(file.fileno()).st_nlink > 0  # otherwise its holder has just removed it

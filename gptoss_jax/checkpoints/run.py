@@ -253,6 +253,7 @@ class Checkpoints:
             try:
                 one = self._manager.restore(step, args=ocp.args.Composite(**{name: arguments}))
             except Exception as error:  # Orbax, TensorStore and JSON each raise their own for a damaged file
+                _raise_interrupt(error)
                 raise ValueError(f"{name}: {root_message(error)}") from error
             found[name] = one.get(name)
             if not isinstance(found[name], dict):
@@ -287,6 +288,14 @@ def check_folder_name(folder: pathlib.Path, field: str, value: str) -> None:
     require("\\" not in path, field, value, "no folder in its path may have a backslash in its name")
     require("gs:/" not in path, field, value, "no folder in its path may have a name that ends with 'gs:'")
     require_utf8(value, field)
+
+
+def _raise_interrupt(error: BaseException | None) -> None:
+    """Raises KeyboardInterrupt if that is what an error of a library means."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        error = error.__cause__
 
 
 def root_message(error: BaseException) -> str:

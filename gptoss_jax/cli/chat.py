@@ -12,7 +12,7 @@ import tyro
 from gptoss_jax.cli.arguments import Folder, OptionalText, Sampling, SamplingFlags
 from gptoss_jax.cli.model import open_model
 from gptoss_jax.config import require
-from gptoss_jax.startup import patient
+from gptoss_jax.interrupts import patient
 from gptoss_jax.status import until_first
 
 if TYPE_CHECKING:

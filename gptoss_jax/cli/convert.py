@@ -1,14 +1,13 @@
 """`gptoss convert`."""
 
-import contextlib
 import dataclasses
-import signal
 import sys
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from gptoss_jax.interrupts import explain
 from gptoss_jax.status import status
 from gptoss_jax.terminal import format_si, is_terminal
 
@@ -38,10 +37,11 @@ class Convert:
     ] = None
 
     def run(self) -> None:
-        with status(f"opening {self.source}"):
-            from gptoss_jax.checkpoints import export
-        with WriteProgress(self.target) as progress:
-            export.convert(self.source, self.target, self.experts, progress.show)
+        with explain(UNWRITTEN):
+            with status(f"opening {self.source}"):
+                from gptoss_jax.checkpoints import export
+            with WriteProgress(self.target) as progress:
+                export.convert(self.source, self.target, self.experts, progress.show)
 
 
 class WriteProgress:
@@ -67,23 +67,12 @@ class WriteProgress:
         self._target, self._size, self._began = target, 0, time.monotonic()
         self._task = self._progress.add_task("opening", total=None)
         self._last_line = self._began
-        self._handler: Any = None
-        self._is_interrupted = False
 
     def __enter__(self) -> "WriteProgress":
-        with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            self._handler = signal.signal(signal.SIGINT, self._interrupt)
         self._progress.start()
         return self
 
-    def _interrupt(self, number: int, frame: Any) -> None:
-        # Python ignores an exception in a callback of a weak reference, such as JAX has: `show` repeats it.
-        self._is_interrupted = True
-        raise KeyboardInterrupt(UNWRITTEN)
-
     def show(self, done: int, total: int) -> None:
-        if self._is_interrupted:
-            raise KeyboardInterrupt(UNWRITTEN)
         self._size = total
         self._progress.update(self._task, completed=done, total=total, description="writing")
         if not self._is_terminal and time.monotonic() - self._last_line >= PLAIN_INTERVAL:
@@ -94,8 +83,6 @@ class WriteProgress:
         import resource
 
         self._progress.stop()
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
         if kind is None:
             # Kilobytes on Linux, bytes on macOS.
             unit = 1 if sys.platform == "darwin" else 1024

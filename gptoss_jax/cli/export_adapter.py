@@ -5,6 +5,8 @@ from typing import Annotated
 
 import tyro
 
+from gptoss_jax.cli.convert import UNWRITTEN
+from gptoss_jax.interrupts import explain
 from gptoss_jax.status import status
 
 
@@ -25,7 +27,7 @@ class ExportAdapter:
     def run(self) -> None:
         import pathlib
 
-        with status(f"exporting {self.run_dir}"):
+        with explain(UNWRITTEN), status(f"exporting {self.run_dir}"):
             from gptoss_jax.checkpoints.adapters import export_adapter
             from gptoss_jax.checkpoints.run_params import is_run
             from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from gptoss_jax.cli.arguments import OptionalText
-from gptoss_jax.cli.convert import WriteProgress
+from gptoss_jax.cli.convert import UNWRITTEN, WriteProgress
+from gptoss_jax.interrupts import explain
 from gptoss_jax.status import status
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ class Merge:
     ] = None
 
     def run(self) -> None:
-        with status(f"opening {self.source}"):
-            from gptoss_jax.checkpoints.merge import merge
-        with WriteProgress(self.target) as progress:
-            survival = merge(self.source, self.target, self.adapter, self.experts, progress.show)
+        with explain(UNWRITTEN):
+            with status(f"opening {self.source}"):
+                from gptoss_jax.checkpoints.merge import merge
+            with WriteProgress(self.target) as progress:
+                survival = merge(self.source, self.target, self.adapter, self.experts, progress.show)
         print("\n".join(describe(survival)))
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gptoss_jax import startup, status
+from gptoss_jax import interrupts, startup, status
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import set_matplotlib_folder
 from gptoss_jax.config.preset import preset_folder, preset_names, read_preset
@@ -49,16 +49,17 @@ def run(arguments: Sequence[str], command: str, name: str) -> None:
     if status.is_enabled():
         status.enable(lambda: sys.stdout)  # in the run's log
     set_matplotlib_folder()
-    with status.status("starting"):
-        import jax
+    with interrupts.explain("no training was lost; to continue, run the same command again"):
+        with status.status("starting"):
+            import jax
 
-        from gptoss_jax.parallel import distributed
-        from gptoss_jax.training.loop import train
+            from gptoss_jax.parallel import distributed
+            from gptoss_jax.training.loop import train
 
-    with distributed.distributed_session(name):
-        if jax.process_index() != 0:
-            status.enable(None)
-        train(config)
+        with distributed.distributed_session(name):
+            if jax.process_index() != 0:
+                status.enable(None)
+            train(config)
 
 
 def main() -> NoReturn:

@@ -25,6 +25,7 @@ from gptoss_jax.data.chat_cache import build_chat
 from gptoss_jax.data.chat_rows import ChatCorpus, is_chat_source, open_chat
 from gptoss_jax.data.sources import Corpus, Source, open_corpus, split
 from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer, token_dtype
+from gptoss_jax.interrupts import cleanup
 from gptoss_jax.status import status
 
 FORMAT = 3
@@ -86,21 +87,22 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
     folder = root / _key(config, corpus)
     if not folder.exists():
         partial = root / f".partial-{os.getpid()}-{uuid.uuid4().hex}@{socket.gethostname()}"
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(f"data.cache_dir is {config.cache_dir!r}: {error.strerror}") from None
-        _remove_stale_builds(root)
-        try:
-            build(config, corpus, partial, report or (lambda line: None))
+        with cleanup(partial):
             try:
-                partial.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-                # Another process finished first; its cache is identical.
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            except OSError as error:
+                raise ValueError(f"data.cache_dir is {config.cache_dir!r}: {error.strerror}") from None
+            _remove_stale_builds(root)
+            try:
+                build(config, corpus, partial, report or (lambda line: None))
+                try:
+                    partial.rename(folder)
+                except OSError:
+                    if not folder.exists():
+                        raise
+                    # Another process finished first; its cache is identical.
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     return _open(folder)
 
 

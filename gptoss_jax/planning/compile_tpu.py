@@ -18,6 +18,7 @@ from typing import Any
 
 from gptoss_jax.config import MeshConfig, TrainConfig
 from gptoss_jax.hardware import GIB, parse_topology
+from gptoss_jax.interrupts import cleanup
 
 INSTALL = "pip install -e '.[tpu-compile]'"
 
@@ -79,7 +80,7 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
         # Makes the error the last line of a traceback, instead of a note on hidden frames.
         "JAX_TRACEBACK_FILTERING": "off",
     }
-    with tempfile.TemporaryDirectory() as folder:
+    with cleanup(), tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "result.json")
         child = subprocess.run(
             [sys.executable, "-m", "gptoss_jax.planning.compile_tpu", topology, result],

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptoss_jax import startup
+from gptoss_jax import interrupts
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
@@ -31,7 +31,9 @@ from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
 # Printed if the current step takes long.
-PATIENCE = "stopping after this step; press Ctrl-C again to stop at once, without saving"
+PATIENCE = "saving and stopping after this step; press Ctrl-C again to stop at once, without saving"
+SAVED = "the run is saved; to resume, run the same command again"
+UNSAVED = "the steps since the last checkpoint are lost; to resume from it, run the same command again"
 
 
 def train(
@@ -81,7 +83,7 @@ def train(
         stack.callback(log.close)
         train_step = make_train_step(config, objective)
         evaluate = _evaluation(config, cache, console, make_eval_step(config.model, objective))
-        stop = stack.enter_context(StopSignal(console.message))
+        stop = stack.enter_context(StopSignal(console.message, first_step))
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
             is_last, stopping = step == config.steps, stop.requested(step)
@@ -135,22 +137,32 @@ def _evaluation(
 
 
 class StopSignal:
-    """Tells the loop to save and stop on Ctrl-C and SIGTERM; a second Ctrl-C stops immediately."""
+    """Tells the loop to save and stop on Ctrl-C and SIGTERM; a second Ctrl-C stops immediately.
 
-    def __init__(self, report: Callable[[str], None]):
-        self._report = report
+    With a single process, only from the end of the first step on: until then, there is nothing to save, and
+    compilation would make the user wait.
+    """
+
+    def __init__(self, report: Callable[[str], None], first_step: int):
+        self._report, self._first_step = report, first_step
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._stack = contextlib.ExitStack()
-        self._is_single = jax.process_count() == 1
+        self._is_single, self._is_active = jax.process_count() == 1, False
 
     def __enter__(self) -> "StopSignal":
-        self._stack.enter_context(startup.patient(PATIENCE))
+        if not self._is_single:
+            self._activate()
+        return self
+
+    def _activate(self) -> None:
+        self._is_active = True
+        self._stack.enter_context(interrupts.patient(PATIENCE))
+        self._stack.enter_context(interrupts.explain(UNSAVED))
         with contextlib.suppress(ValueError):  # only the main thread may handle signals
             # With several processes, JAX handles SIGTERM.
             for number in (signal.SIGINT, signal.SIGTERM) if self._is_single else (signal.SIGINT,):
                 self._handlers[number] = signal.signal(number, self._handle)
-        return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
@@ -158,9 +170,8 @@ class StopSignal:
         self._stack.close()
 
     def _handle(self, number: int, frame: Any) -> None:
-        startup.acknowledge_interrupt()
-        if self._signal == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self._signal is not None and number == signal.SIGINT:
+            interrupts.leave_now(number)
         # Nothing is printed here: the signal may have interrupted a print.
         self._signal = number
         if not self._is_single:
@@ -168,13 +179,17 @@ class StopSignal:
 
     def requested(self, step: int) -> bool:
         """Returns True, in all processes, if the loop must stop before this step."""
+        if step > self._first_step and not self._is_active:
+            self._activate()
         requested = self._signal is not None if self._is_single else distributed.stop_requested(step)
         if requested:
+            interrupts.acknowledge()
             self._report("Stopping after saving the run. Press Ctrl-C again to stop at once.")
         return requested
 
     def leave(self) -> None:
         """Raises the exception that corresponds to the signal."""
+        interrupts.remember(SAVED)
         if self._is_single and self._signal == signal.SIGINT:
-            raise KeyboardInterrupt("the run is saved")
+            raise KeyboardInterrupt(SAVED)
         raise SystemExit(128 + (self._signal or signal.SIGTERM))

@@ -15,6 +15,7 @@ import jax
 import jaxlib
 
 from gptoss_jax.config.paths import cache_folder
+from gptoss_jax.interrupts import cleanup
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "decode.cc", "decode_experts.cc"))
@@ -72,7 +73,7 @@ def _compile(compiler: str) -> pathlib.Path:
     if library.exists():
         return library
     # Several processes may compile at once: each writes a separate file, and the last to finish wins.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with cleanup(), tempfile.TemporaryDirectory(dir=library.parent) as folder:
         output = pathlib.Path(folder) / library.name
         command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *SOURCES, "-o", str(output)]
         subprocess.run(
