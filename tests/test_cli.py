@@ -11,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+import tyro
 from helpers.checkpoints import random_checkpoint
 from safetensors.numpy import load_file, save_file
 
@@ -154,11 +155,32 @@ def test_help_does_not_wait_for_jax():
     assert "tyro" in run.stderr and " jax\n" not in run.stderr
 
 
-def test_bad_arguments(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main.main(["generate", "somewhere", "--prompt", "a", "--temprature", "1"])
-    assert caught.value.code == 2
-    assert "--temperature" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("generate x --prompt a --temprature 1", "--temprature: no such option; did you mean --temperature?"),
+        ("train --abc 1 --xyz=2", "--abc, --xyz: no such options; see gptoss train --help"),
+        ("plan quickstart --model.remt block", "--model.remt: no such option; did you mean --model.remat?"),
+        ("merge a b c", "'c': unexpected argument; see gptoss merge --help"),
+        ("generate", "missing FOLDER and --prompt TEXT; see gptoss generate --help"),
+        ("train --steps", "--steps: needs a value (INT); see gptoss train --help"),
+        ("train --steps abc", "--steps is 'abc': must be an integer"),
+        ("train --steps 0", "steps is 0: must be above 0"),
+        ("train --optim.learning-rate high", "--optim.learning-rate is 'high': must be a number"),
+        ("chat x --top-k 1.5", "--top-k is '1.5': must be an integer"),
+        ("chat x --reasoning hi", "--reasoning is 'hi': must be low, medium or high"),
+        ("convert a b --experts int4", "--experts is 'int4': must be bfloat16, float32, mxfp4 or None"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, line, said):
+    assert exit_code(line.split()) == 2
+    assert capsys.readouterr() == ("", f"gptoss: error: {said}\n")
+
+
+def test_bad_arguments_without_the_private_hook_of_tyro(capsys, monkeypatch):
+    monkeypatch.delattr(tyro._errors, "on_parse_error")
+    assert exit_code(["train", "--steps", "abc"]) == 2
+    assert "--steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["report"]])

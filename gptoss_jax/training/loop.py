@@ -102,9 +102,9 @@ def train(
                     metadata = metadata | {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
                     with console.status("saving a checkpoint"):
                         checkpoints.save(step, *resume.checkpoint_items(state, frozen, metadata), val_loss)
-                if is_eval:
+                if is_eval and not stop.is_set:
                     log.sample(step, params)
-            if is_last or stopping:
+            if is_last or stopping or (is_save and stop.is_set):
                 break
             with log.timer.measure("data"):
                 batch = make_global_batch(next(batches), sharding, config.data.batch_size)
@@ -177,11 +177,16 @@ class StopSignal:
         if not self._is_single:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    @property
+    def is_set(self) -> bool:
+        """True after a signal, unless several processes must agree first."""
+        return self._is_single and self._signal is not None
+
     def requested(self, step: int) -> bool:
         """Returns True, in all processes, if the loop must stop before this step."""
         if step > self._first_step and not self._is_active:
             self._activate()
-        requested = self._signal is not None if self._is_single else distributed.stop_requested(step)
+        requested = self.is_set if self._is_single else distributed.stop_requested(step)
         if requested:
             interrupts.acknowledge()
             self._report("Stopping after saving the run. Press Ctrl-C again to stop at once.")
