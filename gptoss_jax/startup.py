@@ -156,6 +156,8 @@ def leave(code: int) -> NoReturn:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+    # The work is done: a late Ctrl-C must not change the exit code while the interpreter shuts down.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -324,7 +324,7 @@ def stream_one(engine, prompt, params):
 
 engine.Engine = Engine
 generate.stream_one = stream_one
-load.load_model = lambda folder, adapter: (Model, make_tokenizer("bytes"))
+load.load_model = lambda folder, adapter, mesh: (Model, make_tokenizer("bytes"))
 sys.exit(main(["chat", "x", "--max-new-tokens", "10000"]))
 """
 

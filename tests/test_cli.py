@@ -376,7 +376,7 @@ def test_errors_say_the_next_step(tmp_path, capsys, args, words):
 
 
 def test_errors_of_the_system_name_the_file(monkeypatch, capsys):
-    def fail(run, adapter):
+    def fail(run, adapter, mesh):
         raise PermissionError(13, "Permission denied", "/x/y")
 
     monkeypatch.setattr(load, "load_model", fail)

@@ -248,9 +248,9 @@ def test_runs_without_an_adapter_and_without_lora(finished, make_config, tmp_pat
         train(make_config(tmp_path / "x", model=MODEL, init_from=run))
     plain.mkdir()
     make_config(plain, model=MODEL, init_from=None).save(plain / "config.json")
-    with pytest.raises(ValueError, match=f"^init_adapter is '{plain}': a run without an adapter$"):
+    with pytest.raises(ValueError, match=f"^init_adapter is '{plain}': must be a run that trained"):
         find_adapter(make_config(tmp_path / "x", init_adapter=str(plain)))
-    with pytest.raises(ValueError, match=f"^RUN is '{plain}': a run without an adapter$"):
+    with pytest.raises(ValueError, match=f"^RUN is '{plain}': must be a run that trained"):
         export_adapter(plain, tmp_path / "x")
     (plain / "config.json").write_text("{")
     with pytest.raises(ValueError, match=f"^{plain}/config.json: not JSON"):

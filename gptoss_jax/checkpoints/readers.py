@@ -15,6 +15,7 @@ import huggingface_hub
 import huggingface_hub.utils
 import jax
 import numpy as np
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from gptoss_jax.checkpoints import mappings
 from gptoss_jax.checkpoints.base_model import BaseModel
@@ -261,7 +262,7 @@ def read_run_adapter(folder: str | pathlib.Path, field: str = "adapter") -> Adap
     """Reads a run's adapter without its base model, from the checkpoint that `read_checkpoint` selects."""
     folder = pathlib.Path(folder)
     config = TrainConfig.load(folder / "config.json").model
-    require(config.lora is not None, field, str(folder), "a run without an adapter")
+    require(config.lora is not None, field, str(folder), "must be a run that trained an adapter (model.lora)")
     _, base, params = read_checkpoint(folder)
     if base is None:
         params, _ = split_params(params, is_adapter)
@@ -279,6 +280,11 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
                 found = huggingface_hub.snapshot_download(
                     name[len(HUB) :], allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"]
                 )
+        except LocalEntryNotFoundError as error:
+            hint = "download it elsewhere and name the folder"
+            raise ValueError(
+                f"{name}: cannot be downloaded: not in the cache, and the Hub cannot be reached; {hint}"
+            ) from error
         except Exception as error:  # each HTTP client has its own exception classes
             raise ValueError(f"{name}: cannot be downloaded from the Hugging Face Hub ({error})") from error
         return pathlib.Path(found)

@@ -242,7 +242,7 @@ class Checkpoints:
 
     def _unreadable(self, step: int, reason: ValueError | str) -> ValueError:
         others = ", ".join(str(other) for other in self.steps if other != step)
-        hint = f"running train.py again sets it aside and uses another ({others})"
+        hint = f"resuming the run sets it aside and uses another ({others})"
         hint = hint if others else "there is no other one"
         return ValueError(f"{self.folder}/{step}: cannot be read ({reason}); {hint}")
 

@@ -41,7 +41,7 @@ LIKE_CALLS = re.compile(r"((tool|function)s?)?_?calls?", re.IGNORECASE)
 # Tools of Harmony that are not functions.
 BUILT_IN = re.compile(r"python|(browser|container)\..+")
 EFFORTS = ("low", "medium", "high")
-NO_CALL = "is the result of a tool without a call"
+NO_CALL = "is a tool result without a call"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,9 @@ def harmony_messages(conversation: Conversation, default_effort: Reasoning = "me
         raise RowError("no messages", "has no messages")
     roles = [_role(message) for message in messages]
     if USER not in roles:
-        raise RowError("no user", "has no message of the user")
+        raise RowError("no user", "has no user message")
     if roles[-1] != ASSISTANT:
-        raise RowError("no answer", f"the last message is the {roles[-1]}'s: must be the assistant's")
+        raise RowError("no answer", f"the last message is from the {roles[-1]}: must be from the assistant")
     functions = _functions(row.get("tools"))
     declared = {function["name"] for function in functions}
     first = next(i for i, role in enumerate(roles) if role not in (SYSTEM, DEVELOPER))
@@ -129,7 +129,7 @@ def _answer(
     if results and not calls:
         raise RowError("result without a call", f"{results[0].name} {NO_CALL}")
     if calls and not results and later:
-        raise RowError("call without a result", f"{name}: no result of {calls[0].name}")
+        raise RowError("call without a result", f"{name}: no result for {calls[0].name}")
     if thinking:
         yield TrainMessage(Message(ASSISTANT, thinking, "analysis"), is_trained)
     if text:
@@ -184,11 +184,11 @@ def _call(call: Any, where: str, declared: Collection[str]) -> _Call:
     if isinstance(call, dict) and "function" in call:
         given, where = call["function"], f"{where}.function"
     if not isinstance(given, dict):
-        allowed = "must be a call, with the name and arguments of a function"
+        allowed = "must be a call with the name and arguments of a function"
         raise RowError("bad tool call", f"{where} is {shown(given)}: {allowed}")
     name = given.get("name")
     if name is None:
-        raise RowError("bad tool call", f"{where} has no name of a function")
+        raise RowError("bad tool call", f"{where} has no function name")
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         allowed = "must have 1 to 64 letters, digits, _, - and ."
         raise RowError("bad tool call", f"{where}.name is {shown(name)}: {allowed}")
@@ -221,13 +221,13 @@ def _match(name: str, calls: Sequence[_Call], results: Sequence[RowMessage]) -> 
         elif tool is not None:
             plain = str(tool).removeprefix(FUNCTIONS)
             open_calls = [k for k in open_calls if calls[k].tool.removeprefix(FUNCTIONS) == plain]
-            of = f" of {shown(tool)}"
+            of = f" to {shown(tool)}"
         if not open_calls:
             raise RowError("result without a call", f"{result.name} {NO_CALL}{of}")
         matched[open_calls[0]] = result
     missing = [call.name for call, found in zip(calls, matched, strict=True) if found is None]
     if missing and len(missing) < len(calls):
-        raise RowError("call without a result", f"{name}: no result of {missing[0]}")
+        raise RowError("call without a result", f"{name}: no result for {missing[0]}")
     return matched
 
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -261,7 +262,7 @@ def _harmony() -> Tokenizer:
         encoding = tiktoken.get_encoding(HARMONY)
     except (OSError, ValueError) as error:  # the second for a file with the wrong hash
         hint = "tiktoken cannot fetch its file; set TIKTOKEN_CACHE_DIR, see docs/tokenizers.md"
-        allowed = f"{hint} ({one_line(error)})"
+        allowed = f"{hint} ({textwrap.shorten(one_line(error), 120, placeholder=' …')})"
         raise ValueError(f"data.tokenizer is {HARMONY!r}: {allowed}") from None
 
     names: dict[str, int] = {}

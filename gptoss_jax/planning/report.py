@@ -172,7 +172,7 @@ def _compiled(one: CompiledStep, plan: Plan) -> Table:
         table.caption = "Collectives: this jaxlib cannot read what this libtpu wrote."
         return table
     if any(not entry["trips_known"] for entry in one.collectives):
-        table.caption = "+: in loops that run as often as the data asks; each counts once."
+        table.caption = "+: in loops whose number of iterations depends on the data; counted once."
     small = [entry for entry in one.collectives if entry["sent"] < 5e6]
     for entry in one.collectives:
         if entry not in small:
@@ -191,8 +191,8 @@ def _verdict(plan: Plan) -> str:
         useful = best.useful_flops / plan.chip.peak
         soonest, latest = best.overlapped_seconds, best.serial_seconds
         verdict = (
-            f"[bold green]Best: {name}[/], {needed}; {format_si(soonest, 's')} a step if all overlaps "
-            f"({useful / soonest:.0%} MFU), {format_si(latest, 's')} if nothing does "
+            f"[bold green]Best: {name}[/], {needed}; {format_si(soonest, 's')} per step with full "
+            f"overlap ({useful / soonest:.0%} MFU), {format_si(latest, 's')} with none "
             f"({useful / latest:.0%})."
         )
     else:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import math
 import signal
 import socket
@@ -46,7 +47,11 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"host is {host!r} and port is {port}: cannot listen there ({reason})") from None
+        is_used = getattr(error, "errno", None) == errno.EADDRINUSE
+        hint = "; choose another --port, or 0 for a free one" if is_used else ""
+        raise ValueError(
+            f"host is {host!r} and port is {port}: cannot listen there ({reason.lower()}){hint}"
+        ) from None
     bound.set_inheritable(True)
     return bound
 
