@@ -378,7 +378,11 @@ BAD_ROWS = [
         r"messages\[1\].tool_calls\[1\] is null: must be a call with the name and arguments of a function",
     ),
     ([u("q"), a(tool_calls="abc")], "bad tool call", r"messages\[1\].tool_calls is 'abc': must be a list of"),
-    ([u("q"), a(tool_calls=[{"id": "1"}])], "bad tool call", r"messages\[1\].tool_calls\[0\] has no name"),
+    (
+        [u("q"), a(tool_calls=[{"id": "1"}])],
+        "bad tool call",
+        r"messages\[1\].tool_calls\[0\] has no function name",
+    ),
     ([u("q"), a(function_call={})], "empty message", r"messages\[1\] has neither content nor thinking nor"),
     (
         [u("q"), a(function_call={"x": 1})],
