@@ -204,7 +204,7 @@ def folder(monkeypatch):
 
     def load_folder(tokenizer, config, answers):
         model = types.SimpleNamespace(config=config)
-        monkeypatch.setattr(load, "load_model", lambda folder, adapter: (model, tokenizer))
+        monkeypatch.setattr(load, "load_model", lambda folder, adapter, mesh: (model, tokenizer))
 
         class Engine:
             def __init__(self, model, tokenizer, *, num_slots):
@@ -268,7 +268,7 @@ def test_the_command_with_a_base_model(folder, request, monkeypatch, capsys, fla
 def test_invalid_settings_fail_before_the_first_line(monkeypatch, capsys, flags, message):
     model = types.SimpleNamespace(config=ModelConfig(vocab_size=260))
     loaded = (model, make_tokenizer("bytes"))
-    monkeypatch.setattr(load, "load_model", lambda folder, adapter: loaded)
+    monkeypatch.setattr(load, "load_model", lambda folder, adapter, mesh: loaded)
     monkeypatch.setattr(sys, "stdin", Stdin(b""))
     assert main.main(["chat", "x", *flags]) == 2
     captured = capsys.readouterr()
