@@ -33,7 +33,8 @@ class FieldComments(griffe.Extension):
             if member.is_attribute and "instance-attribute" in member.labels and not member.is_private
         ]
         comments = {field.name: field_comment(lines, field) for field in fields if not field.docstring}
-        rows = [f"    {name}: {text}" for name, text in comments.items() if text]
+        # Brackets, as in hf:NAME[#field], are not links.
+        rows = [f"    {name}: {text.replace('[', '&#91;')}" for name, text in comments.items() if text]
         if not rows or (cls.docstring and "Attributes:" in cls.docstring.value):
             return
         section = "Attributes:\n" + "\n".join(rows)
