@@ -19,9 +19,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from gptoss_jax import status
-from gptoss_jax.terminal import is_terminal
 
 INTERRUPTED, TERMINATED = 130, 143
+STDERR = 2
 # What happened, by exit code.
 ENDINGS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
@@ -49,6 +49,7 @@ class Interrupts:
         self._asked = False  # the advice has been printed
         self._handled, self._leaving = threading.Event(), threading.Lock()
         self._terminal = _terminal_state()
+        self._terminals = [number for number in (1, STDERR) if _is_terminal(number)]
 
     def install(self) -> None:
         """Starts handling signals, except those that are ignored, as in a background job of a shell."""
@@ -130,15 +131,16 @@ class Interrupts:
         tidying = threading.Thread(target=tidy, daemon=True)
         tidying.start()
         tidying.join(FLUSH_SECONDS)
-        _restore_terminal(self._terminal)
-        _write(ending(self._name, CODES[signal.Signals(number)], self.note))
-        os._exit(CODES[signal.Signals(number)])
+        _restore_terminal(self._terminal, self._terminals)
+        code = CODES[signal.Signals(number)]
+        _write(ending(self._name, code, self.note, STDERR in self._terminals))
+        os._exit(code)
 
 
-def ending(name: str, code: int, note: object = "") -> str:
+def ending(name: str, code: int, note: object, on_terminal: bool) -> str:
     """Returns the last line of a process that a signal ends: `NAME: interrupted: NOTE`."""
     # A terminal shows ^C, with the cursor behind it.
-    line = "\n" if code == INTERRUPTED and sys.stderr is not None and is_terminal(sys.stderr) else ""
+    line = "\n" if code == INTERRUPTED and on_terminal else ""
     return f"{line}{name}: {ENDINGS[code]}{f': {note}' if str(note) else ''}\n"
 
 
@@ -214,9 +216,9 @@ def _uninstall() -> None:
 
 
 def _write(text: str) -> None:
-    """Writes to stderr without its lock, which the interrupted thread may hold."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        os.write(sys.stderr.fileno(), text.encode("utf-8", "replace"))
+    """Writes to stderr without its Python object, which the interrupted thread may be in the middle of."""
+    with contextlib.suppress(OSError):
+        os.write(STDERR, text.encode("utf-8", "replace"))
 
 
 def _terminal_state() -> list[Any] | None:
@@ -229,7 +231,12 @@ def _terminal_state() -> list[Any] | None:
     return None
 
 
-def _restore_terminal(settings: list[Any] | None) -> None:
+def _is_terminal(number: int) -> bool:
+    """Like `terminal.is_terminal`, for a file descriptor."""
+    return os.isatty(number) and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _restore_terminal(settings: list[Any] | None, terminals: list[int]) -> None:
     """Undoes line editing, and shows the cursor, which a progress bar may have hidden."""
     if settings is not None:
         import termios
@@ -238,8 +245,6 @@ def _restore_terminal(settings: list[Any] | None) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
         with contextlib.suppress(Exception):
             termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, settings)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            if is_terminal(stream):
-                os.write(stream.fileno(), b"\x1b[?25h")
-                return
+    for number in terminals[:1]:
+        with contextlib.suppress(OSError):
+            os.write(number, b"\x1b[?25h")

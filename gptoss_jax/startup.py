@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from gptoss_jax import status
 from gptoss_jax.interrupts import CODES, ENDINGS, INTERRUPTED, Interrupts, ending
-from gptoss_jax.terminal import ASCII
+from gptoss_jax.terminal import ASCII, is_terminal
 
 # Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step.
 TUNABLES = (
@@ -130,7 +130,7 @@ def report(error: BaseException, name: str) -> int:
         note = Interrupts.current.last_note if Interrupts.current is not None else ""
         said = error if isinstance(error, KeyboardInterrupt) and error.args else note
         with contextlib.suppress(OSError):
-            print(ending(name, code, said), end="", file=sys.stderr, flush=True)
+            print(ending(name, code, said, is_terminal(sys.stderr)), end="", file=sys.stderr, flush=True)
         return code
     if isinstance(error, BrokenPipeError):
         # The reader is gone, for example `| head`; flushing the rest at exit must not fail.
