@@ -86,7 +86,7 @@ def test_two_writers(tmp_path):
     with atomic_folder(target, 10) as partial:
         (partial / "one").write_text("1")
         with (
-            pytest.raises(ValueError, match=f"{target}: another process is writing it"),
+            pytest.raises(ValueError, match=f"{target}: another process is writing to it"),
             atomic_folder(target, 10),
         ):
             raise AssertionError("must not be reached")
@@ -115,7 +115,7 @@ def test_lock_that_its_holder_has_removed(tmp_path, monkeypatch):
         except ValueError:
             return
         (partial / "one").write_text("half")
-        with pytest.raises(ValueError, match="another process is writing it"):
+        with pytest.raises(ValueError, match="another process is writing to it"):
             stack.enter_context(atomic_folder(target, 10))
         assert listing(partial) == ["one"]
 
@@ -179,7 +179,7 @@ def test_killed_writer(tmp_path):
     try:
         assert process.stdout.readline() == "half\n"
         # Meanwhile no other process may write there.
-        with pytest.raises(ValueError, match="another process is writing it"), atomic_folder(target, 1):
+        with pytest.raises(ValueError, match="another process is writing to it"), atomic_folder(target, 1):
             raise AssertionError("must not be reached")
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL

@@ -258,7 +258,7 @@ def test_error_is_shown_and_tried_again(page, service, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(service, "max_context", 10)
         ask(page)
-    assert "context is 10 tokens" in page.text(".error") and "start a new chat" in page.text(".error")
+    assert "context length is 10 tokens" in page.text(".error") and "start a new chat" in page.text(".error")
     page.click(".error button", "Try again")
     page.wait_text("article > .md", "hello world")
     assert page.text(".error") == ""

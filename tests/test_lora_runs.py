@@ -218,7 +218,7 @@ def test_commands_take_an_adapter(finished, base_folder, tmp_path, capsys):
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
     assert main.main(["generate", config.run_dir, "--adapter", config.run_dir, "--prompt", "S"]) == 2
-    assert "has an adapter already; name its base model instead" in capsys.readouterr().err
+    assert "already has an adapter; name its base model instead" in capsys.readouterr().err
     assert main.main(["convert", config.run_dir, str(tmp_path / "out")]) == 2
     assert "use gptoss merge to write a model with merged weights" in capsys.readouterr().err
     assert main.main(["export-adapter", str(base_folder("float32")), str(tmp_path / "out")]) == 2
@@ -318,7 +318,7 @@ def test_continuing_an_adapter(finished, make_config, base_folder, tmp_path):
         with pytest.raises(ValueError, match=f"init_from is .*: an adapter with other settings: .*{message}"):
             train(make_config(tmp_path / "bad", model=model, init_from=config.run_dir))
     message = (
-        f"init_adapter is '{tmp_path}/adapter': {config.run_dir} .init_from. has an adapter already; name"
+        f"init_adapter is '{tmp_path}/adapter': {config.run_dir} .init_from. already has an adapter; name"
     )
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(again, init_from=config.run_dir, run_dir=str(tmp_path / "bad")))

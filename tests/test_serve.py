@@ -74,7 +74,8 @@ def test_a_port_that_is_taken(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main.main(["serve", "x", "--port", str(port)]) == 2
-    assert "Address already in use" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"port is {port}: cannot listen there (address already in use); choose another --port" in error
 
 
 def test_without_the_extra(capsys, monkeypatch):

@@ -178,16 +178,18 @@ SLOW_BUILD = """
 import sys, time
 from gptoss_jax.config import DataConfig
 from gptoss_jax.data import token_cache
+from gptoss_jax.status import Status
 
 token_cache.BATCH_CHARS = 500
 config = DataConfig(sys.argv[1], "bytes", cache_dir=sys.argv[2])
 
-def report(line):
-    print(line, flush=True)
-    if sys.argv[3] == "hang" and "5 documents" in line:
+def update(self, detail):
+    print(detail, flush=True)
+    if sys.argv[3] == "hang" and "5 documents" in detail:
         time.sleep(600)
 
-print(token_cache.build_cache(config, report).folder, flush=True)
+Status.update = update
+print(token_cache.build_cache(config, print).folder, flush=True)
 """
 
 

@@ -224,7 +224,7 @@ def atomic_folder(target: str | os.PathLike, needed_bytes: int) -> Iterator[path
     """Yields a temporary folder that is renamed to `target` at the end, or removed after an error.
 
     A killed process leaves a hidden folder `.NAME.partial` next to the target, which the next call removes.
-    Raises ValueError if the target is not empty or another process is writing it, OSError if the disk has
+    Raises ValueError if the target is not empty or another process is writing to it, OSError if the disk has
     less than `needed_bytes` of free space.
     """
     # Follow a symbolic link and keep it.

@@ -85,7 +85,7 @@ def find_adapter(config: TrainConfig) -> Adapter | None:
     field, folder = "init_adapter", config.init_adapter
     init_from = local_folder(_init_from(config))
     if is_run(init_from) and TrainConfig.load(init_from / "config.json").model.lora is not None:
-        allowed = f"{config.init_from} (init_from) has an adapter already; name its base model instead"
+        allowed = f"{config.init_from} (init_from) already has an adapter; name its base model instead"
         require(folder is None, field, folder, allowed)
         field, folder = "init_from", config.init_from
     if folder is None:
