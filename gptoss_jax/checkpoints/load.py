@@ -182,9 +182,8 @@ def load_model(
         refuse_other_contents(local)
     tokenizer = find_tokenizer(local)
     if tokenizer is None:
-        has_config = (local / "config.json").is_file()
-        kind = (
-            "has no tokenizer; add" if has_config else "is not a model or a run: it has no config.json and no"
-        )
-        raise ValueError(f"{folder} {kind} tokenizer.json or tokenizer_name.txt")
+        if (local / "config.json").is_file():
+            raise ValueError(f"{folder} has no tokenizer: add its tokenizer.json, or complete the download")
+        text = "is not a model or a run: it has no config.json and no tokenizer.json"
+        raise ValueError(f"{folder} {text}")
     return from_pretrained(local, adapter=adapter, mesh=mesh), tokenizer

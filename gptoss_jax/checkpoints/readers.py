@@ -274,6 +274,7 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
     name = str(folder)
     if name.startswith(HUB):
         patterns = ["*.json", "*.safetensors", "*.jinja"]
+        hint = "or download it elsewhere and name the folder"
         try:
             # The repository also contains other copies of the weights.
             with download(f"downloading {name[len(HUB) :]}", huggingface_hub.utils.disable_progress_bars):
@@ -281,12 +282,12 @@ def local_folder(folder: str | os.PathLike) -> pathlib.Path:
                     name[len(HUB) :], allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"]
                 )
         except LocalEntryNotFoundError as error:
-            hint = "download it elsewhere and name the folder"
             raise ValueError(
-                f"{name}: cannot be downloaded: not in the cache, and the Hub cannot be reached; {hint}"
+                f"{name}: cannot be downloaded: not in the cache, no connection to the Hub; connect, {hint}"
             ) from error
         except Exception as error:  # each HTTP client has its own exception classes
-            raise ValueError(f"{name}: cannot be downloaded from the Hugging Face Hub ({error})") from error
+            text = f"cannot be downloaded from the Hugging Face Hub ({error}); check the name and the network"
+            raise ValueError(f"{name}: {text}, {hint}") from error
         return pathlib.Path(found)
     path = user_path(folder, "folder")
     if not path.is_dir():
