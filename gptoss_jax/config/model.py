@@ -104,9 +104,9 @@ class ModelConfig(ConfigBase):
     # learned_sinks.
     sink_tokens: NonNegative[int] = 0
     swiglu_alpha: Positive[float] = 1.702  # Slope of the sigmoid inside SwiGLU
-    # Clamps SwiGLU's gate from above and its linear half on both sides; None disables it.
+    # Clamps SwiGLU's gate from above and `up` on both sides; None disables it.
     swiglu_limit: PositiveOrNone = 7.0
-    swiglu_up_offset: float = 1.0  # Added to the linear half of SwiGLU
+    swiglu_up_offset: float = 1.0  # Added to `up` in SwiGLU
     tie_word_embeddings: bool = False  # Use the embedding's weights for the output head
     attention_dropout: BelowOne = 0.0  # Dropout on the attention weights during training
     # Dropout on the output of attention and experts during training, before the residual addition.

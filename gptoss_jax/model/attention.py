@@ -21,11 +21,11 @@ from gptoss_jax.parallel.linear import shard_map_heads
 
 
 class Segments(NamedTuple):
-    """The document of each token, and the token's position in it."""
+    """The document of each token, and its position there."""
 
     ids_BT: jax.Array  # int32: documents count from 1, padding is 0
     positions_BT: jax.Array  # int32, increasing by one within a segment
-    cos_sin: tuple[jax.Array, jax.Array]  # of the rotary angles, float32 [B, T, H / 2]
+    cos_sin: tuple[jax.Array, jax.Array]  # cos and sin of the rotary angles, float32 [B, T, H / 2]
 
 
 class Attention(nnx.Module):

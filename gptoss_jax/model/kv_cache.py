@@ -46,8 +46,8 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -
 def grow(config: ModelConfig, cache: KVCache, length: int) -> KVCache:
     """Grows the cache to `length` tokens, which must exceed its current capacity.
 
-    A ring with fewer slots than window plus sink tokens has not wrapped around, so its tokens keep their
-    slots.
+    A ring that still has fewer slots than window plus sink tokens has never wrapped around, so its tokens
+    keep their slots.
     """
     layers = [
         {

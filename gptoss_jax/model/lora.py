@@ -37,12 +37,12 @@ def adapter_names(config: ModelConfig, module: str | None = None) -> list[str]:
 
 
 def add_adapters(module: nnx.Module, config: ModelConfig, name: str, rngs: nnx.Rngs) -> None:
-    """Adds adapters to a module, initialized like in PEFT: A is uniform within 1 / sqrt(inputs), and B is
+    """Adds adapters to a module, initialized as in PEFT: A is uniform within 1 / sqrt(inputs), and B is
     zero, so that the model is initially equal to its base."""
     for key in adapter_names(config, name):
         if key.endswith("lora_a"):
             shape = shape_of(config, key)
-            # All dimensions except experts and rank.
+            # The number of inputs: all dimensions except experts and rank.
             bound = math.prod(shape[LETTERS[key].startswith("E") : -1]) ** -0.5
             param = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
         else:

@@ -30,7 +30,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.router = nnx.Param(normal(config, "moe.router", rngs))
-        # Gate and up are separate halves; only packed weights keep the interleaved rows of the published
+        # Gate and up are separate along P; in packed weights, their rows alternate as in the published
         # checkpoints.
         gate_up_EDPF, down_EFD = normal(config, "moe.gate_up", rngs), normal(config, "moe.down", rngs)
         if config.expert_format == "mxfp4":
@@ -67,7 +67,7 @@ class MoE(nnx.Module):
         parameters = self.expert_parameters()
         swiglu = SwiGLU(config.swiglu_alpha, config.swiglu_limit, config.swiglu_up_offset)
         is_adapted = "gate_up_lora_a" in parameters or "down_lora_a" in parameters
-        # In training, only packed weights are views; the decode kernels are not differentiable.
+        # The router is a view only if there is a cache; the decode kernels are not differentiable.
         is_decoding = isinstance(self.router.get_value(), LayerView) and capacity_factor is None
         if is_decoding and not is_adapted and decode.supports_experts(x_MD, parameters):
             y_MD, num_dropped = decode.experts(x_MD, *routing, parameters, swiglu), jnp.float32(0)
@@ -182,7 +182,7 @@ def expert_outputs(
 class SwiGLU(NamedTuple):
     """gpt-oss's gated activation: gate * sigmoid(alpha * gate) * (up + up_offset) (docs/math.md).
 
-    The gate is clamped from above only, the linear half on both sides.
+    Clamps the gate from above only, and `up` on both sides.
     """
 
     alpha: float
@@ -220,7 +220,7 @@ def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
 
 
 def _swiglu_halves_bwd(swiglu: SwiGLU, h_RF: jax.Array, g_RF: jax.Array) -> tuple[jax.Array]:
-    # As above. Before the split, whose result would be copied.
+    # Barrier as above, placed before the split because the split's result would be copied.
     h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
     halves = jnp.split(h_RF, 2, axis=-1)
     d_gate, d_up = jax.vjp(swiglu.__call__, *halves)[1](g_RF)

@@ -22,8 +22,8 @@ from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4.codec import BLOCK_BYTES, BLOCK_SIZE
 from gptoss_jax.parallel.rules import storage_spec
 
-# The last two names of a parameter's path -> its letters, without the leading dimension of stacked layers.
-# r is the rank of an adapter (`model/lora.py`).
+# Maps the last two names of a parameter's path to its letters, without the leading dimension of stacked
+# layers. r is the rank of an adapter (`model/lora.py`).
 LETTERS = {
     "embedding.weight": "VD",
     "head.weight": "VD",

@@ -1,4 +1,4 @@
-"""The model: RMSNorm, Block, Transformer, and conversion to and from a plain parameter tree."""
+"""The model: RMSNorm, Block, Embedding, Transformer, and conversion to and from a plain parameter tree."""
 
 import dataclasses
 import functools
@@ -95,7 +95,7 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     """One vector per token, [V, D]: the input embedding or, if untied, the output head."""
 
-    # Of an adapted head.
+    # Only in a head with a LoRA adapter.
     lora_a: nnx.Param
     lora_b: nnx.Param
 
@@ -104,10 +104,13 @@ class Embedding(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The gpt-oss model. `blocks` is one period of `layer_types`, with each block stacked over its
-    repetitions.
+    """The gpt-oss model.
 
-    Modules are read-only in the forward pass: caches, random keys and statistics are arguments and results.
+    Layers of one kind are stacked. gpt-oss-20b alternates two kinds, so `blocks` has two entries, whose
+    parameters have a leading axis of 12; without `scan_layers`, it has one entry per layer, with a leading
+    axis of 1.
+
+    The forward pass does not mutate modules: caches, random keys and statistics are passed in and returned.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -180,7 +183,8 @@ class Transformer(nnx.Module):
         dropout_key: jax.Array | None = None,
         capacity_factor: float | None = None,
     ) -> tuple[jax.Array, KVCache | None, RouterStats]:
-        """Returns the final hidden states, after the last norm.
+        """Runs all blocks. Returns the hidden states after the final norm, the updated cache, and router
+        statistics.
 
         Args:
           cache: keys and values of earlier tokens. Each row then continues its sequence: padding (segment 0)
@@ -271,14 +275,14 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict:
 
 
 def get_params(model: Transformer | nnx.State) -> dict:
-    """Returns the parameters of a model as a tree of plain dicts and arrays, like in checkpoints."""
+    """Returns the parameters of a model as a tree of plain dicts and arrays, as in checkpoints."""
     state = nnx.state(model) if isinstance(model, nnx.Module) else model
     pure = nnx.to_pure_dict(state)
     return pure | {"blocks": {str(i): block for i, block in pure["blocks"].items()}}
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-    """Returns a model with the parameters of such a tree; can be used in traced functions."""
+    """Returns a model with the parameters of a tree as from `get_params`; works under `jit` and `grad`."""
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params | {"blocks": {int(i): b for i, b in params["blocks"].items()}})

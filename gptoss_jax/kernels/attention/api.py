@@ -23,7 +23,7 @@ def attention(
     sinks_N: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention with the mask of `attention_mask`, differentiable in q, k, v and the sinks.
+    """Computes attention with the mask of `attention_mask`; differentiable in q, k, v and the sinks.
 
     Never materializes a [T, T] array; a sliding-window layer costs O(T * W). The implementations are
     equivalent:

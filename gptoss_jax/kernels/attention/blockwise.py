@@ -121,7 +121,8 @@ def update_softmax(
 ) -> SoftmaxState:
     """Updates the state with a block of keys and their masked scores. `drop` applies dropout to the weights.
 
-    Until a row sees its first key, it accumulates meaningless weights, which that key rescales by 0.
+    MASK_VALUE is finite, so a row accumulates meaningless weights until it sees its first key, which rescales
+    them by 0.
     """
     largest_BKR = jnp.maximum(state.largest_BKR, jnp.max(scores_BKRS, axis=-1))
     weights_BKRS = jnp.exp(scores_BKRS - largest_BKR[..., None])

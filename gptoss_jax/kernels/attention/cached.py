@@ -1,7 +1,8 @@
 """Attention with a KV cache, for several new tokens (prefill) or one (decode).
 
-A cache has S slots per sequence. The first `sink_tokens` tokens have fixed slots; the rest are a ring buffer
-for all other tokens. A full-attention layer has a slot for every token, so its ring never wraps around.
+A cache has S slots per sequence. The first `sink_tokens` tokens have fixed slots; the remaining slots are a
+ring buffer for all other tokens. A full-attention layer has a slot for every token, so its ring never wraps
+around.
 
 Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, H head size, R = T N / K rows.
 """
@@ -105,7 +106,7 @@ def prefill_attention(
     """Attention of T new tokens per sequence to each other and to the earlier tokens in the cache.
 
     Slots are read in blocks, up to the length of the longest sequence, so memory does not grow with the
-    cache. Returns [B, T, N, H]; softmax in float32. Outputs at padding are finite.
+    cache. Returns [B, T, N, H]; softmax in float32. Outputs at padding are meaningless but finite.
 
     Args:
       cache: before `update_cache`, which may overwrite ring slots that the first new tokens still attend to.

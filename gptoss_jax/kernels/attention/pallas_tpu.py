@@ -17,10 +17,15 @@ from gptoss_jax.kernels.backend import matmul_precision, without_x64
 
 LANES = 128  # sequence length and block sizes are multiples of this
 # Maximum block size, in queries and keys. For 4,096 tokens of the released models (64 query heads, 8
-# key/value heads, size 64), libtpu 0.0.42 schedules these millions of cycles, forward and backward (cycles in
-# its listings, LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true", times the grid steps):
-#   window 128: blocks of 256 4.9 (v5e), 6.6 (v5p), 4.6 (v6e); of 512 5.5, 6.3, 4.5, in half as many steps.
-#   no window: blocks of 512 12.8, 16.4, 9.9; of 1,024 12.4, 13.4, 9.0; 2,048 x 1,024 14.2, too large, 10.0.
+# key/value heads, size 64), libtpu 0.0.42 schedules the following numbers of cycles (in millions), forward
+# and backward (cycles in its listings times the grid steps; the listings are from
+# LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"):
+#   | window | block         |  v5e |       v5p |  v6e |
+#   | 128    | 256           |  4.9 |       6.6 |  4.6 |
+#   | 128    | 512           |  5.5 |       6.3 |  4.5 | (in half as many steps)
+#   | none   | 512           | 12.8 |      16.4 |  9.9 |
+#   | none   | 1,024         | 12.4 |      13.4 |  9.0 |
+#   | none   | 2,048 x 1,024 | 14.2 | too large | 10.0 |
 # Memory stalls are not included. A fused kernel for dq, dk and dv would save 2 to 3 million cycles without a
 # window, but it writes dq once per block of keys, in the dtype of q.
 # In float32, blocks of 1,024 are too large for the VMEM of v5e and v5p.

@@ -219,7 +219,8 @@ def _forward_kernel(static: _Static, refs: _Arrays, out_ref: jax.Ref, lse_ref: j
 
     def step(keys, scores, carry):
         out, largest, total = carry
-        # Until a row sees its first key, it accumulates meaningless weights, which that key rescales by 0.
+        # MASK_VALUE is finite, so a row accumulates meaningless weights until it sees its first key, which
+        # rescales them by 0.
         larger = jnp.maximum(largest, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - larger[:, None])
         shrink = jnp.exp2(largest - larger)

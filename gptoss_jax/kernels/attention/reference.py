@@ -33,7 +33,8 @@ class AttentionSpec:
 
 
 def is_near(distance: jax.Array, key_position: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """Applies the window part of the mask rule, elementwise; `distance` is query minus key position.
+    """Returns True where a key is within the window or is a sink token, elementwise; `distance` is query
+    minus key position.
 
     In a sliding-window layer, a query sees the last `window` keys and the first `sink_tokens`.
     """
@@ -78,10 +79,11 @@ def reference_attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention with the full score matrix. Query head n uses key/value head n // G.
+    """Computes softmax attention with the full score matrix. Query head n uses key/value head n // G.
 
-    A sink is an additional logit in each head's softmax, unscaled, unmasked and without a value, so the
-    attention weights sum to less than one. Softmax in float32. Returns [B, T, N, H] in the dtype of `q_BTNH`.
+    A sink is an additional logit in each head's softmax that is neither scaled nor masked and has no value
+    vector, so the attention weights sum to less than one. Softmax in float32. Returns [B, T, N, H] in the
+    dtype of `q_BTNH`.
     """
     K = k_BSKH.shape[2]
     q_BKRH, k_BKHS, v_BKSH = (
@@ -151,7 +153,7 @@ def masked(scores_BKRS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
 
 
 def drop(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; the identity if `key` is None."""
+    """Applies inverted dropout; the identity if `key` is None."""
     if key is None:
         return weights
     is_kept = jax.random.bernoulli(key, jnp.float32(1 - rate), weights.shape)
