@@ -183,8 +183,7 @@ class Transformer(nnx.Module):
         dropout_key: jax.Array | None = None,
         capacity_factor: float | None = None,
     ) -> tuple[jax.Array, KVCache | None, RouterStats]:
-        """Runs all blocks. Returns the hidden states after the final norm, the updated cache, and router
-        statistics.
+        """Runs all blocks; returns hidden states after the final norm, the cache, and statistics.
 
         Args:
           cache: keys and values of earlier tokens. Each row then continues its sequence: padding (segment 0)
