@@ -71,7 +71,8 @@ def blockwise_attention(
     dropout_key: jax.Array | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """See `api.attention`. `block` is the maximum number of tokens in a block.
+    """Computes attention in plain XLA, one block of queries and keys at a time. The arguments are those of
+    `api.attention`; `block` is the maximum number of tokens in a block. Returns [B, T, N, H].
 
     For each block of queries, key blocks that none of them can see are skipped: those after the block, before
     its window, and before the first query's segment. A sliding-window layer thus costs O(T * W).

@@ -57,7 +57,8 @@ def splash_attention(
     sinks_N: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `api.attention`. `interpret` runs the kernels on any platform, slowly.
+    """Computes attention with JAX's splash attention. The arguments are those of `api.attention`; `interpret`
+    runs the kernels on any platform, slowly. Returns [B, T, N, H].
 
     The mask depends on the order of tokens in the row; positions are not read. Segment ids must not be
     negative. Raises ValueError for sink tokens, which these kernels do not support.

@@ -109,7 +109,8 @@ def triton_attention(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """See `api.attention`. Positions may increase by more than one between tokens of a segment.
+    """Computes attention with our Triton kernels. The arguments are those of `api.attention`, but positions
+    may increase by more than one between tokens of a segment. Returns [B, T, N, H].
 
     If they do not increase, as in padding with all positions 0, a query still sees only keys of its own
     segment, up to its own index.
