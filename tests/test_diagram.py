@@ -51,6 +51,8 @@ def test_sizes_are_those_of_the_config():
     assert "64 query heads above 8 heads of keys and values, each shared by 8" in found
     assert "heads of 64   ·   RoPE, θ = 150,000, YaRN × 32" in found
     assert "12 layers: latest 128 tokens" in found and "12 layers: all earlier tokens" in found
+    one = texts(gx.draw_architecture(CONFIGS["one layer, one head"]))
+    assert "1 layer: latest 128 tokens" in one and "0 layers: all earlier tokens" in one
     assert "32 experts per layer, 4 for each token" in found
     assert "block 0   sliding window" in found and "block 23   full attention" in found
 

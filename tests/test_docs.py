@@ -11,6 +11,7 @@ import pytest
 from gptoss_jax.cli.main import COMMANDS
 from gptoss_jax.config.command_line import parse
 from gptoss_jax.config.preset import flags_of, preset_names, read_preset, with_settings
+from gptoss_jax.model.parameters import LETTERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 LINKS = runpy.run_path(str(ROOT / "docs" / "check_links.py"))
@@ -101,6 +102,17 @@ def test_installed_extras_exist():
 def test_every_preset_is_documented():
     text = (ROOT / "docs" / "pretraining.md").read_text() + (ROOT / "docs" / "fine-tuning.md").read_text()
     assert [name for name in preset_names() if f"`{name}`" not in text and f" {name} " not in text] == []
+
+
+def test_math_explains_every_letter_of_a_parameter():
+    text = (ROOT / "docs/math.md").read_text()
+    assert {letter for letter in "".join(LETTERS.values()) if f"**{letter}**" not in text} == set()
+
+
+def test_first_test_command_of_contributing_selects_a_test():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    [(file, word)] = re.findall(r"pytest -n 0 (\S+) -k (\w+)", text)
+    assert re.search(rf"def test_\w*{word}", (ROOT / file).read_text())
 
 
 def test_links_of_markdown_files():

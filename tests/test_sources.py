@@ -234,7 +234,7 @@ def test_fingerprint_follows_the_content(tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    ["", "nope", "csv:a", "text:", "jsonl:", "stdlib:x", "jsonl:a#", "hf:#text", "hf::x", "hf:a:b:c:d"],
+    ["", "nope", "nosuch:a", "text:", "jsonl:", "stdlib:x", "jsonl:a#", "hf:#text", "hf::x", "hf:a:b:c:d"],
 )
 def test_unknown_sources(source):
     message = fails(source)

@@ -61,6 +61,7 @@ class Attention(nnx.Module):
         config, dtype = self.config, x_BTD.dtype
         q_BTNH, k_BTKH, v_BTKH = self.qkv(x_BTD, segments)
         sinks_N = self.sinks[...] if config.learned_sinks else None
+        # All implementations of attention follow `kernels/attention/reference.py`, which has the sinks.
         if cache is None:
             y_BTNH = shard_map_heads(
                 lambda q, k, v, sinks, key, ids, positions: attention(
@@ -76,6 +77,7 @@ class Attention(nnx.Module):
             else:
                 y_BTNH = decode_attention(q_BTNH, updated, sinks_N=sinks_N)
             cache = updated
+        # Without adapters, adapted_einsum is a plain (sharded) einsum.
         (y_BTD,) = lora.adapted_einsum(self, "BTNH,NHD->BTD", y_BTNH, ("out",))
         return y_BTD + self.out_bias[...].astype(dtype) if config.attention_bias else y_BTD, cache
 

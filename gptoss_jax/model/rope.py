@@ -28,8 +28,8 @@ def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Returns the H / 2 angular frequencies of RoPE, float32 in radians per token, and the scale of cos and
-    sin.
+    """Returns the H / 2 angular frequencies of RoPE (`inv_freq` in docs/math.md and transformers), float32 in
+    radians per token, and the scale of cos and sin.
 
     Every step is rounded to float32, as in the reference implementation of the released models: at position
     100,000, the last bit of a frequency amounts to a thousandth of a radian or more.

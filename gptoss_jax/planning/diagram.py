@@ -162,10 +162,11 @@ def _draw_attention(axes: Axes, config: ModelConfig) -> None:
     heads = f"{N} query heads above {K} head{plural} of keys and values{each}"
     _text(axes, left, 27.8, heads, size=8.5, color=MUTED, ha="left")
     kinds, window = config.resolved_layer_types, config.sliding_window
-    sliding = kinds.count(SLIDING)
+    counts = kinds.count(SLIDING), len(kinds) - kinds.count(SLIDING)
+    sliding, full = (f"{n} layer{'' if n == 1 else 's'}" for n in counts)
     masks = (
-        (104, f"{sliding} layers: latest {window:,} tokens", 4, BLUE),
-        (133, f"{len(kinds) - sliding} layers: all earlier tokens", None, ORANGE),
+        (104, f"{sliding}: latest {window:,} tokens", 4, BLUE),
+        (133, f"{full}: all earlier tokens", None, ORANGE),
     )
     for x, name, band, color in masks:
         _draw_mask(axes, x, band, color, config)
