@@ -92,10 +92,9 @@ def runs(tmp_path_factory):
         f"text:{folder}/*.txt", "bytes", seq_len=32, batch_size=16, cache_dir=str(folder / "cache")
     )
     whole = TrainConfig(
-        model, data,
-        OptimConfig(learning_rate=3e-3, warmup_steps=4, grad_accum_steps=2), MeshConfig(expert=4),
-        CheckpointConfig(every=5), EvalConfig(every=1000, sample_tokens=0), STEPS,
-        str(folder / "whole"),
+        model=model, data=data, mesh=MeshConfig(expert=4), steps=STEPS, run_dir=str(folder / "whole"),
+        optim=OptimConfig(learning_rate=3e-3, warmup_steps=4, grad_accum_steps=2),
+        checkpoint=CheckpointConfig(every=5), eval=EvalConfig(every=1000, sample_tokens=0),
     )  # fmt: skip
 
     def line(name, **changes):

@@ -92,7 +92,7 @@ def check_case(case: Case, backend: str, interpret: bool = False) -> Result:
     largest = max(map(_difference, found, expected))
     if largest <= tolerance:
         return result("ok", error=largest, milliseconds=ms)
-    detail = f"error {largest:.1e}, at most {tolerance:.1e} is allowed"
+    detail = f"error {largest:.1e} exceeds {tolerance:.1e}"
     return result("wrong", detail, error=largest, milliseconds=ms)
 
 
