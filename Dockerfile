@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # docker build -t gptoss_jax .                          CPU; add --build-arg EXTRA=cuda or EXTRA=tpu for an accelerator
-# docker run --rm -v "$PWD:/work" gptoss_jax train quickstart
-# docker run --rm -v "$PWD:/work" -p 8000:8000 gptoss_jax serve runs/quickstart --host 0.0.0.0
+# docker run --rm -v "$PWD:/data" gptoss_jax train quickstart
+# docker run --rm -v "$PWD:/data" -p 8000:8000 gptoss_jax serve runs/quickstart --host 0.0.0.0
 FROM python:3.13-slim AS build
 WORKDIR /source
 COPY . .
@@ -16,11 +16,11 @@ COPY --from=build /wheels /wheels
 COPY constraints/latest.txt /constraints.txt
 RUN pip install --no-cache-dir -c /constraints.txt "$(ls /wheels/*.whl)[serve,hf${EXTRA:+,$EXTRA}]" && rm -r /wheels
 
-# Runs, exports and the caches are in /work: mount a folder that user 1000 can write to.
-RUN useradd --uid 1000 --create-home gptoss && mkdir /work && chown gptoss /work
+# Runs, exports and the caches are in /data: mount a folder that user 1000 can write to.
+RUN useradd --uid 1000 --create-home gptoss && mkdir /data && chown gptoss /data
 USER 1000
-WORKDIR /work
-ENV XDG_CACHE_HOME=/work/.cache HF_HOME=/work/.cache/huggingface
+WORKDIR /data
+ENV XDG_CACHE_HOME=/data/.cache HF_HOME=/data/.cache/huggingface
 EXPOSE 8000
 ENTRYPOINT ["gptoss"]
 CMD ["--help"]
