@@ -1,6 +1,7 @@
 """gpt-oss-120b as published: 36 layers, 128 experts, 4 experts per token.
 
-Full training needs many devices: parameters and AdamW state take 16 bytes per parameter, plus activations.
+Learning rate and steps are for training on from the released weights (`init_from`). Parameters, gradients and
+AdamW state take 16 bytes per parameter, plus activations.
 """
 
 import dataclasses

@@ -23,6 +23,7 @@ def test_names_of_the_presets():
     assert preset_names() == [
         "gpt_oss_120b",
         "gpt_oss_20b",
+        "gpt_oss_2b",
         "quickstart",
         "tinystories",
         "quickstart_sft",
@@ -53,7 +54,7 @@ def test_other_names_are_rejected_with_a_suggestion(name, tmp_path, monkeypatch)
     start, _, end = str(caught.value).partition("; the presets are ")
     assert " (did you mean " in start
     assert start.partition(" (did you mean ")[0] == f"config is '{name}': no such file or preset"
-    assert end.startswith("gpt_oss_120b, gpt_oss_20b, quick")
+    assert end.startswith("gpt_oss_120b, gpt_oss_20b, gpt_oss_2b, quick")
 
 
 def test_a_file_comes_before_a_preset_of_its_name(tmp_path, monkeypatch):

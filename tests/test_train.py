@@ -429,7 +429,8 @@ def test_persistently_nonfinite_loss_stops_the_run(make_config, tmp_path, capsys
     [
         ({"model": {"vocab_size": 200}}, r"model.vocab_size is 200: must be at least 257"),
         ({"data": {"seq_len": 129}}, r"data.seq_len is 129: must be at most model.max_position_embeddings"),
-        ({"data": {"batch_size": 12}}, r"data.batch_size is 12: must be a multiple of 8 devices"),
+        ({"data": {"batch_size": 12}}, r"batch_size is 12: must be a multiple of 8, the number of devices"),
+        ({"data": {"batch_size": 24}, "optim": {"grad_accum_steps": 2}}, r"16, .* \(8\) times .*\(2\)"),
         ({"mesh": {"data": 3}}, r"axis sizes must multiply to 8, the number of devices"),
         ({"init_from": "nowhere"}, r"nowhere: no such folder"),
     ],

@@ -357,6 +357,7 @@ def test_compute_dtype(tiny_config):
     [
         ("quickstart", 6_717_164),
         ("tinystories", 105_722_880),
+        ("gpt_oss_2b", 2_062_358_272),
         ("gpt_oss_20b", 20_914_757_184),
         ("gpt_oss_120b", 116_829_156_672),
     ],

@@ -1,6 +1,7 @@
 """Full supervised fine-tuning of gpt-oss-20b: all parameters, on many devices.
 
-Parameters and AdamW state take 16 bytes per parameter, plus activations. Set `--data.source chat:GLOB`.
+Parameters, gradients and AdamW state take 16 bytes per parameter, plus activations. Set
+`--data.source chat:GLOB`.
 """
 
 import dataclasses

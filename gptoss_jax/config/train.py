@@ -80,7 +80,7 @@ class MeshConfig(ConfigBase):
 
     _section: typing.ClassVar[str] = "mesh"
 
-    data: int = -1  # Data parallelism: each device holds all parameters and a part of the batch
+    data: int = -1  # Data parallelism: each group of devices holds all parameters and a part of the batch
     # Fully sharded data parallelism: parameters are sharded as well, and all-gathered for use.
     fsdp: int = 1
     expert: int = 1  # Expert parallelism: each device holds a part of the experts

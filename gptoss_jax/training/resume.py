@@ -32,9 +32,9 @@ from gptoss_jax.training.state import (
     place_on_mesh,
 )
 
-# Sections and fields that a resumed run may change, because they do not affect its results. `init_from` is
-# used only by a run without a checkpoint, and as the base model of adapters, which must stay the same; for
-# `steps`, see `check_steps`.
+# Sections and fields that a resumed run may change: they affect its results at most by rounding.
+# `init_from` is used only by a run without a checkpoint, and as the base model of adapters, which must stay
+# the same; for `steps`, see `check_steps`.
 FREE_FIELDS = (
     "run_dir", "data.cache_dir", "mesh", "model.remat", "model.kernels", "checkpoint", "eval", "log_every",
     "steps", "init_from", "init_adapter",

@@ -67,10 +67,10 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the devices cannot split the model, or every microbatch, evenly."""
     check_model(config.model, dict(mesh.shape))
     shards, microbatches = batch_shards(mesh.shape), config.optim.grad_accum_steps
-    divisor = f"{shards} devices"
-    divisor += f" times optim.grad_accum_steps ({microbatches})" if microbatches > 1 else ""
-    size = config.data.batch_size
-    require(size % (shards * microbatches) == 0, "data.batch_size", size, f"must be a multiple of {divisor}")
+    size, divisor = config.data.batch_size, shards * microbatches
+    why = "the number of devices that split the batch"
+    why += f" ({shards}) times optim.grad_accum_steps ({microbatches})" if microbatches > 1 else ""
+    require(size % divisor == 0, "data.batch_size", size, f"must be a multiple of {divisor}, {why}")
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
