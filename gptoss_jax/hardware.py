@@ -38,6 +38,8 @@ class Chip:
     # Dimensions of a TPU slice.
     dimensions: int = 0
     devices_per_chip: int = 1
+    # False for v5e, where `ragged_all_to_all` is missing on slices of more than 16 chips.
+    has_ragged_all_to_all: bool = True
 
 
 # TPU: https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x: "Peak compute per chip (bf16)",
@@ -49,7 +51,10 @@ class Chip:
 # (eight of 400 Gb/s).
 TABLE = (
     Chip("v4", r"TPU v4", 275e12),
-    Chip("v5e", r"TPU v5 ?(lite|e)", 197e12, 15.75 * GIB, 819e9, 400e9 / 2, dimensions=2),
+    Chip(
+        "v5e", r"TPU v5 ?(lite|e)", 197e12, 15.75 * GIB, 819e9, 400e9 / 2,
+        dimensions=2, has_ragged_all_to_all=False,
+    ),
     Chip("v5p", r"TPU v5p?", 459e12, 95.74 * GIB, 2765e9, 1200e9 / 2, dimensions=3),
     Chip("v6e", r"TPU v6 ?(lite|e)", 918e12, 31.25 * GIB, 1638e9, 800e9 / 2, dimensions=2),
     Chip(
@@ -74,6 +79,24 @@ TABLE = (
 # Chips that `gptoss plan` supports.
 CHIPS = {chip.name: chip for chip in TABLE if chip.memory}
 
+# Standard slices of Cloud TPU, at the same addresses: prefix of the accelerator type, chip, what the number
+# after the prefix counts (TensorCores, two per chip, or chips), shapes.
+_SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SHAPES_3D = (
+    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16",
+    "16x16x24",
+)  # fmt: skip
+ACCELERATOR_TYPES = {
+    f"{prefix}-{per_chip * math.prod(map(int, shape.split('x')))}": f"{chip}:{shape}"
+    for prefix, chip, per_chip, shapes in (
+        ("v5litepod", "v5e", 1, _SHAPES_2D),
+        ("v5e", "v5e", 1, _SHAPES_2D),
+        ("v6e", "v6e", 1, _SHAPES_2D),
+        ("v5p", "v5p", 2, _SHAPES_3D),
+    )
+    for shape in shapes
+}
+
 
 def find_chip(name: str, field: str = "chip") -> Chip:
     """Returns the chip with the given name. Raises a ValueError that names `field` and the known chips."""
@@ -82,6 +105,25 @@ def find_chip(name: str, field: str = "chip") -> Chip:
     near = nearest(name.lower(), CHIPS)
     hint = f"did you mean {near}? " if near else ""
     raise ValueError(f"{field} is {name!r}: {hint}known chips: {', '.join(CHIPS)}")
+
+
+def resolve_topology(name: str) -> str:
+    """Returns the topology of a Cloud TPU accelerator type, such as "v5p:2x2x4" for "v5p-32"; a topology is
+    returned unchanged.
+
+    Raises ValueError for a size that is not a standard slice, and for an unknown chip.
+    """
+    kind, dash, _ = name.lower().partition("-")
+    if ":" in name or not dash:
+        return name
+    if name.lower() in ACCELERATOR_TYPES:
+        return ACCELERATOR_TYPES[name.lower()]
+    known = [one for one in ACCELERATOR_TYPES if one.partition("-")[0] == kind]
+    allowed = f"give one of {', '.join(known)}, or a shape" if known else "give an accelerator type of v5e"
+    allowed += (
+        ", such as v5p:4x4x4" if known else ", v5p or v6e, such as v5p-32, or a shape, such as v5p:2x2x4"
+    )
+    raise ValueError(f"topology is {name!r}: {allowed}")
 
 
 def parse_topology(name: str) -> tuple[Chip, int]:

@@ -15,6 +15,7 @@ from gptoss_jax.hardware import (
     parameter_counts,
     parse_topology,
     peak_flops,
+    resolve_topology,
 )  # fmt: skip
 
 # D 10, F 7, N 6, K 2, H 4, E 5, X 3, V 11, W 3; one sliding layer, one full.
@@ -150,5 +151,17 @@ def test_names_of_chips_and_slices():
     ):
         with pytest.raises(ValueError, match=words):
             parse_topology(bad)
+    for name, topology in (
+        ("v5p-32", "v5p:2x2x4"),
+        ("v5litepod-16", "v5e:4x4"),
+        ("v5e-1", "v5e:1x1"),
+        ("V6E-8", "v6e:2x4"),
+        ("v5p:2x2x4", "v5p:2x2x4"),
+        ("v5p", "v5p"),
+    ):
+        assert resolve_topology(name) == topology
+    for name, words in (("v6e-12", "v6e-8, v6e-16"), ("v4-32", "of v5e, v5p or v6e, such as v5p-32")):
+        with pytest.raises(ValueError, match=f"topology is '{name}': .*{words}"):
+            resolve_topology(name)
     with pytest.raises(ValueError, match="chip is 'rtx': known chips: v5e, v5p"):
         find_chip("rtx")

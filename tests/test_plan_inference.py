@@ -158,7 +158,7 @@ def test_command(capsys, tmp_path):
     large = ["plan", str(ROOT / "configs/gpt_oss_120b.py"), "--inference", "--chip", "v5e"]
     with pytest.raises(SystemExit) as left:
         main.main(large)
-    assert left.value.code == 1 and "Nothing fits" in capsys.readouterr().out
+    assert left.value.code == 1 and "No mesh fits" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

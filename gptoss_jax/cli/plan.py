@@ -1,6 +1,7 @@
 """`gptoss plan`."""
 
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate a training step's memory and time on devices you do not have.
+    """Estimate the memory of training or inference, and a step's time, on devices you don't have.
 
     Compares meshes by memory, FLOPs and communication. --topology also compiles the step with the real TPU
-    compiler, which takes minutes and needs the extra "tpu-compile"; --chip estimates from shapes. Flags of
-    gptoss train, such as --data.seq-len 4096, change the config. With --inference, estimates the memory of
-    generating, chatting and serving instead. Exits with status 1 if no mesh fits.
+    compiler, best mesh first until one fits, which takes minutes for each and needs the extra "tpu-compile";
+    --chip estimates from shapes. Flags of gptoss train with a dot, such as --data.seq-len 4096, change the
+    config. With --inference, estimates the memory of generating, chatting and serving instead. Exits with
+    status 1 if no mesh fits; with --topology, only compiled meshes count.
 
     Examples:
       gptoss plan gpt_oss_20b --chip h200 --devices 8
@@ -31,12 +33,12 @@ class Plan:
 
     # Preset: its name, such as gpt_oss_20b, or a Python file.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    # TPU slice to compile for, such as v5p:4x4x4.
+    # TPU slice to compile for, such as v5p:4x4x4, or a Cloud TPU accelerator type, such as v5p-128.
     topology: OptionalText = None
     # Chip to estimate for, with --devices: v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200. With --inference
     # also cpu.
     chip: OptionalText = None
-    # Number of JAX devices; a tpu7x chip counts as two.
+    # JAX devices: chips, except that a tpu7x chip counts as two. A v5p-32 has 16.
     devices: OptionalInt = None
     # Mesh to consider, such as fsdp=16,expert=4. (default: all possible meshes, best first)
     mesh: Texts = ()
@@ -93,10 +95,25 @@ class Plan:
                 on_compile=lambda mesh: shown.update(f"compiling {mesh_name(mesh)}, which takes minutes"),
             )
         show(plan, Console())
+        if plan.best is not None:
+            print("\nTo train, add --init-from, --data.source and --run-dir to:")
+            print(self._command(plan.best.mesh))
         if path is not None:
             write_json(path, plan.to_dict())
         if not plan.fits:
             raise SystemExit(1)
+
+    def _command(self, mesh: dict[str, int]) -> str:
+        """Returns the command that trains on a mesh, with the given flags."""
+        from gptoss_jax.config.preset import flags_of, read_preset
+
+        overrides = [one for one in self.overrides if not one.startswith("mesh.")]
+        preset = dataclasses.asdict(read_preset(self.config, flags_of(overrides)).mesh)
+        words = ["gptoss", "train", self.config]
+        for axis, size in mesh.items():
+            if size > 1 or preset[axis] not in (1, -1):
+                words += [f"--mesh.{axis}", str(size)]
+        return shlex.join([*words, *flags_of(overrides)])
 
     def _plan_inference(self, model: "ModelConfig", meshes: tuple[str, ...]) -> "InferencePlan":
         from gptoss_jax.config import require

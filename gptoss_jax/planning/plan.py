@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gptoss_jax.config import TrainConfig, require
-from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology
+from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology, resolve_topology
 from gptoss_jax.model.lora import adapter_counts
 from gptoss_jax.parallel.mesh import AXES, divisors, parse_mesh
 from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step
 from gptoss_jax.planning.estimate import Estimate, estimate
+from gptoss_jax.planning.suggest import Suggestion, suggest_larger_microbatch, suggest_smaller
+
+# Maximum number of meshes that are compiled, unless meshes are given.
+MAX_COMPILED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Plan:
     estimates: list[Estimate]
     # One per compiled mesh.
     compiled: list[CompiledStep]
+    # The accelerator type that was given as topology, such as "v5p-32".
+    accelerator_type: str | None = None
+    # A change that makes the step fit, or makes it faster.
+    suggestion: Suggestion | None = None
 
     @property
     def trained_parameters(self) -> int:
@@ -34,16 +42,23 @@ class Plan:
         return parameter_counts(model)[0] if model.lora is None else sum(adapter_counts(model).values())
 
     @property
+    def best(self) -> Estimate | None:
+        """The best mesh that fits, according to the compiler if it ran; None if none does."""
+        fitting = [one.mesh for one in self.compiled or self.estimates if one.fits]
+        return next((one for one in self.estimates if one.mesh in fitting), None)
+
+    @property
     def fits(self) -> bool:
         """True if any mesh fits, according to the compiler if it ran."""
-        return any(one.fits for one in self.compiled or self.estimates)
+        return self.best is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all results as JSON-serializable values; bytes, seconds and FLOPs are per device."""
         total, active = parameter_counts(self.config.model)
         estimates = []
         for one in self.estimates:
-            extra: dict[str, Any] = {"fits": one.fits, "communication_seconds": one.communication_seconds}
+            extra: dict[str, Any] = {"fits": one.fits, "verdict": one.verdict}
+            extra["communication_seconds"] = one.communication_seconds
             extra["memory"] = {**dataclasses.asdict(one.memory), "total": one.memory.total}
             estimates.append(dataclasses.asdict(one) | extra)
         return {
@@ -55,6 +70,8 @@ class Plan:
             "devices": self.devices,
             "topology": self.topology,
             "fits": self.fits,
+            "best": None if self.best is None else self.best.mesh,
+            "suggestion": None if self.suggestion is None else self.suggestion.flag,
             "estimates": estimates,
             "compiled": [dataclasses.asdict(one) | {"total": one.total} for one in self.compiled],
         }
@@ -69,12 +86,12 @@ def make_plan(
     meshes: Sequence[str] = (),
     on_compile: Callable[[dict[str, int]], None] = lambda mesh: None,
 ) -> Plan:
-    """Estimates the given meshes, or all possible ones; with a topology, also compiles the given meshes or
-    the best one.
+    """Estimates the given meshes, or all possible ones; with a topology, also compiles the given meshes, or
+    up to `MAX_COMPILED`, best first, until one fits.
 
     Args:
-      topology: a TPU slice such as "v5p:4x4x4". Instead, `chip` (a name in `hardware.CHIPS`) and `devices`
-        (as JAX counts them) plan without compiling.
+      topology: a TPU slice such as "v5p:4x4x4", or a Cloud TPU accelerator type such as "v5p-128". Instead,
+        `chip` (a name in `hardware.CHIPS`) and `devices` (as JAX counts them) plan without compiling.
       meshes: such as "fsdp=16,expert=4".
       on_compile: called with each mesh before it is compiled, which takes minutes.
 
@@ -82,33 +99,61 @@ def make_plan(
       ValueError: an argument is invalid, a given mesh cannot shard the model or batch, or no mesh can.
       OSError: the compiler fails.
     """
+    accelerator_type = None
     if topology is not None:
         require(chip is None and devices is None, "topology", topology, "already gives chip and devices")
+        accelerator_type, topology = topology, resolve_topology(topology)
         kind, count = parse_topology(topology)
     else:
-        allowed = "give one, such as --topology v5p:4x4x4, or --chip h200 --devices 64"
-        if chip is None or devices is None:
-            raise ValueError(f"topology is {topology!r}: {allowed}")
-        require(devices > 0, "devices", devices, "must be above 0")
-        kind, count = find_chip(chip), devices
-    if meshes:
-        estimates = [estimate(config, kind, parse_mesh(mesh, count)) for mesh in meshes]
-    else:
-        estimates = _estimate_all(config, kind, count)
-    estimates = rank(estimates)
-    compiled = []
+        kind, count = _given_devices(chip, devices)
+
+    def estimates_of(config: TrainConfig) -> list[Estimate]:
+        if meshes:
+            return rank([estimate(config, kind, parse_mesh(mesh, count)) for mesh in meshes])
+        return rank(_estimate_all(config, kind, count))
+
+    estimates = estimates_of(config)
+    compiled: list[CompiledStep] = []
     if topology is not None:
-        for one in estimates if meshes else estimates[:1]:
+        possible = [one for one in estimates if one.memory.total <= one.capacity]
+        for one in estimates if meshes else possible[:MAX_COMPILED]:
             on_compile(one.mesh)
             compiled.append(compile_step(config, topology, one.mesh))
-    return Plan(config, kind, count, topology, estimates, compiled)
+            if compiled[-1].fits and not meshes:
+                break
+    given = None if accelerator_type == topology else accelerator_type
+    plan = Plan(config, kind, count, topology, estimates, compiled, given)
+    if plan.best is None:
+        suggestion = suggest_smaller(config, estimates_of)
+    else:
+        suggestion = suggest_larger_microbatch(config, count, plan.best, estimates_of)
+    return dataclasses.replace(plan, suggestion=suggestion)
+
+
+def _given_devices(chip: str | None, devices: int | None) -> tuple[Chip, int]:
+    """Returns the chip and the number of devices. Raises ValueError if one is missing or invalid."""
+    if chip is None and devices is None:
+        raise ValueError(
+            "topology is None: give one, such as --topology v5p:4x4x4, or --chip h200 --devices 64"
+        )
+    if chip is None:
+        raise ValueError(f"chip is None: --devices {devices} also needs --chip, such as --chip h200")
+    if devices is None:
+        raise ValueError(f"devices is None: --chip {chip} also needs --devices, such as --devices 8")
+    require(devices > 0, "devices", devices, "must be above 0")
+    return find_chip(chip), devices
 
 
 def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
-    """Sorts estimates, best first: those that fit by their duration without overlap, then the rest by
-    memory."""
-    fitting = sorted((one for one in estimates if one.fits), key=lambda one: one.serial_seconds)
-    return fitting + sorted((one for one in estimates if not one.fits), key=lambda one: one.memory.total)
+    """Sorts estimates, best first: those that fit, then those that are close, by their duration without
+    overlap, then the rest by memory."""
+    order = {"fits": 0, "close": 1, "no": 2}
+
+    def key(one: Estimate) -> tuple[float, ...]:
+        seconds = 0.0 if one.verdict == "no" else one.serial_seconds
+        return order[one.verdict], seconds, one.memory.total
+
+    return sorted(estimates, key=key)
 
 
 def mesh_name(mesh: dict[str, int], separator: str = ",") -> str:

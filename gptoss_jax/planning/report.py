@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gptoss_jax.hardware import parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
-from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, Estimate
+from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, TPU_MARGIN, Estimate
 from gptoss_jax.planning.inference import InferencePlan
 from gptoss_jax.planning.plan import Plan, mesh_name
 from gptoss_jax.terminal import format_count, format_si
@@ -21,7 +21,7 @@ MAX_ROWS = 6
 
 def show(plan: Plan, console: Console) -> None:
     """Prints a plan."""
-    model, data, best = plan.config.model, plan.config.data, plan.estimates[0]
+    model, data, best = plan.config.model, plan.config.data, plan.best or plan.estimates[0]
     total, active = parameter_counts(model)
     size = f"{format_count(total)} parameters, {format_count(active)} active per token"
     if model.lora is not None:
@@ -34,14 +34,11 @@ def show(plan: Plan, console: Console) -> None:
     for name, text in (
         ("Model", size),
         ("Step", step),
-        ("Devices", f"{plan.devices:,} of {plan.topology or plan.chip.name}, each {memory} GB and {peak}"),
+        ("Devices", f"{_devices(plan)}, each {memory} GB and {peak}"),
     ):
         console.print(f"[bold]{name:8}[/]{text}", highlight=False)
-    for table in (
-        _estimates(plan),
-        _collectives(best),
-        *(_compiled(one, plan) for one in plan.compiled),
-    ):
+    sent = [_collectives(best)] if best.collectives else []
+    for table in (_estimates(plan), *sent, *(_compiled(one, plan) for one in plan.compiled)):
         # Printed separately, because the table would wrap them at its width.
         title, caption, table.title, table.caption = table.title, table.caption, None, None
         console.print(f"\n[bold]{title}[/]", highlight=False)
@@ -50,6 +47,14 @@ def show(plan: Plan, console: Console) -> None:
             console.print(caption, highlight=False)
     console.print()
     console.print(_verdict(plan), highlight=False)
+
+
+def _devices(plan: Plan) -> str:
+    of = plan.topology or plan.chip.name
+    if plan.accelerator_type is None:
+        return f"{plan.devices:,} of {of}"
+    chips = plan.devices // plan.chip.devices_per_chip
+    return f"{plan.devices:,} of {of} ({plan.accelerator_type}, {chips:,} chip{'s' * (chips > 1)})"
 
 
 def show_inference(plan: InferencePlan, console: Console) -> None:
@@ -83,7 +88,7 @@ def show_inference(plan: InferencePlan, console: Console) -> None:
     of = f"{needed} of {gigabytes(best.capacity)} GB"
     verdict = f"[bold green]Best: {mesh_name(best.mesh)}[/], {of}."
     if not best.fits:
-        verdict = f"[bold red]Nothing fits[/] in {MEMORY_UTILIZATION:.0%} of the memory. The nearest is "
+        verdict = f"[bold red]No mesh fits[/] in {MEMORY_UTILIZATION:.0%} of the memory. The closest is "
         verdict += f"{mesh_name(best.mesh)}: {of}. Fewer --slots or a shorter --context need less."
     console.print(verdict, highlight=False)
 
@@ -122,16 +127,23 @@ def _estimates(plan: Plan) -> Table:
         table.add_row(
             mesh_name(one.mesh, ", "),
             *map(gigabytes, (*sizes, memory.temporaries, memory.total)),
-            "[green]fits[/]" if one.fits else "[red]no[/]",
+            {"fits": "[green]fits[/]", "close": "[yellow]close[/]", "no": "[red]no[/]"}[one.verdict],
             _seconds(one.compute_seconds),
             _seconds(one.communication_seconds),
             style="bold" if i == 0 else "",
         )
-    rest = plan.estimates[MAX_ROWS:]
+    rest, notes = plan.estimates[MAX_ROWS:], []
     if rest:
-        fitting = sum(one.fits for one in rest)
-        others = f"and {len(rest)} more meshes"
-        table.caption = f"{others}, {fitting} of which fit" if fitting else f"{others}, which do not fit"
+        counts = {verdict: sum(one.verdict == verdict for one in rest) for verdict in ("fits", "close")}
+        others = ", ".join(
+            f"{count} of which {name}"
+            for name, count in (("fit", counts["fits"]), ("are close", counts["close"]))
+            if count
+        )
+        notes.append(f"and {len(rest)} more meshes, {others or 'which do not fit'}")
+    if any(one.verdict == "close" for one in plan.estimates):
+        notes.append(f"close: may not fit; compiled steps took up to {TPU_MARGIN} x (activ + temp) more")
+    table.caption = "\n".join(notes)
     return table
 
 
@@ -143,14 +155,12 @@ def _collectives(one: Estimate) -> Table:
             f"{cost.purpose}  ", f"{cost.kind}  ", f"{' '.join(cost.axes)}  ",
             gigabytes(cost.sent), _seconds(cost.seconds),
         )  # fmt: skip
-    if not one.collectives:
-        table.add_row("nothing")
     return table
 
 
 def _compiled(one: CompiledStep, plan: Plan) -> Table:
     title = f"Compiled for {plan.topology}, {mesh_name(one.mesh)}, in {one.seconds:,.0f} s: one device"
-    table = _table(title, ["compiler's figures", "axes"], ["times", "GB"], widths=[26, 12, 6, 6])
+    table = _table(title, ["compiler's figures", "axes"], ["calls", "GB"], widths=[26, 12, 6, 6])
     if not one.fits:
         if one.needed:
             table.add_row("needed", "", "", gigabytes(one.needed))
@@ -172,7 +182,7 @@ def _compiled(one: CompiledStep, plan: Plan) -> Table:
         table.caption = "Collectives: this jaxlib cannot read what this libtpu wrote."
         return table
     if any(not entry["trips_known"] for entry in one.collectives):
-        table.caption = "+: in loops whose number of iterations depends on the data; counted once."
+        table.caption = "+: extra rounds for an unbalanced router; counted once, usually not executed."
     small = [entry for entry in one.collectives if entry["sent"] < 5e6]
     for entry in one.collectives:
         if entry not in small:
@@ -185,23 +195,63 @@ def _compiled(one: CompiledStep, plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    best = plan.estimates[0]
-    name, needed = mesh_name(best.mesh), f"{gigabytes(best.memory.total)} of {gigabytes(best.capacity)} GB"
-    if best.fits:
-        useful = best.useful_flops / plan.chip.peak
-        soonest, latest = best.overlapped_seconds, best.serial_seconds
-        verdict = (
-            f"[bold green]Best: {name}[/], {needed}; {format_si(soonest, 's')} per step with full "
-            f"overlap ({useful / soonest:.0%} MFU), {format_si(latest, 's')} with none "
-            f"({useful / latest:.0%})."
+    best = plan.best
+    lines = [_compiled_verdict(one, plan) for one in plan.compiled]
+    if best is not None:
+        compiled = next((one for one in plan.compiled if one.mesh == best.mesh), None)
+        size = best.memory.total if compiled is None else compiled.peak
+        kind = "Best estimate" if compiled is None else "Best compiled"
+        lines.append(
+            f"[bold green]{kind}: {mesh_name(best.mesh)}[/], {gigabytes(size)} GB of "
+            f"{gigabytes(best.capacity)}.\n{_bound(best, plan)}"
         )
+        if plan.chip.dimensions and plan.topology is None:
+            lines.append("The memory is an estimate: compile it with --topology.")
+    elif not plan.compiled:
+        lines.append(_closest(plan.estimates[0]))
     else:
-        factor = best.memory.total / (MEMORY_UTILIZATION * best.capacity)
-        verdict = (
-            f"[bold red]Nothing fits[/] in {MEMORY_UTILIZATION:.0%} of the memory. The nearest is {name}: "
-            f"{needed}, {factor:,.3g} times that limit."
-        )
-    for one in plan.compiled:
-        fits = "[bold green]fits[/]" if one.fits else "[bold red]does not fit[/]"
-        verdict += f"\nCompiled: {mesh_name(one.mesh)} {fits}."
-    return verdict
+        lines.append(f"[bold red]No compiled mesh fits[/], out of {len(plan.compiled)}.")
+    lines += _suggested(plan)
+    return "\n".join(lines)
+
+
+def _bound(one: Estimate, plan: Plan) -> str:
+    """Describes the shortest possible duration of a step, and tokens per second."""
+    data, soonest, latest = plan.config.data, one.overlapped_seconds, one.serial_seconds
+    text = f"A step takes at least {format_si(soonest, 's')}"
+    if one.collectives:
+        text += f" with full overlap, {format_si(latest, 's')} with none"
+    rate = format_count(data.batch_size * data.seq_len / soonest)
+    return f"{text}: at most {rate} tokens/s.\nThis is a bound at published peak rates, not a measurement."
+
+
+def _closest(one: Estimate) -> str:
+    closest = f"The closest is {mesh_name(one.mesh)}: {gigabytes(one.memory.total)} GB"
+    closest += f" of {gigabytes(one.capacity)}"
+    if one.verdict == "close":
+        more = f"but compiled steps like it took up to {gigabytes(one.margin)} GB more"
+        advice = "Compile it with --topology to know."
+        return f"[bold yellow]No mesh is sure to fit.[/] {closest}, {more}. {advice}"
+    return f"[bold red]No mesh fits[/] in {MEMORY_UTILIZATION:.0%} of the memory. {closest}."
+
+
+def _compiled_verdict(one: CompiledStep, plan: Plan) -> str:
+    fits = "[green]fits[/]" if one.fits else "[red]does not fit[/]"
+    size = one.peak if one.fits else one.needed
+    sizes = f", {gigabytes(size)} GB of {gigabytes(one.available or plan.chip.memory)}" if size else ""
+    return f"Compiled: {mesh_name(one.mesh)} {fits}{sizes}."
+
+
+def _suggested(plan: Plan) -> list[str]:
+    if plan.suggestion is None:
+        return ["More devices need less memory each."] if plan.best is None else []
+    flag, one = plan.suggestion.flag, plan.suggestion.estimate
+    size = f"{mesh_name(one.mesh)}, {gigabytes(one.memory.total)} GB of {gigabytes(one.capacity)}"
+    if plan.best is None:
+        return [f"With [bold]{flag}[/], the estimate fits: {size}."]
+    rows = plan.config.data.batch_size // plan.config.optim.grad_accum_steps
+    count = f"{rows} row{'s' * (rows > 1)}"
+    return [
+        f"A microbatch of {count} cannot be split over {plan.devices} devices. With [bold]{flag}[/]: {size}; "
+        f"a step takes at least {format_si(one.overlapped_seconds, 's')}."
+    ]

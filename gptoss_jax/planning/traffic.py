@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 from gptoss_jax.hardware import Chip
+from gptoss_jax.parallel.all_to_all import BUFFER_PERCENT
 from gptoss_jax.parallel.mesh import BATCH
 from gptoss_jax.planning.hlo import bytes_sent
 from gptoss_jax.planning.shards import Step
@@ -26,7 +27,7 @@ def collective_costs(step: Step, chip: Chip) -> tuple[CollectiveCost, ...]:
     """Returns the collectives of a step that send more than zero bytes."""
     return tuple(
         CollectiveCost(purpose, kind, axes, sent, transfer_seconds(chip, step.mesh, kind, axes, sent))
-        for purpose, kind, axes, sent in _collectives(step)
+        for purpose, kind, axes, sent in _collectives(step, chip.has_ragged_all_to_all)
         if sent > 0
     )
 
@@ -55,7 +56,7 @@ def transfer_seconds(
     return max(inside, out / chip.network)
 
 
-def _collectives(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
+def _collectives(step: Step, has_ragged: bool) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
     """Yields (purpose, kind, axes, bytes sent per device and step) for all collectives due to sharding."""
     model, width, n = step.model, step.itemsize, step.microbatches
     for axes in sorted({p.gathered_over for p in step.parameters if p.gathered_over}):
@@ -85,7 +86,9 @@ def _collectives(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]
     stream = n * step.tokens * model.hidden_size * width
     rows = stream * model.num_experts_per_tok * 2 * passes
     sent = bytes_sent("all-to-all", rows, step.mesh["expert"])
-    yield "dispatch and combine", "ragged-all-to-all", ("expert",), sent
+    # Without `ragged_all_to_all`, whole buffers are sent.
+    kind, percent = ("ragged-all-to-all", 100) if has_ragged else ("all-to-all", BUFFER_PERCENT["padded"])
+    yield "dispatch and combine", kind, ("expert",), sent * percent / 100
     # Outputs of attention and experts, gradients of their inputs; embedding and loss. Packed experts gather
     # their rows instead, between their two matmuls and after them.
     is_packed, tensor = model.expert_format == "mxfp4", step.mesh["tensor"]
