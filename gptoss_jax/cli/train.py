@@ -1,5 +1,6 @@
 """`gptoss train`, also `python train.py`."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -10,6 +11,7 @@ from gptoss_jax import interrupts, startup, status
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import set_matplotlib_folder
 from gptoss_jax.config.preset import preset_folder, preset_names, read_preset
+from gptoss_jax.terminal import is_terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,8 @@ def run(arguments: Sequence[str], command: str, name: str) -> None:
         status.enable(lambda: sys.stdout)  # in the run's log
     set_matplotlib_folder()
     with interrupts.explain("no training was lost; to continue, run the same command again"):
-        with status.status("starting"):
+        # In a log file, no process may print before it knows whether it is the first.
+        with status.status("starting") if is_terminal(sys.stdout) else contextlib.nullcontext():
             import jax
 
             from gptoss_jax.parallel import distributed
