@@ -30,12 +30,13 @@ def shown_commands(text: str) -> list[str]:
     commands = []
     for line in lines:
         line = re.sub(r"\s#.*|^#.*", "", line.removeprefix("$ "))
+        line = re.sub(r"\s\d?[<>]&?\s*\S+", "", line)  # redirections
         for part in re.split(r"&&|\||;|(?<!&)&(?!&)", line):
             start = re.search(
                 r"(?:\S*/)?\b(gptoss|python3? train\.py|python3? benchmarks/)(?=[\s\w]|$)", part
             )
             if start and re.fullmatch(
-                r"\s*(?:[A-Z_]+=\S+ |mpirun .*|srun .*)*(?:\.venv/bin/)?", part[: start.start(1)]
+                r"\s*(?:[A-Z_]+=\S+ |mpirun .*|srun .*|nohup )*(?:\.venv/bin/)?", part[: start.start(1)]
             ):
                 command = part[start.start(1) :].strip()
                 # The last command of a quoted script, as for `ssh --command='…'`, ends with its quote.
@@ -54,10 +55,12 @@ def test_finds_the_shown_commands():
 ```sh
 $ FLAG=1 gptoss eval runs/a \\
     --source stdlib  # comment
+nohup gptoss train > log 2>&1 < /dev/null &
 pip install x && python train.py
 ```"""
     assert shown_commands(text) == [
         "gptoss eval runs/a      --source stdlib",
+        "gptoss train",
         "python train.py",
         "gptoss check",
     ]
