@@ -193,12 +193,6 @@ def acknowledge() -> None:
         Interrupts.current.acknowledge()
 
 
-def remember(note: str) -> None:
-    """Sets the note that `ending` prints for an exception which is about to be raised."""
-    if Interrupts.current is not None:
-        Interrupts.current.last_note = note
-
-
 def leave_now(number: int) -> None:
     """Ends the process if it is that of a command; else raises KeyboardInterrupt."""
     if Interrupts.current is not None:

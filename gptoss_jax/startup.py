@@ -156,8 +156,9 @@ def leave(code: int) -> NoReturn:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
-    # The work is done: a late Ctrl-C must not change the exit code while the interpreter shuts down.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The work is done: a late signal must not change the exit code while the interpreter shuts down.
+    for number in CODES:
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

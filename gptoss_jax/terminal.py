@@ -18,8 +18,9 @@ def is_terminal(file: TextIO) -> bool:
 
 
 def has_colors(file: TextIO) -> bool:
-    """True if text on a file may be colored: on a terminal, unless NO_COLOR is set (https://no-color.org)."""
-    return is_terminal(file) and not os.environ.get("NO_COLOR")
+    """True if text on a file may be colored: on a terminal, or anywhere if FORCE_COLOR is set, but never if
+    NO_COLOR is (https://no-color.org, https://force-color.org)."""
+    return not os.environ.get("NO_COLOR") and bool(os.environ.get("FORCE_COLOR") or is_terminal(file))
 
 
 def printable(text: str) -> str:

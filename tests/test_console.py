@@ -44,10 +44,17 @@ def run_console(stream):
     console.summary({"Parameters": "105.7M"}, 'gptoss generate runs/x --prompt "[a]"')
 
 
-def test_plain_output(monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    stream = io.StringIO()
+@pytest.mark.parametrize("force", ["", "1"])
+def test_plain_output(monkeypatch, force):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", force)
+    stream, plain = io.StringIO(), io.StringIO()
     run_console(stream)
+    # Colors, but nothing that moves the cursor.
+    text = stream.getvalue()
+    assert ("\x1b[" in text) == bool(force)
+    plain.write(re.sub(r"\x1b\[[0-9;]*m", "", text))
+    stream = plain
     assert stream.getvalue().split("\n") == [
         "[red]x[/red]",
         "step 101/1300 · loss 4.31 · 3,950 tok/s · lr 1.2e-3 · left –",

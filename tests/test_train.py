@@ -201,6 +201,35 @@ def test_sigterm_saves_and_the_run_resumes_exactly(finished, make_config, tmp_pa
     assert results(config.run_dir) == results(finished[0].run_dir)
 
 
+def test_a_signal_stops_an_evaluation_which_the_resumed_run_repeats(
+    make_config, tmp_path, monkeypatch, capsys
+):
+    small = {"steps": 2, "checkpoint": CheckpointConfig(every=9)}
+    whole = make_config(tmp_path / "whole", eval=EvalConfig(every=9, batches=2, sample_tokens=0), **small)
+    train(whole)
+    num_calls, get = 0, jax.device_get
+
+    def interrupted(tree):
+        nonlocal num_calls
+        if isinstance(tree, tuple):  # the sums of an evaluation batch
+            num_calls += 1
+            if num_calls == 3:  # the first batch of the evaluation on all held-out text
+                os.kill(os.getpid(), signal.SIGINT)
+        return get(tree)
+
+    config = dataclasses.replace(whole, run_dir=str(tmp_path / "stopped"))
+    monkeypatch.setattr(jax, "device_get", interrupted)
+    capsys.readouterr()
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert num_calls == 3
+    said = capsys.readouterr().out
+    assert said.count("Stopped at step 2 of 2, which is saved in") == 1 and "gzip" not in said
+    train(config)
+    assert "This run is finished" in capsys.readouterr().out
+    assert results(config.run_dir) == results(whole.run_dir)
+
+
 @pytest.mark.slow
 def test_a_run_that_trains_only_the_router_resumes(make_config, tmp_path):
     def is_router(path):

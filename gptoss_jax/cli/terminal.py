@@ -21,7 +21,8 @@ def writer(file: TextIO) -> Write:
         text = encodable(text, file)
         if on_terminal:
             text = printable(text)
-            text = f"\x1b[2m{text}\x1b[0m" if dim and text and is_styled else text
+        if dim and text and is_styled:
+            text = f"\x1b[2m{text}\x1b[0m"
         file.write(text)
         file.flush()
 

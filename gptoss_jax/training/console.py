@@ -18,6 +18,7 @@ from gptoss_jax.terminal import (
     format_duration,
     format_number,
     format_rate,
+    has_colors,
     is_terminal,
     printable,
 )
@@ -50,8 +51,10 @@ class Console:
     ) -> None:
         self._quiet, self._clock, self._stream = quiet, clock, stream or sys.stdout
         self._is_terminal = is_terminal(self._stream)
-        # Explicit, because variables such as FORCE_COLOR would put escape codes into a log file.
-        colors: Literal["auto"] | None = "auto" if self._is_terminal else None
+        # Explicit, because Rich takes FORCE_COLOR for a terminal and would move the cursor in a log file.
+        colors: Literal["auto", "standard"] | None = "auto" if self._is_terminal else None
+        if colors is None and has_colors(self._stream):
+            colors = "standard"
         self._rich = RichConsole(
             file=self._stream, force_terminal=self._is_terminal, color_system=colors, force_jupyter=False
         )

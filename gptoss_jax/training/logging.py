@@ -204,18 +204,18 @@ class RunLog:
         spell = functools.partial(detokenize, tokenizer) if harmony is None else harmony.spelled_text
         self.console.sample(text + spell(answer.tokens), question)
 
-    def finish(self, step: int, first_step: int) -> None:
-        """Writes report.png and prints the summary."""
+    def finish(self, step: int, first_step: int, is_done: bool) -> None:
+        """Writes report.png and prints the summary, or how to resume a run that is not done."""
         self.console.stop()
         if not self.is_main or not step:
             return
         with self.console.status("drawing report.png"):
             picture = draw_report(self.run_dir)
-        if step < self.config.steps:
+        if not is_done:
             self.console.message(
-                f"Stopped at step {step} of {self.config.steps}; everything is saved in {self.run_dir}."
+                f"Stopped at step {step} of {self.config.steps}, which is saved in {self.run_dir}. "
+                "To resume, run the same command again."
             )
-            self.console.message("To resume, run the same command again.")
             return
         if step == first_step:
             self.console.message(f"This run is finished: all {step} steps are done.")

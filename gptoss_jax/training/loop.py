@@ -32,7 +32,8 @@ from gptoss_jax.training.step import make_eval_step, make_train_step
 
 # Printed if the current step takes long.
 PATIENCE = "saving and stopping after this step; press Ctrl-C again to stop at once, without saving"
-SAVED = "the run is saved; to resume, run the same command again"
+# Evaluations: on `eval.batches` batches, and on all held-out text.
+SHORT, FULL = "short", "full"
 UNSAVED = "the steps since the last checkpoint are lost; to resume from it, run the same command again"
 
 
@@ -82,12 +83,13 @@ def train(
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
         stack.callback(log.close)
         train_step = make_train_step(config, objective)
-        evaluate = _evaluation(config, cache, console, make_eval_step(config.model, objective))
         stop = stack.enter_context(StopSignal(console.message, first_step))
+        evaluate = _evaluation(config, cache, make_eval_step(config.model, objective), log, stop)
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
             is_last, stopping = step == config.steps, stop.requested(step)
-            is_eval = step > first_step and (is_last or step % config.eval.every == 0)
+            pending = _pending_evaluations(step, config, metadata if step == first_step else None)
+            is_eval = bool(pending)
             is_save = step > first_step and (is_eval or stopping or step % config.checkpoint.every == 0)
             if is_save:
                 log.flush()
@@ -95,11 +97,10 @@ def train(
                 val_loss = None
                 if is_eval:
                     params = merge_params(state.params, frozen)
-                    val_loss = log.evaluation(step, evaluate(params, config.eval.batches))
-                    if is_last:
-                        log.evaluation(step, evaluate(params, None), is_final=True)
+                    val_loss, pending = evaluate(step, params, pending)
                 if is_save:
-                    metadata = metadata | {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
+                    position = {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
+                    metadata = metadata | position | {"pending": pending}
                     with console.status("saving a checkpoint"):
                         checkpoints.save(step, *resume.checkpoint_items(state, frozen, metadata), val_loss)
                 if is_eval and not stop.is_set:
@@ -112,26 +113,49 @@ def train(
             step += 1
             log.step(step, metrics)
         checkpoints.wait()
-        log.finish(step, first_step)
-    if step < config.steps:
+        log.finish(step, first_step, is_done=is_last and not pending)
+    if not is_last or pending:
         stop.leave()
     return dataclasses.replace(state, params=merge_params(state.params, frozen))
 
 
-def _evaluation(
-    config: TrainConfig, cache: TokenCache, console: Console, eval_step: Callable
-) -> Callable[[dict, int | None], dict[str, float]]:
-    """Returns a function (params, number of held-out batches or None for all) -> mean metrics."""
+def _pending_evaluations(step: int, config: TrainConfig, metadata: dict[str, Any] | None) -> list[str]:
+    """Returns the evaluations to run at a step; if the run starts or resumes there, with `metadata`, those
+    that a signal stopped."""
+    evaluations = [SHORT, FULL] if step == config.steps else [SHORT] if step % config.eval.every == 0 else []
+    stopped = evaluations if metadata is None else metadata.get("pending", [])
+    return [kind for kind in evaluations if kind in stopped]
 
-    def evaluate(params: dict, num_batches: int | None) -> dict[str, float]:
+
+def _evaluation(
+    config: TrainConfig, cache: TokenCache, eval_step: Callable, log: RunLog, stop: "StopSignal"
+) -> Callable[[int, dict, list[str]], tuple[float | None, list[str]]]:
+    """Returns a function (step, params, evaluations) -> loss of the short one, if any, and the evaluations
+    that are left because a signal stopped them."""
+
+    def mean_metrics(params: dict, is_full: bool) -> dict[str, float] | None:
         sharding = batch_sharding(jax.tree.leaves(params)[0].sharding.mesh)
         batch_size = config.data.batch_size
+        num_batches, results = None if is_full else config.eval.batches, []
         batches = held_out_batches(cache, config.data, num_batches, local_rows(sharding, batch_size))
         dispatched = (eval_step(params, make_global_batch(batch, sharding, batch_size)) for batch in batches)
-        with console.status("evaluating"):
-            results = [jax.device_get(result) for result in bounded(dispatched)]
+        with log.console.status("evaluating"):
+            for result in bounded(dispatched):
+                if stop.is_set:
+                    return None
+                results.append(jax.device_get(result))
         sums, weight = jax.tree.map(lambda *values: np.sum(values, dtype=np.float64), *results)
         return {name: float(total / weight) for name, total in sums.items()}
+
+    def evaluate(step: int, params: dict, evaluations: list[str]) -> tuple[float | None, list[str]]:
+        val_loss = None
+        for index, kind in enumerate(evaluations):
+            means = mean_metrics(params, kind == FULL)
+            if means is None:
+                return val_loss, evaluations[index:]
+            loss = log.evaluation(step, means, is_final=kind == FULL)
+            val_loss = loss if kind == SHORT else val_loss
+        return val_loss, []
 
     return evaluate
 
@@ -194,7 +218,6 @@ class StopSignal:
 
     def leave(self) -> None:
         """Raises the exception that corresponds to the signal."""
-        interrupts.remember(SAVED)
         if self._is_single and self._signal == signal.SIGINT:
-            raise KeyboardInterrupt(SAVED)
+            raise KeyboardInterrupt
         raise SystemExit(128 + (self._signal or signal.SIGTERM))
