@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -123,11 +124,10 @@ def test_a_longer_example_is_left_out_or_cut(make):
     found = statistics(cache, config)
     assert (found["overlong"], found["left_out"], found["examples"]) == (2, 2, len(lengths))
     lines = summary(cache, config)
-    assert (
-        "longer than data.seq_len (512): 2 examples, 2 left out; --data.overlong cut cuts their end" in lines
-    )
+    found = "examples longer than data.seq_len (512): 2"
+    assert f"{found}, 2 left out; --data.overlong cut truncates them instead" in lines
     lines = summary(cache, dataclasses.replace(config, overlong="cut"))
-    assert "longer than data.seq_len (512): 2 examples, 1 cut, 1 left out: no trained token is left" in lines
+    assert f"{found}, 1 truncated, 1 left out: no trained token is left" in lines
     shortest = int(lengths[~cache.held_out].min())
     expected = f"data.seq_len is 9: no training example fits; the shortest needs {shortest}"
     with pytest.raises(ValueError, match=expected):
@@ -145,7 +145,7 @@ def test_a_longer_example_is_left_out_or_cut(make):
     assert PackedRows(cache, False, needed, "cut")[0]["loss_weights"].sum() == 1
     # Nothing is cut, and the advice not given again.
     config, cache = make([*ROWS, rows[-1], ROWS[0]], overlong="cut")
-    expected = "longer than data.seq_len (512): 1 examples, 0 cut, 1 left out: no trained token is left"
+    expected = "examples longer than data.seq_len (512): 1, 0 truncated, 1 left out: no trained token is left"
     assert expected in summary(cache, config)
 
 
@@ -165,17 +165,17 @@ def test_skipped_rows_are_counted_and_listed(make):
     wizard = {"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "a"}]}
     untrained = {"prompt": "q", "completion": [{"role": "assistant", "content": "a", "train": False}]}
     pair = {"question": "q", "answer": "a"}
-    lines, rows = [], [wizard, *ROWS, "{", *[wizard] * 4, untrained, pair, {"text": "x"}]
+    lines, rows = [], [wizard, *ROWS, "{", *[wizard] * 9, untrained, pair, {"text": "x"}]
     config, cache = make(rows, lines.append)
     assert lines[0].startswith("Rendering chat:") and len(lines) == 2
     found = statistics(cache, config)
     assert found["skipped"] == {
-        "unknown role": 5,
+        "unknown role": 10,
         "invalid JSON": 1,
         "nothing to train on": 1,
         "unknown format": 1,
     }
-    assert found["formats"] == {"messages": 20, "pairs (question, answer)": 1} and found["rows"] == 29
+    assert found["formats"] == {"messages": 20, "pairs (question, answer)": 1} and found["rows"] == 34
     assert found["without_thinking"] == 1
     assert found["held_out_examples"] == int(cache.held_out.sum())
     assert found["trained_share"] == round(cache.weights.sum() / len(cache.tokens), 4)
@@ -185,13 +185,18 @@ def test_skipped_rows_are_counted_and_listed(make):
         config.source.removeprefix("chat:"),
         "messages[0].role is 'wizard': must be system, developer",
     )
-    assert shown[0] == "rows: 29; 20 of messages, 1 of pairs (question, answer)"
-    assert shown[2].startswith("skipped rows: 8 (unknown role 5, invalid JSON 1, nothing to train on 1, ")
+    assert shown[0] == "rows: 21 of 34 used: 20 of messages, 1 of pairs (question, answer)"
+    assert shown[2].startswith("skipped rows: 13 (unknown role 10, invalid JSON 1, nothing to train on 1, ")
     assert shown[3].startswith(f"  {path}:1: {role}") and shown[4].startswith(f"  {path}:22: not JSON")
-    assert shown[8] == "  and 3 more"
+    assert shown[13] == "  and 3 more"
     listed = (cache.folder / "skipped.txt").read_text().splitlines()
-    assert len(listed) == 8 and listed[:5] == [line.strip() for line in shown[3:8]]
-    assert listed[-2].startswith(f"{path}:27: has no token to train on") and shown[2].endswith("skipped.txt")
+    assert len(listed) == 13 and listed[:10] == [line.strip() for line in shown[3:13]]
+    assert listed[-2].startswith(f"{path}:32: has no token to train on") and shown[2].endswith("skipped.txt")
+    # All of them are an error, also if the cache exists already.
+    file = re.escape(str(cache.folder / "skipped.txt"))
+    expected = f"^data.invalid_rows is 'fail': 13 of 34 rows cannot be used, listed in {file}; {path}:1: mess"
+    with pytest.raises(ValueError, match=expected):
+        build_cache(dataclasses.replace(config, invalid_rows="fail"))
 
 
 def test_calls_that_are_left_out_are_counted(make):

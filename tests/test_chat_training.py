@@ -47,19 +47,28 @@ def test_a_run_on_conversations(make_config, apply_model, tmp_path, capsys):
     rows = [{"question": f"What is {i}?", "answer": f"It is {i}. " * 3} for i in range(40)] + [{"text": "x"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(f"chat:{tmp_path}/rows.jsonl")
+    # As of a run that was killed before its first checkpoint.
+    (tmp_path / "run").mkdir()
+    config.save(tmp_path / "run" / "config.json")
     params = train(config).params
     shown = capsys.readouterr().out
-    assert "  rows: 41; 40 of pairs (question, answer)" in shown
+    assert f"{tmp_path}/run has no checkpoint yet: starting at step 1\n" in shown
+    assert "  rows: 40 of 41 used: 40 of pairs (question, answer)" in shown
+    assert (tmp_path / "run" / "skipped.txt").read_text().startswith(f"{tmp_path}/rows.jsonl:41: its fields")
+    assert re.search(r"\n  epochs 2 steps = [\d.]+ epochs of \d+ rows\n", shown)
     assert "skipped rows: 1 (unknown format 1)" in shown and "rows.jsonl:41: its fields are text" in shown
     # A held-out question is answered, and the run ends with the command that chats.
-    assert re.search(r"\n  │ What is \d+\?\n  │ ", shown) and "<|end|><|start|>assistant" not in shown
+    assert (
+        re.search(r"held-out question:\n  │ What is \d+\?\n  the model's answer:\n  │ ", shown)
+        and "<|end|><|start|>assistant" not in shown
+    )
     assert f"gptoss chat {tmp_path}/run" in shown and "held-out loss   " in shown
     assert "gzip" not in shown and "gzip_bits_per_byte" not in (tmp_path / "run/metrics.jsonl").read_text()
     # The validation loss is the mean over the trained tokens of the held-out rows.
     cache = build_cache(config.data)
     trained = format_count(cache.weights.sum() - cache.meta["chat"]["held_out_trained_tokens"])
     assert re.search(
-        rf"tokens of bpe:\d+, {re.escape(trained)} of them trained on, [\d.]+ k?B of text", shown
+        rf"tokens of bpe:\d+, {re.escape(trained)} of them trained on, \d+ examples? held out\n", shown
     )
     nats = weights = 0.0
     for batch in held_out_batches(cache, config.data):
@@ -105,7 +114,8 @@ def test_a_run_that_began_without_the_special_tokens_keeps_its_vocabulary(make_c
     assert np.array_equal(resumed.tokens, before.tokens)
     # A new run has them, and a chat with its base model is plain completion.
     config = dataclasses.replace(config, run_dir=str(tmp_path / "new"))
-    tokenizer = setup.open_cache(config, print).tokenizer
-    setup.write_run_dir(config, tokenizer, is_new=True)
+    cache = setup.open_cache(config, print)
+    setup.write_run_dir(config, cache, is_new=True)
+    tokenizer = cache.tokenizer
     assert is_harmony(tokenizer)
     assert isinstance(Chat(config.run_dir)._conversation(tokenizer, print), PlainConversation)

@@ -313,5 +313,5 @@ def test_command_with_bad_arguments(args, words, capsys):
 def test_tasks_need_lm_eval(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main.main(["eval", "nowhere", "--task", "a"]) == 2
-    expected = "gptoss: error: task is ['a']: needs lm_eval: pip install 'gptoss-jax[eval]'\n"
+    expected = "gptoss: error: task is 'a': needs lm_eval; pip install 'gptoss-jax[eval]'\n"
     assert capsys.readouterr().err == expected

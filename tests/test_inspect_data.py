@@ -33,14 +33,14 @@ def test_examples_and_statistics(preset, tmp_path, capsys):
     assert main.main(["inspect-data", str(preset), "--examples", "1", "--json", str(tmp_path / "o")]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
-    first, *_ = shown.splitlines()
-    assert first.startswith(f"{tmp_path}/rows.jsonl:1 turn 1: ") and "turn 1" not in shown[len(first) :]
-    assert "⟦<|channel|>│" in shown and "│<|return|>⟧\n" in shown and shown.count("⟦") == 1
-    assert "\nrows: 5; 4 of pairs (prompt, completion)\n" in shown
+    assert shown.startswith("rows: 4 of 5 used: 4 of pairs (prompt, completion)\n")
+    _, _, after = shown.partition("\nshown: 0 to 0 of 3 training examples, numbered from 0\n\n")
+    assert after.startswith(f"{tmp_path}/rows.jsonl:1 turn 1: ") and shown.count("turn 1") == 1
+    assert "⟦<|channel|>│" in after and "│<|return|>⟧\n" in after and shown.count("⟦") == 1
+    assert "\n1,000 steps = 8,000 epochs of 2 rows\nwarning: more than 5 epochs" in shown
     assert f"  {tmp_path}/rows.jsonl:5: its fields are prompt, answer: must be messages" in shown
-    assert "1 examples, 1 left out; --data.overlong cut" in shown
+    assert "examples longer than data.seq_len (256): 1, 1 left out; --data.overlong cut" in shown
     records = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
-    assert "shown: 0 to 0 of 3 training examples, numbered from 0\n" in shown
     assert [record["where"].rpartition(":")[2] for record in records] == [f"{i} turn 1" for i in (1, 2, 3, 4)]
     assert [record["used_tokens"] > 0 for record in records] == [True, True, True, False]
     tokenizer = make_tokenizer(f"file:{next(tmp_path.glob('cache/*/tokenizer.json'))}")
@@ -54,7 +54,7 @@ def test_examples_and_statistics(preset, tmp_path, capsys):
     assert "first is -1: must be 0 or more" in capsys.readouterr().err
     assert main.main(["inspect-data", str(preset), "--first", "7"]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("shown: none of 3 training examples, numbered from 0 (--first 7, --examples 3)\n")
+    assert shown.endswith("shown: none of 3 training examples, numbered from 0 (--first 7, --examples 3)\n")
     assert main.main(["inspect-data", str(preset), "--json", str(tmp_path / "none" / "o")]) == 2
     assert f"--json is '{tmp_path}/none/o': its folder does not exist" in capsys.readouterr().err
 
@@ -67,7 +67,7 @@ def test_nothing_is_read_as_markup(tmp_path, capsys):
     (folder / "preset.py").write_text(PRESET.format(folder))
     assert main.main(["inspect-data", str(folder / "preset.py")]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith(f"{folder}/rows.jsonl:1 turn 1: ")
+    assert f"\n{folder}/rows.jsonl:1 turn 1: " in shown
     assert f"  {folder}/rows.jsonl:4: messages[0].role is '[/INST]': must be system" in shown
 
 
@@ -76,8 +76,8 @@ def test_text_is_shown_too(preset, tmp_path, capsys):
     source = ["--data.source", f"text:{tmp_path}/a.txt", "--data.tokenizer", "bytes"]
     assert main.main(["inspect-data", str(preset), *source]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("document 0: ") and "<|endoftext|>⟦o│n│e│ │t│w│o│↵\n│t" in shown
-    assert "documents: 2, 1 of them held out\n" in shown
+    assert "\n\ndocument 0: " in shown and "<|endoftext|>⟦o│n│e│ │t│w│o│↵\n│t" in shown
+    assert shown.startswith("documents: 2, 1 of them held out\n") and "steps = " in shown
 
 
 def test_colors_and_other_encodings():

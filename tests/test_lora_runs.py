@@ -196,7 +196,7 @@ def test_adapter_of_a_run_round_trips_through_peft(finished, base_folder, tmp_pa
     config, _ = finished
     assert main.main(["export-adapter", config.run_dir, str(tmp_path / "adapter")]) == 0
     said = capsys.readouterr().out
-    assert "adapter of q, k, v, out, gate_up, down, rank 4, in each expert 2, 0.03 MB" in said
+    assert "adapter of rank 4 (2 in each expert) on q, k, v, out, gate_up, down, 0.03 MB" in said
     values = json.loads((tmp_path / "adapter" / FILES[1]).read_text())
     assert values["base_model_name_or_path"] == str(base_folder("float32"))
     expected = logits(from_pretrained(config.run_dir), TOKENS)
@@ -286,7 +286,7 @@ def test_qlora_run(make_config, base_folder, tmp_path, capsys):
     survival = merge(config.run_dir, tmp_path / "merged")
     assert tensors_of(tmp_path / "merged")["model.layers.0.mlp.experts.down_proj_blocks"].dtype == np.uint8
     assert survival["gate_up"].share < 0.5 < survival["q"].share
-    with pytest.raises(ValueError, match="its experts are not packed in MXFP4"):
+    with pytest.raises(ValueError, match="its experts are not in MXFP4"):
         train(make_config(tmp_path / "other", model=model))
 
 
@@ -322,7 +322,7 @@ def test_continuing_an_adapter(finished, make_config, base_folder, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(again, init_from=config.run_dir, run_dir=str(tmp_path / "bad")))
-    with pytest.raises(ValueError, match="init_adapter is 'x': requires model.lora"):
+    with pytest.raises(ValueError, match="init_adapter is 'x': needs model.lora: add --model.lora.rank"):
         make_config(tmp_path / "bad", model=MODEL, init_adapter="x")
 
 
@@ -348,8 +348,8 @@ def test_base_that_is_a_run(make_config, tmp_path, capsys):
     assert_same_params(found, {name: leaf for name, leaf in leaves(state.params).items()})
     merge(config.run_dir, tmp_path / "merged")
     assert main.main(["export-adapter", config.run_dir, str(tmp_path / "adapter")]) == 0
-    said = f"For PEFT and vLLM, convert that: gptoss convert {pretrained.run_dir} OUT\n"
-    assert capsys.readouterr().out.endswith(f"Its base model is a run. {said}")
+    said = f"which PEFT and vLLM cannot load; convert it: gptoss convert {pretrained.run_dir} OUT\n"
+    assert capsys.readouterr().out.endswith(f"The base model is a run, {said}")
     expected = logits(model, TOKENS)
     assert np.abs(logits(from_pretrained(tmp_path / "merged"), TOKENS) - expected).max() < 1e-4
     # The base is trained further; its checkpoint of step 4 stays the base of the adapter.

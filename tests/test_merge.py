@@ -255,22 +255,28 @@ def test_command_and_report(hf_folder, adapter, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert re.match(rf"{tmp_path / 'out'}: [\d.]+ kB written in", lines[0])
     assert [line.split()[0] for line in lines[2:5]] == ["q", "gate_up", "down"]
-    assert lines[5].startswith("Rounding outweighs or removes the adapter in gate_up and down. Write a wider")
+    advice = "merge with --experts bfloat16, or serve the base model with the adapter (gptoss export-adapter)"
+    lost = "Most of the adapter's change in gate_up, down was lost to rounding to mxfp4"
+    assert lines[5:] == [f"{lost}; {advice}"]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert main.main([*arguments[:2], str(tmp_path / "bf16"), *arguments[3:], "--experts", "bfloat16"]) == 0
-    assert "Rounding" not in capsys.readouterr().out
+    assert "rounding" not in capsys.readouterr().out
     assert main.main(arguments) == 2
     assert "already exists" in capsys.readouterr().err
 
 
 def test_report_of_what_survived():
-    lines = describe({"q": Survival(100, 1, 0.98, 0.01), "down": Survival(100, 4, 0.4, 4)})
+    lost = {"q": Survival(100, 1, 0.98, 0.01), "down": Survival(100, 4, 0.4, 4)}
+    lines = describe(lost, "bfloat16")
     assert lines[1].split() == ["q", "10.000%", "98.0%", "1.000%"]
     assert lines[2].split() == ["down", "20.000%", "10.0%", "20.000%"]
-    assert "in down. Write" in lines[3] and len(describe({"q": Survival(100, 1, 0.98, 0.01)})) == 2
+    assert lines[3].startswith("Most of the adapter's change in down was lost to rounding to bfloat16; merge")
+    assert "--experts float32, or serve" in lines[3] and "--experts" not in describe(lost, "float32")[3]
+    assert len(describe({"q": Survival(100, 1, 0.98, 0.01)}, "mxfp4")) == 2
     # A change of 0.5% of a dense base, whose own rounding is 12% of it.
-    lines = describe({"down": Survival(100, 0.0025, 0.0025, 0.01, 1.44)})
+    lines = describe({"down": Survival(100, 0.0025, 0.0025, 0.01, 1.44)}, "mxfp4")
     assert lines[1].split() == ["down", "0.500%", "100.0%", "1.000%"]
     assert lines[2].endswith("not in MXFP4. Its own rounding is not part of the noise: 12.000% in down")
-    assert lines[3].startswith("Rounding outweighs or removes the adapter in down. Write") and len(lines) == 4
-    assert len(describe({"down": Survival(100, 4, 4, 1, 1.44)})) == 3
+    changed = "Quantizing the base changed its weights more than the adapter: 12.000% against 0.500% in down"
+    assert lines[3].startswith(f"{changed}; merge with --experts bfloat16, or serve") and len(lines) == 4
+    assert len(describe({"down": Survival(100, 4, 4, 1, 1.44)}, "mxfp4")) == 3

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 import gptoss_jax
 from gptoss_jax.cli import main
-from gptoss_jax.config import preset
+from gptoss_jax.config import TrainConfig, preset
 from gptoss_jax.config.preset import find_preset, preset_names, read_preset
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,6 +42,14 @@ def test_presets_are_found_from_any_folder(path, tmp_path, monkeypatch):
     for name in (*names, in_repository.removeprefix("configs/"), f"./{in_repository}"):
         assert find_preset(name) == path, name
     assert read_preset(path.stem) == read_preset(path)
+
+
+def test_a_run_folder_is_no_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("mine").mkdir()
+    TrainConfig().save("mine/config.json")
+    with pytest.raises(ValueError, match=r"^config is 'mine': is a run folder.*repeat the command"):
+        find_preset("mine")
 
 
 @pytest.mark.parametrize(

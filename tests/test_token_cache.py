@@ -154,6 +154,18 @@ def test_an_unusable_cache_folder_is_an_error(config, tmp_path):
         build_cache(dataclasses.replace(config, cache_dir=str(tmp_path / "file" / "cache")))
 
 
+def test_the_cache_honors_xdg_cache_home(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    config = dataclasses.replace(config, cache_dir=None)
+    assert build_cache(config).folder.parent == tmp_path / "home" / ".cache" / "gptoss_jax"
+    # The former default, in the config of an older run.
+    before = DataConfig.from_dict(config.to_dict() | {"cache_dir": "~/.cache/gptoss_jax"})
+    assert build_cache(before).folder == build_cache(config).folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert build_cache(config).folder.parent == tmp_path / "other" / "gptoss_jax"
+
+
 def test_long_documents_are_encoded_in_chunks(config, tmp_path, monkeypatch):
     text = (
         "".join(f"def f{i}(x):\n    y = {i}\n\n    return x ** y\n\n\n" for i in range(200))

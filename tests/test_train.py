@@ -707,7 +707,7 @@ def test_changed_text_is_rejected(finished, make_config, text, tmp_path):
     before = (tmp_path / "copy" / "tokenizer_name.txt").read_text()
     text.write_text(text.read_text() + "<|endoftext|>\nka lo mi.\n")
     try:
-        with pytest.raises(ValueError, match=r"the text has changed since .* began \(documents, tokens"):
+        with pytest.raises(ValueError, match=r"the data has changed since .* began \(documents, tokens"):
             train(config)
     finally:
         text.write_text(text.read_text().removesuffix("<|endoftext|>\nka lo mi.\n"))

@@ -13,5 +13,8 @@ config = dataclasses.replace(
     lora,
     model=dataclasses.replace(lora.model, lora=None),
     optim=dataclasses.replace(lora.optim, learning_rate=2e-5),
+    # Checkpoints hold all weights and the optimizer state.
+    checkpoint=dataclasses.replace(lora.checkpoint, every=100),
+    eval=dataclasses.replace(lora.eval, every=100),
     run_dir="runs/sft-full-20b",
 )

@@ -122,7 +122,7 @@ class Evaluate:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] != "lm_eval":
                 raise
-            raise ValueError(f"task is {list(self.task)!r}: needs lm_eval: {INSTALL_EVAL}") from None
+            raise ValueError(f"task is {' '.join(self.task)!r}: needs lm_eval; {INSTALL_EVAL}") from None
         # It warns of every default that a task relies on.
         logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
         result = evaluate_tasks(

@@ -32,11 +32,16 @@ class ExportAdapter:
             from gptoss_jax.checkpoints.run_params import is_run
             from gptoss_jax.checkpoints.safetensors_io import ADAPTER_CONFIG
             from gptoss_jax.config.base import read_json
+            from gptoss_jax.config.model import EXPERT_TARGETS
 
             lora = export_adapter(self.run_dir, self.target).lora
         size = sum(path.stat().st_size for path in pathlib.Path(self.target).iterdir())
-        ranks = f"rank {lora.rank}, in each expert {lora.expert_rank}"
-        print(f"{self.target}: adapter of {', '.join(lora.targets)}, {ranks}, {size / 1e6:,.2f} MB")
+        each = f" ({lora.expert_rank} in each expert)" if {*lora.targets} & {*EXPERT_TARGETS} else ""
+        targets = ", ".join(lora.targets)
+        print(f"{self.target}: adapter of rank {lora.rank}{each} on {targets}, {size / 1e6:,.2f} MB")
         base = read_json(pathlib.Path(self.target) / ADAPTER_CONFIG)["base_model_name_or_path"]
         if is_run(base):
-            print(f"Its base model is a run. For PEFT and vLLM, convert that: gptoss convert {base} OUT")
+            print(
+                "The base model is a run, which PEFT and vLLM cannot load; convert it: "
+                f"gptoss convert {base} OUT"
+            )

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import numpy as np
     import rich.text
 
-    from gptoss_jax.config import DataConfig
+    from gptoss_jax.config import DataConfig, TrainConfig
     from gptoss_jax.data.token_cache import TokenCache
     from gptoss_jax.data.tokenizer import Tokenizer
 
 TRAINED, UNTRAINED = "bold green", "dim"
-LENGTHS = {"0": "shortest", "0.5": "median", "0.95": "95 %", "1": "longest"}
+LENGTHS = {"0": "shortest", "0.5": "median", "0.95": "95th percentile", "1": "longest"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,29 +70,29 @@ class InspectData:
 
         for name in ("examples", "first"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
-        data = read_preset(self.config, flags_of(self.overrides), prog="gptoss inspect-data CONFIG").data
+        config = read_preset(self.config, flags_of(self.overrides), prog="gptoss inspect-data CONFIG")
         path = None if self.json_file is None else output_file(self.json_file, "--json")
         with status("opening the dataset"):
-            cache = build_cache(data, report)
+            cache = build_cache(config.data, report)
         # Paths and roles may look like markup.
         console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+        for line in statistics_lines(cache, config):
+            console.print(encodable(printable(line), console.file))
         available = np.flatnonzero(cache.held_out == self.held_out)
         chosen = available[self.first :][: self.examples]
-        for document in chosen.tolist():
-            tokens, weights = example(cache, document)
-            line = f"{cache.where(document)}: {len(tokens):,} tokens, {weights.sum():,} trained"
-            console.print(encodable(printable(line), console.file))
-            console.print(spelled(cache.tokenizer, tokens, weights, console.file), end="\n\n")
         noun = "documents" if cache.weights is None else "examples"
         which = f"{self.first:,} to {self.first + len(chosen) - 1:,}" if len(chosen) else "none"
         asked = "" if len(chosen) else f" (--first {self.first}, --examples {self.examples})"
         kind = "held-out" if self.held_out else "training"
         console.print(f"shown: {which} of {len(available):,} {kind} {noun}, numbered from 0{asked}")
-        for line in statistics_lines(cache, data):
+        for document in chosen.tolist():
+            tokens, weights = example(cache, document)
+            line = f"\n{cache.where(document)}: {len(tokens):,} tokens, {weights.sum():,} trained"
             console.print(encodable(printable(line), console.file))
+            console.print(spelled(cache.tokenizer, tokens, weights, console.file))
         if path is not None:
             with replace_file(path, "--json") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records(cache, data))
+                file.writelines(json.dumps(record) + "\n" for record in records(cache, config.data))
 
 
 def example(cache: "TokenCache", document: int) -> "tuple[np.ndarray, np.ndarray]":
@@ -159,14 +159,15 @@ def _cells(tokenizer: "Tokenizer", tokens: "np.ndarray", weights: "np.ndarray") 
     yield from flush()
 
 
-def statistics_lines(cache: "TokenCache", data: "DataConfig") -> Iterator[str]:
+def statistics_lines(cache: "TokenCache", config: "TrainConfig") -> Iterator[str]:
     """Yields the statistics, for the console."""
     import numpy as np
 
     from gptoss_jax.data.batches import PackedRows
     from gptoss_jax.data.chat_statistics import statistics, summary
+    from gptoss_jax.data.epochs import describe_epochs
 
-    meta = cache.meta
+    meta, data = cache.meta, config.data
     if cache.weights is None:
         yield f"documents: {meta['documents']:,}, {meta['held_out_documents']:,} of them held out"
         yield f"tokens: {meta['tokens']:,}; records without text: {meta['null_records']:,}"
@@ -178,6 +179,7 @@ def statistics_lines(cache: "TokenCache", data: "DataConfig") -> Iterator[str]:
     rows = len(plan.row_offsets) - 1
     share = np.sum(plan.length) / (rows * data.seq_len)
     yield f"training rows: {rows:,} of {data.seq_len:,} tokens, {share:.1%} full"
+    yield from describe_epochs(config, cache)
 
 
 def records(cache: "TokenCache", data: "DataConfig") -> Iterator[dict[str, Any]]:

@@ -45,13 +45,20 @@ class Merge:
         with explain(UNWRITTEN):
             with status(f"opening {self.source}"):
                 from gptoss_jax.checkpoints.merge import merge
+                from gptoss_jax.config.base import read_json
+                from gptoss_jax.config.paths import user_path
             with WriteProgress(self.target) as progress:
                 survival = merge(self.source, self.target, self.adapter, self.experts, progress.show)
-        print("\n".join(describe(survival)))
+        config = read_json(user_path(self.target, "DST") / "config.json")
+        written = "mxfp4" if "quantization_config" in config else config.get("dtype", "bfloat16")
+        print("\n".join(describe(survival, written)))
 
 
-def describe(survival: "dict[str, Survival]") -> list[str]:
-    """Returns a table of what survived for each target, and advice where it is little."""
+def describe(survival: "dict[str, Survival]", written: str) -> list[str]:
+    """Returns a table of what survived for each target, and advice where it is little.
+
+    `written` is the type of the experts in the merged folder: mxfp4, bfloat16 or float32.
+    """
     lines = [f"{'':<9}{'change':>9}{'written':>9}{'noise':>9}   (change and noise relative to the weights)"]
     for target, found in survival.items():
         lines.append(f"{target:<9}{found.size:>9.3%}{found.share:>9.1%}{found.noise:>9.3%}")
@@ -59,13 +66,18 @@ def describe(survival: "dict[str, Survival]") -> list[str]:
     if rounded:
         each = ", ".join(f"{found.base_noise:.3%} in {target}" for target, found in rounded.items())
         lines.append(f"The base was not in MXFP4. Its own rounding is not part of the noise: {each}")
-    lost = [
-        target for target, found in survival.items() if found.share < LITTLE or found.base_noise > found.size
-    ]
+    wider = {"mxfp4": "merge with --experts bfloat16, or ", "bfloat16": "merge with --experts float32, or "}
+    advice = f"{wider.get(written, '')}serve the base model with the adapter (gptoss export-adapter)"
+    lost = [target for target, found in survival.items() if found.share < LITTLE]
     if lost:
-        lines.append(
-            f"Rounding outweighs or removes the adapter in {' and '.join(lost)}. Write a wider type "
-            "(--experts bfloat16, or float32), or serve the base model with the adapter beside it (gptoss "
-            "export-adapter). Training with quantization (QAT) would help, but is not part of this project"
-        )
+        change = f"Most of the adapter's change in {', '.join(lost)} was lost to rounding"
+        lines.append(f"{change} to {written}; {advice}")
+    outweighed = [
+        f"{found.base_noise:.3%} against {found.size:.3%} in {target}"
+        for target, found in rounded.items()
+        if target not in lost and found.base_noise > found.size
+    ]
+    if outweighed:
+        change = f"Quantizing the base changed its weights more than the adapter: {', '.join(outweighed)}"
+        lines.append(f"{change}; {advice}")
     return lines

@@ -120,15 +120,22 @@ def user_text(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def cache_root(field: str = "XDG_CACHE_HOME") -> pathlib.Path:
+    """Returns the folder of all caches, `gptoss_jax` in XDG_CACHE_HOME (default: `~/.cache`).
+
+    Raises ValueError, naming XDG_CACHE_HOME or, if that is not set, `field`, if the home folder is unknown.
+    """
+    home = os.environ.get("XDG_CACHE_HOME")
+    return user_path(home or "~/.cache", "XDG_CACHE_HOME" if home else field) / "gptoss_jax"
+
+
 def cache_folder(name: str) -> pathlib.Path:
     """Creates and returns a cache folder.
 
-    The folder is `gptoss_jax/NAME` in XDG_CACHE_HOME (default: `~/.cache`), or in `private_folder()` if the
-    home folder is unknown or read-only.
+    The folder is NAME in `cache_root()`, or in `private_folder()` if the home folder is unknown or read-only.
     """
     with contextlib.suppress(ValueError, OSError):
-        home = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")
-        folder = home / "gptoss_jax" / name
+        folder = cache_root() / name
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
             return folder

@@ -95,6 +95,12 @@ def find_preset(path: str | os.PathLike) -> pathlib.Path:
         in_repository = ("configs" / preset.parent.relative_to(preset_folder())).as_posix()
         if preset.stem == stem and folder in (".", in_repository, in_repository.removeprefix("configs/")):
             return preset
+    if (found / "config.json").is_file():
+        allowed = (
+            "is a run folder, not a preset; to resume the run, repeat the command that started it (its "
+            f"settings are in {found / 'config.json'})"
+        )
+        require(False, "config", os.fspath(path), allowed)
     names, near = ", ".join(preset_names()), nearest(name.name, preset_names())
     hint = f" (did you mean {near}?)" if near else ""
     raise ValueError(f"config is {os.fspath(path)!r}: no such file or preset{hint}; the presets are {names}")

@@ -28,12 +28,15 @@ class DataConfig(ConfigBase):
     batch_size: Positive[int] = 16  # Rows per optimizer step, summed over all devices
     # Fraction of the documents or conversations held out for evaluation (at most 8 MiB of text).
     val_fraction: float = 0.05
-    cache_dir: str = "~/.cache/gptoss_jax"  # Folder in which tokenized text is cached
+    # Folder in which tokenized text is cached; None is gptoss_jax in XDG_CACHE_HOME (default: ~/.cache).
+    cache_dir: str | None = None
     # Tokens of a conversation to train on: everything that the assistant writes, only its final answers, or
     # all tokens including the prompts.
     train_on: Literal["assistant", "final", "all"] = "assistant"
     # Handling of conversations longer than seq_len: skip them, or cut off the end. Both are reported.
     overlong: Literal["skip", "cut"] = "skip"
+    # Handling of rows that are no conversation to train on: skip and list them, or fail.
+    invalid_rows: Literal["skip", "fail"] = "skip"
     # Reasoning effort in the system message of conversations that do not set one.
     reasoning_effort: Literal["low", "medium", "high"] = "medium"
 
@@ -154,7 +157,8 @@ class TrainConfig(ConfigBase):
         experts = self.model.expert_format
         require(experts == "plain" or self.model.lora is not None, "model.expert_format", experts, allowed)
         is_used = self.init_adapter is None or self.model.lora is not None
-        self._require(is_used, "init_adapter", "requires model.lora")
+        allowed = "needs model.lora: add --model.lora.rank with the adapter's rank, r in adapter_config.json"
+        self._require(is_used, "init_adapter", allowed)
         self._check_ranks()
         longest, length = self.model.max_position_embeddings, self.data.seq_len
         allowed = f"must be at most model.max_position_embeddings ({longest})"

@@ -24,7 +24,7 @@ FORMAT = 3
 ROWS_AT_ONCE = 1024  # rows encoded together, to use all cores and bound memory
 MAX_HELD_OUT_BYTES = 8 << 20
 SKIPPED_FILE = "skipped.txt"
-SHOWN_ROWS = 5  # maximum number of skipped rows to print
+SHOWN_ROWS = 10  # maximum number of skipped rows to print
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def build_chat(
     config: DataConfig, corpus: ChatCorpus, folder: pathlib.Path, report: Callable[[str], None]
 ) -> None:
     """Writes a cache of examples to an empty folder. The examples of a row are held out together."""
-    report(f"Rendering {config.source} with {config.tokenizer} (cached in {config.cache_dir})")
+    report(f"Rendering {config.source} with {config.tokenizer} (cached in {folder.parent})")
     tokenizer = make_tokenizer(
         config.tokenizer,
         lambda: (text for row, is_held in _read(corpus, config, []) if not is_held for text in row.texts),

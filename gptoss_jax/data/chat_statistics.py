@@ -6,7 +6,7 @@ import numpy as np
 
 from gptoss_jax.config import DataConfig
 from gptoss_jax.data.batches import packed_lengths
-from gptoss_jax.data.chat_cache import SHOWN_ROWS, SKIPPED_FILE
+from gptoss_jax.data.chat_cache import SKIPPED_FILE
 from gptoss_jax.data.token_cache import TokenCache
 
 QUANTILES = (0, 0.25, 0.5, 0.75, 0.95, 1)
@@ -44,8 +44,8 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
     formats = ", ".join(f"{count:,} of {name}" for name, count in found["formats"].items())
     share = f"{found['trained_tokens']:,} of them trained ({found['trained_share']:.1%})"
     lines = [
-        f"rows: {found['rows']:,}; {formats}",
-        f"examples: {found['examples']:,}, {found['held_out_examples']:,} of them held out; "
+        f"rows: {sum(found['formats'].values()):,} of {found['rows']:,} used: {formats}",
+        f"examples (answered turns): {found['examples']:,}, {found['held_out_examples']:,} of them held out; "
         f"{found['tokens']:,} tokens, {share}",
     ]
     if found["skipped"]:
@@ -53,13 +53,15 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
         total = sum(found["skipped"].values())
         lines.append(f"skipped rows: {total:,} ({kinds}), all in {cache.folder / SKIPPED_FILE}")
         lines += [f"  {line}" for line in meta["first_skipped"]]
-        lines += [f"  and {total - SHOWN_ROWS:,} more"] if total > SHOWN_ROWS else []
+        more = total - len(meta["first_skipped"])
+        lines += [f"  and {more:,} more"] if more else []
     if found["overlong"]:
         left_out, cut = found["left_out"], found["overlong"] - found["left_out"]
-        done = f"{left_out:,} left out; --data.overlong cut cuts their end"
+        done = f"{left_out:,} left out; --data.overlong cut truncates them instead"
         if config.overlong == "cut":
-            done = f"{cut:,} cut" + (f", {left_out:,} left out: no trained token is left" if left_out else "")
-        lines.append(f"longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,} examples, {done}")
+            done = f"{cut:,} truncated"
+            done += f", {left_out:,} left out: no trained token is left" if left_out else ""
+        lines.append(f"examples longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,}, {done}")
     if found["left_out_calls"]:
         lines.append(
             f"calls left out: {found['left_out_calls']:,}, after the first one of a message without results"

@@ -19,9 +19,9 @@ import numpy as np
 
 from gptoss_jax.config import DataConfig, require
 from gptoss_jax.config.base import read_json, write_json
-from gptoss_jax.config.paths import user_path
+from gptoss_jax.config.paths import cache_root, user_path
 from gptoss_jax.data.chat_cache import FORMAT as CHAT_FORMAT
-from gptoss_jax.data.chat_cache import build_chat
+from gptoss_jax.data.chat_cache import SKIPPED_FILE, build_chat
 from gptoss_jax.data.chat_rows import ChatCorpus, is_chat_source, open_chat
 from gptoss_jax.data.sources import Corpus, Source, open_corpus, split
 from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer, token_dtype
@@ -70,11 +70,12 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
     is never used, and the next build removes it.
 
     Args:
-      config: source, tokenizer, val_fraction and cache_dir are used and, for conversations, train_on and
-        reasoning_effort.
+      config: source, tokenizer, val_fraction and cache_dir (None: `cache_root()`) are used and, for
+        conversations, train_on, invalid_rows and reasoning_effort.
       report: called with progress messages during a build.
 
-    Raises ValueError if the source or tokenizer cannot be read, or the folder cannot be written.
+    Raises ValueError if the source or tokenizer cannot be read, if the folder cannot be written, and for
+    unusable rows if `config.invalid_rows` is "fail".
     """
     corpus: ChatCorpus | Corpus
     if is_chat_source(config.source):
@@ -83,7 +84,8 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
     else:
         corpus = open_corpus(config.source)
         build = _build
-    root = user_path(config.cache_dir, "data.cache_dir")
+    given = config.cache_dir
+    root = cache_root("data.cache_dir") if given is None else user_path(given, "data.cache_dir")
     folder = root / _key(config, corpus)
     if not folder.exists():
         partial = root / f".partial-{os.getpid()}-{uuid.uuid4().hex}@{socket.gethostname()}"
@@ -91,7 +93,7 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
             try:
                 partial.mkdir(parents=True)
             except OSError as error:
-                raise ValueError(f"data.cache_dir is {config.cache_dir!r}: {error.strerror}") from None
+                raise ValueError(f"data.cache_dir is {str(root)!r}: {error.strerror}") from None
             _remove_stale_builds(root)
             try:
                 build(config, corpus, partial, report or (lambda line: None))
@@ -103,7 +105,13 @@ def build_cache(config: DataConfig, report: Callable[[str], None] | None = None)
                     # Another process finished first; its cache is identical.
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    return _open(folder)
+    cache = _open(folder)
+    chat = cache.meta.get("chat", {})
+    if chat.get("skipped") and config.invalid_rows == "fail":
+        count = f"{sum(chat['skipped'].values()):,} of {chat['rows']:,} rows"
+        allowed = f"{count} cannot be used, listed in {folder / SKIPPED_FILE}; {chat['first_skipped'][0]}"
+        require(False, "data.invalid_rows", config.invalid_rows, allowed)
+    return cache
 
 
 def _key(config: DataConfig, corpus: Source) -> str:
@@ -177,7 +185,7 @@ def _build(config: DataConfig, corpus: Corpus, folder: pathlib.Path, report: Cal
     def documents(skipped: collections.Counter[str] | None = None) -> Iterator[tuple[str, bool]]:
         return split(corpus.documents(skipped), config.val_fraction, source=config.source)
 
-    report(f"Tokenizing {config.source} with {config.tokenizer} (cached in {config.cache_dir})")
+    report(f"Tokenizing {config.source} with {config.tokenizer} (cached in {folder.parent})")
     with status("training the tokenizer" if config.tokenizer.startswith("bpe:") else "opening the tokenizer"):
         tokenizer = make_tokenizer(
             config.tokenizer, lambda: (text for text, is_held in documents() if not is_held)

@@ -134,8 +134,8 @@ def check_base(config: TrainConfig, report: Callable[[str], None]) -> None:
     else:
         is_packed = open_weights(folder).packed
     allowed = (
-        "its experts are not packed in MXFP4, as model.expert_format 'mxfp4' asks for; gptoss convert packs "
-        "them with --experts mxfp4, and 'plain' trains adapters of weights as they are"
+        "its experts are not in MXFP4, as model.expert_format 'mxfp4' requires; pack them (gptoss convert "
+        "SRC DST --experts mxfp4), or train with --model.expert-format plain"
     )
     is_fitting = is_packed or config.model.expert_format == "plain"
     require(is_fitting, "init_from", config.init_from, allowed)

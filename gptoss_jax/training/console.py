@@ -135,24 +135,28 @@ class Console:
         """Prints a line, or several."""
         self._print((printable(text), ""))
 
-    def evaluation(self, step: int, val_loss: float, bits_per_byte: float, is_best: bool) -> None:
-        """Prints the result on held-out text: loss in nats per token, bits per byte of text."""
+    def evaluation(self, step: int, val_loss: float, bits_per_byte: float | None, is_best: bool) -> None:
+        """Prints the result on held-out data: loss in nats per token and, if not None, bits per byte."""
+        bits = "" if bits_per_byte is None else f" · {format_number(bits_per_byte, 4)} bits per byte"
         self._print(
             (f"step {step} · ", "bold"),
-            (f"held-out loss {format_number(val_loss, 3)} · ", ""),
-            (f"{format_number(bits_per_byte, 4)} bits per byte", "cyan"),
+            (f"held-out loss {format_number(val_loss, 3)}", ""),
+            (bits, "cyan"),
             (" · best so far" if is_best else "", "green"),
         )
 
     def sample(self, text: str, question: str = "") -> None:
         """Prints text that the model wrote, which may hold anything, as a quoted block, after the question
         that it answers."""
-        lines = [(line, "bold") for line in printable(question).split("\n") if question]
-        for line, style in [*lines, *((line, "dim") for line in printable(text).split("\n"))]:
-            # At a terminal, wrapped here so that continuation lines have the mark as well.
-            parts = Text(line).wrap(self._rich, max(self._rich.width - 5, 1)) if self._is_terminal else ()
-            for part in [part.plain.rstrip() for part in parts] or [line]:
-                self._print(("  │ ", "bright_black"), (part, style))
+        blocks = [("held-out question:", question, "bold"), ("the model's answer:", text, "dim")]
+        for label, block, style in blocks if question else [("", text, "dim")]:
+            if label:
+                self._print((f"  {label}", "bright_black"))
+            for line in printable(block).split("\n"):
+                # At a terminal, wrapped here so that continuation lines have the mark as well.
+                parts = Text(line).wrap(self._rich, max(self._rich.width - 5, 1)) if self._is_terminal else ()
+                for part in [part.plain.rstrip() for part in parts] or [line]:
+                    self._print(("  │ ", "bright_black"), (part, style))
 
     def summary(self, values: dict[str, str], next_command: str) -> None:
         """Prints the closing table, and the command to run next."""

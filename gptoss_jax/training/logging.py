@@ -12,6 +12,7 @@ import numpy as np
 from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.batches import packed_lengths, trained_pairs
+from gptoss_jax.data.epochs import describe_epochs
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
@@ -71,16 +72,19 @@ class RunLog:
         config, meta = self.config, self.cache.meta
         total, active = parameter_counts(config.model)
         axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-        trained = " to train on"
+        trained, held_out = " to train on", f"{format_si(meta['held_out_bytes'], 'B')} of text"
         if self.cache.weights is not None:
             trained = f", {format_count(self._trained_tokens)} of them trained on"
+            count = meta["held_out_documents"]
+            held_out = f"{count:,} example{'s' * (count != 1)}"
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         lines = {
             "model": f"{format_count(total)} parameters, {format_count(active)} active per token",
             "lora": _describe_adapters(config.model, params),
             "text": f"{config.data.source}: {format_count(self._train_tokens)} tokens of {meta['tokenizer']}"
-            f"{trained}, {format_si(meta['held_out_bytes'], 'B')} of text held out",
+            f"{trained}, {held_out} held out",
             "step": f"{config.data.batch_size} rows × {config.data.seq_len} tokens",
+            "epochs": "\n  ".join(describe_epochs(config, self.cache)),
             "on": devices + (f" ({axes})" if axes else ""),
             "run": str(self.run_dir),
         }
@@ -174,7 +178,7 @@ class RunLog:
         if not is_final:
             is_best = val_loss < self._best_loss and math.isfinite(val_loss)
             self._best_loss = val_loss if is_best else self._best_loss
-            self.console.evaluation(step, val_loss, bits, is_best)
+            self.console.evaluation(step, val_loss, None if "chat" in meta else bits, is_best)
         return val_loss
 
     def sample(self, step: int, params: dict) -> None:

@@ -78,7 +78,7 @@ def train(
         )
         if metadata["data"] is not None:
             batches.set_state(metadata["data"])
-        setup.write_run_dir(config, cache.tokenizer, is_new=metadata["data"] is None)
+        setup.write_run_dir(config, cache, is_new=metadata["data"] is None)
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
         stack.callback(log.close)

@@ -36,8 +36,8 @@ from gptoss_jax.training.state import (
 # `init_from` is used only by a run without a checkpoint, and as the base model of adapters, which must stay
 # the same; for `steps`, see `check_steps`.
 FREE_FIELDS = (
-    "run_dir", "data.cache_dir", "mesh", "model.remat", "model.kernels", "checkpoint", "eval", "log_every",
-    "steps", "init_from", "init_adapter",
+    "run_dir", "data.cache_dir", "data.invalid_rows", "mesh", "model.remat", "model.kernels", "checkpoint",
+    "eval", "log_every", "steps", "init_from", "init_adapter",
 )  # fmt: skip
 
 
@@ -63,6 +63,8 @@ def init_or_restore_state(
     state, (_, frozen) = abstract_state(config, mesh, is_trainable), split_params(abstract, is_trainable)
     found = checkpoints.restore(*checkpoint_items(state, frozen, metadata)[:2], report)
     if found is None:
+        if (pathlib.Path(config.run_dir) / "config.json").exists():
+            report(f"{config.run_dir} has no checkpoint yet: starting at step 1")
         if base is not None:
             _check_tokenizer(config, cache, report)
             params = merge_params(first_adapters(config, mesh), load_base(config, mesh, base))
@@ -77,8 +79,9 @@ def init_or_restore_state(
     changed = [name for name, value in describe_text(cache).items() if metadata["text"].get(name) != value]
     if changed:
         raise ValueError(
-            f"data.source is {config.data.source!r}: the text has changed since the run in "
-            f"{config.run_dir} began ({', '.join(changed)}); train on it in another --run-dir"
+            f"data.source is {config.data.source!r}: the data has changed since the run in {config.run_dir} "
+            f"began ({', '.join(changed)}); use a new --run-dir, with --init-from {config.run_dir} to start "
+            "from its weights"
         )
     report(f"Resuming from step {step}, the last checkpoint in {config.run_dir}")
     num_updates = step - int(rest["skipped"])

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import pathlib
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from gptoss_jax.checkpoints.readers import find_tokenizer, local_folder, open_we
 from gptoss_jax.checkpoints.run_params import is_run
 from gptoss_jax.config import DataConfig, ModelConfig, TrainConfig, require
 from gptoss_jax.config.base import write_json
+from gptoss_jax.data.chat_cache import SKIPPED_FILE
 from gptoss_jax.data.chat_statistics import summary
 from gptoss_jax.data.harmony import is_harmony
 from gptoss_jax.data.special_tokens import read_stop_ids
@@ -197,16 +199,21 @@ def check_shared(run_dir: pathlib.Path) -> None:
             )
 
 
-def write_run_dir(config: TrainConfig, tokenizer: Tokenizer, is_new: bool) -> None:
-    """Writes config.json to the run folder and, for a new run, the tokenizer; in process 0.
+def write_run_dir(config: TrainConfig, cache: TokenCache, is_new: bool) -> None:
+    """Writes config.json to the run folder and, for a new run, the tokenizer and the list of rows that were
+    left out; in process 0.
 
     A resumed run may have other settings: see `resume.FREE_FIELDS`.
     """
     if jax.process_index() != 0:
         return
+    run_dir = pathlib.Path(config.run_dir)
     if is_new:
-        save_tokenizer(config, tokenizer)
-    config.save(pathlib.Path(config.run_dir) / "config.json")
+        save_tokenizer(config, cache.tokenizer)
+        (run_dir / SKIPPED_FILE).unlink(missing_ok=True)
+        if (cache.folder / SKIPPED_FILE).exists():
+            shutil.copyfile(cache.folder / SKIPPED_FILE, run_dir / SKIPPED_FILE)
+    config.save(run_dir / "config.json")
 
 
 def save_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
