@@ -20,7 +20,7 @@ from gptoss_jax.cli.chat import HELP
 from gptoss_jax.cli.chat import Session as ChatSession
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import engine, generate
+from gptoss_jax.inference import chat, engine, generate
 from gptoss_jax.inference.chat import HarmonyConversation, PlainConversation
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.transformer import bind
@@ -101,6 +101,23 @@ def test_a_conversation(session):
     )
     assert session.remarks() == ["15 tokens", "4 tokens"]
     assert session.asked == [(1000, 7), (1000, 8)]
+
+
+def test_a_question_from_python(session, monkeypatch):
+    conversation, asked = HarmonyConversation(session.tokenizer), []
+
+    def generate(model, prompts, params):
+        asked.append((session.spell(prompts[0]), params.max_new_tokens, params.temperature))
+        answer = THOUGHT + "2 and 2<|end|>" + START + FINAL + str(len(asked))
+        return [types.SimpleNamespace(tokens=session.ids(answer))]
+
+    monkeypatch.setattr(chat, "generate", generate)
+    parts = conversation.ask("model", "a?", max_new_tokens=50, temperature=0.0)
+    assert [(part.channel, part.text) for part in parts] == [("analysis", "2 and 2"), ("final", "1")]
+    conversation.ask("model", "b?")
+    (first, *settings), (second, *defaults) = asked
+    assert settings == [50, 0.0] and defaults == [4096, 1.0]
+    assert second == first.removesuffix(START) + f"{START}{FINAL}1<|end|>{USER}b?<|end|>{START}"
 
 
 def test_hidden_analysis(session):
@@ -304,7 +321,7 @@ from gptoss_jax.checkpoints import load
 from gptoss_jax.cli.main import main
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.data.tokenizer import make_tokenizer
-from gptoss_jax.inference import engine, generate
+from gptoss_jax.inference import chat, engine, generate
 from gptoss_jax.inference.sampling_params import Completion
 
 class Model:

@@ -81,6 +81,37 @@ def test_plain_output(monkeypatch, force):
     ]
 
 
+def as_displayed(text):
+    """The lines that a notebook shows: what comes after a carriage return overwrites the line."""
+    return [re.sub(r".*\r(?=[^\n])", "", line) for line in text.split("\n")]
+
+
+def test_notebook_replaces_progress_lines():
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    run_console(stream)
+    written = stream.getvalue()
+    assert written.count(" tok/s") == 11 and "\x1b" not in written
+    assert as_displayed(written)[:3] == [
+        "[red]x[/red]",
+        "step 111 · held-out loss 3.500 · 1.2500 bits per byte · best so far",
+        "  │ [bold]hi[/bold] \\x1b[2J",
+    ]
+
+
+@pytest.mark.parametrize("total, shown", [(2, "step 2/2"), (3, "step 2/3")])
+def test_notebook_keeps_the_last_progress_line(total, shown):
+    stream, clock = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})(), Clock()
+    console = Console(stream=stream, clock=clock)
+    console.start(0, total)
+    for step in (1, 2):
+        clock.now += 5
+        console.update(step, 1.0, 10.0, 0.0)
+    console.stop()
+    console.message("x")
+    first, second, *rest = as_displayed(stream.getvalue())
+    assert first.startswith(shown) and [second, *rest] == ["x", ""]
+
+
 def test_plain_output_shows_the_last_step_and_unknown_numbers():
     stream, clock = io.StringIO(), Clock()
     console = Console(stream=stream, clock=clock)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from gptoss_jax.checkpoints.run_params import is_run
 from gptoss_jax.config import TrainConfig
@@ -12,7 +13,9 @@ from gptoss_jax.data.chat_rows import is_chat_source
 from gptoss_jax.data.harmony import Harmony, Part
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.inference.detokenizer import StreamingDetokenizer
+from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
+from gptoss_jax.model.transformer import Transformer
 
 # Default sampling parameters for base models.
 PLAIN = SamplingParams(max_new_tokens=200, temperature=0.8)
@@ -66,6 +69,19 @@ class HarmonyConversation:
     def prompt(self, text: str) -> list[int]:
         """Returns the tokens of the conversation so far plus a new user message."""
         return self._format.render([*self._messages, harmony.user(text)])
+
+    def ask(self, model: Transformer, text: str, **settings: Any) -> list[Part]:
+        """Adds a user message and the model's answer to the conversation; returns the answer.
+
+        `settings` take the place of fields of `params`: `max_new_tokens=200`, `temperature=0.0`.
+        """
+        params = dataclasses.replace(self.params, **settings)
+        (answer,) = generate(model, [self.prompt(text)], params)
+        reader = self.reader()
+        reader.feed(answer.tokens)
+        reader.close()
+        self.add(text, reader.parts)
+        return reader.parts
 
     def reader(self) -> harmony.AnswerReader:
         """Returns a streaming parser for one completion."""

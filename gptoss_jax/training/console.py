@@ -1,4 +1,4 @@
-"""Console output of a run: at a terminal a live progress line below the log, otherwise plain lines."""
+"""Console output of a run: a live progress line below the log; plain lines without terminal and notebook."""
 
 import contextlib
 import math
@@ -24,6 +24,7 @@ from gptoss_jax.terminal import (
 )
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines without a terminal
+NOTEBOOK_INTERVAL = 1.0  # seconds between updates of the progress line in a notebook
 COMPILING = "compiling the first step"
 NO_ACTIVITY = ("", 0.0)
 RATE_INTERVAL = 3600.0  # seconds of steps that the remaining time is estimated from, at most 1000 steps
@@ -59,16 +60,29 @@ class Console:
             file=self._stream, force_terminal=self._is_terminal, color_system=colors, force_jupyter=False
         )
         self._progress: Progress | None = None
-        self._last_plain = -math.inf
+        self._last_plain, self._plain_interval = -math.inf, PLAIN_INTERVAL
+        # Notebooks know no escape codes, but a carriage return: one line replaces the other.
+        self._is_notebook = type(self._stream).__module__.startswith("ipykernel.")
+        if self._is_notebook:
+            self._plain_interval = NOTEBOOK_INTERVAL
+        self._replaceable = ""  # the progress line that a notebook shows at the moment
         self._compiling = contextlib.ExitStack()  # without a terminal
 
     def _print(self, *parts: tuple[str, str]) -> None:
         """Prints one line made of (text, style) parts. No part is read as markup."""
         if not self._quiet:
             erase()
+            self._replace_line("")
             line = Text.assemble(*[(encodable(text, self._stream), style) for text, style in parts])
             self._rich.print(line, soft_wrap=True, highlight=False)
             self._stream.flush()
+
+    def _replace_line(self, line: str) -> None:
+        """Puts a line in the place of the progress line of a notebook."""
+        if self._replaceable or line:
+            self._stream.write(f"\r{' ' * len(self._replaceable)}\r{line}")
+            self._stream.flush()
+        self._replaceable = line
 
     def start(self, step: int, total: int) -> None:
         """Starts the progress line: `step` steps of `total` are done already."""
@@ -105,13 +119,20 @@ class Console:
         progress.update(task.id, stats=encodable(stats, self._stream), activity=NO_ACTIVITY)
         self._compiling.close()
         now = self._clock()
-        if not self._is_terminal and (now - self._last_plain >= PLAIN_INTERVAL or task.finished):
+        if not self._is_terminal and (now - self._last_plain >= self._plain_interval or task.finished):
             self._last_plain = now
-            self._print((f"step {step}/{task.total} · {stats}", ""))
+            line = f"step {step}/{task.total} · {stats}"
+            if not self._is_notebook or task.finished:
+                self._print((line, ""))
+            elif not self._quiet:
+                self._replace_line(encodable(line, self._stream))
 
     def stop(self) -> None:
         """Ends the progress line and leaves it on the screen; may be called twice, or before `start`."""
         self._compiling.close()
+        if self._replaceable:
+            self._stream.write("\n")
+            self._replaceable = ""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
