@@ -27,7 +27,7 @@ class Train:
       gptoss train
       gptoss train tinystories --steps 500 --optim.learning-rate 3e-4
       gptoss train --data.source 'text:books/*.txt' --run-dir runs/books
-      gptoss train gpt_oss_20b --mesh.fsdp 2 --mesh.expert 8 --run-dir runs/mine
+      gptoss train gpt_oss_20b --init-from hf:openai/gpt-oss-20b --mesh.expert 8 --run-dir runs/mine
     """
 
 
