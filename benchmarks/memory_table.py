@@ -12,8 +12,8 @@ import pathlib
 
 from gptoss_jax.config.preset import read_preset
 from gptoss_jax.hardware import CHIPS
-from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
-from gptoss_jax.planning.inference import Experts, Workload, plan_inference
+from gptoss_jax.planning.estimate import Estimate
+from gptoss_jax.planning.inference import Experts, InferenceEstimate, Workload, plan_inference
 from gptoss_jax.planning.plan import make_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,8 +24,6 @@ SHORT = "<!-- short memory table: python benchmarks/memory_table.py --write -->"
 END = "<!-- end of the memory table -->"
 NAMES = {"v5e": "TPU v5e", "v6e": "TPU v6e", "v5p": "TPU v5p", "h100": "H100", "h200": "H200"}
 COUNTS = tuple(2**i for i in range(9))
-# Training steps compiled for TPUs need up to 7.6 GB more than their estimates (results/scaling.json).
-TPU_MARGIN = 8e9
 LARGE = ("--model.num-hidden-layers", "36", "--model.num-local-experts", "128")
 
 # Rows of the short table: names of tasks, and what they are called there.
@@ -75,16 +73,17 @@ def tasks() -> list[Task]:
 
 
 @functools.cache
-def needed(task: Task, count: int, is_tpu: bool) -> float:
-    """Bytes of each of `count` devices, on the mesh that takes least."""
+def estimates(task: Task, count: int, is_tpu: bool) -> tuple[Estimate | InferenceEstimate, ...]:
+    """Returns the estimates for all meshes of `count` devices, least memory first."""
     chip = "v5p" if is_tpu else "h100"
     path = ROOT / "configs" / f"{task.preset}.py"
     if task.workload is not None:
         model = read_preset(path).model
         plan = plan_inference(model, chip=chip, devices=count, workload=task.workload, experts=task.experts)
-        return min(one.memory.total for one in plan.estimates)
+        return tuple(plan.estimates)
     config = read_preset(path, [*task.flags, *batch_flags(task, count)])
-    return min(one.memory.total for one in make_plan(config, chip=chip, devices=count).estimates)
+    found = make_plan(config, chip=chip, devices=count, has_suggestion=False).estimates
+    return tuple(sorted(found, key=lambda one: one.memory.total))
 
 
 def batch_flags(task: Task, count: int) -> list[str]:
@@ -93,15 +92,11 @@ def batch_flags(task: Task, count: int) -> list[str]:
 
 def fewest(task: Task, chip: str) -> str:
     """Returns the fewest devices and the GB of each; a dash if too many are needed."""
-    capacity = CHIPS[chip].memory
-    limit, is_tpu = MEMORY_UTILIZATION * capacity, CHIPS[chip].dimensions > 0
-    if is_tpu and task.workload is None:
-        limit = min(limit, capacity - TPU_MARGIN)
     for count in COUNTS:
-        # Estimates of training do not depend on the chip, but for times.
-        size = needed(task, count, is_tpu and task.workload is not None)
-        if size <= limit:
-            return f"{count} × {size / 1e9:,.1f}"
+        # Estimates depend on the chip only by its kind, except for times and the memory.
+        for one in estimates(task, count, CHIPS[chip].dimensions > 0):
+            if dataclasses.replace(one, capacity=CHIPS[chip].memory).fits:
+                return f"{count} × {one.memory.total / 1e9:,.1f}"
     return "–"
 
 

@@ -85,6 +85,7 @@ def make_plan(
     devices: int | None = None,
     meshes: Sequence[str] = (),
     on_compile: Callable[[dict[str, int]], None] = lambda mesh: None,
+    has_suggestion: bool = True,
 ) -> Plan:
     """Estimates the given meshes, or all possible ones; with a topology, also compiles the given meshes, or
     up to `MAX_COMPILED`, best first, until one fits.
@@ -94,6 +95,7 @@ def make_plan(
         `chip` (a name in `hardware.CHIPS`) and `devices` (as JAX counts them) plan without compiling.
       meshes: such as "fsdp=16,expert=4".
       on_compile: called with each mesh before it is compiled, which takes minutes.
+      has_suggestion: look for a batch that fits, or is faster.
 
     Raises:
       ValueError: an argument is invalid, a given mesh cannot shard the model or batch, or no mesh can.
@@ -123,6 +125,8 @@ def make_plan(
                 break
     given = None if accelerator_type == topology else accelerator_type
     plan = Plan(config, kind, count, topology, estimates, compiled, given)
+    if not has_suggestion:
+        return plan
     if plan.best is None:
         suggestion = suggest_smaller(config, estimates_of)
     else:
