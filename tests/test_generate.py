@@ -146,6 +146,20 @@ def test_groups_of_prompts(tiny_config):
         128,
     ]
     assert prefill.max_prefill_batch(wide, 32, 1 << 15, num_slots=8) == 2
+    # With explicit sizes, as for a plan: four devices that split the batch; few slots on CPU.
+    for count, shards, is_one_cpu, limit in (
+        (9, 4, False, 32),
+        (8, 4, False, 32),
+        (9, 1, True, 8),
+        (8, 1, True, 1),
+    ):
+        sizes = {"shards": shards, "is_one_cpu": is_one_cpu}
+        assert prefill.prefill_limit(wide, 512, 256, count, **sizes) == limit
+    assert [prefill.prefill_batch(limit, pending) for limit, pending in ((32, 40), (8, 9), (8, 3))] == [
+        16,
+        4,
+        1,
+    ]
     assert prefill.max_prefill_batch(tiny_config, 32, 256, num_slots=8) == 1
 
 

@@ -173,17 +173,30 @@ class PrefillScheduler:
         others = () if first.has_logprobs else (one for one in pending if one is not first and fits(one))
         batch = [first, *others]
         limit = max_prefill_batch(self._config, size, first.cache_len, self._num_slots)
-        return batch[: next(count for count in BATCH_SIZES if count <= min(limit, len(batch)))]
+        return batch[: prefill_batch(limit, len(batch))]
 
 
 def max_prefill_batch(config: ModelConfig, chunk: int, cache_len: int, num_slots: int) -> int:
-    """Returns the maximum number of prompts per call, for a chunk size and a cache length."""
+    """Returns the maximum number of prompts per call on the current mesh, for a chunk size and a cache
+    length."""
+    is_one_cpu = backend.platform() == "cpu" and not backend.is_multi_device()
     shards = batch_shards(current_axes())
-    is_exact = backend.platform() == "cpu" and not backend.is_multi_device() and num_slots <= MAX_EXACT_SLOTS
+    return prefill_limit(config, chunk, cache_len, num_slots, shards=shards, is_one_cpu=is_one_cpu)
+
+
+def prefill_limit(
+    config: ModelConfig, chunk: int, cache_len: int, num_slots: int, *, shards: int, is_one_cpu: bool
+) -> int:
+    """Returns the maximum number of prompts per call if a mesh splits the batch into `shards`."""
     tokens = MAX_BATCHED_TOKENS
-    if is_exact:
+    if is_one_cpu and num_slots <= MAX_EXACT_SLOTS:
         tokens = MAX_EXACT_TOKENS if config.hidden_size >= MIN_EXACT_HIDDEN else 0
     return max(min(tokens // chunk, MAX_BATCHED_SLOTS // cache_len) * shards, 1)
+
+
+def prefill_batch(limit: int, pending: int) -> int:
+    """Returns the number of prompts in a call, if `pending` prompts have chunks of the same size."""
+    return next(count for count in BATCH_SIZES if count <= min(limit, pending))
 
 
 def next_chunk(position: int, end: int) -> tuple[int, int]:

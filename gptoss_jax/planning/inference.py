@@ -20,12 +20,11 @@ from gptoss_jax.hardware import Chip, find_chip, parameter_counts
 from gptoss_jax.inference import slots
 from gptoss_jax.inference.engine import DEFAULT_PREFIX_BYTES
 from gptoss_jax.inference.prefill import (
-    BATCH_SIZES,
     CHUNK_SIZES,
-    MAX_BATCHED_SLOTS,
-    MAX_BATCHED_TOKENS,
     MIN_CACHE_LEN,
     cache_length,
+    prefill_batch,
+    prefill_limit,
 )
 from gptoss_jax.kernels.attention.cached import BLOCK
 from gptoss_jax.model.kv_cache import init_cache
@@ -214,9 +213,11 @@ def prefill_temporaries(engine: _Engine) -> int:
         # Shorter prompts are read in larger groups.
         cache_len = min(cache_len, engine.cache_len)
         for chunk in CHUNK_SIZES:
-            room = max(min(MAX_BATCHED_TOKENS // chunk, MAX_BATCHED_SLOTS // cache_len), 1)
-            group = max(count for count in BATCH_SIZES if count <= min(room, engine.num_slots // shards))
-            most = max(most, group * (row_bytes(engine, cache_len) + min(chunk, cache_len) * per_token))
+            limit = prefill_limit(
+                model, chunk, cache_len, engine.num_slots, shards=shards, is_one_cpu=engine.is_cpu
+            )
+            rows = -(-prefill_batch(limit, engine.num_slots) // shards)
+            most = max(most, rows * (row_bytes(engine, cache_len) + min(chunk, cache_len) * per_token))
         if cache_len == engine.cache_len:
             return most + gathered + (_converted(stored) if engine.is_cpu else 0)
         cache_len *= 2
