@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.checkpoints.run_params import load_run
+from gptoss_jax.cli import main
 from gptoss_jax.cli.chat import Chat
 from gptoss_jax.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from gptoss_jax.data import tokenizer_json
@@ -82,6 +83,21 @@ def test_a_run_on_conversations(make_config, apply_model, tmp_path, capsys):
     np.testing.assert_allclose(last["val_loss"], nats / weights, rtol=1e-5)
     bits = float(nats) / np.log(2) / cache.meta["held_out_bytes"]
     np.testing.assert_allclose(last["val_bits_per_byte"], bits, rtol=1e-5)
+    # The same loss from `gptoss eval`, of the same rows in a file.
+    held_out = sorted({number for _, number, _ in cache.origins[cache.held_out].tolist()})
+    lines = [json.dumps(rows[number - 1]) for number in held_out] + ['{"text": "x"}']
+    (tmp_path / "held-out.jsonl").write_text("\n".join(lines))
+    command = ["eval", str(tmp_path / "run"), "--source", f"chat:{tmp_path}/held-out.jsonl"]
+    assert main.main([*command, "--json", str(tmp_path / "score.json")]) == 0
+    shown, score = capsys.readouterr().out, json.loads((tmp_path / "score.json").read_text())
+    np.testing.assert_allclose(score["loss"], last["val_loss"], rtol=1e-5)
+    assert score["trained_tokens"] == weights and score["rows"] == score["examples"] == len(held_out)
+    assert f"loss           {score['loss']:.4f} nats per trained token\n" in shown
+    assert "skipped        1 (unknown format 1); gptoss inspect-data lists them\n" in shown
+    assert main.main([*command, "--stride", "3"]) == 2
+    assert "stride is 3: applies only to text" in capsys.readouterr().err
+    assert main.main([*command, "--context", "9"]) == 2
+    assert "context is 9: no example fits; the shortest needs " in capsys.readouterr().err
     # Its chat has no date, as its rows, and stops at the end of an answer.
     tokenizer = load_run(tmp_path / "run")[2]
     conversation = Chat(str(tmp_path / "run"))._conversation(tokenizer, print)

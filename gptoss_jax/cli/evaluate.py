@@ -12,6 +12,8 @@ from gptoss_jax.status import status
 if TYPE_CHECKING:
     import jax
 
+    from gptoss_jax.config import DataConfig
+    from gptoss_jax.evaluation.conversations import ChatScore
     from gptoss_jax.evaluation.perplexity import TextScore
 
 INSTALL_EVAL = "pip install 'gptoss-jax[eval]'"
@@ -19,13 +21,14 @@ INSTALL_EVAL = "pip install 'gptoss-jax[eval]'"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure perplexity on text, or run lm_eval tasks.
+    """Measure the loss on text or conversations, or run lm_eval tasks.
 
-    With --source, reports loss, perplexity and bits per byte. With --task, runs tasks of EleutherAI's
-    lm_eval, which needs the extra "eval".
+    With --source, reports loss and perplexity; of text also bits per byte, of conversations per token that
+    training would train on. With --task, runs tasks of EleutherAI's lm_eval, which needs the extra "eval".
 
     Examples:
       gptoss eval runs/quickstart --source stdlib --max-tokens 100000
+      gptoss eval runs/sft-qlora-20b --source 'chat:test/*.jsonl'
       gptoss eval hf:openai/gpt-oss-20b --source 'text:books/*.txt' --json result.json
       gptoss eval hf:openai/gpt-oss-20b --task hellaswag --limit 100
     """
@@ -36,11 +39,13 @@ class Evaluate:
     adapter: OptionalText = None
     # Mesh of devices to split the model over, such as tensor=2. (default: one device)
     mesh: OptionalText = None
-    # Text to score: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME.
+    # Text to score: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME. Conversations:
+    # chat:GLOB, or stdlib-chat.
     source: OptionalText = None
     # lm_eval task to run: a name, or your own YAML file.
     task: Texts = ()
-    # Context length in tokens. (default: data.seq_len of a run, otherwise 2048; for tasks, the model's limit)
+    # Context length in tokens. (default: data.seq_len of a run, otherwise 2048; of conversations, the longest
+    # answered turn; for tasks, the model's limit)
     context: OptionalInt = None
     # Tokens between the starts of two sliding windows. (default: half the context)
     stride: OptionalInt = None
@@ -64,7 +69,7 @@ class Evaluate:
         with status("starting"):
             from gptoss_jax.parallel.mesh import use_mesh
         with use_mesh(self.mesh) as mesh:
-            result = self._run_tasks(mesh) if self.task else self._run_text(mesh)
+            result = self._run_tasks(mesh) if self.task else self._run_source(mesh)
         if path is not None:
             write_json(path, _to_json(result), default=str)
 
@@ -81,18 +86,48 @@ class Evaluate:
             value = getattr(self, name)
             require(value is None or value >= least, name, value, f"must be {least} or more")
 
+    def _run_source(self, mesh: "jax.sharding.Mesh | None") -> dict[str, Any]:
+        from gptoss_jax.data.chat_rows import is_chat_source
+
+        assert self.source is not None
+        return self._run_chat(mesh, self.source) if is_chat_source(self.source) else self._run_text(mesh)
+
+    def _run_chat(self, mesh: "jax.sharding.Mesh | None", source: str) -> dict[str, Any]:
+        for name in ("stride", "max_tokens"):
+            require(getattr(self, name) is None, name, getattr(self, name), "applies only to text")
+        with status(f"loading {self.folder}"):
+            from gptoss_jax.checkpoints.load import load_model
+            from gptoss_jax.checkpoints.readers import local_folder
+            from gptoss_jax.checkpoints.run_params import is_run
+            from gptoss_jax.config import DataConfig, TrainConfig
+            from gptoss_jax.data.chat_rows import open_chat
+            from gptoss_jax.evaluation.conversations import evaluate_conversations
+
+            corpus, folder = open_chat(source), local_folder(self.folder)
+            data = TrainConfig.load(folder / "config.json").data if is_run(folder) else DataConfig()
+            model, tokenizer = load_model(folder, self.adapter, mesh)
+        with status("scoring") as shown:
+            score = evaluate_conversations(
+                model,
+                tokenizer,
+                corpus,
+                data,
+                context=self.context,
+                batch_size=self.batch_size,
+                on_progress=lambda done, total: shown.update(f"{done:,} of {total:,} batches"),
+            )
+        print("\n".join(_chat_table(score, data)))
+        return {"folder": self.folder, "source": source, **dataclasses.asdict(score)}
+
     def _run_text(self, mesh: "jax.sharding.Mesh | None") -> dict[str, Any]:
         with status(f"loading {self.folder}"):
             from gptoss_jax.checkpoints.load import load_model
             from gptoss_jax.checkpoints.readers import local_folder
             from gptoss_jax.checkpoints.run_params import is_run
             from gptoss_jax.config import TrainConfig
-            from gptoss_jax.data.chat_rows import is_chat_source
             from gptoss_jax.data.sources import open_corpus
             from gptoss_jax.evaluation.perplexity import TextSettings, evaluate_text
         assert self.source is not None
-        is_text = not is_chat_source(self.source)
-        require(is_text, "source", self.source, "must be text; these are conversations")
         settings = TextSettings(self.context, self.stride, self.batch_size, self.max_tokens)
         corpus, folder = open_corpus(self.source), local_folder(self.folder)
         if self.context is None and is_run(folder):
@@ -139,6 +174,25 @@ class Evaluate:
         if result.get("groups"):
             print(lm_eval.utils.make_table(result, "groups"))
         return {"folder": self.folder, **result}
+
+
+def _chat_table(score: "ChatScore", data: "DataConfig") -> list[str]:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in score.skipped.items())
+    turns = f"{score.examples:,} answered turn{'s' * (score.examples != 1)}"
+    rows = {
+        "loss": f"{score.loss:.4f} nats per trained token",
+        "perplexity": f"{score.perplexity:,.3f}",
+        "conversations": f"{score.rows:,}, with {score.trained_tokens:,} trained tokens in {turns}",
+        "trained": f"data.train_on {data.train_on}, reasoning effort {data.reasoning_effort} if not set",
+        "skipped": f"{sum(score.skipped.values()):,} ({reasons}); gptoss inspect-data lists them"
+        if score.skipped
+        else "",
+        "left out": f"{score.left_out:,} answered turns longer than {score.context:,} tokens (--context)"
+        if score.left_out
+        else "",
+        "time": f"{score.seconds:,.1f} s, with compiling",
+    }
+    return [f"{name:<15}{value}" for name, value in rows.items() if value]
 
 
 def _table(score: "TextScore") -> list[str]:

@@ -28,7 +28,9 @@ SHOWN_ROWS = 10  # maximum number of skipped rows to print
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class Row:
+    """A usable row: its location, its format, and its messages in Harmony."""
+
     prefix: str
     number: int
     format: str
@@ -39,31 +41,32 @@ class _Row:
         return [one.message.text for one in self.messages]
 
 
+def usable_rows(corpus: ChatCorpus, config: DataConfig, skipped: list[tuple[str, RowError]]) -> Iterator[Row]:
+    """Yields the usable rows and adds the others to `skipped`, each with its location."""
+    for prefix, number, row in corpus.rows():
+        try:
+            if isinstance(row, RowError):
+                raise row
+            conversation = read_conversation(row)
+            messages = harmony_messages(conversation, config.reasoning_effort)
+            if not needs_training(messages, config.train_on):
+                raise RowError("nothing to train on", f"has no token to train on ({config.train_on})")
+            yield Row(prefix, number, conversation.format, messages)
+        except RowError as error:
+            skipped.append((f"{prefix}{number}", error))
+        except RecursionError:
+            skipped.append((f"{prefix}{number}", RowError("invalid JSON", "is nested too deeply")))
+
+
 def _read(
     corpus: ChatCorpus, config: DataConfig, skipped: list[tuple[str, RowError]]
-) -> Iterator[tuple[_Row, bool]]:
+) -> Iterator[tuple[Row, bool]]:
     """Yields (row, is_held_out) for the usable rows, deterministically, and adds the others to `skipped`.
 
     At least one row is held out and one is not. Raises ValueError if there are fewer than two.
     """
-
-    def usable() -> Iterator[_Row]:
-        for prefix, number, row in corpus.rows():
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                conversation = read_conversation(row)
-                messages = harmony_messages(conversation, config.reasoning_effort)
-                if not needs_training(messages, config.train_on):
-                    raise RowError("nothing to train on", f"has no token to train on ({config.train_on})")
-                yield _Row(prefix, number, conversation.format, messages)
-            except RowError as error:
-                skipped.append((f"{prefix}{number}", error))
-            except RecursionError:
-                skipped.append((f"{prefix}{number}", RowError("invalid JSON", "is nested too deeply")))
-
     index, held_bytes = -1, 0
-    for index, (row, following) in enumerate(with_next(usable())):
+    for index, (row, following) in enumerate(with_next(usable_rows(corpus, config, skipped))):
         is_last = following is None
         picked = is_picked(index, config.val_fraction) or (is_last and not held_bytes)
         size = sum(len(text.encode()) for text in row.texts)
