@@ -50,7 +50,7 @@ config = TrainConfig(
     data=DataConfig(
         source="hf:roneneldan/TinyStories", tokenizer="o200k_harmony", seq_len=512, batch_size=32
     ),
-    # Microbatches of 4 rows keep activation memory near 2 GB.
+    # Microbatches of 4 rows need less memory for activations.
     optim=OptimConfig(learning_rate=6e-4, warmup_steps=200, grad_accum_steps=8),
     checkpoint=CheckpointConfig(every=250),
     eval=EvalConfig(every=250, batches=4, prompt="Once upon a time", sample_tokens=120),

@@ -28,8 +28,8 @@ TUNABLES = (
 def keep_memory() -> None:
     """Restarts this process with glibc malloc tunables; a no-op if they are set already or not on Linux.
 
-    Without them a third of a CPU training step's time is page faults, in memory that was freed by the step
-    before. glibc reads tunables only at the start of a process (hugetlb: 2.35 and later).
+    Without them a CPU training step spends much of its time on page faults, in memory that was freed by the
+    step before. glibc reads tunables only at the start of a process (hugetlb: 2.35 and later).
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if not sys.platform.startswith("linux") or "glibc.malloc." in tunables or not sys.executable:

@@ -17,17 +17,11 @@ from gptoss_jax.kernels.backend import matmul_precision, without_x64
 
 LANES = 128  # sequence length and block sizes are multiples of this
 # Maximum block size, in queries and keys. For 4,096 tokens of the released models (64 query heads, 8
-# key/value heads, size 64), libtpu 0.0.42 schedules the following numbers of cycles (in millions), forward
-# and backward (cycles in its listings times the grid steps; the listings are from
-# LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true"):
-#   | window | block         |  v5e |       v5p |  v6e |
-#   | 128    | 256           |  4.9 |       6.6 |  4.6 |
-#   | 128    | 512           |  5.5 |       6.3 |  4.5 | (in half as many steps)
-#   | none   | 512           | 12.8 |      16.4 |  9.9 |
-#   | none   | 1,024         | 12.4 |      13.4 |  9.0 |
-#   | none   | 2,048 x 1,024 | 14.2 | too large | 10.0 |
-# Memory stalls are not included. A fused kernel for dq, dk and dv would save 2 to 3 million cycles without a
-# window, but it writes dq once per block of keys, in the dtype of q.
+# key/value heads, size 64), libtpu 0.0.42 schedules the fewest cycles with these on v5e, v5p and v6e, without
+# memory stalls; with a window, 256 is as good but takes twice as many steps. Its listings:
+# LIBTPU_INIT_ARGS="--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true" python benchmarks/tpu_compile.py
+# A fused kernel for dq, dk and dv would save cycles without a window, but it writes dq once per block of
+# keys, in the dtype of q.
 # In float32, blocks of 1,024 are too large for the VMEM of v5e and v5p.
 WINDOW_BLOCK = FLOAT32_BLOCK = 512
 FULL_BLOCK = 1024

@@ -48,18 +48,10 @@ class Blocks(NamedTuple):
 
 
 def block_sizes(dtype: jnp.dtype, head_size: int) -> Blocks:
-    """Returns block sizes for the H100, which has 227 KiB of shared memory per thread block; not tuned on
-    hardware.
+    """Returns block sizes for the H100; not tuned on hardware.
 
-    Shared memory in KiB, compiled by Triton 3.6 for sm_90 (a window changes it by at most 1):
-
-    |               | forward | d_queries | d_keys |
-    | bfloat16, 64  |      65 |        64 |     49 |
-    | bfloat16, 128 |     129 |       128 |     97 |
-    | float32, 64   |      40 |        56 |     57 |
-    | float32, 128  |      52 |       104 |    105 |
-
-    Register spills: 4 bytes in two float32 kernels, 396 bytes in float32, 128, forward with sink tokens.
+    Compiled by Triton 3.6 for sm_90, all of them fit in its shared memory. Only float32 kernels spill
+    registers.
     """
     is_small = head_size <= 64
     if jnp.dtype(dtype).itemsize < 4:

@@ -2,8 +2,8 @@
 
 On TPU, `jax.lax.ragged_dot` compiles (libtpu 0.0.42; v5e, v5p, v6e) to a grouped kernel for the forward pass
 and the gradient of x, but its gradient of the matrices multiplies every row for every group: E times the
-work. For 65,536 rows of gate and up in gpt-oss-20b, the v5e compiler counts 835 million cycles for it, and 20
-million for the kernel here. For the gradient of x, it also writes the transposed matrices to memory first.
+work (`python benchmarks/tpu_compile.py`). For the gradient of x, it also writes the transposed matrices to
+memory first.
 
 Matrices with few outputs, such as LoRA adapters, are multiplied transposed, [E, F, D]: TPUs pad the last
 dimension to whole lanes, so [E, D, 2], and its gradient for all layers, would take 64 times the memory.

@@ -38,9 +38,8 @@ class Blocks:
     stages: int
 
 
-# Chosen for the H100 by calculation, not tuned on hardware: compiled for it, WIDE takes 96 KiB of shared
-# memory and 110 registers per thread, so that two programs fit on a multiprocessor and one computes while the
-# other starts or finishes. float32 does not use tensor cores.
+# Chosen for the H100 by calculation, not tuned on hardware: compiled for it, two programs of WIDE fit on a
+# multiprocessor, so that one computes while the other starts or finishes. float32 does not use tensor cores.
 WIDE = Blocks(rows=128, columns=128, inner=64, warps=8, stages=3)
 # For groups with few rows, as in decoding, where reading the matrices dominates.
 NARROW = Blocks(rows=32, columns=64, inner=128, warps=4, stages=4)

@@ -38,8 +38,7 @@ class Tiles:
 MAX_NARROW_ROWS = 1024
 NARROW = Tiles(rows=16, outputs=32, inner=256, warps=4, stages=3)
 NARROW_GRADIENT = Tiles(rows=16, outputs=128, inner=64, warps=4, stages=3)
-# Compiled for sm_90: 60 KiB of shared memory and 168 registers per thread. Three programs fit on a
-# multiprocessor, so that one multiplies while others dequantize.
+# Compiled for sm_90, three programs fit on a multiprocessor, so that one multiplies while others dequantize.
 WIDE = Tiles(rows=128, outputs=64, inner=64, warps=4, stages=3)
 # float32 does not use tensor cores. The largest tiles that do not spill registers.
 NARROW_FLOAT32 = Tiles(rows=16, outputs=32, inner=64, warps=4, stages=2)
