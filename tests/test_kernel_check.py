@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import threading
 import types
 import warnings
@@ -15,8 +12,6 @@ import numpy as np
 import pytest
 
 from gptoss_jax.cli import check as check_command
-from gptoss_jax.config import ModelConfig
-from gptoss_jax.config.kernels import KERNELS, plain_kernels
 from gptoss_jax.kernels import backend, check, selection
 from gptoss_jax.kernels.attention.api import AttentionSpec, attention
 from gptoss_jax.kernels.check import Case, Result, check_case
@@ -28,27 +23,6 @@ from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 
 needs_compiler = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
-
-
-@pytest.mark.parametrize(
-    ("setting", "off"),
-    [
-        ("auto", set()),
-        ("unchecked", set()),
-        ("plain", set(KERNELS)),
-        ("plain:attention", {"attention"}),
-        ("plain:attention,mxfp4_matmul", {"attention", "mxfp4_matmul"}),
-    ],
-)
-def test_settings(setting, off):
-    assert plain_kernels(setting, "model.kernels") == off
-    assert ModelConfig(kernels=setting).kernels == setting
-
-
-@pytest.mark.parametrize("setting", ["", "plane", "plain:", "plain:attn", "auto:attention", "attention"])
-def test_a_setting_that_means_nothing_is_refused(setting):
-    with pytest.raises(ValueError, match=f"model.kernels is '{setting}': must be auto, unchecked, plain, or"):
-        ModelConfig(kernels=setting)
 
 
 @pytest.mark.slow
@@ -207,6 +181,20 @@ def test_what_turns_the_check_off(machine, monkeypatch):
     assert checked == []
 
 
+def test_required_kernels_must_pass(machine, monkeypatch):
+    statuses, _, _ = machine
+    statuses["attention"] = "wrong"
+    with pytest.warns(UserWarning, match="kernel attention is off"), selection.using("required"):
+        message = "model.kernels is 'required': attention failed on this gpu; .*'plain:attention' uses"
+        with pytest.raises(ValueError, match=message):
+            selection.is_enabled("grouped_matmul")
+        monkeypatch.setenv(selection.ENVIRONMENT, "plain:attention")
+        assert selection.is_enabled("grouped_matmul") and not selection.is_enabled("attention")
+    monkeypatch.setenv(selection.ENVIRONMENT, "required")
+    with pytest.raises(ValueError, match="GPTOSS_JAX_KERNELS is 'required': attention failed"):
+        selection.is_enabled("attention")
+
+
 def test_a_kernel_that_ended_the_process_is_off(machine, capsys):
     _, checked, record = machine
     record.write_text(json.dumps({"kernels": {"attention": ""}, "running": "grouped_matmul"}), "utf-8")
@@ -332,18 +320,3 @@ def test_the_gradient_of_a_group_bias_adds_up_in_float32():
 
     scale = 1.015625  # 260 / 256, so that the right sum is a bfloat16
     np.testing.assert_array_equal(jax.grad(lambda b: scale * total(b))(bias_EF), [[262, 262]])
-
-
-def test_the_former_variable_is_refused(monkeypatch):
-    monkeypatch.setenv("GPTOSS_JAX_NATIVE", "0")
-    with pytest.raises(ValueError, match="GPTOSS_JAX_NATIVE is '0': was renamed; set GPTOSS_JAX_KERNELS"):
-        selection.is_enabled("grouped_matmul")
-
-
-def test_the_command_refuses_a_bad_variable_at_once():
-    environment = os.environ | {"GPTOSS_JAX_KERNELS": "plane"}
-    done = subprocess.run(
-        [sys.executable, "-m", "gptoss_jax", "check"], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert "GPTOSS_JAX_KERNELS is 'plane': must be auto, unchecked, plain, or plain:" in done.stderr

@@ -17,19 +17,21 @@ KERNELS = {
     "decode_mxfp4_experts": ("cpu",),
     "decode_attention": ("cpu",),
 }
-ALLOWED = f"must be auto, unchecked, plain, or plain: and a comma-separated list of {', '.join(KERNELS)}"
+ALLOWED = "must be auto, required, unchecked, plain, or plain: and a comma-separated list of " + ", ".join(
+    KERNELS
+)
 
 
 def plain_kernels(setting: str, field: str) -> frozenset[str]:
     """Returns the kernels that a setting turns off.
 
     Args:
-      setting: "auto" and "unchecked" turn off none, "plain" all, "plain:NAME,NAME" the named ones.
+      setting: "auto", "required" and "unchecked" turn off none, "plain" all, "plain:NAME,NAME" those named.
       field: the setting's name, for the error message.
 
     Raises ValueError for any other text.
     """
-    if setting in ("auto", "unchecked"):
+    if setting in ("auto", "required", "unchecked"):
         return frozenset()
     kind, _, names = setting.partition(":")
     chosen = frozenset(names.split(",")) if setting != "plain" else frozenset(KERNELS)

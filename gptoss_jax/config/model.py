@@ -125,9 +125,9 @@ class ModelConfig(ConfigBase):
     # Format of the expert weights: plain arrays, or packed MXFP4 as published (4.25 bits per weight, for
     # inference and LoRA).
     expert_format: Literal["plain", "mxfp4"] = "plain"
-    # Custom kernels: auto uses them after checking them once on each GPU or TPU machine, unchecked skips the
-    # check, plain uses XLA instead, and plain:attention,mxfp4_matmul uses XLA instead of the named kernels.
-    # The environment variable GPTOSS_JAX_KERNELS takes the same values.
+    # Custom kernels: auto uses those that pass a check, made once on each GPU or TPU machine; required stops
+    # if one fails; unchecked skips the check, plain uses XLA instead, and plain:attention,mxfp4_matmul uses
+    # XLA instead of the named kernels. The environment variable GPTOSS_JAX_KERNELS takes the same values.
     kernels: str = "auto"
     # Rematerialization in the backward pass, to save memory: none, dots (saves the outputs of the attention
     # projections and the router), or block (saves only the input of each block).

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.config.base import write_json
+from gptoss_jax.config.base import require, write_json
 from gptoss_jax.config.kernels import ENVIRONMENT, KERNELS, kernel_variable, plain_kernels
 from gptoss_jax.config.paths import cache_folder
 from gptoss_jax.kernels import backend
@@ -69,13 +69,25 @@ def failed_kernels() -> frozenset[str]:
 
     Empty on CPU, if the settings skip the check or use no kernels, and when compiling for devices that are
     not attached. Warns about each failed kernel once per process. May be called during tracing.
+
+    Raises ValueError if a setting is "required" and a kernel that is not turned off failed.
     """
     here = backend.platform()
-    is_skipped = {"unchecked", "plain"} & {_setting.get(), kernel_variable()}
+    setting, variable = _setting.get(), kernel_variable()
+    is_skipped = {"unchecked", "plain"} & {setting, variable}
     if here == "cpu" or here != jax.default_backend() or is_skipped:
         return frozenset()
     with _lock:
-        return _failed_here(here) | _failed_elsewhere
+        failed = _failed_here(here) | _failed_elsewhere
+    if "required" in (setting, variable):
+        off = plain_kernels(setting, "model.kernels") | plain_kernels(variable, ENVIRONMENT)
+        names = ",".join(sorted(failed - off))
+        field = "model.kernels" if setting == "required" else ENVIRONMENT
+        allowed = (
+            f"{names} failed on this {here}; `gptoss check` shows why, and 'plain:{names}' uses plain XLA"
+        )
+        require(not names, field, "required", allowed)
+    return failed
 
 
 def turn_off(kernels: Iterable[str]) -> None:
