@@ -9,7 +9,7 @@ import math
 import re
 
 from gptoss_jax.config import SLIDING, ModelConfig
-from gptoss_jax.config.base import nearest
+from gptoss_jax.config.base import nearest, require
 from gptoss_jax.config.model import EXPERT_TARGETS, LORA_TARGETS
 
 GIB = 1 << 30
@@ -40,6 +40,11 @@ class Chip:
     devices_per_chip: int = 1
     # False for v5e, where `ragged_all_to_all` is missing on slices of more than 16 chips.
     has_ragged_all_to_all: bool = True
+
+    @property
+    def has_times(self) -> bool:
+        """False if only the memory is known."""
+        return self.peak < math.inf
 
 
 # TPU: https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x: "Peak compute per chip (bf16)",
@@ -98,13 +103,21 @@ ACCELERATOR_TYPES = {
 }
 
 
-def find_chip(name: str, field: str = "chip") -> Chip:
-    """Returns the chip with the given name. Raises a ValueError that names `field` and the known chips."""
+def find_chip(name: str, field: str = "chip", memory: float | None = None) -> Chip:
+    """Returns the chip with the given name, or, with `memory` bytes, one of which nothing else need be known.
+
+    Raises a ValueError that names `field` and the known chips, or for memory that is not above 0.
+    """
+    if memory is not None:
+        require(0 < memory < math.inf, "memory", memory / 1e9, "must be above 0 GB")
+        known = CHIPS.get(name.lower(), Chip(name, "", math.inf, link=math.inf))
+        return dataclasses.replace(known, memory=memory)
     if name.lower() in CHIPS:
         return CHIPS[name.lower()]
     near = nearest(name.lower(), CHIPS)
     hint = f"did you mean {near}? " if near else ""
-    raise ValueError(f"{field} is {name!r}: {hint}known chips: {', '.join(CHIPS)}")
+    other = "; for another, add --memory GB" if field == "chip" else ""
+    raise ValueError(f"{field} is {name!r}: {hint}known chips: {', '.join(CHIPS)}{other}")
 
 
 def resolve_topology(name: str) -> str:

@@ -165,3 +165,8 @@ def test_names_of_chips_and_slices():
             resolve_topology(name)
     with pytest.raises(ValueError, match="chip is 'rtx': known chips: v5e, v5p"):
         find_chip("rtx")
+    card = find_chip("rtx4090", memory=24e9)
+    assert (card.name, card.memory, card.has_times) == ("rtx4090", 24e9, False)
+    assert find_chip("H100", memory=94e9).peak == CHIPS["h100"].peak and CHIPS["h100"].memory == 80e9
+    with pytest.raises(ValueError, match="memory is 0.0: must be above 0 GB"):
+        find_chip("rtx4090", memory=0.0)

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import pathlib
+import signal
+import subprocess
 
 import jax
 import pytest
@@ -255,6 +257,21 @@ def test_suggestions(capsys, monkeypatch, preset):
     assert main.main([*args[:-2], "--optim.grad-accum-steps", "16"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "A microbatch of 1 row cannot be split over 4 devices. With --optim.grad-accum-steps 1: " in shown
+
+
+def test_a_chip_of_which_only_the_memory_is_known(capsys, tmp_path, preset):
+    file = tmp_path / "plan.json"
+    args = ["plan", preset, "--chip", "rtx4090", "--memory", "24"]
+    assert main.main([*args, "--devices", "2", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of rtx4090, each 24.0 GB\n" in shown and "GB of 24.0." in shown and "No times" in shown
+    assert "compute" not in shown and "tokens/s" not in shown and "gptoss train" in shown
+    plan = json.loads(file.read_text())
+    assert plan["chip"]["peak"] is None and plan["estimates"][0]["compute_seconds"] is None
+    assert main.main([*args, "--inference", "--experts", "bfloat16"]) == 0
+    assert "1 of rtx4090, each 24.0 GB" in capsys.readouterr().out
+    assert main.main(["plan", preset, "--topology", "v5e:2x2", "--memory", "24"]) == 2
+    assert "already gives chip, devices and memory" in capsys.readouterr().err
 
 
 def test_one_device_sends_nothing(capsys, preset):
@@ -514,7 +531,7 @@ def test_compiler_messages_are_shown(capsys):
         (["--devices", "16"], "chip is None: --devices 16 also needs --chip"),
         (["--topology", "v5p-24"], "topology is 'v5p-24': give one of v5p-8, v5p-16, v5p-32, "),
         (["--chip", "v5p", "--devices", "0"], "devices is 0: must be above 0"),
-        (["--topology", "v5p:2x2x2", "--chip", "v5p"], "already gives chip and devices"),
+        (["--topology", "v5p:2x2x2", "--chip", "v5p"], "already gives chip, devices and memory"),
         (
             ["--chip", "h200", "--devices", "8", "--mesh", "fsdp=3"],
             "must multiply to 8, the number of devices",
@@ -528,6 +545,14 @@ def test_errors_are_one_line(capsys, preset, args, words):
     assert captured.out == ""
     assert captured.err.startswith("gptoss: error: ") and captured.err.count("\n") == 1
     assert words in captured.err
+
+
+def test_a_compiler_that_is_killed(monkeypatch):
+    monkeypatch.setattr("gptoss_jax.planning.compile_tpu.has_tpu_compiler", lambda: True)
+    killed = subprocess.CompletedProcess([], -signal.SIGTERM, stderr="E1129 raising signal 15")
+    monkeypatch.setattr("gptoss_jax.planning.compile_tpu.subprocess.run", lambda *args, **options: killed)
+    with pytest.raises(OSError, match="the compiler of v5e:2x2 was ended by SIGTERM$"):
+        compile_step(SMALL, "v5e:2x2", mesh_of(4, 1, 1, 1))
 
 
 def test_without_libtpu(capsys, monkeypatch, preset):

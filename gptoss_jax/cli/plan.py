@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from gptoss_jax.cli.arguments import JsonFile, OptionalInt, OptionalText, Texts
+from gptoss_jax.cli.arguments import JsonFile, OptionalFloat, OptionalInt, OptionalText, Texts
 from gptoss_jax.status import status
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Plan:
     chip: OptionalText = None
     # JAX devices: chips, except that a tpu7x chip counts as two. A v5p-32 has 16.
     devices: OptionalInt = None
+    # Memory of a device in GB (1e9 bytes), for a chip that is not listed: such a plan has no times.
+    memory: OptionalFloat = None
     # Mesh to consider, such as fsdp=16,expert=4. (default: all possible meshes, best first)
     mesh: Texts = ()
     # Estimate inference instead of a training step, from shapes.
@@ -91,6 +93,7 @@ class Plan:
                 topology=self.topology,
                 chip=self.chip,
                 devices=self.devices,
+                memory=self._memory_bytes,
                 meshes=meshes,
                 on_compile=lambda mesh: shown.update(f"compiling {mesh_name(mesh)}, which takes minutes"),
             )
@@ -102,6 +105,10 @@ class Plan:
             write_json(path, plan.to_dict())
         if not plan.fits:
             raise SystemExit(1)
+
+    @property
+    def _memory_bytes(self) -> float | None:
+        return None if self.memory is None else 1e9 * self.memory
 
     def _command(self, mesh: dict[str, int]) -> str:
         """Returns the command that trains on a mesh, with the given flags."""
@@ -128,6 +135,7 @@ class Plan:
             model,
             chip=self.chip,
             devices=1 if self.devices is None else self.devices,
+            memory=self._memory_bytes,
             workload=Workload(1 if self.slots is None else self.slots, self.context),
             experts=self.experts or "mxfp4",
             meshes=meshes,

@@ -9,6 +9,7 @@ import importlib.machinery
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,8 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
             capture_output=True,
             env=environment,
         )
+        if child.returncode < 0:
+            raise OSError(f"the compiler of {topology} was ended by {signal.Signals(-child.returncode).name}")
         if child.returncode or not os.path.exists(result):
             lines = [line for line in child.stderr.splitlines() if line.strip()] or ["no message"]
             raise OSError(f"the compiler of {topology} ended with {child.returncode}: {lines[-1]}")

@@ -38,7 +38,7 @@ from gptoss_jax.model.parameters import (
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel.mesh import batch_shards, parse_mesh
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
-from gptoss_jax.planning.plan import all_meshes
+from gptoss_jax.planning.plan import all_meshes, chip_dict
 from gptoss_jax.planning.shards import abstract_mesh, gathered_axes, local_bytes
 
 CPU = "cpu"
@@ -256,7 +256,7 @@ class InferencePlan:
             "parameters": total,
             "active_parameters": active,
             "workload": dataclasses.asdict(self.workload),
-            "chip": None if self.chip is None else dataclasses.asdict(self.chip),
+            "chip": None if self.chip is None else chip_dict(self.chip),
             "devices": self.devices,
             "fits": self.fits,
             "estimates": estimates,
@@ -268,6 +268,7 @@ def plan_inference(
     *,
     chip: str,
     devices: int = 1,
+    memory: float | None = None,
     workload: Workload = Workload(),  # noqa: B008 (it is frozen)
     experts: Experts = "mxfp4",
     meshes: Sequence[str] = (),
@@ -276,6 +277,7 @@ def plan_inference(
 
     Args:
       chip: a name in `hardware.CHIPS`, or "cpu", whose memory is unknown.
+      memory: bytes of a device, instead of those of the chip; required if the chip is not known.
 
     Raises ValueError if an argument is not allowed, or a given mesh cannot split the model.
     """
@@ -285,7 +287,8 @@ def plan_inference(
     allowed = f"must be from 2 to {limit}, the model's limit"
     require(context is None or 2 <= context <= limit, "context", context, allowed)
     require(workload.slots >= 1, "slots", workload.slots, "must be 1 or more")
-    kind = None if chip == CPU else find_chip(chip)
+    require(chip != CPU or memory is None, "memory", memory, "must not be given with --chip cpu")
+    kind = None if chip == CPU else find_chip(chip, memory=memory)
     model = dataclasses.replace(model, expert_format="mxfp4" if experts == "mxfp4" else "plain")
     found = []
     for mesh in [parse_mesh(mesh, devices) for mesh in meshes] or all_meshes(devices):

@@ -59,6 +59,8 @@ class Plan:
         for one in self.estimates:
             extra: dict[str, Any] = {"fits": one.fits, "verdict": one.verdict}
             extra["communication_seconds"] = one.communication_seconds
+            if not self.chip.has_times:
+                extra |= {"compute_seconds": None, "communication_seconds": None, "collectives": None}
             extra["memory"] = {**dataclasses.asdict(one.memory), "total": one.memory.total}
             estimates.append(dataclasses.asdict(one) | extra)
         return {
@@ -66,7 +68,7 @@ class Plan:
             "parameters": total,
             "active_parameters": active,
             "trained_parameters": self.trained_parameters,
-            "chip": dataclasses.asdict(self.chip),
+            "chip": chip_dict(self.chip),
             "devices": self.devices,
             "topology": self.topology,
             "fits": self.fits,
@@ -83,6 +85,7 @@ def make_plan(
     topology: str | None = None,
     chip: str | None = None,
     devices: int | None = None,
+    memory: float | None = None,
     meshes: Sequence[str] = (),
     on_compile: Callable[[dict[str, int]], None] = lambda mesh: None,
     has_suggestion: bool = True,
@@ -93,6 +96,8 @@ def make_plan(
     Args:
       topology: a TPU slice such as "v5p:4x4x4", or a Cloud TPU accelerator type such as "v5p-128". Instead,
         `chip` (a name in `hardware.CHIPS`) and `devices` (as JAX counts them) plan without compiling.
+      memory: bytes of a device, instead of those of the chip; required if the chip is not known. Such a plan
+        has no times.
       meshes: such as "fsdp=16,expert=4".
       on_compile: called with each mesh before it is compiled, which takes minutes.
       has_suggestion: look for a batch that fits, or is faster.
@@ -103,11 +108,12 @@ def make_plan(
     """
     accelerator_type = None
     if topology is not None:
-        require(chip is None and devices is None, "topology", topology, "already gives chip and devices")
+        is_given = (chip, devices, memory) != (None, None, None)
+        require(not is_given, "topology", topology, "already gives chip, devices and memory")
         accelerator_type, topology = topology, resolve_topology(topology)
         kind, count = parse_topology(topology)
     else:
-        kind, count = _given_devices(chip, devices)
+        kind, count = _given_devices(chip, devices, memory)
 
     def estimates_of(config: TrainConfig) -> list[Estimate]:
         if meshes:
@@ -134,7 +140,7 @@ def make_plan(
     return dataclasses.replace(plan, suggestion=suggestion)
 
 
-def _given_devices(chip: str | None, devices: int | None) -> tuple[Chip, int]:
+def _given_devices(chip: str | None, devices: int | None, memory: float | None) -> tuple[Chip, int]:
     """Returns the chip and the number of devices. Raises ValueError if one is missing or invalid."""
     if chip is None and devices is None:
         raise ValueError(
@@ -145,7 +151,7 @@ def _given_devices(chip: str | None, devices: int | None) -> tuple[Chip, int]:
     if devices is None:
         raise ValueError(f"devices is None: --chip {chip} also needs --devices, such as --devices 8")
     require(devices > 0, "devices", devices, "must be above 0")
-    return find_chip(chip), devices
+    return find_chip(chip, memory=memory), devices
 
 
 def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
@@ -158,6 +164,11 @@ def rank(estimates: Sequence[Estimate]) -> list[Estimate]:
         return order[one.verdict], seconds, one.memory.total
 
     return sorted(estimates, key=key)
+
+
+def chip_dict(chip: Chip) -> dict[str, Any]:
+    """Returns a chip as JSON-serializable values; None for what is not known."""
+    return {name: None if value == math.inf else value for name, value in dataclasses.asdict(chip).items()}
 
 
 def mesh_name(mesh: dict[str, int], separator: str = ",") -> str:

@@ -30,14 +30,15 @@ def show(plan: Plan, console: Console) -> None:
     step += f"{format_si(best.useful_flops * plan.devices, 'FLOPs')} useful"
     if best.flops > best.useful_flops:
         step += f", {format_si(best.flops * plan.devices, 'FLOPs')} with remat {model.remat}"
-    memory, peak = gigabytes(plan.chip.memory), format_si(plan.chip.peak, "FLOP/s")
+    memory = f"{gigabytes(plan.chip.memory)} GB"
+    memory += f" and {format_si(plan.chip.peak, 'FLOP/s')}" if plan.chip.has_times else ""
     for name, text in (
         ("Model", size),
         ("Step", step),
-        ("Devices", f"{_devices(plan)}, each {memory} GB and {peak}"),
+        ("Devices", f"{_devices(plan)}, each {memory}"),
     ):
         console.print(f"[bold]{name:8}[/]{text}", highlight=False)
-    sent = [_collectives(best)] if best.collectives else []
+    sent = [_collectives(best)] if best.collectives and plan.chip.has_times else []
     for table in (_estimates(plan), *sent, *(_compiled(one, plan) for one in plan.compiled)):
         # Printed separately, because the table would wrap them at its width.
         title, caption, table.title, table.caption = table.title, table.caption, None, None
@@ -115,10 +116,12 @@ def _table(title: str, left: Sequence[str], right: Sequence[str], widths: Sequen
 
 
 def _estimates(plan: Plan) -> Table:
-    title = "Estimate from shapes, one device: GB (1e9 bytes), seconds at published rates"
+    title = "Estimate from shapes, one device: GB (1e9 bytes)"
+    title += ", seconds at published rates" if plan.chip.has_times else ""
     has_frozen = plan.config.model.lora is not None
     names: tuple[str, ...] = ("frozen", "trained") if has_frozen else ("param",)
-    names += ("optim", "grad", "activ", "temp", "total", "", "compute", "send")
+    names += ("optim", "grad", "activ", "temp", "total", "")
+    names += ("compute", "send") if plan.chip.has_times else ()
     table = _table(title, ["mesh"], names)
     for i, one in enumerate(plan.estimates[:MAX_ROWS]):
         memory = one.memory
@@ -128,8 +131,7 @@ def _estimates(plan: Plan) -> Table:
             mesh_name(one.mesh, ", "),
             *map(gigabytes, (*sizes, memory.temporaries, memory.total)),
             {"fits": "[green]fits[/]", "close": "[yellow]close[/]", "no": "[red]no[/]"}[one.verdict],
-            _seconds(one.compute_seconds),
-            _seconds(one.communication_seconds),
+            *map(_seconds, (one.compute_seconds, one.communication_seconds)[: 2 * plan.chip.has_times]),
             style="bold" if i == 0 else "",
         )
     rest, notes = plan.estimates[MAX_ROWS:], []
@@ -203,8 +205,9 @@ def _verdict(plan: Plan) -> str:
         kind = "Best estimate" if compiled is None else "Best compiled"
         lines.append(
             f"[bold green]{kind}: {mesh_name(best.mesh)}[/], {gigabytes(size)} GB of "
-            f"{gigabytes(best.capacity)}.\n{_bound(best, plan)}"
+            f"{gigabytes(best.capacity)}."
         )
+        lines.append(_bound(best, plan))
         if plan.chip.dimensions and plan.topology is None:
             lines.append("The memory is an estimate: compile it with --topology.")
     elif not plan.compiled:
@@ -217,6 +220,8 @@ def _verdict(plan: Plan) -> str:
 
 def _bound(one: Estimate, plan: Plan) -> str:
     """Describes the shortest possible duration of a step, and tokens per second."""
+    if not plan.chip.has_times:
+        return f"No times: only the memory of {plan.chip.name} is known."
     data, soonest, latest = plan.config.data, one.overlapped_seconds, one.serial_seconds
     text = f"A step takes at least {format_si(soonest, 's')}"
     if one.collectives:
