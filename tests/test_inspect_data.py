@@ -48,8 +48,10 @@ def test_examples_and_statistics(preset, tmp_path, capsys):
         assert len(record["tokens"]) == len(record["loss_weights"])
         pairs = zip(record["tokens"], record["loss_weights"], strict=True)
         assert tokenizer.decode([token for token, weight in pairs if weight]) == f"final{row['completion']}"
-    assert main.main(["inspect-data", str(preset), "--held-out", "--data.train-on", "all"]) == 0
-    assert "rows.jsonl:3 turn 1" in capsys.readouterr().out
+    arguments = ["--held-out", "--data.train-on", "all", "--steps", "1"]
+    assert main.main(["inspect-data", str(preset), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "rows.jsonl:3 turn 1" in shown and "\n1 step = 8 epochs of 2 rows\n" in shown
     assert main.main(["inspect-data", str(preset), "--first", "-1"]) == 2
     assert "first is -1: must be 0 or more" in capsys.readouterr().err
     assert main.main(["inspect-data", str(preset), "--first", "7"]) == 0

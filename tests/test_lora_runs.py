@@ -222,7 +222,7 @@ def test_commands_take_an_adapter(finished, base_folder, tmp_path, capsys):
     assert main.main(["convert", config.run_dir, str(tmp_path / "out")]) == 2
     assert "use gptoss merge to write a model with merged weights" in capsys.readouterr().err
     assert main.main(["export-adapter", str(base_folder("float32")), str(tmp_path / "out")]) == 2
-    assert "must be a run of train.py that trained adapters" in capsys.readouterr().err
+    assert "must be a run folder that trained adapters" in capsys.readouterr().err
 
 
 def test_adapter_on_another_base(finished, make_config, base_folder, tmp_path):

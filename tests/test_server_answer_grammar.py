@@ -73,6 +73,8 @@ def test_a_format_binds_the_final_message_and_leaves_reasoning_free(kind, reques
         f"{FINAL}Sure<|return|>",
         f"{THOUGHT}{FINAL}{{}}<|return|>",
         f'{FINAL}{{"a":1}} <|return|>',
+        f'{FINAL}{{"a":  1}}<|return|>',
+        f'{FINAL}{{\n\n"a":1}}<|return|>',
         f"{CALL}{{}}<|call|>",
         f'{THOUGHT.replace("analysis", "commentary")}{FINAL}{{"a":1}}<|return|>',
     ]:

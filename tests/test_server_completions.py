@@ -224,7 +224,12 @@ def test_sampling_settings(start):
         ({"prompt": [1, 512]}, "prompt[1]", "prompt[1] is 512: a token id must be an integer from 0 to 511"),
         ({"prompt": ["a", 3]}, "prompt[1]", "must be text or a list of token ids"),
         ({"prompt": [True]}, "prompt[0]", "prompt[0] is true"),
-        ({"suffix": "x"}, "suffix", 'suffix is "x": is not supported'),
+        ({"suffix": "x"}, "suffix", 'suffix is "x": not supported'),
+        (
+            {"guided_regex": "a"},
+            "guided_regex",
+            'guided_regex is "a": not supported; use response_format of /v1/chat/completions',
+        ),
         ({"best_of": 3}, "best_of", "must equal n, 1"),
         ({"n": 0}, "n", "n is 0: must be an integer from 1 to 128"),
         ({"max_tokens": "5"}, "max_tokens", 'max_tokens is "5": must be an integer'),

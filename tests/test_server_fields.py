@@ -73,7 +73,7 @@ def test_values(read, value, expected):
         (lambda f: f.texts("x"), ["a", 1], "must be a string or a list of strings"),
         (lambda f: f.object("x"), [], "m[0].x is []: must be an object"),
         (lambda f: f.array("x"), {}, "m[0].x is {}: must be a list"),
-        (lambda f: f.refuse({"x": (False, [])}), [1], "m[0].x is [1]: is not supported"),
+        (lambda f: f.refuse({"x": (False, [])}), [1], "m[0].x is [1]: not supported"),
     ],
 )
 def test_faults(read, value, message):

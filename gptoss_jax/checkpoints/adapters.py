@@ -104,7 +104,7 @@ def export_adapter(run: str | os.PathLike, folder: str | os.PathLike) -> Adapter
     if not is_run(local):
         if (local / "config.json").is_file():
             read_json(local / "config.json")  # says what is wrong with a damaged one
-        raise ValueError(f"{run}: must be a run of train.py that trained adapters")
+        raise ValueError(f"{run}: must be a run folder that trained adapters (model.lora)")
     adapter, config = read_run_adapter(local, "RUN"), TrainConfig.load(local / "config.json")
     extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
     if extra:

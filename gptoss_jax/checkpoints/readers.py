@@ -262,7 +262,8 @@ def read_run_adapter(folder: str | pathlib.Path, field: str = "adapter") -> Adap
     """Reads a run's adapter without its base model, from the checkpoint that `read_checkpoint` selects."""
     folder = pathlib.Path(folder)
     config = TrainConfig.load(folder / "config.json").model
-    require(config.lora is not None, field, str(folder), "must be a run that trained an adapter (model.lora)")
+    allowed = "must be a run that trained an adapter (model.lora); gptoss convert writes any other run"
+    require(config.lora is not None, field, str(folder), allowed)
     _, base, params = read_checkpoint(folder)
     if base is None:
         params, _ = split_params(params, is_adapter)

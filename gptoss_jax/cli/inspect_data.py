@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from gptoss_jax.cli.arguments import JsonFile
+from gptoss_jax.cli.arguments import JsonFile, OptionalInt
 from gptoss_jax.config import require
 from gptoss_jax.status import erase, status
 
@@ -45,6 +45,8 @@ class InspectData:
     first: int = 0
     # Show held-out examples instead of training examples.
     held_out: tyro.conf.FlagCreatePairsOff[bool] = False
+    # Steps of the run, to count epochs. (default: those of the preset)
+    steps: OptionalInt = None
     # Write all examples to this file as JSON lines with the fields where, held_out, used_tokens (0 if the
     # example is skipped), tokens, and loss_weights (one per token, for predicting it).
     json_file: JsonFile = None
@@ -70,7 +72,8 @@ class InspectData:
 
         for name in ("examples", "first"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must be 0 or more")
-        config = read_preset(self.config, flags_of(self.overrides), prog="gptoss inspect-data CONFIG")
+        overrides = self.overrides if self.steps is None else (*self.overrides, f"steps={self.steps}")
+        config = read_preset(self.config, flags_of(overrides), prog="gptoss inspect-data CONFIG")
         path = None if self.json_file is None else output_file(self.json_file, "--json")
         with status("opening the dataset"):
             cache = build_cache(config.data, report)

@@ -14,7 +14,7 @@ def describe_epochs(config: TrainConfig, cache: TokenCache) -> list[str]:
     rows = len(PackedRows(cache, False, data.seq_len, data.overlong))
     epochs = steps * data.batch_size / rows
     count = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
-    lines = [f"{steps:,} steps = {count} epochs of {rows:,} row{'s' * (rows != 1)}"]
+    lines = [f"{steps:,} step{'s' * (steps != 1)} = {count} epochs of {rows:,} row{'s' * (rows != 1)}"]
     if cache.weights is not None and epochs > MAX_EPOCHS:
         few = max(round(SUGGESTED_EPOCHS * rows / data.batch_size), 1)
         lines.append(

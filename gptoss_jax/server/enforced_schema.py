@@ -11,9 +11,9 @@ FORMATS = (
     "date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown",
 )  # fmt: skip
 # \u escapes are disabled because they would allow the same key twice, in two spellings. Whitespace is limited
-# because a model might emit it forever.
+# to a space, or a line break and its indentation, because a model might emit it forever.
 # (https://github.com/guidance-ai/llguidance/blob/main/docs/json_schema.md)
-OPTIONS = {"whitespace_pattern": r"[ \n\r\t]{1,64}", "json_allowed_escapes": '"\\bfnrt'}
+OPTIONS = {"whitespace_pattern": r"[ ]|\r?\n[ \t]{0,32}", "json_allowed_escapes": '"\\bfnrt'}
 # Keywords with a schema, a list of schemas, or a mapping of names to schemas as their value.
 ONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains")
 LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")

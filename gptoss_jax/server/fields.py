@@ -16,6 +16,10 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 Choice = TypeVar("Choice", bound=str)
 
 
+# vLLM's fields for structured output.
+GUIDED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+
 class Fields:
     """The fields of a JSON object; null counts as absent.
 
@@ -164,10 +168,11 @@ class Fields:
         self.needed(name)
         return self.object(name) or Fields({})
 
-    def refuse(self, neutral: Mapping[str, Collection[Any]], allowed: str = "is not supported") -> None:
+    def refuse(self, neutral: Mapping[str, Collection[Any]], allowed: str = "not supported") -> None:
         """Raises ApiError 400 for the first of these fields that is present with a non-neutral value."""
         for name, values in neutral.items():
-            self.require(name not in self or self.get(name) in list(values), name, allowed)
+            hint = "; use response_format of /v1/chat/completions" if name in GUIDED else ""
+            self.require(name not in self or self.get(name) in list(values), name, f"{allowed}{hint}")
 
 
 def parse_json(body: bytes) -> Fields:
