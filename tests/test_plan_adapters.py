@@ -139,7 +139,7 @@ def test_report(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines()[:-1])) <= 80
     assert "514.5K parameters" in shown and "frozen; 26.4K trained" in " ".join(shown.split())
-    assert "frozen trained optim grad" in shown
+    assert "frozen trained optim grad" in shown and "It omits dequantizing MXFP4." in " ".join(shown.split())
 
 
 @needs_libtpu

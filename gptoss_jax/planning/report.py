@@ -227,7 +227,10 @@ def _bound(one: Estimate, plan: Plan) -> str:
     if one.collectives:
         text += f" with full overlap, {format_si(latest, 's')} with none"
     rate = format_count(data.batch_size * data.seq_len / soonest)
-    return f"{text}: at most {rate} tokens/s.\nThis is a bound at published peak rates, not a measurement."
+    note = "This is a bound at published peak rates, not a measurement."
+    if plan.config.model.expert_format == "mxfp4":
+        note += " It omits dequantizing MXFP4."
+    return f"{text}: at most {rate} tokens/s.\n{note}"
 
 
 def _closest(one: Estimate) -> str:
