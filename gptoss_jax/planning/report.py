@@ -17,6 +17,8 @@ from gptoss_jax.terminal import format_count, format_si
 
 # Maximum number of meshes in the table.
 MAX_ROWS = 6
+# Collectives of a compiled step that send fewer bytes are summed.
+SMALL = 5e6
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -183,22 +185,23 @@ def _compiled(one: CompiledStep, plan: Plan) -> Table:
     if one.collectives is None:
         table.caption = "Collectives: this jaxlib cannot read what this libtpu wrote."
         return table
-    if any(not entry["trips_known"] for entry in one.collectives):
+    if any(not entry["trips_known"] for entry in one.collectives if entry["sent"] >= SMALL):
         table.caption = "+: extra rounds for an unbalanced router; counted once, usually not executed."
-    small = [entry for entry in one.collectives if entry["sent"] < 5e6]
+    small = [entry for entry in one.collectives if entry["sent"] < SMALL]
     for entry in one.collectives:
         if entry not in small:
             times = f"{entry['times']:,}" + ("" if entry["trips_known"] else "+")
             table.add_row(f"{entry['kind']}, sent", " ".join(entry["axes"]), times, gigabytes(entry["sent"]))
     if small:
         times, sent = (sum(entry[name] for entry in small) for name in ("times", "sent"))
-        table.add_row("others, under 5 MB each", "", f"{times:,}", gigabytes(sent))
+        table.add_row(f"others, under {SMALL / 1e6:.0f} MB each", "", f"{times:,}", gigabytes(sent))
     return table
 
 
 def _verdict(plan: Plan) -> str:
     best = plan.best
-    lines = [_compiled_verdict(one, plan) for one in plan.compiled]
+    others = (one for one in plan.compiled if best is None or one.mesh != best.mesh)
+    lines = [_compiled_verdict(one, plan) for one in others]
     if best is not None:
         compiled = next((one for one in plan.compiled if one.mesh == best.mesh), None)
         size = best.memory.total if compiled is None else compiled.peak
