@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from gptoss_jax.config import FULL, SLIDING, ModelConfig
+from gptoss_jax.kernels.attention.reference import apply_dropout
 from gptoss_jax.model import transformer
 from gptoss_jax.model.attention import Segments
 from gptoss_jax.model.rope import rope_cos_sin
@@ -22,7 +23,6 @@ from gptoss_jax.model.transformer import (
     Transformer,
     abstract_params,
     bind,
-    dropout,
     get_params,
     init_params,
     parameter_count,
@@ -308,12 +308,12 @@ def test_every_layer_has_its_own_dropout_mask(tiny_config):
 
 def test_dropout_keeps_the_mean():
     ones = jnp.full((400, 500), 2.0)
-    out = dropout(ones, 0.2, jax.random.key(0))
+    out = apply_dropout(ones, 0.2, jax.random.key(0))
     values = np.unique(np.asarray(out))
     np.testing.assert_allclose(values, [0, 2.5], rtol=1e-6)
     assert float(out.mean()) == pytest.approx(2.0, abs=0.02)
-    assert dropout(ones, 0.2, None) is ones and dropout(ones, 0.0, jax.random.key(0)) is ones
-    assert dropout(ones.astype(jnp.bfloat16), 0.2, jax.random.key(0)).dtype == jnp.bfloat16
+    assert apply_dropout(ones, 0.2, None) is ones and apply_dropout(ones, 0.0, jax.random.key(0)) is ones
+    assert apply_dropout(ones.astype(jnp.bfloat16), 0.2, jax.random.key(0)).dtype == jnp.bfloat16
 
 
 def test_bfloat16_is_close_to_float32(tiny_config, random_params, apply_model):

@@ -23,7 +23,7 @@ from flax import nnx
 from gptoss_jax.config import ModelConfig, require
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.attention.cached import LayerCacheView
-from gptoss_jax.kernels.attention.reference import segment_starts
+from gptoss_jax.kernels.attention.reference import apply_dropout, segment_starts
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.model import lora
 from gptoss_jax.model.attention import Attention, Segments
@@ -48,14 +48,6 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 def segment_positions(segment_ids_BT: jax.Array) -> jax.Array:
     """Returns positions that restart at 0 in every segment, int32 [B, T]."""
     return jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32) - segment_starts(segment_ids_BT)
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Dropout; the identity if `key` is None."""
-    if key is None or rate == 0:
-        return x
-    kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -97,9 +89,9 @@ class Block(nnx.Module):
         if cache is not None:
             # Zeroes padding, where the output bias was added: the decode kernels skip rows of zeros.
             y_BTD = jnp.where(segments.ids_BT[..., None] > 0, y_BTD, 0)
-        x_BTD = x_BTD + dropout(y_BTD, self.residual_dropout, keys[1])
+        x_BTD = x_BTD + apply_dropout(y_BTD, self.residual_dropout, keys[1])
         y_BTD, stats = self.moe(self.moe_norm(x_BTD), segments.ids_BT > 0, capacity_factor)
-        x_BTD = x_BTD + dropout(y_BTD, self.residual_dropout, keys[2])
+        x_BTD = x_BTD + apply_dropout(y_BTD, self.residual_dropout, keys[2])
         return constrain(x_BTD, HIDDEN_BTD), cache, stats
 
 

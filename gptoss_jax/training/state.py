@@ -30,9 +30,9 @@ class TrainState:
     opt_state: optax.OptState
     # Root dropout key, into which each step folds its number; uint32.
     key: jax.Array
-    # Number of skipped steps, with a loss or gradient that was not finite: in total, and consecutive up to
-    # the latest step; int32.
+    # Number of skipped steps, whose loss or gradient was not finite; int32.
     skipped: jax.Array
+    # Number of skipped steps without another one between them, up to the latest step; int32.
     skipped_in_a_row: jax.Array
 
 

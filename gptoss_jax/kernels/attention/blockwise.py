@@ -18,8 +18,8 @@ from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.attention.reference import (
     MASK_VALUE,
     AttentionSpec,
+    apply_dropout,
     attention_mask,
-    drop,
     einsum,
     group_heads,
     masked,
@@ -256,4 +256,4 @@ def _drop(
 ) -> jax.Array:
     """Applies dropout to weights or their gradient, with the same mask for the same pair of blocks."""
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, keys.pair)
-    return drop(weights_BKRS, spec.dropout, key)
+    return apply_dropout(weights_BKRS, spec.dropout, key)

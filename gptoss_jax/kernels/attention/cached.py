@@ -21,7 +21,7 @@ from gptoss_jax.kernels.attention.reference import (
     AttentionSpec,
     einsum,
     group_heads,
-    is_near,
+    in_window_or_sink,
     masked,
     reference_attention,
     ungroup_heads,
@@ -144,7 +144,7 @@ def _attend_rows(
         """Updates the state with a block of keys; a position of -1 means no key."""
         distance_BTS = positions_BT[:, :, None] - positions_BS[:, None]
         is_key_BTS = (distance_BTS >= 0) & (positions_BS >= 0)[:, None]
-        mask_BTS = is_key_BTS & is_near(distance_BTS, positions_BS[:, None], spec)
+        mask_BTS = is_key_BTS & in_window_or_sink(distance_BTS, positions_BS[:, None], spec)
         scores_BKRS = einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH.astype(q_BKRH.dtype))
         return update_softmax(state, masked(scores_BKRS, mask_BTS), v_BKSH.astype(q_BKRH.dtype))
 

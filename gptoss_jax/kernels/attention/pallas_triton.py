@@ -24,7 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from gptoss_jax.kernels.attention.reference import MASK_VALUE, AttentionSpec, is_near, segment_starts
+from gptoss_jax.kernels.attention.reference import (
+    MASK_VALUE,
+    AttentionSpec,
+    in_window_or_sink,
+    segment_starts,
+)
 from gptoss_jax.kernels.backend import without_x64
 
 LOG2_E = math.log2(math.e)
@@ -150,8 +155,8 @@ def _visible(
     mask = (key <= query) & (key >= start)
     if spec.window is None:
         return mask
-    mask &= is_near(query - key, key - start, spec)
-    return mask & is_near(query_position - key_position, key_position, spec)
+    mask &= in_window_or_sink(query - key, key - start, spec)
+    return mask & in_window_or_sink(query_position - key_position, key_position, spec)
 
 
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

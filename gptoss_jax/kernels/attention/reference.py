@@ -32,7 +32,7 @@ class AttentionSpec:
             object.__setattr__(self, "sink_tokens", 0)
 
 
-def is_near(distance: jax.Array, key_position: jax.Array, spec: AttentionSpec) -> jax.Array:
+def in_window_or_sink(distance: jax.Array, key_position: jax.Array, spec: AttentionSpec) -> jax.Array:
     """Returns True where a key is within the window or is a sink token, elementwise; `distance` is query
     minus key position.
 
@@ -53,13 +53,15 @@ def attention_mask(
 ) -> jax.Array:
     """Returns the attention mask, bool [B, T, S], True where a query sees a key. Keys default to the queries.
 
-    A key is visible if it is in the query's segment, at or before the query, and `is_near`.
+    A key is visible if it is in the query's segment, at or before the query, and `in_window_or_sink`.
     """
     if key_segment_ids_BS is None or key_positions_BS is None:
         key_segment_ids_BS, key_positions_BS = segment_ids_BT, positions_BT
     distance_BTS = positions_BT[:, :, None] - key_positions_BS[:, None]
     is_same_BTS = segment_ids_BT[:, :, None] == key_segment_ids_BS[:, None]
-    return (distance_BTS >= 0) & is_same_BTS & is_near(distance_BTS, key_positions_BS[:, None], spec)
+    return (
+        (distance_BTS >= 0) & is_same_BTS & in_window_or_sink(distance_BTS, key_positions_BS[:, None], spec)
+    )
 
 
 def segment_starts(segment_ids_BT: jax.Array) -> jax.Array:
@@ -101,7 +103,7 @@ def reference_attention(
     total_BKR1 = jnp.sum(weights_BKRS, axis=-1, keepdims=True)
     if sinks_N is not None:
         total_BKR1 += jnp.exp(sinks_KR1 - largest_BKR1)
-    weights_BKRS = drop(weights_BKRS, dropout, dropout_key).astype(v_BSKH.dtype)
+    weights_BKRS = apply_dropout(weights_BKRS, dropout, dropout_key).astype(v_BSKH.dtype)
     out_BKRH = einsum("BKRS,BKSH->BKRH", weights_BKRS, v_BKSH) / total_BKR1
     return ungroup_heads(out_BKRH, q_BTNH.shape[1]).astype(q_BTNH.dtype)
 
@@ -152,12 +154,12 @@ def masked(scores_BKRS: jax.Array, mask_BTS: jax.Array) -> jax.Array:
     return jnp.where(mask_BTS[:, None, None], scores_BKGTS, MASK_VALUE).reshape(shape)
 
 
-def drop(weights: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Applies inverted dropout; the identity if `key` is None."""
-    if key is None:
-        return weights
-    is_kept = jax.random.bernoulli(key, jnp.float32(1 - rate), weights.shape)
-    return jnp.where(is_kept, weights / (1 - rate), 0)
+def apply_dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Applies inverted dropout, in the dtype of `x`; the identity if `key` is None or `rate` is 0."""
+    if key is None or rate == 0:
+        return x
+    is_kept = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
+    return jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
