@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -51,7 +52,32 @@ LONGEST = [
     "encoding", "parity", "kv_cache", "lora_parity", "kernel_check", "plan_adapters", "memory_table",
     "startup", "chat_training", "x64",
 ]  # fmt: skip
+# Files that need packages of the extra `test-all`. Without these, they are left out, which the summary says.
+TEST_ALL = {
+    "test_chat_page.py": ("httpx2", "websockets"),
+    "test_harmony_reference.py": ("openai_harmony",),
+    "test_notebooks.py": ("nbclient", "nbformat"),
+    "test_serve.py": ("httpx2",),
+    "test_server_answer_grammar.py": ("jsonschema",),
+    "test_server_app.py": ("httpx2", "openai"),
+    "test_server_chat.py": ("httpx2", "openai"),
+    "test_server_chat_clients.py": ("agents", "langchain_openai", "openai"),
+    "test_server_completions.py": ("httpx2", "openai"),
+    "test_server_fuzz.py": ("httpx2",),
+    "test_server_responses.py": ("httpx2", "openai"),
+    "test_server_socket.py": ("httpx2", "openai"),
+}
+collect_ignore = [
+    name for name, modules in TEST_ALL.items() if not all(map(importlib.util.find_spec, modules))
+]
 RANKS_URL = "https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken"
+
+
+def pytest_terminal_summary(terminalreporter):
+    if collect_ignore:
+        terminalreporter.write_line(
+            f"left out, need pip install -e '.[test-all]': {', '.join(collect_ignore)}"
+        )
 
 
 def pytest_configure(config):

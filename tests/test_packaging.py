@@ -1,9 +1,11 @@
 """What an installed copy has: presets by name, and one version. Facts that several files state."""
 
+import ast
 import pathlib
 import re
 import tomllib
 
+import conftest
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -126,3 +128,21 @@ def test_every_benchmark_is_described():
     described = re.findall(r"`(\w+\.py)`", (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"))
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py") if not path.name.startswith("gpu_")}
     assert set(described) == scripts
+
+
+def top_imports(path):
+    """The packages that a module imports when it is imported itself."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+def test_files_that_need_all_test_packages_are_listed():
+    packages = {package for packages in conftest.TEST_ALL.values() for package in packages}
+    paths = sorted(pathlib.Path(__file__).parent.glob("test_*.py"))
+    found = {path.name: packages & {*top_imports(path)} for path in paths}
+    missing = {name: needs - {*conftest.TEST_ALL.get(name, ())} for name, needs in found.items()}
+    assert {name: needs for name, needs in missing.items() if needs} == {}
+    assert conftest.TEST_ALL.keys() <= found.keys()

@@ -147,11 +147,11 @@ def _open_dataset(source: str, name: str, field: str) -> Corpus:
     Defaults to the dataset's default config, and to the split `train` or the only one. Raises ValueError if
     the dataset cannot be loaded, with the available configs or splits.
     """
+    name, config, split_name = _parse_dataset(source, name)
     try:
         import datasets
     except ImportError:
         raise ValueError(f"data.source is {source!r}: hf needs datasets: {INSTALL_HF}") from None
-    name, config, split_name = _parse_dataset(source, name)
     try:
         builder = datasets.load_dataset_builder(name, config)
         splits = builder.as_streaming_dataset()

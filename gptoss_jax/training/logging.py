@@ -243,7 +243,9 @@ class RunLog:
 
         rate, used = float(np.median([row["tokens_per_second"] for row in steps])), steps[-1]["mfu"]
         speed = f"{rate:,.0f} tokens/s, {format_si(rate * self._flops_per_token, 'FLOP/s')}"
-        waiting = f"{share('data_wait_share'):.2%} of the time for data, {share('logging_share'):.2%} for logging"
+        waiting = (
+            f"{share('data_wait_share'):.2%} of the time for data, {share('logging_share'):.2%} for logging"
+        )
         tokens = f"{format_count(steps[-1]['tokens_seen'])} in {format_duration(seconds.sum())}"
         self.console.summary(
             {
