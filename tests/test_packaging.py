@@ -46,6 +46,14 @@ def test_presets_are_found_from_any_folder(path, tmp_path, monkeypatch):
     assert read_preset(path.stem) == read_preset(path)
 
 
+def test_the_page_has_the_reasons_for_skipping_rows():
+    files = (ROOT / "gptoss_jax" / "data").glob("chat*.py")
+    reasons = {reason for file in files for reason in re.findall(r'RowError\(\s*"(.+?)"', file.read_text())}
+    table = (ROOT / "docs" / "fine-tuning.md").read_text().partition("| reason |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert len(reasons) > 15 and {name for cell in cells for name in re.findall("`(.+?)`", cell)} == reasons
+
+
 def test_a_run_folder_is_no_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("mine").mkdir()
