@@ -131,6 +131,16 @@ def test_an_exception_lost_in_a_callback_is_raised_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", ENDED)
+def test_a_late_signal_does_not_change_the_exit_code(number):
+    process = start(f"""
+import atexit, os
+atexit.register(os.kill, os.getpid(), {int(number)})
+print("begun", flush=True)
+""")
+    assert end(process) == (0, "", "")
+
+
 def test_signals_of_children_stay_there():
     process = start("""
 import os
