@@ -58,7 +58,7 @@ def test_a_run_folder_is_no_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pathlib.Path("mine").mkdir()
     TrainConfig().save("mine/config.json")
-    with pytest.raises(ValueError, match=r"^config is 'mine': is a run folder.*repeat the command"):
+    with pytest.raises(ValueError, match=r"^config is 'mine': a run folder.*repeat the command"):
         find_preset("mine")
 
 

@@ -16,6 +16,7 @@ config = dataclasses.replace(
         quickstart.data, source="stdlib-chat", tokenizer="file:runs/quickstart/tokenizer.json"
     ),
     optim=dataclasses.replace(quickstart.optim, learning_rate=3e-3, warmup_steps=20),
+    checkpoint=dataclasses.replace(quickstart.checkpoint, every=50),
     eval=dataclasses.replace(quickstart.eval, every=100, batches=8, sample_tokens=80, temperature=0.0),
     steps=500,
     init_from="runs/quickstart",

@@ -97,7 +97,7 @@ def find_preset(path: str | os.PathLike) -> pathlib.Path:
             return preset
     if (found / "config.json").is_file():
         allowed = (
-            "is a run folder, not a preset; to resume the run, repeat the command that started it (its "
+            "a run folder, not a preset; to resume the run, repeat the command that started it (its "
             f"settings are in {found / 'config.json'})"
         )
         require(False, "config", os.fspath(path), allowed)
