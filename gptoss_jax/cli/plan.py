@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Estimate the memory of training or inference, and a step's time, on devices you don't have.
+    """Estimate what training or inference needs on devices you don't have.
 
     Compares meshes by memory, FLOPs and communication. --topology also compiles the step with the real TPU
     compiler, best mesh first until one fits, which takes minutes for each and needs the extra "tpu-compile";
