@@ -1,8 +1,8 @@
 """gpt-oss's architecture with 2.06B parameters (446M active), to train from random weights on 16 TPU chips.
 
 20,000 steps of 128 x 4,096 tokens are 10.5B tokens: 24 for each active parameter, about one pass over the
-dataset. Nobody has trained this model. Its memory and time are estimates of `gptoss plan`; learning rate and
-router losses are common for models of this size, and not tuned.
+dataset. The step was compiled for a TPU v5p-32 (`gptoss plan`), but nobody has trained this model: learning
+rate and router losses are common for models of this size, and not tuned.
 
 Needs `pip install -e '.[tpu,hf]'` for the dataset. Documents have at most 4,096 tokens, so YaRN is off.
 """
