@@ -99,7 +99,9 @@ class Plan:
             )
         show(plan, Console())
         if plan.best is not None:
-            print("\nTo train, add --init-from, --data.source and --run-dir to:")
+            print(
+                "\nTo train, with your --data.source and --run-dir (and --init-from, to start from weights):"
+            )
             print(self._command(plan.best.mesh))
         if path is not None:
             write_json(path, plan.to_dict())
