@@ -187,7 +187,7 @@ def _compiled(one: CompiledStep, plan: Plan) -> Table:
         return table
     if any(not entry["trips_known"] for entry in one.collectives if entry["sent"] >= SMALL):
         table.caption = (
-            "+: in loops of unknown length, such as extra rounds for an unbalanced router; counted once."
+            "+: in loops of unknown length, as for an unbalanced router; counted once"
         )
     small = [entry for entry in one.collectives if entry["sent"] < SMALL]
     for entry in one.collectives:
