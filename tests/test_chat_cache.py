@@ -185,7 +185,7 @@ def test_skipped_rows_are_counted_and_listed(make):
         config.source.removeprefix("chat:"),
         "messages[0].role is 'wizard': must be system, developer",
     )
-    assert shown[0] == "rows: 21 of 34 used: 20 of messages, 1 of pairs (question, answer)"
+    assert shown[0] == "rows: 21 of 34 used: 20 with messages, 1 with pairs (question, answer)"
     assert shown[2].startswith("skipped rows: 13 (unknown role 10, invalid JSON 1, nothing to train on 1, ")
     assert shown[3].startswith(f"  {path}:1: {role}") and shown[4].startswith(f"  {path}:22: not JSON")
     assert shown[13] == "  and 3 more"

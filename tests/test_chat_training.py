@@ -54,7 +54,7 @@ def test_a_run_on_conversations(make_config, apply_model, tmp_path, capsys):
     params = train(config).params
     shown = capsys.readouterr().out
     assert f"{tmp_path}/run has no checkpoint yet: starting at step 1\n" in shown
-    assert "  rows: 40 of 41 used: 40 of pairs (question, answer)" in shown
+    assert "  rows: 40 of 41 used: 40 with pairs (question, answer)" in shown
     assert (tmp_path / "run" / "skipped.txt").read_text().startswith(f"{tmp_path}/rows.jsonl:41: its fields")
     assert re.search(r"\n  epochs 2 steps = [\d.]+ epochs of \d+ rows\n", shown)
     assert "skipped rows: 1 (unknown format 1)" in shown and "rows.jsonl:41: its fields are text" in shown

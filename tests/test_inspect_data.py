@@ -33,7 +33,7 @@ def test_examples_and_statistics(preset, tmp_path, capsys):
     assert main.main(["inspect-data", str(preset), "--examples", "1", "--json", str(tmp_path / "o")]) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
-    assert shown.startswith("rows: 4 of 5 used: 4 of pairs (prompt, completion)\n")
+    assert shown.startswith("rows: 4 of 5 used: 4 with pairs (prompt, completion)\n")
     _, _, after = shown.partition("\nshown: 0 to 0 of 3 training examples, numbered from 0\n\n")
     assert after.startswith(f"{tmp_path}/rows.jsonl:1 turn 1: ") and shown.count("turn 1") == 1
     assert "⟦<|channel|>│" in after and "│<|return|>⟧\n" in after and shown.count("⟦") == 1

@@ -41,8 +41,8 @@ def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
 def summary(cache: TokenCache, config: DataConfig) -> list[str]:
     """Returns a summary of the statistics for the console, as lines."""
     found, meta = statistics(cache, config), cache.meta["chat"]
-    formats = ", ".join(f"{count:,} of {name}" for name, count in found["formats"].items())
-    share = f"{found['trained_tokens']:,} of them trained ({found['trained_share']:.1%})"
+    formats = ", ".join(f"{count:,} with {name}" for name, count in found["formats"].items())
+    share = f"{found['trained_tokens']:,} of them trained on ({found['trained_share']:.1%})"
     lines = [
         f"rows: {sum(found['formats'].values()):,} of {found['rows']:,} used: {formats}",
         f"examples (answered turns): {found['examples']:,}, {found['held_out_examples']:,} of them held out; "
@@ -68,7 +68,7 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
         )
     if found["without_thinking"] == found["examples"]:
         lines.append(
-            "no example has thinking: the model learns to answer at once at "
-            f"`Reasoning: {config.reasoning_effort}` (data.reasoning_effort)"
+            "no example has reasoning: the model learns to answer immediately, although its system message "
+            f"says `Reasoning: {config.reasoning_effort}` (data.reasoning_effort)"
         )
     return lines
