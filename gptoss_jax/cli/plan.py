@@ -99,9 +99,7 @@ class Plan:
             )
         show(plan, Console())
         if plan.best is not None:
-            print(
-                "\nTo train, with your own --data.source and --run-dir, and perhaps --init-from:"
-            )
+            print("\nTo train, with your own --data.source and --run-dir, and perhaps --init-from:")
             print(self._command(plan.best.mesh))
         if path is not None:
             write_json(path, plan.to_dict())

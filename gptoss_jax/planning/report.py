@@ -186,9 +186,7 @@ def _compiled(one: CompiledStep, plan: Plan) -> Table:
         table.caption = "Collectives: this jaxlib cannot read what this libtpu wrote."
         return table
     if any(not entry["trips_known"] for entry in one.collectives if entry["sent"] >= SMALL):
-        table.caption = (
-            "+: in loops of unknown length, as for an unbalanced router; counted once"
-        )
+        table.caption = "+: in loops of unknown length, as for an unbalanced router; counted once"
     small = [entry for entry in one.collectives if entry["sent"] < SMALL]
     for entry in one.collectives:
         if entry not in small:
