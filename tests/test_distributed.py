@@ -116,8 +116,10 @@ def runs(tmp_path_factory):
     found["killed"] = wait_for_exit(pair)
     found["first"] = losses(broken)
     (found["whole"],) = wait_for_exit([reference])
-    # The axes have other sizes, too.
-    pair = start_all(line("broken", mesh=MeshConfig(fsdp=2, expert=2)), devices=2)
+    # The axes have other sizes, too. A checkpoint of every step makes steps take long enough for the signal,
+    # which JAX looks for once per second, to arrive before the last one.
+    changes = {"mesh": MeshConfig(fsdp=2, expert=2), "checkpoint": CheckpointConfig(every=1)}
+    pair = start_all(line("broken", **changes), devices=2)
     while "Resuming" not in (resumed := pair[0].stdout.readline()):
         assert resumed, wait_for_exit(pair)
     pair[1].send_signal(signal.SIGTERM)

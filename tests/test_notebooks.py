@@ -123,6 +123,8 @@ def kernel(monkeypatch):
     """The environment of the kernels: one device, this Python's `gptoss` command."""
     monkeypatch.setenv("XLA_FLAGS", FAST_COMPILE)
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    # transformers, which main.ipynb uses where it is installed, asks for ipywidgets.
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
     return monkeypatch
 
 
