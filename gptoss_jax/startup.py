@@ -127,6 +127,8 @@ def report(error: BaseException, name: str) -> int:
     status.erase()
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else int(str(error.code))
+        if code not in ENDINGS:  # Rich's, for a reader that is gone
+            return code
         note = Interrupts.current.last_note if Interrupts.current is not None else ""
         said = error if isinstance(error, KeyboardInterrupt) and error.args else note
         with contextlib.suppress(OSError):

@@ -205,7 +205,9 @@ def main():
             raise ValueError("wrong everywhere")
         if mode == "one" and index == 1:
             raise OSError("wrong in one")
-        while mode in ("one", "kill", "suspend"):
+        if mode == "leave" and index == 1:
+            raise SystemExit(1)
+        while mode in ("one", "leave", "kill", "suspend"):
             distributed.allgather_host(None)
             time.sleep(0.01)
 
@@ -221,7 +223,7 @@ def start_demo(mode, folder, count=2):
 def demos(tmp_path_factory):
     """mode -> (exit code, stdout, stderr) of each process."""
     folder = tmp_path_factory.mktemp("demo")
-    started = {mode: start_demo(mode, folder) for mode in ("checks", "all", "one", "kill")}
+    started = {mode: start_demo(mode, folder) for mode in ("checks", "all", "one", "leave", "kill")}
     victim = started["kill"][0]
     assert victim.stdout.readline() == "0 of 2\n"
     victim.kill()
@@ -238,6 +240,12 @@ def test_an_error_in_one_process_ends_the_others(demos):
     (code, _, err), (own_code, _, own_err) = demos["one"]
     assert (code, own_code) == (1, 1) and own_err == "demo: process 1 of 2: error: wrong in one\n"
     assert err.startswith(f"demo: error: {LOST.format(0, 2)}") and err.count("\n") == 1
+
+
+def test_a_process_that_leaves_ends_the_others(demos):
+    (code, _, err), (own_code, _, own_err) = demos["leave"]
+    assert (code, own_code) == (1, 1) and own_err == ""
+    assert_lost(code, err, 0)
 
 
 def test_killing_process_0_ends_the_others(demos):

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from gptoss_jax import startup
 from gptoss_jax.config import require
 from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable
+from gptoss_jax.interrupts import TERMINATED
 from gptoss_jax.kernels import selection
 
 # Environment variables for jobs without a launcher that JAX detects.
@@ -65,7 +66,10 @@ def distributed_session(name: str) -> Iterator[None]:
             _silence_output()
             try:
                 yield
-            except SystemExit as error:  # raised in all processes
+            except SystemExit as error:
+                # After a signal, raised in all processes. Rich raises another in one whose output is closed.
+                if error.code != TERMINATED:
+                    raise
                 stop = error
         barrier()
     except BaseException as error:
