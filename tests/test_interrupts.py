@@ -143,7 +143,8 @@ print("begun", flush=True)
 
 def test_signals_of_children_stay_there():
     process = start("""
-import os
+import os, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork with threads
 child = os.fork()
 if not child:
     print("begun", flush=True)
