@@ -209,13 +209,14 @@ def their_header(encoding, ours, tokens):
         return None
     recipient, content_type = parser.current_recipient, parser.current_content_type
     written = b"".join(map(ours.spelled, tokens)).decode(errors="replace")
-    if recipient and content_type is None and f"to={recipient}" not in written:
+    is_named = recipient is None or (recipient and re.search(rf"(?<!\S)to={re.escape(recipient)}", written))
+    if recipient and content_type is None and not is_named:
         # It parses a single word as a recipient, also that of `final <|constrain|>json`.
-        recipient, content_type = None, recipient
+        recipient, content_type, is_named = None, recipient, True
     fits = (
         parser.current_role == library.Role.ASSISTANT
         and parser.current_channel in (None, *CHANNELS)
-        and (recipient is None or (recipient and f"to={recipient}" in written))
+        and is_named
         # It parses a misplaced marker as part of a word.
         and "<|" not in (recipient or "") + (content_type or "").removeprefix("<|constrain|>")
     )
