@@ -153,9 +153,11 @@ def test_tpu_chips_are_found_on_the_pci_bus(tmp_path, vendor, kind, found):
 
 @pytest.mark.skipif(startup.may_have_tpu(), reason="libtpu is loaded on a machine with a TPU")
 def test_commands_print_nothing_to_stderr(tmp_path):
-    """Without a usable home folder and JAX_PLATFORMS, and with a libtpu that prints when loaded."""
+    """Without a usable home folder and JAX_PLATFORMS, and a libtpu and a torch that print when loaded."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "libtpu.py").write_text(LIBTPU)
+    # TensorBoard's writer would load it.
+    (tmp_path / "packages" / "torch.py").write_text('import sys\nprint("torch", file=sys.stderr)\n')
     removed = {"JAX_PLATFORMS", "JAX_PLATFORM_NAME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"}
     # These could name the libtpu installed here.
     removed |= {name for name in os.environ if name.startswith(startup.TPU_VARIABLES)}
