@@ -18,7 +18,7 @@ from gptoss_jax.config.base import one_line
 from gptoss_jax.kernels.attention.api import fits_triton
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, reference_attention, segment_starts
-from gptoss_jax.kernels.cpu import build, decode
+from gptoss_jax.kernels.cpu import adamw, build, decode
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, cpu_mxfp4_matmul
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
@@ -138,6 +138,7 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
     """Yields the cases of a backend. `interpret` runs Pallas kernels on any device, for tests."""
     if backend == "cpu":
         yield from _cpu_decode_cases()
+        yield _adamw_case()
     for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
         if backend != "cpu":
             yield from _attention_cases(backend, dtype, interpret)
@@ -305,3 +306,31 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         return jnp.einsum("MXD,MX->MD", y_MXD, weights_MX)
 
     return Case(kernel, "", "float32", arrays, run, plain)
+
+
+def _adamw_case() -> Case:
+    sizes = (5, 70_007)  # less than a vector, and several blocks
+    adam = adamw.AdamW(0.9, 0.95, 1e-3, weight_decays=(0.0, 0.1))
+    scalars = is_finite, clip, learning_rate, bias1, bias2 = 1.0, 0.5, 0.01, 0.19, 0.0975
+
+    def arrays() -> Arrays:
+        # Pairs of parameters, gradients, first and second moments.
+        values = _normal(9, "float32", *((size,) for size in sizes * 4))
+        return *values[:6], *map(jnp.square, values[6:])
+
+    def run(*arrays):
+        params, gradients, *moments = (arrays[i : i + 2] for i in range(0, 8, 2))
+        results = adamw.update(adam, params, gradients, tuple(moments), jnp.array(scalars, jnp.float32))
+        norm = adamw.global_norm(gradients) / 100  # not much larger than the other values
+        return jnp.concatenate([norm[None], *(x for pair in results for x in pair)])
+
+    def plain(*arrays):
+        p, g, m, v = (jnp.concatenate(arrays[i : i + 2]) for i in range(0, 8, 2))
+        m = (1 - adam.beta1) * clip * g + adam.beta1 * m
+        v = (1 - adam.beta2) * (clip * g) ** 2 + adam.beta2 * v
+        decay = jnp.where(jnp.arange(sum(sizes)) < sizes[0], *adam.weight_decays)
+        update = m / bias1 / (jnp.sqrt(v / bias2) + adam.epsilon) + decay * p
+        norm = jnp.sqrt(jnp.sum(g**2)) / 100
+        return jnp.concatenate([norm[None], p - is_finite * learning_rate * update, m, v])
+
+    return Case("adamw", "", "float32", arrays, run, plain)

@@ -1,15 +1,22 @@
-"""Builds the optimizer of an `OptimConfig` with optax."""
+"""Builds the optimizer of an `OptimConfig` with optax, and applies it to gradients.
 
+On CPU, a kernel does what optax's AdamW does, on the same state.
+"""
+
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
+from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 from gptoss_jax.config import OptimConfig
-from gptoss_jax.model.parameters import is_matrix, letters_of, parameter_name
+from gptoss_jax.kernels import backend
+from gptoss_jax.kernels.cpu import adamw
+from gptoss_jax.model.parameters import is_matrix, letters_of, parameter_name, parameter_shardings
 
 
 def decay_mask(params: Any) -> Any:
@@ -136,8 +143,94 @@ def _clip(max_norm: float) -> optax.GradientTransformation:
     gradients to memory before the optimizer reads them."""
 
     def update(gradients, state, params=None):
-        norm = optax.tree.norm(gradients)
-        factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
+        factor = _clip_factor(optax.tree.norm(gradients), max_norm)
         return jax.tree.map(lambda g: g * factor, gradients), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    return jnp.where(norm > max_norm, max_norm / norm, 1.0)
+
+
+def global_norm(gradients: Any) -> jax.Array:
+    """Returns the Euclidean norm of all gradients together: a kernel's on one CPU device, otherwise
+    optax's."""
+    leaves = jax.tree.leaves(gradients)
+    if not backend.is_multi_device() and adamw.is_supported(leaves):
+        return adamw.global_norm(leaves)
+    return optax.tree.norm(gradients)
+
+
+def apply_gradients(
+    config: OptimConfig,
+    steps: int,
+    params: Any,
+    opt_state: optax.OptState,
+    gradients: Any,
+    *,
+    norm: jax.Array,
+    finite: jax.Array,
+) -> tuple[Any, optax.OptState]:
+    """Returns the parameters and the optimizer state after a step; the same as before if `finite` is False.
+
+    AdamW on CPU is one pass over memory in a kernel, on each device over its own shards. It equals
+    `make_optimizer` to a few units in the last place of the moments and of the update.
+
+    Args:
+      steps: of the whole run, for the schedule.
+      norm: `global_norm` of the gradients.
+    """
+    if config.name == "adamw" and adamw.is_supported(jax.tree.leaves((params, gradients))):
+        return _apply_adamw_kernel(config, steps, params, opt_state, gradients, norm=norm, finite=finite)
+    optimizer = make_optimizer(config, steps)
+    updates, opt_state = optimizer.update(gradients, opt_state, params, finite=finite)
+    new_params = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_params, params), opt_state
+
+
+def _apply_adamw_kernel(
+    config: OptimConfig,
+    steps: int,
+    params: Any,
+    opt_state: optax.OptState,
+    gradients: Any,
+    *,
+    norm: jax.Array,
+    finite: jax.Array,
+) -> tuple[Any, optax.OptState]:
+    """`apply_gradients` by the kernel."""
+    # Clipping is a transformation before the others.
+    adam, masked, schedule = opt_state[1] if config.max_grad_norm else opt_state
+    next_count = optax.safe_increment(adam.count)
+    scalars = jnp.stack(
+        [
+            finite,
+            _clip_factor(norm, config.max_grad_norm) if config.max_grad_norm else 1.0,
+            make_schedule(config, steps)(schedule.count),
+            # As in optax's bias correction.
+            1 - config.beta1**next_count,
+            1 - config.beta2**next_count,
+        ]
+    ).astype(jnp.float32)
+    structure = jax.tree.structure(params)
+    decays = [config.weight_decay * is_decayed for is_decayed in jax.tree.leaves(decay_mask(params))]
+    constants = adamw.AdamW(config.beta1, config.beta2, config.epsilon, tuple(decays))
+    update: Any = functools.partial(adamw.update, constants)
+    if backend.is_multi_device():
+        mesh = jax.sharding.get_abstract_mesh()
+        specs = [sharding.spec for sharding in jax.tree.leaves(parameter_shardings(params, mesh))]
+        update = jax.shard_map(
+            update, in_specs=(specs, specs, (specs, specs), P()), out_specs=(specs,) * 3, check_vma=False
+        )
+    leaves = [jax.tree.leaves(tree) for tree in (params, gradients, adam.mu, adam.nu)]
+    results = update(leaves[0], leaves[1], (leaves[2], leaves[3]), scalars)
+    params, mu, nu = (jax.tree.unflatten(structure, arrays) for arrays in results)
+
+    def count_if_finite(count):
+        return jnp.where(finite, optax.safe_increment(count), count)
+
+    adam = optax.ScaleByAdamState(count_if_finite(adam.count), mu, nu)
+    schedule = optax.ScaleByScheduleState(count_if_finite(schedule.count))
+    chain = adam, masked, schedule
+    return params, (opt_state[0], chain) if config.max_grad_norm else chain

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.kernels import selection
 from gptoss_jax.model.parameters import merge_params
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel.rules import BATCH_BT, constrain
 from gptoss_jax.training import losses
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective
-from gptoss_jax.training.optimizer import make_optimizer, make_schedule
+from gptoss_jax.training.optimizer import apply_gradients, global_norm, make_schedule
 from gptoss_jax.training.state import TrainState
 
 
@@ -27,7 +28,6 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
     including this step), `tokens` (without padding, int32), `expert_load` [L, E], `dropped` (fraction of the
     token-expert assignments beyond `model.expert_capacity_factor`).
     """
-    optimizer = make_optimizer(config.optim, config.steps)
     schedule = make_schedule(config.optim, config.steps)
     model_config, num_microbatches = config.model, config.optim.grad_accum_steps
     with_dropout = model_config.attention_dropout > 0 or model_config.residual_dropout > 0
@@ -74,15 +74,23 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute_gradient = gradient if num_microbatches == 1 else accumulated_gradient
         (_, metrics), grads = compute_gradient(state.params, frozen or {}, batch, weight, key)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
-        params = optax.apply_updates(state.params, updates)
+        with selection.using(model_config.kernels):
+            grad_norm = global_norm(grads)
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+            params, opt_state = apply_gradients(
+                config.optim,
+                config.steps,
+                state.params,
+                state.opt_state,
+                grads,
+                norm=grad_norm,
+                finite=finite,
+            )
         bad = 1 - finite.astype(jnp.int32)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params),
+            params=params,
             opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,

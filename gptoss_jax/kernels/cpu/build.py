@@ -18,9 +18,12 @@ from gptoss_jax.config.paths import cache_folder
 from gptoss_jax.interrupts import cleanup
 
 HERE = pathlib.Path(__file__).parent
-SOURCES = tuple(str(HERE / name) for name in ("grouped_matmul.cc", "decode.cc", "decode_experts.cc"))
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+SOURCES = tuple(str(path) for path in sorted(HERE.glob("*.cc")))
+# Without errno, compilers vectorize square roots.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 HANDLERS = (
+    "AdamW",
+    "GlobalNorm",
     "GroupedMatmul",
     "GroupedMatmulWeightGrad",
     "GroupedMatmulMxfp4",

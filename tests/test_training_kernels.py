@@ -1,0 +1,119 @@
+"""The CPU kernels of a training step equal their plain equivalents: AdamW."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptoss_jax.config import MeshConfig, OptimConfig
+from gptoss_jax.kernels import selection
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.model.parameters import parameter_shardings
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.training.optimizer import apply_gradients, global_norm, make_optimizer
+
+pytestmark = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
+
+# A matrix of several blocks, with weight decay, and a scale of less than a vector, without.
+SHAPES = {"head": {"weight": (74, 984)}, "final_norm": {"scale": (5,)}}
+
+
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+
+    def values(shape):
+        return jnp.asarray(rng.normal(size=shape) * 10 ** rng.normal(size=shape), jnp.float32)
+
+    return jax.tree.map(values, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def compile_update(config, kernels):
+    def update(params, opt_state, gradients):
+        with selection.using(kernels):
+            norm = global_norm(gradients)
+            return *apply_gradients(
+                config, 10, params, opt_state, gradients, norm=norm, finite=jnp.isfinite(norm)
+            ), norm
+
+    return jax.jit(update, donate_argnums=(0, 1))
+
+
+def train(config, kernels, gradients):
+    """Returns the parameters and the state after one step for each gradient, as NumPy arrays."""
+    params, update = random_tree(0), compile_update(config, kernels)
+    opt_state = make_optimizer(config, 10).init(params)
+    for gradient in gradients:
+        params, opt_state, norm = update(params, opt_state, gradient)
+    return jax.tree.map(np.asarray, (params, opt_state, norm))
+
+
+def assert_equals_optax(config, gradients, moments_rtol):
+    found, expected = (train(config, kernels, gradients) for kernels in ("required", "plain"))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    (params, opt_state, norm), (expected_params, expected_state, expected_norm) = found, expected
+    compare = np.testing.assert_allclose
+    # Absolute because sums can cancel.
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
+        compare(x, y, rtol=2**-22, atol=config.learning_rate * 2**-21)
+    jax.tree.map(functools.partial(compare, rtol=moments_rtol, atol=1e-7), opt_state, expected_state)
+    compare(norm, expected_norm, rtol=2**-20)
+
+
+def test_adamw_equals_optax_to_rounding():
+    config = OptimConfig(learning_rate=0.1, warmup_steps=2, max_grad_norm=0.0, weight_decay=0.3)
+    assert_equals_optax(config, [random_tree(seed) for seed in (1, 2, 3)], moments_rtol=2**-21)
+
+
+def test_clipped_adamw_equals_optax_to_the_rounding_of_the_norm():
+    config = OptimConfig(learning_rate=0.1, warmup_steps=2, max_grad_norm=0.7)
+    # One step: later, sums of both signs would cancel.
+    assert_equals_optax(config, [random_tree(1)], moments_rtol=2**-19)
+
+
+def test_the_global_norm_is_exact_in_long_arrays():
+    """XLA's sum of the squares of as many ones as a float32 cannot count, on one thread, is 2^24."""
+    (norm,) = jax.jit(lambda: [global_norm({"a": jnp.ones(2**24 + 900), "b": jnp.ones(100)})])()
+    assert float(norm) == np.float32(np.sqrt(2**24 + 1000))
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.7])
+def test_a_gradient_that_is_not_finite_changes_nothing(max_grad_norm):
+    config = OptimConfig(warmup_steps=0, max_grad_norm=max_grad_norm)
+    bad = random_tree(2)
+    bad["head"]["weight"] = bad["head"]["weight"].at[73, 980].set(jnp.inf)
+    *expected, _ = train(config, "required", [random_tree(1)])
+    *found, norm = train(config, "required", [random_tree(1), bad])
+    assert norm == np.inf
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_adamw_updates_in_place():
+    config = OptimConfig()
+    params = random_tree(0)
+    arguments = params, make_optimizer(config, 10).init(params), random_tree(1)
+    compiled = compile_update(config, "required").lower(*arguments).compile()
+    assert "gptoss_jax.AdamW" in compiled.as_text()
+    # Everything but the norm is written to the memory of the arguments.
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 4096
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 256
+
+
+def test_adamw_on_a_mesh_updates_shards():
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, max_grad_norm=0.7)
+    gradients = random_tree(1)
+    *expected, _ = train(config, "plain", [gradients])
+    params = random_tree(0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        arguments = params, make_optimizer(config, 10).init(params), gradients
+        shardings = parameter_shardings(arguments, mesh)
+        update = compile_update(config, "required")
+        arguments = jax.device_put(arguments, shardings)
+        text = update.lower(*arguments).compile().as_text()
+        *found, _ = update(*arguments)
+    # Half of the rows and half of the columns are on each device.
+    assert "gptoss_jax.AdamW" in text and "f32[37,492]" in text and "all-gather" not in text
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
