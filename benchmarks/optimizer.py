@@ -23,7 +23,7 @@ from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.training.optimizer import apply_gradients, global_norm, make_optimizer
 
 WORDS = 8  # Reads and writes per parameter
-COPIED = 1 << 30
+COPIED, PASSES = 1 << 30, 16
 STEPS = 1000
 
 
@@ -57,9 +57,9 @@ def updates(experts: int) -> tuple[int, dict]:
 def main() -> None:
     options = base_parser(__doc__, rounds=5).parse_args()
     nbytes, functions = updates(4 if options.quick else 128)
-    functions[COPY] = readers(nbytes if options.quick else COPIED, 1)[COPY]
+    functions[COPY] = readers(COPIED, PASSES)[COPY]
     seconds = alternate(functions, options.rounds)
-    moved = {name: COPIED if name == COPY else WORDS * nbytes for name in functions}
+    moved = {name: PASSES * COPIED if name == COPY else WORDS * nbytes for name in functions}
     speeds = {name: spread([moved[name] / one / 1e9 for one in seconds[name]]) for name in functions}
     shares = {name: speed["median"] / speeds[COPY]["median"] for name, speed in speeds.items()}
     print_table(

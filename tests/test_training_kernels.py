@@ -24,7 +24,7 @@ def random_tree(seed):
     rng = np.random.default_rng(seed)
 
     def values(shape):
-        return jnp.asarray(rng.normal(size=shape) * 10 ** rng.normal(size=shape), jnp.float32)
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     return jax.tree.map(values, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
