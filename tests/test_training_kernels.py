@@ -1,4 +1,4 @@
-"""The CPU kernels of a training step equal their plain equivalents: AdamW."""
+"""The CPU kernels of a training step equal their plain equivalents: AdamW and SwiGLU."""
 
 import functools
 
@@ -10,6 +10,7 @@ import pytest
 from gptoss_jax.config import MeshConfig, OptimConfig
 from gptoss_jax.kernels import selection
 from gptoss_jax.kernels.cpu import build
+from gptoss_jax.model.moe import SwiGLU, swiglu_halves, xla_swiglu_halves
 from gptoss_jax.model.parameters import parameter_shardings
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.training.optimizer import apply_gradients, global_norm, make_optimizer
@@ -117,3 +118,38 @@ def test_adamw_on_a_mesh_updates_shards():
     # Half of the rows and half of the columns are on each device.
     assert "gptoss_jax.AdamW" in text and "f32[37,492]" in text and "all-gather" not in text
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("limit", [None, 1.5])
+def test_swiglu_equals_xla_with_its_gradient(limit):
+    rng = np.random.default_rng(0)
+    h_RF, g_RF = (jnp.asarray(rng.normal(size=(7, size)), jnp.float32) for size in (2 * 37, 37))
+    # Values at and beyond the limits, saturated ones, and one that is not a number.
+    h_RF = (
+        h_RF.at[2, :4].set(jnp.array([1.5, -1.5, 300.0, -300.0])).at[3, 37:40].set(jnp.array([1.5, -1.5, -9]))
+    )
+    h_RF = h_RF.at[6, 36].set(jnp.nan)
+    activation = SwiGLU(1.7, limit, 0.25)
+
+    def with_gradient(function):
+        value, pull = jax.vjp(functools.partial(function, activation), h_RF)
+        return value, pull(g_RF)[0]
+
+    text = jax.jit(lambda: with_gradient(swiglu_halves)).lower().as_text()
+    assert "gptoss_jax.SwiGLU" in text and "gptoss_jax.SwiGLUGrad" in text
+    found, expected = (jax.jit(lambda f=f: with_gradient(f))() for f in (swiglu_halves, xla_swiglu_halves))
+    assert np.isnan(found[0][6, 36]) and np.isnan(found[1][6, 36])
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernels", ["plain", "plain:swiglu"])
+def test_swiglu_can_be_turned_off(kernels):
+    with selection.using(kernels):
+        text = jax.jit(lambda h: swiglu_halves(SwiGLU(1.7, 7.0, 1.0), h)).lower(jnp.ones((3, 8))).as_text()
+    assert "gptoss_jax." not in text
+
+
+def test_swiglu_in_other_types_is_xla():
+    h_RF = jnp.ones((3, 8), jnp.bfloat16)
+    assert swiglu_halves(SwiGLU(1.7, 7.0, 1.0), h_RF).dtype == jnp.bfloat16

@@ -18,7 +18,7 @@ from gptoss_jax.config.base import one_line
 from gptoss_jax.kernels.attention.api import fits_triton
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, reference_attention, segment_starts
-from gptoss_jax.kernels.cpu import adamw, build, decode
+from gptoss_jax.kernels.cpu import adamw, build, decode, swiglu
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, cpu_mxfp4_matmul
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
@@ -32,6 +32,7 @@ from gptoss_jax.kernels.mxfp4.xla import xla_mxfp4_matmul
 TOLERANCE = {"float32": 5e-5, "bfloat16": 1.5e-2}
 REPEATS = 5
 HEAD_SIZE = 64
+SWIGLU = 1.702, 7.0, 1.0  # alpha, limit, up_offset
 
 Arrays = tuple[jax.Array, ...]
 
@@ -138,6 +139,7 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
     """Yields the cases of a backend. `interpret` runs Pallas kernels on any device, for tests."""
     if backend == "cpu":
         yield from _cpu_decode_cases()
+        yield _swiglu_case()
         yield _adamw_case()
     for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
         if backend != "cpu":
@@ -269,7 +271,6 @@ def _cpu_decode_cases() -> Iterator[Case]:
 
 def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
     M, X, E, D, F = 3, 2, 5, 96, 160
-    alpha, limit, up_offset = swiglu = 1.702, 7.0, 1.0
 
     def arrays() -> Arrays:
         x_MD, *biases = _normal(7, "float32", (M, D), (E, 2, F), (E, D))
@@ -289,7 +290,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         views = (LayerView(matrix.reshape(2, E, *matrix.shape[1:]), 1) for matrix in matrices)
         parameters = dict(zip(names, views, strict=True))
         parameters |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
-        return decode.experts(x_MD, experts_MX, weights_MX, parameters, swiglu)
+        return decode.experts(x_MD, experts_MX, weights_MX, parameters, SWIGLU)
 
     def plain(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         if is_packed:
@@ -299,13 +300,26 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
             matrices = gate_up, down.swapaxes(1, 2)
         gate_up, down = (matrix[E:][experts_MX] for matrix in matrices)
         h = jnp.einsum("MD,MXDPF->PMXF", x_MD, gate_up) + gate_up_bias[experts_MX].transpose(2, 0, 1, 3)
-        gate, up = jnp.minimum(h[0], limit), jnp.clip(h[1], -limit, limit)
-        a_MXF = gate * jax.nn.sigmoid(alpha * gate) * (up + up_offset)
+        a_MXF = _plain_swiglu(h[0], h[1])
         y_MXD = jnp.einsum("MXF,MXFD->MXD", a_MXF, down) + down_bias[experts_MX]
         weights_MX = jnp.where(experts_MX >= 0, weights_MX, 0)
         return jnp.einsum("MXD,MX->MD", y_MXD, weights_MX)
 
     return Case(kernel, "", "float32", arrays, run, plain)
+
+
+def _plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    alpha, limit, up_offset = SWIGLU
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + up_offset)
+
+
+def _swiglu_case() -> Case:
+    def arrays() -> Arrays:
+        return (5 * _normal(10, "float32", (300, 2 * 41))[0],)
+
+    run = functools.partial(swiglu.swiglu_halves, SWIGLU)
+    return Case("swiglu", "", "float32", arrays, run, lambda h: _plain_swiglu(h[:, :41], h[:, 41:]), 1)
 
 
 def _adamw_case() -> Case:

@@ -11,6 +11,7 @@ from flax import nnx
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.config.model import EXPERT_TARGETS
 from gptoss_jax.kernels.cpu import decode
+from gptoss_jax.kernels.cpu import swiglu as cpu_swiglu
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias, grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView
 from gptoss_jax.kernels.mxfp4 import codec
@@ -213,13 +214,20 @@ def _swiglu_pair_bwd(
 swiglu_pair.defvjp(lambda swiglu, *inputs: (swiglu(*inputs), inputs), _swiglu_pair_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
     """SwiGLU of the two halves of each row, [R, 2 F] -> [R, F]; the gradient saves only the input."""
+    if cpu_swiglu.is_supported(h_RF.dtype):
+        return cpu_swiglu.swiglu_halves(tuple(swiglu), h_RF)
+    return xla_swiglu_halves(swiglu, h_RF)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def xla_swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
+    """`swiglu_halves` in plain XLA."""
     return swiglu(*jnp.split(h_RF, 2, axis=-1))
 
 
-def _swiglu_halves_bwd(swiglu: SwiGLU, h_RF: jax.Array, g_RF: jax.Array) -> tuple[jax.Array]:
+def _xla_swiglu_halves_bwd(swiglu: SwiGLU, h_RF: jax.Array, g_RF: jax.Array) -> tuple[jax.Array]:
     # Barrier as above, placed before the split because the split's result would be copied.
     h_RF, g_RF = jax.lax.optimization_barrier((h_RF, g_RF))
     halves = jnp.split(h_RF, 2, axis=-1)
@@ -230,4 +238,4 @@ def _swiglu_halves_bwd(swiglu: SwiGLU, h_RF: jax.Array, g_RF: jax.Array) -> tupl
     return (jax.lax.dynamic_update_slice(d_h_RF, d_up, (*start[:-1], d_gate.shape[-1])),)
 
 
-swiglu_halves.defvjp(lambda swiglu, h_RF: (swiglu_halves(swiglu, h_RF), h_RF), _swiglu_halves_bwd)
+xla_swiglu_halves.defvjp(lambda swiglu, h_RF: (xla_swiglu_halves(swiglu, h_RF), h_RF), _xla_swiglu_halves_bwd)

@@ -32,6 +32,8 @@ HANDLERS = (
     "DecodeExperts",
     "DecodeExpertsMxfp4",
     "DecodeAttention",
+    "SwiGLU",
+    "SwiGLUGrad",
 )
 
 
