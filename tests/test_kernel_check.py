@@ -55,6 +55,7 @@ def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, t
         "adamw": "ok",
         "grouped_matmul": "ok",
         "mxfp4_matmul": "ok",
+        "mxfp4_unpack": "ok",
     }
     assert found["decode_experts"]["error"] < 5e-6 and found["decode_experts"]["plain_milliseconds"] > 0
     assert 0.0009 < found["decode_mxfp4_experts"]["error"] < 0.0011
@@ -63,7 +64,7 @@ def test_every_kernel_of_a_cpu_is_right_and_broken_ones_are_named(monkeypatch, t
     assert "decode_matmul (float32): failed, an error of the compiler" in printed
     assert "decode_mxfp4_experts (float32): wrong, error 1.0e-03 exceeds 5.0e-05" in printed
     assert "GPTOSS_JAX_KERNELS=plain:decode_attention,decode_matmul,decode_mxfp4_experts" in printed
-    assert "5 of 8 checks passed" in printed
+    assert "6 of 9 checks passed" in printed
 
 
 def test_without_a_compiler_the_kernels_are_unavailable(monkeypatch, tmp_path, capsys):

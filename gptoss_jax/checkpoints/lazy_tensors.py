@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from gptoss_jax.kernels.cpu import unpack
 from gptoss_jax.kernels.mxfp4 import codec
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -97,33 +98,30 @@ class DequantizedTensor:
         outputs = (rows // 2, 2) if self.interleaved else (rows,)
         return _swap_in_out((experts, *outputs, codec.BLOCK_SIZE * groups))
 
-    def read_into(self, out: np.ndarray, index: Index) -> bool:
+    def packed(self, index: Index) -> tuple[np.ndarray, np.ndarray, int]:
+        """Returns views of the blocks [E, F, (P,) G, 16] and scales [E, F, (P,) G] that contain a slice, and
+        the first value of the slice in each row of blocks."""
         experts, rows, *pair, inputs = _swap_in_out(index)
         if pair:
             rows = slice(2 * rows.start, 2 * rows.stop)
         first, last = inputs.start // codec.BLOCK_SIZE, -(-inputs.stop // codec.BLOCK_SIZE)
-        stored = blocks, scales = [array[experts, rows, first:last] for array in (self.blocks, self.scales)]
+        blocks, scales = (array[experts, rows, first:last] for array in (self.blocks, self.scales))
         if pair:
             blocks, scales = (
-                part.reshape(len(part), -1, 2, *part.shape[2:])[:, :, pair[0]] for part in stored
+                part.reshape(len(part), -1, 2, *part.shape[2:])[:, :, pair[0]] for part in (blocks, scales)
             )
+        return blocks, scales, inputs.start - codec.BLOCK_SIZE * first
+
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
+        blocks, scales, start = self.packed(index)
+        read_expert = _unpack if unpack.is_supported() else _unpack_plain
         for e in range(len(blocks)):
-            # Transpose the packed bytes: the values are four times as large.
-            transposed = _transpose(blocks[e].reshape(*blocks.shape[1:-2], -1))
-            codes = transposed.reshape(last - first, codec.BLOCK_BYTES, *transposed.shape[1:])
-            exponents = np.ascontiguousarray(scales[e].T)[:, None]
-            step = max(1, DEQUANTIZE_BYTES // max(1, codes[0].nbytes))
-            for g in range(0, last - first, step):
-                values = _dequantize(codes[g : g + step], exponents[g : g + step])
-                start = (first + g) * codec.BLOCK_SIZE
-                low, high = max(inputs.start, start), min(inputs.stop, start + len(values))
-                copy_cast(
-                    out[e, low - inputs.start : high - inputs.start], values[low - start : high - start]
-                )
-        for part in stored:
-            release_pages(part)
+            read_expert(blocks[e], scales[e], start, out[e])
         # With the two scales below NaN's, the largest codes overflow.
-        return scales.size == 0 or int(scales.max()) < codec.NAN_SCALE - 2 or is_finite(out)
+        finite = scales.size == 0 or int(scales.max()) < codec.NAN_SCALE - 2 or is_finite(out)
+        for part in (blocks, scales):
+            release_pages(part)
+        return finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +237,31 @@ def release_pages(view: np.ndarray) -> None:
         low, high = -(-low // mmap.PAGESIZE) * mmap.PAGESIZE, high // mmap.PAGESIZE * mmap.PAGESIZE
         if high > low:
             mapped.madvise(mmap.MADV_DONTNEED, low, high - low)
+
+
+def _unpack(blocks: np.ndarray, scales: np.ndarray, start: int, out: np.ndarray) -> None:
+    """`_unpack_plain` with the compiled kernel."""
+    if out.ndim == 2:
+        unpack.unpack(blocks, scales, start, out)
+        return
+    for p in range(out.shape[1]):
+        unpack.unpack(blocks[:, p], scales[:, p], start, out[:, p])
+
+
+def _unpack_plain(blocks: np.ndarray, scales: np.ndarray, start: int, out: np.ndarray) -> None:
+    """Dequantizes one expert, blocks [F, (2,) G, 16] with scales [F, (2,) G], to [D, (2,) F]: the values of
+    each row from `start` on."""
+    groups = scales.shape[-1]
+    # Transpose the packed bytes: the values are four times as large.
+    transposed = _transpose(blocks.reshape(*blocks.shape[:-2], -1))
+    codes = transposed.reshape(groups, codec.BLOCK_BYTES, *transposed.shape[1:])
+    exponents = np.ascontiguousarray(scales.T)[:, None]
+    step = max(1, DEQUANTIZE_BYTES // max(1, codes[0].nbytes))
+    for g in range(0, groups, step):
+        values = _dequantize(codes[g : g + step], exponents[g : g + step])
+        first = g * codec.BLOCK_SIZE - start
+        low, high = max(0, first), min(len(out), first + len(values))
+        copy_cast(out[low:high], values[low - first : high - first])
 
 
 _scratch = threading.local()

@@ -11,8 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 
-from gptoss_jax.checkpoints.lazy_tensors import Index, LazyTensor, copy_cast
-from gptoss_jax.kernels.mxfp4.codec import TPU_LAYOUTS
+from gptoss_jax.checkpoints.lazy_tensors import (
+    DenseTensor,
+    DequantizedTensor,
+    Index,
+    LazyTensor,
+    copy_cast,
+)
+from gptoss_jax.kernels.mxfp4 import codec
 
 # Bytes per thread and read: small enough for the cache, large enough to amortize NumPy's overhead.
 TASK_BYTES = 8 << 20
@@ -43,7 +49,11 @@ def with_layout(
     not XLA's default. `key` is the last two names of the parameter's path."""
     # XLA's default for these is column-major, and it transposes the whole table for each lookup, and the head
     # for the loss.
-    order = (0, 1) if key in ("embedding.weight", "head.weight") else TPU_LAYOUTS.get(key.rpartition("_")[2])
+    order = (
+        (0, 1)
+        if key in ("embedding.weight", "head.weight")
+        else codec.TPU_LAYOUTS.get(key.rpartition("_")[2])
+    )
     place: jax.sharding.Sharding | Format = sharding
     if order is not None and _platform(sharding) == "tpu":
         leading = leaf.ndim - len(order)
@@ -103,33 +113,78 @@ def _read_on_host(dtype: np.dtype, index: Index, tensors: list[LazyTensor]) -> t
 def _stack_on_devices(
     dtype: np.dtype, index: Index, tensors: list[LazyTensor], formats: list[Format]
 ) -> tuple[list[jax.Array], set[str]]:
-    """Stacks the same slice of every tensor on each device; the host holds one layer at a time."""
+    """Stacks the same slice of every tensor on each device; the host holds one layer at a time. Packed
+    experts are sent as they are stored and dequantized on the device."""
     shape = (len(tensors), *(part.stop - part.start for part in index))
-    programs = [_stacking_programs(shape, np.dtype(dtype), place) for place in formats]
-    arrays = [zeros() for zeros, _ in programs]
+    arrays = [_zeros_program(shape, np.dtype(dtype), place)() for place in formats]
     non_finite: set[str] = set()
     for i, tensor in enumerate(tensors):
-        (host,), names = _read_on_host(dtype, index, [tensor])
+        if isinstance(tensor, DequantizedTensor):
+            arrays, is_finite = _unpack_on_devices(arrays, i, tensor, index, formats)
+            names = set() if is_finite else {tensor.name}
+        else:
+            (host,), names = _read_on_host(dtype, index, [tensor])
+            arrays = [
+                _setting_program(place)(array, jax.device_put(host, place.sharding), i)
+                for array, place in zip(arrays, formats, strict=True)
+            ]
         non_finite |= names
-        arrays = [
-            set_layer(array, jax.device_put(host, place.sharding), i)
-            for array, place, (_, set_layer) in zip(arrays, formats, programs, strict=True)
-        ]
         jax.block_until_ready(arrays)
     return arrays, non_finite
 
 
+def _unpack_on_devices(
+    arrays: list[jax.Array], i: int, tensor: DequantizedTensor, index: Index, formats: list[Format]
+) -> tuple[list[jax.Array], bool]:
+    """Sets layer i on each device from packed bytes, a quarter of the values; returns if all are finite."""
+    *packed, start = tensor.packed(index)
+    host = [
+        _read_on_host(part.dtype, tuple(slice(0, size) for size in part.shape), [DenseTensor("", part)])[0][0]
+        for part in packed
+    ]
+    results = [
+        _unpacking_program(place, start)(array, *jax.device_put(host, place.sharding), i)
+        for array, place in zip(arrays, formats, strict=True)
+    ]
+    return [array for array, _ in results], bool(results[0][1])
+
+
 @functools.cache
-def _stacking_programs(
-    shape: tuple[int, ...], dtype: np.dtype, place: Format
-) -> tuple[Callable[[], jax.Array], Callable[[jax.Array, jax.Array, int], jax.Array]]:
-    """Compiles () -> zeros, and (array, layer, i) -> the array with layer i set, in place (donated)."""
+def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, place: Format) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)
+
+
+@functools.cache
+def _setting_program(place: Format) -> Callable[[jax.Array, jax.Array, int], jax.Array]:
+    """Compiles (array, layer, i) -> the array with layer i set, in place (donated)."""
 
     def set_layer(array: jax.Array, layer: jax.Array, i: int) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(array, layer, i, 0)
 
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)
-    return zeros, jax.jit(set_layer, donate_argnums=0, out_shardings=place)
+    return jax.jit(set_layer, donate_argnums=0, out_shardings=place)
+
+
+@functools.cache
+def _unpacking_program(place: Format, start: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Compiles (array [L, E, D, (P,) F], blocks [E, F, (P,) G, 16], scales [E, F, (P,) G], i) -> the array
+    with layer i set, in place (donated), and whether all its values are finite.
+
+    `start` is the first value along D. The device needs extra memory for one expert besides the bytes.
+    """
+
+    def set_layer(array, blocks, scales, i):
+        def set_expert(e, state):
+            array, is_finite = state
+            values = codec.dequantize(blocks[e], scales[e], array.dtype)
+            values = jnp.swapaxes(values[..., start : start + array.shape[2]], 0, -1)
+            at = (i, e, *(0 for _ in values.shape))
+            array = jax.lax.dynamic_update_slice(array, values[None, None], at)
+            return array, is_finite & jnp.all(jnp.isfinite(values))
+
+        return jax.lax.fori_loop(0, len(blocks), set_expert, (array, jnp.bool_(True)))
+
+    finite = jax.sharding.SingleDeviceSharding(next(iter(place.sharding.device_set)))
+    return jax.jit(set_layer, donate_argnums=0, out_shardings=(place, finite))
 
 
 def layer_on_host(array: jax.Array, layer: int | None) -> np.ndarray:

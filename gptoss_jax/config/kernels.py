@@ -12,6 +12,7 @@ KERNELS = {
     "attention": ("gpu", "tpu"),
     "grouped_matmul": ("cpu", "gpu", "tpu"),
     "mxfp4_matmul": ("cpu", "gpu", "tpu"),
+    "mxfp4_unpack": ("cpu",),
     "decode_matmul": ("cpu",),
     "decode_experts": ("cpu",),
     "decode_mxfp4_experts": ("cpu",),

@@ -13,12 +13,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptoss_jax.config.base import one_line
 from gptoss_jax.kernels.attention.api import fits_triton
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, reference_attention, segment_starts
-from gptoss_jax.kernels.cpu import adamw, build, decode, swiglu
+from gptoss_jax.kernels.cpu import adamw, build, decode, swiglu, unpack
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, cpu_mxfp4_matmul
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
@@ -141,6 +142,7 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
         yield from _cpu_decode_cases()
         yield _swiglu_case()
         yield _adamw_case()
+        yield _unpack_case()
     for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
         if backend != "cpu":
             yield from _attention_cases(backend, dtype, interpret)
@@ -348,3 +350,26 @@ def _adamw_case() -> Case:
         return jnp.concatenate([norm[None], p - is_finite * learning_rate * update, m, v])
 
     return Case("adamw", "", "float32", arrays, run, plain)
+
+
+def _unpack_case() -> Case:
+    F, G = 137, 5
+
+    def arrays() -> Arrays:
+        keys = jax.random.split(jax.random.key(6))
+        blocks = jax.random.bits(keys[0], (F, G, codec.BLOCK_BYTES), jnp.uint8)
+        return blocks, jax.random.randint(keys[1], (F, G), 110, 130, jnp.uint8)
+
+    def plain(blocks, scales):
+        return codec.dequantize(blocks, scales, jnp.float32).T
+
+    def run(blocks, scales):
+        def on_host(blocks, scales):
+            out = np.empty((codec.BLOCK_SIZE * G, F), np.float32)
+            unpack.unpack(np.asarray(blocks), np.asarray(scales), 0, out)
+            return out
+
+        shape = jax.ShapeDtypeStruct((codec.BLOCK_SIZE * G, F), jnp.float32)
+        return jax.pure_callback(on_host, shape, blocks, scales)
+
+    return Case("mxfp4_unpack", "", "float32", arrays, run, plain)

@@ -41,12 +41,21 @@ HANDLERS = (
 def is_available() -> bool:
     """Compiles the kernels, once per machine, and registers them with XLA. Returns False if there is no
     working C++ compiler, with a warning if one is installed but fails."""
+    library = load_library()
+    if library is None:
+        return False
+    for name in HANDLERS:
+        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def load_library() -> ctypes.CDLL | None:
+    """Returns the compiled kernels; None, with `is_available`'s warning, if they cannot be compiled."""
     compilers = filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
-    library, failure = None, None
+    failure = None
     for compiler in dict.fromkeys(compilers):
         try:
-            library = ctypes.CDLL(str(_compile(compiler)))
-            break
+            return ctypes.CDLL(str(_compile(compiler)))
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             lines = (output.decode(errors="replace") if isinstance(output, bytes) else output).splitlines()
@@ -55,13 +64,9 @@ def is_available() -> bool:
                 f"{compiler} cannot compile the kernels in kernels/cpu/, or they cannot be loaded; falling "
                 f"back to plain XLA: {line}"
             )
-    if library is None:
-        if failure:
-            warnings.warn(failure, stacklevel=2)
-        return False
-    for name in HANDLERS:
-        jax.ffi.register_ffi_target(target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
+    if failure:
+        warnings.warn(failure, stacklevel=3)
+    return None
 
 
 def target(name: str) -> str:
