@@ -87,12 +87,12 @@ def convert(
 ) -> None:
     """Converts any model folder to a Hugging Face folder; see `save_pretrained` and `write_folder`.
 
-    A run's weights are first restored completely, in float32; others are converted in slices.
+    Weights are read, converted and written in slices.
     """
     check_target(target)
     local = readers.local_folder(source)
     if is_run(local):
-        # Fail before restoring gigabytes.
+        # Fail before opening the checkpoint.
         config = TrainConfig.load(local / "config.json").model
         _refuse_adapter(config, source)
         config.to_hf(experts or "float32")

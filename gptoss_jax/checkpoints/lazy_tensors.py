@@ -48,6 +48,13 @@ class LazyTensor(Protocol):
         """
 
 
+class DenseLazyTensor(LazyTensor, Protocol):
+    """A lazy tensor that is stored dense."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class DenseTensor:
     """An array in memory or in a memory-mapped file; also packed bytes that stay packed."""
@@ -157,7 +164,7 @@ class StackedExperts:
 class QuantizedTensor:
     """The MXFP4 blocks or scales of experts that are stored dense, quantized when read."""
 
-    source: DenseTensor | StackedExperts
+    source: DenseLazyTensor
     part: Literal["blocks", "scales"]
 
     @property

@@ -15,17 +15,15 @@ import numpy as np
 from gptoss_jax.checkpoints import export
 from gptoss_jax.checkpoints.adapters import open_adapted
 from gptoss_jax.checkpoints.lazy_tensors import (
-    DenseTensor,
     Index,
     LazyTensor,
-    StackedExperts,
     copy_cast,
     is_finite,
     on_cpu,
     release_pages,
 )
 from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES
-from gptoss_jax.checkpoints.readers import ExpertFormat, WeightReader
+from gptoss_jax.checkpoints.readers import ExpertFormat, StoredFormat, WeightReader
 from gptoss_jax.config.base import listed
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.model.lora import adapter_names
@@ -128,7 +126,7 @@ class MergedReader(WeightReader):
         # Scales of each expert, computed together with its blocks and kept until they are written.
         self._scales: dict[tuple[str, int], dict[int, np.ndarray]] = collections.defaultdict(dict)
 
-    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+    def stored(self, key: str, layer: int) -> StoredFormat:
         return self._reader.stored(key, layer)
 
     def stored_dtypes(self, key: str) -> Iterable[np.dtype]:

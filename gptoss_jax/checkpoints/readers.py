@@ -29,7 +29,8 @@ from gptoss_jax.checkpoints.lazy_tensors import (
     common_dtype,
 )
 from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES, HUGGINGFACE, parameter_layers
-from gptoss_jax.checkpoints.run_params import is_run, load_run, open_checkpoint, read_checkpoint
+from gptoss_jax.checkpoints.run_arrays import StoredArray, StoredTensor
+from gptoss_jax.checkpoints.run_params import is_run, open_checkpoint, open_params
 from gptoss_jax.checkpoints.safetensors_io import map_folder, refuse_other_contents
 from gptoss_jax.checkpoints.sharded_io import layer_on_host
 from gptoss_jax.config import LoraConfig, ModelConfig, TrainConfig, require
@@ -41,6 +42,7 @@ from gptoss_jax.model.parameters import parameter_name, path_names, split_params
 from gptoss_jax.status import download
 
 ExpertFormat = Literal["bfloat16", "float32", "mxfp4"]
+StoredFormat = DenseTensor | StackedExperts | StoredTensor
 HUB = "hf:"
 # Files in a model folder besides weights and config.json; they are copied unchanged.
 SIDECAR_FILES = (
@@ -66,12 +68,14 @@ class WeightReader(abc.ABC):
     origin: pathlib.Path | None
 
     @abc.abstractmethod
-    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+    def stored(self, key: str, layer: int) -> StoredFormat:
         """Returns a parameter in its stored format; layer -1 is for parameters outside the layers."""
 
     def stored_whole(self, key: str, layer: int) -> DenseTensor:
-        """Same as `stored`, for parameters that no layout splits into several tensors."""
+        """Same as `stored`, in memory or memory-mapped, for parameters that no layout splits into several
+        tensors."""
         tensor = self.stored(key, layer)
+        tensor = tensor.in_memory() if isinstance(tensor, StoredTensor) else tensor
         assert isinstance(tensor, DenseTensor), key
         return tensor
 
@@ -127,7 +131,7 @@ class HFReader(WeightReader):
         if self._tensors.pop(head).tobytes() != self._tensors[embedding].tobytes():
             raise ValueError(f"{self.origin}: tie_word_embeddings is true, but the head is not the embedding")
 
-    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+    def stored(self, key: str, layer: int) -> StoredFormat:
         mapping = self._table[key]
         parts = [
             DenseTensor(name, mapping.to_model(self._tensors[name], self.config))
@@ -146,12 +150,13 @@ class HFReader(WeightReader):
 
 
 class InMemoryReader(WeightReader):
-    """Reads a model's parameters, or a subset, from memory."""
+    """Reads a model's parameters, or a subset, from memory or, if they are `StoredArray`s, from a run's
+    checkpoint."""
 
     def __init__(self, config: ModelConfig, params: dict, origin: pathlib.Path | None):
         self.packed = config.expert_format == "mxfp4"
         self.config, self.origin = with_experts(config, False), origin
-        self._arrays: dict[str, dict[int, tuple[jax.Array, int | None]]] = {}
+        self._arrays: dict[str, dict[int, tuple[jax.Array | StoredArray, int | None]]] = {}
         layers_of = parameter_layers(config)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             layers = layers_of[path_names(path)]
@@ -164,10 +169,13 @@ class InMemoryReader(WeightReader):
         assert self.config.lora is not None, name
         rank = self.config.lora_rank(EXPERT_TARGETS[0])
         lora = dataclasses.replace(self.config.lora, expert_rank=rank)
-        return Adapter(name, lora, {place: self.stored(*place) for place in places})
+        return Adapter(name, lora, {place: self.stored_whole(*place) for place in places})
 
-    def stored(self, key: str, layer: int) -> DenseTensor:
-        return DenseTensor(HUGGINGFACE[key].name(layer), layer_on_host(*self._arrays[key][layer]))
+    def stored(self, key: str, layer: int) -> StoredFormat:
+        name, (array, row) = HUGGINGFACE[key].name(layer), self._arrays[key][layer]
+        if isinstance(array, StoredArray):
+            return StoredTensor(name, array, row)
+        return DenseTensor(name, layer_on_host(array, row))
 
     def stored_dtypes(self, key: str) -> Iterable[np.dtype]:
         return (array.dtype for array, _ in self._arrays[key].values())
@@ -205,7 +213,7 @@ class AdaptedReader(WeightReader):
     def origin_of(self, key: str) -> pathlib.Path | None:
         return self._adapter.origin if key in self._adapted else self._base.origin
 
-    def stored(self, key: str, layer: int) -> DenseTensor | StackedExperts:
+    def stored(self, key: str, layer: int) -> StoredFormat:
         found = self._adapter.tensors.get((key, layer))
         return self._base.stored(key, layer) if found is None else found
 
@@ -228,7 +236,7 @@ def open_weights(folder: str | os.PathLike) -> WeightReader:
     folder = local_folder(folder)
     if not is_run(folder):
         return HFReader(folder)
-    config, base, params = read_checkpoint(folder)
+    config, base, params = open_params(folder)
     trained = InMemoryReader(config.model, params, folder)
     if base is None:
         return trained
@@ -245,7 +253,8 @@ def open_base(base: BaseModel, run: str | os.PathLike) -> WeightReader:
     folder = base.check(run)
     if base.step is None:
         return HFReader(folder)
-    config, params, _ = load_run(folder, base.step)
+    config, other_base, params = open_params(folder, base.step)
+    assert other_base is None, folder
     return InMemoryReader(config.model, params, folder)
 
 
@@ -264,7 +273,7 @@ def read_run_adapter(folder: str | pathlib.Path, field: str = "adapter") -> Adap
     config = TrainConfig.load(folder / "config.json").model
     allowed = "must be a run that trained an adapter (model.lora); gptoss convert writes any other run"
     require(config.lora is not None, field, str(folder), allowed)
-    _, base, params = read_checkpoint(folder)
+    _, base, params = open_params(folder)
     if base is None:
         params, _ = split_params(params, is_adapter)
     return InMemoryReader(config, params, folder).adapter(str(folder))

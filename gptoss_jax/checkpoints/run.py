@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from gptoss_jax.checkpoints.orbax_patches import LocalPath
+from gptoss_jax.checkpoints.run_arrays import open_arrays, root_message, save_args
 from gptoss_jax.config import require
 from gptoss_jax.config.base import listed
 from gptoss_jax.config.paths import require_utf8
@@ -27,8 +28,6 @@ from gptoss_jax.model.parameters import letters_of, path_names, tree_bytes
 from gptoss_jax.parallel import distributed
 
 OVERHEAD = 2 << 20  # bytes per checkpoint besides the arrays: indices, record, partially filled blocks
-# Maximum length of other libraries' error messages; TensorStore's have many hundreds of characters.
-MAX_MESSAGE = 200
 
 
 class Checkpoints:
@@ -109,7 +108,7 @@ class Checkpoints:
         Raises OSError if this or an earlier checkpoint could not be written; existing ones are kept.
         """
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
+            params=ocp.args.StandardSave(params, save_args(params)),
             training=ocp.args.StandardSave(training),
             record=ocp.args.JsonSave(record),
         )
@@ -240,6 +239,16 @@ class Checkpoints:
         except ValueError as error:
             raise self._unreadable(step, error) from error
 
+    def open_params(self, step: int, params: Any) -> Any:
+        """Opens the parameters of a checkpoint without reading them, as `StoredArray`s in the abstract tree.
+
+        Raises ValueError if they cannot be opened.
+        """
+        try:
+            return open_arrays(self.folder / str(step) / "params", params)
+        except ValueError as error:
+            raise self._unreadable(step, error) from error
+
     def _unreadable(self, step: int, reason: ValueError | str) -> ValueError:
         others = ", ".join(str(other) for other in self.steps if other != step)
         hint = f"resuming the run sets it aside and uses another ({others})"
@@ -296,18 +305,6 @@ def _raise_interrupt(error: BaseException | None) -> None:
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         error = error.__cause__
-
-
-def root_message(error: BaseException) -> str:
-    """Returns the first line of the root cause of an error, or its type if it has no message."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    # The text of a KeyError is the repr of its message.
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    lines = str(text).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    return lines[0] if len(lines[0]) <= MAX_MESSAGE else lines[0][:MAX_MESSAGE] + "…"
 
 
 class _Manager(ocp.CheckpointManager):

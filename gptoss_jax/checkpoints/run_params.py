@@ -53,14 +53,28 @@ def read_checkpoint(
     """
     with open_checkpoint(folder, step) as (config, checkpoints, step):
         if abstract is None:
-            paths = checkpoints.parameter_paths(step)
-            abstract, _ = split_params(abstract_params(config.model), paths.__contains__)
             sharding = jax.sharding.SingleDeviceSharding(host_device())
             abstract = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                _abstract_params(config, checkpoints, step),
             )
         base = BaseModel.from_record(checkpoints.record(step))
         return config, base, checkpoints.restore_params(step, abstract)
+
+
+def open_params(
+    folder: str | pathlib.Path, step: int | None = None
+) -> tuple[TrainConfig, BaseModel | None, dict]:
+    """Same as `read_checkpoint`, but the parameters are `StoredArray`s, to be read slice by slice."""
+    with open_checkpoint(folder, step) as (config, checkpoints, step):
+        base = BaseModel.from_record(checkpoints.record(step))
+        return config, base, checkpoints.open_params(step, _abstract_params(config, checkpoints, step))
+
+
+def _abstract_params(config: TrainConfig, checkpoints: Checkpoints, step: int) -> dict:
+    """Returns the abstract parameters in a checkpoint: all of the model's, or only the trained ones."""
+    paths = checkpoints.parameter_paths(step)
+    return split_params(abstract_params(config.model), paths.__contains__)[0]
 
 
 def run_base(folder: str | pathlib.Path) -> BaseModel | None:

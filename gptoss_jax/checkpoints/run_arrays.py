@@ -1,0 +1,139 @@
+"""The arrays of an Orbax checkpoint, opened with TensorStore to read slices of them.
+
+Orbax reads whole arrays. Everything that streams a run, such as `gptoss convert`, reads one layer at a time.
+"""
+
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from gptoss_jax.checkpoints.lazy_tensors import DenseTensor, Index, copy_cast, is_finite
+from gptoss_jax.model.parameters import letters_of, path_names
+
+# Maximum length of other libraries' error messages; TensorStore's have many hundreds of characters.
+MAX_MESSAGE = 200
+
+
+def save_args(params: Any) -> Any:
+    """Returns Orbax's arguments to store each layer, and each expert of a layer, as a chunk of its own.
+
+    A chunk is the least that can be read. By default, it is a device's whole shard of the stacked layers.
+    """
+
+    def of_leaf(path, leaf):
+        letters = letters_of(path) or ""
+        is_stacked = leaf.ndim > len(letters) > 0
+        axes = (0, 1) if is_stacked and letters[0] == "E" else (0,) if is_stacked else ()
+        return ocp.SaveArgs(shard_axes=axes)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array of a checkpoint, on disk.
+
+    Args:
+      store: where it is read from.
+      dtype: the model's dtype of the parameter, which values are converted to when read.
+      where: the checkpoint, for error messages.
+    """
+
+    store: tensorstore.TensorStore
+    dtype: np.dtype
+    where: str
+
+    def read(self, index: tuple[int | slice, ...]) -> np.ndarray:
+        """Reads a slice. Raises ValueError if the file is damaged."""
+        try:
+            return self.store[index].read().result()
+        except ValueError as error:
+            raise ValueError(f"{self.where}: cannot be read (params: {root_message(error)})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One layer of an array of a checkpoint, or the whole array (`layer` is None)."""
+
+    name: str
+    source: StoredArray
+    layer: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.source.store.shape[0 if self.layer is None else 1 :])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read_into(self, out: np.ndarray, index: Index) -> bool:
+        """See `LazyTensor`."""
+        copy_cast(out, self.source.read(index if self.layer is None else (self.layer, *index)))
+        return out.dtype == np.uint8 or is_finite(out)
+
+    def in_memory(self) -> DenseTensor:
+        """Reads the whole tensor."""
+        out = np.empty(self.shape, self.dtype)
+        self.read_into(out, tuple(slice(0, size) for size in self.shape))
+        return DenseTensor(self.name, out)
+
+
+def open_arrays(folder: pathlib.Path, abstract: dict) -> dict:
+    """Opens the arrays of a checkpoint's item that `abstract` names, as `StoredArray`s.
+
+    Raises ValueError if one is missing, damaged or of another shape.
+    """
+    # The cache holds the largest chunk, so that one that is read in several slices is decoded once. With exactly
+    # its size, it would hold nothing.
+    stores = _open(folder, abstract, tensorstore.Context())
+    largest = max(
+        math.prod(store.chunk_layout.read_chunk.shape) * store.dtype.numpy_dtype.itemsize
+        for store in jax.tree.leaves(stores)
+    )
+    stores = _open(
+        folder, abstract, tensorstore.Context({"cache_pool": {"total_bytes_limit": largest + largest // 8}})
+    )
+    return jax.tree.map(
+        lambda leaf, store: StoredArray(store, np.dtype(leaf.dtype), str(folder.parent)), abstract, stores
+    )
+
+
+def _open(folder: pathlib.Path, abstract: dict, context: tensorstore.Context) -> dict:
+    base = {"driver": "file", "path": f"{folder}/"}
+
+    def begin(path, leaf):
+        key = ".".join(path_names(path))
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
+        return key, leaf, tensorstore.open(spec, read=True, open=True, context=context)
+
+    def finish(begun):
+        key, leaf, future = begun
+        try:
+            store = future.result()
+        except ValueError as error:
+            raise ValueError(f"params: {root_message(error)}") from error
+        if tuple(store.shape) != leaf.shape:
+            raise ValueError(f"params: {key} has shape {list(store.shape)}, not {list(leaf.shape)}")
+        return store
+
+    begun = jax.tree_util.tree_map_with_path(begin, abstract)
+    return jax.tree.map(finish, begun, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def root_message(error: BaseException) -> str:
+    """Returns the first line of the root cause of an error, or its type if it has no message."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    # The text of a KeyError is the repr of its message.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = str(text).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= MAX_MESSAGE else lines[0][:MAX_MESSAGE] + "…"
