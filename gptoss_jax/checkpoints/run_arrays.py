@@ -90,7 +90,7 @@ def open_arrays(folder: pathlib.Path, abstract: dict) -> dict:
 
     Raises ValueError if one is missing, damaged or of another shape.
     """
-    # The cache holds the largest chunk, so that one that is read in several slices is decoded once. With exactly
+    # The cache holds the largest chunk, so that one read in several slices is decoded once. Of exactly
     # its size, it would hold nothing.
     stores = _open(folder, abstract, tensorstore.Context())
     largest = max(
