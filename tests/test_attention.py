@@ -269,6 +269,36 @@ def test_implementations_match_the_reference(name, window, sink_tokens):
             assert np.abs(p).max() > 0.1, array
 
 
+@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(5), AttentionSpec(70, 2)], ids=str)
+def test_blocks_of_queries_at_an_offset_see_all_keys_before_them(spec):
+    *qkv, d_out = *heads(T, seed=5), jnp.asarray(np.random.default_rng(6).standard_normal((B, T, N, H)))
+    lengths = [(40, 24, 80, 6), (3, 100, 47, 0)]
+    segments = jnp.array([np.repeat([1, 2, 3, 0], row) for row in lengths])
+    positions = jnp.array([np.concatenate([np.arange(n) for n in row]) for row in lengths])
+    mask = attention_mask(segments, positions, spec)
+
+    @jax.jit
+    def results(first, q, d_out):
+        def attend(q, k, v, sinks):
+            where = segments, positions, spec
+            return blockwise_attention(q, k, v, *where, sinks_N=sinks, offset=first, block=40)
+
+        out, vjp = jax.vjp(attend, q, *qkv[1:], SINKS)
+        return out, *vjp(d_out.astype(out.dtype))
+
+    for first in (0, 37, 98):
+        queries = slice(first, first + 52)
+
+        def plain(q, k, v, sinks, queries=queries):
+            return reference_attention(q, k, v, mask[:, queries], sinks_N=sinks)
+
+        out, vjp = jax.vjp(plain, qkv[0][:, queries], *qkv[1:], SINKS)
+        expected = out, *vjp(d_out[:, queries].astype(out.dtype))
+        found = results(first, qkv[0][:, queries], d_out[:, queries])
+        for array, p, f in zip(("out", "dq", "dk", "dv", "ds"), expected, found, strict=True):
+            np.testing.assert_allclose(f, p, rtol=0, atol=1e-5 * np.abs(p).max(), err_msg=array)
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_other_documents_are_not_attended_to(name):
     q, k, v = heads(T, seed=7)

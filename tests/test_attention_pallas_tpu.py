@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.tpu_compiler import needs_libtpu, on_tpus
 
+from gptoss_jax.kernels.attention import pallas_tpu
 from gptoss_jax.kernels.attention.pallas_tpu import _block_size, splash_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
 
@@ -66,6 +67,36 @@ def test_several_blocks():
     # With a window, two blocks of 384; without, one block of 640. Padding is 20 and 40 rows.
     check(130, packed((600, 148, 0)))
     check(None, packed((300, 300, 0)))
+
+
+@pytest.mark.parametrize("window", [None, 130])
+@pytest.mark.parametrize("is_traced", [False, True])
+@pytest.mark.parametrize(("first", "end"), [(0, 200), (150, 350), (580, 830)])
+def test_queries_at_an_offset_see_all_keys_before_them(monkeypatch, window, is_traced, first, end):
+    # Blocks of 128 to 256 tokens. Documents span the first query or the last; some keys come after it.
+    monkeypatch.setattr(pallas_tpu, "WINDOW_BLOCK", 128)
+    monkeypatch.setattr(pallas_tpu, "FLOAT32_BLOCK", 256)
+    segments, positions = packed((100, 500, 230, 30))
+    q, k, v, d_out = heads(1, 860, 6)
+    q, d_out = q[:, first:end], d_out[:, first:end]
+    spec = AttentionSpec(window)
+    mask = attention_mask(segments, positions, spec)[:, first:end]
+
+    @jax.jit
+    def results(offset, sinks):
+        def attend(q, k, v, sinks):
+            place = offset if is_traced else first
+            where = (segments, positions, spec)
+            return splash_attention(q, k, v, *where, sinks_N=sinks, offset=place, interpret=True)
+
+        out, vjp = jax.vjp(attend, q, k, v, sinks)
+        return out, *vjp(d_out)
+
+    out, vjp = jax.vjp(lambda *x: reference_attention(*x[:3], mask, sinks_N=x[3]), q, k, v, SINKS)
+    plain = out, *vjp(d_out)
+    for name, f, p in zip(("out", "dq", "dk", "dv", "ds"), results(first, SINKS), plain, strict=True):
+        np.testing.assert_allclose(f, p, rtol=1e-5, atol=1e-5 * np.abs(p).max(), err_msg=name)
+        assert np.abs(p).max() > 0.1, name
 
 
 def test_a_window_of_w_keys_includes_the_query():

@@ -62,6 +62,35 @@ def test_kernels_match_the_reference(window, sink_tokens):
         assert np.abs(f - p).max() < 1e-5 * np.abs(p).max(), name
 
 
+@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(5), AttentionSpec(70, 2)], ids=str)
+def test_queries_at_an_offset_see_all_keys_before_them(spec):
+    *inputs, d_out = heads(seed=8)
+    segments, positions = packed()
+    mask = attention_mask(segments, positions, spec)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(size, first, q, k, v, d_out):
+        def attend(q, k, v, sinks):
+            settings = {"interpret": True, "blocks": SMALL, "offset": first}
+            return triton_attention(q, k, v, segments, positions, spec, sinks_N=sinks, **settings)
+
+        q, d_out = (jax.lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (q, d_out))
+        out, vjp = jax.vjp(attend, q, k, v, SINKS)
+        return out, *vjp(d_out)
+
+    # Queries whose number is no multiple of a block, and keys after them.
+    for first in (0, 37, 98):
+        queries = slice(first, first + 52)
+
+        def plain(q, k, v, sinks, queries=queries):
+            return reference_attention(q, k, v, mask[:, queries], sinks_N=sinks)
+
+        out, vjp = jax.vjp(plain, inputs[0][:, queries], *inputs[1:], SINKS)
+        expected = out, *vjp(d_out[:, queries])
+        for name, f, p in zip(NAMES, results(52, first, *inputs, d_out), expected, strict=True):
+            assert np.abs(f - p).max() < 1e-5 * np.abs(p).max(), name
+
+
 @pytest.mark.parametrize("window, sink_tokens", [(None, 0), (5, 2)])
 def test_without_learned_sinks(window, sink_tokens):
     *inputs, d_out = heads(seed=2)

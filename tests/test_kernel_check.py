@@ -82,7 +82,8 @@ def test_the_kernels_of_accelerators(backend):
     """All are listed; one of each is run here, since every kernel has tests of its own."""
     cases = {(c.kernel, c.variant, c.dtype): c for c in check.cases(backend, interpret=True)}
     variants = ("few rows", "many rows") if backend == "gpu" else ("",)
-    one_type = [("attention", "full"), ("attention", "sliding"), ("grouped_matmul", "")]
+    one_type = [("attention", name) for name in ("full", "sliding", "full at an offset")]
+    one_type += [("grouped_matmul", "")]
     one_type += [("mxfp4_matmul", variant) for variant in variants]
     assert list(cases) == [(*case, dtype) for dtype in ("bfloat16", "float32") for case in one_type]
     run = [("attention", "sliding", "bfloat16"), ("grouped_matmul", "", "bfloat16")]

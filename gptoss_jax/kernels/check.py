@@ -168,15 +168,16 @@ def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case
         qkv = _normal(0, dtype, (B, T, N, H), (B, T, K, H), (B, T, K, H))
         return *qkv, *_normal(1, "float32", (N,)), segment_ids_BT, positions_BT
 
-    for variant, spec in (("full", AttentionSpec()), ("sliding", AttentionSpec(77))):
+    # With an offset that is not a Python integer, as in context parallelism, the grid is that of any offset.
+    for variant, window, offset in (("full", None, 0), ("sliding", 77, 0), ("full at an offset", None, 70)):
+        spec, start = AttentionSpec(window), np.int32(offset) if offset else 0
 
-        def run(q, k, v, sinks, *where, spec=spec):
-            segment_ids_BT, positions_BT = where
-            return attention(q, k, v, segment_ids_BT, positions_BT, spec, sinks_N=sinks, interpret=interpret)
+        def run(q, k, v, sinks, *where, spec=spec, start=start):
+            settings = {"sinks_N": sinks, "offset": start, "interpret": interpret}
+            return attention(q[:, start:], k, v, *where, spec, **settings)
 
-        def plain(q, k, v, sinks, *where, spec=spec):
-            segment_ids_BT, positions_BT = where
-            return blockwise_attention(q, k, v, segment_ids_BT, positions_BT, spec, sinks_N=sinks)
+        def plain(q, k, v, sinks, *where, spec=spec, start=start):
+            return blockwise_attention(q[:, start:], k, v, *where, spec, sinks_N=sinks, offset=start)
 
         yield Case("attention", variant, dtype, arrays, run, plain, num_differentiable=4)
 

@@ -14,18 +14,19 @@ SHORT, CHUNK = 512, 64
 
 def attention(
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-    positions_BT: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids_BS: jax.Array,
+    positions_BS: jax.Array,
     spec: AttentionSpec,
     *,
     sinks_N: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
+    offset: int | jax.Array | None = None,
 ) -> jax.Array:
     """Computes attention with the mask of `attention_mask`; differentiable in q, k, v and the sinks.
 
-    Never materializes a [T, T] array; a sliding-window layer costs O(T * W). The implementations are
+    Never materializes a [T, S] array; a sliding-window layer costs O(T * W). The implementations are
     equivalent:
 
     - TPU: splash attention. GPU: our Triton kernel, for head sizes up to 128 and at least the shared memory
@@ -33,30 +34,35 @@ def attention(
     - Otherwise: blockwise attention in plain XLA; on CPU, query-chunked attention for short rows.
 
     Args:
-      q_BTNH, k_BTKH, v_BTKH: query head n uses key/value head n // G.
-      segment_ids_BT: documents count from 1, padding is 0. A segment must be contiguous in its row.
-      positions_BT: must increase by one within a segment, and may start at any value.
+      q_BTNH, k_BSKH, v_BSKH: query head n uses key/value head n // G. The queries are tokens `offset`,
+        `offset` + 1, … of the S tokens that have keys; by default, all of them.
+      segment_ids_BS: documents count from 1, padding is 0; a negative id is for keys that no query sees. A
+        segment must be contiguous in its row.
+      positions_BS: must increase by one within a segment, and may start at any value.
       sinks_N: an additional logit in each head's softmax, without a value.
       dropout_key: enables dropout of the attention weights.
+      offset: an int32 scalar, at most S - T; may be traced.
 
     Returns [B, T, N, H] in the dtype of `q_BTNH`. Raises AssertionError if shapes do not match.
     """
-    inputs = q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, positions_BT
-    sizes = assert_shapes("BTNH BTKH BTKH BT BT N", *inputs, sinks_N)
+    inputs = q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, positions_BS
+    letters = "BTNH BTKH BTKH BT BT N" if offset is None else "BTNH BSKH BSKH BS BS N"
+    sizes = assert_shapes(letters, *inputs, sinks_N)
+    start = 0 if offset is None else offset
     dropout_key = dropout_key if spec.dropout > 0 else None
     # Imported lazily: Pallas backends are slow to import.
     if dropout_key is None and selection.is_enabled("attention"):
         if backend.platform() == "gpu" and fits_triton(sizes.H):
             from gptoss_jax.kernels.attention.pallas_triton import triton_attention
 
-            return triton_attention(*inputs, spec, sinks_N=sinks_N)
+            return triton_attention(*inputs, spec, sinks_N=sinks_N, offset=start)
         if backend.platform() == "tpu" and spec.sink_tokens == 0:
             from gptoss_jax.kernels.attention.pallas_tpu import splash_attention
 
-            return splash_attention(*inputs, spec, sinks_N=sinks_N)
-    is_short = backend.platform() == "cpu" and sizes.T <= SHORT
-    plain = query_chunked_attention if is_short else blockwise_attention
-    return plain(*inputs, spec, sinks_N=sinks_N, dropout_key=dropout_key)
+            return splash_attention(*inputs, spec, sinks_N=sinks_N, offset=start)
+    if backend.platform() == "cpu" and sizes.T <= SHORT and offset is None:
+        return query_chunked_attention(*inputs, spec, sinks_N=sinks_N, dropout_key=dropout_key)
+    return blockwise_attention(*inputs, spec, sinks_N=sinks_N, dropout_key=dropout_key, offset=start)
 
 
 def fits_triton(head_size: int) -> bool:

@@ -42,6 +42,7 @@ class _Inputs(NamedTuple):
     segment_ids_BT: jax.Array
     positions_BT: jax.Array
     starts_BT: jax.Array  # the index at which each token's segment starts
+    offset: jax.Array  # the index of the first query among the keys, int32
     sinks_N: jax.Array | None
     dropout_key: jax.Array | None
 
@@ -61,14 +62,15 @@ class _KeyBlock(NamedTuple):
 
 def blockwise_attention(
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-    positions_BT: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids_BS: jax.Array,
+    positions_BS: jax.Array,
     spec: AttentionSpec,
     *,
     sinks_N: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
+    offset: int | jax.Array = 0,
     block: int | None = None,
 ) -> jax.Array:
     """Computes attention in plain XLA, one block of queries and keys at a time. The arguments are those of
@@ -77,23 +79,27 @@ def blockwise_attention(
     For each block of queries, key blocks that none of them can see are skipped: those after the block, before
     its window, and before the first query's segment. A sliding-window layer thus costs O(T * W).
     """
-    (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
+    (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     if block is None:
         block = WINDOW_BLOCK if spec.window is not None and backend.platform() == "cpu" else BLOCK
     blocks = -(-T // block)
     C = -(-T // blocks)
+    # Blocks of keys start at multiples of C, and the last block of queries must end before the last one.
+    padding_T = blocks * C - T
+    padding_S = -(-(S + padding_T) // C) * C - S
 
-    def pad(x, value=0):
-        widths = (0, 0), (0, blocks * C - T), *[(0, 0)] * (x.ndim - 2)
+    def pad(x, padding, value=0):
+        widths = (0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, widths, constant_values=value)
 
     # Padding that fills the last block is a separate segment.
-    segment_ids_BT = pad(segment_ids_BT, -1)
+    segment_ids_BS = pad(segment_ids_BS, padding_S, -1)
     group = jax.vmap(functools.partial(group_heads, K=K), in_axes=1, out_axes=2)
-    q = group(pad(q_BTNH).reshape(B, blocks, C, N, H))
-    k_BKTH, v_BKTH = (pad(x).transpose(0, 2, 1, 3) for x in (k_BTKH, v_BTKH))
-    tokens = segment_ids_BT, pad(positions_BT), segment_starts(segment_ids_BT)
-    out = _attention(spec, C, _Inputs(q, k_BKTH, v_BKTH, *tokens, sinks_N, dropout_key))
+    q = group(pad(q_BTNH, padding_T).reshape(B, blocks, C, N, H))
+    k_BKSH, v_BKSH = (pad(x, padding_S).transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
+    tokens = segment_ids_BS, pad(positions_BS, padding_S), segment_starts(segment_ids_BS)
+    inputs = _Inputs(q, k_BKSH, v_BKSH, *tokens, jnp.asarray(offset, jnp.int32), sinks_N, dropout_key)
+    out = _attention(spec, C, inputs)
     ungroup = jax.vmap(functools.partial(ungroup_heads, T=C), in_axes=2, out_axes=1)
     return ungroup(out).reshape(B, blocks * C, N, H)[:, :T]
 
@@ -190,7 +196,7 @@ def _backward(spec: AttentionSpec, C: int, residuals: _Residuals, d_out: jax.Arr
         d_sinks_N = -d_sinks.reshape(-1).astype(x.sinks_N.dtype)
     dk_BKTH, dv_BKTH = dk_BKTH.astype(x.k_BKTH.dtype), dv_BKTH.astype(x.v_BKTH.dtype)
     none: Any = None  # integers have no gradient
-    return (_Inputs(dq, dk_BKTH, dv_BKTH, none, none, none, d_sinks_N, None),)
+    return (_Inputs(dq, dk_BKTH, dv_BKTH, none, none, none, none, d_sinks_N, None),)
 
 
 _attention.defvjp(_forward, _backward)
@@ -206,15 +212,17 @@ def _over_keys(
 ) -> State:
     """Folds `step(keys, state)` over the key blocks that queries of block i may see."""
     T = x.positions_BT.shape[1]
+    first_query = x.offset + i * C
 
     def read(array, block, axis):
         return lax.dynamic_slice_in_dim(array, block * C, C, axis)
 
-    queries = read(x.segment_ids_BT, i, 1), read(x.positions_BT, i, 1)
+    tokens = x.segment_ids_BT, x.positions_BT, x.starts_BT
+    *queries, starts_BC = (lax.dynamic_slice_in_dim(y, first_query, C, axis=1) for y in tokens)
     # Only the first query's segment can start before the block.
-    start_B = read(x.starts_BT, i, 1)[:, 0]
-    earliest_B = start_B if spec.window is None else jnp.maximum(start_B, i * C - spec.window + 1)
-    first_block = jnp.min(earliest_B) // C
+    start_B = starts_BC[:, 0]
+    earliest_B = start_B if spec.window is None else jnp.maximum(start_B, first_query - spec.window + 1)
+    first_block, end_block = jnp.min(earliest_B) // C, (first_query + C - 1) // C + 1
 
     def one_block(j, state):
         def add(total_BKTH, x_BKSH):
@@ -240,7 +248,7 @@ def _over_keys(
         mask_BCS = attention_mask(*queries, spec, *keys) & is_far_BS[:, None]
         k_BKSH, v_BKSH = (y[batch_B1, :, index_BS].swapaxes(1, 2) for y in (x.k_BKTH, x.v_BKTH))
         state = step(_KeyBlock(k_BKSH, v_BKSH, mask_BCS, i * (T // C + 1) + T // C, add_far), state)
-    return lax.fori_loop(first_block, i + 1, one_block, state)
+    return lax.fori_loop(first_block, end_block, one_block, state)
 
 
 def _block_of(x: jax.Array, i: jax.Array) -> jax.Array:

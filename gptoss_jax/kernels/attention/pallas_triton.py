@@ -1,9 +1,9 @@
 """FlashAttention for GPUs, forward and backward, without a [T, T] array: Pallas kernels for Triton.
 
-Letters: B batch, T tokens, N query heads, K key/value heads, G = N / K, H head size. The G query heads of a
-key/value head are processed together: a row is one query of one of these heads, and the R = T * G rows are
-sorted by token, then by head. Keys are thus read once for all G heads, a block of rows spans few tokens and
-reads few keys outside of its window, and the gradient of a key is a single sum over rows.
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K, H head size. The G query
+heads of a key/value head are processed together: a row is one query of one of these heads, and the R = T * G
+rows are sorted by token, then by head. Keys are thus read once for all G heads, a block of rows spans few
+tokens and reads few keys outside of its window, and the gradient of a key is a single sum over rows.
 
 Segments are contiguous and their positions increase, so loop bounds follow from indices in the row: query t
 sees no key after t and none before the start of its segment. Work is half of T^2 in full-attention layers,
@@ -82,7 +82,8 @@ class _Arrays(NamedTuple):
     v: jax.Array
     positions: jax.Array
     starts: jax.Array  # the index at which each token's segment starts
-    lasts: jax.Array  # the index of the last query that may see each token
+    lasts: jax.Array  # the index of the last token that may see each token
+    offset: jax.Array  # [1], the index of the first query among the keys
     sinks: jax.Array
     # Only in the backward pass.
     d_out: Any = None
@@ -91,44 +92,46 @@ class _Arrays(NamedTuple):
 
 
 Residuals = tuple[_Arrays, jax.Array, jax.Array]  # inputs, output, lse
-LETTERS = ("BTKGH", "BTKH", "BTKH", "BT", "BT", "BT", "KG", "BTKGH", "BKR", "BKR")
+LETTERS = ("BTKGH", "BSKH", "BSKH", "BS", "BS", "BS", "1", "KG", "BTKGH", "BKR", "BKR")
 
 
 def triton_attention(
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array,
-    positions_BT: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    segment_ids_BS: jax.Array,
+    positions_BS: jax.Array,
     spec: AttentionSpec,
     *,
     sinks_N: jax.Array | None = None,
+    offset: int | jax.Array = 0,
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> jax.Array:
     """Computes attention with our Triton kernels. The arguments are those of `api.attention`, but positions
-    may increase by more than one between tokens of a segment. Returns [B, T, N, H].
-
-    If they do not increase, as in padding with all positions 0, a query still sees only keys of its own
-    segment, up to its own index.
+    may increase by more than one between tokens of a segment. If they do not increase, as in padding with all
+    positions 0, a query still sees only keys of its own segment, up to its own index. Returns [B, T, N, H].
 
     A length that is not a multiple of the block size, or a head size that is not a power of two of at least
-    16, costs a padded copy. float32 is multiplied in float32, narrower dtypes on tensor cores; sums and
-    softmax are in float32. For tests, `interpret` runs the kernels as plain JAX, and `blocks` overrides
-    `block_sizes`.
+    16, costs a padded copy. float32 is multiplied in float32, narrower dtypes on tensor cores. For tests,
+    `interpret` runs the kernels as plain JAX, and `blocks` overrides `block_sizes`.
     """
     T, N, H = q_BTNH.shape[1:]
     blocks = blocks or block_sizes(q_BTNH.dtype, H)
     static = _Static(spec, H**-0.5, blocks, interpret)
-    pad_T = 0, -T % max(max(block.rows, block.keys) for block in blocks)
-    pad_H = 0, max(16, pl.next_power_of_2(H)) - H
-    q, k, v = (jnp.pad(x, ((0, 0), pad_T, (0, 0), pad_H)) for x in (q_BTNH, k_BTKH, v_BTKH))
-    positions_BT = jnp.pad(positions_BT, ((0, 0), pad_T))
-    # Padding is a separate segment.
-    segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), pad_T), constant_values=-1)
+    largest = max(max(block.rows, block.keys) for block in blocks)
+    pad_T, pad_H = (0, -T % largest), (0, max(16, pl.next_power_of_2(H)) - H)
+    pad_S = 0, pad_T[1] + -(k_BSKH.shape[1] + pad_T[1]) % largest
+    q, k, v = (
+        jnp.pad(x, ((0, 0), pad, (0, 0), pad_H))
+        for x, pad in ((q_BTNH, pad_T), (k_BSKH, pad_S), (v_BSKH, pad_S))
+    )
+    # Padding is a separate segment. Padded queries have keys, too.
+    segment_ids_BS = jnp.pad(segment_ids_BS, ((0, 0), pad_S), constant_values=-1)
     sinks_N = jnp.full(N, MASK_VALUE, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
-    q_BTKGH, sinks_KG = q.reshape(*k.shape[:3], -1, k.shape[3]), sinks_N.reshape(k.shape[2], -1)
-    arrays = _Arrays(q_BTKGH, k, v, positions_BT, *_bounds(segment_ids_BT, spec), sinks_KG)
+    q_BTKGH, sinks_KG = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3]), sinks_N.reshape(k.shape[2], -1)
+    tokens = jnp.pad(positions_BS, ((0, 0), pad_S)), *_bounds(segment_ids_BS, spec)
+    arrays = _Arrays(q_BTKGH, k, v, *tokens, jnp.asarray(offset, jnp.int32)[None], sinks_KG)
     return _attention(static, arrays).reshape(q.shape)[:, :T, :, :H]
 
 
@@ -150,8 +153,7 @@ def _visible(
     spec: AttentionSpec, query: jax.Array, query_position: jax.Array,
     start: jax.Array, key: jax.Array, key_position: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    """Applies the mask rule. The condition on indices is redundant if positions increase as required. If they
-    do not, it excludes pairs that the loops of some kernels skip."""
+    """Applies the mask rule. The first condition matters only if positions do not increase as required."""
     mask = (key <= query) & (key >= start)
     if spec.window is None:
         return mask
@@ -186,7 +188,8 @@ def _over_keys(
     """
     spec, G = static.spec, refs.q.shape[1]
     query, head, _ = _rows(block, size.rows, G)
-    q, start, position = refs.q[query, head], refs.starts[query], refs.positions[query]
+    q, query = refs.q[query, head], query + refs.offset[0]
+    start, position = refs.starts[query], refs.positions[query]
 
     def one_block(j, carry):
         keys = pl.ds(j * size.keys, size.keys)
@@ -197,7 +200,7 @@ def _over_keys(
         )  # fmt: skip
         return step(keys, jnp.where(mask, scores, MASK_VALUE), carry)
 
-    first, last = lax.div(block * size.rows, G), lax.div(block * size.rows + size.rows - 1, G)
+    first, last = (refs.offset[0] + lax.div(block * size.rows + i, G) for i in (0, size.rows - 1))
     near = segment_start = refs.starts[first]
     if spec.window is not None:
         near = jnp.maximum(segment_start, first - spec.window + 1)
@@ -251,7 +254,7 @@ def _d_queries_kernel(static: _Static, refs: _Arrays, dq_ref: jax.Ref) -> None:
 
 
 def _d_keys_kernel(static: _Static, refs: _Arrays, dk_ref: jax.Ref, dv_ref: jax.Ref) -> None:
-    G, H = refs.q.shape[1:]
+    (T, G, H), offset = refs.q.shape, refs.offset[0]
     size, block = static.blocks.d_keys, pl.program_id(0)
     keys = pl.ds(block * size.keys, size.keys)
     k, v, key, position = refs.k[keys], refs.v[keys], _span(block, size.keys), refs.positions[keys]
@@ -260,7 +263,7 @@ def _d_keys_kernel(static: _Static, refs: _Arrays, dk_ref: jax.Ref, dv_ref: jax.
         # Transposed scores, [keys, rows], so that the left operands of the matmuls need no transpose.
         dk, dv = carry
         query, head, rows = _rows(i, size.rows, G)
-        q, d_out = refs.q[query, head], refs.d_out[query, head]
+        q, d_out, query = refs.q[query, head], refs.d_out[query, head], query + offset
         scores = _dot(k, q, 1, 1) * (static.scale * LOG2_E)
         mask = _visible(
             static.spec, query[None], refs.positions[query][None], refs.starts[query][None],
@@ -271,9 +274,10 @@ def _d_keys_kernel(static: _Static, refs: _Arrays, dk_ref: jax.Ref, dv_ref: jax.
         d_scores = weights * (_dot(v, d_out, 1, 1) - refs.delta[rows][None])
         return dk + _dot(d_scores.astype(q.dtype), q, 1, 0), dv
 
-    first, last = block * size.keys * G, jnp.max(refs.lasts[keys]) * G + G - 1
+    first = lax.div(jnp.maximum(block * size.keys - offset, 0) * G, size.rows)
+    end_row = jnp.clip(jnp.max(refs.lasts[keys]) - offset + 1, 0, T) * G
     zeros = jnp.zeros((size.keys, H), jnp.float32)
-    dk, dv = lax.fori_loop(lax.div(first, size.rows), lax.div(last, size.rows) + 1, step, (zeros, zeros))
+    dk, dv = lax.fori_loop(first, lax.div(end_row + size.rows - 1, size.rows), step, (zeros, zeros))
     dk_ref[keys] = (dk * static.scale).astype(dk_ref.dtype)
     dv_ref[keys] = dv.astype(dv_ref.dtype)
 
@@ -334,12 +338,13 @@ def _backward(static: _Static, residuals: Residuals, d_out_BTKGH: jax.Array) -> 
     arrays = arrays._replace(d_out=d_out_BTKGH, lse=lse_BKR, delta=delta_BKR)
     block, outputs = static.blocks.d_queries, [("BTKGH", arrays.q)]
     (dq_BTKGH,) = _call(static, _d_queries_kernel, block, T * G // block.rows, arrays, outputs)
-    block, outputs = static.blocks.d_keys, [("BTKH", arrays.k), ("BTKH", arrays.v)]
-    dk_BTKH, dv_BTKH = _call(static, _d_keys_kernel, block, T // block.keys, arrays, outputs)
+    block, outputs = static.blocks.d_keys, [("BSKH", arrays.k), ("BSKH", arrays.v)]
+    num_blocks = arrays.k.shape[1] // block.keys
+    dk_BSKH, dv_BSKH = _call(static, _d_keys_kernel, block, num_blocks, arrays, outputs)
     weights_BKTG = jnp.exp2(arrays.sinks[:, None] * LOG2_E - lse_BKR.reshape(B, K, T, G))
     d_sinks_KG = -jnp.sum(weights_BKTG * delta_BKR.reshape(B, K, T, G), axis=(0, 2))
     none: Any = None  # integers have no gradient
-    return (_Arrays(dq_BTKGH, dk_BTKH, dv_BTKH, none, none, none, d_sinks_KG),)
+    return (_Arrays(dq_BTKGH, dk_BSKH, dv_BSKH, none, none, none, none, d_sinks_KG),)
 
 
 _attention.defvjp(_forward, _backward)
