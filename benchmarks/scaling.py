@@ -1,7 +1,7 @@
 """Slices and nodes that training fits on: python benchmarks/scaling.py [--only TEXT ...] [--table].
 
-For each line of PLANS and FINETUNING: the estimate from shapes and, for a TPU slice, the real train step
-compiled by libtpu (minutes to an hour each, and several GB of memory). Each result is written to
+For each line of PLANS, LONG and FINETUNING: the estimate from shapes and, for a TPU slice, the real train
+step compiled by libtpu (minutes to an hour each, and several GB of memory). Each result is written to
 results/scaling.json at once; results that are there are not repeated, except with --again. Prints the tables
 of docs/distributed.md and docs/fine-tuning.md.
 """
@@ -41,6 +41,11 @@ PLANS = (
     ("gpt_oss_120b", "8x8xH200", "expert=64", 64),
     ("gpt_oss_120b", "8x8xH200", "fsdp=8,expert=8", 64),
 )
+# Long sequences: preset, slice, mesh, sequences per step, tokens in each.
+LONG = (
+    ("gpt_oss_20b", "v5p:4x4x4", "fsdp=2,context=2,expert=16", 32, 32768),
+    ("gpt_oss_20b", "v5p:4x4x4", "fsdp=2,context=8,expert=4", 8, 131072),
+)
 # Preset, slice or GPUs, mesh, flags of train.py: one row at a time for each device that splits the batch.
 LARGE = "--model.num-hidden-layers 36 --model.num-local-experts 128"
 FINETUNING = (
@@ -69,9 +74,14 @@ FINETUNING = (
 
 
 def key(row: dict) -> tuple:
-    return tuple(
+    plan = tuple(
         row[name] for name in ("preset", "devices", "mesh", "flags" if "flags" in row else "batch_size")
     )
+    return (*plan, row["seq_len"]) if is_long(row) else plan
+
+
+def is_long(row: dict) -> bool:
+    return "context=" in row["mesh"]
 
 
 def read() -> list[dict]:
@@ -81,7 +91,7 @@ def read() -> list[dict]:
 def keep(row: dict) -> None:
     """Writes a row to the file, replacing an older one of the same plan."""
     rows = [other for other in read() if key(other) != key(row)] + [row]
-    order = {plan: i for i, plan in enumerate(PLANS + FINETUNING)}
+    order = {plan: i for i, plan in enumerate(PLANS + LONG + FINETUNING)}
     rows.sort(key=lambda other: order.get(key(other), len(order)))
     RESULTS.parent.mkdir(exist_ok=True)
     temporary = RESULTS.with_suffix(".tmp")
@@ -89,13 +99,21 @@ def keep(row: dict) -> None:
     os.replace(temporary, RESULTS)
 
 
-def measure(preset: str, devices: str, mesh: str, change: int | str, compiled: bool = True) -> dict:
+def measure(
+    preset: str,
+    devices: str,
+    mesh: str,
+    change: int | str,
+    seq_len: int | None = None,
+    compiled: bool = True,
+) -> dict:
     from gptoss_jax.config.preset import read_preset
     from gptoss_jax.hardware import parse_topology
     from gptoss_jax.planning.plan import make_plan
 
     is_finetuning = isinstance(change, str)
     flags = change.split() if is_finetuning else ["--data.batch-size", str(change)]
+    flags += [] if seq_len is None else ["--data.seq-len", str(seq_len)]
     folder = HERE.parent / "configs" / ("finetune" if is_finetuning else "")
     config = read_preset(folder / f"{preset}.py", flags)
     row = {"preset": preset, "devices": devices, "mesh": mesh, "batch_size": config.data.batch_size}
@@ -119,17 +137,22 @@ def measure(preset: str, devices: str, mesh: str, change: int | str, compiled: b
     return row | {"compiled": values["compiled"][0] if values["compiled"] else None}
 
 
-def table(rows: list[dict]) -> str:
-    """Returns the table, in GB of one device. Compiled: the peak, or the need of a step that is too large."""
+def table(rows: list[dict], batch: str = "rows") -> str:
+    """Returns the table, in GB of one device. Compiled: the peak, or the need of a step that is too large.
+
+    `batch` heads the columns of the batch size and, if it has two, the sequence length.
+    """
+    has_length = "|" in batch
     lines = [
-        "| model | devices | mesh | rows | HBM (GB) | estimated | compiled | fits | compute + network |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+        f"| model | devices | mesh | {batch} | HBM (GB) | estimated | compiled | fits | compute + network |",
+        f"| --- | --- | --- | ---:{' | ---:' * has_length} | ---: | ---: | ---: | --- | ---: |",
     ]
     for row in rows:
         guess, (fits, size, capacity) = row["estimate"], figures(row)
+        length = f" {row['seq_len']:,} |" * has_length
         lines.append(
             f"| {row['preset'].removeprefix('gpt_oss_')} | {row['count']} ({row['devices']}) "
-            f"| `{row['mesh']}` | {row['batch_size']} | {capacity / 1e9:,.1f} "
+            f"| `{row['mesh']}` | {row['batch_size']} |{length} {capacity / 1e9:,.1f} "
             f"| {guess['memory']['total'] / 1e9:,.1f} | {size} | {'yes' if fits else 'no'} "
             f"| {guess['compute_seconds']:,.2f} + {guess['communication_seconds']:,.2f} s |"
         )
@@ -181,13 +204,15 @@ def main() -> None:
     done = set() if options.again else {key(row) for row in read()}
     for row in read() if options.estimates else ():
         keep(row | {"estimate": measure(*key(row), compiled=False)["estimate"]})
-    for plan in () if options.table or options.estimates else PLANS + FINETUNING:
+    for plan in () if options.table or options.estimates else PLANS + LONG + FINETUNING:
         line = " ".join(map(str, plan))
         if plan in done or not all(word in line for word in options.only):
             continue
         print(line, flush=True)
         keep(measure(*plan))
-    print(table([row for row in read() if "flags" not in row]), end="\n\n")
+    plans = [row for row in read() if "flags" not in row]
+    print(table([row for row in plans if not is_long(row)]), end="\n\n")
+    print(table([row for row in plans if is_long(row)], "sequences | tokens"), end="\n\n")
     print(finetuning_table([row for row in read() if "flags" in row]))
 
 

@@ -33,7 +33,7 @@ def test_use_mesh():
     with use_mesh(None) as mesh:
         assert mesh is None and not jax.sharding.get_abstract_mesh().shape
     with use_mesh("tensor=2, expert=3") as mesh:
-        assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "expert": 3, "tensor": 2}
+        assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "expert": 3, "tensor": 2}
         assert list(mesh.devices.flat) == jax.devices()[:6]
         assert dict(jax.sharding.get_abstract_mesh().shape) == dict(mesh.shape)
     with use_mesh("tensor=2,data=-1") as mesh:
@@ -44,7 +44,7 @@ def test_use_mesh():
     ("mesh", "message"),
     [
         ("tensor=16", "mesh is 'tensor=16': needs 16 devices, and this machine has 8 JAX devices"),
-        ("tensr=2", "mesh is 'tensr=2': did you mean tensor? axes are data, fsdp, expert, tensor"),
+        ("tensr=2", "mesh is 'tensr=2': did you mean tensor? axes are data, fsdp, context, expert, tensor"),
         ("expert=4", "mesh.expert is 4: must divide model.num_local_experts (6); valid sizes: 1, 2"),
     ],
 )

@@ -338,7 +338,7 @@ def test_experts_are_not_gathered_over_the_expert_axis(mesh):
     ("mesh", "allowed"),
     [
         (MeshConfig(data=3), "data 3 x fsdp 1 .* multiply to 8, the number of devices; valid sizes: data 8"),
-        (MeshConfig(data=2, expert=2), r"valid sizes: data 4 or fsdp 2 or expert 4 or tensor 2"),
+        (MeshConfig(data=2, expert=2), r"valid sizes: data 4 or fsdp 2 or context 2 or expert 4 or tensor 2"),
         (MeshConfig(data=-1, tensor=3), r"valid sizes: tensor 1, 2, 4, 8"),
         (MeshConfig(data=3, tensor=3), r"valid sizes: 1, 2, 4, 8 for each axis"),
     ],

@@ -47,7 +47,7 @@ SMALL = TrainConfig(
 
 
 def mesh_of(*sizes: int) -> dict[str, int]:
-    return dict(zip(AXES, sizes, strict=True))
+    return dict.fromkeys(AXES, 1) | dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True))
 
 
 def with_model(**changes) -> TrainConfig:
@@ -59,7 +59,7 @@ def with_model(**changes) -> TrainConfig:
 )
 def test_state_bytes_match_a_real_state(sizes, optimizer):
     config = dataclasses.replace(SMALL, optim=OptimConfig(name=optimizer))
-    state = create_state(config, make_mesh(MeshConfig(*sizes)))
+    state = create_state(config, make_mesh(MeshConfig(**mesh_of(*sizes))))
 
     def on_one_device(tree):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
@@ -149,6 +149,9 @@ def test_meshes():
     # Ways to distribute three factors of two over four axes.
     assert len(meshes) == len({tuple(mesh.values()) for mesh in meshes}) == math.comb(6, 3)
     assert {math.prod(mesh.values()) for mesh in meshes} == {8}
+    assert {mesh["context"] for mesh in meshes} == {1}
+    meshes = list(all_meshes(8, context=(1, 2, 4, 8)))
+    assert len({tuple(mesh.values()) for mesh in meshes}) == math.comb(7, 3)
     for text, words in (
         ("fdsp=8", "did you mean fsdp"),
         ("fsdp", "axis=number"),

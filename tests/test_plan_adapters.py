@@ -59,8 +59,12 @@ def with_model(**changes) -> TrainConfig:
     return dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes))
 
 
+def mesh_of(*sizes: int) -> dict[str, int]:
+    return dict.fromkeys(AXES, 1) | dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True))
+
+
 def on(config: TrainConfig, *sizes: int) -> Estimate:
-    return estimate(config, CHIPS["v5p"], dict(zip(AXES, sizes, strict=True)))
+    return estimate(config, CHIPS["v5p"], mesh_of(*sizes))
 
 
 def test_memory_of_adapters_and_frozen_weights():
@@ -118,7 +122,7 @@ def test_collectives_of_adapters():
 def test_arguments_of_a_compiled_step():
     # One kind of layer, and no second forward pass to compile.
     config, sizes = with_model(layer_types=(SLIDING,) * 2, remat="none"), (1, 2, 2, 2)
-    mesh = make_mesh(MeshConfig(*sizes))
+    mesh = make_mesh(MeshConfig(**mesh_of(*sizes)))
     batch = abstract_batch(16, 128, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         state = abstract_state(config, mesh, is_adapter)

@@ -18,7 +18,7 @@ from gptoss_jax.inference.engine import Engine
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.parameters import tree_bytes
 from gptoss_jax.model.transformer import bind, init_params
-from gptoss_jax.parallel.mesh import AXES, make_mesh
+from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.planning.inference import Workload, plan_inference
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -61,8 +61,9 @@ def test_bytes_match_real_arrays(experts, sizes):
     config = dataclasses.replace(SMALL, expert_format="mxfp4" if experts == "mxfp4" else "plain")
     config = dataclasses.replace(config, compute_dtype="bfloat16")
     devices = math.prod(sizes)
-    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
-    text = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    axes = dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True))
+    mesh = make_mesh(MeshConfig(**axes), jax.devices()[:devices])
+    text = ",".join(f"{axis}={size}" for axis, size in axes.items())
     memory = memory_of(SMALL, "h100", text, devices, experts, slots=8, context=1000)
     target = load_target(config, mesh, "bfloat16")
     assert memory.weights == sum(

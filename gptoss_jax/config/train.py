@@ -86,6 +86,8 @@ class MeshConfig(ConfigBase):
     data: int = -1  # Data parallelism: each group of devices holds all parameters and a part of the batch
     # Fully sharded data parallelism: parameters are sharded as well, and all-gathered for use.
     fsdp: int = 1
+    # Context parallelism: splits each sequence. data.seq_len must be a multiple of twice its size.
+    context: int = 1
     expert: int = 1  # Expert parallelism: each device holds a part of the experts
     tensor: int = 1  # Tensor parallelism: splits heads, expert width and vocabulary
 

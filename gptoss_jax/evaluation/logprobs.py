@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig
-from gptoss_jax.model.transformer import bind
-from gptoss_jax.parallel.mesh import batch_shards, current_axes
+from gptoss_jax.model.transformer import bind, segment_positions
+from gptoss_jax.parallel.context import map_sequences
+from gptoss_jax.parallel.mesh import current_axes, sequence_shards
 from gptoss_jax.training.losses import chunk_length, split_chunks
 
 # Default number of tokens per batch.
@@ -23,7 +24,7 @@ def batch_rows(length: int) -> int:
 
 def split_rows(rows: int) -> int:
     """Rounds rows up to a number that the current mesh can split."""
-    shards = batch_shards(current_axes())
+    shards = sequence_shards(current_axes())
     return -(-rows // shards) * shards
 
 
@@ -36,9 +37,6 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch) -> tuple[jax
     new batch shape.
     """
     model = bind(config, params)
-    hidden_BTD, _, _ = model.hidden_states(batch["tokens"], batch["segment_ids"])
-    B, T, _ = hidden_BTD.shape
-    chunk = chunk_length(B, T, config.vocab_size)
 
     def one_chunk(inputs):
         hidden_BCD, target_BC = inputs
@@ -47,5 +45,12 @@ def token_logprobs(config: ModelConfig, params: dict, batch: Batch) -> tuple[jax
         logprobs_BC = chosen_BC - jax.nn.logsumexp(logits_BCV, axis=-1)
         return logprobs_BC, jax.lax.argmax(logits_BCV, 2, jnp.int32) == target_BC
 
-    chunks = jax.lax.map(one_chunk, split_chunks((hidden_BTD, batch["targets"]), chunk))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T), chunks)
+    def of_rows(batch):
+        names = ("tokens", "segment_ids", "positions")
+        hidden_BTD, _, _ = model.hidden_states(*(batch[name] for name in names))
+        B, T, _ = hidden_BTD.shape
+        chunk = chunk_length(B, T, config.vocab_size)
+        chunks = jax.lax.map(one_chunk, split_chunks((hidden_BTD, batch["targets"]), chunk))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T), chunks)
+
+    return map_sequences(of_rows, batch | {"positions": segment_positions(batch["segment_ids"])})

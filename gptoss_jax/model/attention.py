@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from gptoss_jax.config import SLIDING, ModelConfig
-from gptoss_jax.kernels.attention.api import AttentionSpec, attention
+from gptoss_jax.kernels.attention.api import AttentionSpec
 from gptoss_jax.kernels.attention.cached import (
     LayerCacheView,
     decode_attention,
@@ -17,6 +17,7 @@ from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import normal, zeros
 from gptoss_jax.model.rope import apply_rope
+from gptoss_jax.parallel.context import context_attention
 from gptoss_jax.parallel.linear import shard_map_heads
 
 
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
         # All implementations of attention follow `kernels/attention/reference.py`, which has the sinks.
         if cache is None:
             y_BTNH = shard_map_heads(
-                lambda q, k, v, sinks, key, ids, positions: attention(
+                lambda q, k, v, sinks, key, ids, positions: context_attention(
                     q, k, v, ids, positions, self.spec, sinks_N=sinks, dropout_key=key
                 ),
                 (q_BTNH, k_BTKH, v_BTKH), sinks_N, dropout_key, segments.ids_BT, segments.positions_BT,

@@ -31,6 +31,7 @@ from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.moe import MoE, RouterStats
 from gptoss_jax.model.parameters import normal, view_layer, view_packed
 from gptoss_jax.model.rope import rope_cos_sin
+from gptoss_jax.parallel.context import context_size, map_sequences
 from gptoss_jax.parallel.linear import LINEAR_OUTPUT, embedding_lookup, sharded_einsum
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
 from gptoss_jax.parallel.rules import HIDDEN_BTD, constrain
@@ -148,8 +149,13 @@ class Transformer(nnx.Module):
           positions_BT: int32, must increase by one within a segment, which kernels rely on. By default,
             starts at 0 in every segment.
         """
-        hidden_BTD, _, _ = self.hidden_states(tokens_BT, segment_ids_BT, positions_BT)
-        return self.logits(hidden_BTD)
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones_like(tokens_BT)
+        if positions_BT is None:
+            positions_BT = segment_positions(segment_ids_BT)
+        return map_sequences(
+            lambda rows: self.logits(self.hidden_states(*rows)[0]), (tokens_BT, segment_ids_BT, positions_BT)
+        )
 
     def head_operands(self, hidden_BTD: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """Returns activations and weights; the logits are the sum of their products.
@@ -187,6 +193,9 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None, RouterStats]:
         """Runs all blocks. Returns the hidden states after the final norm, the cache and router statistics.
 
+        On a mesh with a context axis, the rows must be those of `parallel.context.split_sequences`, with
+        their positions; with a cache, whole sequences.
+
         Args:
           cache: keys and values of earlier tokens. Each row then continues its sequence: padding (segment 0)
             must come after its tokens, and positions are taken from the cache.
@@ -197,7 +206,8 @@ class Transformer(nnx.Module):
           [B, T, D] in the compute dtype, the updated cache, and the router statistics stacked over layers,
           `load` and `probability` [L, E], `z` and `dropped` [L].
 
-        Raises ValueError if the batch axes of the mesh do not divide the batch size.
+        Raises ValueError if the batch axes of the mesh do not divide the batch size, and if positions are
+        missing on a mesh with a context axis.
         """
         config = self.config
         batch, shards = tokens_BT.shape[0], batch_shards(current_axes())
@@ -210,6 +220,9 @@ class Transformer(nnx.Module):
                 raise ValueError("positions cannot be passed together with a cache")
             positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         elif positions_BT is None:
+            require(
+                context_size() == 1, "positions_BT", None, "must be given if mesh.context splits sequences"
+            )
             positions_BT = segment_positions(segment_ids_BT)
         assert_shapes("BT BT BT", tokens_BT, segment_ids_BT, positions_BT)
         counts_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)

@@ -14,8 +14,11 @@ from gptoss_jax.config.base import nearest
 
 # The fields of MeshConfig, in order: devices along the last axis are nearest neighbors.
 AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
-# Axes that split the batch: gradients are summed over them. Devices along the tensor axis have the same rows.
-BATCH = ("data", "fsdp", "expert")
+# Axes that split the sequences of a batch. The context axis splits each of them (`parallel/context.py`).
+SEQUENCES = ("data", "fsdp", "expert")
+# Axes that split the rows of the model's activations, and over which gradients are summed: a row is a
+# sequence or, with a context axis, a part of one. Devices along the tensor axis have the same rows.
+BATCH = ("data", "fsdp", "context", "expert")
 
 
 def divisors(number: int, most: int) -> list[int]:
@@ -129,5 +132,10 @@ def current_axes() -> dict[str, int]:
 
 
 def batch_shards(axes: Mapping[str, int]) -> int:
-    """Returns the number of shards of a batch; 1 without a mesh."""
+    """Returns the number of shards of the rows of activations; 1 without a mesh."""
     return math.prod(axes.get(axis, 1) for axis in BATCH)
+
+
+def sequence_shards(axes: Mapping[str, int]) -> int:
+    """Returns the number of shards of the sequences of a batch; 1 without a mesh."""
+    return math.prod(axes.get(axis, 1) for axis in SEQUENCES)

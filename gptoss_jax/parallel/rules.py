@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptoss_jax.parallel.mesh import BATCH, current_axes, divisors
+from gptoss_jax.parallel.mesh import BATCH, SEQUENCES, current_axes, divisors
 
 # Letter -> the mesh axes that split the dimension in storage. Tensor parallelism splits heads, expert width
 # and vocabulary; expert parallelism splits the experts; FSDP splits the hidden dimension.
@@ -37,9 +37,10 @@ ALSO_OVER_EXPERT = "VD"
 # Dimensions that are split only between pairs: a row of gate and its row of up stay together.
 PAIRED = "U"
 
-# Activations. ROWS are sequences or tokens, split along the first dimension of an array of any rank.
+# Activations. ROWS are sequences (or their parts) or tokens, split along the first dimension of an array of
+# any rank. BATCH_BT is a batch of whole sequences.
 ROWS = P(BATCH)
-BATCH_BT = P(BATCH, None)
+BATCH_BT = P(SEQUENCES, None)
 HIDDEN_BTD = P(BATCH, None, None)
 HEADS_BTNH = P(BATCH, None, "tensor", None)
 CACHE_LBKSH = P(None, BATCH, "tensor", None, None)  # stacked keys or values
@@ -69,6 +70,10 @@ def storage_spec(letters: str, shape: tuple[int, ...], axes: Mapping[str, int], 
             raise ValueError(
                 f"{asked} is {parts}: must divide {size // unit}, {kind} of {name}; valid sizes: {valid}"
             )
+        # A dimension that FSDP splits is also split over the context axis, if the size is divisible.
+        context = axes.get("context", 1)
+        if "fsdp" in split and context > 1 and size // unit % (parts * context) == 0:
+            split, parts = (*split, "context"), parts * context
         if letter == also and size % (parts * axes["expert"]) == 0:
             split += ("expert",)
         entries.append(split)

@@ -10,10 +10,11 @@ import dataclasses
 import math
 from typing import Literal
 
-from gptoss_jax.config import ModelConfig, TrainConfig, require
+from gptoss_jax.config import FULL, ModelConfig, TrainConfig, require
 from gptoss_jax.config.model import EXPERT_TARGETS
 from gptoss_jax.hardware import Chip, adapter_weights, flops_per_token, mean_visible_keys
-from gptoss_jax.parallel.mesh import batch_shards
+from gptoss_jax.parallel.context import check_length
+from gptoss_jax.parallel.mesh import sequence_shards
 from gptoss_jax.planning.shards import Step, step_on
 from gptoss_jax.planning.traffic import CollectiveCost, collective_costs
 from gptoss_jax.training.losses import chunk_length
@@ -94,9 +95,12 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
     Raises ValueError if the mesh cannot shard the model or the batch.
     """
     rows = config.data.batch_size // config.optim.grad_accum_steps
-    allowed = f"the {rows} rows of a microbatch must be a multiple of the {batch_shards(mesh)} devices that"
+    allowed = (
+        f"the {rows} rows of a microbatch must be a multiple of the {sequence_shards(mesh)} devices that"
+    )
     allowed = f"{allowed} mesh.data, mesh.fsdp and mesh.expert make"
-    require(rows % batch_shards(mesh) == 0, "data.batch_size", config.data.batch_size, allowed)
+    check_length(config.data.seq_len, mesh["context"])
+    require(rows % sequence_shards(mesh) == 0, "data.batch_size", config.data.batch_size, allowed)
     step = step_on(config, mesh)
     memory = Memory(
         parameters=step.trained_bytes,
@@ -127,7 +131,8 @@ def saved_activation_bytes(step: Step) -> int:
         dots = step.tokens * (model.hidden_size + heads * model.head_dim // tensor) * step.itemsize
         dots += step.tokens * adapter_ranks(model) * step.itemsize
         return entry + dots + step.tokens * model.num_local_experts * 4
-    return entry + block_bytes(step)
+    full = model.resolved_layer_types.count(FULL) / model.num_hidden_layers
+    return entry + block_bytes(step) + round(full * step.context_bytes)
 
 
 def block_bytes(step: Step) -> int:
@@ -169,19 +174,21 @@ def block_temporaries(step: Step) -> int:
     weights = step.gathered(held) + step.gathered(p for p in blocks if p.is_trained)
     weights = round(weights / step.model.num_hidden_layers)
     recomputed = block_bytes(step) if step.model.remat != "none" else 0
-    return weights + expert_row_bytes(step) + recomputed
+    # Keys and values of whole sequences, and their gradients.
+    return weights + expert_row_bytes(step) + recomputed + 2 * step.context_bytes
 
 
 def loss_temporaries(step: Step) -> int:
     """Returns the bytes in use during the loss: the gathered head in the compute dtype and its float32
     gradient unless it is frozen, and the logits of one chunk, their exponentials and gradient."""
-    model, shards = step.model, batch_shards(step.mesh)
+    model, devices, context = step.model, math.prod(step.mesh.values()), step.mesh["context"]
     name = "embedding" if model.tie_word_embeddings else "head"
     head = [p for p in step.parameters if name in p.names and (p.is_trained or p.gathered_over)]
     trained = (p for p in head if p.is_trained)
     vocabulary = model.vocab_size // step.mesh["tensor"]
-    chunk = chunk_length(step.rows, step.config.data.seq_len, model.vocab_size, shards * step.mesh["tensor"])
-    logits = step.rows // shards * chunk * vocabulary * (4 + 4 + step.itemsize)
+    length = step.config.data.seq_len // context
+    chunk = chunk_length(step.rows * context, length, model.vocab_size, devices)
+    logits = step.sequences * chunk * vocabulary * (4 + 4 + step.itemsize)
     return step.gathered(head) + step.gathered(trained, itemsize=4) + logits
 
 

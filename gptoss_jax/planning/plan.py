@@ -176,18 +176,21 @@ def mesh_name(mesh: dict[str, int], separator: str = ",") -> str:
     return separator.join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
 
 
-def all_meshes(devices: int) -> Iterator[dict[str, int]]:
-    """Yields all mesh shapes for the devices."""
-    for sizes in itertools.product(divisors(devices, devices), repeat=len(AXES) - 1):
-        first, rest = divmod(devices, math.prod(sizes))
+def all_meshes(devices: int, context: Sequence[int] = (1,)) -> Iterator[dict[str, int]]:
+    """Yields all mesh shapes for the devices, with these sizes of the context axis."""
+    sizes = divisors(devices, devices)
+    for fsdp, n, expert, tensor in itertools.product(sizes, context, sizes, sizes):
+        data, rest = divmod(devices, fsdp * n * expert * tensor)
         if rest == 0:
-            yield dict(zip(AXES, (first, *sizes), strict=True))
+            yield dict(zip(AXES, (data, fsdp, n, expert, tensor), strict=True))
 
 
 def _estimate_all(config: TrainConfig, chip: Chip, devices: int) -> list[Estimate]:
     """Returns the estimates of all meshes that can shard model and batch. Raises ValueError if none can."""
     found, refusal = [], None
-    for mesh in all_meshes(devices):
+    # If there is a sequence for each device, FSDP does the same as the context axis and sends less.
+    is_needed = config.data.batch_size // config.optim.grad_accum_steps < devices
+    for mesh in all_meshes(devices, divisors(devices, devices) if is_needed else (1,)):
         try:
             found.append(estimate(config, chip, mesh))
         except ValueError as error:

@@ -13,7 +13,7 @@ from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import Path, letters_of, parameter_shardings, path_names, split_params
 from gptoss_jax.model.transformer import abstract_params
-from gptoss_jax.parallel.mesh import AXES, batch_shards
+from gptoss_jax.parallel.mesh import AXES, sequence_shards
 from gptoss_jax.parallel.rules import compute_spec, spec_axes
 from gptoss_jax.training.state import TrainState, abstract_state
 
@@ -59,7 +59,25 @@ class Step:
     @property
     def tokens(self) -> int:
         """Tokens per microbatch, on one device."""
-        return self.rows // batch_shards(self.mesh) * self.config.data.seq_len
+        return self.sequences * self.config.data.seq_len // self.mesh["context"]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences per microbatch of which one device has tokens, all or some of them."""
+        return self.rows // sequence_shards(self.mesh)
+
+    @property
+    def context_bytes(self) -> int:
+        """Bytes of the keys and values that a full-attention layer gathers on one device, those of whole
+        sequences; 0 without a context axis."""
+        if self.mesh["context"] == 1:
+            return 0
+        return self.sequences * self.config.data.seq_len * self.key_bytes
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the key and value of a token in one layer, on one device."""
+        return 2 * self.model.num_key_value_heads * self.model.head_dim // self.mesh["tensor"] * self.itemsize
 
     @property
     def itemsize(self) -> int:

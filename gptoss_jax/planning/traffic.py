@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from gptoss_jax.config import FULL
 from gptoss_jax.hardware import Chip
 from gptoss_jax.parallel.all_to_all import BUFFER_PERCENT
 from gptoss_jax.parallel.mesh import BATCH
@@ -56,6 +57,21 @@ def transfer_seconds(
     return max(inside, out / chip.network)
 
 
+def _keys_and_values(step: Step) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
+    """Yields what context parallelism sends: keys and values in the forward pass and, with remat, once more;
+    and their gradients."""
+    model, n, axes = step.model, step.mesh["context"], ("context",)
+    passes = 1 if model.remat == "none" else 2
+    full = model.resolved_layer_types.count(FULL) * step.microbatches
+    sent = full * bytes_sent("all-gather", step.context_bytes, n)
+    yield "gather keys and values", "all-gather", axes, passes * sent
+    yield "scatter their gradients", "reduce-scatter", axes, sent
+    # Each device sends the last keys of its two chunks.
+    halos = 2 * (model.sliding_window - 1) * step.sequences * step.key_bytes
+    sent = (model.num_hidden_layers * step.microbatches - full) * halos * (passes + 1)
+    yield "exchange halos", "collective-permute", axes, sent if n > 1 else 0.0
+
+
 def _collectives(step: Step, has_ragged: bool) -> Iterator[tuple[str, str, tuple[str, ...], float]]:
     """Yields (purpose, kind, axes, bytes sent per device and step) for all collectives due to sharding."""
     model, width, n = step.model, step.itemsize, step.microbatches
@@ -81,6 +97,7 @@ def _collectives(step: Step, has_ragged: bool) -> Iterator[tuple[str, str, tuple
         replicated[axes] = replicated.get(axes, 0) + p.is_trained * size
     for axes, size in replicated.items():
         yield "sum gradients", "all-reduce", axes, n * bytes_sent("all-reduce", size, step.axis_size(axes))
+    yield from _keys_and_values(step)
     # Rows are sent to their experts and back in the forward and backward pass and, with remat, once more.
     passes = (3 if model.remat == "block" else 2) * model.num_hidden_layers
     stream = n * step.tokens * model.hidden_size * width

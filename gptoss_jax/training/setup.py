@@ -25,7 +25,8 @@ from gptoss_jax.data.token_cache import TokenCache, build_cache
 from gptoss_jax.data.tokenizer import Tokenizer
 from gptoss_jax.model.transformer import abstract_params
 from gptoss_jax.parallel import distributed
-from gptoss_jax.parallel.mesh import batch_shards, check_model
+from gptoss_jax.parallel.context import check_length
+from gptoss_jax.parallel.mesh import check_model, sequence_shards
 from gptoss_jax.status import status
 from gptoss_jax.training.base_weights import check_base
 from gptoss_jax.training.resume import check_run_dir, has_checkpoints
@@ -68,11 +69,12 @@ def check_same_config(config: TrainConfig) -> None:
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the devices cannot split the model, or every microbatch, evenly."""
     check_model(config.model, dict(mesh.shape))
-    shards, microbatches = batch_shards(mesh.shape), config.optim.grad_accum_steps
+    shards, microbatches = sequence_shards(mesh.shape), config.optim.grad_accum_steps
     size, divisor = config.data.batch_size, shards * microbatches
     why = "the number of devices that split the batch"
     why += f" ({shards}) times optim.grad_accum_steps ({microbatches})" if microbatches > 1 else ""
     require(size % divisor == 0, "data.batch_size", size, f"must be a multiple of {divisor}, {why}")
+    check_length(config.data.seq_len, mesh.shape["context"])
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:

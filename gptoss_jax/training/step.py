@@ -10,6 +10,7 @@ from gptoss_jax.config import ModelConfig, TrainConfig
 from gptoss_jax.kernels import selection
 from gptoss_jax.model.parameters import merge_params
 from gptoss_jax.model.transformer import bind
+from gptoss_jax.parallel.context import split_sequences
 from gptoss_jax.parallel.rules import BATCH_BT, constrain
 from gptoss_jax.training import losses
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective
@@ -36,7 +37,10 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
         """Returns the contribution of a microbatch to the loss and metrics of the batch."""
         model = bind(model_config, merge_params(params, frozen))
         sums, stats = objective.sums(
-            model, batch, dropout_key=key, capacity_factor=model_config.expert_capacity_factor
+            model,
+            split_sequences(batch),
+            dropout_key=key,
+            capacity_factor=model_config.expert_capacity_factor,
         )
         means = {name: total / weight for name, total in sums.items()}
         router_loss, router_metrics = losses.router_losses(model_config, stats)
@@ -110,7 +114,7 @@ def make_eval_step(config: ModelConfig, objective: Objective = LANGUAGE_MODELING
     """Returns the jitted `eval_step(params, batch) -> (sums, weight)`; `params` has all parameters."""
 
     def eval_step(params: dict, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
-        sums, _ = objective.sums(bind(config, params), batch)
+        sums, _ = objective.sums(bind(config, params), split_sequences(batch))
         return sums, objective.weight(batch)
 
     return jax.jit(eval_step)
