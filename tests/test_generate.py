@@ -305,7 +305,7 @@ def test_stream_is_generate_in_parts(gpt_oss):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["plain", "mxfp4"])
-@pytest.mark.parametrize("splits", ["data", "fsdp"])
+@pytest.mark.parametrize("splits", ["data", "fsdp", "context"])
 def test_on_a_mesh(tiny_config, random_params, form, splits):
     # Three prompts on four shards of the batch; experts and heads are split as well. Weights are only read in
     # their stack if they are stored as they are used, without FSDP.

@@ -125,6 +125,33 @@ def test_collectives_counted_by_hand():
     assert alone.overlapped_seconds == alone.serial_seconds == alone.compute_seconds
 
 
+def test_context_axis():
+    mesh = mesh_of(1, 1, 1, 1) | {"context": 4}
+    one, fsdp = estimate(SMALL, CHIPS["v5p"], mesh), estimate(SMALL, CHIPS["v5p"], mesh_of(1, 4, 1, 1))
+    sent = {(t.purpose, t.kind, t.axes): t.sent for t in one.collectives}
+    # Two bytes for each of 16 values of 4 keys and 4 values, for all tokens of 16 sequences; one full layer,
+    # in two passes, and their gradients.
+    whole = 2 * 16 * (4 + 4) * 16 * 128
+    assert sent["gather keys and values", "all-gather", ("context",)] == 2 * whole * 3 / 4
+    assert sent["scatter their gradients", "reduce-scatter", ("context",)] == whole * 3 / 4
+    # Seven keys and values of two chunks of each sequence; one sliding layer, three times.
+    assert sent["exchange halos", "collective-permute", ("context",)] == 3 * 2 * 7 * whole / 128
+    # Otherwise as FSDP, except for the arrays of whole sequences.
+    others = {t.purpose: t.sent for t in fsdp.collectives}
+    assert {purpose: size for (purpose, *_), size in sent.items() if purpose in others} == others
+    assert one.memory.temporaries == fsdp.memory.temporaries + 2 * whole
+    assert dataclasses.replace(one.memory, temporaries=0) == dataclasses.replace(fsdp.memory, temporaries=0)
+    without = estimate(with_model(remat="none"), CHIPS["v5p"], mesh)
+    assert {t.purpose: t.sent for t in without.collectives}["exchange halos"] == 2 * 2 * 7 * whole / 128
+    with pytest.raises(ValueError, match="data.seq_len is 128: must be a multiple of 96, twice mesh.context"):
+        estimate(SMALL, CHIPS["v5p"], mesh | {"context": 48})
+    # Proposed if there are fewer sequences than devices.
+    few = dataclasses.replace(SMALL, data=DataConfig(seq_len=128, batch_size=4))
+    for config, sizes in ((SMALL, {1}), (few, {1, 2, 4, 8})):
+        found = make_plan(config, chip="v5e", devices=8, has_suggestion=False).estimates
+        assert {one.mesh["context"] for one in found} == sizes
+
+
 def test_transfer_time():
     chip = CHIPS["h200"]
     inside = mesh_of(1, 1, 8, 1)

@@ -97,6 +97,24 @@ def test_errors_name_the_axis_and_the_valid_sizes(letters, shape, message):
         storage_spec(letters, shape, AXIS_SIZES, "x")
 
 
+@pytest.mark.parametrize(
+    ("letters", "shape", "expected"),
+    [
+        ("DNH", (18, 5, 7), P(("fsdp", "context"), "tensor", None)),
+        ("EFD", (4, 5, 18), P("expert", "tensor", ("fsdp", "context"))),
+        ("DNH", (24, 5, 7), P(("fsdp", "context", "expert"), "tensor", None)),
+        # Not divisible by 2 times 3 devices.
+        ("EDPF", (4, 4, 2, 5), P("expert", "fsdp", None, "tensor")),
+        ("EUg", (4, 120, 2), P("expert", ("tensor", "fsdp", "context"), None)),
+        # 20 pairs of rows.
+        ("EUg", (4, 40, 2), P("expert", ("tensor", "fsdp"), None)),
+    ],
+)
+def test_fsdp_also_uses_the_context_axis(letters, shape, expected):
+    sizes = {"data": 7, "fsdp": 2, "context": 3, "expert": 4, "tensor": 5}
+    assert storage_spec(letters, shape, sizes) == expected
+
+
 def test_valid_sizes_fit_the_devices():
     with pytest.raises(ValueError, match="must divide 60, a size of x; valid sizes: 1, 2, 3, 4, 5, 6"):
         storage_spec("V", (60,), {"data": 1, "fsdp": 1, "expert": 1, "tensor": 7}, "x")

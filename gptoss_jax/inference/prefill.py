@@ -13,7 +13,7 @@ from gptoss_jax.inference.request import Request, top_pairs
 from gptoss_jax.inference.sampling_params import Completion
 from gptoss_jax.kernels import backend
 from gptoss_jax.model.kv_cache import KVCache
-from gptoss_jax.parallel.mesh import batch_shards, current_axes
+from gptoss_jax.parallel.context import prefill_shards
 
 # Tokens per chunk; the largest is a block of the prefix cache.
 CHUNK_SIZES = (BLOCK, 128, 32)
@@ -134,7 +134,7 @@ class PrefillScheduler:
             start, end = one.position, one.position + count_B[b]
             tokens_BT[b, : count_B[b]] = one.prompt[start:end]
             targets_BT[b, : count_B[b]] = one.prompt[start + 1 : end + 1]
-        shards = batch_shards(current_axes())
+        shards = prefill_shards(size)
         rows, logprobs = slots.prefill(
             self._config, self._params, [one.row for one in group], tokens_BT, targets_BT, count_B,
             batch=-(-len(group) // shards) * shards, has_logprobs=group[0].has_logprobs,
@@ -180,7 +180,7 @@ def max_prefill_batch(config: ModelConfig, chunk: int, cache_len: int, num_slots
     """Returns the maximum number of prompts per call on the current mesh, for a chunk size and a cache
     length."""
     is_one_cpu = backend.platform() == "cpu" and not backend.is_multi_device()
-    shards = batch_shards(current_axes())
+    shards = prefill_shards(chunk)
     return prefill_limit(config, chunk, cache_len, num_slots, shards=shards, is_one_cpu=is_one_cpu)
 
 

@@ -34,7 +34,8 @@ from gptoss_jax.inference.sampling import (
 from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.kv_cache import KVCache, grow, init_cache
 from gptoss_jax.model.transformer import Transformer, bind, compute_dtype
-from gptoss_jax.parallel.rules import CACHE_LBKSH, ROWS, constrain
+from gptoss_jax.parallel.context import splits_prefill
+from gptoss_jax.parallel.rules import CACHE_LBKSH, SEQUENCES_LBKSH, constrain
 
 # Maximum steps per decode call.
 MAX_STEPS = 64
@@ -105,12 +106,11 @@ def _constrain_cache(cache: KVCache | None, spec: P = CACHE_LBKSH) -> KVCache:
     """Fixes the sharding of a cache, so that the next program does not recompile for another one."""
     assert cache is not None  # None is only returned for None
     layers = jax.tree.map(lambda leaf: constrain(leaf, spec), cache.layers)
-    return KVCache(layers, constrain(cache.lengths, ROWS if spec == CACHE_LBKSH else P()))
+    return KVCache(layers, constrain(cache.lengths, P(*filter(None, spec[1:2]))))
 
 
 def _constrain_slots(slots: Slots) -> Slots:
-    # All but the cache is small and replicated.
-    rest = dataclasses.replace(slots, cache=ABSENT)
+    rest = dataclasses.replace(slots, cache=ABSENT)  # small, and replicated
     rest = jax.tree.map(lambda leaf: constrain(leaf, P()), rest)
     return dataclasses.replace(rest, cache=_constrain_cache(slots.cache))
 
@@ -164,7 +164,7 @@ def prefill(
       tokens_BT: int32, one chunk per row.
       targets_BT: int32, the next tokens; used only if `has_logprobs`.
       count_B: int32, number of tokens in each chunk without padding.
-      batch: batch size of the program, at least `len(rows)` and a multiple of the mesh's batch shards.
+      batch: batch size of the program, at least `len(rows)` and a multiple of `prefill_shards`.
 
     Returns:
       The rows and, if `has_logprobs`, the log-probability of each target, float32 [B, T], and the most likely
@@ -179,7 +179,8 @@ def prefill(
     layers = jax.tree.map(
         lambda *leaves: _pad_rows(jnp.concatenate(leaves, axis=1), batch), *[r.layers for r in rows]
     )
-    before = _constrain_cache(KVCache(layers, pad(jnp.concatenate([row.lengths for row in rows]))))
+    spec = SEQUENCES_LBKSH if splits_prefill(tokens_BT.shape[1]) else CACHE_LBKSH
+    before = _constrain_cache(KVCache(layers, pad(jnp.concatenate([row.lengths for row in rows]))), spec)
     segment_ids_BT = (jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) < count_B[:, None]).astype(jnp.int32)
     model = bind(config, params)
     hidden_BTD, cache, _ = model.hidden_states(tokens_BT, segment_ids_BT, cache=before)

@@ -17,7 +17,7 @@ from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import normal, zeros
 from gptoss_jax.model.rope import apply_rope
-from gptoss_jax.parallel.context import context_attention
+from gptoss_jax.parallel.context import context_attention, context_prefill_attention
 from gptoss_jax.parallel.linear import shard_map_heads
 
 
@@ -70,6 +70,11 @@ class Attention(nnx.Module):
                 ),
                 (q_BTNH, k_BTKH, v_BTKH), sinks_N, dropout_key, segments.ids_BT, segments.positions_BT,
             )  # fmt: skip
+        elif len(q_BTNH) > len(cache.lengths_B):  # a prefill that the context axis splits
+            y_BTNH, k_BTKH, v_BTKH = context_prefill_attention(
+                (q_BTNH, k_BTKH, v_BTKH), segments.positions_BT, cache, self.spec, sinks_N
+            )
+            cache = update_cache(cache, k_BTKH, v_BTKH, self.spec)
         else:
             updated = update_cache(cache, k_BTKH, v_BTKH, self.spec)
             if q_BTNH.shape[1] > 1:

@@ -31,7 +31,13 @@ from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.moe import MoE, RouterStats
 from gptoss_jax.model.parameters import normal, view_layer, view_packed
 from gptoss_jax.model.rope import rope_cos_sin
-from gptoss_jax.parallel.context import context_size, map_sequences
+from gptoss_jax.parallel.context import (
+    context_size,
+    join_sequences,
+    map_sequences,
+    split_sequences,
+    splits_prefill,
+)
 from gptoss_jax.parallel.linear import LINEAR_OUTPUT, embedding_lookup, sharded_einsum
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
 from gptoss_jax.parallel.rules import HIDDEN_BTD, constrain
@@ -210,9 +216,6 @@ class Transformer(nnx.Module):
         missing on a mesh with a context axis.
         """
         config = self.config
-        batch, shards = tokens_BT.shape[0], batch_shards(current_axes())
-        allowed = f"must be a multiple of {shards} (devices that split it)"
-        require(batch % shards == 0, "batch size", batch, allowed)
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
         if cache is not None:
@@ -226,6 +229,13 @@ class Transformer(nnx.Module):
             positions_BT = segment_positions(segment_ids_BT)
         assert_shapes("BT BT BT", tokens_BT, segment_ids_BT, positions_BT)
         counts_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
+        is_split = cache is not None and splits_prefill(tokens_BT.shape[1])
+        if is_split:
+            rows = tokens_BT, segment_ids_BT, positions_BT
+            tokens_BT, segment_ids_BT, positions_BT = split_sequences(rows)
+        batch, shards = tokens_BT.shape[0], batch_shards(current_axes())
+        allowed = f"must be a multiple of {shards} (devices that split it)"
+        require(batch % shards == 0, "batch size", batch, allowed)
         segments = Segments(segment_ids_BT, positions_BT, rope_cos_sin(config, positions_BT))
         blocks = tuple(self.blocks)
         run_block: RunBlock = functools.partial(Block.__call__, capacity_factor=capacity_factor)
@@ -267,7 +277,8 @@ class Transformer(nnx.Module):
                 stats = jax.tree.map(lambda leaf: leaf[None], stats)
             stats = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
             new_cache = None if cache is None else KVCache(stacks, cache.lengths + counts_B)
-            return self.final_norm(x_BTD), new_cache, stats
+            x_BTD = self.final_norm(x_BTD)
+            return join_sequences(x_BTD) if is_split else x_BTD, new_cache, stats
 
 
 @functools.cache

@@ -24,8 +24,10 @@ from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import require
 from gptoss_jax.kernels.attention.api import AttentionSpec, attention
-from gptoss_jax.parallel.mesh import SEQUENCES, current_axes, sequence_shards
-from gptoss_jax.parallel.rules import ROWS
+from gptoss_jax.kernels.attention.cached import LayerCacheView, prefill_attention
+from gptoss_jax.kernels.layer_view import LayerView
+from gptoss_jax.parallel.mesh import SEQUENCES, batch_shards, current_axes, sequence_shards
+from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, SEQUENCES_LBKSH, compute_spec
 
 Result = TypeVar("Result")
 
@@ -136,6 +138,54 @@ def context_attention(
         queries = q_BTNH[:, index * C : (index + 1) * C]
         outs.append(attention(queries, *chunk_keys, spec, sinks_N=sinks_N, dropout_key=key, offset=offset))
     return jnp.concatenate(outs, axis=1)
+
+
+def splits_prefill(length: int) -> bool:
+    """Returns True if the context axis splits a prefill of `length` tokens per sequence; otherwise, as in
+    decoding, it splits the batch."""
+    n = context_size()
+    return n > 1 and length % (2 * n) == 0
+
+
+def prefill_shards(length: int) -> int:
+    """Returns the number of shards of the sequences in a prefill of `length` tokens each."""
+    return (sequence_shards if splits_prefill(length) else batch_shards)(current_axes())
+
+
+def context_prefill_attention(
+    heads: tuple[jax.Array, jax.Array, jax.Array],
+    positions_BT: jax.Array,
+    cache: LayerCacheView,
+    spec: AttentionSpec,
+    sinks_N: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`prefill_attention` of rows that `split_sequences` has split to a cache of whole sequences.
+
+    Args:
+      heads: queries [B n, T / n, N, H], and keys and values [B n, T / n, K, H], of new tokens.
+      positions_BT: of the queries, [B n, T / n].
+      cache: before `update_cache`, for B sequences.
+
+    Returns the output for the queries, and keys and values of whole sequences, [B, T, K, H].
+    """
+
+    def one_device(heads, positions_BT, cache, sinks_N):
+        q_BTNH, *keys = heads
+        k_BSKH, v_BSKH = map(_gather_tokens, keys)
+        out_BTNH = prefill_attention(
+            q_BTNH, k_BSKH, v_BSKH, cache, spec, sinks_N=sinks_N, positions_BT=positions_BT
+        )
+        return out_BTNH, k_BSKH, v_BSKH
+
+    stack = LayerView(SEQUENCES_LBKSH, P())  # type: ignore[arg-type]
+    cache_specs = LayerCacheView(stack, stack, P(SEQUENCES), P(SEQUENCES))  # type: ignore[arg-type]
+    whole = P(SEQUENCES, *HEADS_BTNH[1:])
+    return jax.shard_map(
+        one_device,
+        in_specs=(HEADS_BTNH, ROWS, cache_specs, compute_spec("N")),
+        out_specs=(HEADS_BTNH, whole, whole),
+        check_vma=False,
+    )(heads, positions_BT, cache, sinks_N)
 
 
 def _gather_tokens(x: jax.Array) -> jax.Array:

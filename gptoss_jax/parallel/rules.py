@@ -44,6 +44,8 @@ BATCH_BT = P(SEQUENCES, None)
 HIDDEN_BTD = P(BATCH, None, None)
 HEADS_BTNH = P(BATCH, None, "tensor", None)
 CACHE_LBKSH = P(None, BATCH, "tensor", None, None)  # stacked keys or values
+# Those of whole sequences, during a prefill that the context axis splits.
+SEQUENCES_LBKSH = P(None, SEQUENCES, "tensor", None, None)
 
 
 def storage_spec(letters: str, shape: tuple[int, ...], axes: Mapping[str, int], name: str = "") -> P:

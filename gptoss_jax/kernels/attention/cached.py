@@ -4,7 +4,8 @@ A cache has S slots per sequence. The first `sink_tokens` tokens have fixed slot
 ring buffer for all other tokens. A full-attention layer has a slot for every token, so its ring never wraps
 around.
 
-Letters: B sequences, T new tokens, S slots, N query heads, K key/value heads, H head size, R = T N / K rows.
+Letters: B sequences, T queries, C new tokens, S slots, N query heads, K key/value heads, H head size,
+R = T N / K rows. Queries are the new tokens unless their positions are given.
 """
 
 import dataclasses
@@ -96,12 +97,13 @@ def update_cache(
 
 def prefill_attention(
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    k_BCKH: jax.Array,
+    v_BCKH: jax.Array,
     cache: LayerCacheView,
     spec: AttentionSpec,
     *,
     sinks_N: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of T new tokens per sequence to each other and to the earlier tokens in the cache.
 
@@ -110,9 +112,12 @@ def prefill_attention(
 
     Args:
       cache: before `update_cache`, which may overwrite ring slots that the first new tokens still attend to.
+      positions_BT: the position of each query, if the queries are only some of the new tokens.
     """
     B = q_BTNH.shape[0]
-    rows = q_BTNH, k_BTKH, v_BTKH, cache.lengths_B, cache.counts_B
+    if positions_BT is None:
+        positions_BT = cache.lengths_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)
+    rows = q_BTNH, k_BCKH, v_BCKH, positions_BT, cache.lengths_B, cache.counts_B
     attend = functools.partial(_attend_rows, cache=cache, spec=spec, sinks_N=sinks_N)
     if B == 1 or backend.platform() != "cpu" or backend.is_multi_device():
         return attend(jnp.int32(0), *rows)
@@ -124,8 +129,9 @@ def prefill_attention(
 def _attend_rows(
     first_row: jax.Array,
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    k_BCKH: jax.Array,
+    v_BCKH: jax.Array,
+    positions_BT: jax.Array,
     lengths_B: jax.Array,
     counts_B: jax.Array,
     *,
@@ -134,10 +140,9 @@ def _attend_rows(
     sinks_N: jax.Array | None,
 ) -> jax.Array:
     """`prefill_attention` for B sequences of the cache, starting at `first_row`."""
-    sizes = assert_shapes("BTNH BTKH BTKH N B B", q_BTNH, k_BTKH, v_BTKH, sinks_N, lengths_B, counts_B)
+    inputs = q_BTNH, k_BCKH, v_BCKH, positions_BT, sinks_N, lengths_B, counts_B
+    sizes = assert_shapes("BTNH BCKH BCKH BT N B B", *inputs)
     S = cache.keys.shape[2]
-    new_T = jnp.arange(sizes.T, dtype=jnp.int32)
-    positions_BT = lengths_B[:, None] + new_T
     q_BKRH = group_heads(q_BTNH, sizes.K)
 
     def update(state, k_BKSH, v_BKSH, positions_BS):
@@ -165,8 +170,9 @@ def _attend_rows(
         return update(state, k_BKSH, v_BKSH, jnp.where(index_S >= i * block, positions_BS, -1))
 
     state = lax.fori_loop(0, blocks, update_from_cache, init_softmax(q_BKRH, sinks_N))
-    positions_BT = jnp.where(new_T < counts_B[:, None], positions_BT, -1)
-    state = update(state, k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3), positions_BT)
+    new_C = jnp.arange(sizes.C, dtype=jnp.int32)
+    positions_BC = jnp.where(new_C < counts_B[:, None], lengths_B[:, None] + new_C, -1)
+    state = update(state, k_BCKH.transpose(0, 2, 1, 3), v_BCKH.transpose(0, 2, 1, 3), positions_BC)
     out_BKRH = state.out_BKRH / state.total_BKR[..., None]
     return ungroup_heads(out_BKRH, sizes.T).astype(q_BTNH.dtype)
 
