@@ -20,7 +20,8 @@ from gptoss_jax.model.moe import MoE
 from gptoss_jax.model.rope import rope_cos_sin
 from gptoss_jax.model.transformer import Block, Embedding, RMSNorm, Transformer, segment_positions
 from gptoss_jax.parallel.expert_parallel import Routing, apply_experts
-from gptoss_jax.parallel.linear import embedding_lookup, sharded_einsum
+from gptoss_jax.parallel.linear import sharded_einsum
+from gptoss_jax.parallel.vocabulary import embedding_lookup
 
 # Rows and tokens of activations; they differ from the sizes of the config and from each other.
 B, T = 2, 11

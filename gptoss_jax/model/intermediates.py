@@ -12,7 +12,7 @@ from gptoss_jax.model.attention import Segments
 from gptoss_jax.model.parameters import view_packed
 from gptoss_jax.model.rope import rope_cos_sin
 from gptoss_jax.model.transformer import Block, Transformer, compute_dtype, segment_positions
-from gptoss_jax.parallel.linear import embedding_lookup
+from gptoss_jax.parallel.vocabulary import embedding_lookup
 
 
 class LayerIntermediates(NamedTuple):
@@ -41,7 +41,7 @@ def capture_intermediates(
     segments = Segments(segment_ids_BT, positions_BT, rope_cos_sin(config, positions_BT))
     layers = []
     with jax.default_matmul_precision("highest"), selection.using(config.kernels):
-        x_BTD = embedding_lookup(model.embedding.weight[...], tokens_BT).astype(compute_dtype(config))
+        x_BTD = embedding_lookup(model.embedding.weight[...], tokens_BT, compute_dtype(config))
         for number in range(config.num_hidden_layers):
             index, position = divmod(number, len(model.blocks))
             stack = model.blocks[position]

@@ -38,9 +38,10 @@ from gptoss_jax.parallel.context import (
     split_sequences,
     splits_prefill,
 )
-from gptoss_jax.parallel.linear import LINEAR_OUTPUT, embedding_lookup, sharded_einsum
+from gptoss_jax.parallel.linear import LINEAR_OUTPUT, sharded_einsum
 from gptoss_jax.parallel.mesh import batch_shards, current_axes
 from gptoss_jax.parallel.rules import HIDDEN_BTD, constrain
+from gptoss_jax.parallel.vocabulary import embedding_lookup
 
 RunBlock = Callable[..., tuple[jax.Array, LayerCacheView | None, RouterStats]]
 
@@ -261,8 +262,7 @@ class Transformer(nnx.Module):
 
         # Multiplies float32 operands in float32; TPUs and GPUs would round them by default.
         with jax.default_matmul_precision("highest"), selection.using(config.kernels):
-            # In float32, so that the gradients of all occurrences of a token are summed in float32.
-            x_BTD = embedding_lookup(self.embedding.weight[...], tokens_BT).astype(compute_dtype(config))
+            x_BTD = embedding_lookup(self.embedding.weight[...], tokens_BT, compute_dtype(config))
             if cache is not None:
                 x_BTD = jnp.where(segment_ids_BT[..., None] > 0, x_BTD, 0)
             x_BTD = constrain(x_BTD, HIDDEN_BTD)

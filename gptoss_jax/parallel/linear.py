@@ -1,10 +1,12 @@
-"""Linear layers and embeddings with sharded weights: tensor parallelism and FSDP.
+"""Linear layers with sharded weights: tensor parallelism and FSDP.
 
-Linear layers are einsums with sharding constraints. Where the compiler would shard badly (embeddings, loss,
-experts) or cannot (Pallas kernels), `shard_map` makes the computation of each device explicit.
+Linear layers are einsums with sharding constraints. Where the compiler would communicate too much (gradients
+of weights, vocabulary, experts) or cannot shard (Pallas kernels), `shard_map` makes the computation of each
+device explicit.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -115,7 +117,8 @@ def _einsum_backward(
     the other order, XLA on CPU would transpose g."""
     x, weights = residuals
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
-    x_spec, _ = activation_specs(equation)
+    x_spec, y_spec = activation_specs(equation)
+    axes = current_axes()
 
     def backward(equation, a, b, dtype):
         # If the result is wider than the operands, so is its gradient.
@@ -124,9 +127,18 @@ def _einsum_backward(
 
     d_xs, d_weights = [], []
     for weight, g in zip(weights, gradients, strict=True):
-        d_weight = backward(f"{x_letters},{y_letters}->{letters}", x, g, g.dtype)
         stored = current_storage_spec(letters, weight.shape)
-        d_weights.append(constrain(d_weight, stored).astype(weight.dtype))
+
+        def weight_gradient(x, g, stored=stored):
+            d_weight = backward(f"{x_letters},{y_letters}->{letters}", x, g, g.dtype)
+            return reduce_gradient(d_weight, stored, compute_spec(letters)) if axes else d_weight
+
+        if axes:
+            # From sharding constraints, the compiler would make an all-reduce.
+            weight_gradient = jax.shard_map(
+                weight_gradient, in_specs=(x_spec, y_spec), out_specs=stored, check_vma=False
+            )
+        d_weights.append(weight_gradient(x, g).astype(weight.dtype))
         weight = gathered_weight(letters, weight, x.dtype)
         d_xs.append(backward(f"{y_letters},{letters}->{x_letters}", g, weight, g.dtype))
     d_x = constrain(functools.reduce(jnp.add, reversed(d_xs)), x_spec)
@@ -155,37 +167,6 @@ def gathered_weight(letters: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Ar
     return constrain(weight, compute_spec(letters))
 
 
-def embedding_lookup(weight_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Returns `weight_VD[tokens_BT]`, [B, T, D], sharded like a batch.
-
-    Each device looks up its own tokens, and only the gradient is summed over devices. The compiler would
-    shard vocabulary and batch over the same axes, and communicate all activations.
-    """
-    assert_shapes("VD BT", weight_VD, tokens_BT)
-    axes = current_axes()
-    if not axes:
-        return weight_VD[tokens_BT]
-    stored, used = storage_spec("VD", weight_VD.shape, axes, "embedding.weight"), compute_spec("VD")
-
-    def one_device(weight_VD, tokens_BT):
-        weight_VD = gather_parameter(weight_VD, stored, used)
-        if axes["tensor"] == 1:
-            return weight_VD[tokens_BT]
-        index_BT, is_local_BT = local_vocab_index(tokens_BT, weight_VD.shape[0])
-        return tensor_psum(jnp.where(is_local_BT[..., None], weight_VD[index_BT], 0))
-
-    mapped = jax.shard_map(one_device, in_specs=(stored, ROWS), out_specs=ROWS, check_vma=False)
-    return mapped(weight_VD, tokens_BT)
-
-
-def local_vocab_index(tokens_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Inside `shard_map`: returns each token's index in this device's `size` rows of the vocabulary, and a
-    mask of the tokens that are in them (elsewhere, the index is 0)."""
-    index_BT = tokens_BT - jax.lax.axis_index("tensor") * size
-    is_local_BT = (index_BT >= 0) & (index_BT < size)
-    return jnp.where(is_local_BT, index_BT, 0), is_local_BT
-
-
 def gathered_dimensions(stored: P, used: P) -> list[tuple[int, tuple[str, ...]]]:
     """Returns the dimensions that are gathered for use, each with the axes that split it."""
     sizes, found = current_axes(), []
@@ -199,20 +180,76 @@ def gather_parameter(x: jax.Array, stored: P, used: P) -> jax.Array:
     """Inside `shard_map`: all-gathers a parameter over the fsdp axis and, unless it has experts, the expert
     axis. The gradient is reduce-scattered."""
     for dimension, axes in gathered_dimensions(stored, used):
-        x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+        x = _all_gather(x, axes, dimension)
     return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+
+
+_all_gather.defvjp(
+    lambda x, axes, dimension: (_all_gather(x, axes, dimension), None),
+    lambda axes, dimension, _, g: (reduce_scatter(g, axes, dimension),),
+)
 
 
 def reduce_gradient(g: jax.Array, stored: P, used: P) -> jax.Array:
     """Inside `shard_map`: the transpose of `gather_parameter`, summed over all axes that split the batch."""
     for dimension, axes in gathered_dimensions(stored, used):
-        g = jax.lax.psum_scatter(g, axes, scatter_dimension=dimension, tiled=True)
-    return jax.lax.psum(g, _batch_axes_not_in(stored))
+        g = reduce_scatter(g, axes, dimension)
+    return sum_over_replicas(g, stored)
 
 
-def _batch_axes_not_in(spec: P) -> tuple[str, ...]:
-    split = {axis for entry in spec for axis in spec_axes(entry)}
-    return tuple(axis for axis in BATCH if axis not in split)
+def sum_over_replicas(g: jax.Array, stored: P) -> jax.Array:
+    """Inside `shard_map`: sums a gradient over the axes that split the batch but not the parameter."""
+    split = {axis for entry in stored for axis in spec_axes(entry)}
+    return jax.lax.psum(g, tuple(axis for axis in BATCH if axis not in split))
+
+
+def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """Inside `shard_map`: sums over `axes`, and returns the device's part of a dimension.
+
+    Equal to `jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)`, which the TPU compiler
+    turns into an all-reduce of twice the bytes if the parts are not whole tiles of memory, or the devices are
+    all of a slice. Therefore scatters whole tiles, and over one factor of the devices after the other.
+    """
+    steps, sizes = [], []
+    for axis in axes:
+        factors = _scatter_steps(axis)
+        steps += factors
+        sizes += [devices for _, _, devices in factors]
+    before, after = x.shape[:dimension], x.shape[dimension + 1 :]
+    part = (*before, x.shape[dimension] // math.prod(sizes), *after)
+    x = x.reshape(*before, *sizes, *part[dimension:])
+    # The last factor is scattered first, and must therefore be the outermost.
+    x = jnp.transpose(
+        x,
+        (
+            *range(dimension + len(sizes) - 1, dimension - 1, -1),
+            *range(dimension),
+            *range(dimension + len(sizes), x.ndim),
+        ),
+    )
+    tile = (8, 128) if math.prod(part) % (8 * 128) == 0 else (math.prod(part),)
+    x = x.reshape(-1, *tile)
+    for axis, groups, _ in reversed(steps):
+        x = jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True, axis_index_groups=groups)
+    return x.reshape(part)
+
+
+def _scatter_steps(axis: str) -> list[tuple[str, list[list[int]] | None, int]]:
+    """Returns (axis, groups of devices or None for all, devices in a group) for each factor of an axis, major
+    first: two if it has all devices of the mesh, otherwise one."""
+    sizes = current_axes()
+    devices = sizes[axis]
+    if devices < math.prod(sizes.values()) or devices % 2 or devices == 2:
+        return [(axis, None, devices)]
+    half = devices // 2
+    pairs = [[i, i + half] for i in range(half)]
+    halves = [list(range(half)), list(range(half, devices))]
+    return [(axis, pairs, 2), (axis, halves, half)]
 
 
 @jax.custom_vjp

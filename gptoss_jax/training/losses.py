@@ -15,9 +15,15 @@ from jax.sharding import PartitionSpec as P
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.model.parameters import LETTERS
-from gptoss_jax.parallel.linear import gather_parameter, local_vocab_index, reduce_gradient
-from gptoss_jax.parallel.mesh import BATCH, current_axes
-from gptoss_jax.parallel.rules import ROWS, compute_spec, storage_spec
+from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
+from gptoss_jax.parallel.rules import ROWS, storage_spec
+from gptoss_jax.parallel.vocabulary import (
+    HeadSplit,
+    head_gradient,
+    head_shard,
+    local_vocab_index,
+    split_head,
+)
 
 Arrays = tuple[jax.Array, ...]
 Gradients = tuple[jax.Array | None, ...]  # None for a weight that is not trained
@@ -56,8 +62,9 @@ def cross_entropy(
     so no matmul is computed twice. Only `hidden` and `head` are differentiable, and gradients of weights that
     are not differentiated are not computed.
 
-    On a mesh, the head weights and their gradients have the storage sharding of parameters, and each device
-    processes its rows of the batch with its shard of the vocabulary. If a loss weight is not positive, hidden
+    On a mesh, the head weights and their gradients have the storage sharding of parameters. Each device
+    processes its shard of the vocabulary, for its own rows of the batch and for those of the devices with
+    which it exchanges hidden states (`parallel/vocabulary.py`). If a loss weight is not positive, hidden
     state and target are ignored: such positions are moved to the end of their row, and chunks with only such
     positions are skipped.
 
@@ -107,25 +114,28 @@ def _loss_and_gradients(
     dtype = hidden[0].dtype
     scan_chunks = functools.partial(_scan_chunks, chunk=chunk, is_trained=is_trained)
     if not axes:
-        loss, *gradients = scan_chunks(hidden, _cast(head, dtype), targets_BT, weights_BT)
+        loss, *gradients = scan_chunks(hidden, _cast(head, dtype), targets_BT, weights_BT, split=HeadSplit())
         return (loss, gradients[0], _as_types(gradients[1], head)) if gradients else (loss,)
     names = ("head.weight", "head.lora_b")[: len(head)]
     stored = tuple(
         storage_spec(LETTERS[name], weight.shape, axes, name)
         for name, weight in zip(names, head, strict=True)
     )
-    used = tuple(compute_spec(LETTERS[name]) for name in names)
+    split = split_head(stored, head[0].shape[0], targets_BT.size // batch_shards(axes))
 
     def one_device(hidden, head, targets_BT, weights_BT):
-        gathered = tuple(map(gather_parameter, _cast(head, dtype), stored, used))
-        loss, *gradients = scan_chunks(hidden, gathered, targets_BT, weights_BT, is_sharded=True)
-        loss = jax.lax.psum(loss, BATCH)
+        shards = tuple(
+            head_shard(weight, spec, split) for weight, spec in zip(_cast(head, dtype), stored, strict=True)
+        )
+        loss, *gradients = scan_chunks(hidden, shards, targets_BT, weights_BT, split=split)
+        # Devices that exchange hidden states have the same sum.
+        loss = jax.lax.psum(loss, tuple(axis for axis in BATCH if axis not in split.exchanged))
         if is_trained is None:
             return (loss,)
         d_hidden, d_head = gradients
         d_head = (
-            None if d is None else reduce_gradient(d, *specs)
-            for d, *specs in zip(d_head, stored, used, strict=True)
+            None if d is None else head_gradient(d, spec, split)
+            for d, spec in zip(d_head, stored, strict=True)
         )
         return loss, d_hidden, _as_types(d_head, head)
 
@@ -155,54 +165,11 @@ def _scan_chunks(
     *,
     chunk: int,
     is_trained: tuple[bool, ...] | None,
-    is_sharded: bool = False,
+    split: HeadSplit,
 ) -> tuple[Any, ...]:
     """`_loss_and_gradients` for the rows of one device and its shard of the vocabulary, `head`."""
     B, T = targets_BT.shape
-    einsum = functools.partial(jnp.einsum, precision="highest")
-    einsum_float32 = functools.partial(einsum, preferred_element_type=jnp.float32)
-    # The letter of the contracted axis: D, or r for an adapter.
-    pairs = [*zip("Dr", head, strict=False)]
-
-    def over_vocabulary(reduce, x):
-        return reduce(x, "tensor") if is_sharded else x
-
-    def one_chunk(carry, inputs):
-        loss, d_head = carry
-        xs, target_BC, weight_BC, _ = inputs
-        # Positions with weight 0 may contain inf or NaN, and 0 * inf is NaN.
-        xs = [jnp.where(weight_BC[..., None] > 0, x, 0) for x in xs]
-        products = [einsum_float32(f"BC{d},V{d}->BCV", x, w) for (d, w), x in zip(pairs, xs, strict=True)]
-        logits_BCV = functools.reduce(jnp.add, products)
-        max_BC = over_vocabulary(jax.lax.pmax, jnp.max(logits_BCV, axis=-1))
-        exp_BCV = jnp.exp(logits_BCV - max_BC[..., None])
-        sum_BC = over_vocabulary(jax.lax.psum, jnp.sum(exp_BCV, axis=-1))
-        logsumexp_BC = jnp.log(sum_BC) + max_BC
-        index_BC, is_here_BC = (
-            local_vocab_index(target_BC, head[0].shape[0]) if is_sharded else (target_BC, True)
-        )
-        chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
-        chosen_BC = over_vocabulary(jax.lax.psum, jnp.where(is_here_BC, chosen_BC, 0))
-        loss = loss + jnp.sum(jnp.where(weight_BC > 0, (logsumexp_BC - chosen_BC) * weight_BC, 0))
-        if is_trained is None:
-            return (loss, d_head), None
-        is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == index_BC[..., None]
-        target_weight_BC = jnp.where(is_here_BC, weight_BC, 0)
-        d_logits_BCV = exp_BCV * (weight_BC / sum_BC)[..., None]
-        d_logits_BCV = d_logits_BCV - jnp.where(is_target_BCV, target_weight_BC[..., None], 0)
-        d_logits_BCV = d_logits_BCV.astype(xs[0].dtype)
-
-        def weight_gradient(d, x):
-            if x.dtype == jnp.float32:
-                # In this order, XLA on CPU transposes the smaller operand.
-                return einsum_float32(f"BC{d},BCV->{d}V", x, d_logits_BCV).T
-            return einsum_float32(f"BCV,BC{d}->V{d}", d_logits_BCV, x)
-
-        d_head = [
-            None if total is None else total + weight_gradient(d, x)
-            for total, (d, _), x in zip(d_head, pairs, xs, strict=True)
-        ]
-        return (loss, d_head), [einsum(f"BCV,V{d}->BC{d}", d_logits_BCV, w) for d, w in pairs]
+    one_chunk = functools.partial(_one_chunk, head=head, is_trained=is_trained, split=split)
 
     def skip(carry, inputs):
         return carry, None if is_trained is None else [jnp.zeros_like(x) for x in inputs[0]]
@@ -216,17 +183,73 @@ def _scan_chunks(
     ]
     order_BT = _sorted_positions(~(weights_BT > 0))
     arrays = (hidden, targets_BT, weights_BT.astype(jnp.float32))
-    chunks = split_chunks(jax.tree.map(lambda x: _reorder(x, order_BT), arrays), chunk)
-    is_needed = jnp.any(chunks[-1] > 0, axis=(1, 2))
-    if is_sharded:
+    xs, targets, weights = split_chunks(jax.tree.map(lambda x: _reorder(x, order_BT), arrays), chunk)
+    is_needed = jnp.any(weights > 0, axis=(1, 2))
+    if split.vocabulary:
         # All devices must agree, because each takes part in the collectives of a chunk.
         is_needed = jax.lax.pmax(is_needed.astype(jnp.int32), BATCH) > 0
-    (loss, d_head), d_xs = jax.lax.scan(one_chunk_if_needed, (jnp.float32(0), zeros), (*chunks, is_needed))
+    targets, weights = (split.exchange(x, axis=1) for x in (targets, weights))
+    chunks = (xs, targets, weights, is_needed)
+    (loss, d_head), d_xs = jax.lax.scan(one_chunk_if_needed, (jnp.float32(0), zeros), chunks)
     if is_trained is None:
         return (loss,)
     back_BT = _sorted_positions(order_BT)
     d_hidden = (_reorder(jnp.moveaxis(d_x, 0, 1).reshape(B, T, -1), back_BT) for d_x in d_xs)
-    return loss, tuple(over_vocabulary(jax.lax.psum, d) for d in d_hidden), tuple(d_head)
+    return loss, tuple(map(split.sum_over_tensor, d_hidden)), tuple(d_head)
+
+
+def _one_chunk(
+    carry: tuple[jax.Array, list],
+    inputs: tuple,
+    *,
+    head: Arrays,
+    is_trained: tuple[bool, ...] | None,
+    split: HeadSplit,
+) -> tuple[tuple[jax.Array, list], list[jax.Array] | None]:
+    """Adds the loss and the gradients of `head` in a chunk to `carry`; returns the gradients of `hidden`."""
+    loss, d_head = carry
+    xs, target_BC, weight_BC, _ = inputs
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    einsum_float32 = functools.partial(einsum, preferred_element_type=jnp.float32)
+    # Hidden states are exchanged here, because those of all chunks would need much memory. Positions with
+    # weight 0 may contain inf or NaN, and 0 * inf is NaN.
+    xs = [jnp.where(weight_BC[..., None] > 0, split.exchange(x), 0) for x in xs]
+    # The letter of the contracted axis: D, or r for an adapter.
+    pairs = [*zip("Dr", head, strict=False)]
+    products = [einsum_float32(f"BC{d},V{d}->BCV", x, w) for (d, w), x in zip(pairs, xs, strict=True)]
+    logits_BCV = functools.reduce(jnp.add, products)
+    max_BC = split.over_vocabulary(jax.lax.pmax, jnp.max(logits_BCV, axis=-1))
+    exp_BCV = jnp.exp(logits_BCV - max_BC[..., None])
+    sum_BC = split.over_vocabulary(jax.lax.psum, jnp.sum(exp_BCV, axis=-1))
+    logsumexp_BC = jnp.log(sum_BC) + max_BC
+    index_BC, is_here_BC = local_vocab_index(target_BC, head[0].shape[0], split.vocabulary)
+    chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
+    chosen_BC = split.over_vocabulary(jax.lax.psum, jnp.where(is_here_BC, chosen_BC, 0))
+    loss = loss + jnp.sum(jnp.where(weight_BC > 0, (logsumexp_BC - chosen_BC) * weight_BC, 0))
+    if is_trained is None:
+        return (loss, d_head), None
+    is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == index_BC[..., None]
+    target_weight_BC = jnp.where(is_here_BC, weight_BC, 0)
+    d_logits_BCV = exp_BCV * (weight_BC / sum_BC)[..., None]
+    d_logits_BCV = d_logits_BCV - jnp.where(is_target_BCV, target_weight_BC[..., None], 0)
+    d_logits_BCV = d_logits_BCV.astype(xs[0].dtype)
+
+    def weight_gradient(d, x):
+        if x.dtype == jnp.float32:
+            # In this order, XLA on CPU transposes the smaller operand.
+            return einsum_float32(f"BC{d},BCV->{d}V", x, d_logits_BCV).T
+        return einsum_float32(f"BCV,BC{d}->V{d}", d_logits_BCV, x)
+
+    def hidden_gradient(d, weight):
+        # In float32 if it is summed over devices.
+        product = einsum_float32 if split.exchanged else einsum
+        return split.reduce(product(f"BCV,V{d}->BC{d}", d_logits_BCV, weight)).astype(weight.dtype)
+
+    d_head = [
+        None if total is None else total + weight_gradient(d, x)
+        for total, (d, _), x in zip(d_head, pairs, xs, strict=True)
+    ]
+    return (loss, d_head), [hidden_gradient(d, weight) for d, weight in pairs]
 
 
 def _sorted_positions(keys_BT: jax.Array) -> jax.Array:
