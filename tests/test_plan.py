@@ -492,7 +492,7 @@ def test_command(capsys, tmp_path, preset):
     best = plan["estimates"][0]
     name = ",".join(f"{axis}={size}" for axis, size in best["mesh"].items() if size > 1)
     trained = read_preset(preset, words[3:])
-    assert dataclasses.asdict(trained.mesh) == best["mesh"] == plan["best"] and trained.data.seq_len == 64
+    assert trained.mesh.sizes == best["mesh"] == plan["best"] and trained.data.seq_len == 64
     assert f"Best estimate: {name}," in captured.out and "16 of h200, each 141 GB" in captured.out
     memory = best["memory"]
     assert memory["gradients"] == 2 * memory["parameters"]
@@ -524,9 +524,30 @@ def test_compiler_messages_are_shown(capsys):
     mesh = plan.estimates[0].mesh
     message = "Ran out of memory on HBM, temporaries (20.00G) exceeds available HBM (15.75G)."
     entries = [
-        {"kind": "all-gather", "axes": ["fsdp"], "times": 24, "sent": 3.5e9, "trips_known": True},
-        {"kind": "all-reduce", "axes": ["fsdp"], "times": 7, "sent": 2e9, "trips_known": False},
-        {"kind": "all-to-all", "axes": ["fsdp"], "times": 3, "sent": 2e3, "trips_known": True},
+        {
+            "kind": "all-gather",
+            "axes": ["fsdp"],
+            "times": 24,
+            "sent": 3.5e9,
+            "trips_known": True,
+            "across_slices": False,
+        },
+        {
+            "kind": "all-reduce",
+            "axes": ["fsdp"],
+            "times": 7,
+            "sent": 2e9,
+            "trips_known": False,
+            "across_slices": True,
+        },
+        {
+            "kind": "all-to-all",
+            "axes": ["fsdp"],
+            "times": 3,
+            "sent": 2e3,
+            "trips_known": True,
+            "across_slices": False,
+        },
     ]
     sizes = dict(arguments=4_000_000_000, outputs=3_000_000_000, aliased=2_900_000_000, code=70_000_000)
     results = (

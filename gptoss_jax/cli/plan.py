@@ -10,7 +10,7 @@ from gptoss_jax.cli.arguments import JsonFile, OptionalFloat, OptionalInt, Optio
 from gptoss_jax.status import status
 
 if TYPE_CHECKING:
-    from gptoss_jax.config import ModelConfig
+    from gptoss_jax.config import MeshConfig, ModelConfig
     from gptoss_jax.planning.inference import InferencePlan
 
 
@@ -70,7 +70,7 @@ class Plan:
         config = read_preset(self.config, flags_of(self.overrides), prog="gptoss plan CONFIG")
         meshes = self.mesh
         if not meshes and any(override.startswith("mesh.") for override in self.overrides):
-            meshes = (",".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config.mesh).items()),)
+            meshes = (",".join(f"{axis}={size}" for axis, size in config.mesh.sizes.items()),)
 
         with status("starting"):
             from gptoss_jax.planning.plan import make_plan, mesh_name
@@ -100,7 +100,7 @@ class Plan:
         show(plan, Console())
         if plan.best is not None:
             print("\nTo train, with your own --data.source and --run-dir, and perhaps --init-from:")
-            print(self._command(plan.best.mesh))
+            print(self._command(plan.best.mesh, config.mesh))
         if path is not None:
             write_json(path, plan.to_dict())
         if not plan.fits:
@@ -110,16 +110,18 @@ class Plan:
     def _memory_bytes(self) -> float | None:
         return None if self.memory is None else 1e9 * self.memory
 
-    def _command(self, mesh: dict[str, int]) -> str:
+    def _command(self, mesh: dict[str, int], given: "MeshConfig") -> str:
         """Returns the command that trains on a mesh, with the given flags."""
         from gptoss_jax.config.preset import flags_of, read_preset
 
         overrides = [one for one in self.overrides if not one.startswith("mesh.")]
-        preset = dataclasses.asdict(read_preset(self.config, flags_of(overrides)).mesh)
+        preset = read_preset(self.config, flags_of(overrides)).mesh.sizes
         words = ["gptoss", "train", self.config]
         for axis, size in mesh.items():
             if size > 1 or preset[axis] not in (1, -1):
                 words += [f"--mesh.{axis}", str(size)]
+        for axis, slices in (("data", given.dcn_data), ("fsdp", given.dcn_fsdp)):
+            words += [f"--mesh.dcn-{axis}", str(slices)] if slices > 1 else []
         return shlex.join([*words, *flags_of(overrides)])
 
     def _plan_inference(self, model: "ModelConfig", meshes: tuple[str, ...]) -> "InferencePlan":

@@ -90,15 +90,33 @@ class MeshConfig(ConfigBase):
     context: int = 1
     expert: int = 1  # Expert parallelism: each device holds a part of the experts
     tensor: int = 1  # Tensor parallelism: splits heads, expert width and vocabulary
+    # Slices along the data axis, which the data-center network joins. Must divide mesh.data.
+    dcn_data: Positive[int] = 1
+    dcn_fsdp: Positive[int] = 1  # Slices along the fsdp axis. Must divide mesh.fsdp
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Returns the number of devices on each axis."""
+        values = dataclasses.asdict(self)
+        return {name: size for name, size in values.items() if not name.startswith("dcn_")}
+
+    @property
+    def slices(self) -> int:
+        """Returns the number of slices."""
+        return self.dcn_data * self.dcn_fsdp
 
     def _check(self) -> None:
-        sizes = dataclasses.asdict(self)
+        sizes = self.sizes
         for name, size in sizes.items():
             allowed = "must be above 0, or -1 for all remaining devices"
             self._require(size == -1 or size > 0, name, allowed)
         wild = [name for name, size in sizes.items() if size == -1]
         if len(wild) > 1:
             raise ValueError(f"mesh.{wild[1]} is -1: only one axis can be -1, and mesh.{wild[0]} already is")
+        for axis in ("data", "fsdp"):
+            allowed = f"must divide mesh.{axis} ({sizes[axis]}), of which it is the number of slices"
+            is_possible = sizes[axis] == -1 or sizes[axis] % getattr(self, f"dcn_{axis}") == 0
+            self._require(is_possible, f"dcn_{axis}", allowed)
 
 
 @dataclasses.dataclass(frozen=True)

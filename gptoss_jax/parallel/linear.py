@@ -204,8 +204,8 @@ def reduce_gradient(g: jax.Array, stored: P, used: P) -> jax.Array:
 
 def sum_over_replicas(g: jax.Array, stored: P) -> jax.Array:
     """Inside `shard_map`: sums a gradient over the axes that split the batch but not the parameter."""
-    split = {axis for entry in stored for axis in spec_axes(entry)}
-    return jax.lax.psum(g, tuple(axis for axis in BATCH if axis not in split))
+    sizes, split = current_axes(), {axis for entry in stored for axis in spec_axes(entry)}
+    return jax.lax.psum(g, tuple(axis for axis in BATCH if axis not in split and sizes[axis] > 1))
 
 
 def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:

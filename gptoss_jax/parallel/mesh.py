@@ -1,19 +1,19 @@
 """The device mesh: its axes, construction, and the axis sizes of the current mesh."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from gptoss_jax.config import MeshConfig, ModelConfig, require
 from gptoss_jax.config.base import nearest
 
-# The fields of MeshConfig, in order: devices along the last axis are nearest neighbors.
-AXES = tuple(field.name for field in dataclasses.fields(MeshConfig))
+# Those of MeshConfig, in order: devices along the last axis are nearest neighbors.
+AXES = tuple(MeshConfig().sizes)
 # Axes that split the sequences of a batch. The context axis splits each of them (`parallel/context.py`).
 SEQUENCES = ("data", "fsdp", "expert")
 # Axes that split the rows of the model's activations, and over which gradients are summed: a row is a
@@ -30,19 +30,57 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Returns a mesh of the devices (default: all) with the axis sizes of the config.
 
     The axes have type Auto: the compiler chooses all shardings that parameters and a few constraints do not
-    fix. Raises ValueError, with valid sizes, if the axis sizes do not multiply to the number of devices.
+    fix. With `dcn_data` and `dcn_fsdp`, only the outermost steps along these axes lead to another slice.
+
+    Raises ValueError, with valid sizes, if the axis sizes do not multiply to the number of devices, or those
+    of the slices not to the number of slices.
     """
-    count = len(jax.devices() if devices is None else devices)
-    sizes = dataclasses.asdict(config)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    sizes = config.sizes
     product = math.prod(size for size in sizes.values() if size != -1)
     if count % product or (product != count and -1 not in sizes.values()):
         asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
         allowed = f"axis sizes must multiply to {count}, the number of devices; {_valid_sizes(sizes, count)}"
         raise ValueError(f"mesh is {asked}: {allowed}")
     shape = tuple(count // product if size == -1 else size for size in sizes.values())
+    return Mesh(_grid(config, shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(config: MeshConfig, shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Returns the devices in the shape of the mesh."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    processes = len({device.process_index for device in devices})
+    # Other devices than TPUs have no slices: the network joins processes (nodes).
+    by_process = slices == 1 and processes > 1 and devices[0].platform != "tpu"
+    granules = processes if by_process and config.slices > 1 else slices
+    is_simulated = granules == 1 and devices[0].platform == "cpu"
+    for axis in ("data", "fsdp"):
+        outer, size = getattr(config, f"dcn_{axis}"), shape[AXES.index(axis)]
+        allowed = f"must divide mesh.{axis} ({size}), of which it is the number of slices"
+        require(size % outer == 0, f"mesh.dcn_{axis}", outer, allowed)
+    joined = "the number of processes" if by_process else "the number of slices of these devices"
+    allowed = f"mesh.dcn_data times mesh.dcn_fsdp must be {granules}, {joined}"
+    is_right = config.slices == granules or is_simulated
+    name = "dcn_data" if config.dcn_fsdp == 1 else "dcn_fsdp"
+    require(is_right, f"mesh.{name}", getattr(config, name), allowed)
     # A mesh axis may split a physical axis: an expert axis of 8 on a 4x4x4 slice takes two of its rows.
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if config.slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    outer_shape = [getattr(config, f"dcn_{axis}", 1) for axis in AXES]
+    inner_shape = [size // outer for size, outer in zip(shape, outer_shape, strict=True)]
+    if is_simulated:
+        # Equal parts of the devices, in order.
+        parts = np.array(devices).reshape(*outer_shape, *inner_shape)
+        order = np.arange(2 * len(AXES)).reshape(2, -1).T.ravel()
+        return parts.transpose(order).reshape(shape)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner_shape,
+        outer_shape,
+        devices,
+        process_is_granule=by_process,
+        allow_split_physical_axes=True,
+    )
 
 
 def _valid_sizes(sizes: dict[str, int], count: int) -> str:
@@ -80,7 +118,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 
     Raises ValueError for an unknown axis, and if the sizes do not multiply to the number of devices.
     """
-    sizes = _parse_sizes(text)
+    sizes = _parse_config(text).sizes
     product = math.prod(size for size in sizes.values() if size != -1)
     sizes = {name: devices // product if size == -1 else size for name, size in sizes.items()}
     allowed = f"axis sizes must multiply to {devices}, the number of devices"
@@ -88,7 +126,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     return sizes
 
 
-def _parse_sizes(text: str) -> dict[str, int]:
+def _parse_config(text: str) -> MeshConfig:
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
@@ -98,8 +136,7 @@ def _parse_sizes(text: str) -> dict[str, int]:
         is_number = size.removeprefix("-").isdecimal()
         require(is_number, "mesh", text, "must be axis=number, such as fsdp=16,expert=4")
         sizes[name] = int(size)
-    MeshConfig(**sizes)
-    return sizes
+    return MeshConfig(**sizes)
 
 
 @contextlib.contextmanager
@@ -114,13 +151,14 @@ def use_mesh(text: str | None) -> Iterator[Mesh | None]:
         return
     require(jax.process_count() == 1, "mesh", text, "must be left out: inference runs in a single process")
     available = jax.devices()
-    sizes = _parse_sizes(text)
+    config = _parse_config(text)
+    sizes = config.sizes
     product = math.prod(size for size in sizes.values() if size != -1)
     count = len(available) if -1 in sizes.values() else product
     plural = "s" * (len(available) != 1)
     allowed = f"needs {product} devices, and this machine has {len(available)} JAX device{plural}"
     require(product <= len(available), "mesh", text, allowed)
-    mesh = make_mesh(MeshConfig(**sizes), available[:count])
+    mesh = make_mesh(config, available[:count])
     with jax.set_mesh(mesh):
         yield mesh
 

@@ -43,8 +43,9 @@ class CompiledStep:
     code: int = 0
     # Peak memory in use; less than `total`, which has gaps.
     peak: int = 0
-    # By kind and axes: kind, axes, executions per step, bytes sent per device, trips_known (False in loops
-    # with a data-dependent trip count, which are counted once). None if this jaxlib cannot parse the HLO of
+    # By kind, axes and network: kind, axes, across_slices (True on the data-center network), executions per
+    # step, bytes sent per device, trips_known (False in loops with a data-dependent trip count, which are
+    # counted once). None if this jaxlib cannot parse the HLO of
     # this libtpu.
     collectives: list[dict] | None = None
 
@@ -60,7 +61,8 @@ def has_tpu_compiler() -> bool:
 
 
 def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) -> CompiledStep:
-    """Compiles a step of `config` for a slice such as "v5p:4x4x4" in a separate process; takes minutes.
+    """Compiles a step of `config` for a slice such as "v5p:4x4x4", or for as many of them as the config's
+    mesh has, in a separate process; takes minutes.
 
     A step that does not fit in memory is a result, not an error. Raises ValueError if libtpu is not installed
     or does not support the topology, and OSError if the compiler fails.
@@ -71,7 +73,7 @@ def compile_step(config: TrainConfig, topology: str, mesh: Mapping[str, int]) ->
             "--devices for an estimate without compiling"
         )
     parse_topology(topology)
-    config = dataclasses.replace(config, mesh=MeshConfig(**mesh))
+    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **mesh))
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -129,7 +131,9 @@ def _compile(config: TrainConfig, topology: str) -> dict:
 
     # By default, libtpu supports only slices of whole hosts with four chips each.
     is_one_chip = {*topology.partition(":")[2].split("x")} == {"1"}
-    options = {"chips_per_host_bounds": (1, 1, 1)} if is_one_chip else {}
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if is_one_chip else {}
+    if config.mesh.slices > 1:
+        options["num_slices"] = config.mesh.slices
     try:
         devices = topologies.get_topology_desc(topology, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
@@ -153,7 +157,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
             return {"seconds": time.monotonic() - began, **read_refusal(str(error))}
     memory: Any = program.memory_analysis()
     try:
-        collectives = _sum_collectives(program.as_text() or "", mesh.shape)
+        collectives = _sum_collectives(program.as_text() or "", mesh.shape, config.mesh)
     except jax.errors.JaxRuntimeError:
         collectives = None  # a libtpu newer than jaxlib may emit instructions that jaxlib cannot parse
     return {
@@ -169,13 +173,20 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     }
 
 
-def _sum_collectives(hlo_text: str, mesh: Mapping[str, int]) -> list[dict]:
-    """Returns executions and bytes sent per step by kind and mesh axes, sorted by bytes, descending."""
+def _sum_collectives(hlo_text: str, mesh: Mapping[str, int], config: MeshConfig) -> list[dict]:
+    """Returns executions and bytes sent per step by kind, mesh axes and network, sorted by bytes,
+    descending."""
     from gptoss_jax.planning.hlo import collectives
 
+    # The program of one slice: only transfers to other slices leave it.
+    outer = {"data": config.dcn_data, "fsdp": config.dcn_fsdp}
+    inside = {axis: size // outer.get(axis, 1) for axis, size in mesh.items()}
+    joined = tuple(axis for axis, slices in outer.items() if slices > 1)
     sums: dict[tuple, dict] = {}
     for one in collectives(hlo_text):
-        key = {"kind": one.kind, "axes": one.axes(mesh), "trips_known": one.trips_known}
+        axes = joined if one.across_slices else one.axes(inside)
+        key = {"kind": one.kind, "axes": axes, "trips_known": one.trips_known}
+        key["across_slices"] = one.across_slices
         entry = sums.setdefault(tuple(key.values()), {**key, "times": 0, "sent": 0.0})
         entry["times"] += one.times
         entry["sent"] += one.times * one.sent

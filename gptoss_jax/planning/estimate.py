@@ -101,6 +101,8 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
     allowed = f"{allowed} mesh.data, mesh.fsdp and mesh.expert make"
     check_length(config.data.seq_len, mesh["context"])
     require(rows % sequence_shards(mesh) == 0, "data.batch_size", config.data.batch_size, allowed)
+    # Raises if the slices do not divide their axes.
+    dataclasses.replace(config.mesh, **mesh)
     step = step_on(config, mesh)
     memory = Memory(
         parameters=step.trained_bytes,

@@ -21,6 +21,8 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# How libtpu writes a collective across slices: what its hosts send to each other.
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _DIMS = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
@@ -42,11 +44,14 @@ class Collective:
     times: int
     # False if the trip count of a loop is unknown; the loop is then counted once.
     trips_known: bool
+    # True for a transfer to other slices, over the data-center network; it has no groups, and `bytes` are
+    # those that it sends.
+    across_slices: bool = False
 
     @property
     def sent(self) -> float:
         """Bytes that one device sends in one execution."""
-        if self.kind == "collective-permute":
+        if self.kind == "collective-permute" or self.across_slices:
             return float(self.bytes)
         return bytes_sent(self.kind, self.bytes, max(map(len, self.groups), default=1))
 
@@ -66,13 +71,21 @@ def collectives(hlo_text: str) -> list[Collective]:
     """Returns all collectives that a program executes, callers before callees.
 
     The halves of an asynchronous collective, `-start` and `-done`, count once, and so does one that the TPU
-    compiler has spread over several fusions. Computations that are never called count nothing.
+    compiler has spread over several fusions. A collective across slices is one inside each slice, and a
+    transfer between slices. Computations that are never called count nothing.
     """
     computations, entry = _computations(hlo_text)
     found: dict[tuple, Collective] = {}
     for name, times, trips_known in _executions(computations, entry):
         for instruction in computations[name]:
             kind = instruction.opcode.removesuffix("-start")
+            if kind == "send" and (transfer := _MEGASCALE.search(instruction.rest)):
+                kind, size = transfer[1].lower().replace("_", "-"), shape_bytes(instruction.shape)
+                shapes = tuple(match[0] for match in [_SHAPE.search(instruction.shape)] if match)
+                found[name, instruction.name] = Collective(
+                    instruction.name, kind, shapes, size, (), times, trips_known, across_slices=True
+                )
+                continue
             if kind not in KINDS:
                 continue
             # The parts of one collective share a chain.

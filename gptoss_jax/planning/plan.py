@@ -94,7 +94,8 @@ def make_plan(
     up to `MAX_COMPILED`, best first, until one fits.
 
     Args:
-      topology: a TPU slice such as "v5p:4x4x4", or a Cloud TPU accelerator type such as "v5p-128". Instead,
+      topology: a TPU slice such as "v5p:4x4x4", or a Cloud TPU accelerator type such as "v5p-128"; with
+        `config.mesh.dcn_data` or `dcn_fsdp`, several of them. Instead,
         `chip` (a name in `hardware.CHIPS`) and `devices` (as JAX counts them) plan without compiling.
       memory: bytes of a device, instead of those of the chip; required if the chip is not known. Such a plan
         has no times.
@@ -112,6 +113,7 @@ def make_plan(
         require(not is_given, "topology", topology, "already gives chip, devices and memory")
         accelerator_type, topology = topology, resolve_topology(topology)
         kind, count = parse_topology(topology)
+        count *= config.mesh.slices
     else:
         kind, count = _given_devices(chip, devices, memory)
 

@@ -53,7 +53,9 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def _devices(plan: Plan) -> str:
+    slices = plan.config.mesh.slices
     of = plan.topology or plan.chip.name
+    of = f"{slices} slices {of}" if plan.topology and slices > 1 else of
     if plan.accelerator_type is None:
         return f"{plan.devices:,} of {of}"
     chips = plan.devices // plan.chip.devices_per_chip
@@ -191,7 +193,10 @@ def _compiled(one: CompiledStep, plan: Plan) -> Table:
     for entry in one.collectives:
         if entry not in small:
             times = f"{entry['times']:,}" + ("" if entry["trips_known"] else "+")
-            table.add_row(f"{entry['kind']}, sent", " ".join(entry["axes"]), times, gigabytes(entry["sent"]))
+            sent = "sent to other slices" if entry["across_slices"] else "sent"
+            table.add_row(
+                f"{entry['kind']}, {sent}", " ".join(entry["axes"]), times, gigabytes(entry["sent"])
+            )
     if small:
         times, sent = (sum(entry[name] for entry in small) for name in ("times", "sent"))
         table.add_row(f"others, under {SMALL / 1e6:.0f} MB each", "", f"{times:,}", gigabytes(sent))
