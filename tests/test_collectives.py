@@ -126,9 +126,9 @@ def sent_on(**sizes):
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "expert": 4}, {"fsdp": 8}], ids=str)
 def test_gradients_of_matrices_are_not_all_reduced(sizes):
     found = sent_on(**sizes)
-    # Norms, biases and sinks, the router's statistics, scalars.
+    # Norms, biases and sinks, the router's statistics, scalars, and several of them together.
     summed = [one.bytes for one, _ in found if one.kind == "all-reduce" and one.sent]
-    assert summed and max(summed) <= 4 * E * 2 * F
+    assert summed and max(summed) < 4 * D * 2 * F
     scattered = sum(one.times * one.bytes for one, _ in found if one.kind == "reduce-scatter")
     experts = E // sizes.get("expert", 1) * 3 * D * F
     assert scattered >= 4 * 2 * experts
