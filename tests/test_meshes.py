@@ -23,7 +23,7 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.config.preset import read_preset
-from gptoss_jax.model.moe import expert_outputs
+from gptoss_jax.model.moe import SwiGLU, expert_outputs
 from gptoss_jax.model.parameters import path_names
 from gptoss_jax.model.transformer import abstract_params, segment_positions
 from gptoss_jax.parallel import all_to_all, expert_parallel
@@ -201,6 +201,7 @@ def test_any_buffer_size_gives_the_same_result(transport, room):
     """Four devices send rows to eight experts, some to none; compared with each row times its own
     matrices."""
     rows, width, n, experts = 29, 5, 4, 8
+    swiglu = SwiGLU(1.702, 0.9, 1.0)
     rng = np.random.default_rng(room)
     mesh = make_mesh(MeshConfig(data=1, expert=n), jax.devices()[:n])
     sorted_experts = np.sort(rng.choice([0, 1, 1, 1, 5, 7, 8], (n, rows)), axis=1)
@@ -215,7 +216,7 @@ def test_any_buffer_size_gives_the_same_result(transport, room):
     def travelled(x, parameters, counts, weight):
         def one(x, parameters, counts, weight):
             counts_nE = jax.lax.all_gather(counts[0], "expert")
-            function = functools.partial(expert_outputs, lambda gate, up: gate * up)
+            function = functools.partial(expert_outputs, swiglu)
             plan = transport(room, max_rounds=n * rows)
             y = expert_parallel._on_expert_devices(x[0], parameters, counts_nE, function, plan)
             return y[None], jnp.sum(y * weight[0])[None]
@@ -230,7 +231,7 @@ def test_any_buffer_size_gives_the_same_result(transport, room):
         padded = jax.tree.map(lambda w: jnp.pad(w, [(0, 1)] + [(0, 0)] * (w.ndim - 1)), parameters)
         gate_up, down = padded["gate_up"][sorted_experts], padded["down"][sorted_experts]
         h = jnp.einsum("nRD,nRDgF->gnRF", x, gate_up)
-        y = jnp.einsum("nRF,nRFD->nRD", h[0] * h[1], down)
+        y = jnp.einsum("nRF,nRFD->nRD", swiglu(*h), down)
         return jnp.sum(y * weight), y
 
     with jax.set_mesh(mesh):
