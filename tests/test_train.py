@@ -43,6 +43,7 @@ from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog, next_command
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
+from gptoss_jax.training.profile import StepTracer
 from gptoss_jax.training.state import create_params
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -357,7 +358,7 @@ def test_settings_that_a_resumed_run_may_change(finished, make_config):
     config = finished[0]
     changes = {
         "mesh": MeshConfig(fsdp=8), "eval": EvalConfig(1, 1, "x"), "checkpoint": CheckpointConfig(1, 9),
-        "log_every": 7, "steps": 99, "init_from": "elsewhere",
+        "log_every": 7, "profile": "3:2", "steps": 99, "init_from": "elsewhere",
         "model": dataclasses.replace(config.model, remat="block"),
         "data": dataclasses.replace(config.data, cache_dir="/elsewhere"),
     }  # fmt: skip
@@ -699,6 +700,66 @@ def test_gptoss_train(make_config, tmp_path, capsys):
 def test_metrics_are_json_lines(finished):
     for line in (pathlib.Path(finished[0].run_dir) / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+def traced_steps(folder):
+    """Returns the numbers of the steps in each trace of a folder."""
+    traces = []
+    for path in sorted(pathlib.Path(folder).rglob("*.xplane.pb")):
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        events = [event for plane in planes for line in plane.lines for event in line.events]
+        traces.append(sorted({dict(event.stats)["step_num"] for event in events if event.name == "train"}))
+    return traces
+
+
+def test_the_profile_has_the_steps_that_were_asked_for(make_config, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(make_config(run, steps=5, profile="3:2", eval=EvalConfig(every=9, sample_tokens=0)))
+    assert traced_steps(run / "profile") == [[3, 4]]
+    assert f"Profile of steps 3 to 4: tensorboard --logdir {run}/profile" in capsys.readouterr().out
+
+
+def test_a_resumed_run_traces_the_rest_of_the_steps_without_the_first(make_config, tmp_path):
+    config = make_config(tmp_path / "run", steps=3, eval=EvalConfig(every=99, sample_tokens=0))
+    train(config)
+    train(dataclasses.replace(config, steps=6, profile="2:4"))
+    assert traced_steps(tmp_path / "run/profile") == [[5]]
+    train(dataclasses.replace(config, steps=7, profile="2:4"))
+    assert len(traced_steps(tmp_path / "run/profile")) == 1
+
+
+def test_a_run_that_ends_early_writes_its_profile(make_config, tmp_path, capsys):
+    config = make_config(tmp_path / "run", profile="2:9")
+    with pytest.raises(ZeroDivisionError), StepTracer(config, lambda step: (1 // step, 0), 0, print) as step:
+        for number in (2, 1, 0):
+            step(number)
+    assert traced_steps(tmp_path / "run/profile") == [[2, 3]]
+    assert capsys.readouterr().out.startswith("Profile of steps 2 to 3: ")
+
+
+def test_each_process_writes_its_own_profile(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with StepTracer(make_config(tmp_path / "run", profile="2:1"), lambda x: (x, x), 0, print) as step:
+        step(1)
+        step(1)
+    assert traced_steps(tmp_path / "run/profile/process_1") == [[2]]
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("10", "must be START:COUNT, the first step and the number of steps, such as 10:3"),
+        ("10:x", "must be START:COUNT"),
+        ("-2:3", "must be START:COUNT"),
+        ("10:0", "must be START:COUNT"),
+        ("1:3", "must start at step 2 or later, because step 1 compiles"),
+        ("23:3", r"must end at or before the last step \(24\)"),
+    ],
+)
+def test_profiles_that_are_not_allowed(make_config, tmp_path, profile, message):
+    with pytest.raises(ValueError, match=f"^profile is '{profile}': {message}"):
+        make_config(tmp_path, profile=profile)
 
 
 def test_changed_text_is_rejected(finished, make_config, text, tmp_path):

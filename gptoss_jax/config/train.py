@@ -166,6 +166,8 @@ class TrainConfig(ConfigBase):
     # LoRA adapter to continue training: a PEFT folder, or a run. Needs model.lora; None starts a new adapter.
     init_adapter: str | None = None
     log_every: Positive[int] = 1  # Steps between rows in metrics.jsonl
+    # Steps to trace with JAX's profiler, as START:COUNT, into the run folder; None traces none.
+    profile: str | None = None
 
     def _check(self) -> None:
         self._require(self.run_dir.strip() != "", "run_dir", "must be the name of a folder")
@@ -180,6 +182,7 @@ class TrainConfig(ConfigBase):
         allowed = "needs model.lora: add --model.lora.rank with the adapter's rank, r in adapter_config.json"
         self._require(is_used, "init_adapter", allowed)
         self._check_ranks()
+        self.profiled_steps()
         longest, length = self.model.max_position_embeddings, self.data.seq_len
         allowed = f"must be at most model.max_position_embeddings ({longest})"
         require(length <= longest, "data.seq_len", length, allowed)
@@ -196,6 +199,25 @@ class TrainConfig(ConfigBase):
             sides = f"the smaller dimension of {shape[0]} x {shape[1]}"
             allowed = f"the rank of {target}, {rank}, must be at most {min(shape)}, {sides}"
             require(rank <= min(shape), f"model.lora.{name}", getattr(model.lora, name), allowed)
+
+    def profiled_steps(self) -> range:
+        """Returns the numbers of the steps to trace; the first step of a run is number 1.
+
+        Raises ValueError if `profile` is not START:COUNT, or does not lie after the first step, which
+        compiles, and within `steps`.
+        """
+        if self.profile is None:
+            return range(0)
+        start, _, count = self.profile.partition(":")
+        is_valid = all(part.isascii() and part.isdecimal() for part in (start, count))
+        allowed = "must be START:COUNT, the first step and the number of steps, such as 10:3"
+        self._require(is_valid and int(count) > 0, "profile", allowed)
+        self._require(int(start) > 1, "profile", "must start at step 2 or later, because step 1 compiles")
+        steps = range(int(start), int(start) + int(count))
+        self._require(
+            steps[-1] <= self.steps, "profile", f"must end at or before the last step ({self.steps})"
+        )
+        return steps
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the config as JSON, atomically."""

@@ -27,6 +27,7 @@ from gptoss_jax.training import resume, setup
 from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
+from gptoss_jax.training.profile import StepTracer
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
@@ -82,19 +83,19 @@ def train(
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
         stack.callback(log.close)
-        train_step = make_train_step(config, objective)
+        tracer = StepTracer(config, make_train_step(config, objective), first_step, console.message)
+        train_step = stack.enter_context(tracer)
         stop = stack.enter_context(StopSignal(console.message, first_step))
         evaluate = _evaluation(config, cache, make_eval_step(config.model, objective), log, stop)
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
-            is_last, stopping = step == config.steps, stop.requested(step)
+            is_last, stopping, val_loss = step == config.steps, stop.requested(step), None
             pending = _pending_evaluations(step, config, metadata if step == first_step else None)
             is_eval = bool(pending)
             is_save = step > first_step and (is_eval or stopping or step % config.checkpoint.every == 0)
             if is_save:
                 log.flush()
             with log.timer.measure("other"):
-                val_loss = None
                 if is_eval:
                     params = merge_params(state.params, frozen)
                     val_loss, pending = evaluate(step, params, pending)
