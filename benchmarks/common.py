@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +22,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gptoss_jax import interrupts, startup
 from gptoss_jax.config.paths import user_path
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 PEAK = "matmul peak"
+
+
+def keep_memory() -> None:
+    """Restarts the process with the memory settings of `gptoss train`; Ctrl-C and SIGTERM end it as usual."""
+    startup.keep_memory()
+    # The restart blocks them until the command handles them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.CODES)
 
 
 def base_parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -265,9 +274,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence]) ->
 
 
 def previous_results(name: str) -> list[dict]:
-    """Returns the results in results/NAME.json, so that a run of some cases keeps those of the others."""
+    """Returns the results in results/NAME.json with their dates, so that a run of some cases keeps those of
+    the others."""
     file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"results": [], "date": None}
+    return [{"date": record["date"]} | result for result in record["results"]]
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
 def write_json(name: str | pathlib.Path, record: dict) -> pathlib.Path:
@@ -278,7 +293,7 @@ def write_json(name: str | pathlib.Path, record: dict) -> pathlib.Path:
     path = user_path(name, "out") if str(name).endswith(".json") else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "date": time.strftime("%Y-%m-%d"),
+        "date": today(),
         "hardware": hardware(),
         "versions": versions(),
     } | record

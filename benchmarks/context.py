@@ -20,6 +20,7 @@ from common import (
     alternate,
     base_parser,
     bounded,
+    keep_memory,
     milliseconds,
     print_table,
     small_model,
@@ -27,7 +28,6 @@ from common import (
     write_json,
 )
 
-from gptoss_jax import startup
 from gptoss_jax.kernels.attention.api import AttentionSpec, attention
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
@@ -136,5 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    startup.keep_memory()
+    keep_memory()
     main()

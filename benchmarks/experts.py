@@ -16,7 +16,6 @@ import common
 import jax
 from common import PEAK, Training, percent, show, small_model, spread
 
-from gptoss_jax import startup
 from gptoss_jax.hardware import flops_per_token
 from gptoss_jax.model.moe import SwiGLU, expert_outputs, top_experts
 from gptoss_jax.model.parameters import LETTERS
@@ -103,5 +102,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    startup.keep_memory()
+    common.keep_memory()
     main()

@@ -1,6 +1,7 @@
-"""Kernels, training and generation on one GPU, in under twelve minutes: python benchmarks/gpu.py [--only NAME
-...] [--smoke].
+"""Kernels, training and generation on one GPU, in under fourteen minutes: python benchmarks/gpu.py [--only
+NAME ...] [--smoke].
 
+Begins with `gptoss check` in a process of its own: the other sections then use the kernels that passed.
 Prints medians (min–max) of at least five repetitions, next to the limit that the same run measures, and
 writes results/gpu-DEVICE.json (with --only: gpu-DEVICE-NAMES.json). A section that fails is reported and
 recorded, the others still run, and the exit code is 1. Optional peer: pip install tokamax. --smoke runs
@@ -8,10 +9,14 @@ everything with tiny sizes on CPU, to check that the script works; it writes res
 """
 
 import argparse
+import json
 import math
 import os
+import pathlib
 import re
+import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -22,6 +27,34 @@ from gpu_model import training
 from gpu_run import REPETITIONS, Run
 
 from gptoss_jax.config.paths import user_path
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHECK, CHECK_SECONDS = "check", 120
+# JAX has plugins for two versions of CUDA.
+CUDA_PACKAGES = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+
+
+def check(run: Run) -> dict:
+    """Returns the report of `gptoss check`; a kernel that fails, or a check that does not end, is a failure.
+
+    The check has a process of its own, which must end before JAX starts here and takes the memory of the GPU.
+    If a kernel crashes that process or hangs, the record it leaves turns the kernel off in this one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "check.json")
+        command = [sys.executable, "-m", "gptoss_jax", "check", "--json", str(path)]
+        environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if run.smoke else {})
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        try:
+            limit = None if run.smoke else CHECK_SECONDS
+            code = subprocess.run(command, env=environment, timeout=limit, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = f"none after {CHECK_SECONDS} s"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if code:
+        run.failures.append(f"{CHECK}: exit code {code}")
+        print(f"failed: {run.failures[-1]}", flush=True)
+    return report
 
 
 def peaks(run: Run) -> dict:
@@ -34,7 +67,7 @@ def peaks(run: Run) -> dict:
     return run.peaks
 
 
-# Name -> function and its time limit in seconds; it finishes what it has started.
+# Name -> function and its time limit in seconds; it finishes what it has started. `check` comes first.
 SECTIONS = {
     "peaks": (peaks, 30),
     "attention": (attention, 130),
@@ -52,13 +85,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=SECTIONS,
+        choices=(CHECK, *SECTIONS),
         metavar="NAME",
-        help=f"only these sections of {', '.join(SECTIONS)}",
+        help=f"only these sections of {', '.join((CHECK, *SECTIONS))}",
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on CPU")
     parser.add_argument("--out", help="the JSON file to write")
     options = parser.parse_args(arguments)
+    run, names = Run(options.smoke), options.only or [CHECK, *SECTIONS]
+    # Before JAX starts.
+    checked = run.attempt(CHECK, check, run) if CHECK in names else None
     if options.smoke:
         jax.config.update("jax_platforms", "cpu")
     else:
@@ -66,18 +102,17 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
         if jax.default_backend() != "gpu":
             parser.error(f"needs a GPU and there is {jax.default_backend()!r}; --smoke runs it on CPU")
-    run, names = Run(options.smoke), options.only or list(SECTIONS)
     slug = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
     out = options.out and str(user_path(options.out, "out").with_suffix(".json"))
     if not out and not options.smoke:
         out = "-".join(["gpu", slug, *(options.only or ())])
     record = {
         "hardware": hardware(),
-        "versions": versions("jax-cuda12-plugin", "nvidia-cudnn-cu12", "tokamax"),
+        "versions": versions(*CUDA_PACKAGES, "tokamax"),
     }
     record["settings"] = {"smoke": options.smoke, "sections": names, "repetitions": REPETITIONS}
-    record["seconds"] = {}
-    for name in names:
+    record |= {"seconds": {}, CHECK: checked, "failures": run.failures, "skipped": run.skipped}
+    for name in (name for name in names if name != CHECK):
         print(f"\n{name}", flush=True)
         function, seconds = SECTIONS[name]
         # A smoke run must reach every line, however long compilation takes on CPU.
@@ -89,11 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
         jax.clear_caches()
         # Every section measures the limits if "peaks" was not selected.
         record["peaks"] = run.__dict__.get("peaks")
-        record |= {"failures": run.failures, "skipped": run.skipped}
         if out:
-            path = write_json(out, record)
+            write_json(out, record)
     if out:
-        print(f"\n{path}")
+        print(f"\n{write_json(out, record)}")
     return 1 if run.failures else 0
 
 

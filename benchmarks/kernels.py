@@ -26,7 +26,6 @@ import numpy as np
 from common import PEAK, percent, spread, with_gradients
 from loss_memory import loss
 
-from gptoss_jax import startup
 from gptoss_jax.kernels.attention.api import AttentionSpec, attention_mask, reference_attention
 from gptoss_jax.kernels.attention.api import attention as chosen_attention
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
@@ -160,5 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    startup.keep_memory()
+    common.keep_memory()
     main()

@@ -10,14 +10,13 @@ from common import (
     Training,
     alternate,
     base_parser,
+    keep_memory,
     milliseconds,
     print_table,
     small_model,
     spread,
     write_json,
 )
-
-from gptoss_jax import startup
 
 POLICIES = ("none", "dots", "block")
 
@@ -54,5 +53,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    startup.keep_memory()
+    keep_memory()
     main()

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -67,7 +68,7 @@ def broken(run):
     raise ValueError("out of\\n luck")
 
 gpu.SECTIONS = {"first": (broken, 5), "second": (lambda run: {"found": 7}, 5)}
-sys.exit(gpu.main(["--smoke", "--out", sys.argv[1]]))
+sys.exit(gpu.main(["--smoke", "--only", "first", "second", "--out", sys.argv[1]]))
 """
 
 
@@ -78,6 +79,29 @@ def test_a_failed_section_does_not_stop_the_others(script, tmp_path):
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["failures"] == ["first: ValueError: out of luck"]
     assert record["first"] is None and record["second"] == {"found": 7}
+
+
+def test_begins_with_the_check_of_the_kernels(module, monkeypatch, capsys, tmp_path):
+    gpu, commands, codes = module("gpu"), [], iter([0, 1, None])
+
+    def run(command, env, timeout, check):
+        commands.append(command[1:-1])
+        pathlib.Path(command[-1]).write_text('{"device": "here", "results": []}')
+        if (code := next(codes)) is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return types.SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu, "SECTIONS", {"some": (lambda run: commands.append("some"), 5)})
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--smoke", "--out", str(out)]) == 0
+    assert commands == [["-m", "gptoss_jax", "check", "--json"], "some"]
+    assert json.loads(out.read_text())["check"] == {"device": "here", "results": []}
+    for message in ("check: exit code 1", "check: exit code none after 120 s"):
+        assert gpu.main(["--smoke", "--only", "check", "--out", str(out)]) == 1
+        assert f"failed: {message}" in capsys.readouterr().out
+        assert json.loads(out.read_text())["failures"] == [message]
+    assert len(commands) == 4
 
 
 def test_needs_a_gpu(script):
@@ -98,6 +122,12 @@ def module(monkeypatch):
         return module
 
     return load
+
+
+def test_a_restarted_benchmark_can_be_stopped(script):
+    code = "import os, signal, common; common.keep_memory(); os.kill(os.getpid(), signal.SIGTERM); print(7)"
+    done = script("-c", code)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
 
 
 @pytest.mark.slow
