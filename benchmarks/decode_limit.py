@@ -212,7 +212,7 @@ def make_parser():
 def main() -> None:
     # The parent only describes the hardware; the workers measure.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from common import previous_results, print_table, write_json
+    from common import previous_results, print_table, today, write_json
 
     options = make_parser().parse_args()
     quick, results, table = options.quick, [], []
@@ -224,7 +224,8 @@ def main() -> None:
         if options.models and name not in options.models:
             continue
         worker = Worker("decode_limit", "model", {"sizes": sizes, "forms": forms} | shape)
-        results.append({"model": name, "sizes": sizes} | shape | worker.ask("measure"))
+        found = {"date": today(), "model": name, "sizes": sizes}
+        results.append(found | shape | worker.ask("measure"))
         worker.close()
         table += report(name, results[-1])
     print_table(

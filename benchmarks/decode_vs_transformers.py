@@ -222,7 +222,7 @@ def make_parser():
 def main() -> None:
     # The parent only describes the hardware; the workers measure.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from common import previous_results, print_table, versions, write_json
+    from common import previous_results, print_table, today, versions, write_json
 
     options = make_parser().parse_args()
     quick, results = options.quick, []
@@ -233,7 +233,8 @@ def main() -> None:
         if options.experts and experts not in options.experts:
             continue
         print(f"{experts} experts, top-{top_k}", flush=True)
-        results += measure({"experts": experts, "top_k": top_k} | shape, rounds, pilots=1 if quick else 2)
+        found = measure({"experts": experts, "top_k": top_k} | shape, rounds, pilots=1 if quick else 2)
+        results += [{"date": today()} | result for result in found]
     table = [row for result in results for row in report(result)]
     print_table(
         f"Tokens/s, prompts of {shape['prompt']} tokens, {shape['new']} new ones, {rounds} rounds",

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import time
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results" / "scaling.json"
@@ -119,7 +120,7 @@ def measure(
     row = {"preset": preset, "devices": devices, "mesh": mesh, "batch_size": config.data.batch_size}
     row |= {"flags": change} if is_finetuning else {}
     row |= {"seq_len": config.data.seq_len, "remat": config.model.remat}
-    row |= {"versions": {"jax": importlib.metadata.version("jax")}}
+    row |= {"date": time.strftime("%Y-%m-%d"), "versions": {"jax": importlib.metadata.version("jax")}}
     if ":" in devices and not compiled:
         chip, count = parse_topology(devices)
         plan = make_plan(config, chip=chip.name, devices=count, meshes=[mesh])
@@ -137,26 +138,32 @@ def measure(
     return row | {"compiled": values["compiled"][0] if values["compiled"] else None}
 
 
-def table(rows: list[dict], batch: str = "rows") -> str:
-    """Returns the table, in GB of one device. Compiled: the peak, or the need of a step that is too large.
-
-    `batch` heads the columns of the batch size and, if it has two, the sequence length.
-    """
-    has_length = "|" in batch
+def table(rows: list[dict]) -> str:
+    """Returns the table, in GB of one device. Compiled: the peak, or the need of a step that is too large."""
     lines = [
-        f"| model | devices | mesh | {batch} | HBM (GB) | estimated | compiled | fits | compute + network |",
-        f"| --- | --- | --- | ---:{' | ---:' * has_length} | ---: | ---: | ---: | --- | ---: |",
+        "| model | devices | mesh | rows × tokens | HBM | estimated | compiled | fits "
+        "| compute + network | sent: estimated, compiled |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for row in rows:
         guess, (fits, size, capacity) = row["estimate"], figures(row)
-        length = f" {row['seq_len']:,} |" * has_length
         lines.append(
             f"| {row['preset'].removeprefix('gpt_oss_')} | {row['count']} ({row['devices']}) "
-            f"| `{row['mesh']}` | {row['batch_size']} |{length} {capacity / 1e9:,.1f} "
+            f"| `{row['mesh']}` | {row['batch_size']} × {row['seq_len']:,} | {capacity / 1e9:,.1f} "
             f"| {guess['memory']['total'] / 1e9:,.1f} | {size} | {'yes' if fits else 'no'} "
-            f"| {guess['compute_seconds']:,.2f} + {guess['communication_seconds']:,.2f} s |"
+            f"| {guess['compute_seconds']:,.2f} + {guess['communication_seconds']:,.2f} s "
+            f"| {', '.join(f'{sent / 1e9:,.1f}' for sent in bytes_sent(row))} |"
         )
     return "\n".join(lines)
+
+
+def bytes_sent(row: dict) -> list[float]:
+    """Returns the bytes that a device sends besides the experts' rows: estimated and, if known, compiled."""
+    programs = [row["estimate"], *([row["compiled"]] if row["compiled"] and row["compiled"]["fits"] else [])]
+    return [
+        sum(one["sent"] for one in program["collectives"] if not one["kind"].endswith("all-to-all"))
+        for program in programs
+    ]
 
 
 def figures(row: dict) -> tuple[bool, str, float]:
@@ -210,9 +217,7 @@ def main() -> None:
             continue
         print(line, flush=True)
         keep(measure(*plan))
-    plans = [row for row in read() if "flags" not in row]
-    print(table([row for row in plans if not is_long(row)]), end="\n\n")
-    print(table([row for row in plans if is_long(row)], "sequences | tokens"), end="\n\n")
+    print(table([row for row in read() if "flags" not in row]), end="\n\n")
     print(finetuning_table([row for row in read() if "flags" in row]))
 
 

@@ -86,7 +86,8 @@ def loads(server: serving.Server, worker: Worker | None, settings: dict, rounds:
             figures = asyncio.run(measure(server.port, settings, concurrency, rate, next(seeds)))
             # Poisson arrivals are three quarters of what the server can do.
             rate = rate or (0.75 * figures["requests_per_second"] if concurrency == BUSIEST else None)
-            name = f"{concurrency} clients" if concurrency else f"Poisson, {rate:.2f} per second"
+            clients = f"{concurrency} client{'s' * (concurrency != 1)}" if concurrency else ""
+            name = clients or f"Poisson, {rate:.2f} per second"
             found.setdefault(name, []).append(figures)
     return {"loads": found, "engine_tokens_per_second": engine_speeds}
 

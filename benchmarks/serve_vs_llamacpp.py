@@ -140,7 +140,7 @@ def make_parser():
 def main() -> None:
     # The parent is only a client.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from common import write_json
+    from common import previous_results, today, write_json
 
     options = make_parser().parse_args()
     quick, rounds, results = options.quick, 1 if options.quick else options.rounds, []
@@ -162,9 +162,17 @@ def main() -> None:
             continue
         print(f"{experts} experts top-{top_k}, {form}", flush=True)
         settings = {"experts": experts, "top_k": top_k, "form": form} | (shape if quick else full)
-        results += measure(settings, options.peer_python, rounds)
+        found = measure(settings, options.peer_python, rounds)
+        results += [{"date": today()} | result for result in found]
     bounds = report(results, rounds)
     if not quick:
+        done = {(result["experts"], result["form"]) for result in results}
+        results += [
+            result
+            for result in previous_results("serve_vs_llamacpp")
+            if (result["experts"], result["form"]) not in done
+        ]
+        results.sort(key=lambda result: (result["form"], result["experts"], result["clients"]))
         record = {"rounds": rounds, "bounds": bounds, "results": results, "xllamacpp": peer.stdout.strip()}
         print(write_json("serve_vs_llamacpp", record))
 

@@ -163,7 +163,7 @@ def make_parser():
 def main() -> None:
     # The parent only describes the hardware; the workers measure.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from common import previous_results, print_table, versions, write_json
+    from common import previous_results, print_table, today, versions, write_json
 
     options = make_parser().parse_args()
     quick, results, table = options.quick, [], []
@@ -175,7 +175,8 @@ def main() -> None:
         settings |= {"rows": shape[0], "length": shape[1]}
         print(f"{experts} experts, top-{top_k}", flush=True)
         # A new process takes a minute to start.
-        results.append(measure(settings, fresh, 1 + rounds // 5 if fresh else rounds, options.peers))
+        found = measure(settings, fresh, 1 + rounds // 5 if fresh else rounds, options.peers)
+        results.append({"date": today()} | found)
         table += report(results[-1])
     print_table(
         f"Training, {shape[0]} x {shape[1]} tokens, {rounds} rounds",
