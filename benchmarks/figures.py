@@ -40,6 +40,7 @@ class Benchmark:
 
 BENCHMARKS = {
     "train_vs_transformers": Benchmark(peer=TORCH),
+    "optimizer": Benchmark(),
     "finetune": Benchmark(peer=TORCH),
     "decode_vs_transformers": Benchmark(peer=TORCH),
     "decode_limit": Benchmark(),
@@ -58,6 +59,7 @@ BENCHMARKS = {
 PARTS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "speed": (("train_vs_transformers", "decode_vs_transformers"), figures_speed.speed),
     "training": (("train_vs_transformers",), figures_speed.training),
+    "optimizer": (("optimizer",), figures_speed.optimizer),
     "fine-tuning": (("finetune",), figures_speed.fine_tuning),
     "packed-rows": (("finetune",), figures_speed.packed_rows),
     "decoding": (("decode_vs_transformers",), figures_speed.decoding),

@@ -39,6 +39,14 @@ def training(record: dict) -> str:
     return f"{table(columns, rows)}\n\n{source(record)}"
 
 
+def optimizer(record: dict) -> str:
+    """Returns the table of optimizer.py."""
+    speeds, shares = record["gigabytes_per_second"], record["shares"]
+    rows = [[name, spread(speed, 1), share(shares[name])] for name, speed in speeds.items()]
+    size = f"{record['parameter_bytes'] / 4e6:,.0f}M parameters"
+    return f"{table(['', 'GB/s', 'share of the copy'], rows)}\n\n{source(record, size)}"
+
+
 def decoding(record: dict) -> str:
     """Returns the table of decode_vs_transformers.py."""
     rows = []
