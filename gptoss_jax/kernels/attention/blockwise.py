@@ -217,10 +217,12 @@ def _over_keys(
     def read(array, block, axis):
         return lax.dynamic_slice_in_dim(array, block * C, C, axis)
 
-    tokens = x.segment_ids_BT, x.positions_BT, x.starts_BT
-    *queries, starts_BC = (lax.dynamic_slice_in_dim(y, first_query, C, axis=1) for y in tokens)
+    def read_queries(array):
+        return lax.dynamic_slice_in_dim(array, first_query, C, axis=1)
+
+    queries = read_queries(x.segment_ids_BT), read_queries(x.positions_BT)
     # Only the first query's segment can start before the block.
-    start_B = starts_BC[:, 0]
+    start_B = read_queries(x.starts_BT)[:, 0]
     earliest_B = start_B if spec.window is None else jnp.maximum(start_B, first_query - spec.window + 1)
     first_block, end_block = jnp.min(earliest_B) // C, (first_query + C - 1) // C + 1
 
