@@ -2,7 +2,7 @@
 // Letters: M tokens, X experts per token, E experts of a layer, D hidden size, F expert width.
 
 #include "decode.h"
-#include "mxfp4.h"
+#include "mxfp4_dot.h"
 
 namespace {
 
@@ -102,40 +102,6 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights,
   return ffi::Error::Success();
 }
 
-// A matrix [rows, inner] in MXFP4.
-struct Mxfp4Rows {
-  const uint8_t* blocks;
-  const uint8_t* scales;
-  int64_t inner;
-
-  Mxfp4Rows(Bytes& blocks, Bytes& scales, int64_t row, int64_t inner)
-      : blocks(blocks.typed_data() + row * inner / kBlockSize * kBlockBytes),
-        scales(scales.typed_data() + row * inner / kBlockSize), inner(inner) {}
-
-  // DotRows for rows 0 … columns - 1, with x in the order given by Deinterleaved.
-  template <int tokens>
-  void Dot(const TokenBlock& t, int64_t columns) const {
-    const int64_t num_blocks = inner / kBlockSize;
-    const uint8_t *block = blocks, *scale = scales;
-    for (int64_t c = 0; c < columns; ++c) {
-      Vector sum[tokens] = {};
-      for (int64_t b = 0; b < num_blocks; ++b, block += kBlockBytes, ++scale) {
-        Vector low, high;
-        LoadCodes(block, *scale, &low, &high);
-        const float power = ScaleOf(*scale);
-        for (int i = 0; i < tokens; ++i) {
-          const float* x = t.x[i] + b * kBlockSize;
-          sum[i] += power * (low * Load(x) + high * Load(x + kLanes));
-        }
-      }
-      for (int i = 0; i < tokens; ++i) t.y[i][c] = HorizontalSum(sum[i]);
-    }
-  }
-};
-
-// The index of value i of a row if, in each block, the even values come before the odd ones, as in LoadCodes.
-int64_t Deinterleaved(int64_t i) { return i / kBlockSize * kBlockSize + i % 2 * kLanes + i % kBlockSize / 2; }
-
 // Experts in MXFP4: blocks [layers, E, 2 F, D / 32, 16], with interleaved rows of gate and up, and [layers, E, D,
 // F / 32, 16], and their scales.
 ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights, Ints layer, Bytes gate_up,
@@ -145,22 +111,21 @@ ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats wei
   const SwiGLU swiglu{alpha, limit, up_offset};
   const int64_t D = routing.D, F = gate_up.dimensions()[2] / 2, groups = routing.groups.size();
   const float *up_bias = DataOrNull(gate_up_bias), *bias = DataOrNull(down_bias);
-  const auto inputs = Uninitialized(routing.M * D);
-  for (int64_t m = 0; m < routing.M; ++m)
-    for (int64_t d = 0; d < D; ++d) inputs[m * D + Deinterleaved(d)] = x.typed_data()[m * D + d];
-  const auto a = Uninitialized(routing.num_rows() * F), z = Uninitialized(routing.num_rows() * D);
-  const int64_t up_cols = TaskColumns(groups * F, F, pool), down_cols = TaskColumns(groups * D, D, pool);
+  const ChunkRows inputs(routing.M, D), a(routing.num_rows(), F);
+  const auto z = Uninitialized(routing.num_rows() * D);
+  const int64_t up_cols = CeilDiv(TaskColumns(groups * F, F, pool), kChunkSize) * kChunkSize;
+  const int64_t down_cols = TaskColumns(groups * D, D, pool);
   const int64_t up_tasks = CeilDiv(F, up_cols), down_tasks = CeilDiv(D, down_cols);
 
+  auto set_inputs = [&](int64_t m) { inputs.Set(m, 0, D, x.typed_data() + m * D); };
   auto multiply_up = [&](int64_t index) {
     const auto& group = routing.groups[index / up_tasks];
     const int64_t f = index % up_tasks * up_cols, columns = std::min(up_cols, F - f);
-    const Mxfp4Rows w(gate_up, gate_up_scales, (group.matrix * F + f) * 2, D);
+    const Mxfp4Rows w(gate_up.typed_data(), gate_up_scales.typed_data(), (group.matrix * F + f) * 2, D);
     ForEachRowBlock(group.rows.size(), [&](int64_t first, auto n) {
       float h[kTokenBlock][2 * kMaxCols];  // gate and up are interleaved
-      TokenBlock t;
-      for (int i = 0; i < n; ++i)
-        t.x[i] = inputs.get() + group.rows[first + i] / routing.X * D, t.y[i] = h[i];
+      Mxfp4Tokens t;
+      for (int i = 0; i < n; ++i) t.x[i] = inputs.row(group.rows[first + i] / routing.X), t.y[i] = h[i];
       w.Dot<n()>(t, 2 * columns);
       for (int i = 0; i < n; ++i) {
         float halves[2][kMaxCols];
@@ -168,24 +133,24 @@ ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats wei
           for (int64_t c = 0; c < columns; ++c)
             halves[half][c] = h[i][2 * c + half] + (up_bias ? up_bias[(group.expert * 2 + half) * F + f + c] : 0);
         swiglu.Apply(halves[0], halves[1], columns);
-        for (int64_t c = 0; c < columns; ++c) a[group.rows[first + i] * F + Deinterleaved(f + c)] = halves[0][c];
+        a.Set(group.rows[first + i], f, columns, halves[0]);
       }
     });
   };
   auto multiply_down = [&](int64_t index) {
     const auto& group = routing.groups[index / down_tasks];
     const int64_t d = index % down_tasks * down_cols, columns = std::min(down_cols, D - d);
-    const Mxfp4Rows w(down, down_scales, group.matrix * D + d, F);
+    const Mxfp4Rows w(down.typed_data(), down_scales.typed_data(), group.matrix * D + d, F);
     ForEachRowBlock(group.rows.size(), [&](int64_t first, auto n) {
-      TokenBlock t;
+      Mxfp4Tokens t;
       for (int i = 0; i < n; ++i)
-        t.x[i] = a.get() + group.rows[first + i] * F, t.y[i] = z.get() + group.rows[first + i] * D + d;
+        t.x[i] = a.row(group.rows[first + i]), t.y[i] = z.get() + group.rows[first + i] * D + d;
       w.Dot<n()>(t, columns);
       for (int i = 0; bias && i < n; ++i)
         for (int64_t c = 0; c < columns; ++c) t.y[i][c] += bias[group.expert * D + d + c];
     });
   };
-  RunPhases({{groups * up_tasks, multiply_up}, {groups * down_tasks, multiply_down}}, pool);
+  RunPhases({{routing.M, set_inputs}, {groups * up_tasks, multiply_up}, {groups * down_tasks, multiply_down}}, pool);
   routing.Combine(z.get(), y->typed_data());
   return ffi::Error::Success();
 }
