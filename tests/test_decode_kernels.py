@@ -176,6 +176,74 @@ def test_mxfp4_experts_of_extreme_values():
     assert np.isnan(found[0]).tolist() == [d == 3 for d in range(D)]
 
 
+CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def random_mxfp4(seed, rows, inner, scales):
+    """Returns random blocks [1, rows, inner / 32, 16], their scales from the range `scales`, and their values in
+    float64, [rows, inner]."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (1, rows, inner // 32, 16), np.uint8)
+    exponents = rng.integers(*scales, blocks.shape[:-1], np.uint8)
+    codes = CODES[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*blocks.shape[:-1], 32)
+    values = np.ldexp(codes, exponents[..., None].astype(int) - 127).reshape(rows, inner)
+    return jnp.asarray(blocks), jnp.asarray(exponents), values
+
+
+def one_expert(x_MD, F, gate_up_scales, down_scales=(120, 128)):
+    """Returns the result of `decode.experts` for one random expert and all tokens, and the exact one."""
+    M, D = x_MD.shape
+    gate_up_blocks, gate_up_exponents, gate_up = random_mxfp4(1, 2 * F, D, gate_up_scales)
+    down_blocks, down_exponents, down = random_mxfp4(2, D, F, down_scales)
+    parameters = {
+        "gate_up_blocks": gate_up_blocks,
+        "gate_up_scales": gate_up_exponents,
+        "down_blocks": down_blocks,
+        "down_scales": down_exponents,
+    }
+    views, routing = stacked(parameters, 1, 0), (jnp.zeros((M, 1), int), jnp.ones((M, 1)))
+    found = decode.experts(jnp.asarray(x_MD), *routing, views, SwiGLU(1.7, None, 1.0))
+    with np.errstate(invalid="ignore"):
+        h_MU = np.asarray(x_MD, np.float64) @ gate_up.T
+        gate, up = h_MU[:, ::2], h_MU[:, 1::2]
+        return np.asarray(found), (gate / (1 + np.exp(-1.7 * gate)) * (up + 1)) @ down.T
+
+
+# Numbers of blocks that are no multiple of the 2 or 4 that a vector holds, and tokens around a block of them.
+@pytest.mark.parametrize(("D", "F"), [(32, 64), (96, 160), (224, 32), (320, 192)])
+def test_mxfp4_experts_of_many_sizes(D, F):
+    x_MD = np.asarray(normal(0, 9, D)) * np.float32(2) ** np.arange(-4, 5, dtype=np.float32)[:, None]
+    found, expected = one_expert(x_MD, F, (116, 122))
+    for y_D, exact_D in zip(found, expected, strict=True):
+        assert_near(y_D, exact_D)
+    for rows in (1, 2, 3, 4, 5):
+        np.testing.assert_array_equal(one_expert(x_MD[:rows], F, (116, 122))[0], found[:rows])
+
+
+def test_mxfp4_experts_of_extreme_activations():
+    def check(x_MD, gate_up_scales):
+        assert_near(*one_expert(np.asarray(x_MD, np.float32), 64, gate_up_scales))
+
+    x_MD = np.array(normal(0, 3, 96))
+    check(x_MD * np.where(np.arange(96) % 40 == 7, 1e4, 1), (104, 108))
+    # The smallest scales: 2^-127 is a number that CPUs flush to zero.
+    check(x_MD * 2.0**120, (0, 3))
+    check(x_MD * 2.0**-100, (215, 220))
+    check(np.zeros_like(x_MD) + 1e-3 * (np.arange(96) == 50), (124, 128))
+    # The largest values of each binade, which need all digits.
+    check(np.full((1, 96), np.nextafter(np.float32(2), np.float32(0))), (116, 120))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_mxfp4_experts_of_activations_that_are_not_finite(bad):
+    x_MD = np.array(normal(0, 3, 96))
+    found = one_expert(x_MD, 64, (116, 122))[0]
+    x_MD[1, 70] = bad
+    mixed = one_expert(x_MD, 64, (116, 122))[0]
+    assert np.isnan(mixed[1]).all()
+    np.testing.assert_array_equal(mixed[[0, 2]], found[[0, 2]])
+
+
 def test_nan_propagates():
     parameters, _, _ = matrices(2, 32, 64, packed=False)
     arguments = normal(0, 3, 32), jnp.zeros((3, 1), int), jnp.ones((3, 1))
