@@ -1,4 +1,4 @@
-// Shared by all kernels: vectors of 16 floats, and tasks that run on XLA's thread pool.
+// Shared by all kernels: vectors of 16 floats, or of VECTOR_LANES, and tasks that run on XLA's thread pool.
 
 #pragma once
 
@@ -19,30 +19,34 @@ using Floats = ffi::Buffer<ffi::F32>;
 using Bytes = ffi::Buffer<ffi::U8>;
 using Ints = ffi::Buffer<ffi::S32>;
 
-constexpr int kLanes = 16;
-typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+#ifndef VECTOR_LANES
+#define VECTOR_LANES 16
+#endif
+constexpr int kLanes = VECTOR_LANES;
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-inline Vector Load(const float* from) { return *(const Vector*)from; }
-inline void Store(float* to, Vector value) { *(Vector*)to = value; }
+// Static, because files differ in VECTOR_LANES.
+static inline Vector Load(const float* from) { return *(const Vector*)from; }
+static inline void Store(float* to, Vector value) { *(Vector*)to = value; }
 
 // Loads the first `count` lanes, with `count` clamped to the valid range; the others are zero.
-inline Vector LoadPartial(const float* from, int64_t count) {
+static inline Vector LoadPartial(const float* from, int64_t count) {
   if (count >= kLanes) return Load(from);
   Vector value = {};
   if (count > 0) std::memcpy(&value, from, count * sizeof(float));
   return value;
 }
-inline void StorePartial(float* to, Vector value, int64_t count) {
+static inline void StorePartial(float* to, Vector value, int64_t count) {
   if (count >= kLanes) return Store(to, value);
   if (count > 0) std::memcpy(to, &value, count * sizeof(float));
 }
 
-inline Vector Broadcast(float value) { return Vector{} + value; }
+static inline Vector Broadcast(float value) { return Vector{} + value; }
 // NaN stays NaN in the second argument.
-inline Vector Min(Vector a, Vector b) { return a < b ? a : b; }
-inline Vector Max(Vector a, Vector b) { return a > b ? a : b; }
+static inline Vector Min(Vector a, Vector b) { return a < b ? a : b; }
+static inline Vector Max(Vector a, Vector b) { return a > b ? a : b; }
 
-inline float HorizontalSum(Vector v) {
+static inline float HorizontalSum(Vector v) {
   float sum = 0;
   for (int width = kLanes / 2; width; width /= 2)
     for (int i = 0; i < width; ++i) v[i] += v[i + width];
@@ -50,14 +54,14 @@ inline float HorizontalSum(Vector v) {
 }
 
 // e^x to within two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor, degree 7).
-inline Vector Exp(Vector x) {
+static inline Vector Exp(Vector x) {
   x = Min(Broadcast(88.0f), Max(Broadcast(-87.0f), x));
   // Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
   const Vector rounded = x * 1.44269504f + 12582912.0f, n = rounded - 12582912.0f;
   const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Vector p = Broadcast(1.0f / 5040);
   for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  typedef int32_t Bits __attribute__((vector_size(64), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(4 * kLanes), may_alias));
   return p * (Vector)(((Bits)rounded + 127) << 23);
 }
 

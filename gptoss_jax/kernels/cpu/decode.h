@@ -3,6 +3,11 @@
 
 #pragma once
 
+// Wider vectors than registers are slow: compilers keep them in memory.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define VECTOR_LANES 8
+#endif
+
 #include "common.h"
 
 namespace {
@@ -88,7 +93,7 @@ void AddProducts(const std::vector<const float*>& x, const std::vector<float*>& 
 // y[i][0 : columns] = x[i][0 : inner] w[0 : columns, 0 : inner]^T for each token.
 template <int tokens>
 void DotRows(const TokenBlock& t, const float* w, int64_t inner, int64_t columns) {
-  constexpr int rows = 4;  // of w at a time
+  constexpr int rows = kLanes < 16 && tokens > 2 ? 2 : 4;  // of w at a time; their sums are in registers
   for (int64_t c = 0; c < columns; c += rows) {
     const int count = std::min<int64_t>(rows, columns - c);
     const float* row[rows];

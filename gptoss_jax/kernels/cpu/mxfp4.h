@@ -30,7 +30,7 @@ inline float ScaleOf(uint8_t scale) {
   return value;
 }
 
-// The values of the low and the high nibbles of a block, before multiplication by ScaleOf.
+// The values of the low and the high nibbles of a block, before multiplication by ScaleOf. Needs vectors of 16 floats.
 inline void LoadCodes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* high) {
 #ifdef __AVX512F__
   const __m512 table = _mm512_load_ps(kCodes);
