@@ -180,8 +180,8 @@ CODES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, 
 
 
 def random_mxfp4(seed, rows, inner, scales):
-    """Returns random blocks [1, rows, inner / 32, 16], their scales from the range `scales`, and their values in
-    float64, [rows, inner]."""
+    """Returns random blocks [1, rows, inner / 32, 16], their scales from the range `scales`, and their
+    values in float64, [rows, inner]."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (1, rows, inner // 32, 16), np.uint8)
     exponents = rng.integers(*scales, blocks.shape[:-1], np.uint8)

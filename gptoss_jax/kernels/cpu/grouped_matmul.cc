@@ -21,6 +21,14 @@ constexpr int kPanelCols = 2 * kLanes;    // columns of C per microkernel
 constexpr int kInnerBlock = 512;          // rows per packed block of B
 constexpr int kColBlock = 15 * kPanelCols;  // columns per task: a packed block is at most 1 MB
 
+// Accumulators must fit in the registers: AVX2 has 16, of 8 floats.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kTileRows = 6, kTileLanes = 8;
+#else
+constexpr int kTileRows = 12, kTileLanes = kLanes;
+#endif
+typedef float Tile __attribute__((vector_size(4 * kTileLanes), aligned(4), may_alias));
+
 struct Strided {
   const float* data;
   int64_t row_stride, col_stride;
@@ -38,35 +46,59 @@ struct Matmul {
   bool blocks_by_rows = false;
 };
 
+// Loads or stores the first `count` lanes, with `count` clamped to the valid range; other lanes are loaded as zero.
+Tile LoadTile(const float* from, int64_t count) {
+  if (count >= kTileLanes) return *(const Tile*)from;
+  Tile value = {};
+  if (count > 0) std::memcpy(&value, from, count * sizeof(float));
+  return value;
+}
+void StoreTile(float* to, Tile value, int64_t count) {
+  if (count >= kTileLanes)
+    *(Tile*)to = value;
+  else if (count > 0)
+    std::memcpy(to, &value, count * sizeof(float));
+}
+
 // C[rows, width] = first + A[rows, inner] B[inner, width], with a packed panel of B. first may be null, for zero.
 template <int rows, bool a_is_row_major>
 void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, int64_t inner, const float* first,
                  int64_t first_stride, int width) {
-  // Loops are unrolled to keep the accumulators in registers.
-  Vector sum[rows][2] = {};
-  if (first != nullptr) {
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      sum[i][0] = LoadPartial(first + i * first_stride, width);
-      sum[i][1] = LoadPartial(first + i * first_stride + kLanes, width - kLanes);
-    }
-  }
   const int64_t row_stride = a_is_row_major ? p.a.row_stride : 1, col_stride = a_is_row_major ? 1 : p.a.col_stride;
-  for (int64_t j = 0; j < inner; ++j) {
-    const Vector left = Load(panel), right = Load(panel + kLanes);
-    panel += kPanelCols;
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      const float value = a[i * row_stride];
-      sum[i][0] += value * left;
-      sum[i][1] += value * right;
-    }
-    a += col_stride;
+  if constexpr (rows > kTileRows) {
+    constexpr int half = rows / 2;
+    for (int i = 0; i < rows; i += half)
+      Microkernel<half, a_is_row_major>(p, a + i * row_stride, panel, c + i * p.n, inner,
+                                        first ? first + i * first_stride : first, first_stride, width);
+    return;
   }
+  for (int start = 0; start < width; start += 2 * kTileLanes) {
+    // Loops are unrolled to keep the accumulators in registers.
+    Tile sum[rows][2] = {};
+    if (first != nullptr) {
 #pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i) {
-    StorePartial(c + i * p.n, sum[i][0], width);
-    StorePartial(c + i * p.n + kLanes, sum[i][1], width - kLanes);
+      for (int i = 0; i < rows; ++i)
+        for (int side = 0; side < 2; ++side) {
+          const int column = start + side * kTileLanes;
+          sum[i][side] = LoadTile(first + i * first_stride + column, width - column);
+        }
+    }
+    const float *left_row = a, *panel_row = panel + start;
+    for (int64_t j = 0; j < inner; ++j, panel_row += kPanelCols, left_row += col_stride) {
+      const Tile left = *(const Tile*)panel_row, right = *(const Tile*)(panel_row + kTileLanes);
+#pragma GCC unroll 12
+      for (int i = 0; i < rows; ++i) {
+        const float value = left_row[i * row_stride];
+        sum[i][0] += value * left;
+        sum[i][1] += value * right;
+      }
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i)
+      for (int side = 0; side < 2; ++side) {
+        const int column = start + side * kTileLanes;
+        StoreTile(c + i * p.n + column, sum[i][side], width - column);
+      }
   }
 }
 
