@@ -40,7 +40,8 @@ inline void LoadCodes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* 
   *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
 #elif defined(__AVX2__)
   // Only the upper two bytes of these floats are not zero: look each up, and move both into place.
-  const __m128i upper = _mm_load_si128((const __m128i*)kUpperBytes), lower = _mm_load_si128((const __m128i*)kLowerBytes);
+  const __m128i upper = _mm_load_si128((const __m128i*)kUpperBytes);
+  const __m128i lower = _mm_load_si128((const __m128i*)kLowerBytes);
   const __m128i nibble = _mm_set1_epi8(15), both = _mm_loadu_si128((const __m128i*)bytes);
   const auto values = [&](__m128i codes, Vector* to) {
     const __m128i first = _mm_shuffle_epi8(lower, codes), second = _mm_shuffle_epi8(upper, codes);
