@@ -219,15 +219,7 @@ class Transformer(nnx.Module):
         config = self.config
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones_like(tokens_BT)
-        if cache is not None:
-            if positions_BT is not None:
-                raise ValueError("positions cannot be passed together with a cache")
-            positions_BT = cache.lengths[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        elif positions_BT is None:
-            require(
-                context_size() == 1, "positions_BT", None, "must be given if mesh.context splits sequences"
-            )
-            positions_BT = segment_positions(segment_ids_BT)
+        positions_BT = _positions(segment_ids_BT, positions_BT, cache)
         assert_shapes("BT BT BT", tokens_BT, segment_ids_BT, positions_BT)
         counts_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
         is_split = cache is not None and splits_prefill(tokens_BT.shape[1])
@@ -239,10 +231,7 @@ class Transformer(nnx.Module):
         require(batch % shards == 0, "batch size", batch, allowed)
         segments = Segments(segment_ids_BT, positions_BT, rope_cos_sin(config, positions_BT))
         blocks = tuple(self.blocks)
-        run_block: RunBlock = functools.partial(Block.__call__, capacity_factor=capacity_factor)
-        if config.remat != "none":
-            policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)}
-            run_block = jax.checkpoint(run_block, policy=policies[config.remat])
+        run_block = _run_block(config, capacity_factor)
 
         def one_period(carry, scanned):
             (x_BTD, stacks), (index, period, key) = carry, scanned
@@ -279,6 +268,19 @@ class Transformer(nnx.Module):
             new_cache = None if cache is None else KVCache(stacks, cache.lengths + counts_B)
             x_BTD = self.final_norm(x_BTD)
             return join_sequences(x_BTD) if is_split else x_BTD, new_cache, stats
+
+
+def _positions(segment_ids_BT: jax.Array, positions_BT: jax.Array | None, cache: KVCache | None) -> jax.Array:
+    """Returns the positions, [B, T]: those that are given, the cache's, or those of the segments."""
+    if cache is not None:
+        if positions_BT is not None:
+            raise ValueError("positions cannot be passed together with a cache")
+        return cache.lengths[:, None] + jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    if positions_BT is None:
+        allowed = "must be given if mesh.context splits sequences"
+        require(context_size() == 1, "positions_BT", None, allowed)
+        return segment_positions(segment_ids_BT)
+    return positions_BT
 
 
 @functools.cache

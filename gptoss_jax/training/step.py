@@ -1,6 +1,7 @@
 """Training and evaluation steps: pure functions of state and batch, each compiled once per run."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,27 +79,7 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute_gradient = gradient if num_microbatches == 1 else accumulated_gradient
         (_, metrics), grads = compute_gradient(state.params, frozen or {}, batch, weight, key)
-        with selection.using(model_config.kernels):
-            grad_norm = global_norm(grads)
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-            params, opt_state = apply_gradients(
-                config.optim,
-                config.steps,
-                state.params,
-                state.opt_state,
-                grads,
-                norm=grad_norm,
-                finite=finite,
-            )
-        bad = 1 - finite.astype(jnp.int32)
-        new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            skipped=state.skipped + bad,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
-        )
+        new_state, grad_norm = _update(config, state, grads, metrics["loss"])
         return new_state, metrics | {
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.skipped),
@@ -108,6 +89,29 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
         }
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _update(
+    config: TrainConfig, state: TrainState, gradients: Any, loss: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """Returns the state after a step, and the norm of the gradients; if that or the loss is not finite, the
+    parameters stay as they were."""
+    with selection.using(config.model.kernels):
+        norm = global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt_state = apply_gradients(
+            config.optim, config.steps, state.params, state.opt_state, gradients, norm=norm, finite=finite
+        )
+    bad = 1 - finite.astype(jnp.int32)
+    new_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        skipped=state.skipped + bad,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+    )
+    return new_state, norm
 
 
 def make_eval_step(config: ModelConfig, objective: Objective = LANGUAGE_MODELING) -> jax.stages.Wrapped:
