@@ -217,7 +217,7 @@ swiglu_pair.defvjp(lambda swiglu, *inputs: (swiglu(*inputs), inputs), _swiglu_pa
 def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
     """SwiGLU of the two halves of each row, [R, 2 F] -> [R, F]; the gradient saves only the input."""
     if cpu_swiglu.is_supported(h_RF.dtype):
-        return cpu_swiglu.swiglu_halves(tuple(swiglu), h_RF)
+        return cpu_swiglu.swiglu_halves(swiglu, h_RF)
     return xla_swiglu_halves(swiglu, h_RF)
 
 

@@ -270,6 +270,16 @@ class Transformer(nnx.Module):
             return join_sequences(x_BTD) if is_split else x_BTD, new_cache, stats
 
 
+def _run_block(config: ModelConfig, capacity_factor: float | None) -> RunBlock:
+    """Returns a function that runs a block, and that recomputes what `config.remat` says in the backward
+    pass."""
+    run_block: RunBlock = functools.partial(Block.__call__, capacity_factor=capacity_factor)
+    if config.remat == "none":
+        return run_block
+    policies = {"block": None, "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)}
+    return jax.checkpoint(run_block, policy=policies[config.remat])
+
+
 def _positions(segment_ids_BT: jax.Array, positions_BT: jax.Array | None, cache: KVCache | None) -> jax.Array:
     """Returns the positions, [B, T]: those that are given, the cache's, or those of the segments."""
     if cache is not None:

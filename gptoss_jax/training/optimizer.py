@@ -193,7 +193,7 @@ def _apply_adamw_kernel(
     config: OptimConfig,
     steps: int,
     params: Any,
-    opt_state: optax.OptState,
+    opt_state: Any,
     gradients: Any,
     *,
     norm: jax.Array,
