@@ -249,8 +249,8 @@ def _adamw_case() -> Case:
         return *values[:6], *map(jnp.square, values[6:])
 
     def run(*arrays):
-        params, gradients, *moments = (arrays[i : i + 2] for i in range(0, 8, 2))
-        results = adamw.update(adam, params, gradients, tuple(moments), jnp.array(scalars, jnp.float32))
+        params, gradients, m, v = (arrays[i : i + 2] for i in range(0, 8, 2))
+        results = adamw.update(adam, params, gradients, (m, v), jnp.array(scalars, jnp.float32))
         norm = adamw.global_norm(gradients) / 100  # not much larger than the other values
         return jnp.concatenate([norm[None], *(x for pair in results for x in pair)])
 

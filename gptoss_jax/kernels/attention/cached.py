@@ -117,7 +117,7 @@ def prefill_attention(
     B = q_BTNH.shape[0]
     if positions_BT is None:
         positions_BT = cache.lengths_B[:, None] + jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)
-    rows = q_BTNH, k_BCKH, v_BCKH, positions_BT, cache.lengths_B, cache.counts_B
+    rows = q_BTNH, k_BCKH, v_BCKH, positions_BT, (cache.lengths_B, cache.counts_B)
     attend = functools.partial(_attend_rows, cache=cache, spec=spec, sinks_N=sinks_N)
     if B == 1 or backend.platform() != "cpu" or backend.is_multi_device():
         return attend(jnp.int32(0), *rows)
@@ -132,14 +132,15 @@ def _attend_rows(
     k_BCKH: jax.Array,
     v_BCKH: jax.Array,
     positions_BT: jax.Array,
-    lengths_B: jax.Array,
-    counts_B: jax.Array,
+    lengths_and_counts: tuple[jax.Array, jax.Array],
     *,
     cache: LayerCacheView,
     spec: AttentionSpec,
     sinks_N: jax.Array | None,
 ) -> jax.Array:
-    """`prefill_attention` for B sequences of the cache, starting at `first_row`."""
+    """`prefill_attention` for B sequences of the cache, starting at `first_row`, with their lengths and
+    counts of new tokens."""
+    lengths_B, counts_B = lengths_and_counts
     inputs = q_BTNH, k_BCKH, v_BCKH, positions_BT, sinks_N, lengths_B, counts_B
     sizes = assert_shapes("BTNH BCKH BCKH BT N B B", *inputs)
     S = cache.keys.shape[2]

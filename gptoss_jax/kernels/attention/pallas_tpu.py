@@ -87,9 +87,10 @@ def splash_attention(
     # One kernel call covers the query heads of one key/value head. The two cores of a v5p can split the
     # key/value-head and batch dimensions, but not the kernel's grid in the backward pass.
     attention = functools.partial(_attention, static)
-    attention = jax.vmap(attention, in_axes=(0, 0, 0, None, None, None if sinks_N is None else 0))
-    attention = jax.vmap(attention, in_axes=(0, 0, 0, 0, None, None))
-    out_BKGTH = attention(q_BKGTH, k_BKSH, v_BKSH, segments, jnp.asarray(offset, jnp.int32), sinks_KG)
+    attention = jax.vmap(attention, in_axes=(0, 0, 0, None, None if sinks_N is None else 0))
+    attention = jax.vmap(attention, in_axes=(0, 0, 0, (0, None), None))
+    queries = segments, jnp.asarray(offset, jnp.int32)
+    out_BKGTH = attention(q_BKGTH, k_BKSH, v_BKSH, queries, sinks_KG)
     return out_BKGTH.reshape(B, N, T + padding_T, H).transpose(0, 2, 1, 3)[:, :T]
 
 
@@ -175,17 +176,17 @@ def _attention(
     q_GTH: jax.Array,
     k_SH: jax.Array,
     v_SH: jax.Array,
-    segments: splash.SegmentIds,
-    offset: jax.Array,
+    queries: tuple[splash.SegmentIds, jax.Array],
     sinks_G: jax.Array | None,
 ) -> jax.Array:
-    """Attention of the query heads of one key/value head.
+    """Attention of the query heads of one key/value head; `queries` are the segments, and the offset of the
+    queries among the keys.
 
     Has a custom gradient because JAX's gradient of the sinks is computed from terms rounded to the dtype of
     q, and its backward pass does not use the matmul precision of the forward pass.
     """
     with jax.default_matmul_precision(matmul_precision(q_GTH.dtype)):
-        return _kernel(static, segments, offset, sinks_G, len(q_GTH))(q_GTH, k_SH, v_SH)
+        return _kernel(static, *queries, sinks_G, len(q_GTH))(q_GTH, k_SH, v_SH)
 
 
 @without_x64
@@ -194,11 +195,10 @@ def _forward(
     q_GTH: jax.Array,
     k_SH: jax.Array,
     v_SH: jax.Array,
-    segments: splash.SegmentIds,
-    offset: jax.Array,
+    queries: tuple[splash.SegmentIds, jax.Array],
     sinks_G: jax.Array | None,
 ) -> tuple[jax.Array, _Residuals]:
-    kernel = _kernel(static, segments, offset, sinks_G, len(q_GTH))
+    kernel = _kernel(static, *queries, sinks_G, len(q_GTH))
     with jax.default_matmul_precision(matmul_precision(q_GTH.dtype)):
         out_GTH, vjp = jax.vjp(kernel, q_GTH, k_SH, v_SH)
     return out_GTH, (vjp, sinks_G, out_GTH)
@@ -207,7 +207,7 @@ def _forward(
 @without_x64
 def _backward(
     static: _Static, residuals: _Residuals, d_out_GTH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, None, None, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
     vjp, sinks_G, out_GTH = residuals
     with jax.default_matmul_precision(matmul_precision(out_GTH.dtype)):
         dq_GTH, dk_SH, dv_SH = vjp(d_out_GTH)
@@ -218,7 +218,7 @@ def _backward(
         (lse_GT,) = (x for x in saved if x.shape == out_GTH.shape[:2])
         delta_GT = jnp.sum(out_GTH.astype(jnp.float32) * d_out_GTH.astype(jnp.float32), axis=-1)
         d_sinks_G = -jnp.sum(jnp.exp(sinks_G[:, None] - lse_GT) * delta_GT, axis=-1)
-    return dq_GTH, dk_SH, dv_SH, None, None, d_sinks_G
+    return dq_GTH, dk_SH, dv_SH, None, d_sinks_G
 
 
 _attention.defvjp(_forward, _backward)
