@@ -71,6 +71,9 @@ class OptimConfig(ConfigBase):
     # Microbatches per step, to save memory. The loss gradient is exactly that of the whole batch; the router
     # losses are computed per microbatch and averaged.
     grad_accum_steps: Positive[int] = 1
+    # Memory that holds the optimizer state between steps. host saves device memory, and moves the state to
+    # the device and back in every step.
+    state_memory: Literal["device", "host"] = "device"
 
     def _check(self) -> None:
         self._require(0 < self.decay_fraction <= 1, "decay_fraction", "must be above 0 and at most 1")

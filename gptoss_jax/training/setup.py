@@ -30,6 +30,7 @@ from gptoss_jax.parallel.mesh import check_model, sequence_shards
 from gptoss_jax.status import status
 from gptoss_jax.training.base_weights import check_base
 from gptoss_jax.training.resume import check_run_dir, has_checkpoints
+from gptoss_jax.training.state import check_state_memory
 
 # Fields that affect training or implementation, but not the function that the model computes.
 TRAINING_ONLY_FIELDS = {
@@ -69,6 +70,7 @@ def check_same_config(config: TrainConfig) -> None:
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the devices cannot split the model, or every microbatch, evenly."""
     check_model(config.model, dict(mesh.shape))
+    check_state_memory(config, mesh.devices.flat[0])
     shards, microbatches = sequence_shards(mesh.shape), config.optim.grad_accum_steps
     size, divisor = config.data.batch_size, shards * microbatches
     why = "the number of devices that split the batch"

@@ -9,12 +9,14 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from gptoss_jax.config import TrainConfig
+from gptoss_jax.config import TrainConfig, require
 from gptoss_jax.model.parameters import IsTrainable, parameter_shardings, split_params
 from gptoss_jax.model.transformer import abstract_params, init_params
 from gptoss_jax.training.optimizer import make_optimizer
 
 Tree = TypeVar("Tree")
+# JAX's name of the memory of a host that its devices can read and write.
+HOST_MEMORY = "pinned_host"
 
 
 @jax.tree_util.register_dataclass
@@ -36,12 +38,43 @@ class TrainState:
     skipped_in_a_row: jax.Array
 
 
+def state_shardings(config: TrainConfig, state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Returns the sharding of every leaf of a train state, including its memory."""
+    shardings = parameter_shardings(state, mesh)
+    if config.optim.state_memory == "device":
+        return shardings
+
+    def on_host(leaf, sharding):
+        return sharding.with_memory_kind(HOST_MEMORY) if leaf.ndim else sharding
+
+    return dataclasses.replace(
+        shardings, opt_state=jax.tree.map(on_host, state.opt_state, shardings.opt_state)
+    )
+
+
+def check_state_memory(config: TrainConfig, device: jax.Device) -> None:
+    """Raises ValueError if the optimizer state shall be in host memory, which the device cannot read."""
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    memory, has_host = config.optim.state_memory, HOST_MEMORY in kinds
+    allowed = f"must be 'device': JAX has no {HOST_MEMORY} memory on {device.platform}"
+    require(memory == "device" or has_host, "optim.state_memory", memory, allowed)
+
+
+def move_arrays(opt_state: Tree, space: jax.memory.Space) -> Tree:
+    """Moves the arrays of an optimizer state, except scalars, to another memory."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, opt_state)
+
+
 def place_on_mesh(shapes: Tree, mesh: Mesh | AbstractMesh) -> Tree:
     """Adds shardings to an abstract parameter tree or train state."""
+    return _with_shardings(shapes, parameter_shardings(shapes, mesh))
+
+
+def _with_shardings(shapes: Tree, shardings: Any) -> Tree:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        parameter_shardings(shapes, mesh),
+        shardings,
     )
 
 
@@ -51,7 +84,8 @@ def abstract_state(
     """Returns the shapes, dtypes and shardings of the state, without allocating it."""
     params, _ = split_params(abstract_params(config.model), is_trainable)
     state = jax.eval_shape(lambda params: _init_without_params(config, params), params)
-    return place_on_mesh(dataclasses.replace(state, params=params), mesh)
+    state = dataclasses.replace(state, params=params)
+    return _with_shardings(state, state_shardings(config, state, mesh))
 
 
 def create_params(config: TrainConfig, mesh: Mesh) -> dict:
@@ -70,7 +104,7 @@ def create_state(config: TrainConfig, mesh: Mesh, params: dict | None = None) ->
     def init(params):
         return _init_without_params(config, params)
 
-    shardings = parameter_shardings(jax.eval_shape(init, params), mesh)
+    shardings = state_shardings(config, jax.eval_shape(init, params), mesh)
     return dataclasses.replace(jax.jit(init, out_shardings=shardings)(params), params=params)
 
 

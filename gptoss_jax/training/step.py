@@ -16,7 +16,7 @@ from gptoss_jax.parallel.rules import BATCH_BT, constrain
 from gptoss_jax.training import losses
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective
 from gptoss_jax.training.optimizer import apply_gradients, global_norm, make_schedule
-from gptoss_jax.training.state import TrainState
+from gptoss_jax.training.state import TrainState, move_arrays
 
 
 def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELING) -> jax.stages.Wrapped:
@@ -99,9 +99,14 @@ def _update(
     with selection.using(config.model.kernels):
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        is_on_host, opt_state = config.optim.state_memory == "host", state.opt_state
+        if is_on_host:
+            opt_state = move_arrays(opt_state, jax.memory.Space.Device)
         params, opt_state = apply_gradients(
-            config.optim, config.steps, state.params, state.opt_state, gradients, norm=norm, finite=finite
+            config.optim, config.steps, state.params, opt_state, gradients, norm=norm, finite=finite
         )
+        if is_on_host:
+            opt_state = move_arrays(opt_state, jax.memory.Space.Host)
     bad = 1 - finite.astype(jnp.int32)
     new_state = dataclasses.replace(
         state,
