@@ -223,7 +223,9 @@ def test_round_trip_through_json():
     values = json.loads(json.dumps(config.to_dict()))
     assert values["model"]["layer_types"] == ["full_attention", "sliding_attention", "sliding_attention"]
     assert values["model"]["rope_scaling"]["factor"] == 4.0
-    assert values["mesh"] == {"data": 2, "fsdp": 1, "context": 1, "expert": 1, "tensor": 3}
+    assert values["mesh"] == {
+        "data": 2, "fsdp": 1, "context": 1, "expert": 1, "tensor": 3, "dcn_data": 1, "dcn_fsdp": 1,
+    }  # fmt: skip
     assert TrainConfig.from_dict(values) == config
 
 
@@ -273,7 +275,7 @@ def test_from_dict_keeps_defaults():
         ),
         (
             {"mesh": {"zzz": 1}},
-            "mesh.zzz: unknown field; known: data, fsdp, context, expert, tensor",
+            "mesh.zzz: unknown field; known: data, fsdp, context, expert, tensor, dcn_data, dcn_fsdp",
         ),
         ({"model": 5}, "model is 5: must be ModelConfig"),
         ({"model": {"vocab_size": "many"}}, "model.vocab_size is 'many': must be an integer"),
