@@ -2,19 +2,23 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tpu_compiler import needs_libtpu
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import SLIDING, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from gptoss_jax.config.preset import read_preset
 from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.parallel.linear import reduce_scatter
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.parallel.vocabulary import embedding_lookup, split_head
+from gptoss_jax.planning.compile_tpu import compile_step
 from gptoss_jax.planning.hlo import collectives
 from gptoss_jax.training.state import abstract_state
 from gptoss_jax.training.step import make_train_step
@@ -110,6 +114,18 @@ CONFIG = TrainConfig(
     ),
     data=DataConfig(seq_len=32, batch_size=8),
 )  # fmt: skip
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_step_of_gpt_oss_20b_sends_less_than_15_gb_besides_the_rows_of_experts():
+    preset = pathlib.Path(__file__).parent.parent / "configs" / "gpt_oss_20b.py"
+    config = read_preset(preset, ["--data.batch-size", "16"])
+    compiled = compile_step(config, "v5p:2x2x4", {"data": 1, "fsdp": 2, "expert": 8, "tensor": 1})
+    assert compiled.fits and compiled.peak <= 30e9
+    if compiled.collectives is not None:
+        rest = [entry for entry in compiled.collectives if entry["kind"] != "ragged-all-to-all"]
+        assert sum(entry["sent"] for entry in rest) <= 13e9
 
 
 @functools.cache
