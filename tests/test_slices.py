@@ -122,7 +122,7 @@ def test_transfers_between_slices_are_counted_apart():
 
 SMALL = TrainConfig(
     model=ModelConfig(
-        vocab_size=96, hidden_size=256, intermediate_size=40, num_hidden_layers=2, num_attention_heads=8,
+        vocab_size=96, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=4, head_dim=16, num_local_experts=12, num_experts_per_tok=3, sliding_window=8,
     ),
     data=DataConfig(seq_len=64, batch_size=16),
@@ -139,10 +139,11 @@ def test_a_step_for_two_slices_sums_gradients_between_them():
         assert {entry["kind"] for entry in across} == {"all-reduce"}
         assert all(entry["axes"] == ["data"] for entry in across)
         sent = sum(entry["sent"] for entry in across)
-        # All gradients, a quarter on each device: of the blocks in bfloat16, of the vocabulary in float32.
-        attention, experts = 256 * 16 * (2 * 8 + 2 * 4), 12 * 3 * 256 * 40
-        least = 2 * 2 * (attention + experts) / 4 + 4 * 2 * 96 * 256 / 4
-        assert least <= sent <= 1.5 * least
+        # All gradients, a quarter on each device: of attention in bfloat16, of the others in float32. The
+        # compiler pads.
+        attention, experts, vocabulary = 256 * 16 * (2 * 8 + 2 * 4), 12 * 3 * 256 * 128, 96 * 256
+        least = 2 * (2 * attention + 4 * experts + 4 * vocabulary) / 4
+        assert least <= sent <= 1.25 * least
 
 
 def test_the_mesh_flags_of_plan_have_slices(tmp_path, capsys):
