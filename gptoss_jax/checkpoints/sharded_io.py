@@ -183,6 +183,7 @@ def _unpacking_program(place: Format, start: int) -> Callable[..., tuple[jax.Arr
 
         return jax.lax.fori_loop(0, len(blocks), set_expert, (array, jnp.bool_(True)))
 
+    assert place.sharding is not None  # that of one device's shard
     finite = jax.sharding.SingleDeviceSharding(next(iter(place.sharding.device_set)))
     return jax.jit(set_layer, donate_argnums=0, out_shardings=(place, finite))
 

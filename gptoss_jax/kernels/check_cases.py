@@ -90,7 +90,10 @@ def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case
             return attention(q[:, start:], k, v, *where, spec, **settings)
 
         def plain(q, k, v, sinks, *where, spec=spec, start=start):
-            return blockwise_attention(q[:, start:], k, v, *where, spec, sinks_N=sinks, offset=start)
+            segment_ids_BT, positions_BT = where
+            return blockwise_attention(
+                q[:, start:], k, v, segment_ids_BT, positions_BT, spec, sinks_N=sinks, offset=start
+            )
 
         yield Case("attention", variant, dtype, arrays, run, plain, num_differentiable=4)
 
@@ -258,7 +261,8 @@ def _adamw_case() -> Case:
         p, g, m, v = (jnp.concatenate(arrays[i : i + 2]) for i in range(0, 8, 2))
         m = (1 - adam.beta1) * clip * g + adam.beta1 * m
         v = (1 - adam.beta2) * (clip * g) ** 2 + adam.beta2 * v
-        decay = jnp.where(jnp.arange(sum(sizes)) < sizes[0], *adam.weight_decays)
+        first_decay, second_decay = adam.weight_decays
+        decay = jnp.where(jnp.arange(sum(sizes)) < sizes[0], first_decay, second_decay)
         update = m / bias1 / (jnp.sqrt(v / bias2) + adam.epsilon) + decay * p
         norm = jnp.sqrt(jnp.sum(g**2)) / 100
         return jnp.concatenate([norm[None], p - is_finite * learning_rate * update, m, v])

@@ -60,8 +60,8 @@ def check_state_memory(config: TrainConfig, device: jax.Device) -> None:
     require(memory == "device" or has_host, "optim.state_memory", memory, allowed)
 
 
-def move_arrays(opt_state: Tree, space: jax.memory.Space) -> Tree:
-    """Moves the arrays of an optimizer state, except scalars, to another memory."""
+def move_arrays(opt_state: Tree, space: Any) -> Tree:
+    """Moves the arrays of an optimizer state, except scalars, to a `jax.memory.Space`."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, opt_state)
 
 

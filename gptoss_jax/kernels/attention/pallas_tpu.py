@@ -66,8 +66,9 @@ def splash_attention(
     if spec.sink_tokens:
         raise ValueError(f"sink_tokens is {spec.sink_tokens}: must be 0 for splash attention")
     (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
-    blocks = (_block_size(length, spec.window, q_BTNH.dtype) for length in (T, S))
-    static = _Static(spec.window, *blocks, offset if isinstance(offset, int) else None, interpret)
+    block_T, block_S = (_block_size(length, spec.window, q_BTNH.dtype) for length in (T, S))
+    static_offset = offset if isinstance(offset, int) else None
+    static = _Static(spec.window, block_T, block_S, static_offset, interpret)
     padding_T, padding_S = -T % static.block_T, -S % static.block_S
     q_ids_BT = jax.lax.dynamic_slice_in_dim(segment_ids_BS, offset, T, axis=1)
     segments = splash.SegmentIds(

@@ -39,7 +39,7 @@ def global_norm(arrays: Arrays) -> jax.Array:
 
 def update(
     adamw: AdamW, params: Arrays, gradients: Arrays, moments: tuple[Arrays, Arrays], scalars: jax.Array
-) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+) -> tuple[Arrays, Arrays, Arrays]:
     """Returns the next parameters and first and second moments, in the memory of the present ones.
 
     Args:
