@@ -50,7 +50,7 @@ def slices_of(config, devices=None):
     ids=["data", "all data", "fsdp"],
 )
 def test_only_the_outermost_steps_leave_a_slice(config, expected, devices):
-    assert slices_of(config, devices).tolist() == expected
+    assert slices_of(config, devices)[:, :, 0].tolist() == expected  # without the context axis
 
 
 def test_two_axes_join_four_slices():
