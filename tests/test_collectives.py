@@ -16,8 +16,8 @@ from gptoss_jax.config.preset import read_preset
 from gptoss_jax.data.batches import abstract_batch
 from gptoss_jax.parallel.linear import reduce_scatter
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import batch_sharding
-from gptoss_jax.parallel.vocabulary import embedding_lookup, split_head
+from gptoss_jax.parallel.rules import ROWS, batch_sharding
+from gptoss_jax.parallel.vocabulary import _lookup, embedding_lookup, split_head
 from gptoss_jax.planning.compile_tpu import compile_step
 from gptoss_jax.planning.hlo import collectives
 from gptoss_jax.training.state import abstract_state
@@ -32,6 +32,7 @@ from gptoss_jax.training.step import make_train_step
         (MeshConfig(data=1, fsdp=8), ("fsdp",)),  # all devices: in two steps
         (MeshConfig(data=1, fsdp=2, expert=4), ("fsdp", "expert")),
         (MeshConfig(data=4, fsdp=2), ("fsdp",)),
+        (MeshConfig(data=1, fsdp=2, context=2, expert=2), ("fsdp", "context")),
     ],
     ids=str,
 )
@@ -43,8 +44,7 @@ def test_reduce_scatter(mesh, axes, dimension, shape):
         return reduce_scatter(x[0], axes, dimension)[None], plain[None]
 
     with jax.set_mesh(make_mesh(mesh)):
-        everywhere = P(("data", "fsdp", "expert"))
-        mapped = jax.shard_map(scatter, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+        mapped = jax.shard_map(scatter, in_specs=ROWS, out_specs=ROWS, check_vma=False)
         found, expected = jax.jit(mapped)(x)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -56,6 +56,8 @@ def test_reduce_scatter(mesh, axes, dimension, shape):
         MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
         MeshConfig(data=2, fsdp=4),
         MeshConfig(data=2, expert=4),
+        MeshConfig(data=1, fsdp=2, context=2, expert=2),
+        MeshConfig(data=1, context=4, tensor=2),
     ],
     ids=str,
 )
@@ -77,11 +79,13 @@ def test_embedding_lookup(mesh, T):
     (_, expected), expected_gradient = run()
     assert expected.dtype == jnp.bfloat16
     with jax.set_mesh(make_mesh(mesh)):
+        how, rows = _lookup(weight.shape, tokens.size, jnp.dtype("bfloat16")), ("expert",) * (mesh.expert > 1)
+        assert (how.exchanged, how.gathered) == ((rows, ()) if T == 2 else ((), rows))
         text = jax.jit(jax.grad(total, has_aux=True)).lower(weight, tokens).as_text()
         (_, found), gradient = run()
     np.testing.assert_array_equal(found.astype(jnp.float32), expected.astype(jnp.float32))
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
-    assert ("all_to_all" in text) == (mesh.fsdp > 1)
+    assert ("all_to_all" in text) == (mesh.fsdp * mesh.context > 1)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +96,14 @@ def test_embedding_lookup(mesh, T):
         ({"fsdp": 2, "expert": 4}, 201088, 16384, ("expert",)),
         ({"fsdp": 8}, 201088, 4096, ("fsdp",)),
         ({"fsdp": 8}, 4096, 4096, ()),
+        ({"fsdp": 2, "context": 2, "expert": 2}, 201088, 4096, ("expert", "fsdp", "context")),
+        ({"context": 8}, 4096, 4096, ()),
         # The vocabulary is not divisible.
         ({"fsdp": 8}, 201084, 4096, ()),
     ],
 )
 def test_the_head_is_split_where_that_sends_least(sizes, size, num_tokens, exchanged):
-    stored = P(("tensor", "expert"), "fsdp")
+    stored = P(("tensor", "expert"), ("fsdp", "context"))
     with jax.set_mesh(make_mesh(MeshConfig(data=1, **sizes))):
         assert split_head((stored,), size, num_tokens) == (("tensor", *exchanged), exchanged)
         # An adapter has no columns that are split.
@@ -118,14 +124,15 @@ CONFIG = TrainConfig(
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_step_of_gpt_oss_20b_sends_less_than_15_gb_besides_the_rows_of_experts():
+def test_a_step_of_gpt_oss_20b_sends_at_most_13_gb_besides_the_rows_of_experts():
     preset = pathlib.Path(__file__).parent.parent / "configs" / "gpt_oss_20b.py"
     config = read_preset(preset, ["--data.batch-size", "16"])
     compiled = compile_step(config, "v5p:2x2x4", {"data": 1, "fsdp": 2, "expert": 8, "tensor": 1})
     assert compiled.fits and compiled.peak <= 30e9
-    if compiled.collectives is not None:
-        rest = [entry for entry in compiled.collectives if entry["kind"] != "ragged-all-to-all"]
-        assert sum(entry["sent"] for entry in rest) <= 13e9
+    if compiled.collectives is None:
+        pytest.skip("this jaxlib cannot read libtpu's program")
+    rest = [entry for entry in compiled.collectives if entry["kind"] != "ragged-all-to-all"]
+    assert sum(entry["sent"] for entry in rest) <= 13e9
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.params import assert_close
 
 from gptoss_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, RopeScaling, TrainConfig
 from gptoss_jax.evaluation.logprobs import token_logprobs
@@ -22,19 +23,23 @@ from gptoss_jax.parallel.context import (
     split_sequences,
 )
 from gptoss_jax.parallel.linear import shard_map_heads
-from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.parallel.mesh import batch_shards, make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
+from gptoss_jax.parallel.vocabulary import _lookup, split_head
+from gptoss_jax.training.objectives import LANGUAGE_MODELING
 from gptoss_jax.training.setup import check_devices
 from gptoss_jax.training.state import abstract_state, create_state
-from gptoss_jax.training.step import make_train_step
+from gptoss_jax.training.step import make_eval_step, make_train_step
 
 # Chunks of 5 to 20 tokens: the window of 5 crosses every cut.
-B, T, V = 4, 80, 104
+B, T, D = 4, 80, 48
+# With the small vocabulary, the tables are gathered; with the large one, tokens are exchanged.
+V, LARGE_V = 104, 1040
 
 CONFIG = TrainConfig(
     model=ModelConfig(
         vocab_size=V,
-        hidden_size=48,
+        hidden_size=D,
         intermediate_size=28,
         num_hidden_layers=2,  # a sliding one, and a full one
         num_attention_heads=8,
@@ -50,8 +55,9 @@ CONFIG = TrainConfig(
         compute_dtype="float32",
     ),
     data=DataConfig(seq_len=T, batch_size=B),
-    optim=OptimConfig(max_grad_norm=0.0),
-    steps=2,
+    # With a large epsilon, updates are proportional to gradients, so wrong gradients show.
+    optim=OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=0.05, max_grad_norm=0.0),
+    steps=20,
 )
 
 MESHES = {
@@ -66,10 +72,14 @@ MESHES = {
 QUICK = ("context 8", "fsdp 2 x context 2 x expert 2", "context 4 x tensor 2")
 
 
-def make_batch():
+def with_vocabulary(size):
+    return dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=size))
+
+
+def make_batch(vocab_size=V):
     """Returns rows of one to three documents, which span the cuts, and some padding."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, V, (B, T + 1))
+    tokens = rng.integers(0, vocab_size, (B, T + 1))
     starts = np.array([[80, 80], [13, 61], [39, 40], [3, 80]])
     segments = 1 + np.sum(np.arange(T) >= starts[:, :, None], axis=1)
     segments = np.where(np.arange(T) < np.array([[80], [77], [80], [48]]), segments, 0)
@@ -82,7 +92,7 @@ def make_batch():
     }
 
 
-def start_params():
+def start_params(config=CONFIG):
     """Returns random parameters, even norms, biases and sinks, and a router with clear decisions."""
     rng = np.random.default_rng(7)
 
@@ -91,41 +101,64 @@ def start_params():
         spread = 0.5 if name in ("router", "router_bias", "sinks") else 0.15
         return ((name == "scale") + spread * rng.standard_normal(leaf.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(one, abstract_params(CONFIG.model))
+    return jax.tree_util.tree_map_with_path(one, abstract_params(config.model))
 
 
-def run(mesh_config):
-    """Returns the metrics and the gradients of a step."""
+def run(mesh_config, vocab_size):
+    """Returns metrics and gradients of a step, and parameters and second moments after another one."""
+    config = with_vocabulary(vocab_size)
     mesh = make_mesh(mesh_config or MeshConfig(data=1), None if mesh_config else jax.devices()[:1])
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(CONFIG, mesh))
-    params = jax.device_put(start_params(), shardings.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    params = jax.device_put(start_params(config), shardings.params)
+    batch = jax.device_put(make_batch(vocab_size), batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        state = create_state(CONFIG, mesh, params)
-        state, metrics = make_train_step(CONFIG)(state, jax.device_put(make_batch(), batch_sharding(mesh)))
-    # AdamW's first moment is then a tenth of the gradient.
-    return jax.device_get(metrics), jax.device_get(optax.tree.get(state.opt_state, "mu"))
+        state, step = create_state(config, mesh, params), make_train_step(config)
+        state, metrics = step(state, batch)
+        # AdamW's first moment is then a tenth of the gradient.
+        gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
+        state, _ = step(state, batch)
+    moments = optax.tree.get(state.opt_state, "nu")
+    return jax.device_get((metrics, gradients, state.params, moments))
 
 
 @functools.cache
-def one_device():
-    return run(None)
+def one_device(vocab_size):
+    return run(None, vocab_size)
+
+
+def check_training(mesh_config, vocab_size):
+    """Asserts that training on a mesh equals that on one device."""
+    metrics, *found = run(mesh_config, vocab_size)
+    expected, *expected_trees = one_device(vocab_size)
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert metrics.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_allclose(metrics[key], expected[key], rtol=1e-4, atol=1e-6, err_msg=key)
+    for tree, expected_tree, tolerance in zip(found, expected_trees, (1e-5, 1e-5, 2e-5), strict=True):
+        assert_close(tree, expected_tree, tolerance)
 
 
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
 )
 def test_every_mesh_trains_like_one_device(name):
-    metrics, gradients = run(MESHES[name])
-    expected, expected_gradients = one_device()
-    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert metrics.keys() == expected.keys()
-    for key in expected:
-        np.testing.assert_allclose(metrics[key], expected[key], rtol=1e-4, atol=1e-6, err_msg=key)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected_gradients), strict=True
-    ):
-        assert np.abs(b).max() > 0, path
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=str(path))
+    check_training(MESHES[name], V)
+
+
+@pytest.mark.parametrize("name", ["context 8", "fsdp 2 x context 2 x expert 2"])
+def test_training_exchanges_the_tokens_of_a_large_vocabulary(name):
+    mesh = make_mesh(MESHES[name])
+    axes = {axis for axis, size in mesh.shape.items() if size > 1}
+    stored = abstract_state(with_vocabulary(LARGE_V), mesh).params["head"]["weight"].sharding.spec
+    with jax.set_mesh(mesh):
+        for size, is_exchanged in ((V, False), (LARGE_V, True)):
+            head = split_head((stored,), size, B * T // batch_shards(mesh.shape))
+            assert (set(head.exchanged) == axes) == is_exchanged
+            lookup = _lookup((size, D), B * T, jnp.dtype("float32"))
+            rows = tuple(axes & {"expert"})
+            assert (lookup.exchanged, lookup.gathered) == ((rows, ()) if is_exchanged else ((), rows))
+            assert set(lookup.columns) == axes - {"expert"}
+    check_training(MESHES[name], LARGE_V)
 
 
 def test_each_device_has_an_early_and_a_late_chunk():
@@ -224,6 +257,33 @@ def test_scores_and_logits_of_any_length():
     np.testing.assert_allclose(found_logits, expected_logits, rtol=0, atol=1e-4)
 
 
+def test_an_evaluation_of_any_length():
+    # 77 tokens are padded to 80.
+    mesh, eval_step = make_mesh(MeshConfig(data=1, fsdp=2, context=4)), make_eval_step(CONFIG.model)
+    batch = {name: rows[:, :77] for name, rows in make_batch().items()}
+    sums, weight = eval_step(start_params(), batch)
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(CONFIG, mesh)).params
+        found, found_weight = eval_step(
+            jax.device_put(start_params(), shardings), jax.device_put(batch, batch_sharding(mesh))
+        )
+    assert found.keys() == sums.keys() == {"loss"}
+    np.testing.assert_allclose(found["loss"], sums["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found_weight, weight, rtol=1e-6)
+
+
+def test_an_objective_of_whole_sequences_is_refused():
+    objective = dataclasses.replace(LANGUAGE_MODELING, is_per_token=False)
+    mesh, batch = make_mesh(MeshConfig(data=2, context=4)), make_batch()
+    with jax.set_mesh(mesh):
+        for step, state in (
+            (make_train_step(CONFIG, objective), abstract_state(CONFIG, mesh)),
+            (make_eval_step(CONFIG.model, objective), abstract_state(CONFIG, mesh).params),
+        ):
+            with pytest.raises(ValueError, match="^mesh.context is 4: must be 1: the objective needs whole"):
+                step.lower(state, batch)
+
+
 def test_prefill_splits_each_prompt():
     """Two chunks of 16 tokens for each of two prompts, one of them padded; the window's ring wraps around."""
     tokens, counts = make_batch()["tokens"][:2, :32], jnp.array([[32], [27]])
@@ -261,3 +321,6 @@ def test_lengths_that_cannot_be_split_are_rejected():
     mesh, message = make_mesh(MeshConfig(data=4, context=2)), "batch size is 6: must be a multiple of 4"
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         split_sequences(jnp.zeros((6, 8)))
+    message = "^sequence length is 10: must be a multiple of 4, twice mesh.context"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        split_sequences(jnp.zeros((8, 10)))

@@ -69,6 +69,7 @@ MESHES = {
     "expert 8": MeshConfig(data=1, expert=8),
     "data 2 x tensor 4": MeshConfig(data=2, tensor=4),
     "fsdp 2 x expert 2 x tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    "fsdp 2 x context 2 x expert 2": MeshConfig(data=1, fsdp=2, context=2, expert=2),
 }
 COMBINED = "fsdp 2 x expert 2 x tensor 2"
 
@@ -110,7 +111,11 @@ def run(config, mesh_config, steps, params=None):
         adapters, frozen = split_params(params, lora.is_adapter)
         state, step = create_state(config, mesh, adapters), make_train_step(config)
         for seed in range(steps):
-            batch = jax.device_put(make_batch(seed), batch_sharding(mesh))
+            batch = make_batch(seed)
+            if mesh.shape["context"] > 1:
+                # The context axis splits sequences of 16 tokens, with padding.
+                batch = {name: jnp.pad(x, ((0, 0), (0, 16 - T))) for name, x in batch.items()}
+            batch = jax.device_put(batch, batch_sharding(mesh))
             state, metrics = step(state, batch, frozen)
             rows.append(jax.device_get(metrics))
             if seed == 0:  # AdamW's first moment is then a tenth of the gradient

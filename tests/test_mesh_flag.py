@@ -53,22 +53,23 @@ def test_bad_meshes(folder, capsys, mesh, message):
     assert message in capsys.readouterr().err
 
 
-def test_generate(folder, capsys):
+@pytest.mark.parametrize("mesh", ["expert=3,tensor=2", "context=2,expert=2"])
+def test_generate(folder, capsys, mesh):
     command = ["generate", folder, "--prompt", "the", "--max-new-tokens", "12", "--temperature", "0"]
     assert main.main(command) == 0
     alone = capsys.readouterr().out
-    assert main.main([*command, "--mesh", "expert=3,tensor=2"]) == 0
+    assert main.main([*command, "--mesh", mesh]) == 0
     assert capsys.readouterr().out == alone and len(alone) > len("the\n")
 
 
 def test_eval(folder, tmp_path):
     text, losses = tmp_path / "text.txt", []
     text.write_text("A first line, and more.\n" * 7)
-    for mesh in ([], ["--mesh", "expert=2,tensor=2"]):
+    for mesh in ([], ["--mesh", "expert=2,tensor=2"], ["--mesh", "context=2,expert=2"]):
         command = ["eval", folder, "--source", f"text:{text}", "--context", "32", "--batch-size", "3"]
         assert main.main([*command, "--json", str(tmp_path / "result.json"), *mesh]) == 0
         losses.append(json.loads((tmp_path / "result.json").read_text())["loss"])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[1:] == pytest.approx(losses[:1] * 2, abs=1e-5)
 
 
 def test_serve(folder):

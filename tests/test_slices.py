@@ -53,6 +53,11 @@ def test_only_the_outermost_steps_leave_a_slice(config, expected, devices):
     assert slices_of(config, devices)[:, :, 0].tolist() == expected  # without the context axis
 
 
+def test_any_axis_may_lead_to_another_node_of_gpus():
+    devices = [Device(i, process_index=i // 4, slice_index=i // 4) for i in range(8)]
+    assert slices_of(MeshConfig(data=1, expert=8), devices).ravel().tolist() == [0] * 4 + [1] * 4
+
+
 def test_two_axes_join_four_slices():
     devices = [Device(i, process_index=0, slice_index=i // 2) for i in range(8)]
     mesh = make_mesh(MeshConfig(data=2, fsdp=4, dcn_data=2, dcn_fsdp=2), devices)
@@ -77,7 +82,7 @@ def test_two_axes_join_four_slices():
         ),
         (
             {"data": 8},
-            [Device(i, 0, slice_index=i // 4) for i in range(8)],
+            [Device(i, 0, slice_index=i // 4, platform="tpu") for i in range(8)],
             "mesh.dcn_data is 1: mesh.dcn_data times mesh.dcn_fsdp must be 2, the number of slices of these",
         ),
         (
@@ -134,16 +139,17 @@ SMALL = TrainConfig(
 def test_a_step_for_two_slices_sums_gradients_between_them():
     compiled = compile_step(SMALL, "v5p:2x2x1", {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1})
     assert compiled.fits
-    if compiled.collectives is not None:
-        across = [entry for entry in compiled.collectives if entry["across_slices"]]
-        assert {entry["kind"] for entry in across} == {"all-reduce"}
-        assert all(entry["axes"] == ["data"] for entry in across)
-        sent = sum(entry["sent"] for entry in across)
-        # All gradients, a quarter on each device: of attention in bfloat16, of the others in float32. The
-        # compiler pads.
-        attention, experts, vocabulary = 256 * 16 * (2 * 8 + 2 * 4), 12 * 3 * 256 * 128, 96 * 256
-        least = 2 * (2 * attention + 4 * experts + 4 * vocabulary) / 4
-        assert least <= sent <= 1.25 * least
+    if compiled.collectives is None:
+        pytest.skip("this jaxlib cannot read libtpu's program")
+    across = [entry for entry in compiled.collectives if entry["across_slices"]]
+    assert {entry["kind"] for entry in across} == {"all-reduce"}
+    assert all(entry["axes"] == ["data"] for entry in across)
+    sent = sum(entry["sent"] for entry in across)
+    # All gradients, a quarter on each device: of attention in bfloat16, of the others in float32. The
+    # compiler pads.
+    attention, experts, vocabulary = 256 * 16 * (2 * 8 + 2 * 4), 12 * 3 * 256 * 128, 96 * 256
+    least = 2 * (2 * attention + 4 * experts + 4 * vocabulary) / 4
+    assert least <= sent <= 1.25 * least
 
 
 def test_the_mesh_flags_of_plan_have_slices(tmp_path, capsys):

@@ -165,12 +165,21 @@ def whole():
 
 
 @pytest.mark.parametrize(
-    ("grad_accum_steps", "mesh"), [(4, None), (2, MeshConfig(data=2, expert=2, tensor=2))]
+    ("grad_accum_steps", "mesh"),
+    [
+        (4, None),
+        (2, MeshConfig(data=2, expert=2, tensor=2)),
+        (2, MeshConfig(data=1, fsdp=2, context=2, expert=2)),
+    ],
 )
 def test_gradient_accumulation_matches_the_whole_batch(whole, grad_accum_steps, mesh):
     (expected,), expected_state = whole
+    batch = make_batch(0)
+    if mesh is not None and mesh.context > 1:
+        # The context axis splits sequences of 16 tokens, with padding.
+        batch = {name: jnp.pad(rows, ((0, 0), (0, 16 - T))) for name, rows in batch.items()}
     mesh = None if mesh is None else make_mesh(mesh)
-    (metrics,), state = take_steps(without_router_losses(grad_accum_steps), mesh, [make_batch(0)])
+    (metrics,), state = take_steps(without_router_losses(grad_accum_steps), mesh, [batch])
     for key in ("loss", "grad_norm", "tokens", "learning_rate"):
         np.testing.assert_allclose(metrics[key], expected[key], rtol=2e-5, err_msg=key)
     chex.assert_trees_all_close(state.params, expected_state.params, rtol=1e-5, atol=1e-5)

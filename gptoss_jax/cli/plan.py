@@ -69,7 +69,8 @@ class Plan:
 
         config = read_preset(self.config, flags_of(self.overrides), prog="gptoss plan CONFIG")
         meshes = self.mesh
-        if not meshes and any(override.startswith("mesh.") for override in self.overrides):
+        is_mesh = (one.startswith("mesh.") and not one.startswith("mesh.dcn") for one in self.overrides)
+        if not meshes and any(is_mesh):
             meshes = (",".join(f"{axis}={size}" for axis, size in config.mesh.sizes.items()),)
 
         with status("starting"):

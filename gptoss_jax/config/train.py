@@ -82,7 +82,8 @@ class OptimConfig(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(ConfigBase):
-    """Number of devices on each axis of the mesh; -1, allowed once, means all remaining devices."""
+    """Number of devices on each axis of the mesh (-1, allowed once, means all remaining devices), and of slices
+    along two of them."""
 
     _section: typing.ClassVar[str] = "mesh"
 

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptoss_jax.config import require
 from gptoss_jax.kernels import selection
 from gptoss_jax.kernels.attention.reference import attention_mask, reference_attention_weights
 from gptoss_jax.model.attention import Segments
 from gptoss_jax.model.parameters import view_packed
 from gptoss_jax.model.rope import rope_cos_sin
 from gptoss_jax.model.transformer import Block, Transformer, compute_dtype, segment_positions
+from gptoss_jax.parallel.context import context_size
 from gptoss_jax.parallel.vocabulary import embedding_lookup
 
 
@@ -35,6 +37,7 @@ def capture_intermediates(
     meaningless.
     """
     config = model.config
+    require(context_size() == 1, "mesh.context", context_size(), "must be 1 to capture intermediate values")
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones_like(tokens_BT)
     positions_BT = segment_positions(segment_ids_BT)

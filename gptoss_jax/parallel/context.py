@@ -46,10 +46,17 @@ def context_size() -> int:
     return current_axes().get("context", 1)
 
 
-def check_length(length: int, n: int) -> None:
+def check_length(length: int, n: int, name: str = "data.seq_len") -> None:
     """Raises ValueError if a context axis of n devices cannot split sequences of this length."""
     allowed = f"must be a multiple of {2 * n}, twice mesh.context ({n})"
-    require(n == 1 or length % (2 * n) == 0, "data.seq_len", length, allowed)
+    require(n == 1 or length % (2 * n) == 0, name, length, allowed)
+
+
+def pad_sequences(sequences: Any) -> Any:
+    """Pads each sequence with zeros to a length that the context axis can split, in every array of a tree."""
+    n = context_size()
+    padding = -jax.tree.leaves(sequences)[0].shape[1] % (2 * n) if n > 1 else 0
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)]), sequences)
 
 
 def split_sequences(sequences: Any) -> Any:
@@ -65,7 +72,7 @@ def split_sequences(sequences: Any) -> Any:
     shards = sequence_shards(current_axes())
     allowed = f"must be a multiple of {shards} (devices that split it)"
     require(batch % shards == 0, "batch size", batch, allowed)
-    check_length(length, n)
+    check_length(length, n, "sequence length")
 
     def take_chunks(x):
         chunks = x.reshape(x.shape[0], 2 * n, -1, *x.shape[2:])
@@ -96,14 +103,11 @@ def map_sequences(function: Callable[[Any], Result], sequences: Any) -> Result:
       function: maps a tree of arrays [B, T, ...] to another one, token by token except for attention.
       sequences: the tree. Padded with zeros if the context axis does not divide T.
     """
-    n = context_size()
-    if n == 1:
+    if context_size() == 1:
         return function(sequences)
     T = jax.tree.leaves(sequences)[0].shape[1]
-    padded = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, 0), (0, -T % (2 * n)), *[(0, 0)] * (x.ndim - 2)]), sequences
-    )
-    return jax.tree.map(lambda x: x[:, :T], join_sequences(function(split_sequences(padded))))
+    rows = split_sequences(pad_sequences(sequences))
+    return jax.tree.map(lambda x: x[:, :T], join_sequences(function(rows)))
 
 
 def context_attention(

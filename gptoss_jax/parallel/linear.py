@@ -241,10 +241,11 @@ def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.A
 
 def _scatter_steps(axis: str) -> list[tuple[str, list[list[int]] | None, int]]:
     """Returns (axis, groups of devices or None for all, devices in a group) for each factor of an axis, major
-    first: two if it has all devices of the mesh, otherwise one."""
+    first: two if it may have all devices of a slice, otherwise one."""
     sizes = current_axes()
-    devices = sizes[axis]
-    if devices < math.prod(sizes.values()) or devices % 2 or devices == 2:
+    # The data axis may join slices.
+    devices, most = sizes[axis], math.prod(sizes.values()) // sizes["data"]
+    if devices < most or devices % 2 or devices == 2:
         return [(axis, None, devices)]
     half = devices // 2
     pairs = [[i, i + half] for i in range(half)]

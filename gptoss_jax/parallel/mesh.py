@@ -49,16 +49,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def _grid(config: MeshConfig, shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
     """Returns the devices in the shape of the mesh."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    processes = len({device.process_index for device in devices})
-    # Other devices than TPUs have no slices: the network joins processes (nodes).
-    by_process = slices == 1 and processes > 1 and devices[0].platform != "tpu"
-    granules = processes if by_process and config.slices > 1 else slices
-    is_simulated = granules == 1 and devices[0].platform == "cpu"
     for axis in ("data", "fsdp"):
         outer, size = getattr(config, f"dcn_{axis}"), shape[AXES.index(axis)]
         allowed = f"must divide mesh.{axis} ({size}), of which it is the number of slices"
         require(size % outer == 0, f"mesh.dcn_{axis}", outer, allowed)
+    if config.slices == 1 and devices[0].platform != "tpu":
+        # Any axis may lead to another node: JAX gives the GPUs of a node a slice of their own.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    processes = len({device.process_index for device in devices})
+    # CPUs have no slices: the network joins processes.
+    by_process = slices == 1 and processes > 1 and devices[0].platform != "tpu"
+    granules = processes if by_process else slices
+    is_simulated = granules == 1 and devices[0].platform == "cpu"
     joined = "the number of processes" if by_process else "the number of slices of these devices"
     allowed = f"mesh.dcn_data times mesh.dcn_fsdp must be {granules}, {joined}"
     is_right = config.slices == granules or is_simulated

@@ -54,12 +54,13 @@ def show(plan: Plan, console: Console) -> None:
 
 def _devices(plan: Plan) -> str:
     slices = plan.config.mesh.slices
+    within = "in" if slices > 1 else "of"
     of = plan.topology or plan.chip.name
-    of = f"{slices} slices {of}" if plan.topology and slices > 1 else of
+    of = f"{slices} slices of {of}" if plan.topology and slices > 1 else of
     if plan.accelerator_type is None:
-        return f"{plan.devices:,} of {of}"
+        return f"{plan.devices:,} {within} {of}"
     chips = plan.devices // plan.chip.devices_per_chip
-    return f"{plan.devices:,} of {of} ({plan.accelerator_type}, {chips:,} chip{'s' * (chips > 1)})"
+    return f"{plan.devices:,} {within} {of} ({plan.accelerator_type}, {chips:,} chip{'s' * (chips > 1)})"
 
 
 def show_inference(plan: InferencePlan, console: Console) -> None:

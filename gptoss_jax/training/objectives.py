@@ -28,6 +28,9 @@ class Objective:
     sums: Callable[..., tuple[dict[str, jax.Array], RouterStats]]
     # batch -> float32 scalar.
     weight: Callable[[Batch], jax.Array]
+    # True if `sums` treats each target by itself. Only then can it be used on a mesh with a context axis,
+    # where its batch has parts of sequences as rows (`parallel/context.py`).
+    is_per_token: bool = False
 
 
 def loss_weights(batch: Batch) -> jax.Array:
@@ -55,4 +58,6 @@ def _next_token_sums(
 
 
 # Mean -log p of the next token, for pretraining and, with zero weights for prompts, supervised fine-tuning.
-LANGUAGE_MODELING = Objective(_next_token_sums, weight=lambda batch: jnp.sum(loss_weights(batch)))
+LANGUAGE_MODELING = Objective(
+    _next_token_sums, weight=lambda batch: jnp.sum(loss_weights(batch)), is_per_token=True
+)

@@ -37,7 +37,7 @@ from gptoss_jax.training.state import (
 # the same; for `steps`, see `check_steps`.
 FREE_FIELDS = (
     "run_dir", "data.cache_dir", "data.invalid_rows", "mesh", "model.remat", "model.kernels", "checkpoint",
-    "eval", "log_every", "profile", "steps", "init_from", "init_adapter",
+    "eval", "log_every", "optim.state_memory", "profile", "steps", "init_from", "init_adapter",
 )  # fmt: skip
 
 

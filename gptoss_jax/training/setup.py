@@ -70,7 +70,7 @@ def check_same_config(config: TrainConfig) -> None:
 def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the devices cannot split the model, or every microbatch, evenly."""
     check_model(config.model, dict(mesh.shape))
-    check_state_memory(config, mesh.devices.flat[0])
+    check_state_memory(config, mesh.local_devices[0])
     shards, microbatches = sequence_shards(mesh.shape), config.optim.grad_accum_steps
     size, divisor = config.data.batch_size, shards * microbatches
     why = "the number of devices that split the batch"

@@ -53,7 +53,7 @@ def state_shardings(config: TrainConfig, state: TrainState, mesh: Mesh | Abstrac
 
 
 def check_state_memory(config: TrainConfig, device: jax.Device) -> None:
-    """Raises ValueError if the optimizer state shall be in host memory, which the device cannot read."""
+    """Raises ValueError if the optimizer state is to be kept in host memory that the device cannot read."""
     kinds = {memory.kind for memory in device.addressable_memories()}
     memory, has_host = config.optim.state_memory, HOST_MEMORY in kinds
     allowed = f"must be 'device': JAX has no {HOST_MEMORY} memory on {device.platform}"

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.kernels import selection
 from gptoss_jax.model.parameters import merge_params
 from gptoss_jax.model.transformer import bind
-from gptoss_jax.parallel.context import split_sequences
+from gptoss_jax.parallel.context import context_size, pad_sequences, split_sequences
 from gptoss_jax.parallel.rules import BATCH_BT, constrain
 from gptoss_jax.training import losses
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective
@@ -39,7 +39,7 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
         model = bind(model_config, merge_params(params, frozen))
         sums, stats = objective.sums(
             model,
-            split_sequences(batch),
+            _rows(objective, batch),
             dropout_key=key,
             capacity_factor=model_config.expert_capacity_factor,
         )
@@ -119,11 +119,19 @@ def _update(
     return new_state, norm
 
 
+def _rows(objective: Objective, batch: Batch) -> Batch:
+    """Returns the rows that the objective and the model see: parts of sequences, if the mesh has a context
+    axis."""
+    allowed = "must be 1: the objective needs whole sequences"
+    require(objective.is_per_token or context_size() == 1, "mesh.context", context_size(), allowed)
+    return split_sequences(batch)
+
+
 def make_eval_step(config: ModelConfig, objective: Objective = LANGUAGE_MODELING) -> jax.stages.Wrapped:
     """Returns the jitted `eval_step(params, batch) -> (sums, weight)`; `params` has all parameters."""
 
     def eval_step(params: dict, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
-        sums, _ = objective.sums(bind(config, params), split_sequences(batch))
+        sums, _ = objective.sums(bind(config, params), _rows(objective, pad_sequences(batch)))
         return sums, objective.weight(batch)
 
     return jax.jit(eval_step)
