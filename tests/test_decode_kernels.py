@@ -230,7 +230,12 @@ def test_mxfp4_experts_of_extreme_activations():
     check(x_MD * 2.0**120, (0, 3))
     check(x_MD * 2.0**-100, (215, 220))
     check(np.zeros_like(x_MD) + 1e-3 * (np.arange(96) == 50), (124, 128))
-    # The largest values of each binade, which need all digits.
+    # The largest values of each binade, which need all digits: carries must not overflow the highest.
+    bits = np.arange(0x3FFEFE00, 0x3FFF0140, 3, np.uint32)[: 92 * 3]
+    for sign in (1, -1):
+        blocks = np.full((92, 96), 0.37, np.float32)
+        blocks[:, 9::32] = sign * bits.view(np.float32).reshape(92, 3)
+        check(blocks, (116, 120))
     check(np.full((1, 96), np.nextafter(np.float32(2), np.float32(0))), (116, 120))
 
 

@@ -44,7 +44,6 @@ ffi::Error AdamWUpdate(ffi::ThreadPool pool, Floats scalars, ffi::RemainingArgs 
   const size_t n = decays.size();
   if (arrays.size() != 4 * n || results.size() != 3 * n) return ffi::Error::InvalidArgument("AdamW: missing arrays");
   const float* s = scalars.typed_data();
-  if (s[0] == 0) return ffi::Error::Success();
   const Rates rates{s[1], s[2], s[3], s[4], beta1, beta2, rest1, rest2, epsilon};
   std::vector<int64_t> sizes;
   std::vector<const float*> gradients;
@@ -59,6 +58,7 @@ ffi::Error AdamWUpdate(ffi::ThreadPool pool, Floats scalars, ffi::RemainingArgs 
     if (states[i] != arrays.get<Floats>(i < n ? i : n + i)->typed_data())
       return ffi::Error::InvalidArgument("AdamW: results must share the memory of the arguments");
   }
+  if (s[0] == 0) return ffi::Error::Success();
   struct Task {
     size_t array;
     int64_t start, count;

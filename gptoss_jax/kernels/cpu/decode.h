@@ -4,7 +4,7 @@
 #pragma once
 
 // Wider vectors than registers are slow: compilers keep them in memory.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
 #define VECTOR_LANES 8
 #endif
 

@@ -38,7 +38,7 @@ inline void LoadCodes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* 
   // A permutation reads only the lowest four bits of an index.
   *low = (Vector)_mm512_permutexvar_ps(wide, table);
   *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
   // Only the upper two bytes of these floats are not zero: look each up, and move both into place.
   const __m128i upper = _mm_load_si128((const __m128i*)kUpperBytes);
   const __m128i lower = _mm_load_si128((const __m128i*)kLowerBytes);

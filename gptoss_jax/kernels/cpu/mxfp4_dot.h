@@ -1,7 +1,8 @@
 // Dot products of a few tokens with rows in MXFP4, in chunks of a vector of codes.
 //
 // With products of bytes (AVX2, AVX-512 VNNI), activations are 24-bit integers relative to the largest value of their
-// block of 32. They are rounded by at most 2^-22 of that value, less than what a sum in float32 rounds. An integer is
+// block of 32, rounded by at most 2^-22 of that value: as little as a sum in float32 rounds, unless the largest value
+// meets a code of zero. SwiGLU's limit of 7 bounds activations by 56, so that one is then off by 1.4e-5. An integer is
 // three signed bytes, digits in base 256, multiplied with codes that are unsigned bytes: in halves, and plus 12. Sums
 // over the 8 values of a lane are exact, and become floats just before they are multiplied by the scales of the block.
 
@@ -49,8 +50,9 @@ struct alignas(64) Chunk {
     uint32_t bits[kBlockSize], max = 0;
     std::memcpy(bits, x, sizeof bits);
     for (int i = 0; i < kBlockSize; ++i) max = std::max(max, bits[i] & 0x7fffffffu);
-    // The largest integer is almost 2^23: what is added leaves room for a carry into the highest digit.
-    const int exponent = std::min<int>(252, 22 + 254 - (int)((max + 0x10000u) >> 23));
+    // Integers must not exceed 0x7f7f7f: the carries of the lower digits would overflow the highest. What is added
+    // keeps them at 0x7f7f00.
+    const int exponent = std::min<int>(252, 22 + 254 - (int)((max + 0x10200u) >> 23));
     const float factor = ScaleOf(exponent), unit_value = ScaleOf(253 - exponent);
     const bool is_finite = max < 0x7f800000u;
     std::fill_n(unit + 4 * block, 4, is_finite ? unit_value : std::numeric_limits<float>::quiet_NaN());
@@ -78,7 +80,7 @@ struct alignas(64) Chunk {
 
 using Sums = __m512;
 
-// The codes of `count` blocks, plus kCodeOffset, in low and high nibbles, and their scales; no scale is zero.
+// The codes of `count` blocks, plus kCodeOffset, in low and high nibbles, and their scales.
 struct Codes {
   __m512i low, high;
   __m512 scales = _mm512_setzero_ps();
@@ -150,6 +152,7 @@ inline float Total(Sums sums) {
 #else
 
 using Sums = Vector;
+static_assert(kLanes == kBlockBytes, "a vector has half of a block");
 
 struct Chunk {
   float even[kLanes], odd[kLanes];

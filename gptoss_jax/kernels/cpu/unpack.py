@@ -4,6 +4,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 
 from gptoss_jax.config.kernels import ENVIRONMENT, kernel_variable, plain_kernels
@@ -26,6 +27,9 @@ def unpack(blocks_FGC: np.ndarray, scales_FG: np.ndarray, start: int, out_DF: np
       out_DF: bfloat16 or float32, for a range of the values of each row; only D may be strided.
     """
     (F, G), D = scales_FG.shape, len(out_DF)
+    types = blocks_FGC.dtype, scales_FG.dtype, out_DF.dtype
+    if types not in [(np.uint8, np.uint8, to) for to in (np.float32, ml_dtypes.bfloat16)]:
+        raise TypeError(f"types are {', '.join(map(str, types))}: must be uint8, uint8, bfloat16 or float32")
     assert blocks_FGC.shape == (F, G, BLOCK_BYTES) and out_DF.shape == (D, F), (
         blocks_FGC.shape,
         out_DF.shape,
