@@ -4,6 +4,7 @@ Orbax reads whole arrays. Everything that streams a run, such as `gptoss convert
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -29,8 +30,7 @@ def save_args(params: Any) -> Any:
     def of_leaf(path, leaf):
         letters = letters_of(path) or ""
         is_stacked = leaf.ndim > len(letters) > 0
-        axes = (0, 1) if is_stacked and letters[0] == "E" else (0,) if is_stacked else ()
-        return ocp.SaveArgs(shard_axes=axes)
+        return ocp.SaveArgs(shard_axes=tuple(range(is_stacked + letters.startswith("E"))))
 
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
@@ -49,12 +49,21 @@ class StoredArray:
     dtype: np.dtype
     where: str
 
-    def read(self, index: tuple[int | slice, ...]) -> np.ndarray:
-        """Reads a slice. Raises ValueError if the file is damaged."""
+    def read(self, layer: int | None, index: Index) -> np.ndarray:
+        """Reads a slice of a layer, or of the array (None). Raises ValueError if the file is damaged."""
         try:
-            return self.store[index].read().result()
+            if layer is None:
+                return self.store[index].read().result()
+            if self.store.chunk_layout.read_chunk.shape[0] > 1:
+                return self._whole[(layer, *index)]
+            return self.store[(layer, *index)].read().result()
         except ValueError as error:
             raise ValueError(f"{self.where}: cannot be read (params: {root_message(error)})") from error
+
+    @functools.cached_property
+    def _whole(self) -> np.ndarray:
+        """All layers, of an earlier checkpoint: its chunks have several, which would all be read for each."""
+        return self.store.read().result()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +84,7 @@ class StoredTensor:
 
     def read_into(self, out: np.ndarray, index: Index) -> bool:
         """See `LazyTensor`."""
-        copy_cast(out, self.source.read(index if self.layer is None else (self.layer, *index)))
+        copy_cast(out, self.source.read(self.layer, index))
         return out.dtype == np.uint8 or is_finite(out)
 
     def in_memory(self) -> DenseTensor:
@@ -90,13 +99,9 @@ def open_arrays(folder: pathlib.Path, abstract: dict) -> dict:
 
     Raises ValueError if one is missing, damaged or of another shape.
     """
-    # The cache holds the largest chunk, so that one read in several slices is decoded once. Of exactly
-    # its size, it would hold nothing.
-    stores = _open(folder, abstract, tensorstore.Context())
-    largest = max(
-        math.prod(store.chunk_layout.read_chunk.shape) * store.dtype.numpy_dtype.itemsize
-        for store in jax.tree.leaves(stores)
-    )
+    # The cache holds the chunks of the largest slice, so that those read in several slices are decoded once.
+    # Of exactly their size, it would hold nothing.
+    largest = max(map(_slice_bytes, jax.tree.leaves(_open(folder, abstract, tensorstore.Context()))))
     stores = _open(
         folder, abstract, tensorstore.Context({"cache_pool": {"total_bytes_limit": largest + largest // 8}})
     )
@@ -105,12 +110,26 @@ def open_arrays(folder: pathlib.Path, abstract: dict) -> dict:
     )
 
 
+def _slice_bytes(store: tensorstore.TensorStore) -> int:
+    """Returns the size of the chunks of one slice along the first axis that has several values in a chunk."""
+    chunk = store.chunk_layout.read_chunk.shape
+    axis = next((axis for axis, size in enumerate(chunk) if size > 1), len(chunk))
+    return math.prod((*chunk[: axis + 1], *store.shape[axis + 1 :])) * store.dtype.numpy_dtype.itemsize
+
+
 def _open(folder: pathlib.Path, abstract: dict, context: tensorstore.Context) -> dict:
     base = {"driver": "file", "path": f"{folder}/"}
 
     def begin(path, leaf):
         key = ".".join(path_names(path))
-        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"}}
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"},
+            # By default, a missing chunk is read as zeros.
+            "fill_missing_data_reads": False,
+            "recheck_cached_data": False,
+            "recheck_cached_metadata": False,
+        }
         return key, leaf, tensorstore.open(spec, read=True, open=True, context=context)
 
     def finish(begun):

@@ -18,6 +18,7 @@ from gptoss_jax.checkpoints.lazy_tensors import (
     LazyTensor,
     copy_cast,
 )
+from gptoss_jax.kernels.cpu import unpack
 from gptoss_jax.kernels.mxfp4 import codec
 
 # Bytes per thread and read: small enough for the cache, large enough to amortize NumPy's overhead.
@@ -37,6 +38,7 @@ def read_slices(slices: Iterable[tuple[np.ndarray, LazyTensor, Index]]) -> set[s
             rows = slice(first.start + i, min(first.start + i + step, first.stop))
             tasks.append((out[i : i + step], tensor, (rows, *rest)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    unpack.is_supported()  # compiles the kernel here, once, and not in every thread
     with ThreadPoolExecutor(cores) as pool:
         finite = pool.map(lambda task: task[1].read_into(task[0], task[2]), tasks)
         return {tensor.name for (_, tensor, _), is_finite in zip(tasks, finite, strict=True) if not is_finite}
