@@ -1,8 +1,8 @@
 """All measured figures of the docs: python benchmarks/figures.py [--run all] [--write] [--check].
 
 Each table of measured or compiled figures in README.md and docs/ is made from a file in results/, between two
-comments; no figure is typed by hand. `--run` runs benchmarks on this machine, one after the other, which
-write these files: names of BENCHMARKS, or `all`. Run nothing else meanwhile. One that fails is reported, the
+comments; other figures name their command or test. `--run` runs benchmarks on this machine, one after the
+other, which write these files: names of BENCHMARKS, or `all`. Run nothing else meanwhile. One that fails is reported, the
 others still run, and the exit code is 1. `--write` puts the tables into the pages. `--check` exits with 1 if
 a page differs from the results. Without flags, the tables are printed.
 

@@ -30,6 +30,7 @@ from gptoss_jax.config.paths import user_path
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHECK, CHECK_SECONDS = "check", 120
+TIMED_OUT = f"none after {CHECK_SECONDS} s"
 # JAX has plugins for two versions of CUDA.
 CUDA_PACKAGES = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 
@@ -49,7 +50,7 @@ def check(run: Run) -> dict:
             limit = None if run.smoke else CHECK_SECONDS
             code = subprocess.run(command, env=environment, timeout=limit, check=False).returncode
         except subprocess.TimeoutExpired:
-            code = f"none after {CHECK_SECONDS} s"
+            code = TIMED_OUT
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     if code:
         run.failures.append(f"{CHECK}: exit code {code}")
@@ -94,14 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     run, names = Run(options.smoke), options.only or [CHECK, *SECTIONS]
     # Before JAX starts.
+    is_gpu = "import jax, sys; sys.exit(jax.default_backend() != 'gpu')"
+    if not options.smoke and subprocess.run([sys.executable, "-c", is_gpu], check=False).returncode:
+        parser.error("needs a GPU that JAX finds; --smoke runs it on CPU")
     checked = run.attempt(CHECK, check, run) if CHECK in names else None
     if options.smoke:
         jax.config.update("jax_platforms", "cpu")
     else:
         # The default is three quarters; the larger model needs more.
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-        if jax.default_backend() != "gpu":
-            parser.error(f"needs a GPU and there is {jax.default_backend()!r}; --smoke runs it on CPU")
     slug = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
     out = options.out and str(user_path(options.out, "out").with_suffix(".json"))
     if not out and not options.smoke:

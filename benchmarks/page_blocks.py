@@ -8,16 +8,23 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 END = "<!-- end of figures -->"
-BLOCK = re.compile(rf"(<!-- figures: ([\w-]+) -->)( |\n)(.*?){re.escape(END)}", re.DOTALL)
+# A part whose end is missing must not reach to the end of the next one.
+BLOCK = re.compile(
+    rf"(<!-- figures: ([\w-]+) -->)( |\n)((?:(?!<!-- figures: ).)*?){re.escape(END)}", re.DOTALL
+)
 
 
 def written(page: str) -> dict[str, str]:
-    """Returns the texts of the generated parts of a page by name."""
+    """Returns the texts of the generated parts of a page by name. Raises ValueError if one has no end."""
+    begun = page.count("<!-- figures: ")
+    if begun != page.count(END) or begun != len(BLOCK.findall(page)):
+        raise ValueError(f"{begun} parts begin with <!-- figures: NAME -->, {page.count(END)} end with {END}")
     return {name: text.strip() for _, name, _, text in BLOCK.findall(page)}
 
 
 def rewritten(page: str, make: Callable[[str], str]) -> str:
-    """Returns the page with the text `make(name)` in each generated part."""
+    """Returns the page with the text `make(name)` in each generated part. Raises ValueError as `written`."""
+    written(page)
 
     def part(found: re.Match) -> str:
         space = "\n\n" if found[3] == "\n" else " "

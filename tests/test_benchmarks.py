@@ -107,7 +107,7 @@ def test_begins_with_the_check_of_the_kernels(module, monkeypatch, capsys, tmp_p
 def test_needs_a_gpu(script):
     done = script("gpu.py", "--only", "peaks")
     assert done.returncode == 2
-    assert "needs a GPU and there is 'cpu'" in done.stderr
+    assert "needs a GPU that JAX finds; --smoke runs it on CPU" in done.stderr
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def _hidden(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 # tensorboardX would import an installed torch, only to take its tensors: 3 s of a core and 200 MB.
