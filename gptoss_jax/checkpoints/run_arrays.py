@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from tensorstore import open as open_store
 
 from gptoss_jax.checkpoints.lazy_tensors import DenseTensor, Index, copy_cast, is_finite
 from gptoss_jax.model.parameters import letters_of, path_names
@@ -130,7 +131,7 @@ def _open(folder: pathlib.Path, abstract: dict, context: tensorstore.Context) ->
             "recheck_cached_data": False,
             "recheck_cached_metadata": False,
         }
-        return key, leaf, tensorstore.open(spec, read=True, open=True, context=context)
+        return key, leaf, open_store(spec, read=True, open=True, context=context)
 
     def finish(begun):
         key, leaf, future = begun

@@ -203,16 +203,14 @@ def _apply_adamw_kernel(
     # Clipping is a transformation before the others.
     adam, masked, schedule = opt_state[1] if config.max_grad_norm else opt_state
     next_count = optax.safe_increment(adam.count)
-    scalars = jnp.stack(
-        [
-            finite,
-            _clip_factor(norm, config.max_grad_norm) if config.max_grad_norm else 1.0,
-            make_schedule(config, steps)(schedule.count),
-            # As in optax's bias correction.
-            1 - config.beta1**next_count,
-            1 - config.beta2**next_count,
-        ]
-    ).astype(jnp.float32)
+    scalars = (
+        finite,
+        _clip_factor(norm, config.max_grad_norm) if config.max_grad_norm else 1.0,
+        make_schedule(config, steps)(schedule.count),
+        # As in optax's bias correction.
+        1 - config.beta1**next_count,
+        1 - config.beta2**next_count,
+    )
     structure = jax.tree.structure(params)
     decays = [config.weight_decay * is_decayed for is_decayed in jax.tree.leaves(decay_mask(params))]
     constants = adamw.AdamW(config.beta1, config.beta2, config.epsilon, tuple(decays))
@@ -224,7 +222,8 @@ def _apply_adamw_kernel(
             update, in_specs=(specs, specs, (specs, specs), P()), out_specs=(specs,) * 3, check_vma=False
         )
     leaves = [jax.tree.leaves(tree) for tree in (params, gradients, adam.mu, adam.nu)]
-    results = update(leaves[0], leaves[1], (leaves[2], leaves[3]), scalars)
+    packed = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in scalars])
+    results = update(leaves[0], leaves[1], (leaves[2], leaves[3]), packed)
     params, mu, nu = (jax.tree.unflatten(structure, arrays) for arrays in results)
 
     def count_if_finite(count):
