@@ -2,9 +2,9 @@
 
 Each table of measured or compiled figures in README.md and docs/ is made from a file in results/, between two
 comments; other figures name their command or test. `--run` runs benchmarks on this machine, one after the
-other, which write these files: names of BENCHMARKS, or `all`. Run nothing else meanwhile. One that fails is reported, the
-others still run, and the exit code is 1. `--write` puts the tables into the pages. `--check` exits with 1 if
-a page differs from the results. Without flags, the tables are printed.
+other, which write these files: names of BENCHMARKS, or `all`. Run nothing else meanwhile. One that fails is
+reported, the others still run, and the exit code is 1. `--write` puts the tables into the pages. `--check`
+exits with 1 if a page differs from the results. Without flags, the tables are printed.
 
 `--python` and `--llamacpp-python` are the interpreters of environments with the peers: the first has this
 package, `.[parity]` and peft; the second xllamacpp and gguf. Default: this one. The figures of the TPU

@@ -55,9 +55,9 @@ class StoredArray:
         try:
             if layer is None:
                 return self.store[index].read().result()
-            if self.store.chunk_layout.read_chunk.shape[0] > 1:
-                return self._whole[(layer, *index)]
-            return self.store[(layer, *index)].read().result()
+            if _chunk_shape(self.store)[0] > 1:
+                return self._whole[layer][index]
+            return self.store[layer][index].read().result()
         except ValueError as error:
             raise ValueError(f"{self.where}: cannot be read (params: {root_message(error)})") from error
 
@@ -111,11 +111,15 @@ def open_arrays(folder: pathlib.Path, abstract: dict) -> dict:
     )
 
 
+def _chunk_shape(store: tensorstore.TensorStore) -> list[int]:
+    return [int(size) for size in np.asarray(store.chunk_layout.read_chunk.shape)]
+
+
 def _slice_bytes(store: tensorstore.TensorStore) -> int:
     """Returns the size of the chunks of one slice along the first axis that has several values in a chunk."""
-    chunk = store.chunk_layout.read_chunk.shape
+    chunk = _chunk_shape(store)
     axis = next((axis for axis, size in enumerate(chunk) if size > 1), len(chunk))
-    return math.prod((*chunk[: axis + 1], *store.shape[axis + 1 :])) * store.dtype.numpy_dtype.itemsize
+    return math.prod([*chunk[: axis + 1], *store.shape[axis + 1 :]]) * store.dtype.numpy_dtype.itemsize
 
 
 def _open(folder: pathlib.Path, abstract: dict, context: tensorstore.Context) -> dict:

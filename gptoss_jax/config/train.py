@@ -82,8 +82,10 @@ class OptimConfig(ConfigBase):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(ConfigBase):
-    """Number of devices on each axis of the mesh (-1, allowed once, means all remaining devices), and of slices
-    along two of them."""
+    """Number of devices on each axis of the mesh, and of slices along two of them.
+
+    -1, allowed once, means all remaining devices.
+    """
 
     _section: typing.ClassVar[str] = "mesh"
 
