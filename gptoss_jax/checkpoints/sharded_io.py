@@ -38,7 +38,8 @@ def read_slices(slices: Iterable[tuple[np.ndarray, LazyTensor, Index]]) -> set[s
             rows = slice(first.start + i, min(first.start + i + step, first.stop))
             tasks.append((out[i : i + step], tensor, (rows, *rest)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    unpack.is_supported()  # compiles the kernel here, once, and not in every thread
+    if any(isinstance(tensor, DequantizedTensor) for _, tensor, _ in tasks):
+        unpack.is_supported()  # compiles the kernel here, once, and not in every thread
     with ThreadPoolExecutor(cores) as pool:
         finite = pool.map(lambda task: task[1].read_into(task[0], task[2]), tasks)
         return {tensor.name for (_, tensor, _), is_finite in zip(tasks, finite, strict=True) if not is_finite}
