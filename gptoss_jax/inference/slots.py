@@ -106,7 +106,7 @@ def _constrain_cache(cache: KVCache | None, spec: P = CACHE_LBKSH) -> KVCache:
     """Fixes the sharding of a cache, so that the next program does not recompile for another one."""
     assert cache is not None  # None is only returned for None
     layers = jax.tree.map(lambda leaf: constrain(leaf, spec), cache.layers)
-    return KVCache(layers, constrain(cache.lengths, P(*filter(None, spec[1:2]))))
+    return KVCache(layers, constrain(cache.lengths, P(spec[1]) if spec else P()))
 
 
 def _constrain_slots(slots: Slots) -> Slots:

@@ -45,8 +45,7 @@ class CompiledStep:
     peak: int = 0
     # By kind, axes and network: kind, axes, across_slices (True on the data-center network), executions per
     # step, bytes sent per device, trips_known (False in loops with a data-dependent trip count, which are
-    # counted once). None if this jaxlib cannot parse the HLO of
-    # this libtpu.
+    # counted once). None if this jaxlib cannot parse the HLO of this libtpu.
     collectives: list[dict] | None = None
 
     @property

@@ -95,8 +95,8 @@ def make_plan(
 
     Args:
       topology: a TPU slice such as "v5p:4x4x4", or a Cloud TPU accelerator type such as "v5p-128"; with
-        `config.mesh.dcn_data` or `dcn_fsdp`, several of them. Instead,
-        `chip` (a name in `hardware.CHIPS`) and `devices` (as JAX counts them) plan without compiling.
+        `config.mesh.dcn_data` or `dcn_fsdp`, several of them. Instead, `chip` (a name in
+        `hardware.CHIPS`) and `devices` (as JAX counts them) plan without compiling.
       memory: bytes of a device, instead of those of the chip; required if the chip is not known. Such a plan
         has no times.
       meshes: such as "fsdp=16,expert=4".
