@@ -96,6 +96,12 @@ def test_several_calls_have_own_ids_that_come_once(read):
     assert len(deltas) > 2
 
 
+def test_content_streams_while_a_call_could_still_follow(read):
+    """Content is not held back for tools."""
+    _, deltas = read(f"<|channel|>commentary<|message|>First.{NEXT}{FINAL}Hello", chunk=1)
+    assert [delta.text for delta in deltas if delta.text] == [*"First.", "H", "e", "llo"]
+
+
 def test_without_functions_a_call_is_content(read):
     answer = "<|channel|>commentary to=functions.f<|message|>{}"
     reader, deltas = read(answer, functions=())

@@ -161,7 +161,7 @@ def test_stream_sends_names_of_events_and_no_other_end(start):
 
 
 def test_deltas_add_up_in_the_clients_stream(start):
-    client, _, _ = start(PREAMBLE + THOUGHT + CALL, chunk=1, step_seconds=0.005)
+    client, _, _ = start(PREAMBLE + THOUGHT + CALL, chunk=1, step_seconds=0.02)
     with client.responses.stream(model="tiny", input="fox", tools=[TOOL]) as events:
         arguments = [event for event in events if event.type == "response.function_call_arguments.delta"]
         final = events.get_final_response()
