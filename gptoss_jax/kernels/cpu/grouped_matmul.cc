@@ -6,28 +6,22 @@
 //   dx = g w^T    A row-major     B column-major
 //   dw = x^T g    A column-major  B row-major (k are the group's rows)
 // In MXFP4, the blocks of B are along its columns in y = x w^T, and along its rows in dx = g w.
-// A block of B is packed into panels of 32 columns that stay in the L2 cache; A is read in place, one broadcast float
-// at a time. A task is a group and a block of columns.
+// A block of B is packed into panels that stay in the L2 cache; A is read one broadcast float at a time, in place if its
+// rows are contiguous, else from a copy of a few rows in the L1 cache. A task is a group and a block of columns.
 
 #include <algorithm>
 #include <cstdlib>
 #include <new>
 
 #include "mxfp4.h"
+#include "tile.h"
 
 namespace {
 
-constexpr int kPanelCols = 2 * kLanes;    // columns of C per microkernel
-constexpr int kInnerBlock = 512;          // rows per packed block of B
-constexpr int kColBlock = 15 * kPanelCols;  // columns per task: a packed block is at most 1 MB
-
-// Accumulators must fit in the registers: AVX2 has 16, of 8 floats.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileLanes = 8;
-#else
-constexpr int kTileRows = 12, kTileLanes = kLanes;
-#endif
-typedef float Tile __attribute__((vector_size(4 * kTileLanes), aligned(4), may_alias));
+constexpr int kPanelCols = 2 * kTileLanes;  // columns of C per microkernel
+constexpr int kInnerBlock = 512;            // rows per packed block of B
+constexpr int kRowsAhead = 8;               // rows of B between a prefetch and its use
+constexpr int kColBlock = 15 * kBlockSize;  // columns per task: a packed block is at most 1 MB
 
 struct Strided {
   const float* data;
@@ -46,60 +40,38 @@ struct Matmul {
   bool blocks_by_rows = false;
 };
 
-// Loads or stores the first `count` lanes, with `count` clamped to the valid range; other lanes are loaded as zero.
-Tile LoadTile(const float* from, int64_t count) {
-  if (count >= kTileLanes) return *(const Tile*)from;
-  Tile value = {};
-  if (count > 0) std::memcpy(&value, from, count * sizeof(float));
-  return value;
-}
-void StoreTile(float* to, Tile value, int64_t count) {
-  if (count >= kTileLanes)
-    *(Tile*)to = value;
-  else if (count > 0)
-    std::memcpy(to, &value, count * sizeof(float));
-}
-
-// C[rows, width] = first + A[rows, inner] B[inner, width], with a packed panel of B. first may be null, for zero.
+// C[rows, width] = first + A[rows, inner] B[inner, width], with a packed panel of B. A has contiguous rows, or is a copy
+// with contiguous columns. first may be null, for zero. Not inlined: in a larger function, compilers keep accumulators
+// in memory.
 template <int rows, bool a_is_row_major>
-void Microkernel(const Matmul& p, const float* a, const float* panel, float* c, int64_t inner, const float* first,
-                 int64_t first_stride, int width) {
-  const int64_t row_stride = a_is_row_major ? p.a.row_stride : 1, col_stride = a_is_row_major ? 1 : p.a.col_stride;
-  if constexpr (rows > kTileRows) {
-    constexpr int half = rows / 2;
-    for (int i = 0; i < rows; i += half)
-      Microkernel<half, a_is_row_major>(p, a + i * row_stride, panel, c + i * p.n, inner,
-                                        first ? first + i * first_stride : first, first_stride, width);
-    return;
-  }
-  for (int start = 0; start < width; start += 2 * kTileLanes) {
-    // Loops are unrolled to keep the accumulators in registers.
-    Tile sum[rows][2] = {};
-    if (first != nullptr) {
-#pragma GCC unroll 12
-      for (int i = 0; i < rows; ++i)
-        for (int side = 0; side < 2; ++side) {
-          const int column = start + side * kTileLanes;
-          sum[i][side] = LoadTile(first + i * first_stride + column, width - column);
-        }
-    }
-    const float *left_row = a, *panel_row = panel + start;
-    for (int64_t j = 0; j < inner; ++j, panel_row += kPanelCols, left_row += col_stride) {
-      const Tile left = *(const Tile*)panel_row, right = *(const Tile*)(panel_row + kTileLanes);
-#pragma GCC unroll 12
-      for (int i = 0; i < rows; ++i) {
-        const float value = left_row[i * row_stride];
-        sum[i][0] += value * left;
-        sum[i][1] += value * right;
-      }
-    }
+__attribute__((noinline)) void Microkernel(const Matmul& p, const float* a, const float* panel, float* c,
+                                           int64_t inner, const float* first, int64_t first_stride, int width) {
+  const int64_t row_stride = a_is_row_major ? p.a.row_stride : 1, col_stride = a_is_row_major ? 1 : rows;
+  // Loops are unrolled to keep the accumulators in registers.
+  Tile sum[rows][2] = {};
+  if (first != nullptr) {
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i)
       for (int side = 0; side < 2; ++side) {
-        const int column = start + side * kTileLanes;
-        StoreTile(c + i * p.n + column, sum[i][side], width - column);
+        const int column = side * kTileLanes;
+        sum[i][side] = LoadTile(first + i * first_stride + column, width - column);
       }
   }
+  for (int64_t j = 0; j < inner; ++j, panel += kPanelCols, a += col_stride) {
+    const Tile left = *(const Tile*)panel, right = *(const Tile*)(panel + kTileLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i) {
+      const float value = a[i * row_stride];
+      sum[i][0] += value * left;
+      sum[i][1] += value * right;
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i)
+    for (int side = 0; side < 2; ++side) {
+      const int column = side * kTileLanes;
+      StoreTile(c + i * p.n + column, sum[i][side], width - column);
+    }
 }
 
 // A block of B to pack: rows row … row + inner, columns column … column + columns.
@@ -112,6 +84,14 @@ template <int rows, bool a_is_row_major>
 int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Block& b) {
   for (; row + rows <= p.m; row += rows) {
     const float* a = p.a.data + row * p.a.row_stride + b.row * p.a.col_stride;
+    float copy[a_is_row_major ? 1 : rows * kInnerBlock];
+    if constexpr (!a_is_row_major) {
+      // Columns are often a multiple of a large power of two apart, and would evict one another from the L1 cache.
+      for (int64_t j = 0; j < b.inner; ++j)
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; ++i) copy[j * rows + i] = a[j * p.a.col_stride + i];
+      a = copy;
+    }
     for (int64_t j = 0; j < b.columns; j += kPanelCols) {
       float* c = p.c + row * p.n + b.column + j;
       // Accumulators start from the bias, and in later blocks from the previous sums.
@@ -123,47 +103,28 @@ int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Bl
   return row;
 }
 
-// A step of a transpose: swaps a[j] and b[j - step] for each lane j with the bit `step`.
-template <int step, int... lane>
-void ExchangeLanes(Vector& a, Vector& b, std::integer_sequence<int, lane...>) {
-  const Vector low = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane - step : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & step ? kLanes + lane : lane + step)...);
-  a = low;
-}
-
-template <int step>
-void ExchangeRows(Vector* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & step)) ExchangeLanes<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kLanes>{});
-}
-
-void Transpose16x16(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  Vector rows[kLanes];
-  for (int i = 0; i < kLanes; ++i) rows[i] = Load(in + i * in_stride);
-  ExchangeRows<1>(rows), ExchangeRows<2>(rows), ExchangeRows<4>(rows), ExchangeRows<8>(rows);
-  for (int i = 0; i < kLanes; ++i) Store(out + i * out_stride, rows[i]);
-}
-
-// Packs a block of B into panels of 32 columns, padded with zeros.
+// Packs a block of B into panels, padded with zeros.
 void Pack(const Matmul& p, const Block& block, float* packed) {
+  const float* b = p.b.data + block.row * p.b.row_stride + block.column * p.b.col_stride;
+  if (p.b.col_stride == 1) {
+    // Row by row, and ahead: processors prefetch a row, but not the start of the next one.
+    for (int64_t i = 0; i < block.inner; ++i, b += p.b.row_stride)
+      for (int64_t j = 0; j < block.columns; j += kPanelCols) {
+        __builtin_prefetch(b + kRowsAhead * p.b.row_stride + j);
+        for (int x = 0; x < kPanelCols; x += kTileLanes)
+          *(Tile*)(packed + j * block.inner + i * kPanelCols + x) = LoadTile(b + j + x, block.columns - j - x);
+      }
+    return;
+  }
   for (int64_t j = 0; j < block.columns; j += kPanelCols, packed += kPanelCols * block.inner) {
     const int64_t width = std::min<int64_t>(kPanelCols, block.columns - j);
-    const float* b = p.b.data + block.row * p.b.row_stride + (block.column + j) * p.b.col_stride;
-    if (p.b.col_stride == 1) {
-      for (int64_t i = 0; i < block.inner; ++i)
-        for (int half = 0; half < 2; ++half)
-          Store(packed + i * kPanelCols + half * kLanes,
-                LoadPartial(b + i * p.b.row_stride + half * kLanes, width - half * kLanes));
-      continue;
-    }
     int64_t done = 0;
-    for (; width == kPanelCols && done + kLanes <= block.inner; done += kLanes)
-      for (int half = 0; half < 2; ++half)
-        Transpose16x16(b + done + half * kLanes * p.b.col_stride, p.b.col_stride,
-                       packed + done * kPanelCols + half * kLanes, kPanelCols);
+    for (; width == kPanelCols && done + kTileLanes <= block.inner; done += kTileLanes)
+      for (int x = 0; x < kPanelCols; x += kTileLanes)
+        Transpose(b + done + x * p.b.col_stride, p.b.col_stride, packed + done * kPanelCols + x, kPanelCols);
     for (int64_t i = done; i < block.inner; ++i)
       for (int x = 0; x < kPanelCols; ++x) packed[i * kPanelCols + x] = x < width ? b[i + x * p.b.col_stride] : 0;
+    b += kPanelCols * p.b.col_stride;
   }
 }
 
@@ -185,20 +146,24 @@ void PackMxfp4Columns(const Matmul& p, const Block& block, float* packed) {
       alignas(64) float values[kPanelCols][kBlockSize] = {};
       for (int x = 0; x < width; ++x)
         LoadBlock(p, ((block.column + j + x) * p.k + block.row + i) / kBlockSize, values[x]);
-      for (int row = 0; row < kBlockSize; row += kLanes)
-        for (int col = 0; col < kPanelCols; col += kLanes)
-          Transpose16x16(&values[col][row], kBlockSize, packed + (i + row) * kPanelCols + col, kPanelCols);
+      for (int row = 0; row < kBlockSize; row += kTileLanes)
+        for (int col = 0; col < kPanelCols; col += kTileLanes)
+          Transpose(&values[col][row], kBlockSize, packed + (i + row) * kPanelCols + col, kPanelCols);
     }
   }
 }
 
-// Packs a block of B in MXFP4 with blocks along rows: each MXFP4 block is a row of a panel.
+// Packs a block of B in MXFP4 with blocks along rows.
 void PackMxfp4Rows(const Matmul& p, const Block& block, float* packed) {
-  static_assert(kPanelCols == kBlockSize);
+  static_assert(kBlockSize % kPanelCols == 0);
   // Row by row, in the storage order of the bytes.
   for (int64_t i = 0; i < block.inner; ++i)
-    for (int64_t j = 0; j < block.columns; j += kPanelCols)
-      LoadBlock(p, ((block.row + i) * p.n + block.column + j) / kBlockSize, packed + j * block.inner + i * kPanelCols);
+    for (int64_t j = 0; j < block.columns; j += kBlockSize) {
+      float values[kBlockSize];
+      LoadBlock(p, ((block.row + i) * p.n + block.column + j) / kBlockSize, values);
+      for (int x = 0; x < kBlockSize; x += kPanelCols)
+        std::memcpy(packed + (j + x) * block.inner + i * kPanelCols, values + x, kPanelCols * sizeof(float));
+    }
 }
 
 // Adds the columns of a packed block of B to b_sums.
@@ -206,11 +171,11 @@ void SumColumns(const Matmul& p, const Block& block, const float* packed) {
   for (int64_t j = 0; j < block.columns; j += kPanelCols) {
     const int64_t width = block.columns - j;
     float* sums = p.b_sums + block.column + j;
-    Vector left = {}, right = {};
-    if (block.row > 0) left = LoadPartial(sums, width), right = LoadPartial(sums + kLanes, width - kLanes);
+    Tile left = {}, right = {};
+    if (block.row > 0) left = LoadTile(sums, width), right = LoadTile(sums + kTileLanes, width - kTileLanes);
     for (int64_t i = 0; i < block.inner; ++i, packed += kPanelCols)
-      left += Load(packed), right += Load(packed + kLanes);
-    StorePartial(sums, left, width), StorePartial(sums + kLanes, right, width - kLanes);
+      left += *(const Tile*)(packed), right += *(const Tile*)(packed + kTileLanes);
+    StoreTile(sums, left, width), StoreTile(sums + kTileLanes, right, width - kTileLanes);
   }
 }
 
@@ -238,8 +203,8 @@ void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
     else
       p.blocks_by_rows ? PackMxfp4Rows(p, block, packed) : PackMxfp4Columns(p, block, packed);
     if (p.b_sums != nullptr) SumColumns(p, block, packed);
-    int64_t row = MultiplyRows<12, a_is_row_major>(p, 0, packed, block);
-    row = MultiplyRows<8, a_is_row_major>(p, row, packed, block);
+    int64_t row = MultiplyRows<kTileRows, a_is_row_major>(p, 0, packed, block);
+    if constexpr (kTileRows > 8) row = MultiplyRows<8, a_is_row_major>(p, row, packed, block);
     row = MultiplyRows<4, a_is_row_major>(p, row, packed, block);
     row = MultiplyRows<2, a_is_row_major>(p, row, packed, block);
     MultiplyRows<1, a_is_row_major>(p, row, packed, block);
@@ -250,9 +215,9 @@ void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
 void Multiply(const std::vector<Matmul>& matmuls, bool a_is_row_major, ffi::ThreadPool pool) {
   const int64_t groups = std::count_if(matmuls.begin(), matmuls.end(), [](auto& p) { return p.m > 0; });
   if (groups == 0) return;
-  // Narrower tasks if there are few groups, so that every thread has one. This does not affect rounding.
+  // Narrower tasks if there are few groups, so that every thread has one.
   const int64_t parts = CeilDiv(std::max<int64_t>(pool.num_threads(), 1), groups);
-  const int64_t share = CeilDiv(CeilDiv(matmuls[0].n, parts), kPanelCols) * kPanelCols;
+  const int64_t share = CeilDiv(CeilDiv(matmuls[0].n, parts), kBlockSize) * kBlockSize;
   const int64_t columns = std::min<int64_t>(kColBlock, share);
   std::vector<std::pair<const Matmul*, int64_t>> tasks;
   for (const Matmul& p : matmuls)
