@@ -6,6 +6,7 @@ keys in its window. Recomputation, padding and the masked half of attention scor
 
 import dataclasses
 import math
+import os
 import re
 
 from gptoss_jax.config import SLIDING, ModelConfig
@@ -81,7 +82,9 @@ TABLE = (
     Chip("a30", r"NVIDIA A30", 165e12),
     Chip("a40", r"NVIDIA A40", 149.7e12),
 )  # fmt: skip
-# Chips that `gptoss plan` supports.
+# The name of this machine without an accelerator.
+CPU = "cpu"
+# Chips that `gptoss plan` supports, besides CPU.
 CHIPS = {chip.name: chip for chip in TABLE if chip.memory}
 
 # Standard slices of Cloud TPU, at the same addresses: prefix of the accelerator type, chip, what the number
@@ -105,6 +108,7 @@ ACCELERATOR_TYPES = {
 
 def find_chip(name: str, field: str = "chip", memory: float | None = None) -> Chip:
     """Returns the chip with the given name, or, with `memory` bytes, one of which nothing else need be known.
+    "cpu" is this machine, of which only the memory is known.
 
     Raises a ValueError that names `field` and the known chips, or for memory that is not above 0.
     """
@@ -114,10 +118,14 @@ def find_chip(name: str, field: str = "chip", memory: float | None = None) -> Ch
         return dataclasses.replace(known, memory=memory)
     if name.lower() in CHIPS:
         return CHIPS[name.lower()]
+    if name.lower() == CPU:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Chip(CPU, "", math.inf, memory=memory, link=math.inf)
     near = nearest(name.lower(), CHIPS)
     hint = f"did you mean {near}? " if near else ""
     other = "; for another, add --memory GB" if field == "chip" else ""
-    raise ValueError(f"{field} is {name!r}: {hint}known chips: {', '.join(CHIPS)}{other}")
+    known_names = (*CHIPS, CPU) if field == "chip" else CHIPS
+    raise ValueError(f"{field} is {name!r}: {hint}known chips: {', '.join(known_names)}{other}")
 
 
 def resolve_topology(name: str) -> str:

@@ -16,11 +16,11 @@ from gptoss_jax import status
 from gptoss_jax.interrupts import CODES, ENDINGS, INTERRUPTED, Interrupts, ending
 from gptoss_jax.terminal import ASCII, is_terminal
 
-# Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step.
+# Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step. Threads keep their own
+# arenas: small allocations of theirs between the large ones would make a step's memory grow by half.
 TUNABLES = (
     "glibc.malloc.hugetlb=1",
     "glibc.malloc.mmap_max=0",
-    "glibc.malloc.arena_max=1",
     "glibc.malloc.trim_threshold=68719476736",
 )
 

@@ -4,6 +4,7 @@ and a small step compiled for TPUs."""
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from gptoss_jax.config.preset import read_preset
 from gptoss_jax.hardware import CHIPS, GIB, flops_per_token, parameter_counts
 from gptoss_jax.parallel.mesh import AXES, make_mesh
 from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step, read_refusal
-from gptoss_jax.planning.estimate import TPU_MARGIN, estimate
+from gptoss_jax.planning.estimate import PROCESS_BYTES, TPU_MARGIN, estimate
 from gptoss_jax.planning.hlo import collectives, mesh_axes, parse_groups, shape_bytes
 from gptoss_jax.planning.plan import MAX_COMPILED, all_meshes, make_plan, mesh_name, parse_mesh, rank
 from gptoss_jax.planning.report import show
@@ -301,6 +302,26 @@ def test_a_chip_of_which_only_the_memory_is_known(capsys, tmp_path, preset):
     assert "1 of rtx4090, each 24.0 GB" in capsys.readouterr().out
     assert main.main(["plan", preset, "--topology", "v5e:2x2", "--memory", "24"]) == 2
     assert "already gives chip, devices and memory" in capsys.readouterr().err
+
+
+def test_a_cpu_is_this_machine_with_what_a_process_takes(capsys, tmp_path, preset):
+    file = tmp_path / "plan.json"
+    assert main.main(["plan", preset, "--chip", "cpu", "--json", str(file)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Devices 1 of cpu, each" in shown and "temp process total" in shown and "No times" in shown
+    (found,) = json.loads(file.read_text())["estimates"]
+    assert found["memory"]["process"] == PROCESS_BYTES + found["memory"]["parameters"]
+    assert found["memory"]["total"] > found["memory"]["process"]
+    assert found["capacity"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with pytest.raises(SystemExit, match="1"):
+        main.main(["plan", preset, "--chip", "cpu", "--memory", "0.5"])
+    shown = capsys.readouterr().out
+    assert "No mesh fits" in shown and "More devices" not in shown
+    assert main.main(["plan", preset, "--chip", "cpu", "--devices", "2"]) == 2
+    assert "devices is 2: must be 1 with --chip cpu" in capsys.readouterr().err
+    assert main.main(["plan", preset, "--chip", "h100", "--devices", "1", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["estimates"][0]["memory"]["process"] == 0
+    assert "process" not in capsys.readouterr().out
 
 
 def test_one_device_sends_nothing(capsys, preset):

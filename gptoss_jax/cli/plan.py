@@ -29,14 +29,15 @@ class Plan:
       gptoss plan gpt_oss_120b --topology v5p:4x4x4
       gptoss plan gpt_oss_20b --chip v5p --devices 16 --mesh fsdp=4,expert=4
       gptoss plan gpt_oss_20b --inference --chip h100 --slots 8 --context 32768
+      gptoss plan quickstart --chip cpu
     """
 
     # Preset: its name, such as gpt_oss_20b, or a Python file.
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     # TPU slice to compile for, such as v5p:4x4x4, or a Cloud TPU accelerator type, such as v5p-128.
     topology: OptionalText = None
-    # Chip to estimate for, with --devices: v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200. With --inference
-    # also cpu.
+    # Chip to estimate for, with --devices: v5e, v5p, v6e, tpu7x, a100, h100, h200 or b200; or cpu, for a
+    # process on this machine.
     chip: OptionalText = None
     # JAX devices: chips, except that a tpu7x chip counts as two. A v5p-32 has 16.
     devices: OptionalInt = None

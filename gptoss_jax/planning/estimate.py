@@ -12,7 +12,7 @@ from typing import Literal
 
 from gptoss_jax.config import FULL, ModelConfig, TrainConfig, require
 from gptoss_jax.config.model import EXPERT_TARGETS
-from gptoss_jax.hardware import Chip, adapter_weights, flops_per_token, mean_visible_keys
+from gptoss_jax.hardware import CPU, Chip, adapter_weights, flops_per_token, mean_visible_keys
 from gptoss_jax.parallel.context import check_length
 from gptoss_jax.parallel.mesh import sequence_shards
 from gptoss_jax.planning.shards import Step, step_on
@@ -24,6 +24,9 @@ MEMORY_UTILIZATION = 0.9
 # Compiled TPU steps took up to this times their estimated activations and temporaries more than the estimate
 # (benchmarks/results/scaling.json; tests/test_plan.py).
 TPU_MARGIN = 1.7
+# Python, JAX, and what compiling, evaluating and reporting leave in the heap of a training process. Sampling
+# and saving also copy the parameters (docs/pretraining.md, "Memory on CPU").
+PROCESS_BYTES = 1_200_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Memory:
     temporaries: int
     # Frozen weights next to adapters.
     frozen: int = 0
+    # On CPU, what the process takes besides.
+    process: int = 0
 
     @property
     def total(self) -> int:
@@ -111,6 +116,7 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
         activations=config.model.num_hidden_layers * saved_activation_bytes(step),
         temporaries=max(block_temporaries(step), loss_temporaries(step)),
         frozen=step.frozen_bytes,
+        process=PROCESS_BYTES + step.trained_bytes if chip.name == CPU else 0,
     )
     seq_len, devices = config.data.seq_len, math.prod(mesh.values())
     tokens = config.data.batch_size * seq_len / devices

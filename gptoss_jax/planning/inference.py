@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.config import ModelConfig, require
-from gptoss_jax.hardware import Chip, find_chip, parameter_counts
+from gptoss_jax.hardware import CPU, Chip, find_chip, parameter_counts
 from gptoss_jax.inference import slots
 from gptoss_jax.inference.engine import DEFAULT_PREFIX_BYTES
 from gptoss_jax.inference.prefill import (
@@ -41,7 +41,6 @@ from gptoss_jax.planning.estimate import MEMORY_UTILIZATION
 from gptoss_jax.planning.plan import all_meshes, chip_dict
 from gptoss_jax.planning.shards import abstract_mesh, gathered_axes, local_bytes
 
-CPU = "cpu"
 # Width of a tile of TPU memory.
 LANES = 128
 Experts = Literal["mxfp4", "bfloat16"]

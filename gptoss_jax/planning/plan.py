@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gptoss_jax.config import TrainConfig, require
-from gptoss_jax.hardware import Chip, find_chip, parameter_counts, parse_topology, resolve_topology
+from gptoss_jax.hardware import CPU, Chip, find_chip, parameter_counts, parse_topology, resolve_topology
 from gptoss_jax.model.lora import adapter_counts
 from gptoss_jax.parallel.mesh import AXES, divisors, parse_mesh
 from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step
@@ -96,7 +96,7 @@ def make_plan(
     Args:
       topology: a TPU slice such as "v5p:4x4x4", or a Cloud TPU accelerator type such as "v5p-128"; with
         `config.mesh.dcn_data` or `dcn_fsdp`, several of them. Instead, `chip` (a name in
-        `hardware.CHIPS`) and `devices` (as JAX counts them) plan without compiling.
+        `hardware.CHIPS`, or "cpu") and `devices` (as JAX counts them) plan without compiling.
       memory: bytes of a device, instead of those of the chip; required if the chip is not known. Such a plan
         has no times.
       meshes: such as "fsdp=16,expert=4".
@@ -150,6 +150,9 @@ def _given_devices(chip: str | None, devices: int | None, memory: float | None) 
         )
     if chip is None:
         raise ValueError(f"chip is None: --devices {devices} also needs --chip, such as --chip h200")
+    if chip.lower() == CPU:
+        require(devices in (None, 1), "devices", devices, "must be 1 with --chip cpu")
+        return find_chip(chip, memory=memory), 1
     if devices is None:
         raise ValueError(f"devices is None: --chip {chip} also needs --devices, such as --devices 8")
     require(devices > 0, "devices", devices, "must be above 0")

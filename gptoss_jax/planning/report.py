@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from gptoss_jax.hardware import parameter_counts
+from gptoss_jax.hardware import CPU, parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, TPU_MARGIN, Estimate
 from gptoss_jax.planning.inference import InferencePlan
@@ -125,16 +125,18 @@ def _estimates(plan: Plan) -> Table:
     title += ", seconds at published rates" if plan.chip.has_times else ""
     has_frozen = plan.config.model.lora is not None
     names: tuple[str, ...] = ("frozen", "trained") if has_frozen else ("param",)
-    names += ("optim", "grad", "activ", "temp", "total", "")
+    has_process = any(one.memory.process for one in plan.estimates)
+    names += ("optim", "grad", "activ", "temp", *["process"] * has_process, "total", "")
     names += ("compute", "send") if plan.chip.has_times else ()
     table = _table(title, ["mesh"], names)
     for i, one in enumerate(plan.estimates[:MAX_ROWS]):
         memory = one.memory
         sizes = (memory.frozen, memory.parameters)[not has_frozen :]
-        sizes += (memory.optimizer, memory.gradients, memory.activations)
+        sizes += (memory.optimizer, memory.gradients, memory.activations, memory.temporaries)
+        sizes += (memory.process,) * has_process
         table.add_row(
             mesh_name(one.mesh, ", "),
-            *map(gigabytes, (*sizes, memory.temporaries, memory.total)),
+            *map(gigabytes, (*sizes, memory.total)),
             {"fits": "[green]fits[/]", "close": "[yellow]close[/]", "no": "[red]no[/]"}[one.verdict],
             *map(_seconds, (one.compute_seconds, one.communication_seconds)[: 2 * plan.chip.has_times]),
             style="bold" if i == 0 else "",
@@ -261,7 +263,8 @@ def _compiled_verdict(one: CompiledStep, plan: Plan) -> str:
 
 def _suggested(plan: Plan) -> list[str]:
     if plan.suggestion is None:
-        return ["More devices need less memory each."] if plan.best is None else []
+        is_hopeless = plan.best is None and plan.chip.name != CPU
+        return ["More devices need less memory each."] if is_hopeless else []
     flag, one = plan.suggestion.flag, plan.suggestion.estimate
     size = f"{mesh_name(one.mesh)}, {gigabytes(one.memory.total)} GB of {gigabytes(one.capacity)}"
     if plan.best is None:
