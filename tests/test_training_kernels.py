@@ -1,4 +1,4 @@
-"""The CPU kernels of a training step equal their plain equivalents: AdamW and SwiGLU."""
+"""The CPU kernels of a training step equal their plain equivalents: AdamW, SwiGLU and RoPE."""
 
 import functools
 
@@ -12,6 +12,7 @@ from gptoss_jax.kernels import selection
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.model.moe import SwiGLU, swiglu_halves, xla_swiglu_halves
 from gptoss_jax.model.parameters import parameter_shardings
+from gptoss_jax.model.rope import apply_rope, xla_rope
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.training.optimizer import apply_gradients, global_norm, make_optimizer
 
@@ -153,3 +154,31 @@ def test_swiglu_can_be_turned_off(kernels):
 def test_swiglu_in_other_types_is_xla():
     h_RF = jnp.ones((3, 8), jnp.bfloat16)
     assert swiglu_halves(SwiGLU(1.7, 7.0, 1.0), h_RF).dtype == jnp.bfloat16
+
+
+def test_rope_equals_xla_with_its_gradient():
+    rng = np.random.default_rng(0)
+    # Eleven pairs: one vector and a part of one.
+    x_BTNH, g_BTNH = (jnp.asarray(rng.normal(size=(2, 7, 3, 22)), jnp.float32) for _ in range(2))
+    angles_BTJ = jnp.asarray(rng.normal(size=(2, 7, 11)), jnp.float32)
+    tables = jnp.cos(angles_BTJ), 1.5 * jnp.sin(angles_BTJ)
+
+    def with_gradient(function):
+        value, pull = jax.vjp(lambda x: function(x, tables), x_BTNH)
+        return value, pull(g_BTNH)[0]
+
+    found, expected = (jax.jit(lambda f=f: with_gradient(f))() for f in (apply_rope, xla_rope))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), found, expected)
+
+
+def test_the_kernel_of_rope_is_for_float32_on_one_device():
+    """The compiler cannot partition the call."""
+
+    def text(x_BTNH):
+        return jax.jit(lambda x, *tables: apply_rope(x, tables)).lower(x_BTNH, *tables).as_text()
+
+    tables = jnp.ones((8, 7, 11)), jnp.ones((8, 7, 11))
+    assert text(jnp.ones((8, 7, 3, 22))).count("gptoss_jax.Rope") == 1
+    assert "gptoss_jax.Rope" not in text(jnp.ones((8, 7, 3, 22), jnp.bfloat16))
+    with jax.set_mesh(make_mesh(MeshConfig(data=8), jax.devices()[:8])):
+        assert "gptoss_jax.Rope" not in text(jnp.ones((8, 7, 3, 22)))

@@ -18,6 +18,7 @@ KERNELS = {
     "decode_mxfp4_experts": ("cpu",),
     "decode_attention": ("cpu",),
     "swiglu": ("cpu",),
+    "rope": ("cpu",),
     "adamw": ("cpu",),
 }
 ALLOWED = "must be auto, required, unchecked, plain, or plain: and a comma-separated list of " + ", ".join(

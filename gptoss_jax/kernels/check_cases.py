@@ -13,7 +13,7 @@ import numpy as np
 
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, reference_attention, segment_starts
-from gptoss_jax.kernels.cpu import adamw, decode, swiglu, unpack
+from gptoss_jax.kernels.cpu import adamw, decode, rope, swiglu, unpack
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, cpu_mxfp4_matmul
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
@@ -54,6 +54,7 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
     if backend == "cpu":
         yield from _cpu_decode_cases()
         yield _swiglu_case()
+        yield _rope_case()
         yield _adamw_case()
         yield _unpack_case()
     for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
@@ -239,6 +240,20 @@ def _swiglu_case() -> Case:
 
     run = functools.partial(swiglu.swiglu_halves, SWIGLU)
     return Case("swiglu", "", "float32", arrays, run, lambda h: _plain_swiglu(h[:, :41], h[:, 41:]), 1)
+
+
+def _rope_case() -> Case:
+    B, T, N, J = 2, 300, 3, 11
+
+    def arrays() -> Arrays:
+        x_BTNH, angles_BTJ = _normal(11, "float32", (B, T, N, 2 * J), (B, T, J))
+        return x_BTNH, jnp.cos(angles_BTJ), jnp.sin(angles_BTJ)
+
+    def plain(x, cos, sin):
+        (a, b), cos, sin = jnp.split(x, 2, axis=-1), cos[:, :, None], sin[:, :, None]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    return Case("rope", "", "float32", arrays, rope.rope, plain, num_differentiable=1)
 
 
 def _adamw_case() -> Case:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.kernels.cpu import rope as cpu_rope
 
 
 def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
@@ -58,6 +59,13 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
 
 def apply_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the input's dtype."""
+    if cpu_rope.is_supported(x_BTNH.dtype):
+        return cpu_rope.rope(x_BTNH, *cos_sin)
+    return xla_rope(x_BTNH, cos_sin)
+
+
+def xla_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`apply_rope` in plain XLA."""
     cos, sin = (table[:, :, None, None, :] for table in cos_sin)
     halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
     # The halves get a separate axis, which is flipped as a whole: XLA on CPU is slow to concatenate them.

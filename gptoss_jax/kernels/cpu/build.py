@@ -34,6 +34,7 @@ HANDLERS = (
     "DecodeAttention",
     "SwiGLU",
     "SwiGLUGrad",
+    "Rope",
 )
 
 
