@@ -359,8 +359,9 @@ def test_blocks_drop_the_same_weights_in_forward_and_backward():
     assert abs(float(jnp.vdot(dropped.mean(0), plain) / jnp.vdot(plain, plain)) - 1) < 0.05
 
 
+@pytest.mark.parametrize("attend", [attention, blockwise_attention])
 @pytest.mark.parametrize("window", [None, 128])
-def test_no_array_has_the_shape_t_by_t(window):
+def test_no_array_has_the_shape_t_by_t(window, attend):
     length = 2048
     shape = jax.ShapeDtypeStruct
     inputs = [shape((1, length, n, H), jnp.float32) for n in (N, K, K)] + [shape((N,), jnp.float32)]
@@ -368,7 +369,7 @@ def test_no_array_has_the_shape_t_by_t(window):
 
     def loss(q, k, v, sinks):
         spec = AttentionSpec(window)
-        return jnp.sum(attention(q, k, v, jnp.ones_like(positions), positions, spec, sinks_N=sinks) ** 2)
+        return jnp.sum(attend(q, k, v, jnp.ones_like(positions), positions, spec, sinks_N=sinks) ** 2)
 
     text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*inputs).as_text()
     sizes = [[int(n) for n in found.split("x")[:-1]] for found in re.findall(r"tensor<([0-9x]+x)f32>", text)]

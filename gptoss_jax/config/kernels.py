@@ -9,7 +9,7 @@ ENVIRONMENT, FORMER_ENVIRONMENT = "GPTOSS_JAX_KERNELS", "GPTOSS_JAX_NATIVE"
 
 # Kernels, and the backends that implement them.
 KERNELS = {
-    "attention": ("gpu", "tpu"),
+    "attention": ("cpu", "gpu", "tpu"),
     "grouped_matmul": ("cpu", "gpu", "tpu"),
     "mxfp4_matmul": ("cpu", "gpu", "tpu"),
     "mxfp4_unpack": ("cpu",),

@@ -14,6 +14,7 @@ import numpy as np
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, reference_attention, segment_starts
 from gptoss_jax.kernels.cpu import adamw, decode, rope, swiglu, unpack
+from gptoss_jax.kernels.cpu.attention import cpu_attention
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, cpu_mxfp4_matmul
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
@@ -58,19 +59,19 @@ def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
         yield _adamw_case()
         yield _unpack_case()
     for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
-        if backend != "cpu":
-            yield from _attention_cases(backend, dtype, interpret)
+        yield from _attention_cases(backend, dtype, interpret)
         yield _grouped_matmul_case(backend, dtype, interpret)
         yield from _mxfp4_matmul_cases(backend, dtype, interpret)
 
 
 def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case]:
     B, T, N, K, H = 2, 200, 8, 2, HEAD_SIZE
+    attention: Callable[..., jax.Array] = cpu_attention
     if backend == "gpu":
         from gptoss_jax.kernels.attention import pallas_triton
 
-        attention: Callable[..., jax.Array] = pallas_triton.triton_attention
-    else:
+        attention = pallas_triton.triton_attention
+    elif backend == "tpu":
         from gptoss_jax.kernels.attention import pallas_tpu
 
         attention = pallas_tpu.splash_attention
@@ -83,10 +84,13 @@ def _attention_cases(backend: str, dtype: str, interpret: bool) -> Iterator[Case
         return *qkv, *_normal(1, "float32", (N,)), segment_ids_BT, positions_BT
 
     # With an offset that is not a Python integer, as in context parallelism, the grid is that of any offset.
-    for variant, window, offset in (("full", None, 0), ("sliding", 77, 0), ("full at an offset", None, 70)):
+    variants = ("full", None, 0), ("sliding", 77, 0), ("full at an offset", None, 70)
+    for variant, window, offset in variants[:2] if backend == "cpu" else variants:
         spec, start = AttentionSpec(window), np.int32(offset) if offset else 0
 
         def run(q, k, v, sinks, *where, spec=spec, start=start):
+            if backend == "cpu":
+                return attention(q, k, v, where[0], spec, sinks_N=sinks)
             settings = {"sinks_N": sinks, "offset": start, "interpret": interpret}
             return attention(q[:, start:], k, v, *where, spec, **settings)
 

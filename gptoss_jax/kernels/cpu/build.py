@@ -35,6 +35,8 @@ HANDLERS = (
     "SwiGLU",
     "SwiGLUGrad",
     "Rope",
+    "Attention",
+    "AttentionGrad",
 )
 
 

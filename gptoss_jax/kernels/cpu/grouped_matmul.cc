@@ -10,23 +10,14 @@
 // rows are contiguous, else from a copy of a few rows in the L1 cache. A task is a group and a block of columns.
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "mxfp4.h"
-#include "tile.h"
+#include "microkernel.h"
 
 namespace {
 
-constexpr int kPanelCols = 2 * kTileLanes;  // columns of C per microkernel
 constexpr int kInnerBlock = 512;            // rows per packed block of B
-constexpr int kRowsAhead = 8;               // rows of B between a prefetch and its use
 constexpr int kColBlock = 15 * kBlockSize;  // columns per task: a packed block is at most 1 MB
-
-struct Strided {
-  const float* data;
-  int64_t row_stride, col_stride;
-};
 
 struct Matmul {
   int64_t m, n, k;
@@ -39,40 +30,6 @@ struct Matmul {
   const uint8_t* scales = nullptr;   // [n, k / 32] or [k, n / 32]
   bool blocks_by_rows = false;
 };
-
-// C[rows, width] = first + A[rows, inner] B[inner, width], with a packed panel of B. A has contiguous rows, or is a copy
-// with contiguous columns. first may be null, for zero. Not inlined: in a larger function, compilers keep accumulators
-// in memory.
-template <int rows, bool a_is_row_major>
-__attribute__((noinline)) void Microkernel(const Matmul& p, const float* a, const float* panel, float* c,
-                                           int64_t inner, const float* first, int64_t first_stride, int width) {
-  const int64_t row_stride = a_is_row_major ? p.a.row_stride : 1, col_stride = a_is_row_major ? 1 : rows;
-  // Loops are unrolled to keep the accumulators in registers.
-  Tile sum[rows][2] = {};
-  if (first != nullptr) {
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i)
-      for (int side = 0; side < 2; ++side) {
-        const int column = side * kTileLanes;
-        sum[i][side] = LoadTile(first + i * first_stride + column, width - column);
-      }
-  }
-  for (int64_t j = 0; j < inner; ++j, panel += kPanelCols, a += col_stride) {
-    const Tile left = *(const Tile*)panel, right = *(const Tile*)(panel + kTileLanes);
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      const float value = a[i * row_stride];
-      sum[i][0] += value * left;
-      sum[i][1] += value * right;
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i)
-    for (int side = 0; side < 2; ++side) {
-      const int column = side * kTileLanes;
-      StoreTile(c + i * p.n + column, sum[i][side], width - column);
-    }
-}
 
 // A block of B to pack: rows row … row + inner, columns column … column + columns.
 struct Block {
@@ -96,36 +53,12 @@ int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Bl
       float* c = p.c + row * p.n + b.column + j;
       // Accumulators start from the bias, and in later blocks from the previous sums.
       const float* first = b.row > 0 ? c : p.bias == nullptr ? nullptr : p.bias + b.column + j;
-      Microkernel<rows, a_is_row_major>(p, a, packed + j * b.inner, c, b.inner, first, b.row > 0 ? p.n : 0,
-                                        std::min<int64_t>(kPanelCols, b.columns - j));
+      const int64_t a_stride = a_is_row_major ? p.a.row_stride : rows;
+      Microkernel<rows, a_is_row_major>(a, a_stride, packed + j * b.inner, c, p.n, b.inner, first,
+                                        b.row > 0 ? p.n : 0, std::min<int64_t>(kPanelCols, b.columns - j));
     }
   }
   return row;
-}
-
-// Packs a block of B into panels, padded with zeros.
-void Pack(const Matmul& p, const Block& block, float* packed) {
-  const float* b = p.b.data + block.row * p.b.row_stride + block.column * p.b.col_stride;
-  if (p.b.col_stride == 1) {
-    // Row by row, and ahead: processors prefetch a row, but not the start of the next one.
-    for (int64_t i = 0; i < block.inner; ++i, b += p.b.row_stride)
-      for (int64_t j = 0; j < block.columns; j += kPanelCols) {
-        __builtin_prefetch(b + kRowsAhead * p.b.row_stride + j);
-        for (int x = 0; x < kPanelCols; x += kTileLanes)
-          *(Tile*)(packed + j * block.inner + i * kPanelCols + x) = LoadTile(b + j + x, block.columns - j - x);
-      }
-    return;
-  }
-  for (int64_t j = 0; j < block.columns; j += kPanelCols, packed += kPanelCols * block.inner) {
-    const int64_t width = std::min<int64_t>(kPanelCols, block.columns - j);
-    int64_t done = 0;
-    for (; width == kPanelCols && done + kTileLanes <= block.inner; done += kTileLanes)
-      for (int x = 0; x < kPanelCols; x += kTileLanes)
-        Transpose(b + done + x * p.b.col_stride, p.b.col_stride, packed + done * kPanelCols + x, kPanelCols);
-    for (int64_t i = done; i < block.inner; ++i)
-      for (int x = 0; x < kPanelCols; ++x) packed[i * kPanelCols + x] = x < width ? b[i + x * p.b.col_stride] : 0;
-    b += kPanelCols * p.b.col_stride;
-  }
 }
 
 // Loads the values of an MXFP4 block in order.
@@ -179,27 +112,18 @@ void SumColumns(const Matmul& p, const Block& block, const float* packed) {
   }
 }
 
-float* Scratch() {
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<float, Free> memory(
-      (float*)std::aligned_alloc(64, (kInnerBlock + 1) * kColBlock * sizeof(float)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory.get();
-}
-
 // One task: at most `columns` columns of C, starting at `column`.
 template <bool a_is_row_major>
 void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
-  float* packed = Scratch();
+  float* packed = Scratch((kInnerBlock + 1) * kColBlock);
   // Blocks of equal size, so that the last one is not tiny.
   int64_t step = CeilDiv(p.k, std::max<int64_t>(1, CeilDiv(p.k, kInnerBlock)));
   if (p.blocks != nullptr) step = CeilDiv(step, kBlockSize) * kBlockSize;
   for (int64_t from = 0; from == 0 || from < p.k; from += step) {
     const Block block{from, std::min(step, p.k - from), column, std::min(columns, p.n - column)};
     if (p.blocks == nullptr)
-      Pack(p, block, packed);
+      Pack({p.b.data + block.row * p.b.row_stride + block.column * p.b.col_stride, p.b.row_stride, p.b.col_stride},
+           block.inner, block.columns, packed);
     else
       p.blocks_by_rows ? PackMxfp4Rows(p, block, packed) : PackMxfp4Columns(p, block, packed);
     if (p.b_sums != nullptr) SumColumns(p, block, packed);
