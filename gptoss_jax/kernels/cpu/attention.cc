@@ -6,35 +6,46 @@ namespace {
 
 constexpr float kMasked = -1e30f;
 
-inline float HorizontalMax(Vector v) {
-  float largest = v[0];
-  for (int i = 1; i < kLanes; ++i) largest = std::max(largest, v[i]);
-  return largest;
-}
-
-// Online softmax of a query over the keys seen so far: the maximum of the scores and, relative to it, the sum of the
-// weights. The weighted sum of the values is separate.
+// Online softmax of a chunk of queries over the keys seen so far: the maximum of each query's scores and, relative to
+// it, the sum of the weights. The weighted sum of the values is separate.
 struct Softmax {
-  float largest, total;
+  float largest[kChunk + kLanes], total[kChunk + kLanes];
 };
 
-// Replaces the scores in `range` by weights, zero for keys that the query does not see, and updates the state. Returns
-// the factor for earlier sums.
-float Update(Softmax& state, float* scores, const Range& range, const Range& seen) {
-  Vector maximum = Broadcast(state.largest);
-  for (int64_t j = range.begin; j < range.end; j += kLanes) {
-    const Vector x = Within(Load(scores + j), seen.begin - j, seen.end - j, Broadcast(kMasked));
-    maximum = Max(maximum, x);
+// Reduces each of the first kTileRows vectors to a lane of the result.
+template <typename F>
+Vector Reduce(Vector* rows, F reduce) {
+  Transpose(rows);
+  Vector result = rows[0];
+  for (int i = 1; i < kLanes; ++i) result = reduce(result, rows[i]);
+  return result;
+}
+
+// Replaces the scores of kTileRows queries in `range` by weights, zero for keys that a query does not see, and updates
+// the state. Writes the factors for earlier sums.
+void Update(Softmax& state, int64_t row, float* scores, const Range& range, const Range* seen, float* factors) {
+  Vector rows[kLanes] = {};
+  for (int i = 0; i < kTileRows; ++i) {
+    rows[i] = Broadcast(kMasked);
+    for (int64_t j = range.begin; j < range.end; j += kLanes) {
+      const Vector x = Load(scores + i * kStride + j);
+      rows[i] = Max(rows[i], Within(x, seen[i].begin - j, seen[i].end - j, Broadcast(kMasked)));
+    }
   }
-  const float largest = HorizontalMax(maximum), factor = std::exp(state.largest - largest);
-  Vector total = {};
-  for (int64_t j = range.begin; j < range.end; j += kLanes) {
-    const Vector weight = Within(Exp(Load(scores + j) - largest), seen.begin - j, seen.end - j, Vector{});
-    Store(scores + j, weight);
-    total += weight;
+  const Vector before = Load(state.largest + row);
+  const Vector largest = Max(before, Reduce(rows, Max)), factor = Exp(before - largest);
+  StorePartial(state.largest + row, largest, kTileRows), Store(factors, factor);
+  for (int i = 0; i < kTileRows; ++i) {
+    rows[i] = Vector{};
+    for (int64_t j = range.begin; j < range.end; j += kLanes) {
+      float* at = scores + i * kStride + j;
+      const Vector weight = Within(Exp(Load(at) - state.largest[row + i]), seen[i].begin - j, seen[i].end - j, Vector{});
+      Store(at, weight);
+      rows[i] += weight;
+    }
   }
-  state = {largest, state.total * factor + HorizontalSum(total)};
-  return factor;
+  const Vector sum = Reduce(rows, [](Vector a, Vector b) { return a + b; });
+  StorePartial(state.total + row, Load(state.total + row) * factor + sum, kTileRows);
 }
 
 // A task of the forward pass: a chunk of queries of all heads that share a key/value head.
@@ -43,13 +54,13 @@ void ForwardChunk(const Problem& p, const float* sinks, int64_t b, int64_t head,
   const int64_t G = p.group(), rows = kChunk * p.width;
   float* q = Scratch((2 * G + 2) * rows + kTileRows * kStride);
   float *sums = q + G * rows, *keys = sums + G * rows, *values = keys + rows, *scores = values + rows;
-  std::vector<Softmax> states(G * kChunk);
+  std::vector<Softmax> states(G);
   Block block{b, chunk * kChunk, std::min<int64_t>(kChunk, p.T - chunk * kChunk), 0, 0};
   for (int64_t g = 0; g < G; ++g) {
     const int64_t n = head * G + g;
     CopyRows(p, p.q + p.QueryAt(b, block.query, n), p.N * p.H, block.queries, p.scale, q + g * rows);
-    const Softmax first = sinks == nullptr ? Softmax{kMasked, 0} : Softmax{sinks[n], 1};
-    std::fill_n(&states[g * kChunk], kChunk, first);
+    std::fill_n(states[g].largest, kChunk + kLanes, sinks == nullptr ? kMasked : sinks[n]);
+    std::fill_n(states[g].total, kChunk + kLanes, sinks == nullptr ? 0 : 1);
   }
   std::memset(sums, 0, G * rows * sizeof(float));
   const int64_t end = block.query + block.queries;
@@ -64,12 +75,14 @@ void ForwardChunk(const Problem& p, const float* sinks, int64_t b, int64_t head,
         const int64_t at = g * rows + row * p.width;
         Multiply<true>(q + at, p.width, keys + range.begin * p.H, kPanelCols * p.H, scores + range.begin, kStride, p.H,
                        range.end - range.begin, false);
-        for (int64_t i = 0; i < kTileRows && row + i < block.queries; ++i) {
-          Softmax& state = states[g * kChunk + row + i];
-          const float factor = Update(state, scores + i * kStride, range, SeenBy(p, block, row + i, range));
+        Range seen[kTileRows] = {};
+        for (int64_t i = 0; i < kTileRows && row + i < block.queries; ++i) seen[i] = SeenBy(p, block, row + i, range);
+        float factors[kLanes];
+        Update(states[g], row, scores, range, seen, factors);
+        for (int64_t i = 0; i < kTileRows; ++i) {
           float* sum = sums + at + i * p.width;
-          if (factor != 1)
-            for (int64_t j = 0; j < p.width; j += kLanes) Store(sum + j, Load(sum + j) * factor);
+          if (factors[i] != 1)
+            for (int64_t j = 0; j < p.width; j += kLanes) Store(sum + j, Load(sum + j) * factors[i]);
         }
         Multiply<true>(scores + range.begin, kStride, values + range.begin * kPanelCols, kPanelCols * block.keys,
                        sums + at, p.width, std::min(range.end, block.keys) - range.begin, p.width, true);
@@ -78,9 +91,9 @@ void ForwardChunk(const Problem& p, const float* sinks, int64_t b, int64_t head,
   for (int64_t g = 0; g < G; ++g)
     for (int64_t row = 0; row < block.queries; ++row) {
       const int64_t t = block.query + row, n = head * G + g;
-      const Softmax& state = states[g * kChunk + row];
-      WriteRows(p, sums + g * rows + row * p.width, 1, 1 / state.total, false, out + p.QueryAt(b, t, n), 0);
-      lse[(b * p.N + n) * p.T + t] = state.largest + std::log(state.total);
+      const float total = states[g].total[row];
+      WriteRows(p, sums + g * rows + row * p.width, 1, 1 / total, false, out + p.QueryAt(b, t, n), 0);
+      lse[(b * p.N + n) * p.T + t] = states[g].largest[row] + std::log(total);
     }
 }
 

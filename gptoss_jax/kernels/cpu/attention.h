@@ -91,7 +91,10 @@ void Multiply(const float* a, int64_t a_stride, const float* packed, int64_t pan
 // Copies rows[count, H], `stride` apart, times `scale`, and pads them to p.width with zeros.
 void CopyRows(const Problem& p, const float* rows, int64_t stride, int64_t count, float scale, float* to) {
   for (int64_t i = 0; i < count; ++i, rows += stride, to += p.width)
-    for (int64_t j = 0; j < p.width; j += kLanes) Store(to + j, LoadPartial(rows + j, p.H - j) * scale);
+    for (int64_t j = 0; j < p.width; j += kLanes) {
+      __builtin_prefetch(rows + kRowsAhead * stride + j);
+      Store(to + j, LoadPartial(rows + j, p.H - j) * scale);
+    }
 }
 
 // to[count, H] = or += rows[count, p.width] * scale.

@@ -44,12 +44,17 @@ void ExchangeRows(Tile* rows) {
     if (!(i & step)) ExchangeLanes<step>(rows[i], rows[i + step], std::make_integer_sequence<int, kTileLanes>{});
 }
 
+// Transposes kTileLanes tiles.
+inline void Transpose(Tile* rows) {
+  ExchangeRows<1>(rows), ExchangeRows<2>(rows), ExchangeRows<4>(rows);
+  if constexpr (kTileLanes > 8) ExchangeRows<8>(rows);
+}
+
 inline void Transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   Tile rows[kTileLanes];
 #pragma GCC unroll 16
   for (int i = 0; i < kTileLanes; ++i) rows[i] = *(const Tile*)(in + i * in_stride);
-  ExchangeRows<1>(rows), ExchangeRows<2>(rows), ExchangeRows<4>(rows);
-  if constexpr (kTileLanes > 8) ExchangeRows<8>(rows);
+  Transpose(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < kTileLanes; ++i) *(Tile*)(out + i * out_stride) = rows[i];
 }
