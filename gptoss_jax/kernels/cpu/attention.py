@@ -12,7 +12,7 @@ from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.cpu import build
 
 # q [B, T, N, H], k and v [B, T, K, H], sinks [N] or empty, segment ids [B, T].
-_Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+_Inputs = tuple[jax.Array, ...]
 
 
 def is_supported(*dtypes: jnp.dtype) -> bool:
