@@ -59,7 +59,7 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
 
 def apply_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the input's dtype."""
-    if cpu_rope.is_supported(x_BTNH.dtype):
+    if cpu_rope.is_supported(x_BTNH):
         return cpu_rope.rope(x_BTNH, *cos_sin)
     return xla_rope(x_BTNH, cos_sin)
 

@@ -83,9 +83,7 @@ def _sharded_einsums(
             # One call for all weights, because the kernel reads the same layer of every stack.
             weights = tuple(read(weight).astype(x.dtype) for weight in weights)
         results = decode.einsum(equation, x, [as_view(weight) for weight in weights])
-    elif all(isinstance(weight, LayerView) for weight in weights) and grouped.supports_einsum(
-        equation, x, result_type
-    ):
+    elif grouped.supports_einsum(equation, x, result_type):
         results = [grouped.einsum(equation, x, as_view(cast(weight, x.dtype))) for weight in weights]
     else:
         x_spec, y_spec = activation_specs(equation)
@@ -116,6 +114,8 @@ def _einsum_backward(
     """Gathers the weights again instead of saving them. The gradient of a weight is computed as x^T g; with
     the other order, XLA on CPU would transpose g."""
     x, weights = residuals
+    if grouped.supports_einsum(equation, x, result_type):
+        return _grouped_backward(equation, x, weights, gradients)
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
     x_spec, y_spec = activation_specs(equation)
     axes = current_axes()
@@ -143,6 +143,17 @@ def _einsum_backward(
         d_xs.append(backward(f"{y_letters},{letters}->{x_letters}", g, weight, g.dtype))
     d_x = constrain(functools.reduce(jnp.add, reversed(d_xs)), x_spec)
     return d_x, tuple(d_weights)
+
+
+def _grouped_backward(
+    equation: str, x: jax.Array, weights: tuple[jax.Array, ...], gradients: list[jax.Array]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return grouped.einsum(equation, x, as_view(cast(weight, x.dtype)))
+
+    pairs = [jax.vjp(product, x, weight)[1](g) for weight, g in zip(weights, gradients, strict=True)]
+    d_xs, d_weights = zip(*pairs, strict=True)
+    return functools.reduce(jnp.add, reversed(d_xs)), d_weights
 
 
 _sharded_einsums.defvjp(_einsum_forward, _einsum_backward)
