@@ -1,4 +1,4 @@
-"""The CPU kernels of a training step equal their plain equivalents: AdamW, SwiGLU and RoPE."""
+"""The CPU kernels of a training step equal their plain equivalents: AdamW, SwiGLU, RoPE, dense products."""
 
 import functools
 
@@ -13,6 +13,7 @@ from gptoss_jax.kernels.cpu import build
 from gptoss_jax.model.moe import SwiGLU, swiglu_halves, xla_swiglu_halves
 from gptoss_jax.model.parameters import parameter_shardings
 from gptoss_jax.model.rope import apply_rope, xla_rope
+from gptoss_jax.parallel.linear import sharded_einsum
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.training.optimizer import apply_gradients, global_norm, make_optimizer
 
@@ -182,3 +183,29 @@ def test_the_kernel_of_rope_is_for_float32_on_one_device():
     assert "gptoss_jax.Rope" not in text(jnp.ones((8, 7, 3, 22), jnp.bfloat16))
     with jax.set_mesh(make_mesh(MeshConfig(data=8), jax.devices()[:8])):
         assert "gptoss_jax.Rope" not in text(jnp.ones((8, 7, 3, 22)))
+
+
+@pytest.mark.parametrize(
+    ("equation", "x_shape", "w_shapes"),
+    [
+        ("BTD,DNH->BTNH", (2, 5, 37), ((37, 3, 7), (37, 1, 40))),
+        ("BTNH,NHD->BTD", (2, 5, 3, 7), ((3, 7, 33),)),
+        ("BTD,DE->BTE", (1, 3, 19), ((19, 4),)),
+    ],
+)
+def test_dense_products_and_gradients_equal_xla(equation, x_shape, w_shapes):
+    rng = np.random.default_rng(0)
+    x, *weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x_shape, *w_shapes))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(kernels, x, weights):
+        def loss(x, weights):
+            return sum(jnp.sum(jnp.sin(y)) for y in sharded_einsum(equation, x, weights))
+
+        with selection.using(kernels):
+            return jax.value_and_grad(loss, (0, 1))(x, weights)
+
+    program = run.lower("required", x, weights).as_text()
+    assert "GroupedMatmulWeightGrad" in program and "dot_general" not in program
+    found, expected = (run(kernels, x, weights) for kernels in ("required", "plain"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
