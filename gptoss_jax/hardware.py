@@ -82,7 +82,7 @@ TABLE = (
     Chip("a30", r"NVIDIA A30", 165e12),
     Chip("a40", r"NVIDIA A40", 149.7e12),
 )  # fmt: skip
-# The name of this machine without an accelerator.
+# Name of the chip for planning on this machine's CPU.
 CPU = "cpu"
 # Chips that `gptoss plan` supports, besides CPU.
 CHIPS = {chip.name: chip for chip in TABLE if chip.memory}
@@ -108,7 +108,7 @@ ACCELERATOR_TYPES = {
 
 def find_chip(name: str, field: str = "chip", memory: float | None = None) -> Chip:
     """Returns the chip with the given name, or, with `memory` bytes, one of which nothing else need be known.
-    "cpu" is this machine, of which only the memory is known.
+    "cpu" is this machine, of which only the memory is known, that of the host even in a container.
 
     Raises a ValueError that names `field` and the known chips, or for memory that is not above 0.
     """

@@ -87,7 +87,7 @@ def test_stacks_of_several_lengths_are_refused():
 
 
 def test_gradients_of_a_linear_layer():
-    """Forward by the kernel, with few tokens; backward in plain XLA."""
+    """Forward by the kernel for few tokens, backward by the grouped matmul."""
     x, w, g = normal(0, 2, 3, 20), normal(1, 20, 3, 5), normal(2, 2, 3, 3, 5)
 
     def loss(multiply):

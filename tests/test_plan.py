@@ -314,7 +314,7 @@ def test_a_cpu_is_this_machine_with_what_a_process_takes(capsys, tmp_path, prese
     assert found["memory"]["total"] > found["memory"]["process"]
     assert found["capacity"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with pytest.raises(SystemExit, match="1"):
-        main.main(["plan", preset, "--chip", "cpu", "--memory", "0.5"])
+        main.main(["plan", preset, "--chip", "CPU", "--memory", "0.5"])
     shown = capsys.readouterr().out
     assert "No mesh fits" in shown and "More devices" not in shown
     assert main.main(["plan", preset, "--chip", "cpu", "--devices", "2"]) == 2

@@ -8,6 +8,7 @@ import numpy as np
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.kernels.cpu import rope as cpu_rope
+from gptoss_jax.kernels.shapes import assert_shapes
 
 
 def yarn_correction_range(config: ModelConfig) -> tuple[float, float]:
@@ -58,7 +59,10 @@ def rope_cos_sin(config: ModelConfig, positions_BT: jax.Array) -> tuple[jax.Arra
 
 
 def apply_rope(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the input's dtype."""
+    """Rotates each pair (i, i + H / 2) of every head by its angle, in float32; returns the input's dtype.
+    The tables are those of `rope_cos_sin` for the same rows, [B, T, H / 2]."""
+    assert_shapes("BTNH BTJ BTJ", x_BTNH, *cos_sin)
+    assert x_BTNH.shape[-1] == 2 * cos_sin[0].shape[-1], "heads must be twice as wide as the tables"
     if cpu_rope.is_supported(x_BTNH):
         return cpu_rope.rope(x_BTNH, *cos_sin)
     return xla_rope(x_BTNH, cos_sin)

@@ -8,7 +8,7 @@ device explicit.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +65,25 @@ def sharded_einsum(
 
     Returns the result for each weight: a list for a sequence of weights, otherwise one array.
     """
+    # Chosen here for both passes: the backward pass is traced outside of `selection.using`.
+    rules = _Rules(equation, result_type, name, grouped.supports_einsum(equation, x, result_type))
     if isinstance(weights, list | tuple):
-        return _sharded_einsums(equation, x, tuple(weights), result_type, name)
-    return _sharded_einsums(equation, x, (weights,), result_type, name)[0]
+        return _sharded_einsums(rules, x, tuple(weights))
+    return _sharded_einsums(rules, x, (weights,))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def _sharded_einsums(
-    equation: str, x: jax.Array, weights: tuple[Weight, ...], result_type: jnp.dtype | None, name: str | None
-) -> list[jax.Array]:
+class _Rules(NamedTuple):
+    """What `sharded_einsum` computes besides arrays, and whether by the grouped matmul's kernel on CPU."""
+
+    equation: str
+    result_type: jnp.dtype | None
+    name: str | None
+    uses_grouped: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sharded_einsums(rules: _Rules, x: jax.Array, weights: tuple[Weight, ...]) -> list[jax.Array]:
+    equation, result_type, _, uses_grouped = rules
     results: list[jax.Array] = []
     x_letters, letters, _ = equation.replace("->", ",").split(",")
     for weight in weights:
@@ -83,7 +93,7 @@ def _sharded_einsums(
             # One call for all weights, because the kernel reads the same layer of every stack.
             weights = tuple(read(weight).astype(x.dtype) for weight in weights)
         results = decode.einsum(equation, x, [as_view(weight) for weight in weights])
-    elif grouped.supports_einsum(equation, x, result_type):
+    elif uses_grouped:
         results = [grouped.einsum(equation, x, as_view(cast(weight, x.dtype))) for weight in weights]
     else:
         x_spec, y_spec = activation_specs(equation)
@@ -96,25 +106,22 @@ def _sharded_einsums(
 
 
 def _einsum_forward(
-    equation: str, x: jax.Array, weights: tuple[Weight, ...], result_type: jnp.dtype | None, name: str | None
+    rules: _Rules, x: jax.Array, weights: tuple[Weight, ...]
 ) -> tuple[list[jax.Array], tuple[jax.Array, tuple[Weight, ...]]]:
-    results = _sharded_einsums(equation, x, weights, result_type, name)
-    if name is not None:
-        results = [checkpoint_name(y, name) for y in results]
+    results = _sharded_einsums(rules, x, weights)
+    if rules.name is not None:
+        results = [checkpoint_name(y, rules.name) for y in results]
     return results, (x, weights)
 
 
 def _einsum_backward(
-    equation: str,
-    result_type: jnp.dtype | None,
-    name: str | None,
-    residuals: tuple[jax.Array, tuple[jax.Array, ...]],
-    gradients: list[jax.Array],
+    rules: _Rules, residuals: tuple[jax.Array, tuple[jax.Array, ...]], gradients: list[jax.Array]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Gathers the weights again instead of saving them. The gradient of a weight is computed as x^T g; with
-    the other order, XLA on CPU would transpose g."""
+    """Gathers the weights again instead of saving them. In XLA, the gradient of a weight is computed as
+    x^T g; with the other order, XLA on CPU would transpose g."""
     x, weights = residuals
-    if grouped.supports_einsum(equation, x, result_type):
+    equation = rules.equation
+    if rules.uses_grouped:
         return _grouped_backward(equation, x, weights, gradients)
     x_letters, letters, y_letters = equation.replace("->", ",").split(",")
     x_spec, y_spec = activation_specs(equation)

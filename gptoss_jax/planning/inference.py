@@ -275,19 +275,20 @@ def plan_inference(
     """Estimates an engine on the given meshes, or on all that can split the model, least memory first.
 
     Args:
-      chip: a name in `hardware.CHIPS`, or "cpu", whose memory is unknown.
+      chip: a name in `hardware.CHIPS`, or "cpu", whose memory is not compared.
       memory: bytes of a device, instead of those of the chip; required if the chip is not known.
 
     Raises ValueError if an argument is not allowed, or a given mesh cannot split the model.
     """
+    is_cpu = chip.lower() == CPU
     require(devices > 0, "devices", devices, "must be above 0")
-    require(chip != CPU or devices == 1, "devices", devices, "must be 1 with --chip cpu")
+    require(not is_cpu or devices == 1, "devices", devices, "must be 1 with --chip cpu")
     limit, context = model.max_position_embeddings, workload.context
     allowed = f"must be from 2 to {limit}, the model's limit"
     require(context is None or 2 <= context <= limit, "context", context, allowed)
     require(workload.slots >= 1, "slots", workload.slots, "must be 1 or more")
-    require(chip != CPU or memory is None, "memory", memory, "must not be given with --chip cpu")
-    kind = None if chip == CPU else find_chip(chip, memory=memory)
+    require(not is_cpu or memory is None, "memory", memory, "must not be given with --chip cpu")
+    kind = None if is_cpu else find_chip(chip, memory=memory)
     model = dataclasses.replace(model, expert_format="mxfp4" if experts == "mxfp4" else "plain")
     found = []
     for mesh in [parse_mesh(mesh, devices) for mesh in meshes] or all_meshes(devices):

@@ -152,7 +152,7 @@ def _given_devices(chip: str | None, devices: int | None, memory: float | None) 
         raise ValueError(f"chip is None: --devices {devices} also needs --chip, such as --chip h200")
     if chip.lower() == CPU:
         require(devices in (None, 1), "devices", devices, "must be 1 with --chip cpu")
-        return find_chip(chip, memory=memory), 1
+        return find_chip(CPU, memory=memory), 1
     if devices is None:
         raise ValueError(f"devices is None: --chip {chip} also needs --devices, such as --devices 8")
     require(devices > 0, "devices", devices, "must be above 0")

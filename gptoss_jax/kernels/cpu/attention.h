@@ -4,10 +4,7 @@
 
 #pragma once
 
-// Vectors as wide as the registers.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#define VECTOR_LANES 8
-#endif
+#define NATIVE_LANES
 #include <cmath>
 
 #include "microkernel.h"

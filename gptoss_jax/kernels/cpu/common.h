@@ -19,7 +19,10 @@ using Floats = ffi::Buffer<ffi::F32>;
 using Bytes = ffi::Buffer<ffi::U8>;
 using Ints = ffi::Buffer<ffi::S32>;
 
-#ifndef VECTOR_LANES
+// NATIVE_LANES makes vectors fit the registers of AVX2: compilers compare wider ones lane by lane.
+#if defined(NATIVE_LANES) && defined(__AVX2__) && !defined(__AVX512F__)
+#define VECTOR_LANES 8
+#elif !defined(VECTOR_LANES)
 #define VECTOR_LANES 16
 #endif
 constexpr int kLanes = VECTOR_LANES;

@@ -11,8 +11,8 @@
 
 #include <algorithm>
 
-#include "mxfp4.h"
 #include "microkernel.h"
+#include "mxfp4.h"
 
 namespace {
 

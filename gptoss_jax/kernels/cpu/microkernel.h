@@ -86,6 +86,7 @@ inline float* Scratch(int64_t count) {
   thread_local int64_t capacity = 0;
   if (count > capacity) {
     const int64_t size = CeilDiv(count, 16) * 16;
+    capacity = 0;
     memory.reset((float*)std::aligned_alloc(64, size * sizeof(float)));
     if (memory == nullptr) throw std::bad_alloc();
     capacity = size;

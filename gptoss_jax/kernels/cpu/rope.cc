@@ -1,11 +1,6 @@
 // Rotary position embedding in one pass: rotates each pair (i, i + H / 2) of every head by its angle.
 
-// Vectors as wide as the registers.
-#ifdef __AVX512F__
-#define VECTOR_LANES 16
-#else
-#define VECTOR_LANES 8
-#endif
+#define NATIVE_LANES
 #include "common.h"
 
 namespace {

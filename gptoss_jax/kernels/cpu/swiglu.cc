@@ -1,12 +1,7 @@
 // SwiGLU of the two halves of each row, and its gradient, in one pass each:
 //   y = g * sigmoid(alpha * g) * (u + up_offset),  g = min(gate, limit),  u = clip(up, -limit, limit)
 
-// Vectors as wide as the registers: compilers compare wider ones lane by lane.
-#ifdef __AVX512F__
-#define VECTOR_LANES 16
-#else
-#define VECTOR_LANES 8
-#endif
+#define NATIVE_LANES
 #include "common.h"
 
 namespace {

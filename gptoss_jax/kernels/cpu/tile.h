@@ -1,4 +1,4 @@
-// The vectors of the grouped matmul's microkernel, as wide as the registers, and transposes of squares of them.
+// The vectors of the microkernel, as wide as the registers, and transposes of squares of them.
 
 #pragma once
 
