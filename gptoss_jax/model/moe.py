@@ -10,7 +10,7 @@ from flax import nnx
 
 from gptoss_jax.config import ModelConfig
 from gptoss_jax.config.model import EXPERT_TARGETS
-from gptoss_jax.kernels.cpu import decode
+from gptoss_jax.kernels.cpu import build, decode
 from gptoss_jax.kernels.cpu import swiglu as cpu_swiglu
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias, grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView
@@ -216,7 +216,7 @@ swiglu_pair.defvjp(lambda swiglu, *inputs: (swiglu(*inputs), inputs), _swiglu_pa
 
 def swiglu_halves(swiglu: SwiGLU, h_RF: jax.Array) -> jax.Array:
     """SwiGLU of the two halves of each row, [R, 2 F] -> [R, F]; the gradient saves only the input."""
-    if cpu_swiglu.is_supported(h_RF.dtype):
+    if build.is_usable("swiglu", h_RF.dtype):
         return cpu_swiglu.swiglu_halves(swiglu, h_RF)
     return xla_swiglu_halves(swiglu, h_RF)
 

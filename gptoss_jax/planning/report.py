@@ -263,8 +263,8 @@ def _compiled_verdict(one: CompiledStep, plan: Plan) -> str:
 
 def _suggested(plan: Plan) -> list[str]:
     if plan.suggestion is None:
-        is_hopeless = plan.best is None and plan.chip.name != CPU
-        return ["More devices need less memory each."] if is_hopeless else []
+        would_help = plan.best is None and plan.chip.name != CPU
+        return ["More devices need less memory each."] if would_help else []
     flag, one = plan.suggestion.flag, plan.suggestion.estimate
     size = f"{mesh_name(one.mesh)}, {gigabytes(one.memory.total)} GB of {gigabytes(one.capacity)}"
     if plan.best is None:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.attention.blockwise import blockwise_attention
 from gptoss_jax.kernels.attention.reference import AttentionSpec, attention_mask, reference_attention
-from gptoss_jax.kernels.cpu import attention as cpu_attention
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.cpu.attention import cpu_attention
 from gptoss_jax.kernels.shapes import assert_shapes
 
 # On CPU, rows of at most SHORT tokens are processed in chunks of CHUNK queries.
@@ -63,8 +64,8 @@ def attention(
 
             return splash_attention(*inputs, spec, sinks_N=sinks_N, offset=start)
     is_whole = dropout_key is None and spec.sink_tokens == 0 and offset is None
-    if is_whole and cpu_attention.is_supported(q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype):
-        return cpu_attention.cpu_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, spec, sinks_N=sinks_N)
+    if is_whole and build.is_usable("attention", q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype):
+        return cpu_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, spec, sinks_N=sinks_N)
     if backend.platform() == "cpu" and sizes.T <= SHORT and offset is None:
         return query_chunked_attention(*inputs, spec, sinks_N=sinks_N, dropout_key=dropout_key)
     return blockwise_attention(*inputs, spec, sinks_N=sinks_N, dropout_key=dropout_key, offset=start)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
 
 Arrays = Sequence[jax.Array]
@@ -27,8 +26,7 @@ class AdamW(NamedTuple):
 
 def is_supported(arrays: Arrays) -> bool:
     """Returns True if the kernels can be used: float32 on CPU, enabled, and compiled."""
-    fits = backend.platform() == "cpu" and all(x.dtype == jnp.float32 for x in arrays)
-    return fits and selection.is_enabled("adamw") and build.is_available()
+    return build.is_usable("adamw", *(x.dtype for x in arrays))
 
 
 def global_norm(arrays: Arrays) -> jax.Array:

@@ -7,18 +7,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.attention.reference import AttentionSpec
 from gptoss_jax.kernels.cpu import build
 
 # q [B, T, N, H], k and v [B, T, K, H], sinks [N] or empty, segment ids [B, T].
 _Inputs = tuple[jax.Array, ...]
-
-
-def is_supported(*dtypes: jnp.dtype) -> bool:
-    """Returns True if the kernels can be used: float32 on CPU, enabled, and compiled."""
-    fits = backend.platform() == "cpu" and all(dtype == jnp.float32 for dtype in dtypes)
-    return fits and selection.is_enabled("attention") and build.is_available()
 
 
 def cpu_attention(

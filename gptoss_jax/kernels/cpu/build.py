@@ -12,10 +12,12 @@ import tempfile
 import warnings
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 
 from gptoss_jax.config.paths import cache_folder
 from gptoss_jax.interrupts import cleanup
+from gptoss_jax.kernels import backend, selection
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = tuple(str(path) for path in sorted(HERE.glob("*.cc")))
@@ -38,6 +40,13 @@ HANDLERS = (
     "Attention",
     "AttentionGrad",
 )
+
+
+def is_usable(kernel: str, *dtypes: jnp.dtype) -> bool:
+    """Returns True if a kernel of this folder can be used for operands of these dtypes: float32 on CPU,
+    enabled (`selection.is_enabled`), and compiled."""
+    fits = backend.platform() == "cpu" and all(dtype == jnp.float32 for dtype in dtypes)
+    return fits and selection.is_enabled(kernel) and is_available()
 
 
 @functools.cache

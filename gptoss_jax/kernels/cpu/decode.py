@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.kernels import backend, selection
+from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 
@@ -23,9 +23,8 @@ MAX_DECODE_TOKENS = 16
 def is_supported(kernel: str, tokens: int, dtype: jnp.dtype) -> bool:
     """Returns True if a kernel of this module can be used: float32 on one CPU device, at most
     MAX_DECODE_TOKENS tokens, enabled (`selection.is_enabled`), and compiled."""
-    is_cpu = backend.platform() == "cpu" and not backend.is_multi_device()
-    fits = is_cpu and tokens <= MAX_DECODE_TOKENS and dtype == jnp.float32
-    return fits and selection.is_enabled(kernel) and build.is_available()
+    fits = tokens <= MAX_DECODE_TOKENS and not backend.is_multi_device()
+    return fits and build.is_usable(kernel, dtype)
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:

@@ -6,17 +6,11 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels import backend, selection
+from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.group_tiles import as_matrices
 from gptoss_jax.kernels.layer_view import LayerView, as_groups
 from gptoss_jax.kernels.mxfp4.codec import BLOCK_SIZE
-
-
-def is_supported(kernel: str, dtype: jnp.dtype) -> bool:
-    """Returns True if a kernel of this module can be used: float32 on CPU, enabled, and compiled."""
-    fits = backend.platform() == "cpu" and dtype == jnp.float32
-    return fits and selection.is_enabled(kernel) and build.is_available()
 
 
 def cpu_grouped_matmul(
@@ -60,7 +54,7 @@ def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) 
     x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
     summed = "".join(letter for letter in x_letters if letter not in y_letters)
     fits = x_letters.endswith(summed) and w_letters.startswith(summed) and result_type in (None, x.dtype)
-    return fits and not backend.is_multi_device() and is_supported("grouped_matmul", x.dtype)
+    return fits and not backend.is_multi_device() and build.is_usable("grouped_matmul", x.dtype)
 
 
 def einsum(equation: str, x: jax.Array, layer: LayerView) -> jax.Array:

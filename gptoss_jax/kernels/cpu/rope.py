@@ -7,16 +7,15 @@ cosines again for every head.
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.kernels import backend, selection
+from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.cpu import build
 
 
 def is_supported(x_BTNH: jax.Array) -> bool:
     """Returns True if the kernel can be used: float32 on one CPU device, enabled, and compiled; not in
     decoding, where a token per row is less work than a call."""
-    fits = backend.platform() == "cpu" and x_BTNH.dtype == jnp.float32 and not backend.is_multi_device()
-    fits = fits and x_BTNH.shape[1] > 1
-    return fits and selection.is_enabled("rope") and build.is_available()
+    fits = x_BTNH.shape[1] > 1 and not backend.is_multi_device()
+    return fits and build.is_usable("rope", x_BTNH.dtype)
 
 
 @jax.custom_vjp

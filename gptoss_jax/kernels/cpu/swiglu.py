@@ -8,17 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptoss_jax.kernels import backend, selection
 from gptoss_jax.kernels.cpu import build
 
 # alpha, limit and up_offset of the activation.
 Constants = tuple[float, float | None, float]
-
-
-def is_supported(dtype: jnp.dtype) -> bool:
-    """Returns True if the kernels can be used: float32 on CPU, enabled, and compiled."""
-    fits = backend.platform() == "cpu" and dtype == jnp.float32
-    return fits and selection.is_enabled("swiglu") and build.is_available()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptoss_jax.kernels import backend, selection
-from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul, is_supported
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul
 from gptoss_jax.kernels.group_tiles import group_of_row, zero_ungrouped
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
 from gptoss_jax.kernels.layer_view import LayerView, as_groups
@@ -40,7 +41,7 @@ def grouped_matmul(
     assert_shapes(letters, x_RD, w_EDF, group_sizes_E, bias_EF)
     # A view expands to the matrices of all layers, so that kernels read the stack in place.
     w_GDF, sizes_G = as_groups(w_EDF, group_sizes_E)
-    if is_supported("grouped_matmul", x_RD.dtype):
+    if build.is_usable("grouped_matmul", x_RD.dtype):
         return cpu_grouped_matmul(x_RD, w_GDF, sizes_G, bias_EF)
     return add_group_bias(_implementation()(x_RD, w_GDF, sizes_G), bias_EF, group_sizes_E)
 

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from gptoss_jax.kernels import backend, selection
-from gptoss_jax.kernels.cpu.grouped import cpu_mxfp4_matmul, is_supported
+from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.cpu.grouped import cpu_mxfp4_matmul
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias
 from gptoss_jax.kernels.layer_view import LayerView, as_groups
 from gptoss_jax.kernels.mxfp4 import codec
@@ -53,7 +54,7 @@ def mxfp4_grouped_matmul(
 
 def _implementation(x_RD: jax.Array) -> Callable:
     """Returns the implementation for the backend."""
-    if is_supported("mxfp4_matmul", x_RD.dtype):
+    if build.is_usable("mxfp4_matmul", x_RD.dtype):
         return cpu_mxfp4_matmul
     if backend.platform() == "cpu" or not selection.is_enabled("mxfp4_matmul"):
         return xla_mxfp4_matmul
