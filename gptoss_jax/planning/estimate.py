@@ -25,8 +25,8 @@ MEMORY_UTILIZATION = 0.9
 # (benchmarks/results/scaling.json; tests/test_plan.py).
 TPU_MARGIN = 1.7
 # Python, JAX, and what compiling, evaluating and reporting leave in the heap of a training process. Sampling
-# and saving also copy the parameters (docs/pretraining.md, "Memory on CPU").
-PROCESS_BYTES = 1_200_000_000
+# and saving each leave the memory of a copy of the parameters (docs/pretraining.md, "Memory on CPU").
+PROCESS_BYTES = 850_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
         activations=config.model.num_hidden_layers * saved_activation_bytes(step),
         temporaries=max(block_temporaries(step), loss_temporaries(step)),
         frozen=step.frozen_bytes,
-        process=PROCESS_BYTES + step.trained_bytes if chip.name == CPU else 0,
+        process=PROCESS_BYTES + 2 * step.trained_bytes if chip.name == CPU else 0,
     )
     seq_len, devices = config.data.seq_len, math.prod(mesh.values())
     tokens = config.data.batch_size * seq_len / devices
