@@ -178,6 +178,7 @@ class Training:
         start = time.perf_counter()
         self.program = self.compile(self._batch)
         self.compile_seconds = time.perf_counter() - start
+        self._is_first = True
 
     def compile(self, batch: dict):
         """Returns the step's program for batches of this shape."""
@@ -194,6 +195,9 @@ class Training:
         with jax.set_mesh(self._mesh):
             self._state, metrics = program(self._state, batch, self._frozen)
         jax.block_until_ready(self._state)
+        if self._is_first:
+            startup.release_memory()  # as the training loop does
+            self._is_first = False
         return metrics["loss"]
 
 

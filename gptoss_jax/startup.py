@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import ctypes
 import glob
 import importlib.machinery
 import io
@@ -16,9 +17,10 @@ from gptoss_jax import status
 from gptoss_jax.interrupts import CODES, ENDINGS, INTERRUPTED, Interrupts, ending
 from gptoss_jax.terminal import ASCII, is_terminal
 
-# Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step. Threads keep their own
-# arenas: small allocations of theirs between the large ones would make a step's memory grow by half.
+# Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step. One arena for all
+# threads, because others get large blocks from the system and return them at once.
 TUNABLES = (
+    "glibc.malloc.arena_max=1",
     "glibc.malloc.hugetlb=1",
     "glibc.malloc.mmap_max=0",
     "glibc.malloc.trim_threshold=68719476736",
@@ -41,6 +43,17 @@ def keep_memory() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
+
+
+def release_memory() -> None:
+    """Returns the free memory of this process to the system; a no-op without glibc.
+
+    With `TUNABLES`, freed memory stays with the process for the next step. So does that of programs that do
+    not run again soon, and small allocations in it make it useless for large ones.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 # Environment variables that a TPU machine or its user sets.

@@ -10,7 +10,7 @@ from helpers.grouped_matmul import by_loop, sizes_within
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gptoss_jax.kernels.cpu import build
+from gptoss_jax.kernels.cpu import build, grouped
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul
 from gptoss_jax.kernels.grouped_matmul.api import add_group_bias, grouped_matmul, reference_grouped_matmul
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
@@ -51,6 +51,46 @@ def check(backend, rows, sizes, outside):
 @example(sizes=[0, 16, 0, 17], outside=np.nan)
 def test_any_group_sizes(backend, sizes, outside):
     check(backend, 37, sizes, outside)
+
+
+# All sizes differ. The second and fourth forms have more rows than a task, and more columns than one.
+EINSUMS = {
+    "BTD,DNH->BTNH": ((2, 3, 5), (5, 4, 7)),
+    "BTNH,NHD->BTD": ((3, 150, 2, 5), (2, 5, 7)),
+    "BCD,VD->BCV": ((2, 3, 5), (11, 5)),
+    "BCD,ND->BCN": ((3, 150, 5), (500, 5)),
+    "BCV,BCD->VD": ((2, 3, 450), (2, 3, 5)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsums_of_one_group(equation):
+    rng = np.random.default_rng(len(equation))
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in EINSUMS[equation])
+    assert grouped.supports_einsum(equation, x, jnp.float32)
+    stack = jnp.stack([jnp.full_like(w, np.nan), w])
+
+    def product(x, stack):
+        return grouped.einsum(equation, x, LayerView(stack, 1))
+
+    found = product(x, stack)
+    np.testing.assert_allclose(found, np.einsum(equation, x, w, dtype=np.float64), rtol=1e-5, atol=1e-5)
+    if equation == "BCV,BCD->VD":
+        return  # not differentiable
+    g = rng.standard_normal(found.shape).astype(np.float32)
+    d_x, d_stack = jax.vjp(product, x, stack)[1](g)
+    x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
+    expected = np.einsum(f"{y_letters},{w_letters}->{x_letters}", g, w, dtype=np.float64)
+    np.testing.assert_allclose(d_x, expected, rtol=1e-5, atol=1e-4)
+    expected = np.einsum(f"{x_letters},{y_letters}->{w_letters}", x, g, dtype=np.float64)
+    np.testing.assert_allclose(d_stack[1], expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(d_stack[0], 0)
+
+
+@pytest.mark.parametrize("equation", ["BTD,NDH->BTNH", "BTD,DNH->BNTH", "BTD,NH->BTNH"])
+def test_other_einsums_are_not_of_one_group(equation):
+    assert not grouped.supports_einsum(equation, jnp.ones((2, 3, 5)), None)
 
 
 @pytest.mark.parametrize("rows", [130, 300, 600])

@@ -23,6 +23,7 @@ from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.in_flight import bounded
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
+from gptoss_jax.startup import release_memory
 from gptoss_jax.training import resume, setup
 from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog
@@ -108,10 +109,15 @@ def train(
                     log.sample(step, params)
             if is_last or stopping or (is_save and stop.is_set):
                 break
+            if is_eval or is_save:
+                release_memory()
             with log.timer.measure("data"):
                 batch = make_global_batch(next(batches), sharding, config.data.batch_size)
             state, metrics = train_step(state, batch, frozen)
             step += 1
+            if step == first_step + 1:
+                metrics["loss"].block_until_ready()
+                release_memory()  # that of compiling
             log.step(step, metrics)
         checkpoints.wait()
         log.finish(step, first_step, is_done=is_last and not pending)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.config import ModelConfig
+from gptoss_jax.kernels.cpu import grouped
+from gptoss_jax.kernels.layer_view import as_view
 from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.model.parameters import LETTERS
 from gptoss_jax.parallel.mesh import BATCH, batch_shards, current_axes
@@ -209,14 +211,12 @@ def _one_chunk(
     """Adds the loss and the gradients of `head` in a chunk to `carry`; returns the gradients of `hidden`."""
     loss, d_head = carry
     xs, target_BC, weight_BC, _ = inputs
-    einsum = functools.partial(jnp.einsum, precision="highest")
-    einsum_float32 = functools.partial(einsum, preferred_element_type=jnp.float32)
     # Hidden states are exchanged here, because those of all chunks would need much memory. Positions with
     # weight 0 may contain inf or NaN, and 0 * inf is NaN.
     xs = [jnp.where(weight_BC[..., None] > 0, split.exchange(x), 0) for x in xs]
     # The letter of the contracted axis: D, or r for an adapter.
     pairs = [*zip("Dr", head, strict=False)]
-    products = [einsum_float32(f"BC{d},V{d}->BCV", x, w) for (d, w), x in zip(pairs, xs, strict=True)]
+    products = [_einsum(f"BC{d},V{d}->BCV", x, w, jnp.float32) for (d, w), x in zip(pairs, xs, strict=True)]
     logits_BCV = functools.reduce(jnp.add, products)
     max_BC = split.over_vocabulary(jax.lax.pmax, jnp.max(logits_BCV, axis=-1))
     exp_BCV = jnp.exp(logits_BCV - max_BC[..., None])
@@ -235,21 +235,26 @@ def _one_chunk(
     d_logits_BCV = d_logits_BCV.astype(xs[0].dtype)
 
     def weight_gradient(d, x):
-        if x.dtype == jnp.float32:
-            # In this order, XLA on CPU transposes the smaller operand.
-            return einsum_float32(f"BC{d},BCV->{d}V", x, d_logits_BCV).T
-        return einsum_float32(f"BCV,BC{d}->V{d}", d_logits_BCV, x)
+        return _einsum(f"BCV,BC{d}->V{d}", d_logits_BCV, x, jnp.float32)
 
     def hidden_gradient(d, weight):
         # In float32 if it is summed over devices.
-        product = einsum_float32 if split.exchanged else einsum
-        return split.reduce(product(f"BCV,V{d}->BC{d}", d_logits_BCV, weight)).astype(weight.dtype)
+        result_type = jnp.float32 if split.exchanged else None
+        product = _einsum(f"BCV,V{d}->BC{d}", d_logits_BCV, weight, result_type)
+        return split.reduce(product).astype(weight.dtype)
 
     d_head = [
         None if total is None else total + weight_gradient(d, x)
         for total, (d, _), x in zip(d_head, pairs, xs, strict=True)
     ]
     return (loss, d_head), [hidden_gradient(d, weight) for d, weight in pairs]
+
+
+def _einsum(equation: str, x: jax.Array, y: jax.Array, result_type: jnp.dtype | None) -> jax.Array:
+    """`jnp.einsum` in full precision, on CPU by the kernel of the grouped matmul."""
+    if grouped.supports_einsum(equation, x, result_type):
+        return grouped.einsum(equation, x, as_view(y))
+    return jnp.einsum(equation, x, y, precision="highest", preferred_element_type=result_type)
 
 
 def _sorted_positions(keys_BT: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Grouped matmul on CPU in float32, with dense or MXFP4 weights: the kernels in `grouped_matmul.cc`."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from gptoss_jax.kernels import backend
 from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.group_tiles import as_matrices
-from gptoss_jax.kernels.layer_view import LayerView, as_groups
+from gptoss_jax.kernels.layer_view import LayerView, as_groups, read
 from gptoss_jax.kernels.mxfp4.codec import BLOCK_SIZE
 
 
@@ -18,58 +19,85 @@ def cpu_grouped_matmul(
 ) -> jax.Array:
     """`grouped_matmul`. `w_EDF` may have the matrices of all layers, and `bias_EF` the biases of the layer
     that has rows."""
-    bias = jnp.zeros((0, 0), jnp.float32) if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
-    return _matmul(x_RD, w_EDF, bias, group_sizes_E)
+    bias = _no_bias() if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
+    return _matmul(False, x_RD, w_EDF, bias, group_sizes_E)
 
 
-@jax.custom_vjp
-def _matmul(x_RD: jax.Array, w_EDF: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    w_EDF = as_matrices(w_EDF)
-    call = _call("GroupedMatmul", (x_RD.shape[0], w_EDF.shape[2]))
-    return call(x_RD, w_EDF, bias_EF, group_sizes_E, transposed=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(
+    is_transposed: bool, x: jax.Array, w: jax.Array, bias_EF: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """x w of each group, or x w^T without a bias."""
+    w = as_matrices(w)
+    call = _call("GroupedMatmul", (x.shape[0], w.shape[1 if is_transposed else 2]))
+    return call(x, w, bias_EF, group_sizes_E, transposed=is_transposed)[0]
 
 
 def _backward(
-    residuals: tuple[jax.Array, jax.Array, jax.Array, jax.Array], g_RF: jax.Array
+    is_transposed: bool, residuals: tuple[jax.Array, jax.Array, jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    x_RD, stored, bias_EF, group_sizes_E = residuals
-    w_EDF = as_matrices(stored)
-    no_bias = jnp.zeros((0, 0), jnp.float32)
-    (dx_RD,) = _call("GroupedMatmul", x_RD.shape)(g_RF, w_EDF, no_bias, group_sizes_E, transposed=True)
-    weight_grad = _call("GroupedMatmulWeightGrad", w_EDF.shape, (w_EDF.shape[0], w_EDF.shape[2]))
-    dw_EDF, db_EF = weight_grad(x_RD, g_RF, group_sizes_E)
-    return (
-        dx_RD,
-        dw_EDF.reshape(stored.shape),
-        jnp.sum(db_EF.reshape(-1, *bias_EF.shape), axis=0) if bias_EF.size else no_bias,
-        None,
-    )
+    x, w, bias_EF, group_sizes_E = residuals
+    dx = _matmul(not is_transposed, g, w, _no_bias(), group_sizes_E)
+    dw, sums = _weight_gradient(*((g, x) if is_transposed else (x, g)), group_sizes_E)
+    d_bias = jnp.sum(sums.reshape(-1, *bias_EF.shape), axis=0) if bias_EF.size else bias_EF
+    return dx, dw.reshape(w.shape), d_bias, None
 
 
-_matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments), _backward)
+_matmul.defvjp(lambda *arguments: (_matmul(*arguments), arguments[1:]), _backward)
+
+
+def _no_bias() -> jax.Array:
+    return jnp.zeros((0, 0), jnp.float32)
+
+
+def _weight_gradient(x_RD: jax.Array, g_RF: jax.Array, group_sizes_E: jax.Array) -> Sequence[jax.Array]:
+    """Returns x^T g of each group, [E, D, F], and the sum of its rows of g, [E, F]."""
+    E, D, F = group_sizes_E.size, x_RD.shape[1], g_RF.shape[1]
+    return _call("GroupedMatmulWeightGrad", (E, D, F), (E, F))(x_RD, g_RF, group_sizes_E)
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
-    """Returns True if `einsum` can be used: float32 on one device, contracting the weight's first letters."""
+    """Returns True if `einsum` can be used: float32 on one device, and an equation of one of its forms."""
     x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
-    summed = "".join(letter for letter in x_letters if letter not in y_letters)
-    fits = x_letters.endswith(summed) and w_letters.startswith(summed) and result_type in (None, x.dtype)
+    summed = _summed(equation)
+    in_order = "".join(letter for letter in x_letters + w_letters if letter not in summed) == y_letters
+    if x_letters.endswith(summed):
+        fits = w_letters.startswith(summed) or w_letters.endswith(summed)
+    else:
+        fits = x_letters.startswith(summed) and w_letters.startswith(summed)
+    fits = fits and in_order and result_type in (None, x.dtype)
     return fits and not backend.is_multi_device() and build.is_usable("grouped_matmul", x.dtype)
 
 
 def einsum(equation: str, x: jax.Array, layer: LayerView) -> jax.Array:
     """Returns `jnp.einsum(equation, x, weight)` for the weight of one layer, read in place.
 
-    All rows form one group. Unlike in XLA on CPU, the rounding of a row does not depend on the number of
-    rows.
+    The equation contracts the last letters of `x` with the first of the weight (y = x w) or with its last
+    (y = x w^T), or the first letters of both (y = x^T w, not differentiable). All rows form one group. Unlike
+    in XLA on CPU, the rounding of a row does not depend on the number of rows.
     """
-    x_letters, _, y_letters = equation.replace("->", ",").split(",")
-    inner = math.prod(x.shape[i] for i, letter in enumerate(x_letters) if letter not in y_letters)
-    kept = tuple(x.shape[i] for i, letter in enumerate(x_letters) if letter in y_letters)
-    rows, outputs = x.size // inner, layer.shape[x.ndim - len(kept) :]
-    stack = layer.stack.reshape(layer.stack.shape[0], 1, inner, math.prod(outputs))
+    x_letters, w_letters, _ = equation.replace("->", ",").split(",")
+    summed = _summed(equation)
+    inner = math.prod(x.shape[i] for i, letter in enumerate(x_letters) if letter in summed)
+    outer_shape = tuple(x.shape[i] for i, letter in enumerate(x_letters) if letter not in summed)
+    w_shape = tuple(layer.shape[i] for i, letter in enumerate(w_letters) if letter not in summed)
+    rows, columns, groups = math.prod(outer_shape), math.prod(w_shape), layer.stack.shape[0]
+    if not x_letters.endswith(summed):
+        stack = read(layer).reshape(inner, columns)
+        y = _weight_gradient(x.reshape(inner, rows), stack, jnp.full(1, inner, jnp.int32))[0]
+        return y.reshape(*outer_shape, *w_shape)
+    is_transposed = not w_letters.startswith(summed)
+    matrix = (columns, inner) if is_transposed else (inner, columns)
+    stack = layer.stack.reshape(groups, 1, *matrix)
     w_GDF, sizes_G = as_groups(LayerView(stack, layer.index), jnp.full(1, rows, jnp.int32))
-    return cpu_grouped_matmul(x.reshape(rows, inner), w_GDF, sizes_G).reshape(*kept, *outputs)
+    y = _matmul(is_transposed, x.reshape(rows, inner), w_GDF, _no_bias(), sizes_G)
+    return y.reshape(*outer_shape, *w_shape)
+
+
+def _summed(equation: str) -> str:
+    """Returns the letters that an equation contracts."""
+    x_letters, _, y_letters = equation.replace("->", ",").split(",")
+    return "".join(letter for letter in x_letters if letter not in y_letters)
 
 
 def cpu_mxfp4_matmul(

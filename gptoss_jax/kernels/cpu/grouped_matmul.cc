@@ -7,7 +7,7 @@
 //   dw = x^T g    A column-major  B row-major (k are the group's rows)
 // In MXFP4, the blocks of B are along its columns in y = x w^T, and along its rows in dx = g w.
 // A block of B is packed into panels that stay in the L2 cache; A is read one broadcast float at a time, in place if its
-// rows are contiguous, else from a copy of a few rows in the L1 cache. A task is a group and a block of columns.
+// rows are contiguous, else from a copy of a few rows in the L1 cache. A task is a block of C of one group.
 
 #include <algorithm>
 
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kInnerBlock = 512;            // rows per packed block of B
 constexpr int kColBlock = 15 * kBlockSize;  // columns per task: a packed block is at most 1 MB
+constexpr int kRowBlock = 192;              // fewest rows per task where rows are split, for each task packs B
 
 struct Matmul {
   int64_t m, n, k;
@@ -36,10 +37,16 @@ struct Block {
   int64_t row, inner, column, columns;
 };
 
-// Runs all microkernels of `rows` rows of C, starting at `row`; returns the first remaining row.
+// A task: rows row … row + rows, columns column … column + columns of C.
+struct Task {
+  const Matmul* matmul;
+  int64_t row, rows, column, columns;
+};
+
+// Runs all microkernels of `rows` rows of C, from `row` to `end`; returns the first remaining row.
 template <int rows, bool a_is_row_major>
-int64_t MultiplyRows(const Matmul& p, int64_t row, const float* packed, const Block& b) {
-  for (; row + rows <= p.m; row += rows) {
+int64_t MultiplyRows(const Matmul& p, int64_t row, int64_t end, const float* packed, const Block& b) {
+  for (; row + rows <= end; row += rows) {
     const float* a = p.a.data + row * p.a.row_stride + b.row * p.a.col_stride;
     float copy[a_is_row_major ? 1 : rows * kInnerBlock];
     if constexpr (!a_is_row_major) {
@@ -112,47 +119,55 @@ void SumColumns(const Matmul& p, const Block& block, const float* packed) {
   }
 }
 
-// One task: at most `columns` columns of C, starting at `column`.
 template <bool a_is_row_major>
-void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
+void RunTask(const Task& task) {
+  const Matmul& p = *task.matmul;
   float* packed = Scratch((kInnerBlock + 1) * kColBlock);
   // Blocks of equal size, so that the last one is not tiny.
   int64_t step = CeilDiv(p.k, std::max<int64_t>(1, CeilDiv(p.k, kInnerBlock)));
   if (p.blocks != nullptr) step = CeilDiv(step, kBlockSize) * kBlockSize;
   for (int64_t from = 0; from == 0 || from < p.k; from += step) {
-    const Block block{from, std::min(step, p.k - from), column, std::min(columns, p.n - column)};
+    const Block block{from, std::min(step, p.k - from), task.column, task.columns};
     if (p.blocks == nullptr)
       Pack({p.b.data + block.row * p.b.row_stride + block.column * p.b.col_stride, p.b.row_stride, p.b.col_stride},
            block.inner, block.columns, packed);
     else
       p.blocks_by_rows ? PackMxfp4Rows(p, block, packed) : PackMxfp4Columns(p, block, packed);
-    if (p.b_sums != nullptr) SumColumns(p, block, packed);
-    int64_t row = MultiplyRows<kTileRows, a_is_row_major>(p, 0, packed, block);
-    if constexpr (kTileRows > 8) row = MultiplyRows<8, a_is_row_major>(p, row, packed, block);
-    row = MultiplyRows<4, a_is_row_major>(p, row, packed, block);
-    row = MultiplyRows<2, a_is_row_major>(p, row, packed, block);
-    MultiplyRows<1, a_is_row_major>(p, row, packed, block);
+    if (p.b_sums != nullptr && task.row == 0) SumColumns(p, block, packed);
+    const int64_t end = task.row + task.rows;
+    int64_t row = MultiplyRows<kTileRows, a_is_row_major>(p, task.row, end, packed, block);
+    if constexpr (kTileRows > 8) row = MultiplyRows<8, a_is_row_major>(p, row, end, packed, block);
+    row = MultiplyRows<4, a_is_row_major>(p, row, end, packed, block);
+    row = MultiplyRows<2, a_is_row_major>(p, row, end, packed, block);
+    MultiplyRows<1, a_is_row_major>(p, row, end, packed, block);
     if (step == 0) break;
   }
 }
 
 void Multiply(const std::vector<Matmul>& matmuls, bool a_is_row_major, ffi::ThreadPool pool) {
-  const int64_t groups = std::count_if(matmuls.begin(), matmuls.end(), [](auto& p) { return p.m > 0; });
-  if (groups == 0) return;
-  // Narrower tasks if there are few groups, so that every thread has one.
-  const int64_t parts = CeilDiv(std::max<int64_t>(pool.num_threads(), 1), groups);
-  const int64_t share = CeilDiv(CeilDiv(matmuls[0].n, parts), kBlockSize) * kBlockSize;
-  const int64_t columns = std::min<int64_t>(kColBlock, share);
-  std::vector<std::pair<const Matmul*, int64_t>> tasks;
+  int64_t groups = 0, blocks = 0;
   for (const Matmul& p : matmuls)
-    for (int64_t column = 0; p.m > 0 && column < p.n; column += columns) tasks.emplace_back(&p, column);
+    if (p.m > 0) ++groups, blocks += CeilDiv(p.n, kColBlock);
+  if (groups == 0) return;
+  // If there are few tasks, splits rows or, where there are few, columns, so that every thread has one, and more if
+  // groups differ in size.
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), wanted = groups > 1 ? 4 * threads : threads;
+  std::vector<Task> tasks;
+  for (const Matmul& p : matmuls) {
+    if (p.m == 0) continue;
+    const int64_t parts = CeilDiv(wanted, blocks), row_parts = std::clamp<int64_t>(p.m / kRowBlock, 1, parts);
+    const int64_t rows = CeilDiv(CeilDiv(p.m, row_parts), kTileRows) * kTileRows;
+    const int64_t share = CeilDiv(CeilDiv(p.n, CeilDiv(CeilDiv(threads, groups), row_parts)), kBlockSize) * kBlockSize;
+    const int64_t columns = std::min<int64_t>(kColBlock, share);
+    for (int64_t column = 0; column < p.n; column += columns)
+      for (int64_t row = 0; row < p.m; row += rows)
+        tasks.push_back({&p, row, std::min(rows, p.m - row), column, std::min(columns, p.n - column)});
+  }
   // Longest tasks first, so that threads finish at about the same time.
-  std::stable_sort(tasks.begin(), tasks.end(),
-                   [](auto& x, auto& y) { return x.first->m * x.first->k > y.first->m * y.first->k; });
-  auto run = [&](int64_t index) {
-    const auto [p, column] = tasks[index];
-    a_is_row_major ? MultiplyColumns<true>(*p, column, columns) : MultiplyColumns<false>(*p, column, columns);
-  };
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) {
+    return x.rows * x.columns * x.matmul->k > y.rows * y.columns * y.matmul->k;
+  });
+  auto run = [&](int64_t index) { a_is_row_major ? RunTask<true>(tasks[index]) : RunTask<false>(tasks[index]); };
   RunPhases({{(int64_t)tasks.size(), run}}, pool);
 }
 
