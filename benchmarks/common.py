@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from gptoss_jax import interrupts, startup
+from gptoss_jax import host_memory, interrupts, startup
 from gptoss_jax.config.paths import user_path
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -196,7 +196,7 @@ class Training:
             self._state, metrics = program(self._state, batch, self._frozen)
         jax.block_until_ready(self._state)
         if self._is_first:
-            startup.release_memory()  # as the training loop does
+            host_memory.release()  # as the training loop does
             self._is_first = False
         return metrics["loss"]
 

@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import ctypes
 import glob
 import importlib.machinery
 import io
@@ -43,17 +42,6 @@ def keep_memory() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
-
-
-def release_memory() -> None:
-    """Returns the free memory of this process to the system; a no-op without glibc.
-
-    With `TUNABLES`, freed memory stays with the process for the next step. So does that of programs that do
-    not run again soon, and small allocations in it make it useless for large ones.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:
-        trim(0)
 
 
 # Environment variables that a TPU machine or its user sets.

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = ["config", "kernels", "parallel", "model", "data", "checkpoints", "inference", "training"]
 FOLDERS += ["evaluation", "planning", "server", "cli"]
 # Standard library only: below everything. `hardware` imports only `config`.
-MODULES = dict.fromkeys(("interrupts", "startup", "status", "terminal", "version"), -1)
+MODULES = dict.fromkeys(("host_memory", "interrupts", "startup", "status", "terminal", "version"), -1)
 MODULES["hardware"] = FOLDERS.index("kernels")
 
 # Imported inside a function, on first use: the checks of the kernels import every kernel, and the kernels'

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptoss_jax import interrupts
+from gptoss_jax import host_memory, interrupts
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
@@ -23,7 +23,6 @@ from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.in_flight import bounded
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
-from gptoss_jax.startup import release_memory
 from gptoss_jax.training import resume, setup
 from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog
@@ -88,6 +87,7 @@ def train(
         train_step = stack.enter_context(tracer)
         stop = stack.enter_context(StopSignal(console.message, first_step))
         evaluate = _evaluation(config, cache, make_eval_step(config.model, objective), log, stop)
+        growth = host_memory.Growth()
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
             is_last, stopping, val_loss = step == config.steps, stop.requested(step), None
@@ -97,6 +97,8 @@ def train(
             if is_save:
                 log.flush()
             with log.timer.measure("other"):
+                if is_eval or is_save:
+                    host_memory.release()
                 if is_eval:
                     params = merge_params(state.params, frozen)
                     val_loss, pending = evaluate(step, params, pending)
@@ -110,14 +112,16 @@ def train(
             if is_last or stopping or (is_save and stop.is_set):
                 break
             if is_eval or is_save:
-                release_memory()
+                host_memory.release()
             with log.timer.measure("data"):
                 batch = make_global_batch(next(batches), sharding, config.data.batch_size)
             state, metrics = train_step(state, batch, frozen)
             step += 1
             if step == first_step + 1:
                 metrics["loss"].block_until_ready()
-                release_memory()  # that of compiling
+                host_memory.release()  # that of compiling
+            else:
+                growth.check()
             log.step(step, metrics)
         checkpoints.wait()
         log.finish(step, first_step, is_done=is_last and not pending)

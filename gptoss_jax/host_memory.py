@@ -1,0 +1,43 @@
+"""Memory that this process has freed, but not returned to the system. Standard library only.
+
+`startup.TUNABLES` keep freed memory for the next step. But what was freed by compiling, evaluating and
+sampling stays as well; and once a small allocation has taken a piece of the memory of a step, the next step
+needs memory elsewhere.
+"""
+
+import ctypes
+import os
+import sys
+
+# A process that has grown by more than this has memory that no step uses anymore.
+GROWTH = 1.05
+
+
+def release() -> None:
+    """Returns free memory to the system; a no-op without glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
+
+
+def resident_bytes() -> int:
+    """Returns the resident memory of this process, or 0 if the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+class Growth:
+    """Releases free memory when a loop of equal steps needs more than at first."""
+
+    def __init__(self) -> None:
+        self._limit = 0.0
+
+    def check(self) -> None:
+        """Call once a step, the first time when a step has run."""
+        if not self._limit:
+            self._limit = GROWTH * resident_bytes()
+        elif resident_bytes() > self._limit:
+            release()
