@@ -107,10 +107,10 @@ void WriteRows(const Problem& p, const float* rows, int64_t count, float scale, 
 
 // A chunk of keys or values, packed as a matrix [H, keys] or [keys, H].
 void PackColumns(const Problem& p, const float* x, const Block& block, int64_t head, float* packed) {
-  Pack({x + p.KeyAt(block.b, block.key, head), 1, p.K * p.H}, p.H, block.keys, packed);
+  Pack(Strided<float>{x + p.KeyAt(block.b, block.key, head), 1, p.K * p.H}, p.H, block.keys, packed);
 }
 void PackRows(const Problem& p, const float* x, const Block& block, int64_t head, float* packed) {
-  Pack({x + p.KeyAt(block.b, block.key, head), p.K * p.H, 1}, block.keys, p.H, packed);
+  Pack(Strided<float>{x + p.KeyAt(block.b, block.key, head), p.K * p.H, 1}, block.keys, p.H, packed);
 }
 
 }  // namespace

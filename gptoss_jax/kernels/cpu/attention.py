@@ -1,5 +1,5 @@
-"""Attention of whole rows on CPU in float32, and its gradient: the kernels in `attention.cc` and
-`attention_grad.cc`. The plain equivalents are `query_chunked_attention` and `blockwise_attention`."""
+"""Attention of whole rows on CPU, and its gradient: the kernels in `attention.cc` and `attention_grad.cc`, in
+float32. bfloat16 is converted, which is a small part of the time. The plain equivalents are `query_chunked_attention` and `blockwise_attention`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -41,7 +41,8 @@ def _attention(window: int, *inputs: jax.Array) -> jax.Array:
 
 def _forward(window: int, *inputs: jax.Array) -> tuple[jax.Array, tuple[_Inputs, jax.Array, jax.Array]]:
     B, T, N, _ = inputs[0].shape
-    out_BTNH, lse_BNT = _call("Attention", inputs[0].shape, (B, N, T))(*inputs, window=window)
+    out_BTNH, lse_BNT = _call("Attention", inputs[0].shape, (B, N, T))(*_widen(inputs), window=window)
+    out_BTNH = out_BTNH.astype(inputs[0].dtype)
     return out_BTNH, (inputs, out_BTNH, lse_BNT)
 
 
@@ -49,11 +50,17 @@ def _backward(
     window: int, residuals: tuple[_Inputs, jax.Array, jax.Array], g_BTNH: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     inputs, out_BTNH, lse_BNT = residuals
-    gradients = _call("AttentionGrad", *(x.shape for x in inputs[:4]))
-    return *gradients(*inputs, out_BTNH, lse_BNT, g_BTNH, window=window), None
+    call = _call("AttentionGrad", *(x.shape for x in inputs[:4]))
+    gradients = call(*_widen((*inputs, out_BTNH, lse_BNT, g_BTNH)), window=window)
+    return *(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=False)), None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _widen(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Casts arrays in bfloat16 to float32."""
+    return [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays]
 
 
 def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:

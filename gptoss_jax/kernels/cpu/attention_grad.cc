@@ -67,8 +67,8 @@ void BackwardChunks(const Problem& p, const Gradients& g, int64_t head, const Bl
     const int64_t at = p.QueryAt(block.b, block.query, n);
     CopyRows(p, p.q + at, query_stride, block.queries, p.scale, w.q_rows);
     CopyRows(p, g.d_out + at, query_stride, block.queries, 1, w.d_out_rows);
-    Pack({w.q_rows, p.width, 1}, block.queries, p.width, w.q_packed);
-    Pack({w.d_out_rows, p.width, 1}, block.queries, p.width, w.d_out_packed);
+    Pack(Strided<float>{w.q_rows, p.width, 1}, block.queries, p.width, w.q_packed);
+    Pack(Strided<float>{w.d_out_rows, p.width, 1}, block.queries, p.width, w.d_out_packed);
     for (int64_t row = 0; row < block.queries; row += kTileRows) {
       const Range range = VisibleKeys(p, block, row);
       ScoreGradients(p, g, block, n, row, range, w);
