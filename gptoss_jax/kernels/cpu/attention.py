@@ -1,5 +1,7 @@
-"""Attention of whole rows on CPU, and its gradient: the kernels in `attention.cc` and `attention_grad.cc`, in
-float32. bfloat16 is converted, which is a small part of the time. The plain equivalents are `query_chunked_attention` and `blockwise_attention`."""
+"""Attention of whole rows on CPU, and its gradient: the kernels in `attention.cc` and `attention_grad.cc`.
+
+They are in float32; bfloat16 is converted, which is a small part of the time. The plain equivalents are
+`query_chunked_attention` and `blockwise_attention`."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -12,6 +12,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -67,6 +71,11 @@ static inline V Load(const float* from) {
 }
 template <typename V = Vector>
 static inline V Load(const BFloat16* from) {
+#ifdef __AVX2__
+  // GCC 12 would convert halves of the vector.
+  if constexpr (sizeof(V) == 32)
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#endif
   return (V)(__builtin_convertvector(*(const typename LanesOf<V>::Halves*)from, typename LanesOf<V>::Bits) << 16);
 }
 template <typename V = Vector>

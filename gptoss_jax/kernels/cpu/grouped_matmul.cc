@@ -70,8 +70,10 @@ void CopyRows(const Matmul& p, int64_t row, const Block& b, float* copy) {
   if (a_is_row_major) {
     for (int i = 0; i < rows; ++i) {
       const BFloat16* a = (const BFloat16*)from.data + i * p.a.row_stride;
-      for (int64_t j = 0; j < b.inner; j += kTileLanes)
+      for (int64_t j = 0; j < b.inner; j += kTileLanes) {
+        __builtin_prefetch(a + rows * p.a.row_stride + j);
         StorePartial(copy + i * b.inner + j, LoadPartial<Tile>(a + j, b.inner - j), b.inner - j);
+      }
     }
   } else if (from.is_float()) {
     const float* a = (const float*)from.data;
