@@ -46,7 +46,8 @@ PROMPT, NEW = 128, 33
 def training_seconds(sizes: dict, shape: tuple[int, int], rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of the steps in each dtype."""
     sides = {
-        dtype: Training(small_model(**sizes, compute_dtype=dtype), *shape) for dtype in ("float32", "bfloat16")
+        dtype: Training(small_model(**sizes, compute_dtype=dtype), *shape)
+        for dtype in ("float32", "bfloat16")
     }
     for training in sides.values():
         training.step()
@@ -68,7 +69,8 @@ def generation_seconds(sizes: dict, prompts: int, rounds: int) -> dict[str, dict
             calls[side, count] = functools.partial(gx.generate, model, rows, params)
     seconds = alternate(calls, rounds)
     steps = {
-        side: [one / (NEW - 1) for one in decode_seconds(seconds[side, 1], seconds[side, NEW])] for side in SIDES
+        side: [one / (NEW - 1) for one in decode_seconds(seconds[side, 1], seconds[side, NEW])]
+        for side in SIDES
     }
     return {"prefill": {side: seconds[side, 1] for side in SIDES}, "decoding step": steps}
 

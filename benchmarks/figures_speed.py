@@ -49,7 +49,7 @@ def optimizer(record: dict) -> str:
 
 
 def bfloat16(record: dict) -> str:
-    """Returns the table of bfloat16.py: milliseconds in float32, and the ratios of the other sides to them."""
+    """Returns the table of bfloat16.py: milliseconds in float32, and the ratios to them."""
     rows = []
     for result in record["results"]:
         milliseconds = 1000 * statistics.median(result["seconds"]["float32"])

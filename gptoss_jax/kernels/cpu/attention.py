@@ -1,6 +1,6 @@
 """Attention of whole rows on CPU, and its gradient: the kernels in `attention.cc` and `attention_grad.cc`.
 
-They are in float32; bfloat16 is converted, which is a small part of the time. The plain equivalents are
+Heads are float32 or bfloat16; the kernels compute in float32. The plain equivalents are
 `query_chunked_attention` and `blockwise_attention`."""
 
 import functools
@@ -42,9 +42,10 @@ def _attention(window: int, *inputs: jax.Array) -> jax.Array:
 
 
 def _forward(window: int, *inputs: jax.Array) -> tuple[jax.Array, tuple[_Inputs, jax.Array, jax.Array]]:
-    B, T, N, _ = inputs[0].shape
-    out_BTNH, lse_BNT = _call("Attention", inputs[0].shape, (B, N, T))(*_widen(inputs), window=window)
-    out_BTNH = out_BTNH.astype(inputs[0].dtype)
+    q_BTNH = inputs[0]
+    B, T, N, _ = q_BTNH.shape
+    call = _call("Attention", jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), _float32(B, N, T))
+    out_BTNH, lse_BNT = call(*inputs, window=window)
     return out_BTNH, (inputs, out_BTNH, lse_BNT)
 
 
@@ -52,18 +53,17 @@ def _backward(
     window: int, residuals: tuple[_Inputs, jax.Array, jax.Array], g_BTNH: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     inputs, out_BTNH, lse_BNT = residuals
-    call = _call("AttentionGrad", *(x.shape for x in inputs[:4]))
-    gradients = call(*_widen((*inputs, out_BTNH, lse_BNT, g_BTNH)), window=window)
+    call = _call("AttentionGrad", *(_float32(*x.shape) for x in inputs[:4]))
+    gradients = call(*inputs, out_BTNH, lse_BNT, g_BTNH, window=window)
     return *(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=False)), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _widen(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Casts arrays in bfloat16 to float32."""
-    return [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays]
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:
-    return jax.ffi.ffi_call(build.target(name), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
+def _call(name: str, *results: jax.ShapeDtypeStruct) -> Callable[..., Sequence[jax.Array]]:
+    return jax.ffi.ffi_call(build.target(name), results)
