@@ -41,6 +41,7 @@ class Benchmark:
 BENCHMARKS = {
     "train_vs_transformers": Benchmark(peer=TORCH),
     "optimizer": Benchmark(),
+    "bfloat16": Benchmark(),
     "finetune": Benchmark(peer=TORCH),
     "decode_vs_transformers": Benchmark(peer=TORCH),
     "decode_limit": Benchmark(),
@@ -60,6 +61,7 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "speed": (("train_vs_transformers", "decode_vs_transformers"), figures_speed.speed),
     "training": (("train_vs_transformers",), figures_speed.training),
     "optimizer": (("optimizer",), figures_speed.optimizer),
+    "bfloat16": (("bfloat16",), figures_speed.bfloat16),
     "fine-tuning": (("finetune",), figures_speed.fine_tuning),
     "packed-rows": (("finetune",), figures_speed.packed_rows),
     "decoding": (("decode_vs_transformers",), figures_speed.decoding),

@@ -1,6 +1,7 @@
 """Tables of figures.py: training, fine-tuning and decoding, each against a peer or a limit."""
 
 import itertools
+import statistics
 
 from finetune import LONGEST, LORA, PACKED, PADDED, QLORA
 from page_blocks import number, ratio, share, source, spread, table
@@ -45,6 +46,17 @@ def optimizer(record: dict) -> str:
     rows = [[name, spread(speed, 1), share(shares[name])] for name, speed in speeds.items()]
     size = f"{record['parameter_bytes'] / 4e6:,.0f}M parameters"
     return f"{table(['', 'GB/s', 'share of the copy'], rows)}\n\n{source(record, size)}"
+
+
+def bfloat16(record: dict) -> str:
+    """Returns the table of bfloat16.py: milliseconds in float32, and the ratios to them."""
+    rows = []
+    for result in record["results"]:
+        milliseconds = 1000 * statistics.median(result["seconds"]["float32"])
+        ratios = (ratio(result["ratios"].get(side)) for side in ("bfloat16", "bfloat16 parameters"))
+        rows.append([experts(result), result["part"], f"{milliseconds:,.1f}", *ratios])
+    columns = ["experts", "", "float32, ms", "bfloat16 / float32", "parameters in bfloat16 / float32"]
+    return f"{table(columns, rows, left=2)}\n\n{source(record)}"
 
 
 def decoding(record: dict) -> str:

@@ -164,7 +164,7 @@ def test_on_a_mesh_each_device_attends_with_its_rows_and_heads():
 @pytest.mark.parametrize(
     ("dtype", "settings", "options"),
     [
-        (jnp.bfloat16, {}, {}),
+        (jnp.float16, {}, {}),
         (jnp.float32, {"window": 5, "sink_tokens": 2}, {}),
         (jnp.float32, {"dropout": 0.5}, {"dropout_key": jax.random.key(0)}),
         (jnp.float32, {}, {"offset": 0}),  # prefill: bits do not depend on where a prompt is cut

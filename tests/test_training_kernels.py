@@ -152,11 +152,6 @@ def test_swiglu_can_be_turned_off(kernels):
     assert "gptoss_jax." not in text
 
 
-def test_swiglu_in_other_types_is_xla():
-    h_RF = jnp.ones((3, 8), jnp.bfloat16)
-    assert swiglu_halves(SwiGLU(1.7, 7.0, 1.0), h_RF).dtype == jnp.bfloat16
-
-
 def test_rope_equals_xla_with_its_gradient():
     rng = np.random.default_rng(0)
     # Eleven pairs: one vector and a part of one.
@@ -172,7 +167,7 @@ def test_rope_equals_xla_with_its_gradient():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), found, expected)
 
 
-def test_the_kernel_of_rope_is_for_float32_on_one_device():
+def test_the_kernel_of_rope_is_for_one_device():
     """The compiler cannot partition the call."""
 
     def text(x_BTNH):
@@ -180,7 +175,6 @@ def test_the_kernel_of_rope_is_for_float32_on_one_device():
 
     tables = jnp.ones((8, 7, 11)), jnp.ones((8, 7, 11))
     assert text(jnp.ones((8, 7, 3, 22))).count("gptoss_jax.Rope") == 1
-    assert "gptoss_jax.Rope" not in text(jnp.ones((8, 7, 3, 22), jnp.bfloat16))
     with jax.set_mesh(make_mesh(MeshConfig(data=8), jax.devices()[:8])):
         assert "gptoss_jax.Rope" not in text(jnp.ones((8, 7, 3, 22)))
 

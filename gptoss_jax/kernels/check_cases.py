@@ -53,12 +53,13 @@ def _normal(seed: int, dtype: str, *shapes: tuple[int, ...]) -> Arrays:
 def cases(backend: str, interpret: bool = False) -> Iterator[Case]:
     """Yields the cases of a backend. `interpret` runs Pallas kernels on any device, for tests."""
     if backend == "cpu":
-        yield from _cpu_decode_cases()
-        yield _swiglu_case()
-        yield _rope_case()
         yield _adamw_case()
         yield _unpack_case()
-    for dtype in ("float32",) if backend == "cpu" else ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float32"):
+        if backend == "cpu":
+            yield from _cpu_decode_cases(dtype)
+            yield _swiglu_case(dtype)
+            yield _rope_case(dtype)
         yield from _attention_cases(backend, dtype, interpret)
         yield _grouped_matmul_case(backend, dtype, interpret)
         yield from _mxfp4_matmul_cases(backend, dtype, interpret)
@@ -158,11 +159,11 @@ def _mxfp4_matmul_cases(backend: str, dtype: str, interpret: bool) -> Iterator[C
         yield Case("mxfp4_matmul", variant, dtype, inputs, run, plain, num_differentiable=1)
 
 
-def _cpu_decode_cases() -> Iterator[Case]:
+def _cpu_decode_cases(dtype: str) -> Iterator[Case]:
     rows, D, N, H = 3, 200, 7, 24
 
     def vectors() -> Arrays:
-        return _normal(5, "float32", (rows, D), (2, D, N, H), (2, N, H, D))
+        return _normal(5, dtype, (rows, D), (2, D, N, H), (2, N, H, D))
 
     def matmul(x, w, transposed):
         (y_MNH,) = decode.einsum("MD,DNH->MNH", x, [LayerView(w, 1)])
@@ -172,14 +173,14 @@ def _cpu_decode_cases() -> Iterator[Case]:
     def plain_matmul(x, w, transposed):
         return jnp.stack([jnp.einsum("MD,DNH->MNH", x, w[1]), jnp.einsum("MD,NHD->MNH", x, transposed[1])])
 
-    yield Case("decode_matmul", "", "float32", vectors, matmul, plain_matmul)
+    yield Case("decode_matmul", "", dtype, vectors, matmul, plain_matmul)
     for kernel, is_packed in (("decode_experts", False), ("decode_mxfp4_experts", True)):
-        yield _decode_experts_case(kernel, is_packed)
+        yield _decode_experts_case(kernel, dtype, is_packed)
 
     B, S, heads, K = 3, 150, 6, 2
 
     def cache() -> Arrays:
-        arrays = _normal(6, "float32", (B, heads, H), (2, B, K, S, H), (2, B, K, S, H), (heads,))
+        arrays = _normal(6, dtype, (B, heads, H), (2, B, K, S, H), (2, B, K, S, H), (heads,))
         return *arrays, jnp.array([150, 1, 97], jnp.int32)
 
     def attention(q, keys, values, sinks, counts):
@@ -190,20 +191,20 @@ def _cpu_decode_cases() -> Iterator[Case]:
         mask_BTS = (jnp.arange(S) < counts[:, None])[:, None]
         return reference_attention(q[:, None], k_BSKH, v_BSKH, mask_BTS, sinks_N=sinks)[:, 0]
 
-    yield Case("decode_attention", "", "float32", cache, attention, plain_attention)
+    yield Case("decode_attention", "", dtype, cache, attention, plain_attention)
 
 
-def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
+def _decode_experts_case(kernel: str, dtype: str, is_packed: bool) -> Case:
     M, X, E, D, F = 3, 2, 5, 96, 160
 
     def arrays() -> Arrays:
-        x_MD, *biases = _normal(7, "float32", (M, D), (E, 2, F), (E, D))
+        x_MD, *biases = _normal(7, dtype, (M, D), (E, 2, F), (E, D))
         experts_MX = jnp.array([[4, 0], [2, 4], [1, -1]], jnp.int32)
         weights_MX = jnp.full((M, X), 0.5, jnp.float32)
-        gate_up, down = _normal(8, "float32", (2 * E, 2 * F, D), (2 * E, D, F))
+        gate_up, down = _normal(8, dtype, (2 * E, 2 * F, D), (2 * E, D, F))
         inputs = x_MD, experts_MX, weights_MX, *biases
         if is_packed:
-            return *inputs, *codec.quantize(gate_up), *codec.quantize(down)
+            return *inputs, *(part for w in (gate_up, down) for part in codec.quantize(w.astype(jnp.float32)))
         # Packed rows interleave gate and up; dense matrices keep them separate.
         gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
         return *inputs, gate_up, down.swapaxes(1, 2)
@@ -219,7 +220,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
     def plain(x_MD, experts_MX, weights_MX, gate_up_bias, down_bias, *matrices):
         if is_packed:
             pairs = matrices[:2], matrices[2:]
-            gate_up, down = (codec.dequantize(blocks, scales, jnp.float32) for blocks, scales in pairs)
+            gate_up, down = (codec.dequantize(blocks, scales, x_MD.dtype) for blocks, scales in pairs)
             gate_up = gate_up.reshape(2 * E, F, 2, D).transpose(0, 3, 2, 1)
             matrices = gate_up, down.swapaxes(1, 2)
         gate_up, down = (matrix[E:][experts_MX] for matrix in matrices)
@@ -229,7 +230,7 @@ def _decode_experts_case(kernel: str, is_packed: bool) -> Case:
         weights_MX = jnp.where(experts_MX >= 0, weights_MX, 0)
         return jnp.einsum("MXD,MX->MD", y_MXD, weights_MX)
 
-    return Case(kernel, "", "float32", arrays, run, plain)
+    return Case(kernel, "", dtype, arrays, run, plain)
 
 
 def _plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -238,26 +239,26 @@ def _plain_swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return gate * jax.nn.sigmoid(alpha * gate) * (up + up_offset)
 
 
-def _swiglu_case() -> Case:
+def _swiglu_case(dtype: str) -> Case:
     def arrays() -> Arrays:
-        return (5 * _normal(10, "float32", (300, 2 * 41))[0],)
+        return (5 * _normal(10, dtype, (300, 2 * 41))[0],)
 
     run = functools.partial(swiglu.swiglu_halves, SWIGLU)
-    return Case("swiglu", "", "float32", arrays, run, lambda h: _plain_swiglu(h[:, :41], h[:, 41:]), 1)
+    return Case("swiglu", "", dtype, arrays, run, lambda h: _plain_swiglu(h[:, :41], h[:, 41:]), 1)
 
 
-def _rope_case() -> Case:
+def _rope_case(dtype: str) -> Case:
     B, T, N, J = 2, 300, 3, 11
 
     def arrays() -> Arrays:
         x_BTNH, angles_BTJ = _normal(11, "float32", (B, T, N, 2 * J), (B, T, J))
-        return x_BTNH, jnp.cos(angles_BTJ), jnp.sin(angles_BTJ)
+        return x_BTNH.astype(dtype), jnp.cos(angles_BTJ), jnp.sin(angles_BTJ)
 
     def plain(x, cos, sin):
         (a, b), cos, sin = jnp.split(x, 2, axis=-1), cos[:, :, None], sin[:, :, None]
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
-    return Case("rope", "", "float32", arrays, rope.rope, plain, num_differentiable=1)
+    return Case("rope", "", dtype, arrays, rope.rope, plain, num_differentiable=1)
 
 
 def _adamw_case() -> Case:

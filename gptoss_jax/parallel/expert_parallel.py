@@ -55,9 +55,9 @@ def apply_experts(
     Args:
       expert_function: computes the outputs of the experts on one device.
       x_MD: tokens of the whole mesh.
-      parameters: expert parameters by name, sharded according to `letters`; matrices are cast to the dtype of
-        `x_MD`, packed ones stay packed. A LayerView is read only if a kernel requires an array, or if the
-        mesh gathers it.
+      parameters: expert parameters by name, sharded according to `letters`. On a mesh, they are cast to the
+        dtype of `x_MD`, except packed ones; without, the function does so if needed. A LayerView is read only
+        if a kernel requires an array, or if the mesh gathers it.
       letters: the letters of each parameter. If `down` is split along F, outputs are summed over the tensor
         axis; packed `down` is split along its outputs, which `model.moe.expert_outputs` gathers.
       capacity_factor: limits each expert to this multiple of its even share of the rows of the devices that
@@ -73,7 +73,7 @@ def apply_experts(
         _one_device, expert_function, expert_devices=axes.get("expert", 1), capacity_factor=capacity_factor
     )
     if not axes:
-        return one_device(x_MD, routing, _cast(parameters, x_MD.dtype))
+        return one_device(x_MD, routing, parameters)
     stored = {
         name: storage_spec(letters[name], value.shape, axes, f"moe.{name}")
         for name, value in parameters.items()

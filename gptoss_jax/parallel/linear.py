@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.cpu import decode, grouped
-from gptoss_jax.kernels.layer_view import LayerView, as_view, cast, read
+from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, compute_spec, constrain, spec_axes, storage_spec
@@ -57,7 +57,7 @@ def sharded_einsum(
     Example: `q, k = sharded_einsum("BTD,DNH->BTNH", x_BTD, (q_DNH, k_DKH))`.
 
     Args:
-      x: the input; weights are cast to its dtype.
+      x: the input; weights are rounded to its dtype.
       weights: one or several weights for the same equation. LayerViews are read in place if a kernel supports
         it.
       result_type: dtype of the result; by default, that of `x`.
@@ -89,12 +89,9 @@ def _sharded_einsums(rules: _Rules, x: jax.Array, weights: tuple[Weight, ...]) -
     for weight in weights:
         assert_shapes(f"{x_letters} {letters}", x, weight)
     if decode.supports_einsum(equation, x, result_type):
-        if any(weight.dtype != x.dtype for weight in weights):
-            # One call for all weights, because the kernel reads the same layer of every stack.
-            weights = tuple(read(weight).astype(x.dtype) for weight in weights)
-        results = decode.einsum(equation, x, [as_view(weight) for weight in weights])
+        results = decode.einsum(equation, x, [as_view(weight) for weight in weights], result_type)
     elif uses_grouped:
-        results = [grouped.einsum(equation, x, as_view(cast(weight, x.dtype))) for weight in weights]
+        results = [grouped.einsum(equation, x, as_view(weight)) for weight in weights]
     else:
         x_spec, y_spec = activation_specs(equation)
         x = constrain(x, x_spec)
@@ -156,7 +153,7 @@ def _grouped_backward(
     equation: str, x: jax.Array, weights: tuple[jax.Array, ...], gradients: list[jax.Array]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return grouped.einsum(equation, x, as_view(cast(weight, x.dtype)))
+        return grouped.einsum(equation, x, as_view(weight))
 
     pairs = [jax.vjp(product, x, weight)[1](g) for weight, g in zip(weights, gradients, strict=True)]
     d_xs, d_weights = zip(*pairs, strict=True)

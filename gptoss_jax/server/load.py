@@ -101,7 +101,7 @@ def _load_service(config: ServeConfig, mesh: jax.sharding.Mesh | None) -> Servic
 def widen(model: Transformer) -> Transformer:
     """Casts all parameters except the experts' matrices to the compute dtype.
 
-    On CPU, every decode step would otherwise convert bfloat16 to float32; the values do not change.
+    The values do not change. On CPU, XLA would otherwise convert bfloat16 in every step.
     """
     dtype = compute_dtype(model.config)
 

@@ -32,7 +32,7 @@ def attention(
     equivalent:
 
     - TPU: splash attention. GPU: our Triton kernel, for head sizes up to 128 and at least the shared memory
-      of an A100. CPU: our C++ kernel, for whole rows (no `offset`) in float32. None supports dropout, and
+      of an A100. CPU: our C++ kernel, for whole rows (no `offset`). None supports dropout, and
       only the Triton kernel sink tokens.
     - Otherwise: blockwise attention in plain XLA; on CPU, query-chunked attention for short rows.
 
@@ -64,7 +64,8 @@ def attention(
 
             return splash_attention(*inputs, spec, sinks_N=sinks_N, offset=start)
     is_whole = dropout_key is None and spec.sink_tokens == 0 and offset is None
-    if is_whole and build.is_usable("attention", q_BTNH.dtype, k_BSKH.dtype, v_BSKH.dtype):
+    is_one_dtype = q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype
+    if is_whole and is_one_dtype and build.is_usable("attention", q_BTNH.dtype):
         return cpu_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BS, spec, sinks_N=sinks_N)
     if backend.platform() == "cpu" and sizes.T <= SHORT and offset is None:
         return query_chunked_attention(*inputs, spec, sinks_N=sinks_N, dropout_key=dropout_key)

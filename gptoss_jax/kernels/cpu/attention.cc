@@ -49,8 +49,9 @@ void Update(Softmax& state, int64_t row, float* scores, const Range& range, cons
 }
 
 // A task of the forward pass: a chunk of queries of all heads that share a key/value head.
-void ForwardChunk(const Problem& p, const float* sinks, int64_t b, int64_t head, int64_t chunk, float* out,
-                  float* lse) {
+template <typename T>
+void ForwardChunk(const Problem& p, const Heads<T>& heads, const float* sinks, int64_t b, int64_t head, int64_t chunk,
+                  T* out, float* lse) {
   const int64_t G = p.group(), rows = kChunk * p.width;
   float* q = Scratch((2 * G + 2) * rows + kTileRows * kStride);
   float *sums = q + G * rows, *keys = sums + G * rows, *values = keys + rows, *scores = values + rows;
@@ -58,7 +59,7 @@ void ForwardChunk(const Problem& p, const float* sinks, int64_t b, int64_t head,
   Block block{b, chunk * kChunk, std::min<int64_t>(kChunk, p.T - chunk * kChunk), 0, 0};
   for (int64_t g = 0; g < G; ++g) {
     const int64_t n = head * G + g;
-    CopyRows(p, p.q + p.QueryAt(b, block.query, n), p.N * p.H, block.queries, p.scale, q + g * rows);
+    CopyRows(p, heads.q + p.QueryAt(b, block.query, n), p.N * p.H, block.queries, p.scale, q + g * rows);
     std::fill_n(states[g].largest, kChunk + kLanes, sinks == nullptr ? kMasked : sinks[n]);
     std::fill_n(states[g].total, kChunk + kLanes, sinks == nullptr ? 0 : 1);
   }
@@ -66,8 +67,8 @@ void ForwardChunk(const Problem& p, const float* sinks, int64_t b, int64_t head,
   const int64_t end = block.query + block.queries;
   for (block.key = p.FirstKey(b, block.query); block.key < end; block.key += kChunk) {
     block.keys = std::min<int64_t>(kChunk, end - block.key);
-    PackColumns(p, p.k, block, head, keys);
-    PackRows(p, p.v, block, head, values);
+    PackColumns(p, heads.k, block, head, keys);
+    PackRows(p, heads.v, block, head, values);
     for (int64_t g = 0; g < G; ++g)
       for (int64_t row = 0; row < block.queries; row += kTileRows) {
         const Range range = VisibleKeys(p, block, row);
@@ -97,22 +98,26 @@ void ForwardChunk(const Problem& p, const float* sinks, int64_t b, int64_t head,
     }
 }
 
-// out[B, T, N, H], and the logarithm of the softmax's denominator, lse[B, N, T], for the sinks[N], or none.
-ffi::Error Forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats sinks, Ints segment_ids,
-                   ffi::Result<Floats> out, ffi::Result<Floats> lse, int64_t window) {
-  const Problem p(q, k, v, segment_ids, window);
+// out[B, T, N, H], of the type of q, k and v, and the logarithm of the softmax's denominator, lse[B, N, T], for the sinks[N], or none.
+ffi::Error Forward(ffi::ThreadPool pool, Values q, Values k, Values v, Floats sinks, Ints segment_ids,
+                   ffi::Result<Values> out, ffi::Result<Floats> lse, int64_t window) {
+  const Problem p(q, k, segment_ids, window);
   const float* logits = sinks.element_count() ? sinks.typed_data() : nullptr;
-  auto task = [&](int64_t index) {
-    // In a full layer, the last chunks take longest: they run first.
-    const int64_t chunk = p.chunks() - 1 - index / (p.B * p.K), row = index % (p.B * p.K);
-    ForwardChunk(p, logits, row / p.K, row % p.K, chunk, out->typed_data(), lse->typed_data());
-  };
-  RunPhases({{p.B * p.K * p.chunks(), task}}, pool);
+  VisitType(q, [&](auto element) {
+    using T = decltype(element);
+    const Heads<T> heads(q, k, v);
+    auto task = [&](int64_t index) {
+      // In a full layer, the last chunks take longest: they run first.
+      const int64_t chunk = p.chunks() - 1 - index / (p.B * p.K), row = index % (p.B * p.K);
+      ForwardChunk(p, heads, logits, row / p.K, row % p.K, chunk, (T*)out->untyped_data(), lse->typed_data());
+    };
+    RunPhases({{p.B * p.K * p.chunks(), task}}, pool);
+  });
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(Attention, Forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
-                                  .Arg<Floats>().Arg<Ints>().Ret<Floats>().Ret<Floats>().Attr<int64_t>("window"));
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Values>().Arg<Values>().Arg<Values>()
+                                  .Arg<Floats>().Arg<Ints>().Ret<Values>().Ret<Floats>().Attr<int64_t>("window"));

@@ -1,4 +1,4 @@
-// Shared by attention and its gradient. Heads are read and written in place, in [B, T, N, H]. Rows are cut into chunks
+// Shared by attention and its gradient. Heads, of type T, float or bfloat16, are read and written in place, in [B, T, N, H]. Rows are cut into chunks
 // of kChunk tokens. The scores of a few queries and a chunk of keys are computed and used while they are in the L1
 // cache, and tiles of them that no query sees are skipped.
 
@@ -18,15 +18,13 @@ constexpr int kStride = kChunk + 16;
 
 struct Problem {
   int64_t B, T, N, K, H, window;
-  const float *q, *k, *v;
   std::vector<int32_t> starts;  // [B, T], the index at which each token's segment starts
   float scale;
   int64_t width;  // H, padded to whole panels
 
-  Problem(const Floats& q, const Floats& k, const Floats& v, const Ints& segment_ids, int64_t window)
+  Problem(const Values& q, const Values& k, const Ints& segment_ids, int64_t window)
       : B(q.dimensions()[0]), T(q.dimensions()[1]), N(q.dimensions()[2]), K(k.dimensions()[2]), H(q.dimensions()[3]),
-        window(window), q(q.typed_data()), k(k.typed_data()), v(v.typed_data()), starts(B * T),
-        scale(1 / std::sqrt((float)H)), width(CeilDiv(H, kPanelCols) * kPanelCols) {
+        window(window), starts(B * T), scale(1 / std::sqrt((float)H)), width(CeilDiv(H, kPanelCols) * kPanelCols) {
     const int32_t* ids = segment_ids.typed_data();
     for (int64_t i = 0; i < B * T; ++i) starts[i] = i % T && ids[i] == ids[i - 1] ? starts[i - 1] : i % T;
   }
@@ -37,6 +35,14 @@ struct Problem {
   int64_t FirstKey(int64_t b, int64_t t) const { return std::max<int64_t>(starts[b * T + t], t - window + 1); }
   int64_t QueryAt(int64_t b, int64_t t, int64_t n) const { return ((b * T + t) * N + n) * H; }
   int64_t KeyAt(int64_t b, int64_t t, int64_t k) const { return ((b * T + t) * K + k) * H; }
+};
+
+template <typename T>
+struct Heads {
+  const T *q, *k, *v;
+
+  Heads(const Values& q, const Values& k, const Values& v)
+      : q((const T*)q.untyped_data()), k((const T*)k.untyped_data()), v((const T*)v.untyped_data()) {}
 };
 
 // Queries of one head and keys, by their index in row b.
@@ -86,7 +92,8 @@ void Multiply(const float* a, int64_t a_stride, const float* packed, int64_t pan
 }
 
 // Copies rows[count, H], `stride` apart, times `scale`, and pads them to p.width with zeros.
-void CopyRows(const Problem& p, const float* rows, int64_t stride, int64_t count, float scale, float* to) {
+template <typename T>
+void CopyRows(const Problem& p, const T* rows, int64_t stride, int64_t count, float scale, float* to) {
   for (int64_t i = 0; i < count; ++i, rows += stride, to += p.width)
     for (int64_t j = 0; j < p.width; j += kLanes) {
       __builtin_prefetch(rows + kRowsAhead * stride + j);
@@ -95,8 +102,8 @@ void CopyRows(const Problem& p, const float* rows, int64_t stride, int64_t count
 }
 
 // to[count, H] = or += rows[count, p.width] * scale.
-void WriteRows(const Problem& p, const float* rows, int64_t count, float scale, bool adds, float* to,
-               int64_t stride) {
+template <typename T>
+void WriteRows(const Problem& p, const float* rows, int64_t count, float scale, bool adds, T* to, int64_t stride) {
   for (int64_t i = 0; i < count; ++i, rows += p.width, to += stride)
     for (int64_t j = 0; j < p.H; j += kLanes) {
       Vector value = Load(rows + j) * scale;
@@ -106,11 +113,13 @@ void WriteRows(const Problem& p, const float* rows, int64_t count, float scale, 
 }
 
 // A chunk of keys or values, packed as a matrix [H, keys] or [keys, H].
-void PackColumns(const Problem& p, const float* x, const Block& block, int64_t head, float* packed) {
-  Pack({x + p.KeyAt(block.b, block.key, head), 1, p.K * p.H}, p.H, block.keys, packed);
+template <typename T>
+void PackColumns(const Problem& p, const T* x, const Block& block, int64_t head, float* packed) {
+  Pack(Strided<T>{x + p.KeyAt(block.b, block.key, head), 1, p.K * p.H}, p.H, block.keys, packed);
 }
-void PackRows(const Problem& p, const float* x, const Block& block, int64_t head, float* packed) {
-  Pack({x + p.KeyAt(block.b, block.key, head), p.K * p.H, 1}, block.keys, p.H, packed);
+template <typename T>
+void PackRows(const Problem& p, const T* x, const Block& block, int64_t head, float* packed) {
+  Pack(Strided<T>{x + p.KeyAt(block.b, block.key, head), p.K * p.H, 1}, block.keys, p.H, packed);
 }
 
 }  // namespace

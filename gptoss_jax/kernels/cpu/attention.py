@@ -1,5 +1,7 @@
-"""Attention of whole rows on CPU in float32, and its gradient: the kernels in `attention.cc` and
-`attention_grad.cc`. The plain equivalents are `query_chunked_attention` and `blockwise_attention`."""
+"""Attention of whole rows on CPU, and its gradient: the kernels in `attention.cc` and `attention_grad.cc`.
+
+Heads are float32 or bfloat16; the kernels compute in float32. The plain equivalents are
+`query_chunked_attention` and `blockwise_attention`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -40,8 +42,10 @@ def _attention(window: int, *inputs: jax.Array) -> jax.Array:
 
 
 def _forward(window: int, *inputs: jax.Array) -> tuple[jax.Array, tuple[_Inputs, jax.Array, jax.Array]]:
-    B, T, N, _ = inputs[0].shape
-    out_BTNH, lse_BNT = _call("Attention", inputs[0].shape, (B, N, T))(*inputs, window=window)
+    q_BTNH = inputs[0]
+    B, T, N, _ = q_BTNH.shape
+    call = _call("Attention", jax.ShapeDtypeStruct(q_BTNH.shape, q_BTNH.dtype), _float32(B, N, T))
+    out_BTNH, lse_BNT = call(*inputs, window=window)
     return out_BTNH, (inputs, out_BTNH, lse_BNT)
 
 
@@ -49,12 +53,17 @@ def _backward(
     window: int, residuals: tuple[_Inputs, jax.Array, jax.Array], g_BTNH: jax.Array
 ) -> tuple[jax.Array | None, ...]:
     inputs, out_BTNH, lse_BNT = residuals
-    gradients = _call("AttentionGrad", *(x.shape for x in inputs[:4]))
-    return *gradients(*inputs, out_BTNH, lse_BNT, g_BTNH, window=window), None
+    call = _call("AttentionGrad", *(_float32(*x.shape) for x in inputs[:4]))
+    gradients = call(*inputs, out_BTNH, lse_BNT, g_BTNH, window=window)
+    return *(g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=False)), None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:
-    return jax.ffi.ffi_call(build.target(name), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
+def _float32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _call(name: str, *results: jax.ShapeDtypeStruct) -> Callable[..., Sequence[jax.Array]]:
+    return jax.ffi.ffi_call(build.target(name), results)

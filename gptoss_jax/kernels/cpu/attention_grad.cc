@@ -4,8 +4,11 @@
 
 namespace {
 
+// Gradients of the heads are float, because several tasks add to them.
+template <typename T>
 struct Gradients {
-  const float *d_out, *lse;  // lse [B, N, T]
+  const T* d_out;
+  const float* lse;          // [B, N, T]
   const float* delta;        // [B, N, T], the dot products of the output and its gradient
   float *dq, *dk, *dv;
 };
@@ -29,7 +32,8 @@ struct Workspace {
 };
 
 // Computes the weights and the gradients of the scores of kTileRows queries; zero for keys that they do not see.
-void ScoreGradients(const Problem& p, const Gradients& g, const Block& block, int64_t n, int64_t row,
+template <typename T>
+void ScoreGradients(const Problem& p, const Gradients<T>& g, const Block& block, int64_t n, int64_t row,
                     const Range& range, const Workspace& w) {
   float *weights = w.weights + row * kStride, *d_scores = w.d_scores + row * kStride;
   const int64_t width = range.end - range.begin, panel_size = kPanelCols * p.H;
@@ -54,21 +58,22 @@ void ScoreGradients(const Problem& p, const Gradients& g, const Block& block, in
 
 // A task of the backward pass: a chunk of queries, of all heads that share a key/value head, and a chunk of keys. The
 // first task of a chunk, with its own keys, writes the gradients, the others add to them.
-void BackwardChunks(const Problem& p, const Gradients& g, int64_t head, const Block& block) {
+template <typename T>
+void BackwardChunks(const Problem& p, const Heads<T>& heads, const Gradients<T>& g, int64_t head, const Block& block) {
   const bool adds = block.query != block.key;
   if (adds && p.FirstKey(block.b, block.query) >= block.key + block.keys) return;
   const int64_t rows = kChunk * p.width, query_stride = p.N * p.H, key_stride = p.K * p.H;
   const Workspace w(rows);
-  PackColumns(p, p.k, block, head, w.key_columns);
-  PackRows(p, p.k, block, head, w.key_rows);
-  PackColumns(p, p.v, block, head, w.value_columns);
+  PackColumns(p, heads.k, block, head, w.key_columns);
+  PackRows(p, heads.k, block, head, w.key_rows);
+  PackColumns(p, heads.v, block, head, w.value_columns);
   std::memset(w.dk, 0, rows * sizeof(float)), std::memset(w.dv, 0, rows * sizeof(float));
   for (int64_t n = head * p.group(); n < (head + 1) * p.group(); ++n) {
     const int64_t at = p.QueryAt(block.b, block.query, n);
-    CopyRows(p, p.q + at, query_stride, block.queries, p.scale, w.q_rows);
+    CopyRows(p, heads.q + at, query_stride, block.queries, p.scale, w.q_rows);
     CopyRows(p, g.d_out + at, query_stride, block.queries, 1, w.d_out_rows);
-    Pack({w.q_rows, p.width, 1}, block.queries, p.width, w.q_packed);
-    Pack({w.d_out_rows, p.width, 1}, block.queries, p.width, w.d_out_packed);
+    Pack(Strided<float>{w.q_rows, p.width, 1}, block.queries, p.width, w.q_packed);
+    Pack(Strided<float>{w.d_out_rows, p.width, 1}, block.queries, p.width, w.d_out_packed);
     for (int64_t row = 0; row < block.queries; row += kTileRows) {
       const Range range = VisibleKeys(p, block, row);
       ScoreGradients(p, g, block, n, row, range, w);
@@ -97,7 +102,8 @@ void BackwardChunks(const Problem& p, const Gradients& g, int64_t head, const Bl
 }
 
 // delta[B, N, T] of a chunk of tokens.
-void DotProducts(const Problem& p, int64_t b, int64_t chunk, const float* out, const float* d_out, float* delta) {
+template <typename T>
+void DotProducts(const Problem& p, int64_t b, int64_t chunk, const T* out, const T* d_out, float* delta) {
   for (int64_t t = chunk * kChunk; t < std::min<int64_t>(p.T, (chunk + 1) * kChunk); ++t)
     for (int64_t n = 0; n < p.N; ++n) {
       const int64_t at = p.QueryAt(b, t, n);
@@ -109,7 +115,8 @@ void DotProducts(const Problem& p, int64_t b, int64_t chunk, const float* out, c
 }
 
 // The gradient of head n's sink.
-float SinkGradient(const Problem& p, int64_t n, float sink, const Gradients& g) {
+template <typename T>
+float SinkGradient(const Problem& p, int64_t n, float sink, const Gradients<T>& g) {
   Vector sum = {};
   for (int64_t b = 0; b < p.B; ++b)
     for (int64_t t = 0, at = (b * p.N + n) * p.T; t < p.T; t += kLanes)
@@ -117,38 +124,42 @@ float SinkGradient(const Problem& p, int64_t n, float sink, const Gradients& g) 
   return HorizontalSum(sum);
 }
 
-// The gradients of q, k, v and the sinks, if there are any.
-ffi::Error Backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Floats sinks, Ints segment_ids, Floats out,
-                    Floats lse, Floats d_out, ffi::Result<Floats> dq, ffi::Result<Floats> dk, ffi::Result<Floats> dv,
+// The gradients of q, k, v and the sinks, if there are any, all float. q, k, v, out and d_out have one type.
+ffi::Error Backward(ffi::ThreadPool pool, Values q, Values k, Values v, Floats sinks, Ints segment_ids, Values out,
+                    Floats lse, Values d_out, ffi::Result<Floats> dq, ffi::Result<Floats> dk, ffi::Result<Floats> dv,
                     ffi::Result<Floats> d_sinks, int64_t window) {
-  const Problem p(q, k, v, segment_ids, window);
+  const Problem p(q, k, segment_ids, window);
   const int64_t chunks = p.chunks(), pairs = p.B * p.K, num_sinks = sinks.element_count();
   const auto delta = Uninitialized(p.B * p.N * p.T);
-  const Gradients g{d_out.typed_data(), lse.typed_data(), delta.get(),
-                    dq->typed_data(), dk->typed_data(), dv->typed_data()};
-  std::vector<Phase> phases{{p.B * chunks, [&](int64_t index) {
-    DotProducts(p, index / chunks, index % chunks, out.typed_data(), g.d_out, delta.get());
-  }}};
-  if (num_sinks)
-    phases.push_back({num_sinks, [&](int64_t n) {
-      d_sinks->typed_data()[n] = SinkGradient(p, n, sinks.typed_data()[n], g);
-    }});
-  // In each phase, a chunk of keys meets the chunk of queries `distance` after it: no two tasks write to the same
-  // memory, and the order of all sums is fixed.
-  for (int64_t distance = 0; distance < chunks && (distance - 1) * kChunk + 1 < window; ++distance)
-    phases.push_back({pairs * (chunks - distance), [&, distance](int64_t index) {
-      const int64_t pair = index % pairs, key = index / pairs * kChunk, query = key + distance * kChunk;
-      const Block block{pair / p.K, query, std::min<int64_t>(kChunk, p.T - query), key,
-                        std::min<int64_t>(kChunk, p.T - key)};
-      BackwardChunks(p, g, pair % p.K, block);
-    }});
-  RunPhases(std::move(phases), pool);
+  VisitType(q, [&](auto element) {
+    using T = decltype(element);
+    const Heads<T> heads(q, k, v);
+    const Gradients<T> g{(const T*)d_out.untyped_data(), lse.typed_data(), delta.get(),
+                         dq->typed_data(), dk->typed_data(), dv->typed_data()};
+    std::vector<Phase> phases{{p.B * chunks, [&](int64_t index) {
+      DotProducts(p, index / chunks, index % chunks, (const T*)out.untyped_data(), g.d_out, delta.get());
+    }}};
+    if (num_sinks)
+      phases.push_back({num_sinks, [&](int64_t n) {
+        d_sinks->typed_data()[n] = SinkGradient(p, n, sinks.typed_data()[n], g);
+      }});
+    // In each phase, a chunk of keys meets the chunk of queries `distance` after it: no two tasks write to the same
+    // memory, and the order of all sums is fixed.
+    for (int64_t distance = 0; distance < chunks && (distance - 1) * kChunk + 1 < window; ++distance)
+      phases.push_back({pairs * (chunks - distance), [&, distance](int64_t index) {
+        const int64_t pair = index % pairs, key = index / pairs * kChunk, query = key + distance * kChunk;
+        const Block block{pair / p.K, query, std::min<int64_t>(kChunk, p.T - query), key,
+                          std::min<int64_t>(kChunk, p.T - key)};
+        BackwardChunks(p, heads, g, pair % p.K, block);
+      }});
+    RunPhases(std::move(phases), pool);
+  });
   return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttentionGrad, Backward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
-                                  .Arg<Floats>().Arg<Ints>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>()
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Values>().Arg<Values>().Arg<Values>()
+                                  .Arg<Floats>().Arg<Ints>().Arg<Values>().Arg<Floats>().Arg<Values>().Ret<Floats>()
                                   .Ret<Floats>().Ret<Floats>().Ret<Floats>().Attr<int64_t>("window"));

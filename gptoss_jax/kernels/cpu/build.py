@@ -43,9 +43,9 @@ HANDLERS = (
 
 
 def is_usable(kernel: str, *dtypes: jnp.dtype) -> bool:
-    """Returns True if a kernel of this folder can be used for operands of these dtypes: float32 on CPU,
-    enabled (`selection.is_enabled`), and compiled."""
-    fits = backend.platform() == "cpu" and all(dtype == jnp.float32 for dtype in dtypes)
+    """Returns True if a kernel of this folder can be used for operands of these dtypes: float32 or bfloat16
+    on CPU, enabled (`selection.is_enabled`), and compiled."""
+    fits = backend.platform() == "cpu" and all(dtype in (jnp.float32, jnp.bfloat16) for dtype in dtypes)
     return fits and selection.is_enabled(kernel) and is_available()
 
 

@@ -12,12 +12,17 @@
 #include <utility>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Bytes = ffi::Buffer<ffi::U8>;
 using Ints = ffi::Buffer<ffi::S32>;
+using Values = ffi::AnyBuffer;  // float or bfloat16
 
 // NATIVE_LANES makes vectors fit the registers of AVX2: compilers compare wider ones lane by lane.
 #if defined(NATIVE_LANES) && defined(__AVX2__) && !defined(__AVX512F__)
@@ -28,20 +33,86 @@ using Ints = ffi::Buffer<ffi::S32>;
 constexpr int kLanes = VECTOR_LANES;
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-// Static, because files differ in VECTOR_LANES.
-static inline Vector Load(const float* from) { return *(const Vector*)from; }
-static inline void Store(float* to, Vector value) { *(Vector*)to = value; }
+// A bfloat16: the upper half of a float. Only memory has them: they are loaded as floats, and rounded when stored.
+struct BFloat16 {
+  uint16_t half;
+};
+// A float that is rounded to bfloat16 when it is loaded.
+struct Rounded {
+  float value;
+};
 
-// Loads the first `count` lanes, with `count` clamped to the valid range; the others are zero.
-static inline Vector LoadPartial(const float* from, int64_t count) {
-  if (count >= kLanes) return Load(from);
-  Vector value = {};
-  if (count > 0) std::memcpy(&value, from, count * sizeof(float));
-  return value;
+// Calls f with an element of the type of the values.
+template <typename F>
+auto VisitType(const Values& values, F f) {
+  return values.element_type() == ffi::BF16 ? f(BFloat16{}) : f(0.0f);
 }
-static inline void StorePartial(float* to, Vector value, int64_t count) {
-  if (count >= kLanes) return Store(to, value);
-  if (count > 0) std::memcpy(to, &value, count * sizeof(float));
+
+// Types of the lanes of a vector V in memory. As a template argument, V itself loses its attributes.
+template <typename V>
+struct LanesOf {
+  typedef float Floats __attribute__((vector_size(sizeof(V)), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(V)), may_alias));
+  typedef uint16_t Halves __attribute__((vector_size(sizeof(V) / 2), aligned(2), may_alias));
+};
+
+// Rounds to nearest, ties to even, in the upper halves of the lanes.
+template <typename V>
+static inline typename LanesOf<V>::Bits RoundBits(V value) {
+  typedef typename LanesOf<V>::Bits Bits;
+  const Bits bits = (Bits)value, nan = Bits{} + 0x7fc00000u;
+  return value == value ? bits + 0x7fffu + (bits >> 16 & 1u) : nan;
+}
+
+// Static, because files differ in VECTOR_LANES.
+template <typename V = Vector>
+static inline V Load(const float* from) {
+  return *(const typename LanesOf<V>::Floats*)from;
+}
+template <typename V = Vector>
+static inline V Load(const BFloat16* from) {
+#ifdef __AVX2__
+  // GCC 12 would convert halves of the vector.
+  if constexpr (sizeof(V) == 32)
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#endif
+  return (V)(__builtin_convertvector(*(const typename LanesOf<V>::Halves*)from, typename LanesOf<V>::Bits) << 16);
+}
+template <typename V = Vector>
+static inline V Load(const Rounded* from) {
+  return (V)(RoundBits(Load<V>(&from->value)) & 0xffff0000u);
+}
+template <typename T>
+static inline float LoadOne(const T* from) {
+  typedef float One __attribute__((vector_size(sizeof(float))));
+  return Load<One>(from)[0];
+}
+template <typename V>
+static inline void Store(float* to, V value) {
+  *(typename LanesOf<V>::Floats*)to = value;
+}
+template <typename V>
+static inline void Store(BFloat16* to, V value) {
+  typedef typename LanesOf<V>::Halves Halves;
+  *(Halves*)to = __builtin_convertvector(RoundBits(value) >> 16, Halves);
+}
+
+// Loads or stores the first `count` lanes, with `count` clamped to the valid range; other lanes are loaded as zero.
+template <typename V = Vector, typename T>
+static inline V LoadPartial(const T* from, int64_t count) {
+  constexpr int lanes = sizeof(V) / sizeof(float);
+  if (count >= lanes) return Load<V>(from);
+  T values[lanes] = {};
+  if (count > 0) std::memcpy(values, from, count * sizeof(T));
+  return Load<V>(values);
+}
+template <typename V, typename T>
+static inline void StorePartial(T* to, V value, int64_t count) {
+  constexpr int lanes = sizeof(V) / sizeof(float);
+  if (count >= lanes) return Store(to, value);
+  T values[lanes];
+  Store(values, value);
+  if (count > 0) std::memcpy(to, values, count * sizeof(T));
 }
 
 static inline Vector Broadcast(float value) { return Vector{} + value; }

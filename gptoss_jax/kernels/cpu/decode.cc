@@ -28,24 +28,27 @@ void ZeroOtherRows(const std::vector<int64_t>& rows, Floats y) {
   }
 }
 
-// y_i = x w_i[layer] for every weight, [layers, inner, columns].
-ffi::Error Matmul(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights, ffi::RemainingRets results) {
+// y_i = x w_i[layer] for every weight, [layers, inner, columns], float or bfloat16.
+ffi::Error Matmul(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights, ffi::RemainingRets results,
+                  bool rounded) {
   const int64_t num_rows = x.dimensions()[0], inner = x.dimensions()[1];
   const std::vector<int64_t> rows = NonzeroRows(x);
   std::vector<SplitMatmul> matmuls;
   std::vector<std::pair<size_t, int64_t>> tasks;  // of which matmul
-  std::vector<const float*> w;
   for (size_t i = 0; i < results.size(); ++i) {
     Floats y = **results.get<Floats>(i);
     ZeroOtherRows(rows, y);
     matmuls.emplace_back(WorkSplit(1, inner, y.dimensions()[1]), num_rows, y.typed_data());
-    w.push_back(weights.get<Floats>(i)->typed_data() + layer.typed_data()[0] * inner * y.dimensions()[1]);
     for (int64_t task = 0; task < matmuls[i].split.num_tasks(); ++task) tasks.emplace_back(i, task);
   }
   auto multiply = [&](int64_t index) {
     const auto [i, task] = tasks[index];
-    matmuls[i].Multiply(matmuls[i].split.task(task), w[i], nullptr, rows,
-                        [&](int64_t r) { return x.typed_data() + r * inner; });
+    const SplitMatmul& matmul = matmuls[i];
+    const int64_t start = layer.typed_data()[0] * inner * matmul.split.columns;
+    VisitWeights(*weights.get<Values>(i), rounded, start, [&, task = task](auto* w) {
+      matmul.Multiply(matmul.split.task(task), w, nullptr, rows,
+                      [&](int64_t r) { return x.typed_data() + r * inner; });
+    });
   };
   auto add = [&](int64_t index) {
     for (const SplitMatmul& matmul : matmuls) matmul.AddPartialSums(rows[index]);
@@ -56,11 +59,12 @@ ffi::Error Matmul(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs
 
 // Matmul with transposed weights, [layers, columns, inner].
 ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::RemainingArgs weights,
-                            ffi::RemainingRets results) {
+                            ffi::RemainingRets results, bool rounded) {
   const int64_t inner = x.dimensions()[1];
   const std::vector<int64_t> rows = NonzeroRows(x);
   struct Task {
-    const float* w;
+    Values w;
+    int64_t start;  // in w
     float* y;
     int64_t num_columns, y_stride;
   };
@@ -69,9 +73,9 @@ ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::Rem
     Floats y = **results.get<Floats>(i);
     ZeroOtherRows(rows, y);
     const int64_t columns = y.dimensions()[1], step = TaskColumns(columns, columns, pool);
-    const float* w = weights.get<Floats>(i)->typed_data() + layer.typed_data()[0] * inner * columns;
     for (int64_t c = 0; c < columns; c += step)
-      tasks.push_back({w + c * inner, y.typed_data() + c, std::min(step, columns - c), columns});
+      tasks.push_back({*weights.get<Values>(i), (layer.typed_data()[0] * columns + c) * inner, y.typed_data() + c,
+                       std::min(step, columns - c), columns});
   }
   auto multiply = [&](int64_t index) {
     const Task& task = tasks[index];
@@ -79,7 +83,7 @@ ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::Rem
       TokenBlock t;
       for (int i = 0; i < n; ++i)
         t.x[i] = x.typed_data() + rows[first + i] * inner, t.y[i] = task.y + rows[first + i] * task.y_stride;
-      DotRows<n()>(t, task.w, inner, task.num_columns);
+      VisitWeights(task.w, rounded, task.start, [&](auto* w) { DotRows<n()>(t, w, inner, task.num_columns); });
     });
   };
   RunPhases({{(int64_t)tasks.size(), multiply}}, pool);
@@ -100,8 +104,8 @@ void Softmax(float* scores, int64_t count, float scale, const float* sink) {
 }
 
 // Attention of one query per sequence, q [B, N, H], to the first counts[b] slots of keys and values [layers, B, K, S,
-// H]; zeros for a count of 0. sinks [N] may be empty.
-ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, Ints layer, Ints counts, Floats sinks,
+// H], float or bfloat16; zeros for a count of 0. sinks [N] may be empty.
+ffi::Error Attention(ffi::ThreadPool pool, Floats q, Values keys, Values values, Ints layer, Ints counts, Floats sinks,
                      ffi::Result<Floats> y) {
   const auto sizes = keys.dimensions();
   const int64_t B = sizes[1], K = sizes[2], S = sizes[3], H = sizes[4], G = q.dimensions()[1] / K;
@@ -117,7 +121,7 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats keys, Floats values,
       TokenBlock t;
       for (int i = 0; i < n; ++i)
         t.x[i] = q.typed_data() + (task * G + first + i) * H, t.y[i] = weights.get() + (first + i) * count;
-      DotRows<n()>(t, keys.typed_data() + start, H, count);
+      VisitWeights(keys, false, start, [&](auto* rows) { DotRows<n()>(t, rows, H, count); });
     });
     std::vector<const float*> from(G);
     std::vector<float*> to(G);
@@ -126,14 +130,15 @@ ffi::Error Attention(ffi::ThreadPool pool, Floats q, Floats keys, Floats values,
       Softmax(weights.get() + g * count, count, 1 / std::sqrt((float)H), sink);
       from[g] = weights.get() + g * count, to[g] = out + g * H;
     }
-    AddProducts(from, to, values.typed_data() + start, H, count, H);
+    VisitWeights(values, false, start, [&](auto* rows) { AddProducts(from, to, rows, H, count, H); });
   };
   RunPhases({{B * K, attend}}, pool);
   return ffi::Error::Success();
 }
 
 auto BindMatmul() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Ints>().RemainingArgs().RemainingRets();
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Ints>().RemainingArgs().RemainingRets()
+      .Attr<bool>("rounded");
 }
 
 }  // namespace
@@ -141,5 +146,5 @@ auto BindMatmul() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeMatmul, Matmul, BindMatmul());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeMatmulTransposed, MatmulTransposed, BindMatmul());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, Attention,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Values>().Arg<Values>()
                                   .Arg<Ints>().Arg<Ints>().Arg<Floats>().Ret<Floats>());

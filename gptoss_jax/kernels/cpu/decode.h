@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kTokenBlock = 4;           // tokens per pass over a matrix
 constexpr int64_t kInnerBlock = 64;      // matrix rows that stay in cache for the next tokens
-constexpr int64_t kPrefetchDistance = 768;  // in floats, into the L2 cache
+constexpr int64_t kPrefetchDistance = 3072;  // in bytes, into the L2 cache
 constexpr int64_t kMaxSplitRows = 192;   // per task of a WorkSplit
 constexpr int64_t kMaxSplitCols = 2048;
 constexpr int64_t kMaxCols = 512;        // per task, if a matrix is split only by columns
@@ -24,6 +24,18 @@ constexpr int64_t kMinCols = 64;
 int64_t TaskColumns(int64_t columns, int64_t width, ffi::ThreadPool& pool) {
   const int64_t share = columns / (3 * std::max<int64_t>(pool.num_threads(), 1)) / kLanes * kLanes;
   return std::min(std::max(share, kMinCols), std::min(kMaxCols, CeilDiv(width, kLanes) * kLanes));
+}
+
+// Calls f with the weights from index `start` on. Floats are rounded to bfloat16 as they are read, if `rounded`.
+template <typename F>
+void VisitWeights(const Values& weights, bool rounded, int64_t start, F f) {
+  const void* data = weights.untyped_data();
+  if (weights.element_type() == ffi::BF16)
+    f((const BFloat16*)data + start);
+  else if (rounded)
+    f((const Rounded*)data + start);
+  else
+    f((const float*)data + start);
 }
 
 struct TokenBlock {
@@ -45,12 +57,12 @@ void ForEachRowBlock(int64_t tokens, F f) {
 }
 
 // y[i][0 : columns] += x[i][0 : inner] w[0 : inner, 0 : columns] for each token; rows of w are `stride` apart.
-template <int tokens>
-void AddProduct(const TokenBlock& t, const float* w, int64_t stride, int64_t inner, int64_t columns) {
+template <int tokens, typename W>
+void AddProduct(const TokenBlock& t, const W* w, int64_t stride, int64_t inner, int64_t columns) {
   // For one token, a single stream from memory is fastest. With more, loads and stores of their sums dominate, so
   // process four rows of w at a time.
   constexpr int rows = tokens == 1 ? 1 : 4;
-  const int64_t prefetch = rows == 1 ? kPrefetchDistance : rows * stride;
+  const int64_t prefetch = rows == 1 ? kPrefetchDistance / sizeof(W) : rows * stride;
   int64_t j = 0;
   for (; j + rows <= inner; j += rows, w += rows * stride) {
     Vector x[tokens][rows];
@@ -71,15 +83,16 @@ void AddProduct(const TokenBlock& t, const float* w, int64_t stride, int64_t inn
     }
     for (; c < columns; ++c)
       for (int i = 0; i < tokens; ++i)
-        for (int r = 0; r < rows; ++r) t.y[i][c] += t.x[i][j + r] * w[r * stride + c];
+        for (int r = 0; r < rows; ++r) t.y[i][c] += t.x[i][j + r] * LoadOne(w + r * stride + c);
   }
   for (; j < inner; ++j, w += stride)
     for (int i = 0; i < tokens; ++i)
-      for (int64_t c = 0; c < columns; ++c) t.y[i][c] += t.x[i][j] * w[c];
+      for (int64_t c = 0; c < columns; ++c) t.y[i][c] += t.x[i][j] * LoadOne(w + c);
 }
 
 // AddProduct for any number of tokens.
-void AddProducts(const std::vector<const float*>& x, const std::vector<float*>& y, const float* w, int64_t stride,
+template <typename W>
+void AddProducts(const std::vector<const float*>& x, const std::vector<float*>& y, const W* w, int64_t stride,
                  int64_t inner, int64_t columns) {
   for (int64_t from = 0; from < inner; from += kInnerBlock) {
     ForEachRowBlock(x.size(), [&](int64_t first, auto n) {
@@ -91,12 +104,12 @@ void AddProducts(const std::vector<const float*>& x, const std::vector<float*>& 
 }
 
 // y[i][0 : columns] = x[i][0 : inner] w[0 : columns, 0 : inner]^T for each token.
-template <int tokens>
-void DotRows(const TokenBlock& t, const float* w, int64_t inner, int64_t columns) {
+template <int tokens, typename W>
+void DotRows(const TokenBlock& t, const W* w, int64_t inner, int64_t columns) {
   constexpr int rows = kLanes < 16 && tokens > 2 ? 2 : 4;  // of w at a time; their sums are in registers
   for (int64_t c = 0; c < columns; c += rows) {
     const int count = std::min<int64_t>(rows, columns - c);
-    const float* row[rows];
+    const W* row[rows];
     for (int r = 0; r < rows; ++r) row[r] = w + (c + std::min(r, count - 1)) * inner;
     Vector sum[tokens][rows] = {};
     int64_t j = 0;
@@ -108,7 +121,7 @@ void DotRows(const TokenBlock& t, const float* w, int64_t inner, int64_t columns
     for (int i = 0; i < tokens; ++i)
       for (int r = 0; r < count; ++r) {
         float total = HorizontalSum(sum[i][r]);
-        for (int64_t k = j; k < inner; ++k) total += t.x[i][k] * row[r][k];
+        for (int64_t k = j; k < inner; ++k) total += t.x[i][k] * LoadOne(row[r] + k);
         t.y[i][c + r] = total;
       }
   }
@@ -152,8 +165,8 @@ struct SplitMatmul {
   int64_t size() const { return num_rows * split.columns; }
 
   // Computes the given rows of y with their w and bias (or null); x(r) is the row of x for row r of y.
-  template <typename X>
-  void Multiply(const WorkSplit::Task& t, const float* w, const float* bias, const std::vector<int64_t>& rows,
+  template <typename W, typename X>
+  void Multiply(const WorkSplit::Task& t, const W* w, const float* bias, const std::vector<int64_t>& rows,
                 X x) const {
     std::vector<const float*> from;
     std::vector<float*> to;

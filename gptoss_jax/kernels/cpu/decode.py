@@ -1,5 +1,7 @@
 """Decoding on CPU: matmuls of a few tokens with much larger matrices, by the kernels in `decode.cc` and
-`decode_experts.cc`. Run time is the time to read each used matrix once.
+`decode_experts.cc`. Run time is the time to read each used matrix once, in float32 or bfloat16.
+
+Activations are float32 in the kernels: those in bfloat16 are converted, and results are rounded once.
 
 If they are not supported, `parallel.linear`, `model.moe` and `kernels.attention` use XLA instead.
 """
@@ -21,26 +23,25 @@ MAX_DECODE_TOKENS = 16
 
 
 def is_supported(kernel: str, tokens: int, dtype: jnp.dtype) -> bool:
-    """Returns True if a kernel of this module can be used: float32 on one CPU device, at most
-    MAX_DECODE_TOKENS tokens, enabled (`selection.is_enabled`), and compiled."""
+    """Returns True if a kernel of this module can be used: on one CPU device, at most MAX_DECODE_TOKENS
+    tokens, enabled (`selection.is_enabled`), and compiled."""
     fits = tokens <= MAX_DECODE_TOKENS and not backend.is_multi_device()
     return fits and build.is_usable(kernel, dtype)
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
-    """Returns True if `einsum` can be used for the tokens of `x`, with a result of the same dtype."""
+    """Returns True if `einsum` can be used for the tokens of `x`."""
     x_letters, y_letters = equation.split(",")[0], equation.split("->")[1]
     tokens = math.prod(size for letter, size in zip(x_letters, x.shape, strict=True) if letter in y_letters)
-    return result_type in (None, x.dtype) and is_supported("decode_matmul", tokens, x.dtype)
+    fits = result_type in (None, x.dtype, jnp.float32)
+    return fits and is_supported("decode_matmul", tokens, x.dtype)
 
 
 def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | LayerView]) -> bool:
-    """Returns True if `experts` can be used: few tokens, and weights that are LayerViews, as in decoding, in
-    the dtype of `x_MD` or in MXFP4. Not differentiable."""
+    """Returns True if `experts` can be used: few tokens, and weights that are LayerViews, as in decoding. Not
+    differentiable."""
     matrices = [value for name, value in parameters.items() if not name.endswith("_bias")]
-    is_view = all(
-        isinstance(value, LayerView) and value.dtype in (x_MD.dtype, jnp.uint8) for value in matrices
-    )
+    is_view = all(isinstance(value, LayerView) for value in matrices)
     kernel = "decode_mxfp4_experts" if "down_blocks" in parameters else "decode_experts"
     return is_view and is_supported(kernel, x_MD.shape[0], x_MD.dtype)
 
@@ -50,9 +51,11 @@ def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Arr
     return jax.ffi.ffi_call(build.target(name), results, vmap_method="sequential")
 
 
-def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax.Array]:
-    """Returns `jnp.einsum(equation, x, weight)`, float32, for each weight in `layers`, in one call. Not
-    differentiable.
+def einsum(
+    equation: str, x: jax.Array, layers: Sequence[LayerView], result_type: jnp.dtype | None = None
+) -> list[jax.Array]:
+    """Returns `jnp.einsum(equation, x, weight)` for each weight in `layers`, in one call; in the dtype of `x`
+    or in float32. Not differentiable.
 
     The contracted letters must be the last of `x`, and the first or last of the weights.
     """
@@ -68,10 +71,17 @@ def einsum(equation: str, x: jax.Array, layers: Sequence[LayerView]) -> list[jax
         "DecodeMatmulTransposed" if transposed else "DecodeMatmul",
         *((tokens, math.prod(layer.shape) // inner) for layer in layers),
     )
-    results = call(x.reshape(tokens, inner), jnp.int32(layers[0].index), *(layer.stack for layer in layers))
+    results = call(
+        x.reshape(tokens, inner).astype(jnp.float32),
+        jnp.int32(layers[0].index),
+        *(layer.stack for layer in layers),
+        rounded=x.dtype == jnp.bfloat16,
+    )
     kept, outer = x.shape[: x.ndim - len(summed)], [letter for letter in w_letters if letter not in summed]
     return [
-        y.reshape(*kept, *(layer.shape[w_letters.index(letter)] for letter in outer))
+        y.reshape(*kept, *(layer.shape[w_letters.index(letter)] for letter in outer)).astype(
+            result_type or x.dtype
+        )
         for y, layer in zip(results, layers, strict=True)
     ]
 
@@ -83,7 +93,7 @@ def experts(
     parameters: Mapping[str, jax.Array | LayerView],
     swiglu: tuple[float, float | None, float],
 ) -> jax.Array:
-    """Returns the weighted sum of the outputs of each token's experts, float32 [M, D].
+    """Returns the weighted sum of the outputs of each token's experts, [M, D] in the dtype of `x_MD`.
 
     Reads only the matrices of the selected experts, once.
 
@@ -102,8 +112,9 @@ def experts(
         bias = parameters.get(f"{name}_bias")
         operands.append(_no_values() if bias is None else read(bias).astype(jnp.float32))
     alpha, limit, up_offset = swiglu
+    rounding = {} if is_mxfp4 else {"rounded": x_MD.dtype == jnp.bfloat16}
     (y_MD,) = _call("DecodeExpertsMxfp4" if is_mxfp4 else "DecodeExperts", x_MD.shape)(
-        x_MD,
+        x_MD.astype(jnp.float32),
         experts_MX.astype(jnp.int32),
         weights_MX,
         jnp.int32(views[0].index),
@@ -111,8 +122,9 @@ def experts(
         alpha=np.float32(alpha),
         limit=np.float32(math.inf if limit is None else limit),
         up_offset=np.float32(up_offset),
+        **rounding,
     )
-    return y_MD
+    return y_MD.astype(x_MD.dtype)
 
 
 def attention(
@@ -122,11 +134,12 @@ def attention(
     where `seen_B` is 0.
 
     Args:
-      keys, values: [B, K, S, H] of one layer; query head n uses key/value head n // G.
+      keys, values: [B, K, S, H] of one layer, float32 or bfloat16; query head n uses key/value head n // G.
     """
     sinks = _no_values() if sinks_N is None else sinks_N.astype(jnp.float32)
-    operands = q_BNH, keys.stack, values.stack, jnp.int32(keys.index), seen_B.astype(jnp.int32), sinks
-    return _call("DecodeAttention", q_BNH.shape)(*operands)[0]
+    operands = keys.stack, values.stack, jnp.int32(keys.index), seen_B.astype(jnp.int32), sinks
+    (y_BNH,) = _call("DecodeAttention", q_BNH.shape)(q_BNH.astype(jnp.float32), *operands)
+    return y_BNH.astype(q_BNH.dtype)
 
 
 def _no_values() -> np.ndarray:

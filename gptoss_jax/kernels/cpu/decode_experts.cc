@@ -62,10 +62,10 @@ struct Routing {
 const float* DataOrNull(Floats& bias) { return bias.element_count() ? bias.typed_data() : nullptr; }
 
 // y [M, D] = the weighted sum of the outputs of each token's experts. gate_up [layers, E, D, 2, F] and down [layers, E,
-// F, D] have all layers; the biases [E, 2, F] and [E, D], which may be empty, have one.
-ffi::Error Experts(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights, Ints layer, Floats gate_up,
-                   Floats gate_up_bias, Floats down, Floats down_bias, ffi::Result<Floats> y, float alpha, float limit,
-                   float up_offset) {
+// F, D], float or bfloat16, have all layers; the biases [E, 2, F] and [E, D], which may be empty, have one.
+ffi::Error Experts(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights, Ints layer, Values gate_up,
+                   Floats gate_up_bias, Values down, Floats down_bias, ffi::Result<Floats> y, float alpha, float limit,
+                   float up_offset, bool rounded) {
   const Routing routing(x, experts, weights, layer, down.dimensions()[1]);
   const SwiGLU swiglu{alpha, limit, up_offset};
   const int64_t D = routing.D, F = down.dimensions()[2], rows = routing.num_rows(), groups = routing.groups.size();
@@ -73,15 +73,16 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights,
   const SplitMatmul up_matmul(WorkSplit(groups, D, 2 * F), rows, h.get());
   const SplitMatmul down_matmul(WorkSplit(groups, F, D), rows, z.get());
 
-  auto multiply = [&](const SplitMatmul& matmul, int64_t index, const float* w, const float* bias, auto input) {
+  auto multiply = [&](const SplitMatmul& matmul, int64_t index, const Values& weights, const float* bias, auto input) {
     const auto task = matmul.split.task(index);
     const auto& group = routing.groups[task.group];
     const int64_t columns = matmul.split.columns;
-    matmul.Multiply(task, w + group.matrix * matmul.split.inner * columns, bias ? bias + group.expert * columns : bias,
-                    group.rows, input);
+    VisitWeights(weights, rounded, group.matrix * matmul.split.inner * columns, [&](auto* w) {
+      matmul.Multiply(task, w, bias ? bias + group.expert * columns : bias, group.rows, input);
+    });
   };
   auto multiply_up = [&](int64_t index) {
-    multiply(up_matmul, index, gate_up.typed_data(), DataOrNull(gate_up_bias),
+    multiply(up_matmul, index, gate_up, DataOrNull(gate_up_bias),
              [&](int64_t r) { return x.typed_data() + r / routing.X * D; });
   };
   auto activate = [&](int64_t index) {
@@ -91,7 +92,7 @@ ffi::Error Experts(ffi::ThreadPool pool, Floats x, Ints experts, Floats weights,
     }
   };
   auto multiply_down = [&](int64_t index) {
-    multiply(down_matmul, index, down.typed_data(), DataOrNull(down_bias),
+    multiply(down_matmul, index, down, DataOrNull(down_bias),
              [&](int64_t r) { return h.get() + r * 2 * F; });
   };
   RunPhases({{up_matmul.split.num_tasks(), multiply_up}, {groups, activate},
@@ -169,7 +170,8 @@ auto BindSwiGLU(Binding binding) {
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeExperts, Experts,
-                              BindSwiGLU(BindRouting().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>()));
+                              BindSwiGLU(BindRouting().Arg<Values>().Arg<Floats>().Arg<Values>().Arg<Floats>())
+                                  .Attr<bool>("rounded"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeExpertsMxfp4, ExpertsMxfp4,
                               BindSwiGLU(BindRouting().Arg<Bytes>().Arg<Bytes>().Arg<Floats>().Arg<Bytes>()
                                              .Arg<Bytes>().Arg<Floats>()));

@@ -1,4 +1,7 @@
-"""Grouped matmul on CPU in float32, with dense or MXFP4 weights: the kernels in `grouped_matmul.cc`."""
+"""Grouped matmul on CPU, with dense or MXFP4 weights: the kernels in `grouped_matmul.cc`.
+
+Operands are float32 or bfloat16; products and sums are in float32, and a result is rounded once.
+"""
 
 import functools
 import math
@@ -18,9 +21,9 @@ def cpu_grouped_matmul(
     x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array, bias_EF: jax.Array | None = None
 ) -> jax.Array:
     """`grouped_matmul`. `w_EDF` may have the matrices of all layers, and `bias_EF` the biases of the layer
-    that has rows."""
+    that has rows. The gradient of the matrices is in their dtype: it is not rounded to that of `x_RD`."""
     bias = _no_bias() if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
-    return _matmul(False, x_RD, w_EDF, bias, group_sizes_E)
+    return _matmul(False, x_RD, w_EDF, bias.astype(jnp.float32), group_sizes_E)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -29,7 +32,7 @@ def _matmul(
 ) -> jax.Array:
     """x w of each group, or x w^T without a bias."""
     w = as_matrices(w)
-    call = _call("GroupedMatmul", (x.shape[0], w.shape[1 if is_transposed else 2]))
+    call = _call("GroupedMatmul", x.dtype, (x.shape[0], w.shape[1 if is_transposed else 2]))
     return call(x, w, bias_EF, group_sizes_E, transposed=is_transposed)[0]
 
 
@@ -38,7 +41,7 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     x, w, bias_EF, group_sizes_E = residuals
     dx = _matmul(not is_transposed, g, w, _no_bias(), group_sizes_E)
-    dw, sums = _weight_gradient(*((g, x) if is_transposed else (x, g)), group_sizes_E)
+    dw, sums = _weight_gradient(*((g, x) if is_transposed else (x, g)), group_sizes_E, w.dtype)
     d_bias = jnp.sum(sums.reshape(-1, *bias_EF.shape), axis=0) if bias_EF.size else bias_EF
     return dx, dw.reshape(w.shape), d_bias, None
 
@@ -50,14 +53,16 @@ def _no_bias() -> jax.Array:
     return jnp.zeros((0, 0), jnp.float32)
 
 
-def _weight_gradient(x_RD: jax.Array, g_RF: jax.Array, group_sizes_E: jax.Array) -> Sequence[jax.Array]:
-    """Returns x^T g of each group, [E, D, F], and the sum of its rows of g, [E, F]."""
+def _weight_gradient(
+    x_RD: jax.Array, g_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype
+) -> Sequence[jax.Array]:
+    """Returns x^T g of each group, [E, D, F], and the sum of its rows of g, [E, F], in float32."""
     E, D, F = group_sizes_E.size, x_RD.shape[1], g_RF.shape[1]
-    return _call("GroupedMatmulWeightGrad", (E, D, F), (E, F))(x_RD, g_RF, group_sizes_E)
+    return _call("GroupedMatmulWeightGrad", dtype, (E, D, F), (E, F))(x_RD, g_RF, group_sizes_E)
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
-    """Returns True if `einsum` can be used: float32 on one device, and an equation of one of its forms."""
+    """Returns True if `einsum` can be used: on one device, for an equation of one of its forms."""
     x_letters, w_letters, y_letters = equation.replace("->", ",").split(",")
     summed = _summed(equation)
     in_order = "".join(letter for letter in x_letters + w_letters if letter not in summed) == y_letters
@@ -84,7 +89,7 @@ def einsum(equation: str, x: jax.Array, layer: LayerView) -> jax.Array:
     rows, columns, groups = math.prod(outer_shape), math.prod(w_shape), layer.stack.shape[0]
     if not x_letters.endswith(summed):
         stack = read(layer).reshape(inner, columns)
-        y = _weight_gradient(x.reshape(inner, rows), stack, jnp.full(1, inner, jnp.int32))[0]
+        y = _weight_gradient(x.reshape(inner, rows), stack, jnp.full(1, inner, jnp.int32), x.dtype)[0]
         return y.reshape(*outer_shape, *w_shape)
     is_transposed = not w_letters.startswith(summed)
     matrix = (columns, inner) if is_transposed else (inner, columns)
@@ -110,9 +115,13 @@ def cpu_mxfp4_matmul(
     """`mxfp4_grouped_matmul` without a bias or, if `transposed`, its gradient in x. Blocks of a matrix are
     dequantized while they are packed into the CPU's cache."""
     F, G = scales_EFG.shape[1:]
-    call = _call("GroupedMatmulMxfp4", (x_RD.shape[0], BLOCK_SIZE * G if transposed else F))
+    call = _call("GroupedMatmulMxfp4", x_RD.dtype, (x_RD.shape[0], BLOCK_SIZE * G if transposed else F))
     return call(x_RD, blocks_EFGC, scales_EFG, group_sizes_E, transposed=transposed)[0]
 
 
-def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:
-    return jax.ffi.ffi_call(build.target(name), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes])
+def _call(
+    name: str, dtype: jnp.dtype, shape: tuple[int, ...], *more: tuple[int, ...]
+) -> Callable[..., Sequence[jax.Array]]:
+    """Returns a kernel; its results have these shapes, the first one this dtype, all others float32."""
+    types = dtype, *(jnp.float32 for _ in more)
+    return jax.ffi.ffi_call(build.target(name), list(map(jax.ShapeDtypeStruct, (shape, *more), types)))

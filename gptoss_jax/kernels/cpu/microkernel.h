@@ -13,8 +13,9 @@
 constexpr int kPanelCols = 2 * kTileLanes;  // columns of C per microkernel
 constexpr int kRowsAhead = 8;               // rows of B between a prefetch and its use
 
+template <typename T>
 struct Strided {
-  const float* data;
+  const T* data;
   int64_t row_stride, col_stride;
 };
 
@@ -32,7 +33,7 @@ __attribute__((noinline)) void Microkernel(const float* a, int64_t a_stride, con
     for (int i = 0; i < rows; ++i)
       for (int side = 0; side < 2; ++side) {
         const int column = side * kTileLanes;
-        sum[i][side] = LoadTile(first + i * first_stride + column, width - column);
+        sum[i][side] = LoadPartial<Tile>(first + i * first_stride + column, width - column);
       }
   }
   for (int64_t j = 0; j < inner; ++j, panel += kPanelCols, a += col_stride) {
@@ -48,20 +49,21 @@ __attribute__((noinline)) void Microkernel(const float* a, int64_t a_stride, con
   for (int i = 0; i < rows; ++i)
     for (int side = 0; side < 2; ++side) {
       const int column = side * kTileLanes;
-      StoreTile(c + i * c_stride + column, sum[i][side], width - column);
+      StorePartial(c + i * c_stride + column, sum[i][side], width - column);
     }
 }
 
 // Packs B[inner, columns] into panels of kPanelCols columns, padded with zeros.
-inline void Pack(const Strided& matrix, int64_t inner, int64_t columns, float* packed) {
-  const float* b = matrix.data;
+template <typename T>
+void Pack(const Strided<T>& matrix, int64_t inner, int64_t columns, float* packed) {
+  const T* b = matrix.data;
   if (matrix.col_stride == 1) {
     // Row by row, and ahead: processors prefetch a row, but not the start of the next one.
     for (int64_t i = 0; i < inner; ++i, b += matrix.row_stride)
       for (int64_t j = 0; j < columns; j += kPanelCols) {
         __builtin_prefetch(b + kRowsAhead * matrix.row_stride + j);
         for (int x = 0; x < kPanelCols; x += kTileLanes)
-          *(Tile*)(packed + j * inner + i * kPanelCols + x) = LoadTile(b + j + x, columns - j - x);
+          *(Tile*)(packed + j * inner + i * kPanelCols + x) = LoadPartial<Tile>(b + j + x, columns - j - x);
       }
     return;
   }
@@ -72,7 +74,8 @@ inline void Pack(const Strided& matrix, int64_t inner, int64_t columns, float* p
       for (int x = 0; x < kPanelCols; x += kTileLanes)
         Transpose(b + done + x * matrix.col_stride, matrix.col_stride, packed + done * kPanelCols + x, kPanelCols);
     for (int64_t i = done; i < inner; ++i)
-      for (int x = 0; x < kPanelCols; ++x) packed[i * kPanelCols + x] = x < width ? b[i + x * matrix.col_stride] : 0;
+      for (int x = 0; x < kPanelCols; ++x)
+        packed[i * kPanelCols + x] = x < width ? LoadOne(b + i + x * matrix.col_stride) : 0;
     b += kPanelCols * matrix.col_stride;
   }
 }

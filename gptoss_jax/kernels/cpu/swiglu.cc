@@ -29,36 +29,42 @@ void ForEachVector(int64_t rows, int64_t columns, ffi::ThreadPool pool, F run) {
   RunPhases({{CeilDiv(rows, rows_per_task), task}}, pool);
 }
 
-// y[R, F] of h[R, 2 F].
-ffi::Error Forward(ffi::ThreadPool pool, Floats h, ffi::Result<Floats> y, float alpha, float limit, float up_offset) {
+// y[R, F] of h[R, 2 F], both float or bfloat16.
+ffi::Error Forward(ffi::ThreadPool pool, Values h, ffi::Result<Values> y, float alpha, float limit, float up_offset) {
   const int64_t rows = y->dimensions()[0], columns = y->dimensions()[1];
-  const float* from = h.typed_data();
-  float* to = y->typed_data();
-  ForEachVector(rows, columns, pool, [=](int64_t row, int64_t column, int64_t count) {
-    const float* halves = from + row * 2 * columns + column;
-    const Vector gate = Min(Broadcast(limit), LoadPartial(halves, count));
-    const Vector up = Min(Broadcast(limit), Max(Broadcast(-limit), LoadPartial(halves + columns, count)));
-    StorePartial(to + row * columns + column, gate * Sigmoid(alpha * gate) * (up + up_offset), count);
+  VisitType(h, [&](auto element) {
+    using T = decltype(element);
+    const T* from = (const T*)h.untyped_data();
+    T* to = (T*)y->untyped_data();
+    ForEachVector(rows, columns, pool, [=](int64_t row, int64_t column, int64_t count) {
+      const T* halves = from + row * 2 * columns + column;
+      const Vector gate = Min(Broadcast(limit), LoadPartial(halves, count));
+      const Vector up = Min(Broadcast(limit), Max(Broadcast(-limit), LoadPartial(halves + columns, count)));
+      StorePartial(to + row * columns + column, gate * Sigmoid(alpha * gate) * (up + up_offset), count);
+    });
   });
   return ffi::Error::Success();
 }
 
 // dh[R, 2 F] of h[R, 2 F] and the gradient g[R, F] of the result.
-ffi::Error Backward(ffi::ThreadPool pool, Floats h, Floats g, ffi::Result<Floats> dh, float alpha, float limit,
+ffi::Error Backward(ffi::ThreadPool pool, Values h, Values g, ffi::Result<Values> dh, float alpha, float limit,
                     float up_offset) {
   const int64_t rows = g.dimensions()[0], columns = g.dimensions()[1];
-  const float *from = h.typed_data(), *gradients = g.typed_data();
-  float* to = dh->typed_data();
-  ForEachVector(rows, columns, pool, [=](int64_t row, int64_t column, int64_t count) {
-    const int64_t offset = row * 2 * columns + column;
-    const Vector raw_gate = LoadPartial(from + offset, count), raw_up = LoadPartial(from + offset + columns, count);
-    const Vector gate = Min(Broadcast(limit), raw_gate);
-    const Vector up = Min(Broadcast(limit), Max(Broadcast(-limit), raw_up));
-    const Vector gradient = LoadPartial(gradients + row * columns + column, count);
-    const Vector sigmoid = Sigmoid(alpha * gate), swish = gate * sigmoid;
-    const Vector d_gate = gradient * (up + up_offset) * (sigmoid + alpha * swish * (1.0f - sigmoid));
-    StorePartial(to + offset, d_gate * Slope(raw_gate, limit), count);
-    StorePartial(to + offset + columns, gradient * swish * Slope(Abs(raw_up), limit), count);
+  VisitType(h, [&](auto element) {
+    using T = decltype(element);
+    const T *from = (const T*)h.untyped_data(), *gradients = (const T*)g.untyped_data();
+    T* to = (T*)dh->untyped_data();
+    ForEachVector(rows, columns, pool, [=](int64_t row, int64_t column, int64_t count) {
+      const int64_t offset = row * 2 * columns + column;
+      const Vector raw_gate = LoadPartial(from + offset, count), raw_up = LoadPartial(from + offset + columns, count);
+      const Vector gate = Min(Broadcast(limit), raw_gate);
+      const Vector up = Min(Broadcast(limit), Max(Broadcast(-limit), raw_up));
+      const Vector gradient = LoadPartial(gradients + row * columns + column, count);
+      const Vector sigmoid = Sigmoid(alpha * gate), swish = gate * sigmoid;
+      const Vector d_gate = gradient * (up + up_offset) * (sigmoid + alpha * swish * (1.0f - sigmoid));
+      StorePartial(to + offset, d_gate * Slope(raw_gate, limit), count);
+      StorePartial(to + offset + columns, gradient * swish * Slope(Abs(raw_up), limit), count);
+    });
   });
   return ffi::Error::Success();
 }
@@ -66,8 +72,8 @@ ffi::Error Backward(ffi::ThreadPool pool, Floats h, Floats g, ffi::Result<Floats
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SwiGLU, Forward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Ret<Floats>().Attr<float>("alpha")
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Values>().Ret<Values>().Attr<float>("alpha")
                                   .Attr<float>("limit").Attr<float>("up_offset"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SwiGLUGrad, Backward,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>()
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Values>().Arg<Values>().Ret<Values>()
                                   .Attr<float>("alpha").Attr<float>("limit").Attr<float>("up_offset"));

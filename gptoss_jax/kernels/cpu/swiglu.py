@@ -1,11 +1,10 @@
-"""SwiGLU on CPU in float32: the kernels in `swiglu.cc`, one pass over memory for the result and one for the
-gradient. The plain equivalent is `xla_swiglu_halves` in `model/moe.py`."""
+"""SwiGLU on CPU: the kernels in `swiglu.cc`, one pass over memory for the result and one for the gradient;
+float32 or bfloat16, computed in float32. The plain equivalent is `xla_swiglu_halves` in `model/moe.py`."""
 
 import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptoss_jax.kernels.cpu import build
@@ -30,7 +29,7 @@ swiglu_halves.defvjp(lambda constants, h_RF: (swiglu_halves(constants, h_RF), h_
 
 def _call(name: str, shape: tuple[int, ...], constants: Constants, *operands: jax.Array) -> jax.Array:
     alpha, limit, up_offset = constants
-    call = jax.ffi.ffi_call(build.target(name), jax.ShapeDtypeStruct(shape, jnp.float32))
+    call = jax.ffi.ffi_call(build.target(name), jax.ShapeDtypeStruct(shape, operands[0].dtype))
     return call(
         *operands,
         alpha=np.float32(alpha),

@@ -15,20 +15,6 @@ constexpr int kTileRows = 12, kTileLanes = kLanes;
 #endif
 typedef float Tile __attribute__((vector_size(4 * kTileLanes), aligned(4), may_alias));
 
-// Loads or stores the first `count` lanes, with `count` clamped to the valid range; other lanes are loaded as zero.
-inline Tile LoadTile(const float* from, int64_t count) {
-  if (count >= kTileLanes) return *(const Tile*)from;
-  Tile value = {};
-  if (count > 0) std::memcpy(&value, from, count * sizeof(float));
-  return value;
-}
-inline void StoreTile(float* to, Tile value, int64_t count) {
-  if (count >= kTileLanes)
-    *(Tile*)to = value;
-  else if (count > 0)
-    std::memcpy(to, &value, count * sizeof(float));
-}
-
 // A step of a transpose: swaps a[j] and b[j - step] for each lane j with the bit `step`.
 template <int step, int... lane>
 void ExchangeLanes(Tile& a, Tile& b, std::integer_sequence<int, lane...>) {
@@ -50,10 +36,11 @@ inline void Transpose(Tile* rows) {
   if constexpr (kTileLanes > 8) ExchangeRows<8>(rows);
 }
 
-inline void Transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+template <typename T>
+void Transpose(const T* in, int64_t in_stride, float* out, int64_t out_stride) {
   Tile rows[kTileLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileLanes; ++i) rows[i] = *(const Tile*)(in + i * in_stride);
+  for (int i = 0; i < kTileLanes; ++i) rows[i] = Load<Tile>(in + i * in_stride);
   Transpose(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < kTileLanes; ++i) *(Tile*)(out + i * out_stride) = rows[i];

@@ -17,7 +17,7 @@ from gptoss_jax.kernels.cpu import build
 from gptoss_jax.kernels.cpu.grouped import cpu_grouped_matmul
 from gptoss_jax.kernels.group_tiles import group_of_row, zero_ungrouped
 from gptoss_jax.kernels.grouped_matmul.xla import xla_grouped_matmul
-from gptoss_jax.kernels.layer_view import LayerView, as_groups
+from gptoss_jax.kernels.layer_view import LayerView, as_groups, cast
 from gptoss_jax.kernels.shapes import assert_shapes
 
 
@@ -31,7 +31,8 @@ def grouped_matmul(
 
     Args:
       x_RD: rows sorted by group.
-      w_EDF: one matrix per group; all dimensions after D (in the bias: after E) are outputs.
+      w_EDF: one matrix per group, rounded to the dtype of `x_RD`; all dimensions after D (in the bias: after
+        E) are outputs.
       group_sizes_E: int32, the number of rows in each group; the sum may be less than R.
 
     Returns:
@@ -40,9 +41,9 @@ def grouped_matmul(
     letters = "RD EDF E EF" if len(w_EDF.shape) == 3 else "RD EDPF E EPF"
     assert_shapes(letters, x_RD, w_EDF, group_sizes_E, bias_EF)
     # A view expands to the matrices of all layers, so that kernels read the stack in place.
-    w_GDF, sizes_G = as_groups(w_EDF, group_sizes_E)
-    if build.is_usable("grouped_matmul", x_RD.dtype):
-        return cpu_grouped_matmul(x_RD, w_GDF, sizes_G, bias_EF)
+    if build.is_usable("grouped_matmul", x_RD.dtype, w_EDF.dtype):
+        return cpu_grouped_matmul(x_RD, *as_groups(w_EDF, group_sizes_E), bias_EF)
+    w_GDF, sizes_G = as_groups(cast(w_EDF, x_RD.dtype), group_sizes_E)
     return add_group_bias(_implementation()(x_RD, w_GDF, sizes_G), bias_EF, group_sizes_E)
 
 
