@@ -21,7 +21,7 @@ def cpu_grouped_matmul(
 ) -> jax.Array:
     """`grouped_matmul`. `w_EDF` may have the matrices of all layers, and `bias_EF` the biases of the layer
     that has rows. The gradient of the matrices is in their dtype: it is not rounded to that of `x_RD`."""
-    bias = jnp.zeros((0, 0)) if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
+    bias = jnp.zeros((0, 0), jnp.float32) if bias_EF is None else bias_EF.reshape(bias_EF.shape[0], -1)
     return _matmul(x_RD, w_EDF, bias.astype(jnp.float32), group_sizes_E)
 
 
