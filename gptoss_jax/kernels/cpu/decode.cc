@@ -79,11 +79,15 @@ ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::Rem
   }
   auto multiply = [&](int64_t index) {
     const Task& task = tasks[index];
-    ForEachRowBlock(rows.size(), [&](int64_t first, auto n) {
-      TokenBlock t;
-      for (int i = 0; i < n; ++i)
-        t.x[i] = x.typed_data() + rows[first + i] * inner, t.y[i] = task.y + rows[first + i] * task.y_stride;
-      VisitWeights(task.w, rounded, task.start, [&](auto* w) { DotRows<n()>(t, w, inner, task.num_columns); });
+    const int64_t step = kLanes == 16 ? task.num_columns : std::max<int64_t>(4, kDotFloats / inner);
+    VisitWeights(task.w, rounded, task.start, [&](auto* w) {
+      for (int64_t c = 0; c < task.num_columns; c += step)
+        ForEachRowBlock(rows.size(), [&](int64_t first, auto n) {
+          TokenBlock t;
+          for (int i = 0; i < n; ++i)
+            t.x[i] = x.typed_data() + rows[first + i] * inner, t.y[i] = task.y + rows[first + i] * task.y_stride + c;
+          DotRows<n()>(t, w + c * inner, inner, std::min(step, task.num_columns - c));
+        });
     });
   };
   RunPhases({{(int64_t)tasks.size(), multiply}}, pool);

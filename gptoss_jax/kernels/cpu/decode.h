@@ -19,6 +19,7 @@ constexpr int64_t kMaxSplitRows = 192;   // per task of a WorkSplit
 constexpr int64_t kMaxSplitCols = 2048;
 constexpr int64_t kMaxCols = 512;        // per task, if a matrix is split only by columns
 constexpr int64_t kMinCols = 64;
+constexpr int64_t kDotFloats = 1 << 14;  // of a transposed matrix, that stay in cache for the next tokens
 
 // Columns per task, for `columns` in total, in matrices of `width`, shared by all threads.
 int64_t TaskColumns(int64_t columns, int64_t width, ffi::ThreadPool& pool) {
@@ -59,9 +60,9 @@ void ForEachRowBlock(int64_t tokens, F f) {
 // y[i][0 : columns] += x[i][0 : inner] w[0 : inner, 0 : columns] for each token; rows of w are `stride` apart.
 template <int tokens, typename W>
 void AddProduct(const TokenBlock& t, const W* w, int64_t stride, int64_t inner, int64_t columns) {
-  // For one token, a single stream from memory is fastest. With more, loads and stores of their sums dominate, so
-  // process four rows of w at a time.
-  constexpr int rows = tokens == 1 ? 1 : 4;
+  // For one token, a single stream from memory is fastest with AVX-512. With AVX2 or more tokens, loads and stores of
+  // their sums dominate, so process four rows of w at a time.
+  constexpr int rows = tokens == 1 && kLanes == 16 ? 1 : 4;
   const int64_t prefetch = rows == 1 ? kPrefetchDistance / sizeof(W) : rows * stride;
   int64_t j = 0;
   for (; j + rows <= inner; j += rows, w += rows * stride) {
