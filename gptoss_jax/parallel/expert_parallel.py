@@ -128,7 +128,8 @@ def _saves_residual(primitive: Any, *_: object, **__: object) -> bool:
     """Rematerialization policy: saves all residuals except gathered experts, also cast or reshaped, which
     would be the full experts of all layers on every device. The backward pass reads them from their stack and
     gathers them again."""
-    names = ("all_gather", "convert_element_type", "reshape", "dynamic_slice", "squeeze")
+    casts = ("reduce_precision", "convert_element_type")
+    names = ("all_gather", *casts, "reshape", "dynamic_slice", "squeeze")
     # The gather of experts that are not trained keeps its custom gradient as a call.
     return primitive.name not in names and not primitive.name.startswith("custom_vjp_call")
 
