@@ -57,6 +57,16 @@ def test_factors_of_adapters(width, outputs):
     check(300, width, outputs, (130, 0, 20, 140), np.nan)
 
 
+def test_gradients_of_gate_and_up():
+    rng = np.random.default_rng(11)
+    x, w, g = (rng.standard_normal(s).astype(np.float32) for s in ((37, 5), (E, 5, 2, 7), (37, 14)))
+    sizes = jnp.array((10, 0, 20, 7), jnp.int32)
+    found = with_gradients(x, w, g, sizes)
+    for f, expected in zip(found, with_gradients(x, w.reshape(E, 5, 14), g, sizes), strict=True):
+        np.testing.assert_allclose(f.reshape(expected.shape), expected, rtol=1e-5, atol=1e-5)
+    assert found[2].shape == w.shape
+
+
 def test_tiles():
     # gpt-oss: gate and up, their gradient, and down; then one expert with few rows, and float32.
     assert _tiles(2048, 2880, 5760, 2) == (256, 2880, 768)

@@ -124,10 +124,13 @@ def _is_packed(value: jax.Array | LayerView) -> bool:
     return value.dtype == jnp.uint8
 
 
-def _saves_residual(primitive: Any, *_: object, **__: object) -> bool:
+def _saves_residual(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
     """Rematerialization policy: saves all residuals except gathered experts, also cast or reshaped, which
     would be the full experts of all layers on every device. The backward pass reads them from their stack and
     gathers them again."""
+    if primitive.name == "reduce_precision":
+        # JAX marks residuals by one to their own precision; that of `cast_layer` rounds float32.
+        return parameters["mantissa_bits"] == jnp.finfo(inputs[0].dtype).nmant
     names = ("all_gather", "convert_element_type", "reshape", "dynamic_slice", "squeeze")
     # The gather of experts that are not trained keeps its custom gradient as a call.
     return primitive.name not in names and not primitive.name.startswith("custom_vjp_call")

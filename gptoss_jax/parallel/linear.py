@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptoss_jax.kernels.cpu import decode, grouped
-from gptoss_jax.kernels.layer_view import LayerView, as_view, read
+from gptoss_jax.kernels.layer_view import LayerView, as_view, cast_layer, read
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.parallel.mesh import BATCH, current_axes
 from gptoss_jax.parallel.rules import HEADS_BTNH, ROWS, compute_spec, constrain, spec_axes, storage_spec
@@ -178,7 +178,7 @@ def current_storage_spec(letters: str, shape: tuple[int, ...]) -> P:
 
 def gathered_weight(letters: str, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Casts a weight in its storage sharding, then all-gathers it over the fsdp and expert axes."""
-    weight = constrain(weight.astype(dtype), current_storage_spec(letters, weight.shape))
+    weight = constrain(cast_layer(weight, dtype), current_storage_spec(letters, weight.shape))
     return constrain(weight, compute_spec(letters))
 
 
@@ -206,8 +206,17 @@ def _all_gather(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Arra
 
 _all_gather.defvjp(
     lambda x, axes, dimension: (_all_gather(x, axes, dimension), None),
-    lambda axes, dimension, _, g: (reduce_scatter(g, axes, dimension),),
+    lambda axes, dimension, _, g: (_scatter_gradient(g, axes, dimension),),
 )
+
+
+def _scatter_gradient(g: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """Inside `shard_map`: the transpose of `_all_gather`. Gate and up, [E, D, P, F], are scattered one after
+    the other."""
+    if g.ndim < 4 or dimension == 2:
+        return reduce_scatter(g, axes, dimension)
+    parts = [reduce_scatter(part, axes, dimension) for part in jnp.unstack(g, axis=2)]
+    return jnp.stack(parts, axis=2)
 
 
 def reduce_gradient(g: jax.Array, stored: P, used: P) -> jax.Array:
@@ -230,6 +239,10 @@ def reduce_scatter(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.A
     turns into an all-reduce of twice the bytes if the parts are not whole tiles of memory, or the devices are
     all of a slice. Therefore scatters whole tiles, and over one factor of the devices after the other.
     """
+    if dimension == x.ndim - 1 and x.ndim > 1:
+        # TPUs pad the last dimension to whole lanes: with a small part of it last in memory, a stack of
+        # gradients would be padded too.
+        return reduce_scatter(x.swapaxes(-1, -2), axes, dimension - 1).swapaxes(-1, -2)
     steps, sizes = [], []
     for axis in axes:
         factors = _scatter_steps(axis)

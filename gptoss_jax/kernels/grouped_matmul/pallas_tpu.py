@@ -56,8 +56,17 @@ def _forward(
 def _backward(interpret: bool, residuals: Residuals, g_RF: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     x_RD, w_EDF, group_sizes_E = residuals
     dx_RD = _matmul(g_RF, as_matrices(w_EDF), group_sizes_E, True, interpret)
-    dw_EDF = _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret)
-    return dx_RD, dw_EDF.reshape(w_EDF.shape), None
+    # In this order, gathered matrices are not in memory beside their gradients.
+    x_RD, g_RF, dx_RD = jax.lax.optimization_barrier((x_RD, g_RF, dx_RD))
+    if w_EDF.ndim == 3:
+        return dx_RD, _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret), None
+    # Gate and up one after the other: on a mesh, each is reduce-scattered by itself, which takes buffers of
+    # half the size.
+    parts = [
+        _weight_grad(x_RD, g_RF, group_sizes_E, w_EDF.dtype, interpret)
+        for g_RF in jnp.split(g_RF, w_EDF.shape[2], axis=1)
+    ]
+    return dx_RD, jnp.stack(parts, axis=2), None
 
 
 megablox_grouped_matmul.defvjp(_forward, _backward)
