@@ -5,9 +5,11 @@ sampling stays as well; and once a small allocation has taken a piece of the mem
 needs memory elsewhere.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 # A process that has grown by more than this has memory that no step uses anymore.
 GROWTH = 1.05
@@ -27,6 +29,16 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+@contextlib.contextmanager
+def released(is_needed: bool = True) -> Iterator[None]:
+    """Releases free memory before and after a block that runs programs other than the step, if needed."""
+    if is_needed:
+        release()
+    yield
+    if is_needed:
+        release()
 
 
 class Growth:

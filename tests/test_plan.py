@@ -310,7 +310,9 @@ def test_a_cpu_is_this_machine_with_what_a_process_takes(capsys, tmp_path, prese
     shown = " ".join(capsys.readouterr().out.split())
     assert "Devices 1 of cpu, each" in shown and "temp process total" in shown and "No times" in shown
     (found,) = json.loads(file.read_text())["estimates"]
-    assert found["memory"]["process"] == PROCESS_BYTES + 2 * found["memory"]["parameters"]
+    names = ("parameters", "gradients", "activations", "temporaries")
+    of_step = sum(found["memory"][name] for name in names)
+    assert found["memory"]["process"] == PROCESS_BYTES + 2 * of_step
     assert found["memory"]["total"] > found["memory"]["process"]
     assert found["capacity"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with pytest.raises(SystemExit, match="1"):

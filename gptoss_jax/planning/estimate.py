@@ -25,7 +25,8 @@ MEMORY_UTILIZATION = 0.9
 # (benchmarks/results/scaling.json; tests/test_plan.py).
 TPU_MARGIN = 1.7
 # Python, JAX, and what compiling, evaluating and reporting leave in the heap of a training process. Sampling
-# and saving each leave the memory of a copy of the parameters (docs/pretraining.md, "Memory on CPU").
+# and saving each need a copy of the parameters, and memory of up to two steps is free but cannot be used
+# (docs/pretraining.md, "Memory on CPU").
 PROCESS_BYTES = 850_000_000
 
 
@@ -116,8 +117,11 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
         activations=config.model.num_hidden_layers * saved_activation_bytes(step),
         temporaries=max(block_temporaries(step), loss_temporaries(step)),
         frozen=step.frozen_bytes,
-        process=PROCESS_BYTES + 2 * step.trained_bytes if chip.name == CPU else 0,
+        process=0,
     )
+    if chip.name == CPU:
+        of_step = memory.gradients + memory.activations + memory.temporaries
+        memory = dataclasses.replace(memory, process=PROCESS_BYTES + 2 * (step.trained_bytes + of_step))
     seq_len, devices = config.data.seq_len, math.prod(mesh.values())
     tokens = config.data.batch_size * seq_len / devices
     useful = flops_per_token(config.model, seq_len) * tokens

@@ -84,10 +84,9 @@ def train(
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
         stack.callback(log.close)
         tracer = StepTracer(config, make_train_step(config, objective), first_step, console.message)
-        train_step = stack.enter_context(tracer)
+        train_step = _release_memory(stack.enter_context(tracer))
         stop = stack.enter_context(StopSignal(console.message, first_step))
         evaluate = _evaluation(config, cache, make_eval_step(config.model, objective), log, stop)
-        growth = host_memory.Growth()
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
             is_last, stopping, val_loss = step == config.steps, stop.requested(step), None
@@ -96,9 +95,7 @@ def train(
             is_save = step > first_step and (is_eval or stopping or step % config.checkpoint.every == 0)
             if is_save:
                 log.flush()
-            with log.timer.measure("other"):
-                if is_eval or is_save:
-                    host_memory.release()
+            with log.timer.measure("other"), host_memory.released(is_eval or is_save):
                 if is_eval:
                     params = merge_params(state.params, frozen)
                     val_loss, pending = evaluate(step, params, pending)
@@ -111,23 +108,34 @@ def train(
                     log.sample(step, params)
             if is_last or stopping or (is_save and stop.is_set):
                 break
-            if is_eval or is_save:
-                host_memory.release()
             with log.timer.measure("data"):
                 batch = make_global_batch(next(batches), sharding, config.data.batch_size)
             state, metrics = train_step(state, batch, frozen)
             step += 1
-            if step == first_step + 1:
-                metrics["loss"].block_until_ready()
-                host_memory.release()  # that of compiling
-            else:
-                growth.check()
             log.step(step, metrics)
         checkpoints.wait()
         log.finish(step, first_step, is_done=is_last and not pending)
     if not is_last or pending:
         stop.leave()
     return dataclasses.replace(state, params=merge_params(state.params, frozen))
+
+
+def _release_memory(train_step: Callable) -> Callable:
+    """Returns `train_step` that releases what compiling needed, and then what steps leave (`host_memory`)."""
+    growth, is_first = host_memory.Growth(), True
+
+    def step(*arguments):
+        nonlocal is_first
+        state, metrics = train_step(*arguments)
+        if is_first:
+            metrics["loss"].block_until_ready()
+            host_memory.release()
+        else:
+            growth.check()
+        is_first = False
+        return state, metrics
+
+    return step
 
 
 def _pending_evaluations(step: int, config: TrainConfig, metadata: dict[str, Any] | None) -> list[str]:
