@@ -23,10 +23,11 @@ def release() -> None:
 
 
 def resident_bytes() -> int:
-    """Returns the resident memory of this process, or 0 if the system does not tell."""
+    """Returns the resident memory of this process without that of files, or 0 if the system does not tell."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            _, resident, of_files, *_ = map(int, file.read().split())
+            return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
@@ -48,8 +49,10 @@ class Growth:
         self._limit = 0.0
 
     def check(self) -> None:
-        """Call once a step, the first time when a step has run."""
+        """Call once a step, the first time when a step has run and its memory is still there."""
         if not self._limit:
             self._limit = GROWTH * resident_bytes()
         elif resident_bytes() > self._limit:
             release()
+            # The rest is in use.
+            self._limit = max(self._limit, GROWTH * resident_bytes())

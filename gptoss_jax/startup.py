@@ -17,7 +17,7 @@ from gptoss_jax.interrupts import CODES, ENDINGS, INTERRUPTED, Interrupts, endin
 from gptoss_jax.terminal import ASCII, is_terminal
 
 # Huge pages, and no trimming: XLA for CPU allocates and frees gigabytes in every step. One arena for all
-# threads, because others get large blocks from the system and return them at once.
+# threads, because other arenas map large blocks and unmap them at once.
 TUNABLES = (
     "glibc.malloc.arena_max=1",
     "glibc.malloc.hugetlb=1",

@@ -72,10 +72,12 @@ def test_rows_of_zeros_give_zeros_and_change_no_other(equation):
     assert not run(np.zeros_like(x_BTD)).any()
 
 
+@pytest.mark.parametrize("tokens", [2, 40])  # by the kernel of decoding, and by that of prefill
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("narrow", [0, 1])
-def test_weights_of_several_types(narrow):
-    x, stacks = normal(0, 1, 2, 20), [normal(i, 3, 20, 3, 5) for i in (1, 2)]
-    stacks[narrow] = stacks[narrow].astype(jnp.bfloat16)
+def test_weights_of_several_types(narrow, dtype, tokens):
+    x, stacks = normal(0, 1, tokens, 20), [normal(i, 3, 20, 3, 5) for i in (1, 2)]
+    stacks[narrow] = stacks[narrow].astype(dtype)
     found = sharded_einsum("BTD,DNH->BTNH", x, [LayerView(stack, jnp.int32(2)) for stack in stacks])
     for y, stack in zip(found, stacks, strict=True):
         assert_near(y, jnp.einsum("BTD,DNH->BTNH", x, stack[2].astype(x.dtype), precision="highest"))

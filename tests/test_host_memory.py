@@ -35,11 +35,12 @@ def test_freed_memory_stays_until_it_is_released():
 
 
 def test_growth_is_released(monkeypatch):
-    sizes, released = iter([1000, 1040, 1060, 1040, 1200]), []
+    # Released twice; the second time, 1,100 bytes are in use.
+    sizes, released = iter([1000, 1040, 1060, 1000, 1040, 1200, 1100, 1150, 1160, 1000]), []
     monkeypatch.setattr(host_memory, "resident_bytes", lambda: next(sizes))
     growth, count = host_memory.Growth(), []
     monkeypatch.setattr(host_memory, "release", lambda: released.append(1))
-    for _ in range(5):
+    for _ in range(7):
         growth.check()
         count.append(len(released))
-    assert count == [0, 0, 1, 1, 2]
+    assert count == [0, 0, 1, 1, 2, 2, 3]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gptoss_jax.cli import check as check_command
+from gptoss_jax.config import DataConfig, MeshConfig, TrainConfig
 from gptoss_jax.kernels import backend, check, selection
 from gptoss_jax.kernels.attention.api import AttentionSpec, attention
 from gptoss_jax.kernels.check import Case, Result, check_case
@@ -21,6 +22,9 @@ from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.kernels.mxfp4 import pallas_triton as triton_mxfp4
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
+from gptoss_jax.parallel.mesh import make_mesh
+from gptoss_jax.training.state import create_params, create_state
+from gptoss_jax.training.step import make_eval_step, make_train_step
 
 needs_compiler = pytest.mark.skipif(not build.is_available(), reason="no C++ compiler here")
 
@@ -302,7 +306,25 @@ def test_plain_compiles_no_kernel_into_a_model(tiny_config, random_params):
     assert "gptoss_jax." in text("auto")
     assert "gptoss_jax." not in text("plain")
     some = text("plain:decode_matmul")
-    assert "gptoss_jax.FewRowsProducts" not in some and "gptoss_jax.Grouped" in some
+    assert "gptoss_jax.DecodeMatmul" not in some and "gptoss_jax.Grouped" in some
+
+
+@needs_compiler
+def test_plain_compiles_no_kernel_into_a_step(tiny_config):
+    def texts(setting):
+        model = dataclasses.replace(tiny_config, kernels=setting)
+        config = TrainConfig(model=model, data=DataConfig(seq_len=32, batch_size=2), mesh=MeshConfig(data=1))
+        mesh = make_mesh(config.mesh, jax.devices()[:1])
+        rows = jnp.ones((2, 32), jnp.int32)
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), rows)
+        with jax.set_mesh(mesh):
+            params = create_params(config, mesh)
+            state = create_state(config, mesh, params)
+            train = make_train_step(config).lower(state, batch)
+            return train.as_text() + make_eval_step(config.model).lower(params, batch).as_text()
+
+    assert "gptoss_jax." in texts("auto")
+    assert "gptoss_jax." not in texts("plain")
 
 
 def test_plain_attention_on_a_gpu_is_the_blockwise_one(monkeypatch):

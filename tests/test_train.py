@@ -808,10 +808,12 @@ def test_samples_of_ids_without_a_token(make_config, tmp_path, capsys):
 
 
 def test_memory_of_other_programs_is_released(make_config, tmp_path, monkeypatch):
-    """After the first step, which compiles, and after each evaluation and checkpoint."""
+    """After the first step, which compiles, around each evaluation and checkpoint, and after a step that
+    needs more than the second one."""
     current, released, find_pending = [], [], loop._pending_evaluations
     monkeypatch.setattr(loop.host_memory, "release", lambda: released.append(current[-1]))
-    monkeypatch.setattr(loop.host_memory, "resident_bytes", lambda: 1000)
+    sizes = {3: 1051, 4: 1050}  # after steps 4 and 5; the limit is 1050
+    monkeypatch.setattr(loop.host_memory, "resident_bytes", lambda: sizes.get(current[-1], 1000))
 
     def pending(step, *arguments):
         current.append(step)
@@ -820,4 +822,4 @@ def test_memory_of_other_programs_is_released(make_config, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "_pending_evaluations", pending)
     often = {"checkpoint": CheckpointConfig(3, 2), "eval": EvalConfig(every=5, batches=1, sample_tokens=0)}
     train(make_config(tmp_path / "run", steps=6, **often))
-    assert released == [0, 3, 3, 5, 5, 6, 6]
+    assert released == [0, 3, 3, 3, 5, 5, 6, 6]

@@ -88,6 +88,7 @@ def _sharded_einsums(rules: _Rules, x: jax.Array, weights: tuple[Weight, ...]) -
     x_letters, letters, _ = equation.replace("->", ",").split(",")
     for weight in weights:
         assert_shapes(f"{x_letters} {letters}", x, weight)
+    weights = _readable(weights, x.dtype)
     if decode.supports_einsum(equation, x, result_type):
         results = decode.einsum(equation, x, [as_view(weight) for weight in weights], result_type)
     elif uses_grouped:
@@ -153,11 +154,19 @@ def _grouped_backward(
     equation: str, x: jax.Array, weights: tuple[jax.Array, ...], gradients: list[jax.Array]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return grouped.einsum(equation, x, as_view(weight))
+        return grouped.einsum(equation, x, as_view(*_readable((weight,), x.dtype)))
 
     pairs = [jax.vjp(product, x, weight)[1](g) for weight, g in zip(weights, gradients, strict=True)]
     d_xs, d_weights = zip(*pairs, strict=True)
     return functools.reduce(jnp.add, reversed(d_xs)), d_weights
+
+
+def _readable(weights: tuple[Weight, ...], dtype: jnp.dtype) -> tuple[Weight, ...]:
+    """Returns weights that kernels can read: in float32 or bfloat16, otherwise all cast to `dtype`, because a
+    kernel reads the same layer of every stack."""
+    if all(weight.dtype in (jnp.float32, jnp.bfloat16) for weight in weights):
+        return weights
+    return tuple(read(weight).astype(dtype) for weight in weights)
 
 
 _sharded_einsums.defvjp(_einsum_forward, _einsum_backward)
@@ -213,7 +222,7 @@ _all_gather.defvjp(
 def _scatter_gradient(g: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
     """Inside `shard_map`: the transpose of `_all_gather`. Gate and up, [E, D, P, F], are scattered one after
     the other."""
-    if g.ndim < 4 or dimension == 2:
+    if g.ndim < 4 or dimension > 1:
         return reduce_scatter(g, axes, dimension)
     parts = [reduce_scatter(part, axes, dimension) for part in jnp.unstack(g, axis=2)]
     return jnp.stack(parts, axis=2)

@@ -25,8 +25,8 @@ MEMORY_UTILIZATION = 0.9
 # (benchmarks/results/scaling.json; tests/test_plan.py).
 TPU_MARGIN = 1.7
 # Python, JAX, and what compiling, evaluating and reporting leave in the heap of a training process. Sampling
-# and saving each need a copy of the parameters, and memory of up to two steps is free but cannot be used
-# (docs/pretraining.md, "Memory on CPU").
+# and saving each need a copy of the parameters, and up to two steps' worth of freed memory is too fragmented
+# to reuse (docs/pretraining.md, "Memory on CPU").
 PROCESS_BYTES = 850_000_000
 
 
@@ -110,18 +110,19 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
     # Raises if the slices do not divide their axes.
     dataclasses.replace(config.mesh, **mesh)
     step = step_on(config, mesh)
+    gradients = step.trained_bytes * min(step.microbatches, 2)
+    activations = config.model.num_hidden_layers * saved_activation_bytes(step)
+    temporaries = max(block_temporaries(step), loss_temporaries(step))
+    process = PROCESS_BYTES + 2 * (step.trained_bytes + gradients + activations + temporaries)
     memory = Memory(
         parameters=step.trained_bytes,
         optimizer=step.optimizer_bytes,
-        gradients=step.trained_bytes * min(step.microbatches, 2),
-        activations=config.model.num_hidden_layers * saved_activation_bytes(step),
-        temporaries=max(block_temporaries(step), loss_temporaries(step)),
+        gradients=gradients,
+        activations=activations,
+        temporaries=temporaries,
         frozen=step.frozen_bytes,
-        process=0,
+        process=process if chip.name == CPU else 0,
     )
-    if chip.name == CPU:
-        of_step = memory.gradients + memory.activations + memory.temporaries
-        memory = dataclasses.replace(memory, process=PROCESS_BYTES + 2 * (step.trained_bytes + of_step))
     seq_len, devices = config.data.seq_len, math.prod(mesh.values())
     tokens = config.data.batch_size * seq_len / devices
     useful = flops_per_token(config.model, seq_len) * tokens

@@ -122,17 +122,19 @@ def train(
 
 def _release_memory(train_step: Callable) -> Callable:
     """Returns `train_step` that releases what compiling needed, and then what steps leave (`host_memory`)."""
-    growth, is_first = host_memory.Growth(), True
+    growth, number = host_memory.Growth(), 0
 
     def step(*arguments):
-        nonlocal is_first
+        nonlocal number
         state, metrics = train_step(*arguments)
-        if is_first:
+        number += 1
+        if number <= 2:
+            # The first step has compiled; the second one tells what a step needs.
             metrics["loss"].block_until_ready()
+        if number == 1:
             host_memory.release()
         else:
             growth.check()
-        is_first = False
         return state, metrics
 
     return step

@@ -215,10 +215,9 @@ def _one_chunk(
     # Hidden states are exchanged here, because those of all chunks would need much memory. Positions with
     # weight 0 may contain inf or NaN, and 0 * inf is NaN.
     xs = [jnp.where(weight_BC[..., None] > 0, split.exchange(x), 0) for x in xs]
-    dtype = xs[0].dtype
     if backend.platform() == "cpu":
-        # XLA would convert bfloat16 to float32 for each product, and round the gradients of logits before.
-        xs, head = jax.tree.map(lambda x: x.astype(jnp.float32), (xs, head))
+        # Products in float32: gradients of logits are then not rounded.
+        xs = [x.astype(jnp.float32) for x in xs]
     # The letter of the contracted axis: D, or r for an adapter.
     pairs = [*zip("Dr", head, strict=False)]
     products = [_einsum(f"BC{d},V{d}->BCV", x, w, jnp.float32) for (d, w), x in zip(pairs, xs, strict=True)]
@@ -252,7 +251,7 @@ def _one_chunk(
         None if total is None else total + weight_gradient(d, x)
         for total, (d, _), x in zip(d_head, pairs, xs, strict=True)
     ]
-    return (loss, d_head), [hidden_gradient(d, weight).astype(dtype) for d, weight in pairs]
+    return (loss, d_head), [hidden_gradient(d, weight) for d, weight in pairs]
 
 
 def _einsum(equation: str, x: jax.Array, y: jax.Array, result_type: jnp.dtype | None) -> jax.Array:

@@ -78,7 +78,8 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
         if with_dropout:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         compute_gradient = gradient if num_microbatches == 1 else accumulated_gradient
-        (_, metrics), grads = compute_gradient(state.params, frozen or {}, batch, weight, key)
+        with selection.using(model_config.kernels):
+            (_, metrics), grads = compute_gradient(state.params, frozen or {}, batch, weight, key)
         new_state, grad_norm = _update(config, state, grads, metrics["loss"])
         return new_state, metrics | {
             "grad_norm": grad_norm,
@@ -131,7 +132,8 @@ def make_eval_step(config: ModelConfig, objective: Objective = LANGUAGE_MODELING
     """Returns the jitted `eval_step(params, batch) -> (sums, weight)`; `params` has all parameters."""
 
     def eval_step(params: dict, batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
-        sums, _ = objective.sums(bind(config, params), _rows(objective, pad_sequences(batch)))
+        with selection.using(config.kernels):
+            sums, _ = objective.sums(bind(config, params), _rows(objective, pad_sequences(batch)))
         return sums, objective.weight(batch)
 
     return jax.jit(eval_step)

@@ -188,7 +188,7 @@ def decode_attention(
     """
     sizes = assert_shapes("B1NH BKSH BKSH N", q_BTNH, cache.keys, cache.values, sinks_N)
     seen_B = jnp.where(cache.counts_B > 0, jnp.minimum(cache.lengths_B + 1, sizes.S), 0)
-    if decode.is_supported("decode_attention", sizes.B, q_BTNH.dtype):
+    if decode.is_supported("decode_attention", sizes.B, q_BTNH.dtype, cache.keys.dtype):
         return decode.attention(q_BTNH[:, 0], cache.keys, cache.values, seen_B, sinks_N)[:, None]
     k_BSKH, v_BSKH = (x.read().astype(q_BTNH.dtype).transpose(0, 2, 1, 3) for x in (cache.keys, cache.values))
     mask_BTS = (jnp.arange(sizes.S, dtype=jnp.int32) < seen_B[:, None])[:, None]

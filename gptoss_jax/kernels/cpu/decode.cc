@@ -79,7 +79,7 @@ ffi::Error MatmulTransposed(ffi::ThreadPool pool, Floats x, Ints layer, ffi::Rem
   }
   auto multiply = [&](int64_t index) {
     const Task& task = tasks[index];
-    const int64_t step = kLanes == 16 ? task.num_columns : std::max<int64_t>(4, kDotFloats / inner);
+    const int64_t step = kLanes == 16 ? task.num_columns : std::max<int64_t>(4, kDotFloats / inner / 4 * 4);
     VisitWeights(task.w, rounded, task.start, [&](auto* w) {
       for (int64_t c = 0; c < task.num_columns; c += step)
         ForEachRowBlock(rows.size(), [&](int64_t first, auto n) {

@@ -22,11 +22,11 @@ from gptoss_jax.kernels.layer_view import LayerView, as_view, read
 MAX_DECODE_TOKENS = 16
 
 
-def is_supported(kernel: str, tokens: int, dtype: jnp.dtype) -> bool:
+def is_supported(kernel: str, tokens: int, *dtypes: jnp.dtype) -> bool:
     """Returns True if a kernel of this module can be used: on one CPU device, at most MAX_DECODE_TOKENS
-    tokens, enabled (`selection.is_enabled`), and compiled."""
+    tokens, operands of these dtypes, enabled (`selection.is_enabled`), and compiled."""
     fits = tokens <= MAX_DECODE_TOKENS and not backend.is_multi_device()
-    return fits and build.is_usable(kernel, dtype)
+    return fits and build.is_usable(kernel, *dtypes)
 
 
 def supports_einsum(equation: str, x: jax.Array, result_type: jnp.dtype | None) -> bool:
@@ -42,8 +42,10 @@ def supports_experts(x_MD: jax.Array, parameters: Mapping[str, jax.Array | Layer
     differentiable."""
     matrices = [value for name, value in parameters.items() if not name.endswith("_bias")]
     is_view = all(isinstance(value, LayerView) for value in matrices)
-    kernel = "decode_mxfp4_experts" if "down_blocks" in parameters else "decode_experts"
-    return is_view and is_supported(kernel, x_MD.shape[0], x_MD.dtype)
+    is_packed = "down_blocks" in parameters
+    kernel = "decode_mxfp4_experts" if is_packed else "decode_experts"
+    dtypes = [] if is_packed else [value.dtype for value in matrices]
+    return is_view and is_supported(kernel, x_MD.shape[0], x_MD.dtype, *dtypes)
 
 
 def _call(name: str, *shapes: tuple[int, ...]) -> Callable[..., Sequence[jax.Array]]:

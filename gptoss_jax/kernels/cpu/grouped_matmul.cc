@@ -227,7 +227,7 @@ void Multiply(const std::vector<Matmul>& matmuls, bool a_is_row_major, ffi::Thre
   int64_t groups = 0, blocks = 0;
   for (const Matmul& p : matmuls)
     if (p.m > 0) ++groups, blocks += CeilDiv(p.n, kColBlock);
-  if (groups == 0) return;
+  if (blocks == 0) return;
   // If there are few tasks, splits rows or, where there are few, columns, so that every thread has one, and more if
   // groups differ in size.
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1), wanted = groups > 1 ? 4 * threads : threads;
