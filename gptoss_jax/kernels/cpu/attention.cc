@@ -98,7 +98,8 @@ void ForwardChunk(const Problem& p, const Heads<T>& heads, const float* sinks, i
     }
 }
 
-// out[B, T, N, H], of the type of q, k and v, and the logarithm of the softmax's denominator, lse[B, N, T], for the sinks[N], or none.
+// out[B, T, N, H], of the type of q, k and v, and the logarithm of the softmax's denominator, lse[B, N, T], for the
+// sinks[N], or none.
 ffi::Error Forward(ffi::ThreadPool pool, Values q, Values k, Values v, Floats sinks, Ints segment_ids,
                    ffi::Result<Values> out, ffi::Result<Floats> lse, int64_t window) {
   const Problem p(q, k, segment_ids, window);

@@ -1,6 +1,6 @@
-// Shared by attention and its gradient. Heads, of type T, float or bfloat16, are read and written in place, in [B, T, N, H]. Rows are cut into chunks
-// of kChunk tokens. The scores of a few queries and a chunk of keys are computed and used while they are in the L1
-// cache, and tiles of them that no query sees are skipped.
+// Shared by attention and its gradient. Heads, of type T, float or bfloat16, are read and written in place, in
+// [B, T, N, H]. Rows are cut into chunks of kChunk tokens. The scores of a few queries and a chunk of keys are computed
+// and used while they are in the L1 cache, and tiles of them that no query sees are skipped.
 
 #pragma once
 
