@@ -27,7 +27,7 @@ TPU_MARGIN = 1.7
 # Python, JAX, and what compiling, evaluating and reporting leave in the heap of a training process. Sampling
 # and saving each need a copy of the parameters, and up to two steps' worth of freed memory is too fragmented
 # to reuse (docs/pretraining.md, "Memory on CPU").
-PROCESS_BYTES = 850_000_000
+PROCESS_BYTES = 450_000_000
 
 
 @dataclasses.dataclass(frozen=True)
