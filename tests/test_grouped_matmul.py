@@ -53,8 +53,8 @@ def test_any_group_sizes(backend, sizes, outside):
     check(backend, 37, sizes, outside)
 
 
-# All sizes differ. With two threads, the rows of the second and the last are split into two tasks, and the columns
-# of the fourth.
+# All sizes differ. With two threads, the rows of the second and the last are split into two tasks, and the
+# columns of the fourth.
 EINSUMS = {
     "BTD,DNH->BTNH": ((2, 3, 5), (5, 4, 7)),
     "BTNH,NHD->BTD": ((3, 150, 2, 5), (2, 5, 7)),
