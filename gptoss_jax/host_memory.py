@@ -33,7 +33,7 @@ def resident_bytes() -> int:
 
 
 @contextlib.contextmanager
-def released(is_needed: bool = True) -> Iterator[None]:
+def released(is_needed: bool) -> Iterator[None]:
     """Releases free memory before and after a block that runs programs other than the step, if needed."""
     if is_needed:
         release()

@@ -80,7 +80,7 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
         compute_gradient = gradient if num_microbatches == 1 else accumulated_gradient
         with selection.using(model_config.kernels):
             (_, metrics), grads = compute_gradient(state.params, frozen or {}, batch, weight, key)
-        new_state, grad_norm = _update(config, state, grads, metrics["loss"])
+            new_state, grad_norm = _update(config, state, grads, metrics["loss"])
         return new_state, metrics | {
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - state.skipped),
@@ -97,17 +97,16 @@ def _update(
 ) -> tuple[TrainState, jax.Array]:
     """Returns the state after a step, and the norm of the gradients; if that or the loss is not finite, the
     parameters stay as they were."""
-    with selection.using(config.model.kernels):
-        norm = global_norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        is_on_host, opt_state = config.optim.state_memory == "host", state.opt_state
-        if is_on_host:
-            opt_state = move_arrays(opt_state, jax.memory.Space.Device)
-        params, opt_state = apply_gradients(
-            config.optim, config.steps, state.params, opt_state, gradients, norm=norm, finite=finite
-        )
-        if is_on_host:
-            opt_state = move_arrays(opt_state, jax.memory.Space.Host)
+    norm = global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    is_on_host, opt_state = config.optim.state_memory == "host", state.opt_state
+    if is_on_host:
+        opt_state = move_arrays(opt_state, jax.memory.Space.Device)
+    params, opt_state = apply_gradients(
+        config.optim, config.steps, state.params, opt_state, gradients, norm=norm, finite=finite
+    )
+    if is_on_host:
+        opt_state = move_arrays(opt_state, jax.memory.Space.Host)
     bad = 1 - finite.astype(jnp.int32)
     new_state = dataclasses.replace(
         state,
