@@ -114,7 +114,8 @@ ffi::Error ExpertsMxfp4(ffi::ThreadPool pool, Floats x, Ints experts, Floats wei
   const float *up_bias = DataOrNull(gate_up_bias), *bias = DataOrNull(down_bias);
   const ChunkRows inputs(routing.M, D), a(routing.num_rows(), F);
   const auto z = Uninitialized(routing.num_rows() * D);
-  const int64_t up_cols = CeilDiv(TaskColumns(groups * F, F, pool), kChunkSize) * kChunkSize;
+  // Whole chunks of F, which the next matmul reads.
+  const int64_t up_cols = std::min(CeilDiv(TaskColumns(groups * F, F, pool), kChunkSize) * kChunkSize, kMaxCols);
   const int64_t down_cols = TaskColumns(groups * D, D, pool);
   const int64_t up_tasks = CeilDiv(F, up_cols), down_tasks = CeilDiv(D, down_cols);
 

@@ -4,7 +4,8 @@
 // block of 32, rounded by at most 2^-22 of that value: as little as a sum in float32 rounds, unless the largest value
 // meets a code of zero. SwiGLU's limit of 7 bounds activations by 56, so that one is then off by 1.4e-5. An integer is
 // three signed bytes, digits in base 256, multiplied with codes that are unsigned bytes: in halves, and plus 12. Sums
-// over the 8 values of a lane are exact, and become floats just before they are multiplied by the scales of the block.
+// over the 8 or 16 values of a lane are exact, and become floats just before they are multiplied by the scales of the
+// block.
 
 #pragma once
 
@@ -13,10 +14,8 @@
 #include "decode.h"
 #include "mxfp4.h"
 
-#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__) || defined(__AVX2__) && defined(__FMA__)
 constexpr int kChunkBlocks = 4;
-#elif defined(__AVX2__) && defined(__FMA__)
-constexpr int kChunkBlocks = 2;
 #else
 constexpr int kChunkBlocks = 1;
 #endif
@@ -24,25 +23,44 @@ constexpr int kChunkSize = kChunkBlocks * kBlockSize;
 constexpr int kChunkBytes = kChunkBlocks * kBlockBytes;
 constexpr int64_t kPrefetchBytes = 1024;
 
-// 2^(scale - 127), NaN for 255. The smallest, 2^-127, would be flushed to zero: the first table has a zero for it, the
-// second one twice the value, and zeros for all others.
-struct ScaleTables {
-  float usual[256], tiny[256] = {ScaleOf(0)};
-
-  ScaleTables() {
-    for (int scale = 0; scale < 256; ++scale) usual[scale] = scale ? ScaleOf(scale) : 0;
-  }
-};
-inline const ScaleTables kScaleTables;
+// How bytes of scales become floats: all but the smallest, 2^-127, which would be flushed to zero, and 255, which is
+// NaN and becomes infinity; or only these two, the former doubled.
+enum class Scales { kUsual, kSpecial };
 
 #if defined(__AVX2__) && defined(__FMA__)
 
-constexpr int kDotLanes = 4 * kChunkBlocks;  // of 32 bits; lane l has 8 values of block l / 4
 constexpr int kCodeOffset = 12;
 alignas(16) constexpr int8_t kOffsetCodes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
+// The scales of a chunk.
+template <Scales which>
+inline __m128 LoadScales(const uint8_t* scale) {
+  if constexpr (which == Scales::kSpecial) {
+    float values[4];
+    for (int i = 0; i < 4; ++i) values[i] = scale[i] == 0 || scale[i] == 255 ? ScaleOf(scale[i]) : 0;
+    return _mm_loadu_ps(values);
+  }
+  int32_t bytes;
+  std::memcpy(&bytes, scale, sizeof bytes);
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes)), 23));
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+constexpr int kDotLanes = 16;  // of 32 bits; each has 8 values of a block
+constexpr int LaneOf(int block, int byte) { return 4 * block + byte / 4; }
+constexpr int PlaceOf(int block, int byte, int odd) { return odd * kChunkBytes + block * kBlockBytes + byte; }
+#else
+constexpr int kDotLanes = 8;  // of 32 bits; each has 16 values of a block
+// Quarters of a register have blocks 0, 2, 1, 3: first the lower halves of all blocks, then the upper ones.
+constexpr int QuarterOf(int block) { return block % 2 * 2 + block / 2; }
+constexpr int LaneOf(int block, int byte) { return 2 * QuarterOf(block) + byte % 8 / 4; }
+constexpr int PlaceOf(int block, int byte, int odd) {
+  return (byte / 8 * 2 + odd) * 32 + 8 * QuarterOf(block) + byte % 8;
+}
+#endif
+
 struct alignas(64) Chunk {
-  int8_t digits[3][2][kChunkBytes];  // the highest first; of the even values (low nibbles) and of the odd ones
+  int8_t digits[3][2 * kChunkBytes];  // the highest first
   int32_t offset[kDotLanes];         // kCodeOffset times the sum of a lane's integers
   float unit[kDotLanes];             // the value of an integer 1 times a code of a half; NaN if one is not finite
 
@@ -55,7 +73,8 @@ struct alignas(64) Chunk {
     const int exponent = std::min<int>(252, 22 + 254 - (int)((max + 0x10200u) >> 23));
     const float factor = ScaleOf(exponent), unit_value = ScaleOf(253 - exponent);
     const bool is_finite = max < 0x7f800000u;
-    std::fill_n(unit + 4 * block, 4, is_finite ? unit_value : std::numeric_limits<float>::quiet_NaN());
+    for (int i = 0; i < kBlockBytes; ++i)
+      unit[LaneOf(block, i)] = is_finite ? unit_value : std::numeric_limits<float>::quiet_NaN();
     if (!is_finite) return;
     for (int odd = 0; odd < 2; ++odd) {
       int32_t values[kBlockBytes];
@@ -65,11 +84,12 @@ struct alignas(64) Chunk {
       }
       for (int i = 0; i < kBlockBytes; ++i) {
         const int32_t middle = (values[i] + 128) >> 8;
-        digits[0][odd][block * kBlockBytes + i] = (int8_t)((middle + 128) >> 8);
-        digits[1][odd][block * kBlockBytes + i] = (int8_t)middle;
-        digits[2][odd][block * kBlockBytes + i] = (int8_t)values[i];
+        const int place = PlaceOf(block, i, odd);
+        digits[0][place] = (int8_t)((middle + 128) >> 8);
+        digits[1][place] = (int8_t)middle;
+        digits[2][place] = (int8_t)values[i];
+        offset[LaneOf(block, i)] += kCodeOffset * values[i];
       }
-      for (int i = 0; i < kBlockBytes; ++i) offset[4 * block + i / 4] += kCodeOffset * values[i];
     }
   }
 };
@@ -80,27 +100,28 @@ struct alignas(64) Chunk {
 
 using Sums = __m512;
 
-// The codes of `count` blocks, plus kCodeOffset, in low and high nibbles, and their scales.
+// The codes of a chunk, plus kCodeOffset, in low and high nibbles, and their scales.
+template <Scales which>
 struct Codes {
   __m512i low, high;
-  __m512 scales = _mm512_setzero_ps();
+  __m512 scales;
 
-  Codes(const uint8_t* bytes, const uint8_t* scale, const float* table, int count) {
+  Codes(const uint8_t* bytes, const uint8_t* scale) {
     const __m512i codes = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)kOffsetCodes));
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i value = _mm512_maskz_loadu_epi32((__mmask16)((1u << 4 * count) - 1), bytes);
+    const __m512i nibble = _mm512_set1_epi8(15), value = _mm512_loadu_si512(bytes);
     low = _mm512_shuffle_epi8(codes, _mm512_and_si512(value, nibble));
     high = _mm512_shuffle_epi8(codes, _mm512_and_si512(_mm512_srli_epi16(value, 4), nibble));
-    for (int block = 0; block < count; ++block)
-      scales = _mm512_mask_broadcastss_ps(scales, (__mmask16)(15u << 4 * block), _mm_load_ss(table + scale[block]));
+    const __m512i block_of_lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    scales = _mm512_permutexvar_ps(block_of_lane, _mm512_castps128_ps512(LoadScales<which>(scale)));
   }
 };
 
-inline Sums AddChunk(Sums sums, const Codes& w, const Chunk& x) {
+template <Scales which>
+inline Sums AddChunk(Sums sums, const Codes<which>& w, const Chunk& x) {
   __m512i total = _mm512_setzero_si512();
-  for (int digit = 0; digit < 3; ++digit) {
-    total = _mm512_dpbusd_epi32(_mm512_slli_epi32(total, 8), w.low, _mm512_load_si512(x.digits[digit][0]));
-    total = _mm512_dpbusd_epi32(total, w.high, _mm512_load_si512(x.digits[digit][1]));
+  for (const auto& digit : x.digits) {
+    total = _mm512_dpbusd_epi32(_mm512_slli_epi32(total, 8), w.low, _mm512_load_si512(digit));
+    total = _mm512_dpbusd_epi32(total, w.high, _mm512_load_si512(digit + kChunkBytes));
   }
   total = _mm512_sub_epi32(total, _mm512_load_si512(x.offset));
   return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_load_ps(x.unit)), w.scales, sums);
@@ -112,29 +133,34 @@ inline float Total(Sums sums) { return HorizontalSum((Vector)sums); }
 
 using Sums = __m256;
 
-// The codes of `count` blocks, plus kCodeOffset, in low and high nibbles, and their scales.
+// The codes of a chunk, plus kCodeOffset, in the order of Chunk::digits, and their scales.
+template <Scales which>
 struct Codes {
-  __m256i low, high;
+  __m256i codes[4];
   __m256 scales;
 
-  Codes(const uint8_t* bytes, const uint8_t* scale, const float* table, int count) {
-    const __m256i codes = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kOffsetCodes));
+  Codes(const uint8_t* bytes, const uint8_t* scale) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)kOffsetCodes));
     const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i value = count > 1 ? _mm256_loadu_si256((const __m256i*)bytes)
-                                    : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)bytes));
-    low = _mm256_shuffle_epi8(codes, _mm256_and_si256(value, nibble));
-    high = _mm256_shuffle_epi8(codes, _mm256_and_si256(_mm256_srli_epi16(value, 4), nibble));
-    scales = _mm256_blend_ps(_mm256_broadcast_ss(table + scale[0]),
-                             count > 1 ? _mm256_broadcast_ss(table + scale[1]) : _mm256_setzero_ps(), 0xf0);
+    const __m256i first = _mm256_loadu_si256((const __m256i*)bytes);
+    const __m256i second = _mm256_loadu_si256((const __m256i*)bytes + 1);
+    const __m256i halves[2] = {_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second)};
+    for (int i = 0; i < 2; ++i) {
+      codes[2 * i] = _mm256_shuffle_epi8(table, _mm256_and_si256(halves[i], nibble));
+      codes[2 * i + 1] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(halves[i], 4), nibble));
+    }
+    const __m256i block_of_lane = _mm256_set_epi32(3, 3, 1, 1, 2, 2, 0, 0);
+    scales = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(LoadScales<which>(scale)), block_of_lane);
   }
 };
 
-inline Sums AddChunk(Sums sums, const Codes& w, const Chunk& x) {
-  // Of 16 bits, over four values: nothing saturates.
+template <Scales which>
+inline Sums AddChunk(Sums sums, const Codes<which>& w, const Chunk& x) {
+  // Of 16 bits, over eight values: at most 8 * 24 * 128, nothing saturates.
   const auto products = [&](int digit) {
-    const __m256i *even = (const __m256i*)x.digits[digit][0], *odd = (const __m256i*)x.digits[digit][1];
-    return _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_load_si256(even)),
-                            _mm256_maddubs_epi16(w.high, _mm256_load_si256(odd)));
+    const __m256i* values = (const __m256i*)x.digits[digit];
+    const auto product = [&](int i) { return _mm256_maddubs_epi16(w.codes[i], _mm256_load_si256(values + i)); };
+    return _mm256_add_epi16(_mm256_add_epi16(product(0), product(1)), _mm256_add_epi16(product(2), product(3)));
   };
   const __m256i one = _mm256_set1_epi16(1), base = _mm256_set1_epi16(256);
   __m256i total = _mm256_add_epi32(_mm256_madd_epi16(products(0), base), _mm256_madd_epi16(products(1), one));
@@ -162,16 +188,19 @@ struct Chunk {
   }
 };
 
+template <Scales which>
 struct Codes {
   Vector low, high;
   float scale;
 
-  Codes(const uint8_t* bytes, const uint8_t* scale, const float* table, int) : scale(table[*scale]) {
-    LoadCodes(bytes, 1, &low, &high);  // of no special scale: the table has these
+  Codes(const uint8_t* bytes, const uint8_t* scale)
+      : scale((*scale == 0 || *scale == 255) == (which == Scales::kSpecial) ? ScaleOf(*scale) : 0) {
+    LoadCodes(bytes, 1, &low, &high);  // of no special scale
   }
 };
 
-inline Sums AddChunk(Sums sums, const Codes& w, const Chunk& x) {
+template <Scales which>
+inline Sums AddChunk(Sums sums, const Codes<which>& w, const Chunk& x) {
   return sums + w.scale * (w.low * Load(x.even) + w.high * Load(x.odd));
 }
 
@@ -220,26 +249,31 @@ struct Mxfp4Rows {
   // y[i][c] = the product of x[i] and row c, for rows 0 ... columns - 1.
   template <int tokens>
   void Dot(const Mxfp4Tokens& t, int64_t columns) const {
-    ForEachRow<tokens>(t, columns, kScaleTables.usual, [&](int i, int64_t c, float sum) { t.y[i][c] = sum; });
-    if (std::memchr(scales, 0, columns * num_blocks))
-      ForEachRow<tokens>(t, columns, kScaleTables.tiny, [&](int i, int64_t c, float sum) { t.y[i][c] += 0.5f * sum; });
+    ForEachRow<tokens, Scales::kUsual>(t, columns, [&](int i, int64_t c, float sum) { t.y[i][c] = sum; });
+    const int64_t count = columns * num_blocks;
+    if (std::memchr(scales, 0, count) || std::memchr(scales, 255, count))
+      ForEachRow<tokens, Scales::kSpecial>(t, columns,
+                                           [&](int i, int64_t c, float sum) { t.y[i][c] += 0.5f * sum; });
   }
 
  private:
-  template <int tokens, typename F>
-  void ForEachRow(const Mxfp4Tokens& t, int64_t columns, const float* table, F f) const {
+  template <int tokens, Scales which, typename F>
+  void ForEachRow(const Mxfp4Tokens& t, int64_t columns, F f) const {
     const uint8_t *block = blocks, *scale = scales;
     const int64_t whole = num_blocks / kChunkBlocks;
     const int rest = num_blocks % kChunkBlocks;
     for (int64_t c = 0; c < columns; ++c) {
       Sums sums[tokens] = {};
       for (int64_t i = 0; i < whole; ++i, block += kChunkBytes, scale += kChunkBlocks) {
-        const Codes w(block, scale, table, kChunkBlocks);
+        const Codes<which> w(block, scale);
         __builtin_prefetch(block + kPrefetchBytes);
         for (int j = 0; j < tokens; ++j) sums[j] = AddChunk(sums[j], w, t.x[j][i]);
       }
       if (rest) {
-        const Codes w(block, scale, table, rest);
+        uint8_t padded[kChunkBytes] = {}, padded_scale[kChunkBlocks] = {};
+        std::memcpy(padded, block, rest * kBlockBytes);
+        std::memcpy(padded_scale, scale, rest);
+        const Codes<which> w(padded, padded_scale);
         for (int j = 0; j < tokens; ++j) sums[j] = AddChunk(sums[j], w, t.x[j][whole]);
         block += rest * kBlockBytes, scale += rest;
       }
