@@ -14,7 +14,7 @@
 #include <algorithm>
 
 #include "microkernel.h"
-#include "mxfp4.h"
+#include "mxfp4_pack.h"
 
 namespace {
 
@@ -136,42 +136,13 @@ void PackDense(const Matmul& p, const Block& block, float* packed) {
     pack((float*)from.data);
 }
 
-// Loads the values of an MXFP4 block in order.
-void LoadBlock(const Matmul& p, int64_t index, float* to) {
-  const uint8_t scale = p.scales[index];
-  Vector low, high;
-  LoadCodes(p.blocks + index * kBlockBytes, scale, &low, &high);
-  low *= ScaleOf(scale), high *= ScaleOf(scale);
-  Store(to, __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-  Store(to + kLanes, __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-}
-
-// Packs a block of B in MXFP4, with columns stored as rows of blocks of 32.
-void PackMxfp4Columns(const Matmul& p, const Block& block, float* packed) {
-  for (int64_t j = 0; j < block.columns; j += kPanelCols, packed += kPanelCols * block.inner) {
-    const int width = std::min<int64_t>(kPanelCols, block.columns - j);
-    for (int64_t i = 0; i < block.inner; i += kBlockSize) {
-      alignas(64) float values[kPanelCols][kBlockSize] = {};
-      for (int x = 0; x < width; ++x)
-        LoadBlock(p, ((block.column + j + x) * p.k + block.row + i) / kBlockSize, values[x]);
-      for (int row = 0; row < kBlockSize; row += kTileLanes)
-        for (int col = 0; col < kPanelCols; col += kTileLanes)
-          Transpose(&values[col][row], kBlockSize, packed + (i + row) * kPanelCols + col, kPanelCols);
-    }
-  }
-}
-
-// Packs a block of B in MXFP4 with blocks along rows.
-void PackMxfp4Rows(const Matmul& p, const Block& block, float* packed) {
-  static_assert(kBlockSize % kPanelCols == 0);
-  // Row by row, in the storage order of the bytes.
-  for (int64_t i = 0; i < block.inner; ++i)
-    for (int64_t j = 0; j < block.columns; j += kBlockSize) {
-      float values[kBlockSize];
-      LoadBlock(p, ((block.row + i) * p.n + block.column + j) / kBlockSize, values);
-      for (int x = 0; x < kBlockSize; x += kPanelCols)
-        std::memcpy(packed + (j + x) * block.inner + i * kPanelCols, values + x, kPanelCols * sizeof(float));
-    }
+// Packs a block of B in MXFP4.
+void PackMxfp4(const Matmul& p, const Block& block, float* packed) {
+  if (p.blocks_by_rows)
+    PackRows({p.blocks, p.scales, p.n / kBlockSize}, block.row, block.inner, block.column, block.columns, packed);
+  else
+    PackRowsTransposed({p.blocks, p.scales, p.k / kBlockSize}, block.column, block.columns, block.row, block.inner,
+                       packed);
 }
 
 // Adds the columns of a packed block of B to b_sums.
@@ -212,7 +183,7 @@ void MultiplyColumns(const Matmul& p, int64_t column, int64_t columns) {
     if (p.blocks == nullptr)
       PackDense(p, block, packed);
     else
-      p.blocks_by_rows ? PackMxfp4Rows(p, block, packed) : PackMxfp4Columns(p, block, packed);
+      PackMxfp4(p, block, packed);
     if (p.b_sums != nullptr) SumColumns(p, block, packed);
     int64_t row = MultiplyRows<kTileRows, a_is_row_major>(p, 0, packed, block, sums);
     if constexpr (kTileRows > 8) row = MultiplyRows<8, a_is_row_major>(p, row, packed, block, sums);

@@ -26,32 +26,56 @@ inline float ScaleOf(uint8_t scale) {
   return value;
 }
 
-// The values of the low and the high nibbles of a block, before multiplication by ScaleOf. Needs vectors of 16 floats.
-inline void LoadCodes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* high) {
+typedef uint8_t ByteLanes __attribute__((vector_size(16)));
+
+// Writes the values of 16 codes, one in each byte, before multiplication by ScaleOf.
+inline void StoreCodes(ByteLanes codes, float* to) {
 #ifdef __AVX512F__
-  const __m512 table = _mm512_load_ps(kCodes);
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
-  // A permutation reads only the lowest four bits of an index.
-  *low = (Vector)_mm512_permutexvar_ps(wide, table);
-  *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(wide, 4), table);
+  _mm512_storeu_ps(to, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32((__m128i)codes), _mm512_load_ps(kCodes)));
 #elif defined(__AVX2__) && defined(__FMA__)
   // Only the upper two bytes of these floats are not zero: look each up, and move both into place.
-  const __m128i upper = _mm_load_si128((const __m128i*)kUpperBytes);
-  const __m128i lower = _mm_load_si128((const __m128i*)kLowerBytes);
-  const __m128i nibble = _mm_set1_epi8(15), both = _mm_loadu_si128((const __m128i*)bytes);
-  const auto values = [&](__m128i codes, Vector* to) {
-    const __m128i first = _mm_shuffle_epi8(lower, codes), second = _mm_shuffle_epi8(upper, codes);
-    const auto widened = [](__m128i pairs) { return _mm256_slli_epi32(_mm256_cvtepu16_epi32(pairs), 16); };
-    _mm256_storeu_si256((__m256i*)to, widened(_mm_unpacklo_epi8(first, second)));
-    _mm256_storeu_si256((__m256i*)to + 1, widened(_mm_unpackhi_epi8(first, second)));
-  };
-  values(_mm_and_si128(both, nibble), low);
-  values(_mm_and_si128(_mm_srli_epi16(both, 4), nibble), high);
+  const __m128i first = _mm_shuffle_epi8(_mm_load_si128((const __m128i*)kLowerBytes), (__m128i)codes);
+  const __m128i second = _mm_shuffle_epi8(_mm_load_si128((const __m128i*)kUpperBytes), (__m128i)codes);
+  const auto widened = [](__m128i pairs) { return _mm256_slli_epi32(_mm256_cvtepu16_epi32(pairs), 16); };
+  _mm256_storeu_si256((__m256i*)to, widened(_mm_unpacklo_epi8(first, second)));
+  _mm256_storeu_si256((__m256i*)to + 1, widened(_mm_unpackhi_epi8(first, second)));
 #else
-  for (int i = 0; i < kBlockBytes; ++i) {
-    (*low)[i] = kCodes[bytes[i] & 15];
-    (*high)[i] = kCodes[bytes[i] >> 4];
-  }
+  for (int i = 0; i < 16; ++i) to[i] = kCodes[codes[i]];
 #endif
+}
+
+// The low and the high nibbles of 16 bytes.
+inline ByteLanes LowNibbles(ByteLanes bytes) { return bytes & 15; }
+inline ByteLanes HighNibbles(ByteLanes bytes) { return bytes >> 4; }
+
+// The values of the low and the high nibbles of a block, before multiplication by ScaleOf. Needs vectors of 16 floats.
+inline void LoadCodes(const uint8_t* bytes, uint8_t scale, Vector* low, Vector* high) {
+  ByteLanes both;
+  std::memcpy(&both, bytes, sizeof both);
+  StoreCodes(LowNibbles(both), (float*)low);
+  StoreCodes(HighNibbles(both), (float*)high);
   if (scale == 0) *low *= 0.5f, *high *= 0.5f;
+}
+
+// Transposes 16 rows of 16 bytes by interleaving the first half of the rows with the second, four times.
+inline void TransposeBytes(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
+  constexpr int side = 16;
+  ByteLanes rows[side], next[side];
+  for (int i = 0; i < side; ++i) std::memcpy(&rows[i], from + i * from_stride, side);
+  for (int step = 0; step < 4; ++step) {
+    for (int i = 0; i < side / 2; ++i) {
+      const ByteLanes a = rows[i], b = rows[i + side / 2];
+#ifdef __SSE2__
+      next[2 * i] = (ByteLanes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b);
+      next[2 * i + 1] = (ByteLanes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b);
+#else
+      for (int k = 0; k < side; ++k) {
+        next[2 * i][k] = (k % 2 ? b : a)[k / 2];
+        next[2 * i + 1][k] = (k % 2 ? b : a)[(k + side) / 2];
+      }
+#endif
+    }
+    std::memcpy(rows, next, sizeof rows);
+  }
+  for (int i = 0; i < side; ++i) std::memcpy(to + i * to_stride, &rows[i], side);
 }

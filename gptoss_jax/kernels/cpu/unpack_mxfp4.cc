@@ -20,7 +20,6 @@ constexpr int kSide = 16;
 // Scales for which every code is a normal number.
 constexpr int kLeastUsualScale = 2, kLargestUsualScale = 252;
 
-typedef uint8_t ByteLanes __attribute__((vector_size(kSide)));
 typedef uint16_t WordLanes __attribute__((vector_size(2 * kSide), aligned(2), may_alias));
 typedef uint32_t LongLanes __attribute__((vector_size(4 * kSide), aligned(4), may_alias));
 
@@ -40,28 +39,6 @@ WordLanes UsualBits(WordLanes codes, WordLanes offsets) {
   const WordLanes size = (codes & 7) << 6;
   const WordLanes bits = size + offsets + ((WordLanes)(size > 64) & 64);
   return (bits & (WordLanes)(size > 0)) | (codes & 8) << 12;
-}
-
-// Transposes 16 rows of 16 bytes by interleaving the first half of the rows with the second, four times.
-void Transpose(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
-  ByteLanes rows[kSide], next[kSide];
-  for (int i = 0; i < kSide; ++i) std::memcpy(&rows[i], from + i * from_stride, kSide);
-  for (int step = 0; step < 4; ++step) {
-    for (int i = 0; i < kSide / 2; ++i) {
-      const ByteLanes a = rows[i], b = rows[i + kSide / 2];
-#ifdef __SSE2__
-      next[2 * i] = (ByteLanes)_mm_unpacklo_epi8((__m128i)a, (__m128i)b);
-      next[2 * i + 1] = (ByteLanes)_mm_unpackhi_epi8((__m128i)a, (__m128i)b);
-#else
-      for (int k = 0; k < kSide; ++k) {
-        next[2 * i][k] = (k % 2 ? b : a)[k / 2];
-        next[2 * i + 1][k] = (k % 2 ? b : a)[(k + kSide) / 2];
-      }
-#endif
-    }
-    std::memcpy(rows, next, sizeof rows);
-  }
-  for (int i = 0; i < kSide; ++i) std::memcpy(to + i * to_stride, &rows[i], kSide);
 }
 
 // Writes 16 values, past the cache if possible: they are not read again, and need not be read to be written.
@@ -105,7 +82,8 @@ void UnpackTile(const Matrix& m, T* out, int64_t row, int64_t group) {
   int r = 0;
   for (; r + kSide <= rows; r += kSide)
     for (int g = 0; g < groups; ++g)
-      Transpose(from + r * m.block_stride + g * kBlockBytes, m.block_stride, &bytes[g * kBlockBytes][r], kTileRows);
+      TransposeBytes(from + r * m.block_stride + g * kBlockBytes, m.block_stride, &bytes[g * kBlockBytes][r],
+                     kTileRows);
   for (; r < rows; ++r)
     for (int b = 0; b < groups * kBlockBytes; ++b) bytes[b][r] = from[r * m.block_stride + b];
   const int whole = rows / kSide * kSide;
