@@ -49,7 +49,12 @@ def open_adapted(folder: str | os.PathLike, adapter: str | os.PathLike | None = 
     require(reader.config.lora is None, "adapter", str(adapter), allowed)
     found = read_adapter(adapter, reader.config)
     warn_of_other_base(adapter, folder)
-    return AdaptedReader(reader, found)
+    adapted = AdaptedReader(reader, found)
+    local = local_folder(adapter)
+    # The run of the adapter says how it is used, not that of the base.
+    is_rounded = is_run(local) and TrainConfig.load(local / "config.json").model.expert_fake_quant
+    adapted.config = dataclasses.replace(adapted.config, expert_fake_quant=is_rounded)
+    return adapted
 
 
 def warn_of_other_base(adapter: str | os.PathLike, folder: str | os.PathLike) -> None:
@@ -109,6 +114,12 @@ def export_adapter(run: str | os.PathLike, folder: str | os.PathLike) -> Adapter
     extra = sorted({key for key, _ in adapter.tensors if adapted_target(key) is None})
     if extra:
         raise ValueError(f"{run}: also trained {listed(extra)}, not only adapters: use gptoss merge")
+    if config.model.expert_fake_quant:
+        warnings.warn(
+            f"{run}: trained with model.expert_fake_quant; other programs add the adapter to the base "
+            "without rounding the sum, which is another model. gptoss merge writes the one that was trained",
+            stacklevel=2,
+        )
     found = run_base(local)
     base = str(local) if found is None else found.folder
     if config.init_from is not None and config.init_from.startswith(HUB):

@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,8 @@ def convert(
 ) -> None:
     """Converts any model folder to a Hugging Face folder; see `save_pretrained` and `write_folder`.
 
+    For a run with `model.expert_fake_quant`, None is mxfp4.
+
     Weights are read, converted and written in slices.
     """
     check_target(target)
@@ -95,7 +98,7 @@ def convert(
         # Fail before opening the checkpoint.
         config = TrainConfig.load(local / "config.json").model
         _refuse_adapter(config, source)
-        config.to_hf(experts or "float32")
+        config.to_hf(experts or ("mxfp4" if config.expert_fake_quant else "float32"))
     write_folder(open_weights(local), target, experts, on_progress=on_progress)
 
 
@@ -117,7 +120,14 @@ def write_folder(
     if experts is None:
         keys = {parameter_name(path) for path in parameter_layers(reader.config)}
         is_wide = any(reader.dtype(key) != BFLOAT16 for key in keys)
-        experts = "mxfp4" if reader.packed else "float32" if is_wide else "bfloat16"
+        is_packed = reader.packed or reader.config.expert_fake_quant
+        experts = "mxfp4" if is_packed else "float32" if is_wide else "bfloat16"
+    elif experts != "mxfp4" and reader.config.expert_fake_quant:
+        warnings.warn(
+            f"{reader.origin}: trained with model.expert_fake_quant, for experts in MXFP4; in {experts}, the "
+            "model differs from the one that was trained",
+            stacklevel=2,
+        )
     check_target(folder)
     origin = reader.origin
     # Run folders lack tokenizer files that other programs need; the tokenizer exports them.

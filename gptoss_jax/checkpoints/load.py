@@ -19,6 +19,7 @@ from gptoss_jax.checkpoints.readers import (
     check_formats,
     find_tokenizer,
     local_folder,
+    open_weights,
     warn_non_finite,
     with_experts,
 )
@@ -55,7 +56,8 @@ def from_pretrained(
       dtype: dtype of parameters and compute. None keeps the stored dtypes and computes in float32 on CPU and
         bfloat16 elsewhere.
       experts: format of the experts' matrices. "mxfp4" keeps them packed at 4.25 bits per weight, also during
-        compute. None keeps packed matrices packed, and others in `dtype`.
+        compute. None keeps packed matrices packed, and others in `dtype`; a run with
+        `model.expert_fake_quant` is loaded as it computes, with packed experts and the rest in bfloat16.
       mesh: shards the parameters as `parallel.rules` specifies; None puts them on the first device. Call the
         model under `jax.set_mesh(mesh)`.
       adapter: folder of a PEFT adapter, `hf:OWNER/NAME`, or a run that trained adapters. It stays unmerged,
@@ -81,10 +83,15 @@ def load_pretrained(
     check_formats(dtype, experts)
     local = local_folder(folder)
     compute: dict[str, Any] = {} if dtype is None else {"compute_dtype": dtype}
-    is_whole = is_run(local) and adapter is None and run_base(local) is None
-    if is_whole and experts != "mxfp4":
+    run_config = None
+    if is_run(local) and adapter is None and run_base(local) is None:
+        run_config = TrainConfig.load(local / "config.json").model
+        if run_config.expert_fake_quant and experts is None:
+            # The weights that the run computes with (`model/fake_quant.py`), rounded once.
+            return _load_rounded(local, dtype, mesh, compute)
+    if run_config is not None and experts != "mxfp4":
         # Orbax reads each array directly into its shards, in XLA's default memory layout.
-        config = TrainConfig.load(local / "config.json").model
+        config = run_config
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             load_target(config, mesh, dtype, experts),
@@ -96,6 +103,19 @@ def load_pretrained(
     packed = experts == "mxfp4" or (experts is None and reader.packed)
     config = dataclasses.replace(with_experts(reader.config, packed), **compute)
     params = read_params(reader, config, load_target(config, mesh, dtype, experts, reader.dtype))
+    return config, params, reader.origin
+
+
+def _load_rounded(
+    run: pathlib.Path, dtype: str | None, mesh: jax.sharding.Mesh | None, compute: dict[str, Any]
+) -> tuple[ModelConfig, dict, pathlib.Path | None]:
+    """Loads a run with `model.expert_fake_quant`: packed experts, and the rest rounded to bfloat16."""
+    reader = open_weights(run)
+    config = dataclasses.replace(with_experts(reader.config, packed=True), **compute)
+    # The dtype that is asked for holds the rounded values.
+    params = read_params(reader, config, load_target(config, mesh, "bfloat16", "mxfp4"))
+    if dtype == "float32":
+        params = jax.tree.map(lambda x: x if x.dtype == jnp.uint8 else x.astype(dtype), params)
     return config, params, reader.origin
 
 

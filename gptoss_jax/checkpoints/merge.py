@@ -26,7 +26,7 @@ from gptoss_jax.checkpoints.mappings import EXPERT_MATRICES
 from gptoss_jax.checkpoints.readers import ExpertFormat, StoredFormat, WeightReader
 from gptoss_jax.config.base import listed
 from gptoss_jax.kernels.mxfp4 import codec
-from gptoss_jax.model.lora import adapter_names
+from gptoss_jax.model.lora import adapter_names, add_delta
 from gptoss_jax.model.parameters import LETTERS, adapted_target
 
 
@@ -78,8 +78,7 @@ def merge(
 ) -> dict[str, Survival]:
     """Writes a model with its adapter merged as a Hugging Face folder; see `export.write_folder`.
 
-    When a packed base is written in MXFP4, each block uses the base's scale, half of it or twice it,
-    whichever has the smallest squared error. Blocks without a delta keep their bytes.
+    When a packed base is written in MXFP4, `codec.add_delta` chooses the scales.
 
     Args:
       source: a run that trained adapters, or the folder of a base model.
@@ -268,18 +267,15 @@ def merge_plain(
       a, b: float32; einsum with `equation` gives the delta, in the base's shape. b includes the scaling.
     """
     delta = jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
-    # Adding a delta of 0 would change the sign of a negative zero.
-    merged = jnp.where(delta != 0, base + delta, base).astype(dtype)
+    merged = add_delta(base, delta).astype(dtype)
     return merged, survival_sums(base, delta, merged.astype(jnp.float32) - base)
 
 
 def merge_packed(
     blocks: jax.Array, scales: jax.Array, a: jax.Array, b: jax.Array
 ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
-    """Returns the blocks and scales of one expert plus its delta, and the sums of `Survival`.
-
-    Each block uses the base's scale s, s/2 or 2s, whichever has the smallest squared error (s if tied).
-    Blocks without a delta keep their bytes; blocks that overflow become NaN.
+    """Returns the blocks and scales of one expert plus its delta (`codec.add_delta`), and the sums of
+    `Survival`.
 
     Args:
       blocks: uint8 [out, G, 16].
@@ -287,21 +283,9 @@ def merge_packed(
       a: float32 [in, r].
       b: float32 [r, out], including the scaling.
     """
-    base = codec.dequantize(blocks, scales, jnp.float32)
-    delta = _delta(a, b)
-    wanted = base + delta
-    best, error = (blocks, scales), jnp.full(scales.shape, jnp.inf)
-    for step in (0, -1, 1):
-        tried = jnp.clip(scales.astype(jnp.int16) + step, 0, codec.NAN_SCALE - 1).astype(jnp.uint8)
-        codes, _ = codec.quantize(wanted, scales=tried)
-        loss = _block_sums((codec.dequantize(codes, tried, jnp.float32) - wanted) ** 2)
-        better = loss < error
-        best = jnp.where(better[..., None], codes, best[0]), jnp.where(better, tried, best[1])
-        error = jnp.where(better, loss, error)
-    best = best[0], jnp.where(_block_sums(~jnp.isfinite(wanted)) > 0, codec.NAN_SCALE, best[1])
-    kept = (_block_sums(delta != 0) == 0) | (scales == codec.NAN_SCALE)
-    best = jnp.where(kept[..., None], blocks, best[0]), jnp.where(kept, scales, best[1])
-    return *best, survival_sums(base, delta, codec.dequantize(*best, jnp.float32) - base)
+    base, delta = codec.dequantize(blocks, scales, jnp.float32), _delta(a, b)
+    packed = codec.add_delta(blocks, scales, delta)
+    return *packed, survival_sums(base, delta, codec.dequantize(*packed, jnp.float32) - base)
 
 
 def merge_dense(base: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
@@ -319,10 +303,6 @@ def merge_dense(base: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array,
 
 def _delta(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("ir,ro->oi", a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def _block_sums(values: jax.Array) -> jax.Array:
-    return jnp.sum(values.reshape(*values.shape[:-1], -1, codec.BLOCK_SIZE), axis=-1)
 
 
 def survival_sums(

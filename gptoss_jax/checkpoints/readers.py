@@ -223,7 +223,11 @@ class AdaptedReader(WeightReader):
 
 
 def with_experts(config: ModelConfig, packed: bool) -> ModelConfig:
-    return dataclasses.replace(config, expert_format="mxfp4" if packed else "plain")
+    """Returns a config with packed or dense experts; packed ones are rounded again only if adapted."""
+    is_rounded = config.expert_fake_quant and (config.lora is not None or not packed)
+    return dataclasses.replace(
+        config, expert_format="mxfp4" if packed else "plain", expert_fake_quant=is_rounded
+    )
 
 
 def open_weights(folder: str | os.PathLike) -> WeightReader:

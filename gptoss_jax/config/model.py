@@ -125,6 +125,10 @@ class ModelConfig(ConfigBase):
     # Format of the expert weights: plain arrays, or packed MXFP4 as published (4.25 bits per weight, for
     # inference and LoRA).
     expert_format: Literal["plain", "mxfp4"] = "plain"
+    # Quantization-aware training: computes with the weights that gptoss convert (or merge) --experts mxfp4
+    # will write, and trains float32 ones. Adapters are merged, experts are rounded to MXFP4, and all other
+    # parameters to bfloat16.
+    expert_fake_quant: bool = False
     # Custom kernels: auto uses those that pass a check, made once on each GPU or TPU machine; required stops
     # if one fails; unchecked skips the check, plain uses XLA instead, and plain:attention,mxfp4_matmul uses
     # XLA instead of the named kernels. The environment variable GPTOSS_JAX_KERNELS takes the same values.
@@ -146,12 +150,11 @@ class ModelConfig(ConfigBase):
         self._require(self.head_dim % 2 == 0, "head_dim", allowed)
         allowed = f"must be at most model.num_local_experts ({experts})"
         self._require(self.num_experts_per_tok <= experts, "num_experts_per_tok", allowed)
-        size = hf.MXFP4_BLOCK_SIZE
-        allowed = (
-            f"must be a multiple of {size} if model.expert_format is 'mxfp4', because {size} weights along "
-            "this dimension share a scale"
-        )
-        for name in ("hidden_size", "intermediate_size") if self.expert_format == "mxfp4" else ():
+        size, is_packed = hf.MXFP4_BLOCK_SIZE, self.expert_format == "mxfp4"
+        cause = "model.expert_format is 'mxfp4'" if is_packed else "model.expert_fake_quant is True"
+        why = f"{size} weights along this dimension share a scale"
+        allowed = f"must be a multiple of {size} if {cause}, because {why}"
+        for name in ("hidden_size", "intermediate_size") if is_packed or self.expert_fake_quant else ():
             self._require(getattr(self, name) % size == 0, name, allowed)
         kinds = self.resolved_layer_types
         allowed = f"must name a type for each of model.num_hidden_layers ({layers})"

@@ -84,6 +84,16 @@ def adapted_einsum(module: Adaptable, equation: str, x: jax.Array, names: tuple[
     return results
 
 
+@jax.custom_vjp
+def add_delta(weight: jax.Array, delta: jax.Array) -> jax.Array:
+    """Returns `weight + delta`, and exactly `weight` where the delta is 0: adding 0 would change the sign of
+    a negative zero. Its gradients are those of the sum."""
+    return jnp.where(delta != 0, weight + delta, weight)
+
+
+add_delta.defvjp(lambda *operands: (add_delta(*operands), None), lambda _, g: (g, g))
+
+
 def adapter_counts(config: ModelConfig) -> dict[str, int]:
     """Returns the number of adapter parameters by target, in all layers."""
     counts: dict[str, int] = {}

@@ -27,6 +27,7 @@ from gptoss_jax.kernels.attention.reference import apply_dropout, segment_starts
 from gptoss_jax.kernels.shapes import assert_shapes
 from gptoss_jax.model import lora
 from gptoss_jax.model.attention import Attention, Segments
+from gptoss_jax.model.fake_quant import exported_config, exported_params
 from gptoss_jax.model.kv_cache import KVCache
 from gptoss_jax.model.moe import MoE, RouterStats
 from gptoss_jax.model.parameters import normal, view_layer, view_packed
@@ -319,7 +320,13 @@ def get_params(model: Transformer | nnx.State) -> dict:
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:
-    """Returns a model with the parameters of a tree as from `get_params`; works under `jit` and `grad`."""
+    """Returns a model with the parameters of a tree as from `get_params`; works under `jit` and `grad`.
+
+    With `config.expert_fake_quant`, it is the model that export would write (`model/fake_quant.py`).
+    """
+    if config.expert_fake_quant:
+        params = jax.jit(exported_params, static_argnums=0)(config, params)
+        config = exported_config(config)
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params | {"blocks": {int(i): b for i, b in params["blocks"].items()}})

@@ -111,7 +111,8 @@ def estimate(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> Estimate:
     dataclasses.replace(config.mesh, **mesh)
     step = step_on(config, mesh)
     gradients = step.trained_bytes * min(step.microbatches, 2)
-    activations = config.model.num_hidden_layers * saved_activation_bytes(step)
+    # Both passes read the rounded weights of quantization-aware training.
+    activations = config.model.num_hidden_layers * saved_activation_bytes(step) + step.rounded_bytes
     temporaries = max(block_temporaries(step), loss_temporaries(step))
     process = PROCESS_BYTES + 2 * (step.trained_bytes + gradients + activations + temporaries)
     memory = Memory(

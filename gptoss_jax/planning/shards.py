@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.model.fake_quant import exported_config
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import Path, letters_of, parameter_shardings, path_names, split_params
 from gptoss_jax.model.transformer import abstract_params
@@ -42,6 +43,8 @@ class Step:
     trained_bytes: int
     optimizer_bytes: int
     frozen_bytes: int
+    # Bytes of the parameters that the forward pass computes with, if they are rounded copies.
+    rounded_bytes: int
 
     @property
     def model(self) -> ModelConfig:
@@ -109,7 +112,16 @@ def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
     trained = sum(jax.tree.leaves(state.params))
     rest = sum(jax.tree.leaves(state)) - trained
     parameters = _parameters(config.model, *shapes, *shardings)
-    return Step(config, mesh, parameters, trained, rest, sum(jax.tree.leaves(frozen)))
+    frozen_bytes = sum(jax.tree.leaves(frozen))
+    return Step(config, mesh, parameters, trained, rest, frozen_bytes, _rounded_bytes(config.model, mesh))
+
+
+def _rounded_bytes(model: ModelConfig, mesh: dict[str, int]) -> int:
+    if not model.expert_fake_quant:
+        return 0
+    shapes = abstract_params(exported_config(model))
+    shardings = parameter_shardings(shapes, abstract_mesh(mesh))
+    return sum(jax.tree.leaves(jax.tree.map(local_bytes, shapes, shardings)))
 
 
 @functools.cache

@@ -129,6 +129,31 @@ def quantize(
     return code[(*before, slice(0, None, 2))] | (code[(*before, slice(1, None, 2))] << 4), scales
 
 
+def add_delta(blocks: jax.Array, scales: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the blocks and scales of packed values plus `delta`, float32 [..., 32 * G].
+
+    Each block uses its scale s, s/2 or 2s, whichever has the smallest squared error (s if tied), because the
+    smallest scale that clips nothing would round a small delta away (docs/weights.md). Blocks without a delta
+    keep their bytes; blocks that overflow become NaN.
+    """
+    wanted = dequantize(blocks, scales, jnp.float32) + delta
+    best, error = (blocks, scales), jnp.full(scales.shape, jnp.inf)
+    for step in (0, -1, 1):
+        tried = jnp.clip(scales.astype(jnp.int16) + step, 0, NAN_SCALE - 1).astype(jnp.uint8)
+        codes, _ = quantize(wanted, scales=tried)
+        loss = _block_sums((dequantize(codes, tried, jnp.float32) - wanted) ** 2)
+        better = loss < error
+        best = jnp.where(better[..., None], codes, best[0]), jnp.where(better, tried, best[1])
+        error = jnp.where(better, loss, error)
+    best = best[0], jnp.where(_block_sums(~jnp.isfinite(wanted)) > 0, NAN_SCALE, best[1])
+    kept = (_block_sums(delta != 0) == 0) | (scales == NAN_SCALE)
+    return jnp.where(kept[..., None], blocks, best[0]), jnp.where(kept, scales, best[1])
+
+
+def _block_sums(values: jax.Array) -> jax.Array:
+    return jnp.sum(values.reshape(*values.shape[:-1], -1, BLOCK_SIZE), axis=-1)
+
+
 def _float32_bits(values: Array, axis: int, xp: ModuleType) -> Array:
     size = values.shape[axis]
     if size % BLOCK_SIZE:
