@@ -36,7 +36,7 @@ def run_console(stream):
     for step in range(101, 112):
         clock.now += 300 if step == 101 else 2
         console.update(step, 4.314, 3950.4, 1.2e-3)
-    console.evaluation(111, 3.5, 1.25, is_best=True)
+    console.evaluation(111, 3.5, "1.2500 bits per byte", is_best=True)
     console.sample("[bold]hi[/bold] \x1b[2J\nbye")
     console.sample("a", question="q\x1b\nr")
     console.stop()
@@ -139,7 +139,7 @@ def test_quiet_prints_nothing(capsys):
     console.update(1, 1.0, 1.0, 1.0)
     console.message("x")
     console.sample("x")
-    console.evaluation(1, 1.0, 1.0, False)
+    console.evaluation(1, 1.0, "1.0000 bits per byte", False)
     console.comparison({"gzip -9": 1.0})
     console.summary({"a": "b"}, "c")
     console.stop()

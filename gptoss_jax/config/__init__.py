@@ -6,6 +6,7 @@ is allowed. Nothing here imports jax.
 
 from gptoss_jax.config.base import require
 from gptoss_jax.config.model import FULL, SLIDING, LoraConfig, ModelConfig, RopeScaling
+from gptoss_jax.config.preference import DpoConfig
 from gptoss_jax.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -20,6 +21,7 @@ __all__ = [
     "SLIDING",
     "CheckpointConfig",
     "DataConfig",
+    "DpoConfig",
     "EvalConfig",
     "LoraConfig",
     "MeshConfig",

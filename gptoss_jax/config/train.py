@@ -9,6 +9,14 @@ from typing import Literal, Self
 from gptoss_jax.config.base import BelowOne, ConfigBase, NonNegative, Positive, read_json, require, write_json
 from gptoss_jax.config.model import EXPERT_TARGETS, ModelConfig
 from gptoss_jax.config.paths import user_path
+from gptoss_jax.config.preference import DpoConfig
+
+STDLIB_PREFERENCES, PREFERENCES_GLOB = "stdlib-preferences", "preferences:"
+
+
+def is_preferences(source: str) -> bool:
+    """Returns True if a `data.source` has pairs of a chosen and a rejected answer."""
+    return source == STDLIB_PREFERENCES or source.startswith(PREFERENCES_GLOB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +26,8 @@ class DataConfig(ConfigBase):
     _section: typing.ClassVar[str] = "data"
 
     # Text: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[:CONFIG[:SPLIT]][#field].
-    # Conversations for fine-tuning: chat:GLOB (JSON, JSON lines or parquet), or stdlib-chat.
+    # Conversations for fine-tuning: chat:GLOB (JSON, JSON lines or parquet), or stdlib-chat. Pairs of a
+    # chosen and a rejected answer: preferences:GLOB, or stdlib-preferences.
     source: str = "stdlib"
     # bytes, bpe:SIZE (trained on the source), o200k_harmony (gpt-oss's), or file:tokenizer.json. If the file
     # does not name its special tokens, append #bos=NAME,eos=NAME.
@@ -162,6 +171,9 @@ class TrainConfig(ConfigBase):
     checkpoint: CheckpointConfig = CheckpointConfig()  # When to save checkpoints, and how many to keep
     eval: EvalConfig = EvalConfig()  # Evaluation on held-out text, and sampling, during training
     model: ModelConfig = ModelConfig()  # Architecture, numerics and kernels
+    # What is minimized: lm, -log p of the next token, or dpo, a loss on pairs of answers.
+    objective: Literal["lm", "dpo"] = "lm"
+    dpo: DpoConfig = DpoConfig()  # Training on pairs of a chosen and a rejected answer
     # Total number of optimizer steps. A finished run can be resumed with more.
     steps: Positive[int] = 1000
     # Run folder for checkpoints, metrics and report. An existing run in it is resumed.
@@ -188,12 +200,33 @@ class TrainConfig(ConfigBase):
         allowed = "needs model.lora: add --model.lora.rank with the adapter's rank, r in adapter_config.json"
         self._require(is_used, "init_adapter", allowed)
         self._check_ranks()
+        self._check_objective()
         self.profiled_steps()
         longest, length = self.model.max_position_embeddings, self.data.seq_len
         allowed = f"must be at most model.max_position_embeddings ({longest})"
         require(length <= longest, "data.seq_len", length, allowed)
         size, steps = self.data.batch_size, self.optim.grad_accum_steps
         require(size % steps == 0, "optim.grad_accum_steps", steps, f"must divide data.batch_size ({size})")
+
+    def _check_objective(self) -> None:
+        source, is_dpo = self.data.source, self.objective == "dpo"
+        allowed = "must be preferences:GLOB or stdlib-preferences if objective is 'dpo'"
+        require(is_preferences(source) or not is_dpo, "data.source", source, allowed)
+        allowed = f"must be 'dpo' for pairs of answers (data.source {source!r})"
+        self._require(is_dpo or not is_preferences(source), "objective", allowed)
+        if is_dpo:
+            overlong, train_on = self.data.overlong, self.data.train_on
+            require(overlong == "skip", "data.overlong", overlong, "must be 'skip' if objective is 'dpo'")
+            allowed = "must be 'assistant' if objective is 'dpo'"
+            require(train_on == "assistant", "data.train_on", train_on, allowed)
+            # The reference drops nothing, so that both would differ from the start.
+            for name, off in (
+                ("attention_dropout", 0),
+                ("residual_dropout", 0),
+                ("expert_capacity_factor", None),
+            ):
+                value = getattr(self.model, name)
+                require(value in (0, None), f"model.{name}", value, f"must be {off} if objective is 'dpo'")
 
     def _check_ranks(self) -> None:
         model = self.model

@@ -2,9 +2,10 @@
 
 A row has T = `data.seq_len` positions, each with an input token and the next token as its target. A document
 of n stored tokens (bos, text, eos) has n - 1 such pairs. Documents longer than a row are split; examples of
-conversations never are.
+conversations never are. A chosen and a rejected answer are in one row, as two segments in this order.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import grain
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from gptoss_jax.config import DataConfig, require
-from gptoss_jax.data.packing import pack
+from gptoss_jax.data.packing import PackPlan, pack
 from gptoss_jax.data.token_cache import TokenCache
 
 # The arrays of a batch, each [B, T]; `loss_weights` weights each target in the loss.
@@ -23,33 +24,46 @@ BATCH_FIELDS = {
     "positions": np.int32,
     "loss_weights": np.float32,
 }
+# Also an array of a batch, if the objective compares with a reference model: log p of each target.
+REFERENCE_FIELD = "reference_log_probs"
 
 Batch = dict[str, np.ndarray]
 
 
 def abstract_batch(
-    batch_size: int, seq_len: int, sharding: jax.sharding.Sharding | None = None
+    batch_size: int,
+    seq_len: int,
+    sharding: jax.sharding.Sharding | None = None,
+    has_reference: bool = False,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes [batch_size, seq_len] and dtypes of a global batch."""
-    shape = (batch_size, seq_len)
-    return {name: jax.ShapeDtypeStruct(shape, t, sharding=sharding) for name, t in BATCH_FIELDS.items()}
+    shape, fields = (batch_size, seq_len), _fields(has_reference)
+    return {name: jax.ShapeDtypeStruct(shape, t, sharding=sharding) for name, t in fields.items()}
 
 
-def _zeros(seq_len: int) -> Batch:
-    return {name: np.zeros(seq_len, dtype) for name, dtype in BATCH_FIELDS.items()}
+def _fields(has_reference: bool) -> Mapping[str, type]:
+    return BATCH_FIELDS | ({REFERENCE_FIELD: np.float32} if has_reference else {})
+
+
+def _zeros(seq_len: int, has_reference: bool) -> Batch:
+    return {name: np.zeros(seq_len, dtype) for name, dtype in _fields(has_reference).items()}
 
 
 def _stack(rows: list[Batch]) -> Batch:
-    return {name: np.stack([row[name] for row in rows]) for name in BATCH_FIELDS}
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def packed_lengths(cache: TokenCache, seq_len: int, overlong: Literal["skip", "cut"]) -> np.ndarray:
     """Returns the number of pairs of each document in packed rows, int64 [documents]; 0 if it is omitted.
 
     Long texts are split into rows. Examples of conversations are not: one with more than `seq_len` pairs is
-    omitted or, if `overlong` is "cut", truncated, and omitted if nothing to train on remains.
+    omitted or, if `overlong` is "cut", truncated, and omitted if nothing to train on remains. A pair is
+    omitted if both answers together have more than `seq_len` positions.
     """
     lengths = np.diff(cache.offsets) - 1
+    if cache.is_pairs:
+        both = lengths.reshape(-1, 2)
+        return np.where(both.sum(axis=1, keepdims=True) <= seq_len, both, 0).reshape(-1)
     if cache.weights is None:
         return lengths
     for i in np.flatnonzero(lengths > seq_len):
@@ -86,32 +100,55 @@ class PackedRows:
         documents = np.flatnonzero((cache.held_out == held_out) & (lengths > 0))
         if not len(documents):
             kind, those = "held-out" if held_out else "training", np.flatnonzero(cache.held_out == held_out)
-            allowed = f"no {kind} example fits; the shortest needs {np.diff(cache.offsets)[those].min() - 1}"
+            needs = np.diff(cache.offsets)[those] - 1
+            needs = needs.reshape(-1, 2).sum(axis=1) if cache.is_pairs else needs
+            example = "pair" if cache.is_pairs else "example"
+            allowed = f"no {kind} {example} fits; the shortest needs {needs.min()}"
             if overlong == "cut" and cache.weights is not None:
                 pairs = zip(cache.offsets[those], cache.offsets[those + 1], strict=True)
                 needed = min(int(np.argmax(cache.weights[start:end])) for start, end in pairs)
                 allowed = f"cut at that, no {kind} example has a trained token; must be at least {needed}"
             require(False, "data.seq_len", seq_len, allowed)
-        self.plan = pack(lengths[documents], seq_len)
+        self.plan = (_pack_pairs if cache.is_pairs else pack)(lengths[documents], seq_len)
         self._start = cache.offsets[documents][self.plan.document] + self.plan.start
-        self._tokens, self._weights = cache.tokens, cache.weights
+        self._tokens, self._weights, self._reference = cache.tokens, cache.weights, cache.reference
         self._seq_len = seq_len
 
     def __len__(self) -> int:
         return len(self.plan.row_offsets) - 1
 
+    @property
+    def padding(self) -> Batch:
+        """A row of padding."""
+        return _zeros(self._seq_len, self._reference is not None)
+
     def __getitem__(self, index: int) -> Batch:
+        segments, positions, target = self.places(index)
+        used = len(target)
+        row = self.padding
+        row["segment_ids"][:used], row["positions"][:used] = segments, positions
+        row["tokens"][:used], row["targets"][:used] = self._tokens[target - 1], self._tokens[target]
+        row["loss_weights"][:used] = 1 if self._weights is None else self._weights[target]
+        if self._reference is not None:
+            row[REFERENCE_FIELD][:used] = self._reference[target]
+        return row
+
+    def places(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the segment, the position in it, and the index in the cache of each target of a row."""
         pieces = slice(self.plan.row_offsets[index], self.plan.row_offsets[index + 1])
         length = self.plan.length[pieces]
-        used = int(length.sum())
-        row = _zeros(self._seq_len)
-        row["segment_ids"][:used] = np.repeat(np.arange(1, len(length) + 1), length)
-        row["positions"][:used] = np.arange(used) - np.repeat(np.cumsum(length) - length, length)
-        source = np.repeat(self._start[pieces], length) + row["positions"][:used]
-        row["tokens"][:used] = self._tokens[source]
-        row["targets"][:used] = self._tokens[source + 1]
-        row["loss_weights"][:used] = 1 if self._weights is None else self._weights[source + 1]
-        return row
+        segments = np.repeat(np.arange(1, len(length) + 1), length)
+        positions = np.arange(len(segments)) - np.repeat(np.cumsum(length) - length, length)
+        return segments, positions, np.repeat(self._start[pieces], length) + positions + 1
+
+
+def _pack_pairs(lengths: np.ndarray, seq_len: int) -> PackPlan:
+    """Packs documents 2i and 2i + 1 together: `pack` for pairs, then with two pieces for each."""
+    plan = pack(lengths.reshape(-1, 2).sum(axis=1), seq_len)
+    document = (2 * plan.document[:, None] + np.arange(2)).reshape(-1)
+    return PackPlan(
+        2 * plan.row_offsets, document, np.zeros_like(document), lengths[document].astype(np.int32)
+    )
 
 
 class _GlobalBatches:
@@ -171,12 +208,20 @@ def held_out_batches(
     count = count if limit is None else min(count, limit)
     size = count * config.batch_size
     chosen = np.arange(size) * max(len(packed), size) // max(size, 1)
-    rows = np.arange(config.batch_size) if rows is None else rows
-    padding = _zeros(config.seq_len)
-    return [
-        _stack([packed[index] if index < len(packed) else padding for index in indices])
-        for indices in chosen.reshape(count, config.batch_size)[:, rows]
-    ]
+    return list(padded_batches(packed, chosen.reshape(count, config.batch_size), rows))
+
+
+def padded_batches(
+    packed: PackedRows, indices: np.ndarray, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Yields batches of packed rows; an index past the last row gives a row of padding.
+
+    Args:
+      indices: the rows of each global batch, int [batches, batch_size].
+      rows: which of them to read, see `local_rows`; None reads all.
+    """
+    for batch in indices if rows is None else indices[:, rows]:
+        yield _stack([packed[index] if index < len(packed) else packed.padding for index in batch])
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:

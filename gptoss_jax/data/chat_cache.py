@@ -1,4 +1,4 @@
-"""Builds the token cache for conversations."""
+"""Builds the token cache for conversations, and for pairs of them."""
 
 import collections
 import dataclasses
@@ -12,10 +12,13 @@ import numpy as np
 
 from gptoss_jax.config import DataConfig, require
 from gptoss_jax.config.base import one_line, write_json
-from gptoss_jax.data.chat import make_examples, needs_training
+from gptoss_jax.config.train import is_preferences
+from gptoss_jax.data.chat import Example, make_examples, needs_training
 from gptoss_jax.data.chat_messages import TrainMessage, harmony_messages
 from gptoss_jax.data.chat_rows import ChatCorpus, RowError, read_conversation
 from gptoss_jax.data.harmony import Harmony
+from gptoss_jax.data.preference_rows import FORMAT as PAIR_FORMAT
+from gptoss_jax.data.preference_rows import history_length, read_pair
 from gptoss_jax.data.sources import is_picked, with_next
 from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
 from gptoss_jax.status import status
@@ -29,33 +32,53 @@ SHOWN_ROWS = 10  # maximum number of skipped rows to print
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A usable row: its location, its format, and its messages in Harmony."""
+    """A usable row: its location, its format, its messages in Harmony and, in a pair, those of the rejected
+    conversation."""
 
     prefix: str
     number: int
     format: str
     messages: list[TrainMessage]
+    rejected: list[TrainMessage] | None = None
 
     @property
     def texts(self) -> list[str]:
-        return [one.message.text for one in self.messages]
+        return [one.message.text for one in (*self.messages, *(self.rejected or ()))]
 
 
 def usable_rows(corpus: ChatCorpus, config: DataConfig, skipped: list[tuple[str, RowError]]) -> Iterator[Row]:
     """Yields the usable rows and adds the others to `skipped`, each with its location."""
+    is_pairs = is_preferences(corpus.source)
     for prefix, number, row in corpus.rows():
         try:
             if isinstance(row, RowError):
                 raise row
+            if is_pairs:
+                pair = read_pair(row, config.reasoning_effort)
+                for side in (pair.chosen, pair.rejected):
+                    _check_trained(side[history_length(side) - 1 :], config)
+                yield Row(prefix, number, PAIR_FORMAT, pair.chosen, pair.rejected)
+                continue
             conversation = read_conversation(row)
             messages = harmony_messages(conversation, config.reasoning_effort)
-            if not needs_training(messages, config.train_on):
-                raise RowError("nothing to train on", f"has no token to train on ({config.train_on})")
+            _check_trained(messages, config)
             yield Row(prefix, number, conversation.format, messages)
         except RowError as error:
             skipped.append((f"{prefix}{number}", error))
         except RecursionError:
             skipped.append((f"{prefix}{number}", RowError("invalid JSON", "is nested too deeply")))
+
+
+def _check_trained(messages: list[TrainMessage], config: DataConfig) -> None:
+    if not needs_training(messages, config.train_on):
+        raise RowError("nothing to train on", f"has no token to train on ({config.train_on})")
+
+
+def _examples(harmony: Harmony, rows: list[Row], config: DataConfig) -> list[list[Example]]:
+    """Returns the examples of each row: of every turn or, in a pair, the last turns of both conversations."""
+    sides = [[row.messages] if row.rejected is None else [row.messages, row.rejected] for row in rows]
+    made = iter(make_examples(harmony, [side for some in sides for side in some], config.train_on))
+    return [next(made) if row.rejected is None else [next(made)[-1], next(made)[-1]] for row in rows]
 
 
 def _read(
@@ -78,6 +101,16 @@ def _read(
         first = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         allowed = f"has {index + 1} rows that can be used, needs two, one to be held out{first}"
         require(False, "data.source", corpus.source, allowed)
+
+
+def _write_skipped(folder: pathlib.Path, skipped: list[tuple[str, RowError]]) -> list[str]:
+    """Writes the list of the rows that are left out, if any, and returns its lines."""
+    lines = [f"{where}: {one_line(error)}" for where, error in skipped]
+    if lines:
+        # File names may have bytes that are not UTF-8.
+        data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
+        (folder / SKIPPED_FILE).write_bytes(data)
+    return lines
 
 
 def build_chat(
@@ -105,7 +138,7 @@ def build_chat(
         status("rendering") as shown,
     ):
         while group := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            examples = make_examples(harmony, [row.messages for row, _ in group], config.train_on)
+            examples = _examples(harmony, [row for row, _ in group], config)
             for (row, is_held_out), some in zip(group, examples, strict=True):
                 formats[row.format] += 1
                 counts["left_out_calls"] += sum(one.left_out_calls for one in row.messages)
@@ -125,11 +158,7 @@ def build_chat(
             shown.update(f"{sum(lengths):,} tokens of {len(lengths):,} examples")
     report(f"  {sum(lengths):,} tokens of {len(lengths):,} examples")
     corpus.check_unchanged()
-    lines = [f"{where}: {one_line(error)}" for where, error in skipped]
-    if lines:
-        # File names may have bytes that are not UTF-8.
-        data = "".join(line + "\n" for line in lines).encode("utf-8", "surrogateescape")
-        (folder / SKIPPED_FILE).write_bytes(data)
+    lines = _write_skipped(folder, skipped)
     lengths_D, flags_D = np.array(lengths, np.int64), np.array(flags, bool)
     np.savez(
         folder / "documents.npz",
@@ -150,6 +179,7 @@ def build_chat(
         "held_out_bytes": len(data),
         "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / max(len(data), 1),
         "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / max(len(data), 1),
+        "pairs": is_preferences(config.source),
         "chat": {
             "rows": sum(formats.values()) + len(skipped),
             "formats": dict(formats),

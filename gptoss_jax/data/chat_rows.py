@@ -2,7 +2,8 @@
 
 `data.source` is `chat:GLOB` (JSON lines, JSON arrays or parquet), or `stdlib-chat`. The fields of a row
 determine its format: `messages` (OpenAI), `conversations` (ShareGPT), `prompt` and `completion`, or
-`instruction` and `output` (Alpaca). A field that is None is treated as absent, but not in the arguments of a
+`instruction` and `output` (Alpaca). Those of `preferences:GLOB` and `stdlib-preferences` have `chosen` and
+`rejected`. A field that is None is treated as absent, but not in the arguments of a
 call or the JSON schema of a tool, except in parquet, where Arrow gives all objects the same fields.
 """
 
@@ -14,9 +15,10 @@ from typing import Any
 
 from gptoss_jax.config import require
 from gptoss_jax.config.base import listed, type_name
+from gptoss_jax.config.train import PREFERENCES_GLOB, STDLIB_PREFERENCES, is_preferences
 from gptoss_jax.data import files
 from gptoss_jax.data.sources import Source, stdlib_files
-from gptoss_jax.data.stdlib_chat import question_rows
+from gptoss_jax.data.stdlib_chat import preference_rows, question_rows
 
 STDLIB, GLOB = "stdlib-chat", "chat:"
 # Fields with the reasoning of an assistant message.
@@ -67,8 +69,8 @@ class Conversation:
 
 
 def is_chat_source(source: str) -> bool:
-    """Returns True if a `data.source` has conversations rather than documents."""
-    return source == STDLIB or source.startswith(GLOB)
+    """Returns True if a `data.source` has conversations, or pairs of them, rather than documents."""
+    return source == STDLIB or source.startswith(GLOB) or is_preferences(source)
 
 
 class ChatCorpus(Source):
@@ -81,16 +83,19 @@ class ChatCorpus(Source):
 
 def open_chat(source: str) -> ChatCorpus:
     """Opens a source of conversations. Raises ValueError if there are no files."""
-    if source == STDLIB:
+    if source in (STDLIB, STDLIB_PREFERENCES):
         root, paths, fingerprint = stdlib_files()
+        read_rows = question_rows if source == STDLIB else preference_rows
 
         def questions() -> Iterator[tuple[str, int, Row]]:
-            for number, row in enumerate(question_rows(root, paths)):
-                yield f"{STDLIB} row ", number, row
+            for number, row in enumerate(read_rows(root, paths)):
+                yield f"{source} row ", number, row
 
-        return ChatCorpus(source, f"questions on {fingerprint}", questions)
-    name = source.removeprefix(GLOB)
-    require(name != "", "data.source", source, "must be chat:GLOB, JSON lines or parquet files")
+        kind = "questions" if source == STDLIB else "preferences"
+        return ChatCorpus(source, f"{kind} on {fingerprint}", questions)
+    prefix = PREFERENCES_GLOB if is_preferences(source) else GLOB
+    name = source.removeprefix(prefix)
+    require(name != "", "data.source", source, f"must be {prefix}GLOB, JSON lines or parquet files")
     paths = files.find_files(name, source)
     stamps = functools.partial(files.stamps, paths)
 

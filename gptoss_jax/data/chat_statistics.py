@@ -15,11 +15,16 @@ QUANTILES = (0, 0.25, 0.5, 0.75, 0.95, 1)
 def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
     """Returns the JSON-serializable statistics of a cache of conversations.
 
-    `overlong` is the number of examples with more than `data.seq_len` pairs, `left_out` how many of these are
-    omitted, and `left_out_calls` the number of calls after the first one of a message without results.
+    `overlong` is the number of examples that need more than `data.seq_len` positions, `left_out` how many of
+    these are omitted (a pair of answers counts as two examples), and `left_out_calls` the number of calls
+    after the first one of a message without results.
     """
     lengths, meta = np.diff(cache.offsets), cache.meta["chat"]
     packed = packed_lengths(cache, config.seq_len, config.overlong)
+    needed = lengths - 1
+    if cache.is_pairs:
+        # Both answers of a pair must fit in one row.
+        needed = np.repeat(needed.reshape(-1, 2).sum(axis=1), 2)
     quantiles = np.quantile(lengths, QUANTILES, method="nearest")
     return {
         "rows": meta["rows"],
@@ -31,7 +36,7 @@ def statistics(cache: TokenCache, config: DataConfig) -> dict[str, Any]:
         "trained_tokens": meta["trained_tokens"],
         "trained_share": round(meta["trained_tokens"] / int(lengths.sum()), 4),
         "lengths": {f"{quantile:g}": int(n) for quantile, n in zip(QUANTILES, quantiles, strict=True)},
-        "overlong": int((lengths - 1 > config.seq_len).sum()),
+        "overlong": int((needed > config.seq_len).sum()),
         "left_out": int((packed == 0).sum()),
         "without_thinking": len(lengths) - meta["with_thinking"],
         "left_out_calls": meta["left_out_calls"],
@@ -43,9 +48,10 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
     found, meta = statistics(cache, config), cache.meta["chat"]
     formats = ", ".join(f"{count:,} with {name}" for name, count in found["formats"].items())
     share = f"{found['trained_tokens']:,} of them trained on ({found['trained_share']:.1%})"
+    unit, size = ("pairs of answers", 2) if cache.is_pairs else ("examples (answered turns)", 1)
     lines = [
         f"rows: {sum(found['formats'].values()):,} of {found['rows']:,} used: {formats}",
-        f"examples (answered turns): {found['examples']:,}, {found['held_out_examples']:,} of them held out; "
+        f"{unit}: {found['examples'] // size:,}, {found['held_out_examples'] // size:,} of them held out; "
         f"{found['tokens']:,} tokens, {share}",
     ]
     if found["skipped"]:
@@ -61,7 +67,12 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
         if config.overlong == "cut":
             done = f"{cut:,} truncated"
             done += f", {left_out:,} left out: no trained token is left" if left_out else ""
-        lines.append(f"examples longer than data.seq_len ({config.seq_len:,}): {found['overlong']:,}, {done}")
+        what = "pairs" if cache.is_pairs else "examples"
+        if cache.is_pairs:
+            done = f"{left_out // size:,} left out"
+        lines.append(
+            f"{what} longer than data.seq_len ({config.seq_len:,}): {found['overlong'] // size:,}, {done}"
+        )
     if found["left_out_calls"]:
         lines.append(
             f"calls left out: {found['left_out_calls']:,}, after the first one of a message without results"

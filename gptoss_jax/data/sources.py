@@ -26,7 +26,8 @@ from gptoss_jax.data.files import INSTALL_HF, SHOWN_NAMES
 
 KINDS = (
     "stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field or hf:NAME:CONFIG:SPLIT#field "
-    "(#field, :CONFIG and :SPLIT may be left out); for conversations chat:GLOB or stdlib-chat"
+    "(#field, :CONFIG and :SPLIT may be left out); for conversations chat:GLOB or stdlib-chat; "
+    "for pairs of answers preferences:GLOB or stdlib-preferences"
 )
 HF_SPEC = "hf:NAME:CONFIG:SPLIT"
 # In the path of a local folder, the datasets library interprets these as a pattern or a chain of archives.

@@ -45,6 +45,20 @@ def question_rows(root: pathlib.Path, paths: Iterable[str]) -> Iterator[dict[str
                 yield row
 
 
+def preference_rows(root: pathlib.Path, paths: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yields {"prompt", "chosen", "rejected"}: a question, its answer, and the answer to another question of
+    the same kind (about a purpose, or about a signature)."""
+    kinds: dict[bool, list[dict[str, str]]] = {}
+    for row in question_rows(root, paths):
+        kinds.setdefault(row["answer"].startswith("`"), []).append(row)
+    for rows in kinds.values():
+        for index, row in enumerate(rows):
+            # Any other row, selected by the question.
+            step = 1 + zlib.crc32(row["question"].encode()) % max(len(rows) - 1, 1)
+            other = rows[(index + step) % len(rows)]
+            yield {"prompt": row["question"], "chosen": row["answer"], "rejected": other["answer"]}
+
+
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -54,13 +54,22 @@ class TokenCache:
     # example, int64 [documents, 3].
     weights: np.ndarray | None = None
     origins: np.ndarray | None = None
+    # For pairs: log p of each token according to the reference model, float32, memory-mapped; see
+    # `training/reference.py`.
+    reference: np.ndarray | None = None
+
+    @property
+    def is_pairs(self) -> bool:
+        """True if documents 2i and 2i + 1 are the chosen and the rejected answer of pair i."""
+        return self.meta.get("pairs", False)
 
     def where(self, document: int) -> str:
         """Returns the location of a document, such as `a.jsonl:17 turn 2`."""
         if self.origins is None:
             return f"document {document}"
         file, row, turn = self.origins[document].tolist()
-        return f"{self.meta['chat']['files'][file]}{row} turn {turn}"
+        part = ("chosen", "rejected")[document % 2] if self.is_pairs else f"turn {turn}"
+        return f"{self.meta['chat']['files'][file]}{row} {part}"
 
 
 def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:

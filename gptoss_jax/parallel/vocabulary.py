@@ -149,6 +149,13 @@ class HeadSplit(NamedTuple):
         """Inside `shard_map`: the transpose of `exchange`."""
         return _scatter(x, self.exchanged)
 
+    def own_rows(self, x: jax.Array) -> jax.Array:
+        """Inside `shard_map`: returns this device's rows of an array that `exchange` would give."""
+        if not self.exchanged:
+            return x
+        size = x.shape[0] // math.prod(current_axes()[axis] for axis in self.exchanged)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.exchanged) * size, size)
+
     def sum_over_tensor(self, x: jax.Array) -> jax.Array:
         """Inside `shard_map`: sums over the shards of the vocabulary that `reduce` has not summed over."""
         rest = tuple(axis for axis in self.vocabulary if axis not in self.exchanged)

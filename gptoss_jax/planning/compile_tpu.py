@@ -125,6 +125,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     from gptoss_jax.parallel.mesh import make_mesh
     from gptoss_jax.parallel.rules import batch_sharding
     from gptoss_jax.training.base_weights import base_config
+    from gptoss_jax.training.preferences import make_objective
     from gptoss_jax.training.state import abstract_state
     from gptoss_jax.training.step import make_train_step
 
@@ -138,7 +139,10 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     mesh = make_mesh(config.mesh, devices)
-    batch = abstract_batch(config.data.batch_size, config.data.seq_len, batch_sharding(mesh))
+    is_compared = config.objective == "dpo" and config.dpo.needs_reference
+    has_reference = is_compared and config.model.lora is None
+    size, length = config.data.batch_size, config.data.seq_len
+    batch = abstract_batch(size, length, batch_sharding(mesh), has_reference)
     began = time.monotonic()
     with jax.set_mesh(mesh):
         frozen, is_trainable = {}, None
@@ -147,7 +151,7 @@ def _compile(config: TrainConfig, topology: str) -> dict:
             dtype, is_trainable = compute_dtype(config.model).name, is_adapter
             frozen = load_target(base_config(config.model), mesh, dtype)
         state = abstract_state(config, mesh, is_trainable)
-        lowered = make_train_step(config).lower(state, batch, frozen)
+        lowered = make_train_step(config, make_objective(config)).lower(state, batch, frozen)
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -156,13 +156,12 @@ class Console:
         """Prints a line, or several."""
         self._print((printable(text), ""))
 
-    def evaluation(self, step: int, val_loss: float, bits_per_byte: float | None, is_best: bool) -> None:
-        """Prints the result on held-out data: loss in nats per token and, if not None, bits per byte."""
-        bits = "" if bits_per_byte is None else f" · {format_number(bits_per_byte, 4)} bits per byte"
+    def evaluation(self, step: int, val_loss: float, details: str, is_best: bool) -> None:
+        """Prints the result on held-out data: the loss and, if not empty, details."""
         self._print(
             (f"step {step} · ", "bold"),
             (f"held-out loss {format_number(val_loss, 3)}", ""),
-            (bits, "cyan"),
+            (f" · {details}" if details else "", "cyan"),
             (" · best so far" if is_best else "", "green"),
         )
 

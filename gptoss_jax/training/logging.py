@@ -32,6 +32,7 @@ from gptoss_jax.training.setup import stop_tokens
 
 MAX_SKIPPED_IN_A_ROW = 20
 EXPERT_LOAD_ROWS = 200  # number of metrics.jsonl rows with expert load, enough for the plot
+ACCURACY = "rewards/accuracies"  # metric of training on preferences
 # Metrics of a step that are logged in a different form.
 NOT_LOGGED_AS_IS = {"tokens", "skipped", "skipped_in_a_row", "expert_load", "dropped"}
 
@@ -75,8 +76,9 @@ class RunLog:
         trained, held_out = " to train on", f"{format_si(meta['held_out_bytes'], 'B')} of text"
         if self.cache.weights is not None:
             trained = f", {format_count(self._trained_tokens)} of them trained on"
-            count = meta["held_out_documents"]
-            held_out = f"{count:,} example{'s' * (count != 1)}"
+            is_pairs = self.cache.is_pairs
+            count = meta["held_out_documents"] // (2 if is_pairs else 1)
+            held_out = f"{count:,} {'pair' if is_pairs else 'example'}{'s' * (count != 1)}"
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         lines = {
             "model": f"{format_count(total)} parameters, {format_count(active)} active per token",
@@ -169,7 +171,8 @@ class RunLog:
             targets = meta["chat"]["held_out_trained_tokens"]
         bits = bits_per_byte(val_loss * targets, meta["held_out_bytes"])
         row = {"step": step} | {f"val_{name}": mean for name, mean in means.items()}
-        row["val_bits_per_byte"] = bits
+        if not self.cache.is_pairs:  # whose loss is not one of text
+            row["val_bits_per_byte"] = bits
         if is_final:
             row["final"] = True
         if is_final and "chat" not in meta:  # compressing answers without their prompts is meaningless
@@ -178,7 +181,10 @@ class RunLog:
         if not is_final:
             is_best = val_loss < self._best_loss and math.isfinite(val_loss)
             self._best_loss = val_loss if is_best else self._best_loss
-            self.console.evaluation(step, val_loss, None if "chat" in meta else bits, is_best)
+            details = "" if "chat" in meta else f"{format_number(bits, 4)} bits per byte"
+            if ACCURACY in means:
+                details = f"{means[ACCURACY]:.1%} of the chosen answers preferred"
+            self.console.evaluation(step, val_loss, details, is_best)
         return val_loss
 
     def sample(self, step: int, params: dict) -> None:
@@ -247,9 +253,12 @@ class RunLog:
             f"{share('data_wait_share'):.2%} of the time for data, {share('logging_share'):.2%} for logging"
         )
         tokens = f"{format_count(steps[-1]['tokens_seen'])} in {format_duration(seconds.sum())}"
+        loss_unit = "nats per token"
+        if self.cache.is_pairs:
+            loss_unit = f"per pair, {final.get(f'val_{ACCURACY}', 0):.1%} of the chosen answers preferred"
         self.console.summary(
             {
-                "held-out loss": f"{format_number(final.get('val_loss'), 4)} nats per token",
+                "held-out loss": f"{format_number(final.get('val_loss'), 4)} {loss_unit}",
                 "tokens seen": tokens,
                 "speed": speed + (f", MFU {used:.1%}" if used else ""),
                 "waiting": waiting,

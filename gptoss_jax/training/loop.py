@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
 import numpy as np
 
@@ -26,8 +27,10 @@ from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training import resume, setup
 from gptoss_jax.training.console import Console
 from gptoss_jax.training.logging import RunLog
-from gptoss_jax.training.objectives import LANGUAGE_MODELING, Objective
+from gptoss_jax.training.objectives import Objective
+from gptoss_jax.training.preferences import make_objective
 from gptoss_jax.training.profile import StepTracer
+from gptoss_jax.training.reference import with_reference
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
@@ -39,14 +42,14 @@ UNSAVED = "the steps since the last checkpoint are lost; to resume from it, run 
 
 
 def train(
-    config: TrainConfig, objective: Objective = LANGUAGE_MODELING, is_trainable: IsTrainable | None = None
+    config: TrainConfig, objective: Objective | None = None, is_trainable: IsTrainable | None = None
 ) -> TrainState:
     """Trains a model, or resumes the run with the same folder and config; called by `gptoss train`.
 
     Returns the final state. Ctrl-C and SIGTERM save first, then raise KeyboardInterrupt and SystemExit(143).
 
     Args:
-      objective: the loss to minimize and the metrics to evaluate.
+      objective: the loss to minimize and the metrics to evaluate; None is the one that the config names.
       is_trainable: selects the parameters to train by their paths; None trains only the adapters if
         `model.lora` is set, otherwise all. The others are frozen, without optimizer state. A resumed run must
         select the same parameters.
@@ -57,15 +60,15 @@ def train(
       OSError: a file could not be written; earlier checkpoints are kept.
     """
     config = dataclasses.replace(config, run_dir=str(user_path(config.run_dir, "run_dir")))
-    if is_trainable is None and config.model.lora is not None:
-        is_trainable = is_adapter
+    is_trainable = is_trainable or (None if config.model.lora is None else is_adapter)
+    objective = make_objective(config) if objective is None else objective
     is_main = jax.process_index() == 0
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)
     setup.check_settings(config, mesh, console.message)
     cache = setup.open_cache(config, console.message)
     sharding = batch_sharding(mesh)
-    batches = train_batches(cache, config.data, config.seed, local_rows(sharding, config.data.batch_size))
+    _open_batches(config, cache, sharding)  # fails before any weights are read
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if is_main:
@@ -77,8 +80,8 @@ def train(
         state, frozen, metadata = resume.init_or_restore_state(
             config, mesh, checkpoints, cache, console.message, is_trainable
         )
-        if metadata["data"] is not None:
-            batches.set_state(metadata["data"])
+        cache = with_reference(config, cache, state, frozen, metadata, console.message)
+        batches = _open_batches(config, cache, sharding, metadata["data"])
         setup.write_run_dir(config, cache, is_new=metadata["data"] is None)
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
@@ -118,6 +121,17 @@ def train(
     if not is_last or pending:
         stop.leave()
     return dataclasses.replace(state, params=merge_params(state.params, frozen))
+
+
+def _open_batches(
+    config: TrainConfig, cache: TokenCache, sharding: jax.sharding.Sharding, position: Any = None
+) -> grain.DatasetIterator:
+    """Returns the batches of this process, from a position in the data on."""
+    rows = local_rows(sharding, config.data.batch_size)
+    batches = train_batches(cache, config.data, config.seed, rows)
+    if position is not None:
+        batches.set_state(position)
+    return batches
 
 
 def _release_memory(train_step: Callable) -> Callable:

@@ -75,7 +75,7 @@ def cross_entropy(
       hidden, head: from `Transformer.head_operands`: the logits are the sum of the products of each
         activation, [B, T, D], and its weight, [V, D].
     """
-    return _loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk)[0]
+    return _loss_and_gradients(hidden, head, targets_BT, _positive(weights_BT), chunk)[0]
 
 
 def _forward(
@@ -86,7 +86,7 @@ def _forward(
     hidden, head, targets, weights = jax.tree.map(
         lambda primal: primal.value, (hidden, head, targets, weights)
     )
-    loss, d_hidden, d_head = _loss_and_gradients(hidden, head, targets, weights, chunk, is_trained)
+    loss, d_hidden, d_head = _loss_and_gradients(hidden, head, targets, _positive(weights), chunk, is_trained)
     return loss, (d_hidden, d_head)
 
 
@@ -99,6 +99,45 @@ def _backward(
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def _positive(weights_BT: jax.Array) -> jax.Array:
+    return jnp.where(weights_BT > 0, weights_BT, 0).astype(jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def log_probs(
+    hidden: Arrays, head: Arrays, targets_BT: jax.Array, mask_BT: jax.Array, chunk: int | None = None
+) -> jax.Array:
+    """Returns log p(target) of each position in the mask, float32 [B, T], and 0 elsewhere.
+
+    Like `cross_entropy`, it never materializes the full logits, and positions outside of the mask are
+    ignored. The backward pass computes the logits of each chunk again.
+    """
+    return -_loss_and_gradients(hidden, head, targets_BT, _positive(mask_BT), chunk)[1]
+
+
+def _log_probs_forward(
+    hidden: Any, head: Any, targets: Any, mask: Any, chunk: int | None
+) -> tuple[jax.Array, tuple]:
+    """The arguments are as in `_forward`."""
+    # Which weights are trained is in the structure of the residuals, because their values are traced.
+    kinds = tuple({"trained" if weight.perturbed else "frozen": weight.value} for weight in head)
+    hidden, head, targets, mask = jax.tree.map(lambda primal: primal.value, (hidden, head, targets, mask))
+    return log_probs(hidden, head, targets, mask, chunk), (hidden, kinds, targets, mask)
+
+
+def _log_probs_backward(
+    chunk: int | None, residuals: tuple, g_BT: jax.Array
+) -> tuple[Arrays, Gradients, None, None]:
+    hidden, kinds, targets_BT, mask_BT = residuals
+    head = tuple(next(iter(kind.values())) for kind in kinds)
+    weights_BT = jnp.where(mask_BT > 0, -g_BT, 0).astype(jnp.float32)
+    is_trained = tuple("trained" in kind for kind in kinds)
+    return *_loss_and_gradients(hidden, head, targets_BT, weights_BT, chunk, is_trained)[1:], None, None
+
+
+log_probs.defvjp(_log_probs_forward, _log_probs_backward, symbolic_zeros=True)
+
+
 def _loss_and_gradients(
     hidden: Arrays,
     head: Arrays,
@@ -107,8 +146,9 @@ def _loss_and_gradients(
     chunk: int | None,
     is_trained: tuple[bool, ...] | None = None,
 ) -> tuple[Any, ...]:
-    """Returns (loss,) or, with `is_trained`, (loss, gradients of `hidden`, gradients of `head`), None for
-    weights that are not trained."""
+    """Returns the weighted sum of -log p(target), and -log p(target) [B, T] of positions whose weight is not
+    zero; with `is_trained`, instead of the latter, the gradients of `hidden` and of `head`, None for weights
+    that are not trained. Weights may be negative."""
     axes = current_axes()
     if chunk is None:
         # The batch axes split the rows, the tensor axis splits the vocabulary.
@@ -117,8 +157,8 @@ def _loss_and_gradients(
     dtype = hidden[0].dtype
     scan_chunks = functools.partial(_scan_chunks, chunk=chunk, is_trained=is_trained)
     if not axes:
-        loss, *gradients = scan_chunks(hidden, _cast(head, dtype), targets_BT, weights_BT, split=HeadSplit())
-        return (loss, gradients[0], _as_types(gradients[1], head)) if gradients else (loss,)
+        found = scan_chunks(hidden, _cast(head, dtype), targets_BT, weights_BT, split=HeadSplit())
+        return found if is_trained is None else (*found[:2], _as_types(found[2], head))
     names = ("head.weight", "head.lora_b")[: len(head)]
     stored = tuple(
         storage_spec(LETTERS[name], weight.shape, axes, name)
@@ -130,12 +170,12 @@ def _loss_and_gradients(
         shards = tuple(
             head_shard(weight, spec, split) for weight, spec in zip(_cast(head, dtype), stored, strict=True)
         )
-        loss, *gradients = scan_chunks(hidden, shards, targets_BT, weights_BT, split=split)
+        loss, *rest = scan_chunks(hidden, shards, targets_BT, weights_BT, split=split)
         # Devices that exchange hidden states have the same sum.
         loss = jax.lax.psum(loss, tuple(axis for axis in BATCH if axis not in split.exchanged))
         if is_trained is None:
-            return (loss,)
-        d_hidden, d_head = gradients
+            return loss, *rest
+        d_hidden, d_head = rest
         d_head = (
             None if d is None else head_gradient(d, spec, split)
             for d, spec in zip(d_head, stored, strict=True)
@@ -147,7 +187,7 @@ def _loss_and_gradients(
     return jax.shard_map(
         one_device,
         in_specs=(specs, stored, ROWS, ROWS),
-        out_specs=(P(),) if is_trained is None else (P(), specs, d_specs),
+        out_specs=(P(), ROWS) if is_trained is None else (P(), specs, d_specs),
         check_vma=False,
     )(hidden, head, targets_BT, weights_BT)
 
@@ -175,7 +215,9 @@ def _scan_chunks(
     one_chunk = functools.partial(_one_chunk, head=head, is_trained=is_trained, split=split)
 
     def skip(carry, inputs):
-        return carry, None if is_trained is None else [jnp.zeros_like(x) for x in inputs[0]]
+        if is_trained is None:
+            return carry, jnp.zeros((B, chunk), jnp.float32)
+        return carry, [jnp.zeros_like(x) for x in inputs[0]]
 
     def one_chunk_if_needed(carry, inputs):
         return jax.lax.cond(inputs[-1], one_chunk, skip, carry, inputs)
@@ -184,20 +226,23 @@ def _scan_chunks(
         jnp.zeros(weight.shape, jnp.float32) if train else None
         for weight, train in zip(head, is_trained or [False] * len(head), strict=True)
     ]
-    order_BT = _sorted_positions(~(weights_BT > 0))
+    order_BT = _sorted_positions(weights_BT == 0)
     arrays = (hidden, targets_BT, weights_BT.astype(jnp.float32))
     xs, targets, weights = split_chunks(jax.tree.map(lambda x: _reorder(x, order_BT), arrays), chunk)
-    is_needed = jnp.any(weights > 0, axis=(1, 2))
+    is_needed = jnp.any(weights != 0, axis=(1, 2))
     if split.vocabulary:
         # All devices must agree, because each takes part in the collectives of a chunk.
         is_needed = jax.lax.pmax(is_needed.astype(jnp.int32), BATCH) > 0
     targets, weights = (split.exchange(x, axis=1) for x in (targets, weights))
     chunks = (xs, targets, weights, is_needed)
-    (loss, d_head), d_xs = jax.lax.scan(one_chunk_if_needed, (jnp.float32(0), zeros), chunks)
-    if is_trained is None:
-        return (loss,)
+    (loss, d_head), results = jax.lax.scan(one_chunk_if_needed, (jnp.float32(0), zeros), chunks)
     back_BT = _sorted_positions(order_BT)
-    d_hidden = (_reorder(jnp.moveaxis(d_x, 0, 1).reshape(B, T, -1), back_BT) for d_x in d_xs)
+    results = jax.tree.map(
+        lambda x: _reorder(jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), back_BT), results
+    )
+    if is_trained is None:
+        return loss, results
+    d_hidden = results
     return loss, tuple(map(split.sum_over_tensor, d_hidden)), tuple(d_head)
 
 
@@ -208,13 +253,14 @@ def _one_chunk(
     head: Arrays,
     is_trained: tuple[bool, ...] | None,
     split: HeadSplit,
-) -> tuple[tuple[jax.Array, list], list[jax.Array] | None]:
-    """Adds the loss and the gradients of `head` in a chunk to `carry`; returns the gradients of `hidden`."""
+) -> tuple[tuple[jax.Array, list], list[jax.Array] | jax.Array]:
+    """Adds the loss and the gradients of `head` in a chunk to `carry`; also returns the gradients of
+    `hidden` or, without `is_trained`, -log p(target) of this device's rows."""
     loss, d_head = carry
     xs, target_BC, weight_BC, _ = inputs
     # Hidden states are exchanged here, because those of all chunks would need much memory. Positions with
     # weight 0 may contain inf or NaN, and 0 * inf is NaN.
-    xs = [jnp.where(weight_BC[..., None] > 0, split.exchange(x), 0) for x in xs]
+    xs = [jnp.where(weight_BC[..., None] != 0, split.exchange(x), 0) for x in xs]
     if backend.platform() == "cpu":
         # Products in float32: gradients of logits are then not rounded.
         xs = [x.astype(jnp.float32) for x in xs]
@@ -229,9 +275,10 @@ def _one_chunk(
     index_BC, is_here_BC = local_vocab_index(target_BC, head[0].shape[0], split.vocabulary)
     chosen_BC = jnp.take_along_axis(logits_BCV, index_BC[..., None], axis=-1)[..., 0]
     chosen_BC = split.over_vocabulary(jax.lax.psum, jnp.where(is_here_BC, chosen_BC, 0))
-    loss = loss + jnp.sum(jnp.where(weight_BC > 0, (logsumexp_BC - chosen_BC) * weight_BC, 0))
+    nats_BC = jnp.where(weight_BC != 0, logsumexp_BC - chosen_BC, 0)
+    loss = loss + jnp.sum(nats_BC * weight_BC)
     if is_trained is None:
-        return (loss, d_head), None
+        return (loss, d_head), split.own_rows(nats_BC)
     is_target_BCV = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == index_BC[..., None]
     target_weight_BC = jnp.where(is_here_BC, weight_BC, 0)
     d_logits_BCV = exp_BCV * (weight_BC / sum_BC)[..., None]

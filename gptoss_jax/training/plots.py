@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path, user_text
@@ -32,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False, "legend.fontsize": 9.5, "legend.labelcolor": TEXT, "legend.handlelength": 2.4,
     "lines.linewidth": 1.8,
 }  # fmt: skip
+VAL_ACCURACY = "val_rewards/accuracies"  # of preferences
 MAX_LOAD_ROWS = 396  # of the heat map: about its height in pixels
 
 Rows = Sequence[dict[str, Any]]
@@ -147,6 +148,14 @@ def _draw_bits(axes: Axes, evaluations: Rows) -> None:
     _label_levels(axes, levels)
 
 
+def _draw_accuracy(axes: Axes, evaluations: Rows) -> None:
+    if not any(VAL_ACCURACY in row for row in evaluations):
+        return _say_empty(axes, "no evaluation yet")
+    _draw_evaluations(axes, evaluations, VAL_ACCURACY, "")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
 def _label_levels(axes: Axes, levels: dict[str, tuple[float, str]]) -> None:
     """Names horizontal lines in the margin to the right of a plot, at their heights where there is room."""
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -258,8 +267,9 @@ def _subtitle(config: TrainConfig, training: Rows, evaluations: Rows) -> str:
 def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     """Draws `run_dir/report.png` (1600 x 1000) from its metrics.jsonl and config.json, and returns its path.
 
-    Loss in nats per token, bits per byte of held-out text, learning rate, gradient norm, speed, and the
-    fraction of assignments that each expert of each layer receives. Any of them may be missing from the rows.
+    Loss, bits per byte of held-out text (of pairs: the fraction of chosen answers that are preferred),
+    learning rate, gradient norm, speed, and the fraction of assignments that each expert of each layer
+    receives. Any of them may be missing from the rows.
     Replaces an older picture atomically. Raises ValueError for a bad config or metrics file and
     FileNotFoundError if there are no metrics.
     """
@@ -280,9 +290,11 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         FigureCanvasAgg(figure)
         left = figure.add_gridspec(2, 1, left=0.045, right=0.565, top=0.88, bottom=0.06, hspace=0.17)
         right = figure.add_gridspec(4, 1, left=0.675, right=0.93, top=0.88, bottom=0.06, hspace=0.34)
-        loss = figure.add_subplot(left[0], title="Loss (nats per token)")
+        is_dpo = config.objective == "dpo"
+        loss = figure.add_subplot(left[0], title=f"Loss ({'per pair' if is_dpo else 'nats per token'})")
         load = figure.add_subplot(left[1], title="Expert load", xlabel="step")
-        bits = figure.add_subplot(right[0], title="Bits per byte, held-out text")
+        title = "Chosen answers preferred, held-out" if is_dpo else "Bits per byte, held-out text"
+        quality = figure.add_subplot(right[0], title=title)
         rate = figure.add_subplot(right[1], title="Learning rate")
         norm = figure.add_subplot(right[2], title="Gradient norm")
         speed = figure.add_subplot(right[3], title="Tokens per second", xlabel="step")
@@ -293,7 +305,7 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
             axes.tick_params(labelbottom=axes in (load, speed))
         _draw_loss(loss, training, evaluations)
         _draw_load(load, training)
-        _draw_bits(bits, evaluations)
+        (_draw_accuracy if is_dpo else _draw_bits)(quality, evaluations)
         _draw_learning_rate(rate, training)
         _draw_gradient(norm, training, config.optim.max_grad_norm)
         _draw_speed(speed, training)

@@ -77,6 +77,11 @@ def check_devices(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     why += f" ({shards}) times optim.grad_accum_steps ({microbatches})" if microbatches > 1 else ""
     require(size % divisor == 0, "data.batch_size", size, f"must be a multiple of {divisor}, {why}")
     check_length(config.data.seq_len, mesh.shape["context"])
+    context = mesh.shape["context"]
+    is_fitting = context == 1 or config.objective != "dpo"
+    require(
+        is_fitting, "mesh.context", context, "must be 1 if objective is 'dpo', which needs whole sequences"
+    )
 
 
 def check_init_from(config: TrainConfig, report: Callable[[str], None]) -> None:
