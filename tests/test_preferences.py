@@ -205,6 +205,8 @@ def test_values_by_hand():
     # Means of -1 and -2 nats.
     simpo = preference_terms(DpoConfig("simpo", 2.0, gamma=0.5), pairs, None)["loss"]
     assert simpo.item() == pytest.approx(math.log(1 + math.exp(-1.5)), rel=1e-6)
+    usual = preference_terms(DpoConfig("simpo", 2.0), pairs, None)["loss"]
+    assert usual.item() == simpo.item()
     odds = [math.exp(-x) / (1 - math.exp(-x)) for x in (1, 2)]
     orpo = preference_terms(DpoConfig("orpo", 0.1), pairs, None)["loss"]
     assert orpo.item() == pytest.approx(1 + 0.1 * math.log(1 + odds[1] / odds[0]), rel=1e-6)
@@ -503,6 +505,8 @@ def test_settings_that_do_not_fit(changes, message):
         ({"loss": "kto"}, "dpo.loss is 'kto': must be 'sigmoid' or 'ipo' or 'orpo' or 'simpo'"),
         ({"beta": 0.0}, "dpo.beta is 0.0: must be above 0"),
         ({"label_smoothing": 0.5}, "dpo.label_smoothing is 0.5: must be at least 0 and below 0.5"),
+        ({"gamma": 0.5}, "dpo.gamma is 0.5: must be None unless dpo.loss is 'simpo'"),
+        ({"loss": "simpo", "gamma": -1.0}, "dpo.gamma is -1.0: must be 0 or more, or None"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "dpo.label_smoothing is 0.1: must be 0 unless dpo.loss is"),
     ],
 )

@@ -4,7 +4,7 @@ import dataclasses
 import typing
 from typing import Annotated, Literal
 
-from gptoss_jax.config.base import Bound, ConfigBase, NonNegative, Positive
+from gptoss_jax.config.base import Bound, ConfigBase, Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,14 @@ class DpoConfig(ConfigBase):
     beta: Positive[float] = 0.1
     # Fraction of pairs whose labels are assumed to be swapped (conservative DPO); only for sigmoid.
     label_smoothing: Annotated[float, Bound("must be at least 0 and below 0.5", lambda x: 0 <= x < 0.5)] = 0.0
-    gamma: NonNegative[float] = 0.5  # Margin of simpo
+    # Margin between the rewards of simpo; None is 0.5.
+    gamma: Annotated[float | None, Bound("must be 0 or more, or None", lambda x: x is None or x >= 0)] = None
 
     def _check(self) -> None:
         allowed = "must be 0 unless dpo.loss is 'sigmoid'"
         self._require(self.loss == "sigmoid" or self.label_smoothing == 0, "label_smoothing", allowed)
+        allowed = "must be None unless dpo.loss is 'simpo'"
+        self._require(self.loss == "simpo" or self.gamma is None, "gamma", allowed)
 
     @property
     def needs_reference(self) -> bool:

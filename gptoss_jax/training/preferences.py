@@ -20,6 +20,7 @@ from gptoss_jax.training.losses import log_probs
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective, loss_weights
 
 Scalars = dict[str, jax.Array]
+SIMPO_MARGIN = 0.5  # as in TRL
 
 
 @jax.tree_util.register_dataclass
@@ -158,7 +159,7 @@ def preference_terms(
         log_odds = [mean - jnp.log(-jnp.expm1(mean)) for mean in means]
         loss = -mean_chosen - config.beta * jax.nn.log_sigmoid(log_odds[0] - log_odds[1])
     else:
-        loss = -jax.nn.log_sigmoid(margins - config.gamma)
+        loss = -jax.nn.log_sigmoid(margins - (SIMPO_MARGIN if config.gamma is None else config.gamma))
     return {
         "loss": loss,
         "rewards/chosen": rewards[0],
