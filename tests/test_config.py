@@ -374,8 +374,9 @@ def test_every_optional_value_can_be_set_and_be_none_on_the_command_line(preset)
         # A text with a form of its own.
         word, value = ("2:3", "2:3") if path == ("profile",) else (word, value)
         assert value_at(read_preset(preset(), [flag, "None"]), path) is None
-        # `init_adapter` needs adapters.
-        assert value_at(read_preset(preset(), [flag, word, "--model.lora.rank", "8"]), path) == value
+        # `init_adapter` needs adapters, and `dpo.gamma` its loss.
+        needed = ["--model.lora.rank", "8", "--dpo.loss", "simpo"]
+        assert value_at(read_preset(preset(), [flag, word, *needed]), path) == value
     assert read_preset(preset(layer_types=(FULL,)), ["--model.layer-types", "None"]).model.layer_types is None
 
 
