@@ -348,6 +348,16 @@ def test_adapter_is_used_as_its_run_trained_it(trained, tmp_path):
         export_adapter(config.run_dir, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(("adapter", "is_packed"), [(None, True), ("run", False)])
+def test_merge_command_says_what_it_writes(trained, tmp_path, capsys, adapter, is_packed):
+    config, _ = trained("adapters on packed experts" if is_packed else "adapters")
+    source = config.run_dir if adapter is None else config.init_from
+    flags = [] if adapter is None else ["--adapter", config.run_dir]
+    assert main.main(["merge", source, str(tmp_path / "out"), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "The run computed with the weights as they are written" in said and "export-adapter" not in said
+
+
 def test_packed_base_needs_packed_experts(base_folder, tmp_path):
     config = TrainConfig(
         model=KINDS["adapters"], data=DataConfig(seq_len=T), init_from=str(base_folder("mxfp4"))

@@ -280,3 +280,6 @@ def test_report_of_what_survived():
     changed = "Quantizing the base changed its weights more than the adapter: 12.000% against 0.500% in down"
     assert lines[3].startswith(f"{changed}; merge with --experts bfloat16, or serve") and len(lines) == 4
     assert len(describe({"down": Survival(100, 4, 4, 1, 1.44)}, "mxfp4")) == 3
+    # Nothing is lost if the adapter was trained with the rounded weights.
+    trained = describe({"down": Survival(100, 0.0025, 0.0025, 0.01, 1.44)}, "mxfp4", is_trained=True)
+    assert trained[:-1] == lines[:-1] and trained[-1].startswith("The run computed with the weights as they")

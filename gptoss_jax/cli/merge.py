@@ -45,19 +45,27 @@ class Merge:
         with explain(UNWRITTEN):
             with status(f"opening {self.source}"):
                 from gptoss_jax.checkpoints.merge import merge
+                from gptoss_jax.checkpoints.readers import local_folder
+                from gptoss_jax.checkpoints.run_params import is_run
+                from gptoss_jax.config import TrainConfig
                 from gptoss_jax.config.base import read_json
                 from gptoss_jax.config.paths import user_path
             with WriteProgress(self.target) as progress:
                 survival = merge(self.source, self.target, self.adapter, self.experts, progress.show)
         config = read_json(user_path(self.target, "DST") / "config.json")
         written = "mxfp4" if "quantization_config" in config else config.get("dtype", "bfloat16")
-        print("\n".join(describe(survival, written)))
+        run = local_folder(self.adapter or self.source)
+        is_trained = is_run(run) and TrainConfig.load(run / "config.json").model.expert_fake_quant
+        print("\n".join(describe(survival, written, is_trained and written == "mxfp4")))
 
 
-def describe(survival: "dict[str, Survival]", written: str) -> list[str]:
+def describe(survival: "dict[str, Survival]", written: str, is_trained: bool = False) -> list[str]:
     """Returns a table of what survived for each target, and advice where it is little.
 
-    `written` is the type of the experts in the merged folder: mxfp4, bfloat16 or float32.
+    Args:
+      written: the type of the experts in the merged folder: mxfp4, bfloat16 or float32.
+      is_trained: whether the adapter was trained with the weights as they are written
+        (`model.expert_fake_quant`).
     """
     lines = [f"{'':<9}{'change':>9}{'written':>9}{'noise':>9}   (change and noise relative to the weights)"]
     for target, found in survival.items():
@@ -66,6 +74,8 @@ def describe(survival: "dict[str, Survival]", written: str) -> list[str]:
     if rounded:
         each = ", ".join(f"{found.base_noise:.3%} in {target}" for target, found in rounded.items())
         lines.append(f"The base was not in MXFP4. Its own rounding is not part of the noise: {each}")
+    if is_trained:
+        return [*lines, "The run computed with the weights as they are written (model.expert_fake_quant)"]
     wider = {"mxfp4": "merge with --experts bfloat16, or ", "bfloat16": "merge with --experts float32, or "}
     advice = f"{wider.get(written, '')}serve the base model with the adapter (gptoss export-adapter)"
     lost = [target for target, found in survival.items() if found.share < LITTLE]

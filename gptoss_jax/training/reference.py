@@ -70,7 +70,10 @@ def with_reference(
             os.replace(partial, path)
         return dataclasses.replace(cache, reference=values)
     if not path.exists():
-        raise ValueError(f"{path} is gone: the run needs the log-probabilities of its reference model")
+        raise ValueError(
+            f"{path} is gone: the run needs the log-probabilities of its reference model; start another "
+            "--run-dir"
+        )
     values = np.load(path, mmap_mode="r")
     if values.shape != cache.tokens.shape:
         raise ValueError(f"{path} has {values.size} values, and the text {cache.tokens.size} tokens")
