@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.bases import base_maker
 from helpers.params import assert_close, random_params
 from helpers.stories import stories_config
 from helpers.weights import dequantized, leaves, logits, tensors_of
 
 from gptoss_jax.checkpoints.adapters import export_adapter
-from gptoss_jax.checkpoints.export import convert, save_pretrained
+from gptoss_jax.checkpoints.export import convert
 from gptoss_jax.checkpoints.load import from_pretrained, load_pretrained
 from gptoss_jax.checkpoints.merge import merge
 from gptoss_jax.cli import main
@@ -29,13 +30,12 @@ from gptoss_jax.config import (
     TrainConfig,
 )
 from gptoss_jax.config.model import LORA_TARGETS
-from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.hardware import Chip
 from gptoss_jax.kernels.mxfp4 import codec
 from gptoss_jax.model import lora
 from gptoss_jax.model.fake_quant import exported_config, exported_params
 from gptoss_jax.model.parameters import merge_params, path_names, split_params, tree_bytes
-from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
+from gptoss_jax.model.transformer import abstract_params, bind, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.planning.estimate import estimate
@@ -69,18 +69,7 @@ def spread(name):
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
     """(form) -> a base model in a Hugging Face format, with the tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("base")
-    plain = dataclasses.replace(MODEL, expert_fake_quant=False)
-    model = bind(plain, init_params(plain, jax.random.key(3)))
-    (folder / "tokenizer").mkdir()
-    make_tokenizer("bytes").save(folder / "tokenizer")
-
-    def make(form):
-        if not (folder / form).exists():
-            save_pretrained(model, folder / form, form, tokenizer=folder / "tokenizer")
-        return folder / form
-
-    return make
+    return base_maker(tmp_path_factory.mktemp("base"), dataclasses.replace(MODEL, expert_fake_quant=False))
 
 
 @pytest.fixture(scope="module")

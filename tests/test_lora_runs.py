@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.adapters import FILES, random_adapter
+from helpers.bases import base_maker
 from helpers.stories import stories_config
 from helpers.weights import BFLOAT16, leaves, logits, tensors_of
 from safetensors.numpy import load_file, save_file
@@ -50,17 +51,7 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (2, 12))
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
     """(form) -> a base model in a Hugging Face format, with the tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("base")
-    model = bind(MODEL, init_params(MODEL, jax.random.key(3)))
-    (folder / "tokenizer").mkdir()
-    make_tokenizer("bytes").save(folder / "tokenizer")
-
-    def make(form):
-        if not (folder / form).exists():
-            save_pretrained(model, folder / form, form, tokenizer=folder / "tokenizer")
-        return folder / form
-
-    return make
+    return base_maker(tmp_path_factory.mktemp("base"), MODEL)
 
 
 @pytest.fixture(scope="module")

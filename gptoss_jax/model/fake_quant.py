@@ -7,6 +7,7 @@ other parameters to bfloat16. The optimizer updates float32 parameters; gradient
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,10 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def exported_config(config: ModelConfig) -> ModelConfig:
-    """Returns the config of `exported_params`: without adapters, and with experts that were adapted dense."""
+    """Returns the config of `exported_params`: without adapters, and with experts that were adapted dense.
+    Without `expert_fake_quant`, returns `config`."""
+    if not config.expert_fake_quant:
+        return config
     is_packed = config.expert_format == "mxfp4" and not _adapts_experts(config)
     return dataclasses.replace(
         config, expert_fake_quant=False, lora=None, expert_format="mxfp4" if is_packed else "plain"
@@ -31,11 +35,16 @@ def exported_config(config: ModelConfig) -> ModelConfig:
 
 def exported_params(config: ModelConfig, params: dict) -> dict:
     """Returns the parameters that export would write, as float32 arrays of the same values; packed experts
-    without adapters stay packed.
+    without adapters stay packed. Without `expert_fake_quant`, returns `params`.
 
     Args:
       params: the parameters of a model with this config; layers may be stacked.
     """
+    return _rounded(config, params) if config.expert_fake_quant else params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rounded(config: ModelConfig, params: dict) -> dict:
     flat, result = flatten_dict(params), {}
     for path, value in flat.items():
         if lora.is_adapter(path) or _is_expert_matrix(path):

@@ -324,9 +324,7 @@ def bind(config: ModelConfig, params: dict) -> Transformer:
 
     With `config.expert_fake_quant`, it is the model that export would write (`model/fake_quant.py`).
     """
-    if config.expert_fake_quant:
-        params = jax.jit(exported_params, static_argnums=0)(config, params)
-        config = exported_config(config)
+    config, params = exported_config(config), exported_params(config, params)
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(state, params | {"blocks": {int(i): b for i, b in params["blocks"].items()}})

@@ -143,10 +143,10 @@ def check_base(config: TrainConfig, report: Callable[[str], None]) -> None:
         "must be 'mxfp4' with model.expert_fake_quant, because the experts of init_from are packed, and "
         "gptoss merge keeps their scales"
     )
-    keeps_scales = not is_packed or config.model.expert_format == "mxfp4"
-    is_fitting = keeps_scales or not config.model.expert_fake_quant
+    is_unpacked = is_packed and config.model.expert_format == "plain"
+    is_fitting = not (is_unpacked and config.model.expert_fake_quant)
     require(is_fitting, "model.expert_format", config.model.expert_format, allowed)
-    if is_packed and config.model.expert_format == "plain":
+    if is_unpacked:
         report(
             f"The experts of {config.init_from} are packed in MXFP4 and are unpacked in this run; "
             "--model.expert-format mxfp4 keeps them packed"

@@ -18,6 +18,7 @@ from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.data.batches import held_out_batches, local_rows, make_global_batch, train_batches
 from gptoss_jax.data.token_cache import TokenCache
+from gptoss_jax.model.fake_quant import exported_config, exported_params
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import IsTrainable, merge_params
 from gptoss_jax.parallel import distributed
@@ -68,7 +69,7 @@ def train(
     setup.check_settings(config, mesh, console.message)
     cache = setup.open_cache(config, console.message)
     sharding = batch_sharding(mesh)
-    _open_batches(config, cache, sharding)  # fails before any weights are read
+    batches = _open_batches(config, cache, mesh)
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if is_main:
@@ -80,8 +81,7 @@ def train(
         state, frozen, metadata = resume.init_or_restore_state(
             config, mesh, checkpoints, cache, console.message, is_trainable
         )
-        cache = with_reference(config, cache, state, frozen, metadata, console.message)
-        batches = _open_batches(config, cache, sharding, metadata["data"])
+        cache, batches = _prepare_data(config, cache, batches, (state, frozen), metadata, console)
         setup.write_run_dir(config, cache, is_new=metadata["data"] is None)
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
@@ -89,7 +89,7 @@ def train(
         tracer = StepTracer(config, make_train_step(config, objective), first_step, console.message)
         train_step = _release_memory(stack.enter_context(tracer))
         stop = stack.enter_context(StopSignal(console.message, first_step))
-        evaluate = _evaluation(config, cache, make_eval_step(config.model, objective), log, stop)
+        evaluate = _evaluation(config, cache, objective, log, stop)
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
             is_last, stopping, val_loss = step == config.steps, stop.requested(step), None
@@ -123,15 +123,28 @@ def train(
     return dataclasses.replace(state, params=merge_params(state.params, frozen))
 
 
-def _open_batches(
-    config: TrainConfig, cache: TokenCache, sharding: jax.sharding.Sharding, position: Any = None
-) -> grain.DatasetIterator:
-    """Returns the batches of this process, from a position in the data on."""
-    rows = local_rows(sharding, config.data.batch_size)
-    batches = train_batches(cache, config.data, config.seed, rows)
-    if position is not None:
-        batches.set_state(position)
-    return batches
+def _open_batches(config: TrainConfig, cache: TokenCache, mesh: jax.sharding.Mesh) -> grain.DatasetIterator:
+    """Returns the batches of this process."""
+    rows = local_rows(batch_sharding(mesh), config.data.batch_size)
+    return train_batches(cache, config.data, config.seed, rows)
+
+
+def _prepare_data(
+    config: TrainConfig,
+    cache: TokenCache,
+    batches: grain.DatasetIterator,
+    params: tuple[TrainState, dict],
+    metadata: dict[str, Any],
+    console: Console,
+) -> tuple[TokenCache, grain.DatasetIterator]:
+    """Returns the cache and the batches of a run from its position on, with the log-probabilities of the
+    reference model if it needs them; `params` are the state and the frozen parameters."""
+    compared = with_reference(config, cache, *params, metadata, console.message)
+    if compared is not cache:
+        batches = _open_batches(config, compared, jax.sharding.get_mesh())
+    if metadata["data"] is not None:
+        batches.set_state(metadata["data"])
+    return compared, batches
 
 
 def _release_memory(train_step: Callable) -> Callable:
@@ -163,14 +176,16 @@ def _pending_evaluations(step: int, config: TrainConfig, metadata: dict[str, Any
 
 
 def _evaluation(
-    config: TrainConfig, cache: TokenCache, eval_step: Callable, log: RunLog, stop: "StopSignal"
+    config: TrainConfig, cache: TokenCache, objective: Objective, log: RunLog, stop: "StopSignal"
 ) -> Callable[[int, dict, list[str]], tuple[float | None, list[str]]]:
     """Returns a function (step, params, evaluations) -> loss of the short one, if any, and the evaluations
     that are left because a signal stopped them."""
+    # Weights are rounded once, not in every batch.
+    eval_step = make_eval_step(exported_config(config.model), objective)
 
     def mean_metrics(params: dict, is_full: bool) -> dict[str, float] | None:
         sharding = batch_sharding(jax.tree.leaves(params)[0].sharding.mesh)
-        batch_size = config.data.batch_size
+        params, batch_size = exported_params(config.model, params), config.data.batch_size
         num_batches, results = None if is_full else config.eval.batches, []
         batches = held_out_batches(cache, config.data, num_batches, local_rows(sharding, batch_size))
         dispatched = (eval_step(params, make_global_batch(batch, sharding, batch_size)) for batch in batches)

@@ -242,8 +242,7 @@ def _scan_chunks(
     )
     if is_trained is None:
         return loss, results
-    d_hidden = results
-    return loss, tuple(map(split.sum_over_tensor, d_hidden)), tuple(d_head)
+    return loss, tuple(map(split.sum_over_tensor, results)), tuple(d_head)
 
 
 def _one_chunk(

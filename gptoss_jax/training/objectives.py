@@ -38,6 +38,23 @@ def loss_weights(batch: Batch) -> jax.Array:
     return batch.get("loss_weights", (batch["segment_ids"] > 0).astype(jnp.float32))
 
 
+def head_operands(
+    model: Transformer,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+    capacity_factor: float | None = None,
+) -> tuple[tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]], RouterStats]:
+    """Runs the model on a batch. Returns `Transformer.head_operands` and the statistics of all routers."""
+    hidden_BTD, _, router_stats = model.hidden_states(
+        batch["tokens"],
+        batch["segment_ids"],
+        batch["positions"],
+        dropout_key=dropout_key,
+        capacity_factor=capacity_factor,
+    )
+    return model.head_operands(hidden_BTD), router_stats
+
+
 def _next_token_sums(
     model: Transformer,
     batch: Batch,
@@ -46,14 +63,8 @@ def _next_token_sums(
     capacity_factor: float | None = None,
 ) -> tuple[dict[str, jax.Array], RouterStats]:
     """The weighted sum of -log p(target) in nats."""
-    hidden_BTD, _, router_stats = model.hidden_states(
-        batch["tokens"],
-        batch["segment_ids"],
-        batch["positions"],
-        dropout_key=dropout_key,
-        capacity_factor=capacity_factor,
-    )
-    nats = cross_entropy(*model.head_operands(hidden_BTD), batch["targets"], loss_weights(batch))
+    operands, router_stats = head_operands(model, batch, dropout_key, capacity_factor)
+    nats = cross_entropy(*operands, batch["targets"], loss_weights(batch))
     return {"loss": nats}, router_stats
 
 

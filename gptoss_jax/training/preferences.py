@@ -17,7 +17,7 @@ from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.model.parameters import split_params
 from gptoss_jax.model.transformer import Transformer, bind, get_params
 from gptoss_jax.training.losses import log_probs
-from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective, loss_weights
+from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective, head_operands, loss_weights
 
 Scalars = dict[str, jax.Array]
 SIMPO_MARGIN = 0.5  # as in TRL
@@ -69,9 +69,7 @@ def preference_objective(config: TrainConfig) -> Objective:
         dropout_key: jax.Array | None = None,
         capacity_factor: float | None = None,
     ) -> tuple[Scalars, RouterStats]:
-        found_BT, stats = token_log_probs(
-            model, batch, dropout_key=dropout_key, capacity_factor=capacity_factor
-        )
+        found_BT, stats = token_log_probs(model, batch, dropout_key, capacity_factor)
         pairs, reference = pair_log_probs(found_BT, batch), None
         if config.dpo.needs_reference:
             reference_BT = batch.get(REFERENCE_FIELD)
@@ -92,19 +90,12 @@ def num_pairs(batch: Batch) -> jax.Array:
 def token_log_probs(
     model: Transformer,
     batch: Batch,
-    *,
     dropout_key: jax.Array | None = None,
     capacity_factor: float | None = None,
 ) -> tuple[jax.Array, RouterStats]:
     """Returns log p(target) of each target with a loss weight, float32 [B, T], and the router statistics."""
-    hidden_BTD, _, stats = model.hidden_states(
-        batch["tokens"],
-        batch["segment_ids"],
-        batch["positions"],
-        dropout_key=dropout_key,
-        capacity_factor=capacity_factor,
-    )
-    return log_probs(*model.head_operands(hidden_BTD), batch["targets"], loss_weights(batch)), stats
+    operands, stats = head_operands(model, batch, dropout_key, capacity_factor)
+    return log_probs(*operands, batch["targets"], loss_weights(batch)), stats
 
 
 def without_adapters(model: Transformer) -> Transformer:
@@ -115,17 +106,12 @@ def without_adapters(model: Transformer) -> Transformer:
 
 def pair_log_probs(log_probs_BT: jax.Array, batch: Batch) -> PairLogProbs:
     """Sums the log-probabilities of targets with a loss weight over the answers of each pair."""
-    T = log_probs_BT.shape[1]
+    most_pairs = (log_probs_BT.shape[1] + 1) // 2
     weights_BT, ids_BT = (loss_weights(batch) > 0).astype(jnp.float32), batch["segment_ids"]
     # Segment 0 is padding.
-    sum_segments = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=T + 2))
+    sum_segments = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=1 + 2 * most_pairs))
     sums, counts = sum_segments(log_probs_BT * weights_BT, ids_BT), sum_segments(weights_BT, ids_BT)
-    size = (T + 1) // 2
-    first, second = slice(1, None, 2), slice(2, None, 2)
-    return PairLogProbs(
-        sums[:, first][:, :size], sums[:, second][:, :size],
-        counts[:, first][:, :size], counts[:, second][:, :size],
-    )  # fmt: skip
+    return PairLogProbs(sums[:, 1::2], sums[:, 2::2], counts[:, 1::2], counts[:, 2::2])
 
 
 def preference_terms(

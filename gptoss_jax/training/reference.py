@@ -19,6 +19,7 @@ from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.batches import PackedRows, local_rows, make_global_batch, padded_batches
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.kernels import selection
+from gptoss_jax.model.fake_quant import exported_config, exported_params
 from gptoss_jax.model.lora import is_adapter
 from gptoss_jax.model.parameters import merge_params
 from gptoss_jax.model.transformer import bind
@@ -84,10 +85,11 @@ def _compute(config: TrainConfig, cache: TokenCache, params: dict) -> np.ndarray
     """Returns log p of each token of the cache that is trained on, float32, and 0 for the others."""
     sharding = batch_sharding(jax.tree.leaves(params)[0].sharding.mesh)
     size, values = config.data.batch_size, np.zeros(cache.tokens.shape, np.float32)
+    model, params = exported_config(config.model), exported_params(config.model, params)
 
     def compute(params, batch):
-        with selection.using(config.model.kernels):
-            return token_log_probs(bind(config.model, params), batch)[0]
+        with selection.using(model.kernels):
+            return token_log_probs(bind(model, params), batch)[0]
 
     compute = jax.jit(compute)
     for held_out in (False, True):
