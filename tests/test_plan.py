@@ -20,10 +20,17 @@ from gptoss_jax.config.preset import read_preset
 from gptoss_jax.hardware import CHIPS, GIB, flops_per_token, parameter_counts
 from gptoss_jax.parallel.mesh import AXES, make_mesh
 from gptoss_jax.planning.compile_tpu import CompiledStep, compile_step, read_refusal
-from gptoss_jax.planning.estimate import PROCESS_BYTES, TPU_MARGIN, estimate
+from gptoss_jax.planning.estimate import (
+    PROCESS_BYTES,
+    TPU_MARGIN,
+    block_temporaries,
+    estimate,
+    loss_temporaries,
+)
 from gptoss_jax.planning.hlo import collectives, mesh_axes, parse_groups, shape_bytes
 from gptoss_jax.planning.plan import MAX_COMPILED, all_meshes, make_plan, mesh_name, parse_mesh, rank
 from gptoss_jax.planning.report import show
+from gptoss_jax.planning.shards import step_on
 from gptoss_jax.planning.traffic import transfer_seconds
 from gptoss_jax.training.state import create_state
 
@@ -209,6 +216,39 @@ def test_ranking(monkeypatch):
         make_plan(SMALL, chip="v5e", devices=8, meshes=["tensor=8"])
 
 
+@pytest.mark.parametrize(
+    ("sizes", "vocabulary", "shards"),
+    [
+        # Many rows of a table, few tokens: devices exchange hidden states.
+        ((1, 4, 2, 1), 96_000, 8),
+        ((1, 1, 2, 4), 96_000, 8),
+        # Few rows: the table is gathered.
+        ((1, 4, 2, 1), 96, 1),
+        ((2, 1, 1, 4), 96, 4),
+        ((1, 1, 1, 1), 9_600, 1),
+    ],
+)
+def test_the_loss_holds_a_shard_of_the_head(sizes, vocabulary, shards):
+    config = with_model(vocab_size=vocabulary, compute_dtype="bfloat16")
+    step = step_on(config, mesh_of(*sizes))
+    data, rows = config.data, config.data.batch_size // math.prod(sizes[:3])
+    head = vocabulary * config.model.hidden_size // shards
+    # Logits of all positions fit in one chunk: float32, their exponentials, and their gradient in bfloat16.
+    logits = rows * data.seq_len * vocabulary // sizes[3] * (4 + 4 + 2)
+    assert loss_temporaries(step) == head * (2 + 4) + logits
+
+
+def test_only_the_largest_gradient_of_a_block_counts():
+    """The gradient of keys and values is smaller than that of the experts."""
+
+    def temporaries(heads):
+        model = {"compute_dtype": "bfloat16", "remat": "none", "num_key_value_heads": heads}
+        return block_temporaries(step_on(with_model(**model), mesh_of(1, 1, 1, 1)))
+
+    keys_and_values = 2 * (64 + 1) * 16  # weights and biases of a head
+    assert temporaries(8) - temporaries(4) == 4 * keys_and_values * 2
+
+
 def test_compiled_steps_take_at_most_their_margin():
     path = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "scaling.json"
     rows = [row for row in json.loads(path.read_text()) if row["compiled"]]
@@ -217,9 +257,7 @@ def test_compiled_steps_take_at_most_their_margin():
         memory, step = row["estimate"]["memory"], row["compiled"]
         more = (step["peak"] if step["fits"] else step["needed"]) - memory["total"]
         factors.append(more / (memory["activations"] + memory["temporaries"]))
-    # The least compiled step takes 0.6% of its activations and temporaries less than estimated: the compiler
-    # frees some gradients before it makes others.
-    assert len(rows) > 10 and min(factors) > -0.01 and 0.9 * TPU_MARGIN < max(factors) <= TPU_MARGIN
+    assert len(rows) > 10 and min(factors) > 0 and 0.9 * TPU_MARGIN < max(factors) <= TPU_MARGIN
 
 
 def test_verdicts():

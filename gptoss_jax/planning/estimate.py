@@ -6,16 +6,21 @@ temporaries are formulas for the arrays that the backward pass needs; the compil
 because of its schedule. Times are based on published peak rates, so no real step is faster.
 """
 
+import collections
 import dataclasses
 import math
 from typing import Literal
+
+import jax
 
 from gptoss_jax.config import FULL, ModelConfig, TrainConfig, require
 from gptoss_jax.config.model import EXPERT_TARGETS
 from gptoss_jax.hardware import CPU, Chip, adapter_weights, flops_per_token, mean_visible_keys
 from gptoss_jax.parallel.context import check_length
 from gptoss_jax.parallel.mesh import sequence_shards
-from gptoss_jax.planning.shards import Step, step_on
+from gptoss_jax.parallel.rules import storage_spec
+from gptoss_jax.parallel.vocabulary import split_head
+from gptoss_jax.planning.shards import Step, abstract_mesh, step_on
 from gptoss_jax.planning.traffic import CollectiveCost, collective_costs
 from gptoss_jax.training.losses import chunk_length
 
@@ -23,7 +28,7 @@ from gptoss_jax.training.losses import chunk_length
 MEMORY_UTILIZATION = 0.9
 # Compiled TPU steps took up to this times their estimated activations and temporaries more than the estimate
 # (benchmarks/results/scaling.json; tests/test_plan.py).
-TPU_MARGIN = 1.7
+TPU_MARGIN = 2.0
 # Python, JAX, and what compiling, evaluating and reporting leave in the heap of a training process. Sampling
 # and saving each need a copy of the parameters, and up to two steps' worth of freed memory is too fragmented
 # to reuse (docs/pretraining.md, "Memory on CPU").
@@ -180,30 +185,47 @@ def expert_row_bytes(step: Step) -> int:
 
 def block_temporaries(step: Step) -> int:
     """Returns the bytes in use during the backward pass of one block: its gathered weights in the compute
-    dtype and their gradients, the gradients of its expert rows and, with remat, everything that is
-    recomputed. Frozen weights have no gradient, and packed ones are read in place unless they are
-    gathered."""
+    dtype and the largest of their gradients, because each is reduced before the next one is computed; the
+    gradients of its expert rows and, with remat, everything that is recomputed. Frozen weights have no
+    gradient, and packed ones are read in place unless they are gathered."""
     blocks = [p for p in step.parameters if "blocks" in p.names]
     held = [p for p in blocks if p.is_trained or p.itemsize > 1 or p.gathered_over]
-    weights = step.gathered(held) + step.gathered(p for p in blocks if p.is_trained)
-    weights = round(weights / step.model.num_hidden_layers)
+    gradients: collections.Counter[str] = collections.Counter()
+    for parameter in blocks:
+        gradients[parameter.names[-1]] += step.gathered([parameter]) if parameter.is_trained else 0
+    weights = round((step.gathered(held) + max(gradients.values())) / step.model.num_hidden_layers)
     recomputed = block_bytes(step) if step.model.remat != "none" else 0
     # Keys and values of whole sequences, and their gradients.
     return weights + expert_row_bytes(step) + recomputed + 2 * step.context_bytes
 
 
 def loss_temporaries(step: Step) -> int:
-    """Returns the bytes in use during the loss: the gathered head in the compute dtype and its float32
-    gradient unless it is frozen, and the logits of one chunk, their exponentials and gradient."""
+    """Returns the bytes in use during the loss: a device's shard of the head in the compute dtype and, unless
+    it is frozen, its float32 gradient; and the logits of one chunk, their exponentials and gradient."""
     model, devices, context = step.model, math.prod(step.mesh.values()), step.mesh["context"]
     name = "embedding" if model.tie_word_embeddings else "head"
-    head = [p for p in step.parameters if name in p.names and (p.is_trained or p.gathered_over)]
-    trained = (p for p in head if p.is_trained)
+    head = next(p for p in step.parameters if p.names[-2:] == (name, "weight"))
+    shard = model.vocab_size * model.hidden_size // step.axis_size(("tensor", *_exchanged_axes(step)))
+    itemsize = step.itemsize if head.is_trained or head.gathered_over else 0
+    itemsize += 4 if head.is_trained else 0
     vocabulary = model.vocab_size // step.mesh["tensor"]
     length = step.config.data.seq_len // context
     chunk = chunk_length(step.rows * context, length, model.vocab_size, devices)
     logits = step.sequences * chunk * vocabulary * (4 + 4 + step.itemsize)
-    return step.gathered(head) + step.gathered(trained, itemsize=4) + logits
+    return shard * itemsize + logits
+
+
+def _exchanged_axes(step: Step) -> tuple[str, ...]:
+    """Returns the axes over which devices exchange hidden states instead of gathering the head
+    (`parallel/vocabulary.py`)."""
+    model = step.model
+    if math.prod(step.mesh.values()) == 1:
+        return ()
+    stored = [storage_spec("VD", (model.vocab_size, model.hidden_size), step.mesh)]
+    if model.lora is not None and "head" in model.lora.targets:
+        stored *= 2  # the adapter is split in the same way
+    with jax.sharding.use_abstract_mesh(abstract_mesh(step.mesh)):
+        return split_head(stored, model.vocab_size, step.tokens).exchanged
 
 
 def recomputed_flops(model: ModelConfig, seq_len: int) -> float:
