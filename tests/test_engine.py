@@ -342,6 +342,13 @@ def test_stop_tokens_are_reported(model, alone):
     found, _ = answer(Engine(model), prompt, dataclasses.replace(params, stop_tokens=[stop]))
     assert (found.tokens, found.finish_reason) == (alone[0].tokens[:first], "stop")
     assert found.stop_token == stop and alone[0].stop_token is None
+    silent = dataclasses.replace(params, stop_tokens=[stop], logprobs=False)
+    assert answer(Engine(model), prompt, silent)[0].stop_logprob is None
+    (kept,) = generate(model, [prompt], dataclasses.replace(params, logprobs=True))
+    stopped = dataclasses.replace(params, logprobs=True, stop_tokens=[stop])
+    for one in (answer(Engine(model), prompt, stopped)[0], *generate(model, [prompt], stopped)):
+        assert [*one.logprobs, one.stop_logprob] == kept.logprobs[: first + 1]
+        assert kept.tokens[first] == one.stop_token and kept.stop_logprob is None
 
 
 @pytest.mark.parametrize("reuse", ["any", "exact", "off"])

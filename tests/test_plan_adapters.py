@@ -1,6 +1,7 @@
 """`gptoss plan` for adapters beside frozen weights: sizes counted by hand, and arguments of real steps."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
@@ -144,6 +145,19 @@ def test_report(capsys, tmp_path):
     assert max(map(len, shown.splitlines()[:-1])) <= 80
     assert "514.5K parameters" in shown and "frozen; 26.4K trained" in " ".join(shown.split())
     assert "frozen trained optim grad" in shown and "It omits dequantizing MXFP4." in " ".join(shown.split())
+
+
+def test_memory_of_rollouts(capsys):
+    """Keys and values of the answers of a step, by hand: half of the layers keep 128 tokens of them."""
+    flags = ["--chip", "h100", "--devices", "1", "--data.batch-size", "16", "--optim.grad-accum-steps", "16"]
+    assert main.main(["plan", "grpo_qlora_20b", *flags]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    (size,) = re.findall(
+        r"sampling 16 answers needs ([\d.]+) GB per device for keys, values and logits", said
+    )
+    keys_and_values = 16 * 12 * (2048 + 128) * 2 * 8 * 64 * 2 / 1e9
+    logits = 4 * 16 * 201_088 * 4 / 1e9
+    assert keys_and_values + logits < float(size) < 4 * (keys_and_values + logits)
 
 
 @needs_libtpu

@@ -87,12 +87,15 @@ class Evaluate:
             require(value is None or value >= least, name, value, f"must be {least} or more")
 
     def _run_source(self, mesh: "jax.sharding.Mesh | None") -> dict[str, Any]:
-        from gptoss_jax.config.train import is_preferences
+        from gptoss_jax.config.train import is_preferences, is_prompts
         from gptoss_jax.data.chat_rows import is_chat_source
 
         assert self.source is not None
-        allowed = "must be text or conversations; a run with objective dpo reports its held-out pairs itself"
-        require(not is_preferences(self.source), "--source", self.source, allowed)
+        kinds = {"dpo": ("pairs", is_preferences), "grpo": ("prompts", is_prompts)}
+        for objective, (what, is_kind) in kinds.items():
+            allowed = f"a run with objective {objective} reports its held-out {what} itself"
+            is_other = not is_kind(self.source)
+            require(is_other, "--source", self.source, f"must be text or conversations; {allowed}")
         return self._run_chat(mesh, self.source) if is_chat_source(self.source) else self._run_text(mesh)
 
     def _run_chat(self, mesh: "jax.sharding.Mesh | None", source: str) -> dict[str, Any]:

@@ -83,14 +83,15 @@ class InspectData:
             console.print(encodable(printable(line), console.file))
         available = np.flatnonzero(cache.held_out == self.held_out)
         chosen = available[self.first :][: self.examples]
-        noun = "documents" if cache.weights is None else "examples"
+        noun = "documents" if cache.weights is None else "prompts" if cache.is_prompts else "examples"
         which = f"{self.first:,} to {self.first + len(chosen) - 1:,}" if len(chosen) else "none"
         asked = "" if len(chosen) else f" (--first {self.first}, --examples {self.examples})"
         kind = "held-out" if self.held_out else "training"
         console.print(f"shown: {which} of {len(available):,} {kind} {noun}, numbered from 0{asked}")
         for document in chosen.tolist():
             tokens, weights = example(cache, document)
-            line = f"\n{cache.where(document)}: {len(tokens):,} tokens, {weights.sum():,} trained"
+            trained = "" if cache.is_prompts else f", {weights.sum():,} trained"
+            line = f"\n{cache.where(document)}: {len(tokens):,} tokens{trained}"
             console.print(encodable(printable(line), console.file))
             console.print(spelled(cache.tokenizer, tokens, weights, console.file))
         if path is not None:
@@ -177,11 +178,13 @@ def statistics_lines(cache: "TokenCache", config: "TrainConfig") -> Iterator[str
     else:
         yield from summary(cache, data)
         lengths = statistics(cache, data)["lengths"]
-        yield "tokens of an example: " + ", ".join(f"{LENGTHS[q]} {lengths[q]:,}" for q in LENGTHS)
-    plan = PackedRows(cache, False, data.seq_len, data.overlong).plan
-    rows = len(plan.row_offsets) - 1
-    share = np.sum(plan.length) / (rows * data.seq_len)
-    yield f"training rows: {rows:,} of {data.seq_len:,} tokens, {share:.1%} full"
+        what = "a prompt" if cache.is_prompts else "an example"
+        yield f"tokens of {what}: " + ", ".join(f"{LENGTHS[q]} {lengths[q]:,}" for q in LENGTHS)
+    if not cache.is_prompts:
+        plan = PackedRows(cache, False, data.seq_len, data.overlong).plan
+        rows = len(plan.row_offsets) - 1
+        share = np.sum(plan.length) / (rows * data.seq_len)
+        yield f"training rows: {rows:,} of {data.seq_len:,} tokens, {share:.1%} full"
     yield from describe_epochs(config, cache)
 
 

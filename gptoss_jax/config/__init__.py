@@ -7,6 +7,7 @@ is allowed. Nothing here imports jax.
 from gptoss_jax.config.base import require
 from gptoss_jax.config.model import FULL, SLIDING, LoraConfig, ModelConfig, RopeScaling
 from gptoss_jax.config.preference import DpoConfig
+from gptoss_jax.config.rl import GrpoConfig
 from gptoss_jax.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "DataConfig",
     "DpoConfig",
     "EvalConfig",
+    "GrpoConfig",
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",

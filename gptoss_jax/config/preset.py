@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import runpy
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from gptoss_jax.config.train import TrainConfig
 # Optional sections of `model`, which tyro could switch on and off only with subcommands.
 OPTIONAL_SECTIONS = {"model.rope_scaling": RopeScaling, "model.lora": LoraConfig}
 # Fields with any number of values.
-TUPLES = ("model.layer_types", "model.lora.targets")
+TUPLES = ("model.layer_types", "model.lora.targets", "grpo.rewards", "grpo.reward_weights")
 
 
 def read_preset(
@@ -169,7 +170,7 @@ def with_settings(args: Sequence[str]) -> list[str]:
         count = len(rest) if _field(word) in TUPLES else 1
         values = list(itertools.takewhile(lambda word: not word.startswith("--"), rest[:count]))
         if not equals and values:
-            value, rest = " ".join(values), rest[len(values) :]
+            value, rest = shlex.join(values), rest[len(values) :]
         words += ["--set", f"{name[2:]}={value}"]
     return words
 
@@ -179,5 +180,12 @@ def flags_of(settings: Sequence[str]) -> list[str]:
     flags = []
     for setting in settings:
         name, _, value = setting.partition("=")
-        flags += [f"--{name}", *(value.split() if _field(f"--{name}") in TUPLES else [value])]
+        flags += [f"--{name}", *(_split(value) if _field(f"--{name}") in TUPLES else [value])]
     return flags
+
+
+def _split(values: str) -> list[str]:
+    """Splits values at spaces outside of quotes, like a shell, but keeps backslashes, as in patterns."""
+    lexer = shlex.shlex(values, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
+    return list(lexer)

@@ -10,13 +10,20 @@ from gptoss_jax.config.base import BelowOne, ConfigBase, NonNegative, Positive, 
 from gptoss_jax.config.model import EXPERT_TARGETS, ModelConfig
 from gptoss_jax.config.paths import user_path
 from gptoss_jax.config.preference import DpoConfig
+from gptoss_jax.config.rl import GrpoConfig
 
 STDLIB_PREFERENCES, PREFERENCES_GLOB = "stdlib-preferences", "preferences:"
+STDLIB_PROMPTS, PROMPTS_GLOB = "stdlib-prompts", "prompts:"
 
 
 def is_preferences(source: str) -> bool:
     """Returns True if a `data.source` has pairs of a chosen and a rejected answer."""
     return source == STDLIB_PREFERENCES or source.startswith(PREFERENCES_GLOB)
+
+
+def is_prompts(source: str) -> bool:
+    """Returns True if a `data.source` has prompts, whose answers are sampled."""
+    return source == STDLIB_PROMPTS or source.startswith(PROMPTS_GLOB)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +34,8 @@ class DataConfig(ConfigBase):
 
     # Text: stdlib, text:GLOB, jsonl:GLOB#field, parquet:GLOB#field, or hf:NAME[:CONFIG[:SPLIT]][#field].
     # Conversations for fine-tuning: chat:GLOB (JSON, JSON lines or parquet), or stdlib-chat. Pairs of a
-    # chosen and a rejected answer: preferences:GLOB, or stdlib-preferences.
+    # chosen and a rejected answer: preferences:GLOB, or stdlib-preferences. Prompts for reinforcement
+    # learning: prompts:GLOB, or stdlib-prompts.
     source: str = "stdlib"
     # bytes, bpe:SIZE (trained on the source), o200k_harmony (gpt-oss's), or file:tokenizer.json. If the file
     # does not name its special tokens, append #bos=NAME,eos=NAME.
@@ -171,9 +179,11 @@ class TrainConfig(ConfigBase):
     checkpoint: CheckpointConfig = CheckpointConfig()  # When to save checkpoints, and how many to keep
     eval: EvalConfig = EvalConfig()  # Evaluation on held-out text, and sampling, during training
     model: ModelConfig = ModelConfig()  # Architecture, numerics and kernels
-    # What is minimized: lm, -log p of the next token, or dpo, a loss on pairs of answers.
-    objective: Literal["lm", "dpo"] = "lm"
+    # What is minimized: lm, -log p of the next token; dpo, a loss on pairs of answers; or grpo, minus the
+    # rewards of answers that the model samples.
+    objective: Literal["lm", "dpo", "grpo"] = "lm"
     dpo: DpoConfig = DpoConfig()  # Training on pairs of a chosen and a rejected answer
+    grpo: GrpoConfig = GrpoConfig()  # Reinforcement learning with reward functions
     # Total number of optimizer steps. A finished run can be resumed with more.
     steps: Positive[int] = 1000
     # Run folder for checkpoints, metrics and report. An existing run in it is resumed.
@@ -209,24 +219,40 @@ class TrainConfig(ConfigBase):
         require(size % steps == 0, "optim.grad_accum_steps", steps, f"must divide data.batch_size ({size})")
 
     def _check_objective(self) -> None:
-        source, is_dpo = self.data.source, self.objective == "dpo"
-        allowed = "must be preferences:GLOB or stdlib-preferences if objective is 'dpo'"
-        require(is_preferences(source) or not is_dpo, "data.source", source, allowed)
-        allowed = f"must be 'dpo' for pairs of answers (data.source {source!r})"
-        self._require(is_dpo or not is_preferences(source), "objective", allowed)
-        if is_dpo:
-            overlong, train_on = self.data.overlong, self.data.train_on
-            require(overlong == "skip", "data.overlong", overlong, "must be 'skip' if objective is 'dpo'")
-            allowed = "must be 'assistant' if objective is 'dpo'"
-            require(train_on == "assistant", "data.train_on", train_on, allowed)
-            # The reference drops nothing, so that both would differ from the start.
-            for name, off in (
-                ("attention_dropout", 0),
-                ("residual_dropout", 0),
-                ("expert_capacity_factor", None),
-            ):
-                value = getattr(self.model, name)
-                require(value in (0, None), f"model.{name}", value, f"must be {off} if objective is 'dpo'")
+        source, objective = self.data.source, self.objective
+        kinds = {"dpo": (is_preferences, "preferences"), "grpo": (is_prompts, "prompts")}
+        for name, (is_kind, kind) in kinds.items():
+            allowed = f"must be {kind}:GLOB or stdlib-{kind} if objective is {name!r}"
+            require(is_kind(source) or objective != name, "data.source", source, allowed)
+            what = {"dpo": "pairs of answers", "grpo": "prompts"}[name]
+            allowed = f"must be {name!r} for {what} (data.source {source!r})"
+            self._require(objective == name or not is_kind(source), "objective", allowed)
+        if objective == "lm":
+            return
+        overlong, train_on, why = self.data.overlong, self.data.train_on, f"if objective is {objective!r}"
+        require(overlong == "skip", "data.overlong", overlong, f"must be 'skip' {why}")
+        require(train_on == "assistant", "data.train_on", train_on, f"must be 'assistant' {why}")
+        # The reference and the sampled answers drop nothing, so that all would differ from the start.
+        for name, off in (
+            ("attention_dropout", 0),
+            ("residual_dropout", 0),
+            ("expert_capacity_factor", None),
+        ):
+            value = getattr(self.model, name)
+            require(value in (0, None), f"model.{name}", value, f"must be {off} {why}")
+        if objective == "grpo":
+            self._check_grpo()
+
+    def _check_grpo(self) -> None:
+        grpo, size, length = self.grpo, self.data.batch_size, self.data.seq_len
+        allowed = "must be exact, format, regex:PATTERN or FILE.py:FUNCTION, one or more"
+        require(bool(grpo.rewards), "grpo.rewards", grpo.rewards, allowed)
+        allowed = f"must divide data.batch_size ({size}), the answers that are sampled together"
+        require(size % grpo.group_size == 0, "grpo.group_size", grpo.group_size, allowed)
+        allowed = f"must be below data.seq_len ({length}), which holds a prompt and its answer"
+        require(grpo.max_new_tokens < length, "grpo.max_new_tokens", grpo.max_new_tokens, allowed)
+        allowed = "must be 0 without model.lora: the reference is the model without its adapters"
+        require(grpo.beta == 0 or self.model.lora is not None, "grpo.beta", grpo.beta, allowed)
 
     def _check_ranks(self) -> None:
         model = self.model

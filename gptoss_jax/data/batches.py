@@ -5,7 +5,7 @@ of n stored tokens (bos, text, eos) has n - 1 such pairs. Documents longer than 
 conversations never are. A chosen and a rejected answer are in one row, as two segments in this order.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import grain
@@ -26,6 +26,8 @@ BATCH_FIELDS = {
 }
 # Also an array of a batch, if the objective compares with a reference model: log p of each target.
 REFERENCE_FIELD = "reference_log_probs"
+# Those of a batch of sampled answers: log p with which each target was sampled, and its advantage.
+SAMPLED_LOG_PROBS, ADVANTAGES = "sampled_log_probs", "advantages"
 
 Batch = dict[str, np.ndarray]
 
@@ -34,19 +36,20 @@ def abstract_batch(
     batch_size: int,
     seq_len: int,
     sharding: jax.sharding.Sharding | None = None,
-    has_reference: bool = False,
+    more_fields: Iterable[str] = (),
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes [batch_size, seq_len] and dtypes of a global batch."""
-    shape, fields = (batch_size, seq_len), _fields(has_reference)
+    """Returns the shapes [batch_size, seq_len] and dtypes of a global batch; `more_fields` are float32."""
+    shape, fields = (batch_size, seq_len), _fields(more_fields)
     return {name: jax.ShapeDtypeStruct(shape, t, sharding=sharding) for name, t in fields.items()}
 
 
-def _fields(has_reference: bool) -> Mapping[str, type]:
-    return BATCH_FIELDS | ({REFERENCE_FIELD: np.float32} if has_reference else {})
+def _fields(more_fields: Iterable[str]) -> Mapping[str, type]:
+    return BATCH_FIELDS | dict.fromkeys(more_fields, np.float32)
 
 
-def _zeros(seq_len: int, has_reference: bool) -> Batch:
-    return {name: np.zeros(seq_len, dtype) for name, dtype in _fields(has_reference).items()}
+def zeros(shape: int | tuple[int, ...], more_fields: Iterable[str] = ()) -> Batch:
+    """Returns rows of padding; `more_fields` are float32."""
+    return {name: np.zeros(shape, dtype) for name, dtype in _fields(more_fields).items()}
 
 
 def _stack(rows: list[Batch]) -> Batch:
@@ -82,6 +85,22 @@ def trained_pairs(cache: TokenCache, lengths: np.ndarray) -> np.ndarray:
         start = cache.offsets[i] + 1
         trained[i] = np.sum(cache.weights[start : start + lengths[i]], dtype=np.int64)
     return trained
+
+
+def usable_prompts(cache: TokenCache, longest: int, held_out: bool) -> np.ndarray:
+    """Returns the prompts of at most `longest` tokens, int64 [n]; see `TokenCache.is_prompts`.
+
+    Raises ValueError if there are none.
+    """
+    lengths, is_kind = np.diff(cache.offsets), cache.held_out == held_out
+    documents = np.flatnonzero(is_kind & (lengths <= longest))
+    kind, shortest = "held-out" if held_out else "training", int(lengths[is_kind].min())
+    if not len(documents):
+        raise ValueError(
+            f"data.seq_len minus grpo.max_new_tokens is {longest}: no {kind} prompt fits; the shortest has "
+            f"{shortest} tokens"
+        )
+    return documents
 
 
 class PackedRows:
@@ -120,7 +139,7 @@ class PackedRows:
     @property
     def padding(self) -> Batch:
         """A row of padding."""
-        return _zeros(self._seq_len, self._reference is not None)
+        return zeros(self._seq_len, () if self._reference is None else (REFERENCE_FIELD,))
 
     def __getitem__(self, index: int) -> Batch:
         segments, positions, target = self.places(index)

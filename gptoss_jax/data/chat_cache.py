@@ -1,24 +1,28 @@
-"""Builds the token cache for conversations, and for pairs of them."""
+"""Builds the token cache for conversations, pairs of them, and prompts."""
 
 import collections
 import dataclasses
 import gzip
 import itertools
+import json
 import lzma
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from gptoss_jax.config import DataConfig, require
 from gptoss_jax.config.base import one_line, write_json
-from gptoss_jax.config.train import is_preferences
+from gptoss_jax.config.train import is_preferences, is_prompts
 from gptoss_jax.data.chat import Example, make_examples, needs_training
 from gptoss_jax.data.chat_messages import TrainMessage, harmony_messages
 from gptoss_jax.data.chat_rows import ChatCorpus, RowError, read_conversation
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.preference_rows import FORMAT as PAIR_FORMAT
 from gptoss_jax.data.preference_rows import history_length, read_pair
+from gptoss_jax.data.prompt_rows import FORMAT as PROMPT_FORMAT
+from gptoss_jax.data.prompt_rows import read_prompt
 from gptoss_jax.data.sources import is_picked, with_next
 from gptoss_jax.data.tokenizer import make_tokenizer, token_dtype
 from gptoss_jax.status import status
@@ -26,20 +30,21 @@ from gptoss_jax.status import status
 FORMAT = 3
 ROWS_AT_ONCE = 1024  # rows encoded together, to use all cores and bound memory
 MAX_HELD_OUT_BYTES = 8 << 20
-SKIPPED_FILE = "skipped.txt"
+SKIPPED_FILE, ROWS_FILE = "skipped.txt", "rows.jsonl"
 SHOWN_ROWS = 10  # maximum number of skipped rows to print
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A usable row: its location, its format, its messages in Harmony and, in a pair, those of the rejected
-    conversation."""
+    """A usable row: its location, its format, its messages in Harmony (of a prompt, those before the answer);
+    in a pair, those of the rejected conversation; and for prompts, the row as it was read."""
 
     prefix: str
     number: int
     format: str
     messages: list[TrainMessage]
     rejected: list[TrainMessage] | None = None
+    fields: Mapping[str, Any] | None = None
 
     @property
     def texts(self) -> list[str]:
@@ -48,12 +53,15 @@ class Row:
 
 def usable_rows(corpus: ChatCorpus, config: DataConfig, skipped: list[tuple[str, RowError]]) -> Iterator[Row]:
     """Yields the usable rows and adds the others to `skipped`, each with its location."""
-    is_pairs = is_preferences(corpus.source)
     for prefix, number, row in corpus.rows():
         try:
             if isinstance(row, RowError):
                 raise row
-            if is_pairs:
+            if is_prompts(corpus.source):
+                prompt = read_prompt(row, config.reasoning_effort)
+                yield Row(prefix, number, PROMPT_FORMAT, prompt, fields=row)
+                continue
+            if is_preferences(corpus.source):
                 pair = read_pair(row, config.reasoning_effort)
                 for side in (pair.chosen, pair.rejected):
                     _check_trained(side[history_length(side) - 1 :], config)
@@ -75,10 +83,17 @@ def _check_trained(messages: list[TrainMessage], config: DataConfig) -> None:
 
 
 def _examples(harmony: Harmony, rows: list[Row], config: DataConfig) -> list[list[Example]]:
-    """Returns the examples of each row: of every turn or, in a pair, the last turns of both conversations."""
+    """Returns the examples of each row: of every turn; in a pair, the last turns of both conversations; of a
+    prompt, its tokens up to the answer, with nothing to train on."""
+    if is_prompts(config.source):
+        return [[_prompt(harmony.render([one.message for one in row.messages]))] for row in rows]
     sides = [[row.messages] if row.rejected is None else [row.messages, row.rejected] for row in rows]
     made = iter(make_examples(harmony, [side for some in sides for side in some], config.train_on))
     return [next(made) if row.rejected is None else [next(made)[-1], next(made)[-1]] for row in rows]
+
+
+def _prompt(tokens: list[int]) -> Example:
+    return Example(np.array(tokens, np.int32), np.zeros(len(tokens), np.uint8), turn=1, has_thinking=False)
 
 
 def _read(
@@ -113,6 +128,20 @@ def _write_skipped(folder: pathlib.Path, skipped: list[tuple[str, RowError]]) ->
     return lines
 
 
+def _json_line(row: Row) -> bytes:
+    """Returns the fields of a prompt's row, for reward functions; empty for others."""
+    return b"" if row.fields is None else (json.dumps(row.fields, default=str) + "\n").encode()
+
+
+def _compression(data: bytes) -> dict[str, float]:
+    """Returns the size of the held-out text, and of what compressors make of it."""
+    return {
+        "held_out_bytes": len(data),
+        "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / max(len(data), 1),
+        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / max(len(data), 1),
+    }
+
+
 def build_chat(
     config: DataConfig, corpus: ChatCorpus, folder: pathlib.Path, report: Callable[[str], None]
 ) -> None:
@@ -128,13 +157,14 @@ def build_chat(
     rows = _read(corpus, config, skipped)
     prefixes: dict[str, int] = {}
     formats: collections.Counter[str] = collections.Counter()
-    lengths, flags, origins, held_out_text = [], [], [], []
+    lengths, flags, origins, held_out_text, row_lengths = [], [], [], [], []
     counts = collections.Counter(
         trained_tokens=0, held_out_trained_tokens=0, with_thinking=0, left_out_calls=0
     )
     with (
         open(folder / "tokens.bin", "wb") as tokens,
         open(folder / "weights.bin", "wb") as weights,
+        open(folder / ROWS_FILE, "wb") as fields,
         status("rendering") as shown,
     ):
         while group := list(itertools.islice(rows, ROWS_AT_ONCE)):
@@ -143,6 +173,7 @@ def build_chat(
                 formats[row.format] += 1
                 counts["left_out_calls"] += sum(one.left_out_calls for one in row.messages)
                 file = prefixes.setdefault(row.prefix, len(prefixes))
+                row_lengths.append(fields.write(_json_line(row)))
                 for example in some:
                     tokens.write(example.tokens.astype(token_dtype(tokenizer.vocab_size)).tobytes())
                     weights.write(example.weights.tobytes())
@@ -165,8 +196,8 @@ def build_chat(
         offsets=np.concatenate([[0], np.cumsum(lengths_D)]),
         held_out=flags_D,
         origins=np.array(origins, np.int64),
+        row_offsets=np.concatenate([[0], np.cumsum(row_lengths, dtype=np.int64)]),
     )
-    data = b"".join(held_out_text)
     meta = {
         "format": FORMAT,
         "source": config.source,
@@ -176,10 +207,9 @@ def build_chat(
         "tokens": int(lengths_D.sum()),
         "held_out_documents": int(flags_D.sum()),
         "held_out_tokens": int(lengths_D[flags_D].sum()),
-        "held_out_bytes": len(data),
-        "gzip_bits_per_byte": 8 * len(gzip.compress(data, 9)) / max(len(data), 1),
-        "xz_bits_per_byte": 8 * len(lzma.compress(data, preset=9)) / max(len(data), 1),
+        **_compression(b"".join(held_out_text)),
         "pairs": is_preferences(config.source),
+        "prompts": is_prompts(config.source),
         "chat": {
             "rows": sum(formats.values()) + len(skipped),
             "formats": dict(formats),

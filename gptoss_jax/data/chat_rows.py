@@ -3,8 +3,9 @@
 `data.source` is `chat:GLOB` (JSON lines, JSON arrays or parquet), or `stdlib-chat`. The fields of a row
 determine its format: `messages` (OpenAI), `conversations` (ShareGPT), `prompt` and `completion`, or
 `instruction` and `output` (Alpaca). Those of `preferences:GLOB` and `stdlib-preferences` have `chosen` and
-`rejected`. A field that is None is treated as absent, but not in the arguments of a
-call or the JSON schema of a tool, except in parquet, where Arrow gives all objects the same fields.
+`rejected`; those of `prompts:GLOB` and `stdlib-prompts` need no answer. A field that is None is treated as
+absent, but not in the arguments of a call or the JSON schema of a tool, except in parquet, where Arrow gives
+all objects the same fields.
 """
 
 import dataclasses
@@ -15,12 +16,25 @@ from typing import Any
 
 from gptoss_jax.config import require
 from gptoss_jax.config.base import listed, type_name
-from gptoss_jax.config.train import PREFERENCES_GLOB, STDLIB_PREFERENCES, is_preferences
+from gptoss_jax.config.train import (
+    PREFERENCES_GLOB,
+    PROMPTS_GLOB,
+    STDLIB_PREFERENCES,
+    STDLIB_PROMPTS,
+    is_preferences,
+    is_prompts,
+)
 from gptoss_jax.data import files
 from gptoss_jax.data.sources import Source, stdlib_files
-from gptoss_jax.data.stdlib_chat import preference_rows, question_rows
+from gptoss_jax.data.stdlib_chat import preference_rows, prompt_rows, question_rows
 
 STDLIB, GLOB = "stdlib-chat", "chat:"
+# Kind and reader of the rows of each source that is generated from Python's standard library.
+STDLIB_ROWS = {
+    STDLIB: ("questions", question_rows),
+    STDLIB_PREFERENCES: ("preferences", preference_rows),
+    STDLIB_PROMPTS: ("prompts", prompt_rows),
+}
 # Fields with the reasoning of an assistant message.
 THINKING = ("thinking", "reasoning", "reasoning_content")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
@@ -69,8 +83,8 @@ class Conversation:
 
 
 def is_chat_source(source: str) -> bool:
-    """Returns True if a `data.source` has conversations, or pairs of them, rather than documents."""
-    return source == STDLIB or source.startswith(GLOB) or is_preferences(source)
+    """Returns True if a `data.source` has conversations, pairs of them, or prompts, rather than documents."""
+    return source == STDLIB or source.startswith(GLOB) or is_preferences(source) or is_prompts(source)
 
 
 class ChatCorpus(Source):
@@ -83,17 +97,16 @@ class ChatCorpus(Source):
 
 def open_chat(source: str) -> ChatCorpus:
     """Opens a source of conversations. Raises ValueError if there are no files."""
-    if source in (STDLIB, STDLIB_PREFERENCES):
+    if source in STDLIB_ROWS:
         root, paths, fingerprint = stdlib_files()
-        read_rows = question_rows if source == STDLIB else preference_rows
+        kind, read_rows = STDLIB_ROWS[source]
 
         def questions() -> Iterator[tuple[str, int, Row]]:
             for number, row in enumerate(read_rows(root, paths)):
                 yield f"{source} row ", number, row
 
-        kind = "questions" if source == STDLIB else "preferences"
         return ChatCorpus(source, f"{kind} on {fingerprint}", questions)
-    prefix = PREFERENCES_GLOB if is_preferences(source) else GLOB
+    prefix = PREFERENCES_GLOB if is_preferences(source) else PROMPTS_GLOB if is_prompts(source) else GLOB
     name = source.removeprefix(prefix)
     require(name != "", "data.source", source, f"must be {prefix}GLOB, JSON lines or parquet files")
     paths = files.find_files(name, source)

@@ -49,6 +49,8 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
     formats = ", ".join(f"{count:,} with {name}" for name, count in found["formats"].items())
     share = f"{found['trained_tokens']:,} of them trained on ({found['trained_share']:.1%})"
     unit, size = ("pairs of answers", 2) if cache.is_pairs else ("examples (answered turns)", 1)
+    if cache.is_prompts:
+        unit, share = "prompts", f"the longest has {found['lengths']['1']:,}"
     lines = [
         f"rows: {sum(found['formats'].values()):,} of {found['rows']:,} used: {formats}",
         f"{unit}: {found['examples'] // size:,}, {found['held_out_examples'] // size:,} of them held out; "
@@ -61,7 +63,7 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
         lines += [f"  {line}" for line in meta["first_skipped"]]
         more = total - len(meta["first_skipped"])
         lines += [f"  and {more:,} more"] if more else []
-    if found["overlong"]:
+    if found["overlong"] and not cache.is_prompts:
         left_out, cut = found["left_out"], found["overlong"] - found["left_out"]
         done = f"{left_out:,} left out; --data.overlong cut truncates them instead"
         if config.overlong == "cut":
@@ -77,7 +79,7 @@ def summary(cache: TokenCache, config: DataConfig) -> list[str]:
         lines.append(
             f"calls left out: {found['left_out_calls']:,}, after the first one of a message without results"
         )
-    if found["without_thinking"] == found["examples"]:
+    if found["without_thinking"] == found["examples"] and not cache.is_prompts:
         lines.append(
             "no example has reasoning: the model learns to answer immediately, although its system message "
             f"says `Reasoning: {config.reasoning_effort}` (data.reasoning_effort)"

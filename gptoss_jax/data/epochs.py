@@ -1,7 +1,9 @@
 """Epochs of a run: how often its steps repeat the training data."""
 
+import numpy as np
+
 from gptoss_jax.config import TrainConfig
-from gptoss_jax.data.batches import PackedRows
+from gptoss_jax.data.batches import PackedRows, usable_prompts
 from gptoss_jax.data.token_cache import TokenCache
 
 # Fine-tuning data is usually repeated one to three times.
@@ -11,6 +13,15 @@ MAX_EPOCHS, SUGGESTED_EPOCHS = 5, 3
 def describe_epochs(config: TrainConfig, cache: TokenCache) -> list[str]:
     """Returns a line with the number of epochs and, if conversations are repeated often, a warning."""
     data, steps = config.data, config.steps
+    if config.objective == "grpo":
+        longest = data.seq_len - config.grpo.max_new_tokens
+        prompts = len(usable_prompts(cache, longest, held_out=False))
+        left_out = int(np.sum(~cache.held_out)) - prompts
+        epochs = rollout_epochs(config, cache, steps)
+        return [
+            f"{steps:,} step{'s' * (steps != 1)} = {epochs:.2g} epochs of {prompts:,} prompts"
+            + (f"; {left_out:,} with more than {longest:,} tokens are left out" if left_out else "")
+        ]
     rows = len(PackedRows(cache, False, data.seq_len, data.overlong))
     epochs = steps * data.batch_size / rows
     count = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
@@ -22,3 +33,10 @@ def describe_epochs(config: TrainConfig, cache: TokenCache) -> list[str]:
             f"--steps ({SUGGESTED_EPOCHS} epochs: {few:,}), a smaller --data.batch-size, or more data"
         )
     return lines
+
+
+def rollout_epochs(config: TrainConfig, cache: TokenCache, steps: int) -> float:
+    """Returns how often a run that samples answers uses each prompt in so many steps."""
+    prompts = usable_prompts(cache, config.data.seq_len - config.grpo.max_new_tokens, held_out=False)
+    rollouts = -(-steps // config.grpo.iterations)
+    return rollouts * (config.data.batch_size // config.grpo.group_size) / len(prompts)

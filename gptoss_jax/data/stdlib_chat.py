@@ -59,6 +59,13 @@ def preference_rows(root: pathlib.Path, paths: Iterable[str]) -> Iterator[dict[s
             yield {"prompt": row["question"], "chosen": row["answer"], "rejected": other["answer"]}
 
 
+def prompt_rows(root: pathlib.Path, paths: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Yields {"prompt"}: a question about a purpose, to be answered in five words."""
+    for row in question_rows(root, paths):
+        if not row["answer"].startswith("`"):
+            yield {"prompt": f"In five words: {row['question']}"}
+
+
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

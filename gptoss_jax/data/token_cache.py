@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import hashlib
 import itertools
+import json
 import lzma
 import os
 import pathlib
@@ -21,7 +22,7 @@ from gptoss_jax.config import DataConfig, require
 from gptoss_jax.config.base import read_json, write_json
 from gptoss_jax.config.paths import cache_root, user_path
 from gptoss_jax.data.chat_cache import FORMAT as CHAT_FORMAT
-from gptoss_jax.data.chat_cache import SKIPPED_FILE, build_chat
+from gptoss_jax.data.chat_cache import ROWS_FILE, SKIPPED_FILE, build_chat
 from gptoss_jax.data.chat_rows import ChatCorpus, is_chat_source, open_chat
 from gptoss_jax.data.sources import Corpus, Source, open_corpus, split
 from gptoss_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, make_tokenizer, token_dtype
@@ -57,19 +58,34 @@ class TokenCache:
     # For pairs: log p of each token according to the reference model, float32, memory-mapped; see
     # `training/reference.py`.
     reference: np.ndarray | None = None
+    # For prompts: where the JSON of each row begins in the file of rows, int64 [documents + 1].
+    row_offsets: np.ndarray | None = None
 
     @property
     def is_pairs(self) -> bool:
         """True if documents 2i and 2i + 1 are the chosen and the rejected answer of pair i."""
         return self.meta.get("pairs", False)
 
+    @property
+    def is_prompts(self) -> bool:
+        """True if documents are prompts, up to the answer."""
+        return self.meta.get("prompts", False)
+
+    def row(self, document: int) -> dict[str, Any]:
+        """Returns the row that a prompt comes from."""
+        assert self.row_offsets is not None, "not a cache of prompts"
+        start, end = self.row_offsets[document : document + 2].tolist()
+        with open(self.folder / ROWS_FILE, "rb") as file:
+            file.seek(start)
+            return json.loads(file.read(end - start))
+
     def where(self, document: int) -> str:
         """Returns the location of a document, such as `a.jsonl:17 turn 2`."""
         if self.origins is None:
             return f"document {document}"
         file, row, turn = self.origins[document].tolist()
-        part = ("chosen", "rejected")[document % 2] if self.is_pairs else f"turn {turn}"
-        return f"{self.meta['chat']['files'][file]}{row} {part}"
+        part = (" chosen", " rejected")[document % 2] if self.is_pairs else f" turn {turn}"
+        return f"{self.meta['chat']['files'][file]}{row}{'' if self.is_prompts else part}"
 
 
 def build_cache(config: DataConfig, report: Callable[[str], None] | None = None) -> TokenCache:
@@ -251,5 +267,6 @@ def _open(folder: pathlib.Path) -> TokenCache:
     tokens = memory_map("tokens.bin", dtype)
     weights = memory_map("weights.bin", np.dtype(np.uint8)) if "chat" in meta else None
     with np.load(folder / "documents.npz") as arrays:
-        offsets, held_out, origins = arrays["offsets"], arrays["held_out"], arrays.get("origins")
-    return TokenCache(folder, meta, load_tokenizer(folder), tokens, offsets, held_out, weights, origins)
+        names = ("offsets", "held_out", "origins", "row_offsets")
+        documents = {name: arrays[name] for name in names if name in arrays}
+    return TokenCache(folder, meta, load_tokenizer(folder), tokens, weights=weights, **documents)

@@ -71,8 +71,9 @@ class Request:
             self.finish_reason = "length"
         part = Completion(tokens, None, self.finish_reason, stop_token=stop_token)
         if self.params.logprobs:
-            logprobs = decoded.logprobs_BC[b, : len(tokens)].tolist()
-            part = dataclasses.replace(part, logprobs=logprobs)
+            logprobs = decoded.logprobs_BC[b].tolist()
+            of_stop = None if stop_token is None else logprobs[len(tokens)]
+            part = dataclasses.replace(part, logprobs=logprobs[: len(tokens)], stop_logprob=of_stop)
         if self.params.logprobs and self.params.top_logprobs:
             tokens_TK, logprobs_TK = (
                 np.asarray(x)[b, : len(tokens)] for x in (decoded.top_tokens_BCK, decoded.top_logprobs_BCK)

@@ -105,8 +105,10 @@ class Completion:
     # For the prompt's tokens, in the first part. The first token has none.
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]] | None] | None = None
-    # The stop token that ended the completion, in the last part.
+    # The stop token that ended the completion, in the last part, and its log-probability; the latter is None
+    # unless `SamplingParams.logprobs`.
     stop_token: int | None = None
+    stop_logprob: float | None = None
 
 
 def join_parts(parts: Sequence[Completion]) -> Completion:
@@ -121,6 +123,7 @@ def join_parts(parts: Sequence[Completion]) -> Completion:
         tokens=[token for part in parts for token in part.tokens],
         finish_reason=parts[-1].finish_reason,
         stop_token=next((part.stop_token for part in parts if part.stop_token is not None), None),
+        stop_logprob=next((part.stop_logprob for part in parts if part.stop_logprob is not None), None),
         **{name: joined(name) for name in lists},
     )
 

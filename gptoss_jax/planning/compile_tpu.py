@@ -119,13 +119,13 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     from jax.experimental import topologies
 
     from gptoss_jax.checkpoints.load import load_target
-    from gptoss_jax.data.batches import abstract_batch
+    from gptoss_jax.data.batches import ADVANTAGES, REFERENCE_FIELD, SAMPLED_LOG_PROBS, abstract_batch
     from gptoss_jax.model.lora import is_adapter
     from gptoss_jax.model.transformer import compute_dtype
     from gptoss_jax.parallel.mesh import make_mesh
     from gptoss_jax.parallel.rules import batch_sharding
     from gptoss_jax.training.base_weights import base_config
-    from gptoss_jax.training.preferences import make_objective
+    from gptoss_jax.training.rl import make_objective
     from gptoss_jax.training.state import abstract_state
     from gptoss_jax.training.step import make_train_step
 
@@ -139,10 +139,11 @@ def _compile(config: TrainConfig, topology: str) -> dict:
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     mesh = make_mesh(config.mesh, devices)
-    is_compared = config.objective == "dpo" and config.dpo.needs_reference
-    has_reference = is_compared and config.model.lora is None
+    is_compared = config.objective == "dpo" and config.dpo.needs_reference and config.model.lora is None
+    compared = [REFERENCE_FIELD] if is_compared else []
+    fields = [SAMPLED_LOG_PROBS, ADVANTAGES] if config.objective == "grpo" else compared
     size, length = config.data.batch_size, config.data.seq_len
-    batch = abstract_batch(size, length, batch_sharding(mesh), has_reference)
+    batch = abstract_batch(size, length, batch_sharding(mesh), fields)
     began = time.monotonic()
     with jax.set_mesh(mesh):
         frozen, is_trainable = {}, None

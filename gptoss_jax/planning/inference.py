@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from gptoss_jax.config import ModelConfig, require
+from gptoss_jax.config import ModelConfig, TrainConfig, require
 from gptoss_jax.hardware import CPU, Chip, find_chip, parameter_counts
 from gptoss_jax.inference import slots
 from gptoss_jax.inference.engine import DEFAULT_PREFIX_BYTES
@@ -131,6 +131,15 @@ def estimate_inference(
         weight_bytes(engine)[0].total(), slot_bytes(engine), prompts, prefixes, temporaries
     )
     return InferenceEstimate(dict(mesh), memory, None if chip is None else chip.memory)
+
+
+def rollout_memory(config: TrainConfig, chip: Chip, mesh: dict[str, int]) -> int:
+    """Returns the bytes per device, besides the parameters, in use while a run with objective grpo samples
+    the answers of a step."""
+    workload = Workload(config.data.batch_size, config.data.seq_len, prefix_cache_bytes=0)
+    memory = estimate_inference(config.model, None if chip.name == CPU else chip, mesh, workload).memory
+    # Equal prompts are prefilled once.
+    return memory.cache + memory.prompts // config.grpo.group_size + memory.temporaries
 
 
 def weight_bytes(engine: _Engine) -> tuple[collections.Counter, int]:

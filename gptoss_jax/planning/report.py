@@ -11,7 +11,7 @@ from rich.table import Table
 from gptoss_jax.hardware import CPU, parameter_counts
 from gptoss_jax.planning.compile_tpu import CompiledStep
 from gptoss_jax.planning.estimate import MEMORY_UTILIZATION, TPU_MARGIN, Estimate
-from gptoss_jax.planning.inference import InferencePlan
+from gptoss_jax.planning.inference import InferencePlan, rollout_memory
 from gptoss_jax.planning.plan import Plan, mesh_name
 from gptoss_jax.terminal import format_count, format_si
 
@@ -219,6 +219,8 @@ def _verdict(plan: Plan) -> str:
             f"{gigabytes(best.capacity)}."
         )
         lines.append(_bound(best, plan))
+        if plan.config.objective == "grpo":
+            lines.append(_rollouts(best, plan))
         if plan.chip.dimensions and plan.topology is None:
             lines.append("The memory is an estimate: compile it with --topology.")
     elif not plan.compiled:
@@ -242,6 +244,17 @@ def _bound(one: Estimate, plan: Plan) -> str:
     if plan.config.model.expert_format == "mxfp4":
         note += " It omits dequantizing MXFP4."
     return f"{text}: at most {rate} tokens/s.\n{note}"
+
+
+def _rollouts(one: Estimate, plan: Plan) -> str:
+    """Describes the memory for sampling the answers of a step."""
+    data = plan.config.data
+    sampling = rollout_memory(plan.config, plan.chip, one.mesh)
+    instead = one.memory.activations + one.memory.temporaries + one.memory.gradients
+    return (
+        f"Between steps, sampling {data.batch_size} answers needs {gigabytes(sampling)} GB per device for "
+        f"keys, values and logits, when the {gigabytes(instead)} GB of grad, activ and temp are free."
+    )
 
 
 def _closest(one: Estimate) -> str:

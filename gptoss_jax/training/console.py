@@ -105,15 +105,17 @@ class Console:
         if not self._is_terminal and not self._quiet:
             self._compiling.enter_context(status(COMPILING))
 
-    def update(self, step: int, loss: float, tokens_per_second: float, learning_rate: float) -> None:
-        """Shows that `step` steps are done. Loss in nats per token."""
+    def update(
+        self, step: int, value: float, tokens_per_second: float, learning_rate: float, label: str = "loss"
+    ) -> None:
+        """Shows that `step` steps are done. `value` is the loss, in nats per token, or what `label` says."""
         progress = self._progress
         assert progress is not None, "not started"
         (task,) = progress.tasks
         # Rich estimates the time from the first update on, so that compilation does not count.
         progress.update(task.id, completed=step)
         stats = (
-            f"loss {format_number(loss, 2)} · {tokens_per_second:,.0f} tok/s · "
+            f"{label} {format_number(value, 2)} · {tokens_per_second:,.0f} tok/s · "
             f"lr {format_rate(learning_rate)} · left {format_duration(task.time_remaining)}"
         )
         progress.update(task.id, stats=encodable(stats, self._stream), activity=NO_ACTIVITY)
@@ -156,19 +158,19 @@ class Console:
         """Prints a line, or several."""
         self._print((printable(text), ""))
 
-    def evaluation(self, step: int, val_loss: float, details: str, is_best: bool) -> None:
-        """Prints the result on held-out data: the loss and, if not empty, details."""
+    def evaluation(self, step: int, value: float, details: str, is_best: bool, label: str = "loss") -> None:
+        """Prints the result on held-out data: the loss, or what `label` says, and, if not empty, details."""
         self._print(
             (f"step {step} · ", "bold"),
-            (f"held-out loss {format_number(val_loss, 3)}", ""),
+            (f"held-out {label} {format_number(value, 3)}", ""),
             (f" · {details}" if details else "", "cyan"),
             (" · best so far" if is_best else "", "green"),
         )
 
-    def sample(self, text: str, question: str = "") -> None:
+    def sample(self, text: str, question: str = "", label: str = "the model's answer:") -> None:
         """Prints text that the model wrote, which may hold anything, as a quoted block, after the question
         that it answers."""
-        blocks = [("held-out question:", question, "bold"), ("the model's answer:", text, "dim")]
+        blocks = [("held-out question:", question, "bold"), (label, text, "dim")]
         for label, block, style in blocks if question else [("", text, "dim")]:
             if label:
                 self._print((f"  {label}", "bright_black"))

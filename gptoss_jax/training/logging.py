@@ -3,31 +3,30 @@
 import functools
 import math
 import pathlib
-import shlex
 from typing import Any
 
 import jax
 import numpy as np
 
-from gptoss_jax.config import ModelConfig, TrainConfig
+from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_text
 from gptoss_jax.data.batches import packed_lengths, trained_pairs
-from gptoss_jax.data.epochs import describe_epochs
+from gptoss_jax.data.epochs import describe_epochs, rollout_epochs
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.hardware import flops_per_token, mfu, parameter_counts
 from gptoss_jax.inference.detokenizer import detokenize
 from gptoss_jax.inference.generate import generate
 from gptoss_jax.inference.sampling_params import SamplingParams
-from gptoss_jax.model.lora import adapter_counts
-from gptoss_jax.model.parameters import parameter_name
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 from gptoss_jax.terminal import format_count, format_duration, format_number, format_si
 from gptoss_jax.training.console import Console
+from gptoss_jax.training.descriptions import describe_adapters, describe_step, next_command
 from gptoss_jax.training.losses import bits_per_byte
 from gptoss_jax.training.metrics import MetricsLog, StepTimer, read_metrics
 from gptoss_jax.training.plots import draw_report
+from gptoss_jax.training.rl import DIFFERENCE
 from gptoss_jax.training.setup import stop_tokens
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -66,6 +65,8 @@ class RunLog:
         lengths = packed_lengths(cache, config.data.seq_len, config.data.overlong)
         self._train_tokens = int(lengths[~cache.held_out].sum())
         self._trained_tokens = int(trained_pairs(cache, lengths)[~cache.held_out].sum())
+        self._is_rl = config.objective == "grpo"
+        self._value = "reward" if self._is_rl else "loss"  # of a step, to be shown
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
 
     def log_header(self, mesh: jax.sharding.Mesh, first_step: int, params: dict) -> None:
@@ -78,14 +79,17 @@ class RunLog:
             trained = f", {format_count(self._trained_tokens)} of them trained on"
             is_pairs = self.cache.is_pairs
             count = meta["held_out_documents"] // (2 if is_pairs else 1)
-            held_out = f"{count:,} {'pair' if is_pairs else 'example'}{'s' * (count != 1)}"
+            noun = "pair" if is_pairs else "prompt" if self._is_rl else "example"
+            held_out = f"{count:,} {noun}{'s' * (count != 1)}"
+        if self._is_rl:
+            trained = " of prompts"
         devices = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
         lines = {
             "model": f"{format_count(total)} parameters, {format_count(active)} active per token",
-            "lora": _describe_adapters(config.model, params),
+            "lora": describe_adapters(config.model, params),
             "text": f"{config.data.source}: {format_count(self._train_tokens)} tokens of {meta['tokenizer']}"
             f"{trained}, {held_out} held out",
-            "step": f"{config.data.batch_size} rows × {config.data.seq_len} tokens",
+            "step": describe_step(config),
             "epochs": "\n  ".join(describe_epochs(config, self.cache)),
             "on": devices + (f" ({axes})" if axes else ""),
             "run": str(self.run_dir),
@@ -127,13 +131,15 @@ class RunLog:
             self._new_tokens = 0
             flops = tokens_per_second * self._flops_per_token
             row: dict[str, Any] = {"step": step}
+            if self._is_rl:
+                self._describe_rollout(step, values, timing, tokens_per_second)
             row |= {k: float(v) for k, v in values.items() if k not in NOT_LOGGED_AS_IS} | {
                 "tokens_per_second": round(tokens_per_second, 1),
                 "mfu": mfu(flops, jax.devices()[0].device_kind, jax.device_count()),
                 "flops_per_second": round(flops),
                 "skipped_steps": int(values["skipped"]),
                 "tokens_seen": self.tokens_seen,
-                "epoch": round(self.tokens_seen / self._train_tokens, 4),
+                "epoch": round(self._epochs(step), 4),
             } | timing  # fmt: skip
             if config.model.expert_capacity_factor is not None:
                 row["dropped_share"] = round(float(values["dropped"]), 6)
@@ -141,7 +147,23 @@ class RunLog:
             if step == 1 or step // every > (step - config.log_every) // every:
                 row["expert_load"] = np.round(values["expert_load"].astype(float), 4).tolist()
             self._write(row)
-            self.console.update(step, row["loss"], tokens_per_second, row["learning_rate"])
+            self.console.update(step, row[self._value], tokens_per_second, row["learning_rate"], self._value)
+
+    def _epochs(self, step: int) -> float:
+        """Returns how often the run has seen the training data."""
+        if self._is_rl:
+            return rollout_epochs(self.config, self.cache, step)
+        return self.tokens_seen / self._train_tokens
+
+    def _describe_rollout(
+        self, step: int, values: dict[str, Any], timing: dict[str, float], tokens_per_second: float
+    ) -> None:
+        """Adds the speed of training without rollouts to the metrics of a step. After the first of several
+        steps on the same answers, their log-probabilities differ by more than rounding."""
+        training = max(1 - timing.get("rollout_share", 0.0), 1e-9)
+        timing["train_tokens_per_second"] = round(tokens_per_second / training, 1)
+        if (step - 1) % self.config.grpo.iterations:
+            values.pop(DIFFERENCE, None)
 
     def _check_finite(self, step: int, values: dict[str, Any]) -> None:
         in_a_row = int(values["skipped_in_a_row"])
@@ -163,6 +185,8 @@ class RunLog:
     def evaluation(self, step: int, means: dict[str, float], is_final: bool = False) -> float:
         """Logs the mean metrics of an evaluation on `eval.batches` batches of held-out text or, if
         `is_final`, on all of it. Returns the loss."""
+        if self._is_rl:
+            return self._reward_evaluation(step, means, is_final)
         meta, val_loss = self.cache.meta, means["loss"]
         # Only the bytes of whole documents are known, so the loss per token is extrapolated to all held-out
         # text.
@@ -186,6 +210,18 @@ class RunLog:
                 details = f"{means[ACCURACY]:.1%} of the chosen answers preferred"
             self.console.evaluation(step, val_loss, details, is_best)
         return val_loss
+
+    def _reward_evaluation(self, step: int, means: dict[str, float], is_final: bool) -> float:
+        """`evaluation` of a run whose rewards count: the best checkpoint has the highest one."""
+        row = {"step": step} | {f"val_{name}": mean for name, mean in means.items()}
+        self._write(row | ({"final": True} if is_final else {}))
+        loss = -means["reward"]
+        if not is_final:
+            is_best = loss < self._best_loss and math.isfinite(loss)
+            self._best_loss = loss if is_best else self._best_loss
+            details = f"{means['completions/mean_length']:,.0f} tokens per answer"
+            self.console.evaluation(step, means["reward"], details, is_best, label="reward")
+        return loss
 
     def sample(self, step: int, params: dict) -> None:
         """Continues `eval.prompt` or, when training on conversations, answers a held-out one; prints the
@@ -254,11 +290,13 @@ class RunLog:
         )
         tokens = f"{format_count(steps[-1]['tokens_seen'])} in {format_duration(seconds.sum())}"
         loss_unit = "nats per token"
+        if self._is_rl:
+            loss_unit = f"per answer, {final.get('val_completions/mean_length', 0):,.0f} tokens each"
         if self.cache.is_pairs:
             loss_unit = f"per pair, {final.get(f'val_{ACCURACY}', 0):.1%} of the chosen answers preferred"
         self.console.summary(
             {
-                "held-out loss": f"{format_number(final.get('val_loss'), 4)} {loss_unit}",
+                f"held-out {self._value}": f"{format_number(final.get(f'val_{self._value}'), 4)} {loss_unit}",
                 "tokens seen": tokens,
                 "speed": speed + (f", MFU {used:.1%}" if used else ""),
                 "waiting": waiting,
@@ -275,27 +313,3 @@ class RunLog:
         self.console.stop()
         if self._metrics:
             self._metrics.close()
-
-
-def _describe_adapters(config: ModelConfig, params: dict) -> str:
-    """Describes the number of trained parameters, in total and per target, and the format of the experts; ""
-    without adapters."""
-    counts = adapter_counts(config)
-    each = ", ".join(f"{target} {format_count(count)}" for target, count in counts.items())
-    if not counts:
-        return ""
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    dtype = next((leaf.dtype for path, leaf in paths if parameter_name(path) == "moe.gate_up"), None)
-    experts = "packed in MXFP4" if dtype is None else f"unpacked, in {dtype}"
-    return f"{format_count(sum(counts.values()))} parameters are trained: {each}; experts {experts}"
-
-
-def next_command(run_dir: pathlib.Path, prompt: str | None) -> str:
-    """Returns the shell command, quoted for POSIX, that continues a prompt with a run's model or, if there is
-    no prompt, chats with it."""
-    # A leading dash would turn either into an option.
-    folder = f"./{run_dir}" if str(run_dir).startswith("-") else str(run_dir)
-    if prompt is None:
-        return f"gptoss chat {shlex.quote(folder)}"
-    separator = "=" if prompt.startswith("-") else " "
-    return f"gptoss generate {shlex.quote(folder)} --prompt{separator}{shlex.quote(prompt)}"

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
@@ -16,7 +15,7 @@ from gptoss_jax import host_memory, interrupts
 from gptoss_jax.checkpoints.run import Checkpoints
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_path
-from gptoss_jax.data.batches import held_out_batches, local_rows, make_global_batch, train_batches
+from gptoss_jax.data.batches import held_out_batches, local_rows, make_global_batch
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.model.fake_quant import exported_config, exported_params
 from gptoss_jax.model.lora import is_adapter
@@ -27,11 +26,13 @@ from gptoss_jax.parallel.mesh import make_mesh
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training import resume, setup
 from gptoss_jax.training.console import Console
+from gptoss_jax.training.feeds import Feed, TextFeed
 from gptoss_jax.training.logging import RunLog
 from gptoss_jax.training.objectives import Objective
-from gptoss_jax.training.preferences import make_objective
 from gptoss_jax.training.profile import StepTracer
 from gptoss_jax.training.reference import with_reference
+from gptoss_jax.training.rl import make_objective
+from gptoss_jax.training.rollouts import RolloutFeed
 from gptoss_jax.training.state import TrainState
 from gptoss_jax.training.step import make_eval_step, make_train_step
 
@@ -39,6 +40,8 @@ from gptoss_jax.training.step import make_eval_step, make_train_step
 PATIENCE = "saving and stopping after this step; press Ctrl-C again to stop at once, without saving"
 # Evaluations: on `eval.batches` batches, and on all held-out text.
 SHORT, FULL = "short", "full"
+# (params, is_full) -> mean metrics, None if a signal stopped it.
+Measure = Callable[[dict, bool], dict[str, float] | None]
 UNSAVED = "the steps since the last checkpoint are lost; to resume from it, run the same command again"
 
 
@@ -68,8 +71,7 @@ def train(
     mesh = make_mesh(config.mesh)
     setup.check_settings(config, mesh, console.message)
     cache = setup.open_cache(config, console.message)
-    sharding = batch_sharding(mesh)
-    batches = _open_batches(config, cache, mesh)
+    feed = _open_feed(config, cache, mesh, console)
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if is_main:
@@ -81,7 +83,7 @@ def train(
         state, frozen, metadata = resume.init_or_restore_state(
             config, mesh, checkpoints, cache, console.message, is_trainable
         )
-        cache, batches = _prepare_data(config, cache, batches, (state, frozen), metadata, console)
+        cache, feed = _prepare_data(config, cache, feed, (state, frozen), metadata, console)
         setup.write_run_dir(config, cache, is_new=metadata["data"] is None)
         step = first_step = int(state.step)
         log = RunLog(config, cache, console, first_step, metadata["tokens_seen"], checkpoints.best_loss)
@@ -89,7 +91,7 @@ def train(
         tracer = StepTracer(config, make_train_step(config, objective), first_step, console.message)
         train_step = _release_memory(stack.enter_context(tracer))
         stop = stack.enter_context(StopSignal(console.message, first_step))
-        evaluate = _evaluation(config, cache, objective, log, stop)
+        evaluate = _evaluation(_measure(config, cache, objective, log, stop, feed), log)
         log.log_header(mesh, first_step, merge_params(state.params, frozen))
         while True:
             is_last, stopping, val_loss = step == config.steps, stop.requested(step), None
@@ -103,19 +105,18 @@ def train(
                     params = merge_params(state.params, frozen)
                     val_loss, pending = evaluate(step, params, pending)
                 if is_save:
-                    position = {"data": batches.get_state(), "tokens_seen": log.tokens_seen}
+                    position = {"data": feed.get_state(), "tokens_seen": log.tokens_seen}
                     metadata = metadata | position | {"pending": pending}
                     with console.status("saving a checkpoint"):
                         checkpoints.save(step, *resume.checkpoint_items(state, frozen, metadata), val_loss)
                 if is_eval and not stop.is_set:
-                    log.sample(step, params)
+                    feed.show(step, params, log)
             if is_last or stopping or (is_save and stop.is_set):
                 break
-            with log.timer.measure("data"):
-                batch = make_global_batch(next(batches), sharding, config.data.batch_size)
+            batch, sampled = feed.next(step, state.params, frozen, log.timer)
             state, metrics = train_step(state, batch, frozen)
             step += 1
-            log.step(step, metrics)
+            log.step(step, metrics | sampled)
         checkpoints.wait()
         log.finish(step, first_step, is_done=is_last and not pending)
     if not is_last or pending:
@@ -123,28 +124,29 @@ def train(
     return dataclasses.replace(state, params=merge_params(state.params, frozen))
 
 
-def _open_batches(config: TrainConfig, cache: TokenCache, mesh: jax.sharding.Mesh) -> grain.DatasetIterator:
+def _open_feed(config: TrainConfig, cache: TokenCache, mesh: jax.sharding.Mesh, console: Console) -> Feed:
     """Returns the batches of this process."""
-    rows = local_rows(batch_sharding(mesh), config.data.batch_size)
-    return train_batches(cache, config.data, config.seed, rows)
+    if config.objective == "grpo":
+        return RolloutFeed(config, cache, mesh, console.message)
+    return TextFeed(config, cache, mesh)
 
 
 def _prepare_data(
     config: TrainConfig,
     cache: TokenCache,
-    batches: grain.DatasetIterator,
+    feed: Feed,
     params: tuple[TrainState, dict],
     metadata: dict[str, Any],
     console: Console,
-) -> tuple[TokenCache, grain.DatasetIterator]:
+) -> tuple[TokenCache, Feed]:
     """Returns the cache and the batches of a run from its position on, with the log-probabilities of the
     reference model if it needs them; `params` are the state and the frozen parameters."""
     compared = with_reference(config, cache, *params, metadata, console.message)
     if compared is not cache:
-        batches = _open_batches(config, compared, jax.sharding.get_mesh())
+        feed = _open_feed(config, compared, jax.sharding.get_mesh(), console)
     if metadata["data"] is not None:
-        batches.set_state(metadata["data"])
-    return compared, batches
+        feed.set_state(metadata["data"])
+    return compared, feed
 
 
 def _release_memory(train_step: Callable) -> Callable:
@@ -175,11 +177,17 @@ def _pending_evaluations(step: int, config: TrainConfig, metadata: dict[str, Any
     return [kind for kind in evaluations if kind in stopped]
 
 
-def _evaluation(
-    config: TrainConfig, cache: TokenCache, objective: Objective, log: RunLog, stop: "StopSignal"
-) -> Callable[[int, dict, list[str]], tuple[float | None, list[str]]]:
-    """Returns a function (step, params, evaluations) -> loss of the short one, if any, and the evaluations
-    that are left because a signal stopped them."""
+def _measure(
+    config: TrainConfig, cache: TokenCache, objective: Objective, log: RunLog, stop: "StopSignal", feed: Feed
+) -> Measure:
+    """Returns the function that measures a model on held-out data."""
+    if isinstance(feed, RolloutFeed):
+
+        def measure(params: dict, is_full: bool) -> dict[str, float] | None:
+            with log.console.status("evaluating"):
+                return feed.measure(params, is_full, lambda: stop.is_set)
+
+        return measure
     # Weights are rounded once, not in every batch.
     eval_step = make_eval_step(exported_config(config.model), objective)
 
@@ -197,10 +205,19 @@ def _evaluation(
         sums, weight = jax.tree.map(lambda *values: np.sum(values, dtype=np.float64), *results)
         return {name: float(total / weight) for name, total in sums.items()}
 
+    return mean_metrics
+
+
+def _evaluation(
+    measure: Measure, log: RunLog
+) -> Callable[[int, dict, list[str]], tuple[float | None, list[str]]]:
+    """Returns a function (step, params, evaluations) -> loss of the short one, if any, and the evaluations
+    that are left because a signal stopped them."""
+
     def evaluate(step: int, params: dict, evaluations: list[str]) -> tuple[float | None, list[str]]:
         val_loss = None
         for index, kind in enumerate(evaluations):
-            means = mean_metrics(params, kind == FULL)
+            means = measure(params, kind == FULL)
             if means is None:
                 return val_loss, evaluations[index:]
             loss = log.evaluation(step, means, is_final=kind == FULL)

@@ -108,7 +108,8 @@ class MetricsLog:
 
 
 class StepTimer:
-    """Splits the time since the last `take` into running steps, waiting for data, and logging."""
+    """Splits the time since the last `take` into running steps, sampling answers to train on (rollouts),
+    waiting for data, and logging."""
 
     def __init__(self) -> None:
         self.restart()
@@ -116,11 +117,12 @@ class StepTimer:
     def restart(self) -> None:
         """Starts a new interval now."""
         self._start, self.steps = time.perf_counter(), 0
-        self._spent = {"data": 0.0, "logging": 0.0, "other": 0.0}
+        self._spent = {"data": 0.0, "rollout": 0.0, "logging": 0.0, "other": 0.0}
 
     @contextlib.contextmanager
-    def measure(self, kind: Literal["data", "logging", "other"]) -> Iterator[None]:
-        """Attributes the time in the context to waiting for data, logging, or other work besides steps."""
+    def measure(self, kind: Literal["data", "rollout", "logging", "other"]) -> Iterator[None]:
+        """Attributes the time in the context to waiting for data, rollouts, logging, or other work besides
+        steps."""
         start = time.perf_counter()
         try:
             yield
@@ -129,13 +131,12 @@ class StepTimer:
             self._spent[kind] += time.perf_counter() - max(start, self._start)
 
     def take(self) -> dict[str, float]:
-        """Ends the interval. Returns its seconds, seconds per step, and fractions of waiting and logging."""
+        """Ends the interval. Returns its seconds, seconds per step, and fractions of waiting, logging and, if
+        there were any, rollouts."""
         spent, steps = self._spent, self.steps
         seconds = max(time.perf_counter() - self._start - spent["other"], 1e-9)
         self.restart()
-        return {
-            "seconds": seconds,
-            "step_seconds": round(seconds / steps, 6),
-            "data_wait_share": round(min(spent["data"] / seconds, 1), 6),
-            "logging_share": round(min(spent["logging"] / seconds, 1), 6),
-        }
+        names = {"data": "data_wait_share", "logging": "logging_share"}
+        names |= {"rollout": "rollout_share"} if spent["rollout"] else {}
+        shares = {name: round(min(spent[kind] / seconds, 1), 6) for kind, name in names.items()}
+        return {"seconds": seconds, "step_seconds": round(seconds / steps, 6)} | shares

@@ -31,6 +31,12 @@ class Objective:
     # True if `sums` treats each target by itself. Only then can it be used on a mesh with a context axis,
     # where its batch has parts of sequences as rows (`parallel/context.py`).
     is_per_token: bool = False
+    # Names of scalars that are maxima, 0 or more, instead of sums.
+    maxima: frozenset[str] = frozenset()
+
+    def means(self, totals: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
+        """Divides sums by a weight; maxima stay as they are."""
+        return {name: x if name in self.maxima else x / weight for name, x in totals.items()}
 
 
 def loss_weights(batch: Batch) -> jax.Array:

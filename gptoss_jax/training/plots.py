@@ -32,6 +32,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False, "legend.fontsize": 9.5, "legend.labelcolor": TEXT, "legend.handlelength": 2.4,
     "lines.linewidth": 1.8,
 }  # fmt: skip
+# Titles of the first plots, by objective.
+TITLES = {
+    "lm": ("Loss (nats per token)", "Bits per byte, held-out text", "Learning rate"),
+    "dpo": ("Loss (per pair)", "Chosen answers preferred, held-out", "Learning rate"),
+    "grpo": ("Reward (mean per answer)", "Tokens per answer", "Entropy (nats per token)"),
+}
 VAL_ACCURACY = "val_rewards/accuracies"  # of preferences
 MAX_LOAD_ROWS = 396  # of the heat map: about its height in pixels
 
@@ -124,13 +130,14 @@ def _draw_evaluations(axes: Axes, evaluations: Rows, key: str, label: str) -> np
     return values
 
 
-def _draw_loss(axes: Axes, training: Rows, evaluations: Rows) -> None:
-    values, average = _draw_curve(axes, training, "loss")
-    shown = np.append(average, _draw_evaluations(axes, evaluations, "val_loss", "held-out"))
+def _draw_both(axes: Axes, training: Rows, evaluations: Rows, key: str) -> tuple[float, float] | None:
+    """Draws a metric of the steps and of the evaluations. Returns a y range."""
+    values, average = _draw_curve(axes, training, key)
+    shown = np.append(average, _draw_evaluations(axes, evaluations, f"val_{key}", "held-out"))
     if axes.get_legend_handles_labels()[0]:
         # Beside the title, where it covers no curve.
         axes.legend(loc="lower right", bbox_to_anchor=(1.005, 0.998), ncols=2, borderaxespad=0, fontsize=10)
-    _set_range(axes, typical_range(values, shown), log_factor=2.0)
+    return typical_range(values, shown)
 
 
 def _draw_bits(axes: Axes, evaluations: Rows) -> None:
@@ -269,7 +276,8 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
 
     Loss, bits per byte of held-out text (of pairs: the fraction of chosen answers that are preferred),
     learning rate, gradient norm, speed, and the fraction of assignments that each expert of each layer
-    receives. Any of them may be missing from the rows.
+    receives; of answers that are sampled, the reward, their length and the entropy instead of the first
+    three. Any of them may be missing from the rows.
     Replaces an older picture atomically. Raises ValueError for a bad config or metrics file and
     FileNotFoundError if there are no metrics.
     """
@@ -278,7 +286,8 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     rows = read_metrics(run / "metrics.jsonl")
     training = [row for row in rows if "loss" in row]
     # By step, because the final evaluation may follow an ordinary one of the same step, and replaces it.
-    evaluations = list({row["step"]: row for row in rows if "val_loss" in row}.values())
+    is_evaluation = {"val_loss", "val_reward"}.intersection
+    evaluations = list({row["step"]: row for row in rows if is_evaluation(row)}.values())
     seen = [row["step"] for row in rows] or [0, 1]
     limits = (min(seen), max(seen)) if max(seen) > min(seen) else (seen[0] - 0.5, seen[0] + 0.5)
     temporary, path = run / "report.png.tmp", run / "report.png"
@@ -290,12 +299,11 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
         FigureCanvasAgg(figure)
         left = figure.add_gridspec(2, 1, left=0.045, right=0.565, top=0.88, bottom=0.06, hspace=0.17)
         right = figure.add_gridspec(4, 1, left=0.675, right=0.93, top=0.88, bottom=0.06, hspace=0.34)
-        is_dpo = config.objective == "dpo"
-        loss = figure.add_subplot(left[0], title=f"Loss ({'per pair' if is_dpo else 'nats per token'})")
+        titles = TITLES[config.objective]
+        main = figure.add_subplot(left[0], title=titles[0])
         load = figure.add_subplot(left[1], title="Expert load", xlabel="step")
-        title = "Chosen answers preferred, held-out" if is_dpo else "Bits per byte, held-out text"
-        quality = figure.add_subplot(right[0], title=title)
-        rate = figure.add_subplot(right[1], title="Learning rate")
+        quality = figure.add_subplot(right[0], title=titles[1])
+        rate = figure.add_subplot(right[1], title=titles[2])
         norm = figure.add_subplot(right[2], title="Gradient norm")
         speed = figure.add_subplot(right[3], title="Tokens per second", xlabel="step")
         for axes in figure.axes:
@@ -303,10 +311,16 @@ def draw_report(run_dir: str | pathlib.Path) -> pathlib.Path:
             axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.tick_params(labelbottom=axes in (load, speed))
-        _draw_loss(loss, training, evaluations)
+        if config.objective == "grpo":
+            _set_range(main, _draw_both(main, training, evaluations, "reward"), math.inf)
+            length = typical_range(*_draw_curve(quality, training, "completions/mean_length"))
+            _set_range(quality, length, log_factor=4.0)
+            _set_range(rate, typical_range(*_draw_curve(rate, training, "entropy")), math.inf)
+        else:
+            _set_range(main, _draw_both(main, training, evaluations, "loss"), log_factor=2.0)
+            (_draw_accuracy if config.objective == "dpo" else _draw_bits)(quality, evaluations)
+            _draw_learning_rate(rate, training)
         _draw_load(load, training)
-        (_draw_accuracy if is_dpo else _draw_bits)(quality, evaluations)
-        _draw_learning_rate(rate, training)
         _draw_gradient(norm, training, config.optim.max_grad_norm)
         _draw_speed(speed, training)
         name = printable(user_text(run.resolve().name)).replace("\n", " ")

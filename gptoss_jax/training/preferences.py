@@ -17,7 +17,7 @@ from gptoss_jax.model.moe import RouterStats
 from gptoss_jax.model.parameters import split_params
 from gptoss_jax.model.transformer import Transformer, bind, get_params
 from gptoss_jax.training.losses import log_probs
-from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective, head_operands, loss_weights
+from gptoss_jax.training.objectives import Batch, Objective, head_operands, loss_weights
 
 Scalars = dict[str, jax.Array]
 SIMPO_MARGIN = 0.5  # as in TRL
@@ -45,11 +45,6 @@ class PairLogProbs:
             self.chosen / jnp.maximum(self.chosen_length, 1),
             self.rejected / jnp.maximum(self.rejected_length, 1),
         )
-
-
-def make_objective(config: TrainConfig) -> Objective:
-    """Returns the objective that a config names."""
-    return preference_objective(config) if config.objective == "dpo" else LANGUAGE_MODELING
 
 
 def preference_objective(config: TrainConfig) -> Objective:

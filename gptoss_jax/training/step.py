@@ -43,7 +43,7 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
             dropout_key=key,
             capacity_factor=model_config.expert_capacity_factor,
         )
-        means = {name: total / weight for name, total in sums.items()}
+        means = objective.means(sums, weight)
         router_loss, router_metrics = losses.router_losses(model_config, stats)
         router_metrics = {name: value / num_microbatches for name, value in router_metrics.items()}
         return means["loss"] + router_loss / num_microbatches, means | router_metrics
@@ -62,7 +62,11 @@ def make_train_step(config: TrainConfig, objective: Objective = LANGUAGE_MODELIN
             batch = {name: constrain(x, BATCH_BT) for name, x in batch.items()}
             microbatch_key = None if key is None else jax.random.fold_in(key, index)
             result = gradient(params, frozen, batch, weight, microbatch_key)
-            return jax.tree.map(jnp.add, total, result), None
+            added = jax.tree.map(jnp.add, total, result)
+            # The metrics of both; maxima are not added.
+            (_, before), (_, new), (_, metrics) = total[0], result[0], added[0]
+            metrics.update({name: jnp.maximum(before[name], new[name]) for name in objective.maxima})
+            return added, None
 
         first = jax.tree.map(lambda x: x[0], microbatches)
         zeros = optax.tree.zeros_like(jax.eval_shape(gradient, params, frozen, first, weight, key))

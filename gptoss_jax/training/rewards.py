@@ -1,0 +1,150 @@
+"""Reward functions: numbers for the answers that a model samples.
+
+A function of the user's takes the prompt, the answer and the row of the dataset:
+
+    def reward(prompt: str, answer: Answer, row: dict) -> float
+
+`grpo.rewards` names it as FILE.py:FUNCTION, or only FILE.py if it is called `reward`.
+"""
+
+import dataclasses
+import math
+import numbers
+import pathlib
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from gptoss_jax.config import GrpoConfig, require
+from gptoss_jax.config.base import listed, one_line, type_name
+from gptoss_jax.config.paths import user_path
+from gptoss_jax.data.harmony import AnswerReader, Harmony
+from gptoss_jax.data.prompt_rows import ANSWERS, expected_answer
+
+Function = Callable[[str, "Answer", dict[str, Any]], Any]
+BUILT_IN = "exact, format, regex:PATTERN"
+MAX_SHOWN = 60  # characters of a reward in an error
+
+
+class Answer(str):
+    """The final answer to a prompt, which is empty if the model wrote none.
+
+    Attributes:
+      thinking: the model's reasoning.
+      text: everything that it wrote, with the names of special tokens.
+      num_tokens: the number of tokens of `text`.
+      is_complete: True if the model ended the answer; False if it reached the maximum length.
+      is_well_formed: True if it is complete and consists of reasoning, if any, and one final answer.
+    """
+
+    thinking: str
+    text: str
+    num_tokens: int
+    is_complete: bool
+    is_well_formed: bool
+
+    @classmethod
+    def of(cls, harmony: Harmony, tokens: Sequence[int]) -> Self:
+        """Returns the answer that sampled tokens, with the stop token if any, spell."""
+        reader = AnswerReader(harmony)
+        is_complete = bool(tokens) and tokens[-1] in harmony.ends
+        reader.feed(tokens)
+        reader.close()
+        answer = cls("".join(part.text for part in reader.parts if part.channel == "final"))
+        answer.thinking = "".join(part.text for part in reader.parts if part.channel == "analysis")
+        answer.text, answer.num_tokens = harmony.spelled_text(tokens), len(tokens)
+        answer.is_complete = is_complete
+        channels = [part.channel for part in reader.parts]
+        is_last = bool(tokens) and tokens[-1] == harmony.return_id
+        kinds = (["final"], ["analysis", "final"])
+        answer.is_well_formed = is_last and bool(answer.strip()) and channels in kinds
+        return answer
+
+
+class RewardError(ValueError):
+    """A reward that cannot be used: the function raised, or did not return a finite number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A reward function, its name in metrics and messages, and its weight."""
+
+    name: str
+    function: Function
+    weight: float = 1.0
+
+    def __call__(self, prompt: str, answer: Answer, row: dict[str, Any]) -> float:
+        """Returns the reward, without its weight. Raises RewardError, in one line, if it cannot be used."""
+        try:
+            value = self.function(prompt, answer, row)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{pathlib.Path(last.filename).name}:{last.lineno}"
+            raise RewardError(f"raised {type(error).__name__} at {place}: {one_line(error)}") from None
+        value = value.item() if getattr(value, "ndim", None) == 0 else value
+        if not isinstance(value, numbers.Real):
+            raise RewardError(f"returned {_shown(value)}, {type_name(value)}: must be a number")
+        if not math.isfinite(value):
+            raise RewardError(f"returned {value}: must be finite")
+        return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+
+
+def load_rewards(config: GrpoConfig) -> list[Reward]:
+    """Returns the reward functions that a config names.
+
+    Raises ValueError for an unknown name, a pattern that is not valid, and a file that cannot be run or does
+    not have the function.
+    """
+    found: list[Reward] = []
+    for spec, weight in zip(config.rewards, config.weights, strict=True):
+        name, function = _find(spec)
+        # Functions of two files may have the same name.
+        same = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", one.name) is not None for one in found)
+        found.append(Reward(f"{name}_{same + 1}" if same else name, function, weight))
+    return found
+
+
+def _find(spec: str) -> tuple[str, Function]:
+    """Returns the name and the function of an item of `grpo.rewards`."""
+    if spec in ("exact", "format"):
+        return spec, _exact if spec == "exact" else _format
+    kind, _, rest = spec.partition(":")
+    if kind == "regex":
+        try:
+            pattern = re.compile(rest)
+        except re.error as error:
+            raise ValueError(f"grpo.rewards is {spec!r}: not a regular expression: {error}") from None
+        require(rest != "", "grpo.rewards", spec, "must be regex:PATTERN")
+        return kind, lambda prompt, answer, row: float(pattern.search(answer) is not None)
+    name, _, function = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "reward")
+    require(name.endswith(".py"), "grpo.rewards", spec, f"must be {BUILT_IN} or FILE.py:FUNCTION")
+    path = user_path(name, "grpo.rewards")
+    require(path.is_file(), "grpo.rewards", spec, "no such file")
+    try:
+        found = runpy.run_path(str(path))
+    except Exception as error:
+        raise ValueError(f"grpo.rewards is {spec!r}: {path.name}: {one_line(error)}") from None
+    functions = [key for key, value in found.items() if callable(value) and not key.startswith("_")]
+    allowed = f"{path.name} has no function {function}; it has {listed(functions) or 'none'}"
+    require(callable(found.get(function)), "grpo.rewards", spec, allowed)
+    return function if function != "reward" else path.stem, found[function]
+
+
+def _exact(prompt: str, answer: Answer, row: dict[str, Any]) -> float:
+    """1 if the answer equals the row's, apart from spaces around it."""
+    expected = expected_answer(row)
+    if expected is None:
+        raise ValueError(f"the row has no answer: must have {', '.join(ANSWERS)}, or an assistant message")
+    return float(answer.strip() == expected)
+
+
+def _format(prompt: str, answer: Answer, row: dict[str, Any]) -> float:
+    """1 for a well-formed answer."""
+    return float(answer.is_well_formed)

@@ -1,0 +1,311 @@
+"""Rollouts: answers sampled from the current weights, their rewards, and the batches that are made of them.
+
+The engine and the training step are programs of one process with the same weights and kernels, so that the
+log-probability with which a token was sampled equals that of the training step except for rounding.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import grain
+import jax
+import numpy as np
+
+from gptoss_jax.config import TrainConfig
+from gptoss_jax.data.batches import (
+    ADVANTAGES,
+    SAMPLED_LOG_PROBS,
+    local_rows,
+    make_global_batch,
+    usable_prompts,
+    zeros,
+)
+from gptoss_jax.data.harmony import Harmony
+from gptoss_jax.data.packing import pack
+from gptoss_jax.data.token_cache import TokenCache
+from gptoss_jax.inference.generate import generate
+from gptoss_jax.inference.prefill import next_power_of_two
+from gptoss_jax.inference.sampling_params import Completion, SamplingParams
+from gptoss_jax.model.parameters import merge_params
+from gptoss_jax.model.transformer import bind
+from gptoss_jax.parallel import distributed
+from gptoss_jax.parallel.mesh import sequence_shards
+from gptoss_jax.parallel.rules import batch_sharding
+from gptoss_jax.training.metrics import StepTimer
+from gptoss_jax.training.objectives import Batch
+from gptoss_jax.training.rewards import Answer, RewardError, load_rewards
+from gptoss_jax.training.rl import group_advantages
+
+if TYPE_CHECKING:
+    from gptoss_jax.training.logging import RunLog
+
+SHOWN_ANSWERS = 3  # printed at each evaluation
+SHOWN_ERRORS = 10  # maximum number of bad rewards to print
+TRAINING, EVALUATION = 0, 1  # streams of random seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """An answer to a prompt, with its stop token if it has one, and the advantage of its tokens; the latter
+    is None if the answer is left out because a reward of its group cannot be used."""
+
+    document: int  # the prompt, in the cache
+    tokens: list[int]
+    log_probs: list[float]  # with which each token was sampled
+    advantage: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """An answer to print."""
+
+    question: str
+    answer: str
+    reward: float | None
+
+
+class RolloutFeed:
+    """Batches of answers to the prompts of a cache; the mesh must be set, except for `__init__`.
+
+    Every process samples all answers, as the engine requires, and process 0 computes the rewards.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        cache: TokenCache,
+        mesh: jax.sharding.Mesh,
+        report: Callable[[str], None],
+    ) -> None:
+        """Raises ValueError if a reward function cannot be loaded, or no prompt fits."""
+        self._config, self._cache, self._report = config, cache, report
+        self._harmony = Harmony(cache.tokenizer)
+        self._rewards = load_rewards(config.grpo)
+        self._sharding = batch_sharding(mesh)
+        # Rows of a batch are a multiple of this.
+        self._unit = sequence_shards(mesh.shape) * config.optim.grad_accum_steps
+        self._held_out, self._training = (
+            usable_prompts(cache, config.data.seq_len - config.grpo.max_new_tokens, part)
+            for part in (True, False)
+        )
+        prompts = grain.MapDataset.source(self._training.tolist()).seed(config.seed).shuffle().repeat()
+        self._prompts: grain.MapDataset = prompts
+        # Kept for further steps on the same answers.
+        self._samples: list[Sample] = []
+        self._metrics: dict[str, float] = {}
+        self._num_used = 0
+        self._num_errors = 0
+        self._shown: list[Shown] = []
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position: the answers, if there are more steps on them."""
+        is_kept = 0 < self._num_used < self._config.grpo.iterations
+        samples = [dataclasses.asdict(one) for one in self._samples] if is_kept else []
+        return {"samples": samples, "metrics": self._metrics if is_kept else {}, "num_used": self._num_used}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a position that `get_state` returned."""
+        self._samples = [Sample(**one) for one in state["samples"]]
+        self._metrics, self._num_used = state["metrics"], state["num_used"]
+
+    def next(self, step: int, params: dict, frozen: dict, timer: StepTimer) -> tuple[Batch, dict[str, float]]:
+        """Returns the batch of the step after `step`, sampled from the current model unless there are further
+        steps on the latest answers; and metrics of the answers."""
+        # The previous step belongs to the time for training.
+        jax.block_until_ready(params)
+        with timer.measure("rollout"):
+            if step % self._config.grpo.iterations == 0 or not self._samples:
+                number = step // self._config.grpo.iterations
+                self._samples, self._metrics = self._sample(number, merge_params(params, frozen))
+                self._num_used = 0
+            self._num_used += 1
+            rows = make_rows(self._cache, self._samples, self._config.data.seq_len, self._unit)
+            size = len(rows["tokens"])
+            local = {name: x[local_rows(self._sharding, size)] for name, x in rows.items()}
+            return make_global_batch(local, self._sharding, size), self._metrics
+
+    def _sample(self, number: int, params: dict) -> tuple[list[Sample], dict[str, float]]:
+        """Returns the answers of rollout `number` with their advantages, and metrics."""
+        config, group = self._config.grpo, self._config.grpo.group_size
+        count = self._config.data.batch_size // group
+        chosen = np.array([self._prompts[number * count + i] for i in range(count)], np.int64)
+        documents_B = np.repeat(chosen, group)
+        began = time.perf_counter()
+        completions = self._generate(params, documents_B, seed=(TRAINING, number), temperature=1.0)
+        seconds = time.perf_counter() - began
+        rewards_BF, errors = self._score(documents_B, completions)
+        for line in errors[: SHOWN_ERRORS - self._num_errors]:
+            self._report(line)
+        self._num_errors = min(self._num_errors + len(errors), SHOWN_ERRORS)
+        total_PG = (rewards_BF @ np.array(config.weights)).reshape(count, group)
+        is_used_P = np.isfinite(total_PG).all(axis=1)
+        if not is_used_P.any():
+            raise ValueError(f"no group of answers in a step has usable rewards; {errors[0]}")
+        advantages_PG = np.full(total_PG.shape, np.nan)
+        advantages_PG[is_used_P] = group_advantages(total_PG[is_used_P], config.scale_rewards)
+        samples = [
+            Sample(document, *_sampled(one), None if np.isnan(advantage) else float(advantage))
+            for document, one, advantage in zip(
+                documents_B.tolist(), completions, advantages_PG.reshape(-1), strict=True
+            )
+        ]
+        lengths = np.array([len(one.tokens) for one in samples])
+        stds_P = total_PG[is_used_P].std(axis=1, ddof=1)
+        metrics = {
+            "reward": total_PG[is_used_P].mean(),
+            "reward_std": stds_P.mean(),
+            "frac_reward_zero_std": np.mean(stds_P == 0),
+            **self._each_reward(rewards_BF),
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "completions/clipped_ratio": np.mean([one.finish_reason == "length" for one in completions]),
+            "groups_left_out": np.sum(~is_used_P),
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_second": lengths.sum() / seconds,
+        }
+        return samples, {name: float(value) for name, value in metrics.items()}
+
+    def _each_reward(self, rewards_BF: np.ndarray) -> dict[str, float]:
+        """Returns the mean of each reward function."""
+        columns = (column[np.isfinite(column)] for column in rewards_BF.T)
+        means = (float(column.mean()) if len(column) else 0.0 for column in columns)
+        return {f"rewards/{one.name}": mean for one, mean in zip(self._rewards, means, strict=True)}
+
+    def _generate(
+        self, params: dict, documents_B: np.ndarray, seed: tuple[int, int], temperature: float
+    ) -> list[Completion]:
+        """Samples an answer to the prompt of each document."""
+        entropy = [self._config.seed % (1 << 32), *seed]
+        seeds = np.random.SeedSequence(entropy).generate_state(len(documents_B))
+        settings = SamplingParams(
+            max_new_tokens=self._config.grpo.max_new_tokens,
+            temperature=temperature,
+            stop_tokens=self._harmony.ends,
+            logprobs=True,
+        )
+        each = [dataclasses.replace(settings, seed=int(one)) for one in seeds]
+        prompts = [prompt_of(self._cache, document) for document in documents_B.tolist()]
+        return generate(bind(self._config.model, params), prompts, each)
+
+    def _score(self, documents_B: np.ndarray, completions: list[Completion]) -> tuple[np.ndarray, list[str]]:
+        """Returns the rewards of each answer by each function, float64 [B, functions], NaN for those that
+        cannot be used, and a line for each of the latter."""
+        found: tuple[list[list[float]], list[str]] = [], []
+        if jax.process_index() == 0:
+            for document, one in zip(documents_B.tolist(), completions, strict=True):
+                found[0].append(self._rewards_of(document, _sampled(one)[0], found[1]))
+        values, errors = distributed.allgather_host(found)[0]
+        return np.array(values, np.float64), errors
+
+    def _rewards_of(self, document: int, tokens: list[int], errors: list[str]) -> list[float]:
+        """Returns the rewards of an answer; adds a line to `errors` for each that cannot be used."""
+        row, values = self._cache.row(document), []
+        prompt, answer = self._question(document), Answer.of(self._harmony, tokens)
+        for reward in self._rewards:
+            try:
+                values.append(reward(prompt, answer, row))
+            except RewardError as error:
+                values.append(np.nan)
+                place = self._cache.where(document)
+                errors.append(f"grpo.rewards: {reward.name} {error}; its group is left out ({place})")
+        return values
+
+    def _question(self, document: int) -> str:
+        """Returns the text of the user's last message in a prompt."""
+        prompt = prompt_of(self._cache, document)
+        _, asked = self._harmony.prompt_of_last_turn(prompt)
+        return self._harmony.spelled_text(asked)
+
+    def measure(self, params: dict, is_full: bool, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Returns the metrics of an evaluation: mean rewards and length of one answer to each of
+        `eval.batches` × `data.batch_size` held-out prompts or, if `is_full`, of all; None if it was stopped.
+
+        All evaluations sample with the same random numbers. Answers whose reward cannot be used are left out.
+        """
+        size, documents = self._config.data.batch_size, self._held_out
+        count = min(len(documents), self._config.eval.batches * size)
+        if not is_full:
+            documents = documents[np.arange(count) * len(documents) // count]
+        rewards, lengths, self._shown = [], [], []
+        for start in range(0, len(documents), size):
+            if is_stopped():
+                return None
+            some = documents[start : start + size]
+            padded = np.resize(some, size)  # to use the programs of other batches
+            seed, temperature = (EVALUATION, start), self._config.eval.temperature
+            completions = self._generate(params, padded, seed, temperature)[: len(some)]
+            rewards.append(self._score(some, completions)[0])
+            lengths += [len(_sampled(one)[0]) for one in completions]
+            for document, one, values in zip(some.tolist(), completions, rewards[-1], strict=True):
+                self._show_later(document, one, values)
+        rewards_BF = np.concatenate(rewards)
+        total_B = rewards_BF @ np.array(self._config.grpo.weights)
+        usable = total_B[np.isfinite(total_B)]
+        mean = float(usable.mean()) if len(usable) else float("nan")
+        each = self._each_reward(rewards_BF)
+        return {"reward": mean, **each, "completions/mean_length": float(np.mean(lengths))}
+
+    def _show_later(self, document: int, one: Completion, values: np.ndarray) -> None:
+        if len(self._shown) < SHOWN_ANSWERS:
+            text = self._harmony.spelled_text(_sampled(one)[0])
+            total = float(values @ np.array(self._config.grpo.weights))
+            reward = total if np.isfinite(total) else None
+            self._shown.append(Shown(self._question(document), text, reward))
+
+    def show(self, step: int, params: dict, log: "RunLog") -> None:
+        """Prints the first answers of the latest evaluation."""
+        if self._config.eval.sample_tokens:
+            for one in self._shown:
+                reward = "none" if one.reward is None else f"{one.reward:.3g}"
+                log.console.sample(one.answer, one.question, label=f"the model's answer, reward {reward}:")
+
+
+def prompt_of(cache: TokenCache, document: int) -> list[int]:
+    """Returns the tokens of a prompt."""
+    start, end = cache.offsets[document : document + 2]
+    return cache.tokens[start:end].tolist()
+
+
+def _sampled(one: Completion) -> tuple[list[int], list[float]]:
+    """Returns the sampled tokens, with the stop token if any, and their log-probabilities."""
+    assert one.logprobs is not None, "sampled with log-probabilities"
+    if one.stop_token is None or one.stop_logprob is None:
+        return one.tokens, one.logprobs
+    return [*one.tokens, one.stop_token], [*one.logprobs, one.stop_logprob]
+
+
+def make_rows(cache: TokenCache, samples: Sequence[Sample], seq_len: int, unit: int) -> dict[str, np.ndarray]:
+    """Packs prompts with their answers into rows, arrays [R, T]: those of `data.batches.BATCH_FIELDS`, and
+    the log-probability and the advantage of each sampled token. Answers without an advantage are left out.
+
+    R is `unit` times 1, 2, 3, 4, 6, 8, 12 and so on, so that few programs are compiled, but at most one row
+    per answer.
+    """
+    used = [one for one in samples if one.advantage is not None]
+    wholes = [prompt_of(cache, one.document) + one.tokens for one in used]
+    plan = pack(np.array([len(whole) - 1 for whole in wholes]), seq_len)
+    needed = len(plan.row_offsets) - 1
+    units = min(_rounded_up(max(-(-needed // unit), 1)), -(-len(samples) // unit))
+    rows = zeros((units * unit, seq_len), (SAMPLED_LOG_PROBS, ADVANTAGES))
+    for row in range(needed):
+        start = 0
+        for segment, piece in enumerate(range(*plan.row_offsets[row : row + 2]), start=1):
+            one, whole = used[plan.document[piece]], wholes[plan.document[piece]]
+            end, answer = start + len(whole) - 1, start + len(whole) - 1 - len(one.tokens)
+            rows["tokens"][row, start:end], rows["targets"][row, start:end] = whole[:-1], whole[1:]
+            rows["segment_ids"][row, start:end] = segment
+            rows["positions"][row, start:end] = np.arange(end - start)
+            rows["loss_weights"][row, answer:end] = 1
+            rows[SAMPLED_LOG_PROBS][row, answer:end] = one.log_probs
+            rows[ADVANTAGES][row, answer:end] = one.advantage
+            start = end
+    return rows
+
+
+def _rounded_up(count: int) -> int:
+    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16 and so on that is at least `count`."""
+    power = next_power_of_two(count)
+    return 3 * power // 4 if 4 * count <= 3 * power else power
