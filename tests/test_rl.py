@@ -5,6 +5,8 @@ import functools
 import json
 import math
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,10 @@ import numpy as np
 import optax
 import pytest
 from helpers.params import assert_close, random_params
+from helpers.processes import ROOT, start_all, start_one, wait_for_exit
 from helpers.weights import leaves
 
+from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.cli import main
 from gptoss_jax.config import (
     SLIDING,
@@ -70,6 +74,8 @@ def test_advantages_by_hand():
     # Sample standard deviations: the root of 4 / 4 / 3 = 1 / 3, and that of (1 + 1 + 1 + 9) / 3 = 4.
     stds = np.array([[math.sqrt(1 / 3)], [0], [2]])
     np.testing.assert_allclose(group_advantages(rewards), np.array(centered) / (stds + 1e-4), atol=1e-12)
+    # Whose mean is not exactly 0.1.
+    assert not group_advantages(np.full((1, 3), 0.1)).any()
 
 
 def test_terms_by_hand():
@@ -84,6 +90,15 @@ def test_terms_by_hand():
     expected = [0, math.log(1.5), math.log(2)] * 2
     np.testing.assert_allclose(terms[DIFFERENCE], expected, rtol=1e-5, atol=1e-7)
     assert "kl" not in terms
+
+    # The ratio of a token of a bad answer is limited, without a gradient beyond.
+    def loss(log_prob):
+        return grpo_terms(config, log_prob, jnp.log(0.01), jnp.array(-1.0))["loss"]
+
+    for ratio, expected in ((2.9, 2.9), (3.5, 0.0)):
+        value, slope = jax.value_and_grad(loss)(jnp.log(0.01 * ratio))
+        assert float(value) == pytest.approx(min(ratio, 3), rel=1e-5)
+        assert float(slope) == pytest.approx(expected, rel=1e-5)
     # q / p - log(q / p) - 1 with q / p = 2.
     config = dataclasses.replace(config, beta=0.5)
     terms = grpo_terms(config, jnp.log(0.1), jnp.log(0.1), jnp.array(1.0), jnp.log(0.2))
@@ -287,6 +302,9 @@ def test_expected_answers():
     assert expected_answer({"messages": [ASK, ANSWER]}) == "Four."
     assert expected_answer({"conversations": [{"from": "gpt", "value": "4"}]}) == "4"
     assert expected_answer({"messages": [ASK]}) is None and expected_answer({"answer": None}) is None
+    assert (
+        expected_answer({"answer": " ", "solution": 4}) == "4" and expected_answer({"answer": True}) is None
+    )
 
 
 def test_standard_library_prompts(tmp_path):
@@ -352,10 +370,14 @@ def harmony():
 
 
 def answer_of(harmony, text):
+    return Answer.of(harmony, answer_of_tokens(harmony, text))
+
+
+def answer_of_tokens(harmony, text):
     names = {"<|return|>": harmony.return_id, "<|end|>": harmony.end, "<|call|>": harmony.call}
     names |= {"<|start|>": harmony.start, "<|channel|>": harmony.channel, "<|message|>": harmony.message}
     pieces = [names.get(piece, piece) for piece in re.split(r"(<\|\w+\|>)", text) if piece]
-    return Answer.of(harmony, [token for tokens in harmony.encode(pieces) for token in tokens])
+    return [token for tokens in harmony.encode(pieces) for token in tokens]
 
 
 FINAL = "<|channel|>final<|message|>"
@@ -377,6 +399,11 @@ def test_answers(harmony):
     ):
         assert not answer_of(harmony, bad).is_well_formed, bad
     assert answer_of(harmony, "<|return|>") == "" and Answer.of(harmony, []) == ""
+    # The end of a document ends an answer, but is not how one ends.
+    (other,) = {*harmony.stop_tokens} - {harmony.return_id, harmony.call}
+    ended = Answer.of(harmony, [*answer_of_tokens(harmony, f"{FINAL}42"), other])
+    assert ended == "42" and ended.is_complete and not ended.is_well_formed
+    assert harmony.end not in harmony.stop_tokens
 
 
 def test_built_in_rewards(harmony):
@@ -385,13 +412,13 @@ def test_built_in_rewards(harmony):
     assert [one.weight for one in (exact, form, pattern)] == [2.0, 1.0, 0.5]
     good, bad = answer_of(harmony, f"{FINAL} 42<|return|>"), answer_of(harmony, f"{FINAL}43")
     row = {"answer": 42}
-    assert [exact("", one, row) for one in (good, bad)] == [1, 0]
+    assert [exact("", one, row) for one in (good, bad, answer_of(harmony, f"{FINAL}42"))] == [1, 0, 0]
     assert [form("", one, row) for one in (good, bad)] == [1, 0]
     assert [pattern("", one, row) for one in (good, bad)] == [0, 1]
     with pytest.raises(
         RewardError, match="raised ValueError at rewards.py:.*the row has no answer: must have"
     ):
-        exact("", good, {})
+        exact("", good, {"answer": " ", "solution": True})
 
 
 def test_rewards_of_a_file(tmp_path, harmony):
@@ -405,6 +432,12 @@ def test_rewards_of_a_file(tmp_path, harmony):
     )
     specs = ("regex:a", str(path), f"{path}:is_long", "regex:b")
     assert [one.name for one in load_rewards(GrpoConfig(specs))] == ["regex", "mine", "is_long", "regex_2"]
+    (tmp_path / "beside.py").write_text("def reward(prompt, answer, row):\n    return 1\n")
+    (tmp_path / "outer.py").write_text("from beside import reward as other\nvalues = []\n"
+                                       "def a(*_):\n    values.append(1)\n    return other(*_)\n"
+                                       "def b(*_):\n    return len(values)\n")  # fmt: skip
+    first, second = load_rewards(GrpoConfig((f"{tmp_path}/outer.py:a", f"{tmp_path}/outer.py:b")))
+    assert first("", answer_of(harmony, "a"), {}) == 1.0 == second("", answer_of(harmony, "a"), {})
     mine, is_long, bad = load_rewards(GrpoConfig((str(path), f"{path}:is_long", f"{path}:bad")))
     assert (mine.name, is_long.name, bad.name) == ("mine", "is_long", "bad")
     answer = answer_of(harmony, FINAL + "four")
@@ -416,6 +449,7 @@ def test_rewards_of_a_file(tmp_path, harmony):
     for value, message in (
         (math.nan, "returned nan: must be finite"),
         (-math.inf, "returned -inf: must be finite"),
+        (10**400, "raised OverflowError at rewards.py:.*: int too large to convert to float"),
         (None, "returned None, a NoneType: must be a number"),
         ("1", "returned '1', a str: must be a number"),
         ([1.0], r"returned \[1.0\], a list: must be a number"),
@@ -496,6 +530,8 @@ def test_few_numbers_of_rows(source, answers, unit, rows):
 
 # Settings.
 
+ROUNDED = {"hidden_size": 64, "intermediate_size": 96, "expert_fake_quant": True}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -505,6 +541,8 @@ def test_few_numbers_of_rows(source, answers, unit, rows):
         ({"grpo": GrpoConfig()}, "grpo.rewards is (): must be exact, format, regex:PATTERN or FILE.py:FUNC"),
         ({"grpo": GrpoConfig(("exact",), group_size=3)}, "grpo.group_size is 3: must divide data.batch_size"),
         ({"grpo": GrpoConfig(("exact",), max_new_tokens=T)}, "grpo.max_new_tokens is 24: must be below data"),
+        ({"log_every": 2}, "log_every is 2: must be 1 if objective is 'grpo'"),
+        ({"model": dataclasses.replace(MODEL, **ROUNDED)}, "grpo.beta is 0.2: must be 0 with"),
         ({"model": dataclasses.replace(MODEL, lora=None)}, "grpo.beta is 0.2: must be 0 without model.lora"),
         ({"model": dataclasses.replace(MODEL, residual_dropout=0.1)}, "model.residual_dropout is 0.1: must"),
     ],
@@ -519,6 +557,7 @@ def test_settings_that_do_not_fit(changes, message):
     [
         ({"group_size": 1}, "grpo.group_size is 1: must be 2 or more"),
         ({"epsilon": 1.0}, "grpo.epsilon is 1.0: must be at least 0 and below 1"),
+        ({"epsilon_high": 4.0}, "grpo.max_ratio is 3.0: must be at least 1 + grpo.epsilon_high (5)"),
         ({"rewards": ("exact", "exact")}, "grpo.rewards is ('exact', 'exact'): must not have 'exact' twice"),
         (
             {"rewards": ("exact",), "reward_weights": (1.0, 2.0)},
@@ -540,6 +579,8 @@ def test_flags_with_several_rewards():
         config = read_preset(preset, flags)
         assert config.grpo.rewards == ("exact", r"regex:\d+ it's")
         assert config.grpo.reward_weights == (2.0, -1.5)
+    with pytest.raises(ValueError, match='^grpo.rewards is "regex:it\'s": has a quote that is not closed'):
+        flags_of(["grpo.rewards=regex:it's"])
 
 
 # Runs.
@@ -655,7 +696,8 @@ def test_rollouts_on_a_mesh_equal_those_of_one_device(base, source, tmp_path, me
             adapters, frozen = split_params(jax.device_put(start, places), lora.is_adapter)
             state = create_state(config, mesh, adapters)
             feed = RolloutFeed(config, cache, mesh, print)
-            batch, metrics = feed.next(0, adapters, frozen, StepTimer())
+            log = types.SimpleNamespace(timer=StepTimer(), flush=lambda: None)
+            batch, metrics = feed.next(0, adapters, frozen, log)
             _, found = make_train_step(config, grpo_objective(config))(state, batch, frozen)
             return feed._samples, metrics | jax.device_get(found)
 
@@ -670,6 +712,56 @@ def test_rollouts_on_a_mesh_equal_those_of_one_device(base, source, tmp_path, me
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"expert_format": "mxfp4", "lora": LoraConfig(rank=4, expert_rank=2)},
+        pytest.param({"expert_fake_quant": True}, marks=pytest.mark.slow),
+    ],
+    ids=["adapters on packed experts", "rounded weights"],
+)
+def test_rollouts_of_mxfp4(base, source, tmp_path, changes):
+    """What is sampled with, packed or rounded, is what is trained with."""
+    model = dataclasses.replace(
+        base.model, hidden_size=64, intermediate_size=96, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=10, initializer_range=0.1,
+    )  # fmt: skip
+    start = bind(model, init_params(model, jax.random.key(3)))
+    save_pretrained(start, tmp_path / "start", "mxfp4", tokenizer=base.run_dir)
+    model, beta = dataclasses.replace(model, **changes), 0.1 if "lora" in changes else 0.0
+    config = grpo_config(
+        base, source, tmp_path / "run", model=model, init_from=str(tmp_path / "start"), grpo={"beta": beta}
+    )
+    train(dataclasses.replace(config, steps=3))
+    rows = steps_of(config)
+    assert len(rows) == 3 and rows[-1]["grad_norm"] > 0
+    assert all(0 < row[DIFFERENCE] <= 1e-5 for row in rows)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(base, source, tmp_path):
+    """Only process 0 computes rewards, and every process samples."""
+
+    def line(name):
+        config = grpo_config(base, source, tmp_path / name, mesh=MeshConfig(data=2, expert=4), steps=3)
+        preset = tmp_path / f"{name}.py"
+        preset.write_text(
+            "from gptoss_jax.config import TrainConfig\n"
+            f"config = TrainConfig.from_dict({config.to_dict()!r})\n"
+        )
+        return [sys.executable, str(ROOT / "train.py"), str(preset)]
+
+    ended = [*wait_for_exit([start_one(line("one"), devices=8)]), *wait_for_exit(start_all(line("two"), 4))]
+    assert [code for code, *_ in ended] == [0] * 3, ended
+    rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert len(rows) == len(expected) == 5
+    for row, other in zip(rows, expected, strict=True):
+        names = [name for name in other if "reward" in name or name in ("loss", "completions/mean_length")]
+        assert len(names) >= 2
+        for name in names:
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
+
+
 def test_groups_with_a_bad_reward_are_left_out(base, source, tmp_path, capsys):
     path = tmp_path / "odd.py"
     path.write_text(
@@ -682,8 +774,14 @@ def test_groups_with_a_bad_reward_are_left_out(base, source, tmp_path, capsys):
     said = capsys.readouterr().out
     left_out = [row["groups_left_out"] for row in steps_of(config)]
     assert sum(left_out) > 0 and max(left_out) < 4
+    (final,) = (row for row in read_metrics(f"{config.run_dir}/metrics.jsonl") if row.get("final"))
+    assert (
+        final["val_answers_left_out"] > 0 and f"{final['val_answers_left_out']:.0f} of them left out" in said
+    )
+    assert all(row["rewards/odd"] == row["reward"] for row in steps_of(config))
     line = r"grpo.rewards: odd returned nan: must be finite; its group is left out \(.*prompts.jsonl:\d+\)"
-    assert 1 <= len(re.findall(line, said)) <= 10
+    lines = re.findall(line, said)
+    assert 1 <= len(lines) <= 10 and len({*lines}) == len(lines)
     path.write_text("def reward(prompt, answer, row):\n    return None\n")
     message = (
         r"^no group of answers in a step has usable rewards; grpo.rewards: odd returned None, a NoneType: "
@@ -691,6 +789,65 @@ def test_groups_with_a_bad_reward_are_left_out(base, source, tmp_path, capsys):
     )
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(config, run_dir=str(tmp_path / "bad")))
+
+
+def test_a_changed_reward_is_reported(base, source, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(prompt, answer, row):\n    return answer.num_tokens\n")
+    config = grpo_config(base, source, tmp_path / "run", grpo={"rewards": (str(path),)}, steps=2)
+    train(dataclasses.replace(config, steps=1))
+    train(config)
+    assert "has changed" not in capsys.readouterr().out
+    path.write_text("def reward(prompt, answer, row):\n    return -answer.num_tokens\n")
+    train(dataclasses.replace(config, steps=3))
+    said = capsys.readouterr().out
+    assert "grpo.rewards or its file has changed: rewards differ from those of earlier steps" in said
+    assert [row["reward"] > 0 for row in steps_of(config)] == [True, True, False]
+
+
+def test_a_step_without_usable_rewards_is_counted(base, source, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "now_and_then.py"
+    path.write_text(
+        "calls = [0]\n"
+        "def reward(prompt, answer, row):\n"
+        "    calls[0] += 1\n"
+        "    return answer.num_tokens if calls[0] <= 8 else None\n"
+    )
+    config = grpo_config(base, source, tmp_path / "run", grpo={"rewards": (str(path),), "beta": 0.0}, steps=3)
+    train(dataclasses.replace(config, eval=EvalConfig(every=50, batches=1)))
+    rows = steps_of(config)
+    assert [row["groups_left_out"] for row in rows] == [0, 2, 2]
+    assert [row["loss"] == 0 for row in rows] == [False, True, True] and rows[1]["reward"] is None
+    monkeypatch.setattr("gptoss_jax.training.rollouts.MAX_BAD_IN_A_ROW", 2)
+    with pytest.raises(ValueError, match="^no group of answers in 2 steps in a row has usable rewards; grpo"):
+        train(dataclasses.replace(config, run_dir=str(tmp_path / "again")))
+
+
+def test_answers_with_reasoning_are_sampled_to_their_end(source, tmp_path):
+    """The end of the reasoning is not the end of the answer."""
+    rows = [{"prompt": f"What is {i} + {i}?", "thinking": "Hm.", "completion": "4"} for i in range(60)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = dataclasses.replace(MODEL, vocab_size=300, lora=None, max_position_embeddings=1024)
+    sft = TrainConfig(
+        model=model,
+        data=dataclasses.replace(source, source=f"chat:{tmp_path}/chat.jsonl"),
+        optim=OptimConfig(learning_rate=2e-2, warmup_steps=0),
+        checkpoint=CheckpointConfig(every=100),
+        eval=EvalConfig(every=100, batches=1, sample_tokens=40, temperature=0.0),
+        steps=60,
+        run_dir=str(tmp_path / "sft"),
+    )
+    train(sft)
+    config = grpo_config(
+        sft,
+        source,
+        tmp_path / "run",
+        grpo={"rewards": ("format", "regex:^4$"), "max_new_tokens": 40},
+        steps=1,
+    )
+    train(config)
+    (row,) = steps_of(config)
+    assert row["rewards/format"] > 0.5 and row["rewards/regex"] > 0.5, row
 
 
 def test_equal_rewards_change_nothing(base, source, tmp_path):

@@ -30,9 +30,11 @@ config = dataclasses.replace(
         seq_len=384,
         batch_size=64,
     ),
-    optim=dataclasses.replace(sft.optim, name="adamw", learning_rate=5e-3, warmup_steps=5),
+    optim=dataclasses.replace(
+        sft.optim, name="adamw", learning_rate=5e-3, warmup_steps=5, schedule="wsd", decay_fraction=0.3
+    ),
     eval=dataclasses.replace(sft.eval, every=30, batches=1, temperature=1.0),
-    steps=120,
+    steps=150,
     init_from="runs/quickstart-sft",
     run_dir="runs/quickstart-grpo",
 )

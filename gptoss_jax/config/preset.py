@@ -180,12 +180,17 @@ def flags_of(settings: Sequence[str]) -> list[str]:
     flags = []
     for setting in settings:
         name, _, value = setting.partition("=")
-        flags += [f"--{name}", *(_split(value) if _field(f"--{name}") in TUPLES else [value])]
+        values = _split(name, value) if _field(f"--{name}") in TUPLES else [value]
+        flags += [f"--{name}", *values]
     return flags
 
 
-def _split(values: str) -> list[str]:
-    """Splits values at spaces outside of quotes, like a shell, but keeps backslashes, as in patterns."""
+def _split(name: str, values: str) -> list[str]:
+    """Splits values at spaces outside of quotes, like a shell, but keeps backslashes, as in patterns. Raises
+    ValueError for a quote that is not closed."""
     lexer = shlex.shlex(values, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
-    return list(lexer)
+    try:
+        return list(lexer)
+    except ValueError:
+        raise ValueError(f"{name} is {values!r}: has a quote that is not closed") from None

@@ -25,12 +25,16 @@ class GrpoConfig(ConfigBase):
     max_new_tokens: Positive[int] = 256  # Maximum tokens of an answer, including reasoning
     # Optimizer steps on the same answers. With one, the policy has not changed since they were sampled.
     iterations: Positive[int] = 1
-    # A token no longer changes the policy once its probability is lower than 1 - epsilon times that at which
-    # it was sampled and its reward is bad, or higher than 1 + epsilon_high times and its reward is good.
+    # A token no longer changes the policy once its probability is below 1 - epsilon times that with which it
+    # was sampled, if its answer is worse than the average of its group; or above 1 + epsilon_high times, if
+    # it is better.
     epsilon: BelowOne = 0.2
     epsilon_high: Annotated[
         float | None, Bound("must be 0 or more, or None", lambda x: x is None or x >= 0)
     ] = None  # None is the same as epsilon
+    # Limit of that ratio for the tokens of worse answers, which nothing else bounds. In bfloat16, rounding
+    # may change which experts a token uses, and so its probability.
+    max_ratio: Annotated[float, Bound("must be above 1", lambda x: x > 1)] = 3.0
     # Weight of the KL divergence from the model without its adapters; 0 computes none.
     beta: NonNegative[float] = 0.0
     # Divides the rewards of a group, minus their mean, by their standard deviation; none does not divide.
@@ -40,6 +44,8 @@ class GrpoConfig(ConfigBase):
         count = len(self.rewards)
         allowed = f"must have one weight for each of grpo.rewards ({count}), or be empty"
         self._require(len(self.reward_weights) in (0, count), "reward_weights", allowed)
+        allowed = f"must be at least 1 + grpo.epsilon_high ({1 + self.upper_epsilon:g})"
+        self._require(self.max_ratio >= 1 + self.upper_epsilon, "max_ratio", allowed)
         repeated = next((one for one in self.rewards if self.rewards.count(one) > 1), None)
         self._require(repeated is None, "rewards", f"must not have {repeated!r} twice")
 

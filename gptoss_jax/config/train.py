@@ -253,6 +253,12 @@ class TrainConfig(ConfigBase):
         require(grpo.max_new_tokens < length, "grpo.max_new_tokens", grpo.max_new_tokens, allowed)
         allowed = "must be 0 without model.lora: the reference is the model without its adapters"
         require(grpo.beta == 0 or self.model.lora is not None, "grpo.beta", grpo.beta, allowed)
+        # Its adapters are part of the rounded weights.
+        is_rounded = self.model.expert_fake_quant
+        allowed = "must be 0 with model.expert_fake_quant, which leaves no model without adapters"
+        require(grpo.beta == 0 or not is_rounded, "grpo.beta", grpo.beta, allowed)
+        allowed = "must be 1 if objective is 'grpo'"
+        require(self.log_every == 1, "log_every", self.log_every, allowed)
 
     def _check_ranks(self) -> None:
         model = self.model

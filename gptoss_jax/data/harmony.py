@@ -165,6 +165,12 @@ class Harmony:
         self.return_id, self.constrain, self.channel, self.start, self.end, self.message, self.call = ids
         self.ends = (self.return_id, self.end, self.call)
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end an answer. <|end|> is none of them: more messages follow, such as the final one
+        after reasoning."""
+        return tuple(dict.fromkeys((*self._tokenizer.stop_ids, self.return_id, self.call)))
+
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Returns the prompt of a conversation, without old analysis, up to the start of the answer."""
         pieces = [piece for message in without_old_analysis(messages) for piece in self.pieces(message)]

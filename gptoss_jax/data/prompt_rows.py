@@ -54,13 +54,13 @@ def _ends_with_answer(messages: list[Any]) -> bool:
 
 def expected_answer(row: Row) -> str | None:
     """Returns the answer that a row expects: one of its `ANSWERS`, or the last message of the assistant; None
-    if it has neither."""
-    for name in ANSWERS:
-        if isinstance(row.get(name), str | int | float):
-            return str(row[name]).strip()
+    if it has neither, or only blank ones."""
+    found = [row.get(name) for name in ANSWERS]
     for name, content in (("messages", "content"), ("conversations", "value")):
         messages = row.get(name)
         if isinstance(messages, list) and _ends_with_answer(messages):
-            text = messages[-1].get(content)
-            return text.strip() if isinstance(text, str) else None
-    return None
+            found.append(messages[-1].get(content))
+    texts = (
+        str(one).strip() for one in found if isinstance(one, str | int | float) and not isinstance(one, bool)
+    )
+    return next(filter(None, texts), None)

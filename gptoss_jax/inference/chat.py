@@ -58,8 +58,7 @@ class HarmonyConversation:
     ) -> None:
         """`instructions` become the developer message; `date` is YYYY-MM-DD, see `harmony.system`."""
         self._format = Harmony(tokenizer)
-        ends = (*tokenizer.stop_ids, self._format.return_id, self._format.call)
-        stop_tokens = tuple(dict.fromkeys(ends))
+        stop_tokens = self._format.stop_tokens
         self.params = SamplingParams(max_new_tokens=4096, temperature=1.0, stop_tokens=stop_tokens)
         self._first = [harmony.system(reasoning, date)]
         if instructions:

@@ -103,8 +103,7 @@ async def read_request(fields: Fields, service: Service) -> ChatRequest:
     prompt, grammar = await anyio.to_thread.run_sync(prepare)
     is_bound = grammar is not None and fields.boolean("ignore_eos")
     fields.require(not is_bound, "ignore_eos", "must be false with a response format or enforced calls")
-    stop_tokens = (*service.tokenizer.stop_ids, harmony.return_id, harmony.call)
-    params = read_sampling(fields, service, stop_tokens, len(prompt))
+    params = read_sampling(fields, service, harmony.stop_tokens, len(prompt))
     return ChatRequest(
         prompt=prompt,
         params=dataclasses.replace(params, grammar=grammar, logprobs=logprobs, top_logprobs=top_logprobs),

@@ -102,7 +102,7 @@ async def read_request(fields: Fields, service: Service) -> ResponseRequest:
     prompt, grammar, items_bytes = await anyio.to_thread.run_sync(prepare)
     is_bound = grammar is not None and fields.boolean("ignore_eos")
     fields.require(not is_bound, "ignore_eos", "must be false with a response format or enforced calls")
-    stop_tokens = (*service.tokenizer.stop_ids, harmony.return_id, harmony.call)
+    stop_tokens = harmony.stop_tokens
     params = read_sampling(
         fields, service, stop_tokens, len(prompt), ("max_output_tokens",), prompt_name="input"
     )

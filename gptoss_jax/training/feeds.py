@@ -8,7 +8,6 @@ from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.batches import local_rows, make_global_batch, train_batches
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.parallel.rules import batch_sharding
-from gptoss_jax.training.metrics import StepTimer
 from gptoss_jax.training.objectives import Batch
 
 if TYPE_CHECKING:
@@ -24,14 +23,14 @@ class Feed(Protocol):
     def set_state(self, state: Any) -> None:
         """Continues from a position that `get_state` returned."""
 
-    def next(self, step: int, params: dict, frozen: dict, timer: StepTimer) -> tuple[Batch, dict[str, float]]:
+    def next(self, step: int, params: dict, frozen: dict, log: "RunLog") -> tuple[Batch, dict[str, float]]:
         """Returns the batch of the step after `step`, and metrics of it.
 
         Args:
           step: steps taken so far.
           params: the trained parameters after them.
           frozen: the others.
-          timer: measures the time for the batch.
+          log: its timer measures the time for the batch.
         """
 
     def show(self, step: int, params: dict, log: "RunLog") -> None:
@@ -53,8 +52,8 @@ class TextFeed:
     def set_state(self, state: Any) -> None:
         self._batches.set_state(state)
 
-    def next(self, step: int, params: dict, frozen: dict, timer: StepTimer) -> tuple[Batch, dict[str, float]]:
-        with timer.measure("data"):
+    def next(self, step: int, params: dict, frozen: dict, log: "RunLog") -> tuple[Batch, dict[str, float]]:
+        with log.timer.measure("data"):
             return make_global_batch(next(self._batches), self._sharding, self._batch_size), {}
 
     def show(self, step: int, params: dict, log: "RunLog") -> None:

@@ -26,7 +26,7 @@ from gptoss_jax.training.descriptions import describe_adapters, describe_step, n
 from gptoss_jax.training.losses import bits_per_byte
 from gptoss_jax.training.metrics import MetricsLog, StepTimer, read_metrics
 from gptoss_jax.training.plots import draw_report
-from gptoss_jax.training.rl import DIFFERENCE
+from gptoss_jax.training.rl import DIFFERENCE, MEAN_DIFFERENCE
 from gptoss_jax.training.setup import stop_tokens
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -129,10 +129,14 @@ class RunLog:
             # Excludes padding, which is cost rather than work.
             tokens_per_second = self._new_tokens / timing.pop("seconds")
             self._new_tokens = 0
-            flops = tokens_per_second * self._flops_per_token
+            training = tokens_per_second / max(1 - timing.get("rollout_share", 0.0), 1e-9)
+            flops = training * self._flops_per_token
             row: dict[str, Any] = {"step": step}
             if self._is_rl:
-                self._describe_rollout(step, values, timing, tokens_per_second)
+                timing["train_tokens_per_second"] = round(training, 1)
+                if (step - 1) % config.grpo.iterations:
+                    # Of answers that were sampled before an earlier step: more than rounding.
+                    values = {k: v for k, v in values.items() if k not in (MEAN_DIFFERENCE, DIFFERENCE)}
             row |= {k: float(v) for k, v in values.items() if k not in NOT_LOGGED_AS_IS} | {
                 "tokens_per_second": round(tokens_per_second, 1),
                 "mfu": mfu(flops, jax.devices()[0].device_kind, jax.device_count()),
@@ -154,16 +158,6 @@ class RunLog:
         if self._is_rl:
             return rollout_epochs(self.config, self.cache, step)
         return self.tokens_seen / self._train_tokens
-
-    def _describe_rollout(
-        self, step: int, values: dict[str, Any], timing: dict[str, float], tokens_per_second: float
-    ) -> None:
-        """Adds the speed of training without rollouts to the metrics of a step. After the first of several
-        steps on the same answers, their log-probabilities differ by more than rounding."""
-        training = max(1 - timing.get("rollout_share", 0.0), 1e-9)
-        timing["train_tokens_per_second"] = round(tokens_per_second / training, 1)
-        if (step - 1) % self.config.grpo.iterations:
-            values.pop(DIFFERENCE, None)
 
     def _check_finite(self, step: int, values: dict[str, Any]) -> None:
         in_a_row = int(values["skipped_in_a_row"])
@@ -220,6 +214,8 @@ class RunLog:
             is_best = loss < self._best_loss and math.isfinite(loss)
             self._best_loss = loss if is_best else self._best_loss
             details = f"{means['completions/mean_length']:,.0f} tokens per answer"
+            if left_out := round(means["answers_left_out"]):
+                details += f", {left_out:,} of them left out"
             self.console.evaluation(step, means["reward"], details, is_best, label="reward")
         return loss
 
@@ -231,7 +227,7 @@ class RunLog:
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)]
         harmony = Harmony(tokenizer) if self.cache.weights is not None else None
         if harmony is not None:
-            held_out, stop_tokens = np.flatnonzero(self.cache.held_out), harmony.ends
+            held_out, stop_tokens = np.flatnonzero(self.cache.held_out), (*harmony.stop_tokens, *stop_tokens)
             document = held_out[step // config.every % len(held_out)]
             start, end = self.cache.offsets[document : document + 2]
             prompt, asked = harmony.prompt_of_last_turn(self.cache.tokens[start:end].tolist())
@@ -281,12 +277,17 @@ class RunLog:
         seconds = np.diff([0] + [row["step"] for row in steps]) * [row["step_seconds"] for row in steps]
 
         def share(name: str) -> float:
-            return np.average([row[name] for row in steps], weights=seconds)
+            return np.average([row.get(name, 0) for row in steps], weights=seconds)
 
         rate, used = float(np.median([row["tokens_per_second"] for row in steps])), steps[-1]["mfu"]
         speed = f"{rate:,.0f} tokens/s, {format_si(rate * self._flops_per_token, 'FLOP/s')}"
+        if self._is_rl:
+            halves = (f"{half}_tokens_per_second" for half in ("rollout", "train"))
+            sampled, trained = (np.median([row[name] for row in steps]) for name in halves)
+            speed = f"{sampled:,.0f} tokens/s sampled, {trained:,.0f} trained"
         waiting = (
-            f"{share('data_wait_share'):.2%} of the time for data, {share('logging_share'):.2%} for logging"
+            f"{share('rollout_share' if self._is_rl else 'data_wait_share'):.2%} of the time for "
+            f"{'answers' if self._is_rl else 'data'}, {share('logging_share'):.2%} for logging"
         )
         tokens = f"{format_count(steps[-1]['tokens_seen'])} in {format_duration(seconds.sum())}"
         loss_unit = "nats per token"

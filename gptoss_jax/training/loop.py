@@ -113,7 +113,7 @@ def train(
                     feed.show(step, params, log)
             if is_last or stopping or (is_save and stop.is_set):
                 break
-            batch, sampled = feed.next(step, state.params, frozen, log.timer)
+            batch, sampled = feed.next(step, state.params, frozen, log)
             state, metrics = train_step(state, batch, frozen)
             step += 1
             log.step(step, metrics | sampled)

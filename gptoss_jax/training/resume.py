@@ -38,6 +38,7 @@ from gptoss_jax.training.state import (
 FREE_FIELDS = (
     "run_dir", "data.cache_dir", "data.invalid_rows", "mesh", "model.remat", "model.kernels", "checkpoint",
     "eval", "log_every", "optim.state_memory", "profile", "steps", "init_from", "init_adapter",
+    "grpo.rewards", "grpo.reward_weights",
 )  # fmt: skip
 
 

@@ -8,12 +8,15 @@ A function of the user's takes the prompt, the answer and the row of the dataset
 """
 
 import dataclasses
+import hashlib
+import importlib.util
 import math
 import numbers
 import pathlib
 import re
-import runpy
+import sys
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -49,8 +52,8 @@ class Answer(str):
     def of(cls, harmony: Harmony, tokens: Sequence[int]) -> Self:
         """Returns the answer that sampled tokens, with the stop token if any, spell."""
         reader = AnswerReader(harmony)
-        is_complete = bool(tokens) and tokens[-1] in harmony.ends
-        reader.feed(tokens)
+        is_complete = bool(tokens) and tokens[-1] in harmony.stop_tokens
+        reader.feed(tokens[:-1] if is_complete else tokens)
         reader.close()
         answer = cls("".join(part.text for part in reader.parts if part.channel == "final"))
         answer.thinking = "".join(part.text for part in reader.parts if part.channel == "analysis")
@@ -79,16 +82,18 @@ class Reward:
         """Returns the reward, without its weight. Raises RewardError, in one line, if it cannot be used."""
         try:
             value = self.function(prompt, answer, row)
+            value = value.item() if getattr(value, "ndim", None) == 0 else value
+            number = float(value) if isinstance(value, numbers.Real) else None
+            shown = _shown(value)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{pathlib.Path(last.filename).name}:{last.lineno}"
             raise RewardError(f"raised {type(error).__name__} at {place}: {one_line(error)}") from None
-        value = value.item() if getattr(value, "ndim", None) == 0 else value
-        if not isinstance(value, numbers.Real):
-            raise RewardError(f"returned {_shown(value)}, {type_name(value)}: must be a number")
-        if not math.isfinite(value):
-            raise RewardError(f"returned {value}: must be finite")
-        return float(value)
+        if number is None:
+            raise RewardError(f"returned {shown}, {type_name(value)}: must be a number")
+        if not math.isfinite(number):
+            raise RewardError(f"returned {number}: must be finite")
+        return number
 
 
 def _shown(value: Any) -> str:
@@ -103,16 +108,18 @@ def load_rewards(config: GrpoConfig) -> list[Reward]:
     not have the function.
     """
     found: list[Reward] = []
+    modules: dict[pathlib.Path, types.ModuleType] = {}
     for spec, weight in zip(config.rewards, config.weights, strict=True):
-        name, function = _find(spec)
+        name, function = _find(spec, modules)
         # Functions of two files may have the same name.
         same = sum(re.fullmatch(rf"{re.escape(name)}(_\d+)?", one.name) is not None for one in found)
         found.append(Reward(f"{name}_{same + 1}" if same else name, function, weight))
     return found
 
 
-def _find(spec: str) -> tuple[str, Function]:
-    """Returns the name and the function of an item of `grpo.rewards`."""
+def _find(spec: str, modules: dict[pathlib.Path, types.ModuleType]) -> tuple[str, Function]:
+    """Returns the name and the function of an item of `grpo.rewards`; adds a file that it runs to
+    `modules`."""
     if spec in ("exact", "format"):
         return spec, _exact if spec == "exact" else _format
     kind, _, rest = spec.partition(":")
@@ -128,7 +135,7 @@ def _find(spec: str) -> tuple[str, Function]:
     path = user_path(name, "grpo.rewards")
     require(path.is_file(), "grpo.rewards", spec, "no such file")
     try:
-        found = runpy.run_path(str(path))
+        found = vars(modules.get(path) or modules.setdefault(path, _import(path)))
     except Exception as error:
         raise ValueError(f"grpo.rewards is {spec!r}: {path.name}: {one_line(error)}") from None
     functions = [key for key, value in found.items() if callable(value) and not key.startswith("_")]
@@ -137,12 +144,34 @@ def _find(spec: str) -> tuple[str, Function]:
     return function if function != "reward" else path.stem, found[function]
 
 
+def _import(path: pathlib.Path) -> types.ModuleType:
+    """Runs a file as a module, which may import others beside it."""
+    spec = importlib.util.spec_from_file_location(f"gptoss_rewards_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest(config: GrpoConfig) -> str:
+    """Identifies the reward functions by the names and the files in `grpo.rewards`."""
+    found = hashlib.sha256()
+    for spec in config.rewards:
+        name = spec if spec.endswith(".py") else spec.rpartition(":")[0]
+        is_file = name.endswith(".py") and not spec.startswith("regex:")
+        found.update(user_path(name, "grpo.rewards").read_bytes() if is_file else spec.encode())
+    return found.hexdigest()
+
+
 def _exact(prompt: str, answer: Answer, row: dict[str, Any]) -> float:
-    """1 if the answer equals the row's, apart from spaces around it."""
+    """1 for a complete answer that equals the row's, apart from spaces around it."""
     expected = expected_answer(row)
     if expected is None:
         raise ValueError(f"the row has no answer: must have {', '.join(ANSWERS)}, or an assistant message")
-    return float(answer.strip() == expected)
+    return float(answer.is_complete and answer.strip() == expected)
 
 
 def _format(prompt: str, answer: Answer, row: dict[str, Any]) -> float:

@@ -19,7 +19,7 @@ from gptoss_jax.model.transformer import Transformer
 from gptoss_jax.training.objectives import LANGUAGE_MODELING, Batch, Objective, loss_weights
 from gptoss_jax.training.preferences import preference_objective, token_log_probs, without_adapters
 
-DIFFERENCE = "rollout_difference"
+MEAN_DIFFERENCE, DIFFERENCE = "rollout_difference/mean", "rollout_difference/max"
 MIN_STD = 1e-4  # added to the standard deviation of a group, as in TRL
 
 
@@ -37,6 +37,8 @@ def group_advantages(rewards_PG: np.ndarray, scale: Literal["group", "none"] = "
       scale: "group" divides by the sample standard deviation of a group (with G - 1), "none" does not.
     """
     centered_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
+    # Exactly 0, whatever the mean is rounded to.
+    centered_PG = np.where(np.ptp(rewards_PG, axis=1, keepdims=True) == 0, 0.0, centered_PG)
     if scale == "none":
         return centered_PG
     return centered_PG / (rewards_PG.std(axis=1, ddof=1, keepdims=True) + MIN_STD)
@@ -48,8 +50,8 @@ def grpo_objective(config: TrainConfig) -> Objective:
     Batches need the log-probability with which each target was sampled, and its advantage; `loss_weights` are
     1 for sampled tokens. The metrics are means over sampled tokens: `loss`; `entropy` (an estimate: minus the
     log-probability of the sampled token); `clip_ratio`, the fraction whose ratio was clipped; `kl`, only with
-    `grpo.beta`; and `rollout_difference`, the largest difference between a token's log-probability now and
-    when it was sampled.
+    `grpo.beta`; and `rollout_difference/mean` and `rollout_difference/max` between the log-probability of a
+    token now and when it was sampled.
     """
 
     def sums(
@@ -93,13 +95,15 @@ def grpo_terms(
       reference: log p of each token according to the reference model; needed if `config.beta` is not 0.
     """
     low, high = 1 - config.epsilon, 1 + config.upper_epsilon
-    ratio = jnp.exp(log_probs - sampled)
+    # The limit matters only where an advantage is negative; `high` is lower elsewhere.
+    ratio = jnp.exp(jnp.minimum(log_probs - sampled, jnp.log(config.max_ratio)))
     gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
     is_clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     terms = {
         "loss": -gain,
         "entropy": -log_probs,
         "clip_ratio": is_clipped.astype(jnp.float32),
+        MEAN_DIFFERENCE: jnp.abs(log_probs - sampled),
         DIFFERENCE: jnp.abs(log_probs - sampled),
     }
     if config.beta:

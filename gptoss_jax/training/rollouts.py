@@ -33,9 +33,8 @@ from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import sequence_shards
 from gptoss_jax.parallel.rules import batch_sharding
-from gptoss_jax.training.metrics import StepTimer
 from gptoss_jax.training.objectives import Batch
-from gptoss_jax.training.rewards import Answer, RewardError, load_rewards
+from gptoss_jax.training.rewards import Answer, RewardError, digest, load_rewards
 from gptoss_jax.training.rl import group_advantages
 
 if TYPE_CHECKING:
@@ -43,13 +42,15 @@ if TYPE_CHECKING:
 
 SHOWN_ANSWERS = 3  # printed at each evaluation
 SHOWN_ERRORS = 10  # maximum number of bad rewards to print
+MAX_BAD_IN_A_ROW = 20  # rollouts without a usable reward
+MAX_HELD_OUT = 1024  # prompts in the last evaluation
 TRAINING, EVALUATION = 0, 1  # streams of random seeds
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """An answer to a prompt, with its stop token if it has one, and the advantage of its tokens; the latter
-    is None if the answer is left out because a reward of its group cannot be used."""
+    """An answer to a prompt, with its stop token if it has one. Its advantage is None if it is left out,
+    because a reward of its group cannot be used."""
 
     document: int  # the prompt, in the cache
     tokens: list[int]
@@ -96,26 +97,31 @@ class RolloutFeed:
         self._samples: list[Sample] = []
         self._metrics: dict[str, float] = {}
         self._num_used = 0
-        self._num_errors = 0
+        self._num_errors = self._bad_in_a_row = 0
+        self._has_reward, self._last_error = False, ""
         self._shown: list[Shown] = []
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position: the answers, if there are more steps on them."""
+        """Returns the position: the answers, if there are more steps on them, and a digest of the rewards."""
         is_kept = 0 < self._num_used < self._config.grpo.iterations
         samples = [dataclasses.asdict(one) for one in self._samples] if is_kept else []
-        return {"samples": samples, "metrics": self._metrics if is_kept else {}, "num_used": self._num_used}
+        state = {"samples": samples, "metrics": self._metrics if is_kept else {}, "num_used": self._num_used}
+        return state | {"rewards": digest(self._config.grpo)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position that `get_state` returned."""
         self._samples = [Sample(**one) for one in state["samples"]]
         self._metrics, self._num_used = state["metrics"], state["num_used"]
+        if state["rewards"] != digest(self._config.grpo):
+            self._report("grpo.rewards or its file has changed: rewards differ from those of earlier steps")
 
-    def next(self, step: int, params: dict, frozen: dict, timer: StepTimer) -> tuple[Batch, dict[str, float]]:
+    def next(self, step: int, params: dict, frozen: dict, log: "RunLog") -> tuple[Batch, dict[str, float]]:
         """Returns the batch of the step after `step`, sampled from the current model unless there are further
         steps on the latest answers; and metrics of the answers."""
-        # The previous step belongs to the time for training.
+        # The previous step ends before, and is logged without this rollout.
         jax.block_until_ready(params)
-        with timer.measure("rollout"):
+        log.flush()
+        with log.timer.measure("rollout"):
             if step % self._config.grpo.iterations == 0 or not self._samples:
                 number = step // self._config.grpo.iterations
                 self._samples, self._metrics = self._sample(number, merge_params(params, frozen))
@@ -135,14 +141,10 @@ class RolloutFeed:
         began = time.perf_counter()
         completions = self._generate(params, documents_B, seed=(TRAINING, number), temperature=1.0)
         seconds = time.perf_counter() - began
-        rewards_BF, errors = self._score(documents_B, completions)
-        for line in errors[: SHOWN_ERRORS - self._num_errors]:
-            self._report(line)
-        self._num_errors = min(self._num_errors + len(errors), SHOWN_ERRORS)
+        rewards_BF = self._score(documents_B, completions)
         total_PG = (rewards_BF @ np.array(config.weights)).reshape(count, group)
         is_used_P = np.isfinite(total_PG).all(axis=1)
-        if not is_used_P.any():
-            raise ValueError(f"no group of answers in a step has usable rewards; {errors[0]}")
+        self._check_usable(is_used_P)
         advantages_PG = np.full(total_PG.shape, np.nan)
         advantages_PG[is_used_P] = group_advantages(total_PG[is_used_P], config.scale_rewards)
         samples = [
@@ -152,12 +154,12 @@ class RolloutFeed:
             )
         ]
         lengths = np.array([len(one.tokens) for one in samples])
-        stds_P = total_PG[is_used_P].std(axis=1, ddof=1)
+        used_PG = total_PG[is_used_P]
         metrics = {
-            "reward": total_PG[is_used_P].mean(),
-            "reward_std": stds_P.mean(),
-            "frac_reward_zero_std": np.mean(stds_P == 0),
-            **self._each_reward(rewards_BF),
+            "reward": _mean(used_PG),
+            "reward_std": _mean(used_PG.std(axis=1, ddof=1)),
+            "frac_reward_zero_std": _mean(np.ptp(used_PG, axis=1) == 0),
+            **self._each_reward(rewards_BF[np.repeat(is_used_P, group)]),
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
@@ -168,11 +170,18 @@ class RolloutFeed:
         }
         return samples, {name: float(value) for name, value in metrics.items()}
 
+    def _check_usable(self, is_used_P: np.ndarray) -> None:
+        """Raises ValueError if no group of answers has usable rewards: in the first rollout, or in many."""
+        self._has_reward |= bool(is_used_P.any())
+        self._bad_in_a_row = 0 if is_used_P.any() else self._bad_in_a_row + 1
+        limit = MAX_BAD_IN_A_ROW if self._has_reward else 1
+        if self._bad_in_a_row >= limit:
+            where = "a step" if limit == 1 else f"{limit} steps in a row"
+            raise ValueError(f"no group of answers in {where} has usable rewards; {self._last_error}")
+
     def _each_reward(self, rewards_BF: np.ndarray) -> dict[str, float]:
         """Returns the mean of each reward function."""
-        columns = (column[np.isfinite(column)] for column in rewards_BF.T)
-        means = (float(column.mean()) if len(column) else 0.0 for column in columns)
-        return {f"rewards/{one.name}": mean for one, mean in zip(self._rewards, means, strict=True)}
+        return {f"rewards/{one.name}": _mean(x) for one, x in zip(self._rewards, rewards_BF.T, strict=True)}
 
     def _generate(
         self, params: dict, documents_B: np.ndarray, seed: tuple[int, int], temperature: float
@@ -183,34 +192,46 @@ class RolloutFeed:
         settings = SamplingParams(
             max_new_tokens=self._config.grpo.max_new_tokens,
             temperature=temperature,
-            stop_tokens=self._harmony.ends,
+            stop_tokens=self._harmony.stop_tokens,
             logprobs=True,
         )
         each = [dataclasses.replace(settings, seed=int(one)) for one in seeds]
         prompts = [prompt_of(self._cache, document) for document in documents_B.tolist()]
         return generate(bind(self._config.model, params), prompts, each)
 
-    def _score(self, documents_B: np.ndarray, completions: list[Completion]) -> tuple[np.ndarray, list[str]]:
+    def _score(self, documents_B: np.ndarray, completions: list[Completion]) -> np.ndarray:
         """Returns the rewards of each answer by each function, float64 [B, functions], NaN for those that
-        cannot be used, and a line for each of the latter."""
+        cannot be used, and reports these."""
         found: tuple[list[list[float]], list[str]] = [], []
         if jax.process_index() == 0:
             for document, one in zip(documents_B.tolist(), completions, strict=True):
                 found[0].append(self._rewards_of(document, _sampled(one)[0], found[1]))
         values, errors = distributed.allgather_host(found)[0]
-        return np.array(values, np.float64), errors
+        # Answers to one prompt often have the same error.
+        for line in dict.fromkeys(errors):
+            self._last_error = line
+            self._num_errors += 1
+            if self._num_errors <= SHOWN_ERRORS:
+                self._report(line)
+            if self._num_errors == SHOWN_ERRORS:
+                self._report("grpo.rewards: further errors are only counted, in groups_left_out")
+        return np.array(values, np.float64)
 
     def _rewards_of(self, document: int, tokens: list[int], errors: list[str]) -> list[float]:
         """Returns the rewards of an answer; adds a line to `errors` for each that cannot be used."""
         row, values = self._cache.row(document), []
         prompt, answer = self._question(document), Answer.of(self._harmony, tokens)
+        place = f"its group is left out ({self._cache.where(document)})"
         for reward in self._rewards:
             try:
                 values.append(reward(prompt, answer, row))
             except RewardError as error:
                 values.append(np.nan)
-                place = self._cache.where(document)
-                errors.append(f"grpo.rewards: {reward.name} {error}; its group is left out ({place})")
+                errors.append(f"grpo.rewards: {reward.name} {error}; {place}")
+        total = sum(value * one.weight for value, one in zip(values, self._rewards, strict=True))
+        if np.isinf(total):
+            errors.append(f"grpo.rewards: the weighted sum is {total}: must be finite; {place}")
+            return [np.nan] * len(values)
         return values
 
     def _question(self, document: int) -> str:
@@ -221,14 +242,15 @@ class RolloutFeed:
 
     def measure(self, params: dict, is_full: bool, is_stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Returns the metrics of an evaluation: mean rewards and length of one answer to each of
-        `eval.batches` × `data.batch_size` held-out prompts or, if `is_full`, of all; None if it was stopped.
+        `eval.batches` × `data.batch_size` held-out prompts or, if `is_full`, of all, at most MAX_HELD_OUT;
+        None if it was stopped.
 
-        All evaluations sample with the same random numbers. Answers whose reward cannot be used are left out.
+        All evaluations sample with the same random numbers. Answers whose rewards cannot be used are left
+        out, and counted.
         """
         size, documents = self._config.data.batch_size, self._held_out
-        count = min(len(documents), self._config.eval.batches * size)
-        if not is_full:
-            documents = documents[np.arange(count) * len(documents) // count]
+        count = min(len(documents), MAX_HELD_OUT if is_full else self._config.eval.batches * size)
+        documents = documents[np.arange(count) * len(documents) // count]
         rewards, lengths, self._shown = [], [], []
         for start in range(0, len(documents), size):
             if is_stopped():
@@ -237,16 +259,19 @@ class RolloutFeed:
             padded = np.resize(some, size)  # to use the programs of other batches
             seed, temperature = (EVALUATION, start), self._config.eval.temperature
             completions = self._generate(params, padded, seed, temperature)[: len(some)]
-            rewards.append(self._score(some, completions)[0])
+            rewards.append(self._score(some, completions))
             lengths += [len(_sampled(one)[0]) for one in completions]
             for document, one, values in zip(some.tolist(), completions, rewards[-1], strict=True):
                 self._show_later(document, one, values)
         rewards_BF = np.concatenate(rewards)
         total_B = rewards_BF @ np.array(self._config.grpo.weights)
-        usable = total_B[np.isfinite(total_B)]
-        mean = float(usable.mean()) if len(usable) else float("nan")
-        each = self._each_reward(rewards_BF)
-        return {"reward": mean, **each, "completions/mean_length": float(np.mean(lengths))}
+        is_used_B = np.isfinite(total_B)
+        return {
+            "reward": _mean(total_B[is_used_B]),
+            **self._each_reward(rewards_BF[is_used_B]),
+            "completions/mean_length": float(np.mean(lengths)),
+            "answers_left_out": float(np.sum(~is_used_B)),
+        }
 
     def _show_later(self, document: int, one: Completion, values: np.ndarray) -> None:
         if len(self._shown) < SHOWN_ANSWERS:
@@ -261,6 +286,11 @@ class RolloutFeed:
             for one in self._shown:
                 reward = "none" if one.reward is None else f"{one.reward:.3g}"
                 log.console.sample(one.answer, one.question, label=f"the model's answer, reward {reward}:")
+
+
+def _mean(values: np.ndarray) -> float:
+    """Returns the mean, NaN if there are no values."""
+    return float(values.mean()) if values.size else float("nan")
 
 
 def prompt_of(cache: TokenCache, document: int) -> list[int]:
