@@ -48,10 +48,10 @@ COMPILED = {
 # The files that take longest, in this order. They run first: with two processes, one that is begun last would
 # leave the other without work.
 LONGEST = [
-    "train", "lora_training", "distributed", "server_answer_grammar", "notebooks", "lora_runs", "meshes",
-    "any_path", "lora", "generate", "engine", "packed_training", "benchmarks", "plan", "golden", "step",
-    "encoding", "parity", "kv_cache", "lora_parity", "kernel_check", "plan_adapters", "memory_table",
-    "startup", "chat_training", "x64",
+    "rl", "train", "lora_training", "distributed", "preferences", "fake_quant", "server_answer_grammar",
+    "notebooks", "lora_runs", "meshes", "any_path", "lora", "generate", "engine", "packed_training",
+    "benchmarks", "plan", "golden", "step", "encoding", "parity", "kv_cache", "lora_parity", "kernel_check",
+    "plan_adapters", "memory_table", "startup", "chat_training", "x64",
 ]  # fmt: skip
 # Files that need packages of the extra `test-all`. Without these, they are left out, which the summary says.
 TEST_ALL = {

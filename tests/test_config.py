@@ -477,6 +477,8 @@ def test_helpers_of_error_messages():
         ("quickstart_sft", False, "plain", 4),
         ("quickstart_dpo", True, "plain", 4),
         ("dpo_qlora_20b", True, "mxfp4", 24),
+        ("quickstart_grpo", True, "plain", 4),
+        ("grpo_qlora_20b", True, "mxfp4", 24),
         ("qat_full_20b", False, "plain", 24),
         ("sft_full_20b", False, "plain", 24),
         ("sft_lora_20b", True, "plain", 24),

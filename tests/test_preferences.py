@@ -550,7 +550,7 @@ def dpo_config(base, source, tmp_path, name, **changes):
     return dataclasses.replace(base, **(values | changes))
 
 
-@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize("kind", ["adapter", pytest.param("full", marks=pytest.mark.slow)])
 def test_run_learns_and_resumes_exactly(base, source, tmp_path, kind, capsys):
     model = {} if kind == "adapter" else {"model": base.model}
     config = dpo_config(base, source, tmp_path, "whole", **model)
@@ -574,6 +574,7 @@ def test_run_learns_and_resumes_exactly(base, source, tmp_path, kind, capsys):
         np.testing.assert_array_equal(leaves(again.params)[name], leaf, err_msg=name)
 
 
+@pytest.mark.slow
 def test_reference_of_a_continued_adapter_is_the_adapter(base, source, tmp_path):
     first = dpo_config(base, source, tmp_path, "first", steps=2)
     train(first)

@@ -557,7 +557,7 @@ def test_settings_that_do_not_fit(changes, message):
     [
         ({"group_size": 1}, "grpo.group_size is 1: must be 2 or more"),
         ({"epsilon": 1.0}, "grpo.epsilon is 1.0: must be at least 0 and below 1"),
-        ({"epsilon_high": 4.0}, "grpo.max_ratio is 3.0: must be at least 1 + grpo.epsilon_high (5)"),
+        ({"max_ratio": 1.0}, "grpo.max_ratio is 1.0: must be above 1"),
         ({"rewards": ("exact", "exact")}, "grpo.rewards is ('exact', 'exact'): must not have 'exact' twice"),
         (
             {"rewards": ("exact",), "reward_weights": (1.0, 2.0)},
@@ -629,7 +629,7 @@ def steps_of(config):
 
 
 def test_run_shows_what_it_does_and_resumes_exactly(base, source, tmp_path, capsys):
-    config = grpo_config(base, source, tmp_path / "whole")
+    config = grpo_config(base, source, tmp_path / "whole", steps=4)
     state = train(config)
     said = capsys.readouterr().out
     assert "2 prompts × 4 answers of up to 9 tokens" in said and "· held-out reward " in said
@@ -637,7 +637,7 @@ def test_run_shows_what_it_does_and_resumes_exactly(base, source, tmp_path, caps
         said.count("held-out question:\n  │ What is ") == 3 and said.count("the model's answer, reward ") == 3
     )
     rows = steps_of(config)
-    assert len(rows) == 6 and (tmp_path / "whole" / "report.png").exists()
+    assert len(rows) == 4 and (tmp_path / "whole" / "report.png").exists()
     for row in rows:
         assert 0 < row[DIFFERENCE] <= 1e-5 and row["clip_ratio"] == 0
         assert row["reward"] > 0 and row["reward_std"] > 0 and row["rewards/mine"] == row["reward"]
@@ -649,12 +649,13 @@ def test_run_shows_what_it_does_and_resumes_exactly(base, source, tmp_path, caps
     evaluations = [row for row in read_metrics(f"{config.run_dir}/metrics.jsonl") if "val_reward" in row]
     assert [row.get("final", False) for row in evaluations] == [False, True]
     cut = dataclasses.replace(config, run_dir=str(tmp_path / "cut"))
-    train(dataclasses.replace(cut, steps=4))
+    train(dataclasses.replace(cut, steps=2))
     again = train(cut)
     for name, leaf in leaves(state.params).items():
         np.testing.assert_array_equal(leaves(again.params)[name], leaf, err_msg=name)
 
 
+@pytest.mark.slow
 def test_several_steps_on_the_same_answers_resume_exactly(base, source, tmp_path):
     config = grpo_config(base, source, tmp_path / "whole", grpo={"iterations": 3, "beta": 0.0})
     state = train(config)
@@ -716,10 +717,11 @@ def test_rollouts_on_a_mesh_equal_those_of_one_device(base, source, tmp_path, me
     "changes",
     [
         {"expert_format": "mxfp4", "lora": LoraConfig(rank=4, expert_rank=2)},
-        pytest.param({"expert_fake_quant": True}, marks=pytest.mark.slow),
+        {"expert_fake_quant": True},
     ],
     ids=["adapters on packed experts", "rounded weights"],
 )
+@pytest.mark.slow
 def test_rollouts_of_mxfp4(base, source, tmp_path, changes):
     """What is sampled with, packed or rounded, is what is trained with."""
     model = dataclasses.replace(
@@ -768,12 +770,11 @@ def test_groups_with_a_bad_reward_are_left_out(base, source, tmp_path, capsys):
         "def reward(prompt, answer, row):\n"
         "    return float('nan') if row['answer'] % 4 else answer.num_tokens\n"
     )
-    config = grpo_config(base, source, tmp_path / "run", grpo={"rewards": (str(path),)}, steps=4)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16))
+    config = grpo_config(base, source, tmp_path / "run", grpo={"rewards": (str(path),)}, steps=3)
     train(config)
     said = capsys.readouterr().out
     left_out = [row["groups_left_out"] for row in steps_of(config)]
-    assert sum(left_out) > 0 and max(left_out) < 4
+    assert sum(left_out) > 0 and max(left_out) < 2
     (final,) = (row for row in read_metrics(f"{config.run_dir}/metrics.jsonl") if row.get("final"))
     assert (
         final["val_answers_left_out"] > 0 and f"{final['val_answers_left_out']:.0f} of them left out" in said
@@ -791,6 +792,7 @@ def test_groups_with_a_bad_reward_are_left_out(base, source, tmp_path, capsys):
         train(dataclasses.replace(config, run_dir=str(tmp_path / "bad")))
 
 
+@pytest.mark.slow
 def test_a_changed_reward_is_reported(base, source, tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text("def reward(prompt, answer, row):\n    return answer.num_tokens\n")
@@ -823,6 +825,7 @@ def test_a_step_without_usable_rewards_is_counted(base, source, tmp_path, monkey
         train(dataclasses.replace(config, run_dir=str(tmp_path / "again")))
 
 
+@pytest.mark.slow
 def test_answers_with_reasoning_are_sampled_to_their_end(source, tmp_path):
     """The end of the reasoning is not the end of the answer."""
     rows = [{"prompt": f"What is {i} + {i}?", "thinking": "Hm.", "completion": "4"} for i in range(60)]

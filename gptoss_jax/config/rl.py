@@ -44,8 +44,6 @@ class GrpoConfig(ConfigBase):
         count = len(self.rewards)
         allowed = f"must have one weight for each of grpo.rewards ({count}), or be empty"
         self._require(len(self.reward_weights) in (0, count), "reward_weights", allowed)
-        allowed = f"must be at least 1 + grpo.epsilon_high ({1 + self.upper_epsilon:g})"
-        self._require(self.max_ratio >= 1 + self.upper_epsilon, "max_ratio", allowed)
         repeated = next((one for one in self.rewards if self.rewards.count(one) > 1), None)
         self._require(repeated is None, "rewards", f"must not have {repeated!r} twice")
 

@@ -95,8 +95,9 @@ def grpo_terms(
       reference: log p of each token according to the reference model; needed if `config.beta` is not 0.
     """
     low, high = 1 - config.epsilon, 1 + config.upper_epsilon
-    # The limit matters only where an advantage is negative; `high` is lower elsewhere.
-    ratio = jnp.exp(jnp.minimum(log_probs - sampled, jnp.log(config.max_ratio)))
+    ratio = jnp.exp(log_probs - sampled)
+    # Where an advantage is negative, clipping does not bound the loss.
+    ratio = jnp.where(advantages < 0, jnp.minimum(ratio, config.max_ratio), ratio)
     gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
     is_clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     terms = {

@@ -97,8 +97,9 @@ class RolloutFeed:
         self._samples: list[Sample] = []
         self._metrics: dict[str, float] = {}
         self._num_used = 0
-        self._num_errors = self._bad_in_a_row = 0
-        self._has_reward, self._last_error = False, ""
+        self._bad_in_a_row, self._has_reward = 0, False
+        self._reported: list[str] = []
+        self._last_error = ""
         self._shown: list[Shown] = []
 
     def get_state(self) -> dict[str, Any]:
@@ -207,14 +208,14 @@ class RolloutFeed:
             for document, one in zip(documents_B.tolist(), completions, strict=True):
                 found[0].append(self._rewards_of(document, _sampled(one)[0], found[1]))
         values, errors = distributed.allgather_host(found)[0]
-        # Answers to one prompt often have the same error.
-        for line in dict.fromkeys(errors):
+        for line in errors:
             self._last_error = line
-            self._num_errors += 1
-            if self._num_errors <= SHOWN_ERRORS:
+            # Answers to one prompt often have the same error.
+            if line not in self._reported and len(self._reported) < SHOWN_ERRORS:
+                self._reported.append(line)
                 self._report(line)
-            if self._num_errors == SHOWN_ERRORS:
-                self._report("grpo.rewards: further errors are only counted, in groups_left_out")
+                if len(self._reported) == SHOWN_ERRORS:
+                    self._report("grpo.rewards: further errors are only counted, in groups_left_out")
         return np.array(values, np.float64)
 
     def _rewards_of(self, document: int, tokens: list[int], errors: list[str]) -> list[float]:
