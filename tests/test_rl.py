@@ -50,7 +50,8 @@ from gptoss_jax.training.metrics import StepTimer, read_metrics
 from gptoss_jax.training.preferences import without_adapters
 from gptoss_jax.training.rewards import Answer, Reward, RewardError, load_rewards
 from gptoss_jax.training.rl import DIFFERENCE, group_advantages, grpo_objective, grpo_terms
-from gptoss_jax.training.rollouts import RolloutFeed, Sample, make_rows
+from gptoss_jax.training.rollout_rows import Sample, make_rows
+from gptoss_jax.training.rollouts import RolloutFeed
 from gptoss_jax.training.state import create_state, place_on_mesh
 from gptoss_jax.training.step import make_train_step
 
@@ -262,6 +263,8 @@ ANSWER = {"role": "assistant", "content": "Four."}
         {"messages": [ASK, ANSWER]},
         {"question": "Two plus two?", "answer": "Four."},
         {"query": "Two plus two?"},
+        {"problem": "Two plus two?", "solution": "4"},
+        {"prompt": [ASK, ANSWER]},
         {"instruction": "Two plus two?"},
         {"conversations": [{"from": "human", "value": "Two plus two?"}]},
         {"conversations": [{"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."}]},
@@ -283,8 +286,8 @@ def test_prompt_with_history_tools_and_instructions():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "has no prompt and no messages; its fields are text"),
-        ({}, "has no prompt and no messages; its fields are none"),
+        ({"text": "a"}, "its fields are text: must be prompt, messages, conversations, question, query, "),
+        ({}, "its fields are none: must be prompt"),
         ({"prompt": 3}, "prompt is an int: must be text"),
         ({"prompt": ""}, "prompt is missing"),
         ({"messages": []}, "has no user message"),
@@ -415,9 +418,7 @@ def test_built_in_rewards(harmony):
     assert [exact("", one, row) for one in (good, bad, answer_of(harmony, f"{FINAL}42"))] == [1, 0, 0]
     assert [form("", one, row) for one in (good, bad)] == [1, 0]
     assert [pattern("", one, row) for one in (good, bad)] == [0, 1]
-    with pytest.raises(
-        RewardError, match="raised ValueError at rewards.py:.*the row has no answer: must have"
-    ):
+    with pytest.raises(RewardError, match="^raised ValueError: the row has no answer: must have text"):
         exact("", good, {"answer": " ", "solution": True})
 
 
@@ -428,6 +429,7 @@ def test_rewards_of_a_file(tmp_path, harmony):
         "def reward(prompt, answer, row):\n    return np.float32(len(prompt)) + row['n']\n"
         "def is_long(prompt, answer, row):\n    return len(answer) > 3\n"
         "def bad(prompt, answer, row):\n    return {'nan': float('nan'), 'none': None}.get(row['n'], 1 / 0)\n"
+        "def leaves(*_):\n    raise SystemExit('x' * 300)\n"
         "scale = 3\n"
     )
     specs = ("regex:a", str(path), f"{path}:is_long", "regex:b")
@@ -437,19 +439,28 @@ def test_rewards_of_a_file(tmp_path, harmony):
                                        "def a(*_):\n    values.append(1)\n    return other(*_)\n"
                                        "def b(*_):\n    return len(values)\n")  # fmt: skip
     first, second = load_rewards(GrpoConfig((f"{tmp_path}/outer.py:a", f"{tmp_path}/outer.py:b")))
+    (tmp_path / "b").mkdir()
+    for folder, value in ((tmp_path, 1), (tmp_path / "b", 2)):
+        (folder / "beside.py").write_text(f"def reward(prompt, answer, row):\n    return {value}\n")
+        (folder / "same.py").write_text("from beside import reward\n")
+    both = load_rewards(GrpoConfig((f"{tmp_path}/same.py", f"{tmp_path}/b/same.py")))
+    assert [one("", answer, {}) for one in both for answer in [answer_of(harmony, "a")]] == [1.0, 2.0]
     assert first("", answer_of(harmony, "a"), {}) == 1.0 == second("", answer_of(harmony, "a"), {})
     mine, is_long, bad = load_rewards(GrpoConfig((str(path), f"{path}:is_long", f"{path}:bad")))
     assert (mine.name, is_long.name, bad.name) == ("mine", "is_long", "bad")
     answer = answer_of(harmony, FINAL + "four")
     assert mine("ab", answer, {"n": 1}) == 3.0 and is_long("ab", answer, {}) == 1.0
+    with pytest.raises(RewardError, match=r"^raised SystemExit at mine.py:9: x{199}…$"):
+        load_rewards(GrpoConfig((f"{path}:leaves",)))[0]("", answer, {})
     with pytest.raises(RewardError, match=r"^raised ZeroDivisionError at mine.py:7: division by zero$"):
         bad("", answer, {"n": 1})
     with pytest.raises(RewardError, match=r"^raised KeyError at mine.py:7: 'n'$"):
         bad("", answer, {})
     for value, message in (
-        (math.nan, "returned nan: must be finite"),
-        (-math.inf, "returned -inf: must be finite"),
-        (10**400, "raised OverflowError at rewards.py:.*: int too large to convert to float"),
+        (math.nan, "returned nan: must be finite, and at most 1e\\+30"),
+        (-math.inf, "returned -inf: must be finite, and at most 1e\\+30"),
+        (10**400, "raised OverflowError: int too large to convert to float"),
+        (1e31, r"returned 1e\+31: must be finite, and at most 1e\+30"),
         (None, "returned None, a NoneType: must be a number"),
         ("1", "returned '1', a str: must be a number"),
         ([1.0], r"returned \[1.0\], a list: must be a number"),
@@ -465,15 +476,25 @@ def test_rewards_of_a_file(tmp_path, harmony):
         ("regex:(", "grpo.rewards is 'regex:(': not a regular expression: missing )"),
         ("regex:", "grpo.rewards is 'regex:': must be regex:PATTERN"),
         ("none.py", "grpo.rewards is 'none.py': no such file"),
-        ("FILE:other", "mine.py has no function other; it has reward"),
-        ("FILE:scale", "mine.py has no function scale; it has reward"),
-        ("BROKEN", "broken.py: name 'x' is not defined"),
+        ("FILE:other", "mine.py has no function other; it has reward, two"),
+        ("FILE:scale", "mine.py has no function scale; it has reward, two"),
+        ("BROKEN", "broken.py: NameError: name 'x' is not defined"),
+        ("FILE:two", "mine.py:two': two must take (prompt, answer, row): too many positional arguments"),
+        ("EXIT", "exit.py: SystemExit: 3"),
     ],
 )
 def test_rewards_that_cannot_be_loaded(tmp_path, spec, message):
-    (tmp_path / "mine.py").write_text("scale = 3\ndef reward(prompt, answer, row):\n    return 1\n")
+    (tmp_path / "mine.py").write_text(
+        "scale = 3\ndef reward(prompt, answer, row):\n    return 1\n"
+        "def two(prompts, **others):\n    return 1\n"
+    )
     (tmp_path / "broken.py").write_text("x\n")
-    spec = spec.replace("FILE", str(tmp_path / "mine.py")).replace("BROKEN", str(tmp_path / "broken.py"))
+    (tmp_path / "exit.py").write_text("import sys\nsys.exit(3)\n")
+    spec = (
+        spec.replace("EXIT", str(tmp_path / "exit.py"))
+        .replace("FILE", str(tmp_path / "mine.py"))
+        .replace("BROKEN", str(tmp_path / "broken.py"))
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         load_rewards(GrpoConfig((spec,)))
 
@@ -563,6 +584,10 @@ def test_settings_that_do_not_fit(changes, message):
             {"rewards": ("exact",), "reward_weights": (1.0, 2.0)},
             "grpo.reward_weights is (1.0, 2.0): must have",
         ),
+        (
+            {"rewards": ("exact",), "reward_weights": (0.0,)},
+            "grpo.reward_weights is (0.0,): must not all be 0",
+        ),
         ({"scale_rewards": "batch"}, "grpo.scale_rewards is 'batch': must be 'group' or 'none'"),
     ],
 )
@@ -579,6 +604,10 @@ def test_flags_with_several_rewards():
         config = read_preset(preset, flags)
         assert config.grpo.rewards == ("exact", r"regex:\d+ it's")
         assert config.grpo.reward_weights == (2.0, -1.5)
+    full = read_preset(preset, ["--model.lora", "None", "--grpo.beta", "0"])
+    assert full.model.lora is None and full.grpo.beta == 0
+    with pytest.raises(ValueError, match="^grpo.beta is 0.03: must be 0 without model.lora"):
+        read_preset(preset, ["--model.lora", "None"])
     with pytest.raises(ValueError, match='^grpo.rewards is "regex:it\'s": has a quote that is not closed'):
         flags_of(["grpo.rewards=regex:it's"])
 
@@ -780,7 +809,8 @@ def test_groups_with_a_bad_reward_are_left_out(base, source, tmp_path, capsys):
         final["val_answers_left_out"] > 0 and f"{final['val_answers_left_out']:.0f} of them left out" in said
     )
     assert all(row["rewards/odd"] == row["reward"] for row in steps_of(config))
-    line = r"grpo.rewards: odd returned nan: must be finite; its group is left out \(.*prompts.jsonl:\d+\)"
+    line = r"grpo.rewards: odd returned nan: must be finite, and at most 1e\+30; its group is left out "
+    line += r"\(.*prompts.jsonl:\d+\)"
     lines = re.findall(line, said)
     assert 1 <= len(lines) <= 10 and len({*lines}) == len(lines)
     path.write_text("def reward(prompt, answer, row):\n    return None\n")
@@ -802,9 +832,14 @@ def test_a_changed_reward_is_reported(base, source, tmp_path, capsys):
     assert "has changed" not in capsys.readouterr().out
     path.write_text("def reward(prompt, answer, row):\n    return -answer.num_tokens\n")
     train(dataclasses.replace(config, steps=3))
-    said = capsys.readouterr().out
-    assert "grpo.rewards or its file has changed: rewards differ from those of earlier steps" in said
-    assert [row["reward"] > 0 for row in steps_of(config)] == [True, True, False]
+    line = "grpo.rewards, their weights or a file have changed: rewards, and the best checkpoint, "
+    assert line in capsys.readouterr().out
+    # What counts is the file that was loaded.
+    train(dataclasses.replace(config, steps=4, grpo=dataclasses.replace(config.grpo, reward_weights=(1.0,))))
+    assert "have changed" not in capsys.readouterr().out
+    train(dataclasses.replace(config, steps=5, grpo=dataclasses.replace(config.grpo, reward_weights=(2.0,))))
+    assert line in capsys.readouterr().out
+    assert [row["reward"] > 0 for row in steps_of(config)] == [True, True, False, False, False]
 
 
 def test_a_step_without_usable_rewards_is_counted(base, source, tmp_path, monkeypatch, capsys):
@@ -876,5 +911,7 @@ def test_command_line(source, capsys):
     said = capsys.readouterr().out
     assert "prompts: 60" in said and "tokens of a prompt: shortest" in said and " trained" not in said
     assert re.search(r"epochs of \d+ prompts; \d+ with more than 162 tokens are left out", said), said
+    assert main.main(["plan", "quickstart_grpo", "--chip", "cpu"]) == 0
+    assert "sampling 64 answers needs" in " ".join(capsys.readouterr().out.split())
     assert main.main(["eval", "x", "--source", source.source]) == 2
     assert "a run with objective grpo reports its held-out prompts itself" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Presets (Python files that end with `config = TrainConfig(...)`), and flags for their fields."""
 
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -155,7 +156,10 @@ def _switch_section(config: TrainConfig, flags: Sequence[str], section: str) -> 
         require(not fields, section, None, allowed)
         value = None
     model = dataclasses.replace(config.model, **{_name(section): value})
-    return dataclasses.replace(config, model=model), words
+    # Not yet checked against the other sections: flags that are left may change these.
+    switched = copy.copy(config)
+    object.__setattr__(switched, "model", model)
+    return switched, words
 
 
 def with_settings(args: Sequence[str]) -> list[str]:

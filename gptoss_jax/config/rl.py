@@ -15,7 +15,7 @@ class GrpoConfig(ConfigBase):
 
     # Reward functions, which are added up: exact (1 if the answer equals the row's), format (1 for one
     # complete final answer), regex:PATTERN (1 if the answer matches), or FILE.py:FUNCTION, a function
-    # (prompt, answer, row) -> number.
+    # (prompt, answer, row) -> number; FILE.py alone has a function named reward.
     rewards: tuple[str, ...] = ()
     # Weights of the reward functions. Empty means 1 for each.
     reward_weights: tuple[float, ...] = ()
@@ -25,13 +25,13 @@ class GrpoConfig(ConfigBase):
     max_new_tokens: Positive[int] = 256  # Maximum tokens of an answer, including reasoning
     # Optimizer steps on the same answers. With one, the policy has not changed since they were sampled.
     iterations: Positive[int] = 1
-    # A token no longer changes the policy once its probability is below 1 - epsilon times that with which it
-    # was sampled, if its answer is worse than the average of its group; or above 1 + epsilon_high times, if
-    # it is better.
+    # A token of an answer that is worse than the average of its group no longer changes the policy once its
+    # probability is below 1 - epsilon times that with which it was sampled.
     epsilon: BelowOne = 0.2
+    # The same for a better answer, above 1 + epsilon_high times; None is the same as epsilon.
     epsilon_high: Annotated[
         float | None, Bound("must be 0 or more, or None", lambda x: x is None or x >= 0)
-    ] = None  # None is the same as epsilon
+    ] = None
     # Limit of that ratio for the tokens of worse answers, which nothing else bounds. In bfloat16, rounding
     # may change which experts a token uses, and so its probability.
     max_ratio: Annotated[float, Bound("must be above 1", lambda x: x > 1)] = 3.0
@@ -42,6 +42,7 @@ class GrpoConfig(ConfigBase):
 
     def _check(self) -> None:
         count = len(self.rewards)
+        self._require(any(self.weights) or not count, "reward_weights", "must not all be 0")
         allowed = f"must have one weight for each of grpo.rewards ({count}), or be empty"
         self._require(len(self.reward_weights) in (0, count), "reward_weights", allowed)
         repeated = next((one for one in self.rewards if self.rewards.count(one) > 1), None)

@@ -9,6 +9,9 @@ from gptoss_jax.data.harmony import ASSISTANT, Reasoning
 from gptoss_jax.data.preference_rows import SHARED_FIELDS, history_length
 
 FORMAT = "prompts"
+# Fields with the text or the messages of a prompt, in the order of preference.
+QUESTIONS = ("prompt", *dict.fromkeys(pair[0] for pair in PAIRS if pair[0] != "prompt"), "problem")
+ALLOWED = "prompt, messages, conversations, question, query, problem, or instruction"
 # Fields with the expected answer, in the order of preference.
 ANSWERS = ("answer", "solution", "completion", "response", "output")
 # Fields with messages, and the fields of the answer that is added to those that have none.
@@ -26,7 +29,7 @@ def read_prompt(row: Row, default_effort: Reasoning = "medium") -> list[TrainMes
     """
     row = without_none(row)
     rest = {field: row[field] for field in SHARED_FIELDS if field in row}
-    asked = next((name for name in ("prompt", *(pair[0] for pair in PAIRS)) if name in row), None)
+    asked = next((name for name in QUESTIONS if name in row), None)
     conversation = next((name for name in CONVERSATIONS if name in row), None)
     given: dict[str, Any]
     if conversation is not None and "prompt" not in row:
@@ -36,13 +39,14 @@ def read_prompt(row: Row, default_effort: Reasoning = "medium") -> list[TrainMes
         if is_list and _ends_with_answer(messages):
             given[conversation] = messages
     elif asked is not None:
-        given = {"prompt": row[asked], "completion": "."}
+        is_answered = isinstance(row[asked], list) and _ends_with_answer(row[asked])
+        given = {"messages": row[asked]} if is_answered else {"prompt": row[asked], "completion": "."}
     elif "instruction" in row:
         given = {name: row[name] for name in ("instruction", "input", "history") if name in row}
         given["output"] = "."
     else:
         fields = ", ".join(sorted(map(str, row))) or "none"
-        raise RowError("unknown format", f"has no prompt and no messages; its fields are {fields}")
+        raise RowError("unknown format", f"its fields are {fields}: must be {ALLOWED}")
     messages = harmony_messages(read_conversation(rest | given), default_effort)
     return messages[: history_length(messages)]
 

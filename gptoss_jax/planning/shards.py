@@ -105,7 +105,8 @@ def step_on(config: TrainConfig, mesh: dict[str, int]) -> Step:
     Raises ValueError, with the valid sizes, if the mesh does not divide a parameter.
     """
     # Shapes depend on neither mesh nor batch size.
-    data = dataclasses.replace(config.data, batch_size=config.optim.grad_accum_steps)
+    size = math.lcm(config.optim.grad_accum_steps, config.grpo.group_size)
+    data = dataclasses.replace(config.data, batch_size=size)
     shapes = _shapes(dataclasses.replace(config, mesh=type(config.mesh)(), data=data))
     shardings = parameter_shardings(shapes, abstract_mesh(mesh))
     state, frozen = jax.tree.map(local_bytes, shapes, shardings)

@@ -84,8 +84,9 @@ class Console:
             self._stream.flush()
         self._replaceable = line
 
-    def start(self, step: int, total: int) -> None:
-        """Starts the progress line: `step` steps of `total` are done already."""
+    def start(self, step: int, total: int, activity: str = COMPILING) -> None:
+        """Starts the progress line: `step` steps of `total` are done already. `activity` is shown until the
+        first one is done."""
         # The bar gives way to the numbers in a narrow terminal, and those to the step.
         step_column = Column(no_wrap=True, min_width=len(f"step {total}/{total}"))
         self._progress = Progress(
@@ -98,12 +99,10 @@ class Console:
             refresh_per_second=4,
             speed_estimate_period=RATE_INTERVAL,
         )
-        self._progress.add_task(
-            "", completed=step, total=total, stats="", activity=(COMPILING, self._clock())
-        )
+        self._progress.add_task("", completed=step, total=total, stats="", activity=(activity, self._clock()))
         self._progress.start()
         if not self._is_terminal and not self._quiet:
-            self._compiling.enter_context(status(COMPILING))
+            self._compiling.enter_context(status(activity))
 
     def update(
         self, step: int, value: float, tokens_per_second: float, learning_rate: float, label: str = "loss"

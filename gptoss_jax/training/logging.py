@@ -21,7 +21,7 @@ from gptoss_jax.inference.sampling_params import SamplingParams
 from gptoss_jax.model.transformer import bind
 from gptoss_jax.parallel import distributed
 from gptoss_jax.terminal import format_count, format_duration, format_number, format_si
-from gptoss_jax.training.console import Console
+from gptoss_jax.training.console import COMPILING, Console
 from gptoss_jax.training.descriptions import describe_adapters, describe_step, next_command
 from gptoss_jax.training.losses import bits_per_byte
 from gptoss_jax.training.metrics import MetricsLog, StepTimer, read_metrics
@@ -97,7 +97,8 @@ class RunLog:
         for name, value in lines.items():
             if value:
                 self.console.message(f"  {name:<7}{value}")
-        self.console.start(first_step, config.steps)
+        activity = "sampling answers, and compiling" if self._is_rl else COMPILING
+        self.console.start(first_step, config.steps, activity)
         self.timer.restart()
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -213,7 +214,9 @@ class RunLog:
         if not is_final:
             is_best = loss < self._best_loss and math.isfinite(loss)
             self._best_loss = loss if is_best else self._best_loss
-            details = f"{means['completions/mean_length']:,.0f} tokens per answer"
+            details = (
+                f"{means['answers']:,.0f} prompts, {means['completions/mean_length']:,.0f} tokens per answer"
+            )
             if left_out := round(means["answers_left_out"]):
                 details += f", {left_out:,} of them left out"
             self.console.evaluation(step, means["reward"], details, is_best, label="reward")
@@ -287,12 +290,13 @@ class RunLog:
             speed = f"{sampled:,.0f} tokens/s sampled, {trained:,.0f} trained"
         waiting = (
             f"{share('rollout_share' if self._is_rl else 'data_wait_share'):.2%} of the time for "
-            f"{'answers' if self._is_rl else 'data'}, {share('logging_share'):.2%} for logging"
+            f"{'rollouts' if self._is_rl else 'data'}, {share('logging_share'):.2%} for logging"
         )
         tokens = f"{format_count(steps[-1]['tokens_seen'])} in {format_duration(seconds.sum())}"
         loss_unit = "nats per token"
         if self._is_rl:
-            loss_unit = f"per answer, {final.get('val_completions/mean_length', 0):,.0f} tokens each"
+            length = f"{final.get('val_completions/mean_length', 0):,.0f} tokens each"
+            loss_unit = f"per answer to {final.get('val_answers', 0):,.0f} prompts, {length}"
         if self.cache.is_pairs:
             loss_unit = f"per pair, {final.get(f'val_{ACCURACY}', 0):.1%} of the chosen answers preferred"
         self.console.summary(
@@ -300,7 +304,7 @@ class RunLog:
                 f"held-out {self._value}": f"{format_number(final.get(f'val_{self._value}'), 4)} {loss_unit}",
                 "tokens seen": tokens,
                 "speed": speed + (f", MFU {used:.1%}" if used else ""),
-                "waiting": waiting,
+                "sampling" if self._is_rl else "waiting": waiting,
                 "report": str(picture),
             },
             next_command(

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from gptoss_jax.training.logging import RunLog
 from gptoss_jax.training.objectives import Objective
 from gptoss_jax.training.profile import StepTracer
 from gptoss_jax.training.reference import with_reference
+from gptoss_jax.training.rewards import Reward, load_rewards
 from gptoss_jax.training.rl import make_objective
 from gptoss_jax.training.rollouts import RolloutFeed
 from gptoss_jax.training.state import TrainState
@@ -70,8 +71,9 @@ def train(
     console = Console(quiet=not is_main)
     mesh = make_mesh(config.mesh)
     setup.check_settings(config, mesh, console.message)
+    rewards = load_rewards(config.grpo) if config.objective == "grpo" else []
     cache = setup.open_cache(config, console.message)
-    feed = _open_feed(config, cache, mesh, console)
+    feed = _open_feed(config, cache, mesh, console, rewards)
     run_dir = pathlib.Path(config.run_dir)
     with contextlib.ExitStack() as stack:
         if is_main:
@@ -124,10 +126,16 @@ def train(
     return dataclasses.replace(state, params=merge_params(state.params, frozen))
 
 
-def _open_feed(config: TrainConfig, cache: TokenCache, mesh: jax.sharding.Mesh, console: Console) -> Feed:
+def _open_feed(
+    config: TrainConfig,
+    cache: TokenCache,
+    mesh: jax.sharding.Mesh,
+    console: Console,
+    rewards: Sequence[Reward] = (),
+) -> Feed:
     """Returns the batches of this process."""
     if config.objective == "grpo":
-        return RolloutFeed(config, cache, mesh, console.message)
+        return RolloutFeed(config, cache, mesh, console.message, rewards)
     return TextFeed(config, cache, mesh)
 
 

@@ -10,7 +10,7 @@ A function of the user's takes the prompt, the answer and the row of the dataset
 import dataclasses
 import hashlib
 import importlib.util
-import math
+import inspect
 import numbers
 import pathlib
 import re
@@ -28,7 +28,7 @@ from gptoss_jax.data.prompt_rows import ANSWERS, expected_answer
 
 Function = Callable[[str, "Answer", dict[str, Any]], Any]
 BUILT_IN = "exact, format, regex:PATTERN"
-MAX_SHOWN = 60  # characters of a reward in an error
+MAX_REWARD = 1e30  # whose square is finite in the statistics of a group
 
 
 class Answer(str):
@@ -85,20 +85,23 @@ class Reward:
             value = value.item() if getattr(value, "ndim", None) == 0 else value
             number = float(value) if isinstance(value, numbers.Real) else None
             shown = _shown(value)
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{pathlib.Path(last.filename).name}:{last.lineno}"
-            raise RewardError(f"raised {type(error).__name__} at {place}: {one_line(error)}") from None
+        except (Exception, SystemExit) as error:
+            frames = [one for one in traceback.extract_tb(error.__traceback__) if one.filename != __file__]
+            place = f" at {pathlib.Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+            raise RewardError(f"raised {type(error).__name__}{place}: {_cut(one_line(error))}") from None
         if number is None:
             raise RewardError(f"returned {shown}, {type_name(value)}: must be a number")
-        if not math.isfinite(number):
-            raise RewardError(f"returned {number}: must be finite")
+        if not abs(number) <= MAX_REWARD:
+            raise RewardError(f"returned {number}: must be finite, and at most {MAX_REWARD:g}")
         return number
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return _cut(repr(value), 60)
+
+
+def _cut(text: str, length: int = 200) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def load_rewards(config: GrpoConfig) -> list[Reward]:
@@ -136,33 +139,49 @@ def _find(spec: str, modules: dict[pathlib.Path, types.ModuleType]) -> tuple[str
     require(path.is_file(), "grpo.rewards", spec, "no such file")
     try:
         found = vars(modules.get(path) or modules.setdefault(path, _import(path)))
-    except Exception as error:
-        raise ValueError(f"grpo.rewards is {spec!r}: {path.name}: {one_line(error)}") from None
+    except (Exception, SystemExit) as error:
+        reason = f"{path.name}: {type(error).__name__}: {_cut(one_line(error))}"
+        raise ValueError(f"grpo.rewards is {spec!r}: {reason}") from None
     functions = [key for key, value in found.items() if callable(value) and not key.startswith("_")]
     allowed = f"{path.name} has no function {function}; it has {listed(functions) or 'none'}"
     require(callable(found.get(function)), "grpo.rewards", spec, allowed)
+    try:
+        inspect.signature(found[function]).bind("", "", {})
+    except TypeError as error:
+        takes = f"{function} must take (prompt, answer, row): {one_line(error)}"
+        raise ValueError(f"grpo.rewards is {spec!r}: {takes}") from None
+    except ValueError:  # no signature, as of some functions in C
+        pass
     return function if function != "reward" else path.stem, found[function]
 
 
 def _import(path: pathlib.Path) -> types.ModuleType:
-    """Runs a file as a module, which may import others beside it."""
-    spec = importlib.util.spec_from_file_location(f"gptoss_rewards_{path.stem}", path)
+    """Runs a file as a module, which may import others beside it; files in other folders do not see these."""
+    folder, before = str(path.absolute().parent), {*sys.modules}
+    name = f"gptoss_rewards_{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    spec.loader.exec_module(module)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+        for other in {*sys.modules} - before:
+            if str(getattr(sys.modules[other], "__file__", None) or "").startswith(folder):
+                del sys.modules[other]
     return module
 
 
 def digest(config: GrpoConfig) -> str:
-    """Identifies the reward functions by the names and the files in `grpo.rewards`."""
-    found = hashlib.sha256()
+    """Identifies the reward functions: by their names, weights, and the contents of their files."""
+    found = hashlib.sha256(repr(config.weights).encode())
     for spec in config.rewards:
-        name = spec if spec.endswith(".py") else spec.rpartition(":")[0]
-        is_file = name.endswith(".py") and not spec.startswith("regex:")
-        found.update(user_path(name, "grpo.rewards").read_bytes() if is_file else spec.encode())
+        file, _, function = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "reward")
+        if spec.startswith("regex:") or not file.endswith(".py"):
+            file, function = "", spec
+        found.update(user_path(file, "grpo.rewards").read_bytes() if file else b"")
+        found.update(f"\n{function}\n".encode())
     return found.hexdigest()
 
 
@@ -170,7 +189,8 @@ def _exact(prompt: str, answer: Answer, row: dict[str, Any]) -> float:
     """1 for a complete answer that equals the row's, apart from spaces around it."""
     expected = expected_answer(row)
     if expected is None:
-        raise ValueError(f"the row has no answer: must have {', '.join(ANSWERS)}, or an assistant message")
+        fields = ", ".join(ANSWERS)
+        raise ValueError(f"the row has no answer: must have text or a number in {fields}, or messages")
     return float(answer.is_complete and answer.strip() == expected)
 
 

@@ -4,6 +4,7 @@ The engine and the training step are programs of one process with the same weigh
 log-probability with which a token was sampled equals that of the training step except for rounding.
 """
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +16,13 @@ import numpy as np
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.data.batches import (
-    ADVANTAGES,
-    SAMPLED_LOG_PROBS,
     local_rows,
     make_global_batch,
     usable_prompts,
-    zeros,
 )
 from gptoss_jax.data.harmony import Harmony
-from gptoss_jax.data.packing import pack
 from gptoss_jax.data.token_cache import TokenCache
 from gptoss_jax.inference.generate import generate
-from gptoss_jax.inference.prefill import next_power_of_two
 from gptoss_jax.inference.sampling_params import Completion, SamplingParams
 from gptoss_jax.model.parameters import merge_params
 from gptoss_jax.model.transformer import bind
@@ -34,8 +30,9 @@ from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import sequence_shards
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.objectives import Batch
-from gptoss_jax.training.rewards import Answer, RewardError, digest, load_rewards
+from gptoss_jax.training.rewards import MAX_REWARD, Answer, Reward, RewardError, digest, load_rewards
 from gptoss_jax.training.rl import group_advantages
+from gptoss_jax.training.rollout_rows import Sample, make_rows, prompt_of
 
 if TYPE_CHECKING:
     from gptoss_jax.training.logging import RunLog
@@ -45,17 +42,6 @@ SHOWN_ERRORS = 10  # maximum number of bad rewards to print
 MAX_BAD_IN_A_ROW = 20  # rollouts without a usable reward
 MAX_HELD_OUT = 1024  # prompts in the last evaluation
 TRAINING, EVALUATION = 0, 1  # streams of random seeds
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """An answer to a prompt, with its stop token if it has one. Its advantage is None if it is left out,
-    because a reward of its group cannot be used."""
-
-    document: int  # the prompt, in the cache
-    tokens: list[int]
-    log_probs: list[float]  # with which each token was sampled
-    advantage: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +65,15 @@ class RolloutFeed:
         cache: TokenCache,
         mesh: jax.sharding.Mesh,
         report: Callable[[str], None],
+        rewards: Sequence[Reward] | None = None,
     ) -> None:
-        """Raises ValueError if a reward function cannot be loaded, or no prompt fits."""
+        """`rewards` are those that `config.grpo` names, if they are loaded already. Raises ValueError if one
+        cannot be loaded, or no prompt fits."""
         self._config, self._cache, self._report = config, cache, report
         self._harmony = Harmony(cache.tokenizer)
-        self._rewards = load_rewards(config.grpo)
+        self._rewards = load_rewards(config.grpo) if rewards is None else rewards
+        # Of the files that were loaded, whatever happens to them later.
+        self._digest = digest(config.grpo)
         self._sharding = batch_sharding(mesh)
         # Rows of a batch are a multiple of this.
         self._unit = sequence_shards(mesh.shape) * config.optim.grad_accum_steps
@@ -107,14 +97,17 @@ class RolloutFeed:
         is_kept = 0 < self._num_used < self._config.grpo.iterations
         samples = [dataclasses.asdict(one) for one in self._samples] if is_kept else []
         state = {"samples": samples, "metrics": self._metrics if is_kept else {}, "num_used": self._num_used}
-        return state | {"rewards": digest(self._config.grpo)}
+        return state | {"rewards": self._digest}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position that `get_state` returned."""
         self._samples = [Sample(**one) for one in state["samples"]]
         self._metrics, self._num_used = state["metrics"], state["num_used"]
-        if state["rewards"] != digest(self._config.grpo):
-            self._report("grpo.rewards or its file has changed: rewards differ from those of earlier steps")
+        if state["rewards"] != self._digest:
+            self._report(
+                "grpo.rewards, their weights or a file have changed: rewards, and the best checkpoint, "
+                "are not comparable with those of earlier steps"
+            )
 
     def next(self, step: int, params: dict, frozen: dict, log: "RunLog") -> tuple[Batch, dict[str, float]]:
         """Returns the batch of the step after `step`, sampled from the current model unless there are further
@@ -143,6 +136,7 @@ class RolloutFeed:
         completions = self._generate(params, documents_B, seed=(TRAINING, number), temperature=1.0)
         seconds = time.perf_counter() - began
         rewards_BF = self._score(documents_B, completions)
+        reward_seconds = time.perf_counter() - began - seconds
         total_PG = (rewards_BF @ np.array(config.weights)).reshape(count, group)
         is_used_P = np.isfinite(total_PG).all(axis=1)
         self._check_usable(is_used_P)
@@ -167,6 +161,7 @@ class RolloutFeed:
             "completions/clipped_ratio": np.mean([one.finish_reason == "length" for one in completions]),
             "groups_left_out": np.sum(~is_used_P),
             "rollout_seconds": seconds,
+            "reward_seconds": reward_seconds,
             "rollout_tokens_per_second": lengths.sum() / seconds,
         }
         return samples, {name: float(value) for name, value in metrics.items()}
@@ -225,13 +220,16 @@ class RolloutFeed:
         place = f"its group is left out ({self._cache.where(document)})"
         for reward in self._rewards:
             try:
-                values.append(reward(prompt, answer, row))
+                # A function may change its row.
+                values.append(reward(prompt, answer, copy.deepcopy(row)))
             except RewardError as error:
                 values.append(np.nan)
                 errors.append(f"grpo.rewards: {reward.name} {error}; {place}")
         total = sum(value * one.weight for value, one in zip(values, self._rewards, strict=True))
-        if np.isinf(total):
-            errors.append(f"grpo.rewards: the weighted sum is {total}: must be finite; {place}")
+        if abs(total) > MAX_REWARD:
+            errors.append(
+                f"grpo.rewards: the weighted sum is {total}: must be at most {MAX_REWARD:g}; {place}"
+            )
             return [np.nan] * len(values)
         return values
 
@@ -271,6 +269,7 @@ class RolloutFeed:
             "reward": _mean(total_B[is_used_B]),
             **self._each_reward(rewards_BF[is_used_B]),
             "completions/mean_length": float(np.mean(lengths)),
+            "answers": float(len(is_used_B)),
             "answers_left_out": float(np.sum(~is_used_B)),
         }
 
@@ -294,49 +293,9 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
-def prompt_of(cache: TokenCache, document: int) -> list[int]:
-    """Returns the tokens of a prompt."""
-    start, end = cache.offsets[document : document + 2]
-    return cache.tokens[start:end].tolist()
-
-
 def _sampled(one: Completion) -> tuple[list[int], list[float]]:
     """Returns the sampled tokens, with the stop token if any, and their log-probabilities."""
     assert one.logprobs is not None, "sampled with log-probabilities"
     if one.stop_token is None or one.stop_logprob is None:
         return one.tokens, one.logprobs
     return [*one.tokens, one.stop_token], [*one.logprobs, one.stop_logprob]
-
-
-def make_rows(cache: TokenCache, samples: Sequence[Sample], seq_len: int, unit: int) -> dict[str, np.ndarray]:
-    """Packs prompts with their answers into rows, arrays [R, T]: those of `data.batches.BATCH_FIELDS`, and
-    the log-probability and the advantage of each sampled token. Answers without an advantage are left out.
-
-    R is `unit` times 1, 2, 3, 4, 6, 8, 12 and so on, so that few programs are compiled, but at most one row
-    per answer.
-    """
-    used = [one for one in samples if one.advantage is not None]
-    wholes = [prompt_of(cache, one.document) + one.tokens for one in used]
-    plan = pack(np.array([len(whole) - 1 for whole in wholes]), seq_len)
-    needed = len(plan.row_offsets) - 1
-    units = min(_rounded_up(max(-(-needed // unit), 1)), -(-len(samples) // unit))
-    rows = zeros((units * unit, seq_len), (SAMPLED_LOG_PROBS, ADVANTAGES))
-    for row in range(needed):
-        start = 0
-        for segment, piece in enumerate(range(*plan.row_offsets[row : row + 2]), start=1):
-            one, whole = used[plan.document[piece]], wholes[plan.document[piece]]
-            end, answer = start + len(whole) - 1, start + len(whole) - 1 - len(one.tokens)
-            rows["tokens"][row, start:end], rows["targets"][row, start:end] = whole[:-1], whole[1:]
-            rows["segment_ids"][row, start:end] = segment
-            rows["positions"][row, start:end] = np.arange(end - start)
-            rows["loss_weights"][row, answer:end] = 1
-            rows[SAMPLED_LOG_PROBS][row, answer:end] = one.log_probs
-            rows[ADVANTAGES][row, answer:end] = one.advantage
-            start = end
-    return rows
-
-
-def _rounded_up(count: int) -> int:
-    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16 and so on that is at least `count`."""
-    power = next_power_of_two(count)
-    return 3 * power // 4 if 4 * count <= 3 * power else power
