@@ -787,7 +787,7 @@ def test_two_processes_train_like_one(base, source, tmp_path):
     rows, expected = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     assert len(rows) == len(expected) == 5
     for row, other in zip(rows, expected, strict=True):
-        names = [name for name in other if "reward" in name or name in ("loss", "completions/mean_length")]
+        names = [name for name in other if re.match(r"(val_)?(rewards?(/|_std|$)|loss$|completions/)", name)]
         assert len(names) >= 2
         for name in names:
             assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-5), name
