@@ -9,21 +9,19 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from helpers.params import assert_close, random_params
+from helpers.objectives import MODEL, OPTIM, V, plain_log_probs, start_params, steps_on, train_on_chat
+from helpers.params import assert_close
 from helpers.weights import leaves
 
 from gptoss_jax.cli import main
 from gptoss_jax.config import (
-    SLIDING,
     CheckpointConfig,
     DataConfig,
     DpoConfig,
     EvalConfig,
     LoraConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -35,9 +33,8 @@ from gptoss_jax.data.stdlib_chat import preference_rows
 from gptoss_jax.data.token_cache import build_cache
 from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import merge_params, split_params
-from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
+from gptoss_jax.model.transformer import bind, init_params, segment_positions
 from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training import losses
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import read_metrics
@@ -52,16 +49,8 @@ from gptoss_jax.training.preferences import (
 )
 from gptoss_jax.training.reference import FILE
 from gptoss_jax.training.setup import check_devices
-from gptoss_jax.training.state import create_state, place_on_mesh
-from gptoss_jax.training.step import make_train_step
 
-B, T, V = 8, 21, 104
-MODEL = ModelConfig(
-    vocab_size=V, hidden_size=40, intermediate_size=28, num_hidden_layers=2, layer_types=(SLIDING,) * 2,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=18, num_local_experts=16, num_experts_per_tok=3,
-    sliding_window=5, rope_scaling=None, compute_dtype="float32",
-    lora=LoraConfig(rank=6, expert_rank=5, alpha=12.0),
-)  # fmt: skip
+B, T = 8, 21
 LOSSES = {
     "sigmoid": DpoConfig(beta=0.3),
     "smoothed": DpoConfig(beta=0.3, label_smoothing=0.2),
@@ -77,8 +66,7 @@ def make_config(dpo=LOSSES["sigmoid"], model=MODEL, **changes):
         "objective": "dpo",
         "dpo": dpo,
         "data": DataConfig(source="stdlib-preferences", seq_len=T, batch_size=B),
-        # With a large epsilon, updates are proportional to gradients, so wrong gradients show.
-        "optim": OptimConfig(learning_rate=5e-3, warmup_steps=0, epsilon=0.05, max_grad_norm=0.0),
+        "optim": OPTIM,
         "steps": 20,
     }
     return TrainConfig(**(values | changes))
@@ -101,12 +89,6 @@ def make_batch(seed=0):
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     batch |= {"positions": segment_positions(batch["segment_ids"]), "loss_weights": jnp.asarray(weights)}
     return batch | {REFERENCE_FIELD: jnp.asarray(-3 * rng.random((B, T)), jnp.float32)}
-
-
-@functools.cache
-def start_params(model):
-    wide = ("router", "router_bias", "sinks")
-    return random_params(model, lambda name: 0.3 if name in wide else 0.1, seed=7)
 
 
 def pairs_by_hand(log_p, batch):
@@ -146,12 +128,6 @@ def loss_by_hand(dpo, log_p, reference, batch):
     return total, metrics
 
 
-def plain_log_probs(model, batch):
-    logits = model(batch["tokens"], batch["segment_ids"], batch["positions"])
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
-
-
 @pytest.mark.parametrize(
     ("name", "has_stored"),
     [(name, stored) for name in LOSSES for stored in (False, True)[: 1 + LOSSES[name].needs_reference]],
@@ -161,7 +137,7 @@ def test_losses_gradients_and_metrics_match_the_formulas(name, has_stored):
     config = make_config(dpo)
     if not has_stored:
         del batch[REFERENCE_FIELD]
-    params = jax.tree.map(jnp.asarray, start_params(MODEL))
+    params = jax.tree.map(jnp.asarray, start_params())
     adapters, frozen = split_params(params, lora.is_adapter)
     objective = preference_objective(config)
     weight = objective.weight(batch)
@@ -277,24 +253,8 @@ MESHES = {
 
 def run_on(mesh_config, grad_accum_steps=1):
     """Returns the metrics of two steps, and the gradient of the first."""
-    config = make_config()
-    optim = dataclasses.replace(config.optim, grad_accum_steps=grad_accum_steps)
-    config = dataclasses.replace(config, optim=optim)
-    mesh = make_mesh(mesh_config or MeshConfig(data=1), None if mesh_config else jax.devices()[:1])
-    places = jax.tree.map(lambda leaf: leaf.sharding, place_on_mesh(abstract_params(MODEL), mesh))
-    params = jax.device_put(start_params(MODEL), places)
-    rows, gradients = [], None
-    with jax.set_mesh(mesh):
-        adapters, frozen = split_params(params, lora.is_adapter)
-        state = create_state(config, mesh, adapters)
-        step = make_train_step(config, preference_objective(config))
-        for seed in range(2):
-            batch = {name: x for name, x in make_batch(seed).items() if name in BATCH_FIELDS}
-            state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)), frozen)
-            rows.append({name: float(x) for name, x in jax.device_get(metrics).items() if x.ndim == 0})
-            if seed == 0:
-                gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
-    return rows, gradients
+    batches = [{name: x for name, x in make_batch(seed).items() if name in BATCH_FIELDS} for seed in range(2)]
+    return steps_on(mesh_config, make_config(), batches, grad_accum_steps)
 
 
 alone = functools.cache(functools.partial(run_on, None))
@@ -522,19 +482,9 @@ def test_settings_of_losses(values, message):
 def base(tmp_path, source):
     """A run without preferences, to start from."""
     rows = [{"prompt": f"What is {i} + {i}?", "completion": f"It is {2 * i}."} for i in range(40)]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = dataclasses.replace(MODEL, vocab_size=300, lora=None, max_position_embeddings=1024)
-    config = TrainConfig(
-        model=model,
-        data=dataclasses.replace(source, source=f"chat:{tmp_path}/chat.jsonl"),
-        optim=OptimConfig(learning_rate=3e-3, warmup_steps=0),
-        checkpoint=CheckpointConfig(every=50),
-        eval=EvalConfig(every=50, batches=1, sample_tokens=0),
-        steps=1,
-        run_dir=str(tmp_path / "base"),
+    return train_on_chat(
+        tmp_path, source, rows, optim=OptimConfig(learning_rate=3e-3, warmup_steps=0), steps=1
     )
-    train(config)
-    return config
 
 
 def dpo_config(base, source, tmp_path, name, **changes):

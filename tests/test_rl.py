@@ -11,23 +11,31 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from helpers.params import assert_close, random_params
+from helpers.objectives import (
+    MODEL,
+    OPTIM,
+    V,
+    mesh_of,
+    params_on,
+    plain_log_probs,
+    start_params,
+    steps_on,
+    train_on_chat,
+)
+from helpers.params import assert_close
 from helpers.processes import ROOT, start_all, start_one, wait_for_exit
 from helpers.weights import leaves
 
 from gptoss_jax.checkpoints.export import save_pretrained
 from gptoss_jax.cli import main
 from gptoss_jax.config import (
-    SLIDING,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
     GrpoConfig,
     LoraConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -42,9 +50,7 @@ from gptoss_jax.data.token_cache import build_cache
 from gptoss_jax.data.tokenizer import make_tokenizer
 from gptoss_jax.model import lora
 from gptoss_jax.model.parameters import merge_params, split_params
-from gptoss_jax.model.transformer import abstract_params, bind, init_params, segment_positions
-from gptoss_jax.parallel.mesh import make_mesh
-from gptoss_jax.parallel.rules import batch_sharding
+from gptoss_jax.model.transformer import bind, init_params, segment_positions
 from gptoss_jax.training.loop import train
 from gptoss_jax.training.metrics import StepTimer, read_metrics
 from gptoss_jax.training.preferences import without_adapters
@@ -52,16 +58,10 @@ from gptoss_jax.training.rewards import Answer, Reward, RewardError, load_reward
 from gptoss_jax.training.rl import DIFFERENCE, group_advantages, grpo_objective, grpo_terms
 from gptoss_jax.training.rollout_rows import Sample, make_rows
 from gptoss_jax.training.rollouts import RolloutFeed
-from gptoss_jax.training.state import create_state, place_on_mesh
+from gptoss_jax.training.state import create_state
 from gptoss_jax.training.step import make_train_step
 
-B, T, V = 8, 24, 104
-MODEL = ModelConfig(
-    vocab_size=V, hidden_size=40, intermediate_size=28, num_hidden_layers=2, layer_types=(SLIDING,) * 2,
-    num_attention_heads=8, num_key_value_heads=4, head_dim=18, num_local_experts=16, num_experts_per_tok=3,
-    sliding_window=5, rope_scaling=None, compute_dtype="float32",
-    lora=LoraConfig(rank=6, expert_rank=5, alpha=12.0),
-)  # fmt: skip
+B, T = 8, 24
 GRPO = GrpoConfig(("format",), group_size=4, max_new_tokens=8, epsilon=0.1, epsilon_high=0.3, beta=0.2)
 
 
@@ -130,33 +130,13 @@ def make_batch(seed=0):
     return batch | {ADVANTAGES: jnp.asarray(advantages), SAMPLED_LOG_PROBS: sampled}
 
 
-@functools.cache
-def start_params():
-    wide = ("router", "router_bias", "sinks")
-    return random_params(MODEL, lambda name: 0.3 if name in wide else 0.1, seed=7)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _plain_log_probs(config, params, batch):
-    logits = bind(config, params)(batch["tokens"], batch["segment_ids"], batch["positions"])
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
-
-
-def plain_log_probs(model, batch):
-    from gptoss_jax.model.transformer import get_params
-
-    return _plain_log_probs(model.config, get_params(model), batch)
-
-
 def make_config(**changes):
     values = {
         "model": MODEL,
         "objective": "grpo",
         "grpo": GRPO,
         "data": DataConfig("stdlib-prompts", seq_len=T, batch_size=B),
-        # With a large epsilon, updates are proportional to gradients, so wrong gradients show.
-        "optim": OptimConfig(learning_rate=5e-3, warmup_steps=0, epsilon=0.05, max_grad_norm=0.0),
+        "optim": OPTIM,
         "steps": 20,
     }
     return TrainConfig(**(values | changes))
@@ -213,19 +193,8 @@ MESHES = {
 
 def step_on(mesh_config, grad_accum_steps=1):
     """Returns the metrics of a step, and its gradient."""
-    config = make_config()
-    optim = dataclasses.replace(config.optim, grad_accum_steps=grad_accum_steps)
-    config = dataclasses.replace(config, optim=optim)
-    mesh = make_mesh(mesh_config or MeshConfig(data=1), None if mesh_config else jax.devices()[:1])
-    places = jax.tree.map(lambda leaf: leaf.sharding, place_on_mesh(abstract_params(MODEL), mesh))
-    batch = make_batch()
-    with jax.set_mesh(mesh):
-        adapters, frozen = split_params(jax.device_put(start_params(), places), lora.is_adapter)
-        state = create_state(config, mesh, adapters)
-        batch = jax.device_put(batch, batch_sharding(mesh))
-        state, metrics = make_train_step(config, grpo_objective(config))(state, batch, frozen)
-        gradients = jax.device_get(optax.tree.get(state.opt_state, "mu"))
-    return {name: float(x) for name, x in jax.device_get(metrics).items() if x.ndim == 0}, gradients
+    (row,), gradients = steps_on(mesh_config, make_config(), [make_batch()], grad_accum_steps)
+    return row, gradients
 
 
 alone = functools.cache(functools.partial(step_on, None))
@@ -439,6 +408,23 @@ def test_rewards_of_a_file(tmp_path, harmony):
                                        "def a(*_):\n    values.append(1)\n    return other(*_)\n"
                                        "def b(*_):\n    return len(values)\n")  # fmt: skip
     first, second = load_rewards(GrpoConfig((f"{tmp_path}/outer.py:a", f"{tmp_path}/outer.py:b")))
+    # Where dataclasses look up the names in annotations.
+    typed = "from __future__ import annotations\nimport dataclasses\n"
+    typed += "@dataclasses.dataclass\nclass A:\n    x: int\n"
+    (tmp_path / "typed.py").write_text(f"{typed}def reward(*_):\n    return A(4).x\n")
+    # A package of an environment below the folder stays imported, because there must not be two copies.
+    packages = tmp_path / ".venv"
+    packages.mkdir()
+    (packages / "only_once.py").write_text("")
+    for name in ("first", "other"):
+        (tmp_path / f"{name}.py").write_text(
+            f"import sys\nsys.path.append({str(packages)!r})\nimport only_once\nsys.path.pop()\n"
+            "def reward(*_):\n    return id(only_once)\n"
+        )
+    names = ("typed", "first", "other")
+    three = load_rewards(GrpoConfig(tuple(f"{tmp_path}/{name}.py" for name in names)))
+    values = [one("", answer_of(harmony, "a"), {}) for one in three]
+    assert values[0] == 4 and values[1] == values[2]
     (tmp_path / "b").mkdir()
     for folder, value in ((tmp_path, 1), (tmp_path / "b", 2)):
         (folder / "beside.py").write_text(f"def reward(prompt, answer, row):\n    return {value}\n")
@@ -620,18 +606,7 @@ def base(tmp_path_factory, source):
     """A run to start from, whose answers have about the right form."""
     folder = tmp_path_factory.mktemp("base")
     rows = [{"prompt": f"What is {i} + {i}?", "completion": f"{2 * i}"} for i in range(60)]
-    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = dataclasses.replace(MODEL, vocab_size=300, lora=None, max_position_embeddings=1024)
-    config = TrainConfig(
-        model=model,
-        data=dataclasses.replace(source, source=f"chat:{folder}/chat.jsonl"),
-        optim=OptimConfig(learning_rate=2e-2, warmup_steps=0),
-        checkpoint=CheckpointConfig(every=50),
-        eval=EvalConfig(every=50, batches=1, sample_tokens=0),
-        steps=20,
-        run_dir=str(folder / "base"),
-    )
-    train(config)
+    config = train_on_chat(folder, source, rows, steps=20)
     (folder / "mine.py").write_text(
         "def reward(prompt, answer, row):\n"
         "    return sum(map(ord, answer.text)) % 7 + 0.5 * answer.num_tokens\n"
@@ -719,20 +694,19 @@ def test_rollouts_on_a_mesh_equal_those_of_one_device(base, source, tmp_path, me
     cache = build_cache(config.data)
     start = jax.tree.map(np.asarray, init_params(config.model, jax.random.key(5)))
 
-    def first_step(mesh, devices):
-        mesh = make_mesh(mesh, devices)
-        places = jax.tree.map(lambda leaf: leaf.sharding, place_on_mesh(abstract_params(config.model), mesh))
+    def first_step(mesh_config):
+        mesh = mesh_of(mesh_config)
         with jax.set_mesh(mesh):
-            adapters, frozen = split_params(jax.device_put(start, places), lora.is_adapter)
+            adapters, frozen = params_on(mesh, config.model, start)
             state = create_state(config, mesh, adapters)
-            feed = RolloutFeed(config, cache, mesh, print)
+            feed = RolloutFeed(config, cache, mesh, print, load_rewards(config.grpo))
             log = types.SimpleNamespace(timer=StepTimer(), flush=lambda: None)
             batch, metrics = feed.next(0, adapters, frozen, log)
             _, found = make_train_step(config, grpo_objective(config))(state, batch, frozen)
             return feed._samples, metrics | jax.device_get(found)
 
-    samples, metrics = first_step(mesh, None)
-    expected, expected_metrics = first_step(MeshConfig(data=1), jax.devices()[:1])
+    samples, metrics = first_step(mesh)
+    expected, expected_metrics = first_step(None)
     assert [one.tokens for one in samples] == [one.tokens for one in expected]
     for one, other in zip(samples, expected, strict=True):
         np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5, atol=1e-5)
@@ -864,18 +838,7 @@ def test_a_step_without_usable_rewards_is_counted(base, source, tmp_path, monkey
 def test_answers_with_reasoning_are_sampled_to_their_end(source, tmp_path):
     """The end of the reasoning is not the end of the answer."""
     rows = [{"prompt": f"What is {i} + {i}?", "thinking": "Hm.", "completion": "4"} for i in range(60)]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = dataclasses.replace(MODEL, vocab_size=300, lora=None, max_position_embeddings=1024)
-    sft = TrainConfig(
-        model=model,
-        data=dataclasses.replace(source, source=f"chat:{tmp_path}/chat.jsonl"),
-        optim=OptimConfig(learning_rate=2e-2, warmup_steps=0),
-        checkpoint=CheckpointConfig(every=100),
-        eval=EvalConfig(every=100, batches=1, sample_tokens=40, temperature=0.0),
-        steps=60,
-        run_dir=str(tmp_path / "sft"),
-    )
-    train(sft)
+    sft = train_on_chat(tmp_path, source, rows, steps=60)
     config = grpo_config(
         sft,
         source,

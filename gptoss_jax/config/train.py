@@ -271,6 +271,11 @@ class TrainConfig(ConfigBase):
             allowed = f"the rank of {target}, {rank}, must be at most {min(shape)}, {sides}"
             require(rank <= min(shape), f"model.lora.{name}", getattr(model.lora, name), allowed)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Returns the number of tokens of a prompt that leaves room for an answer, with objective grpo."""
+        return self.data.seq_len - self.grpo.max_new_tokens
+
     def profiled_steps(self) -> range:
         """Returns the numbers of the steps to trace; the first step of a run is number 1.
 

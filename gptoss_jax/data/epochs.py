@@ -14,10 +14,10 @@ def describe_epochs(config: TrainConfig, cache: TokenCache) -> list[str]:
     """Returns a line with the number of epochs and, if conversations are repeated often, a warning."""
     data, steps = config.data, config.steps
     if config.objective == "grpo":
-        longest = data.seq_len - config.grpo.max_new_tokens
+        longest = config.longest_prompt
         prompts = len(usable_prompts(cache, longest, held_out=False))
         left_out = int(np.sum(~cache.held_out)) - prompts
-        epochs = rollout_epochs(config, cache, steps)
+        epochs = rollout_epochs(config, prompts, steps)
         return [
             f"{steps:,} step{'s' * (steps != 1)} = {epochs:.2g} epochs of {prompts:,} prompts"
             + (f"; {left_out:,} with more than {longest:,} tokens are left out" if left_out else "")
@@ -35,8 +35,7 @@ def describe_epochs(config: TrainConfig, cache: TokenCache) -> list[str]:
     return lines
 
 
-def rollout_epochs(config: TrainConfig, cache: TokenCache, steps: int) -> float:
-    """Returns how often a run that samples answers uses each prompt in so many steps."""
-    prompts = usable_prompts(cache, config.data.seq_len - config.grpo.max_new_tokens, held_out=False)
+def rollout_epochs(config: TrainConfig, prompts: int, steps: int) -> float:
+    """Returns how often a run that samples answers uses each of its prompts in so many steps."""
     rollouts = -(-steps // config.grpo.iterations)
-    return rollouts * (config.data.batch_size // config.grpo.group_size) / len(prompts)
+    return rollouts * (config.data.batch_size // config.grpo.group_size) / prompts

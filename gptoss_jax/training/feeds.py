@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Feed(Protocol):
     """The batches of a run, from its position on."""
 
-    def get_state(self) -> Any:
-        """Returns the position, JSON-serializable and not None."""
+    def get_state(self, step: int) -> Any:
+        """Returns the position after `step` steps, JSON-serializable and not None."""
 
     def set_state(self, state: Any) -> None:
         """Continues from a position that `get_state` returned."""
@@ -46,7 +46,7 @@ class TextFeed:
         rows = local_rows(self._sharding, self._batch_size)
         self._batches = train_batches(cache, config.data, config.seed, rows)
 
-    def get_state(self) -> Any:
+    def get_state(self, step: int) -> Any:
         return self._batches.get_state()
 
     def set_state(self, state: Any) -> None:

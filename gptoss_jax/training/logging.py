@@ -10,7 +10,7 @@ import numpy as np
 
 from gptoss_jax.config import TrainConfig
 from gptoss_jax.config.paths import user_text
-from gptoss_jax.data.batches import packed_lengths, trained_pairs
+from gptoss_jax.data.batches import packed_lengths, trained_pairs, usable_prompts
 from gptoss_jax.data.epochs import describe_epochs, rollout_epochs
 from gptoss_jax.data.harmony import Harmony
 from gptoss_jax.data.token_cache import TokenCache
@@ -66,6 +66,7 @@ class RunLog:
         self._train_tokens = int(lengths[~cache.held_out].sum())
         self._trained_tokens = int(trained_pairs(cache, lengths)[~cache.held_out].sum())
         self._is_rl = config.objective == "grpo"
+        self._num_prompts = len(usable_prompts(cache, config.longest_prompt, False)) if self._is_rl else 0
         self._value = "reward" if self._is_rl else "loss"  # of a step, to be shown
         self._flops_per_token = flops_per_token(config.model, config.data.seq_len)
 
@@ -157,7 +158,7 @@ class RunLog:
     def _epochs(self, step: int) -> float:
         """Returns how often the run has seen the training data."""
         if self._is_rl:
-            return rollout_epochs(self.config, self.cache, step)
+            return rollout_epochs(self.config, self._num_prompts, step)
         return self.tokens_seen / self._train_tokens
 
     def _check_finite(self, step: int, values: dict[str, Any]) -> None:
@@ -198,13 +199,17 @@ class RunLog:
             row |= {k: meta[k] for k in ("gzip_bits_per_byte", "xz_bits_per_byte")}
         self._write(row)
         if not is_final:
-            is_best = val_loss < self._best_loss and math.isfinite(val_loss)
-            self._best_loss = val_loss if is_best else self._best_loss
             details = "" if "chat" in meta else f"{format_number(bits, 4)} bits per byte"
             if ACCURACY in means:
                 details = f"{means[ACCURACY]:.1%} of the chosen answers preferred"
-            self.console.evaluation(step, val_loss, details, is_best)
+            self.console.evaluation(step, val_loss, details, self._is_best(val_loss))
         return val_loss
+
+    def _is_best(self, loss: float) -> bool:
+        """Returns True if a loss is the least so far, and remembers it."""
+        is_best = loss < self._best_loss and math.isfinite(loss)
+        self._best_loss = loss if is_best else self._best_loss
+        return is_best
 
     def _reward_evaluation(self, step: int, means: dict[str, float], is_final: bool) -> float:
         """`evaluation` of a run whose rewards count: the best checkpoint has the highest one."""
@@ -212,14 +217,12 @@ class RunLog:
         self._write(row | ({"final": True} if is_final else {}))
         loss = -means["reward"]
         if not is_final:
-            is_best = loss < self._best_loss and math.isfinite(loss)
-            self._best_loss = loss if is_best else self._best_loss
             details = (
                 f"{means['answers']:,.0f} prompts, {means['completions/mean_length']:,.0f} tokens per answer"
             )
             if left_out := round(means["answers_left_out"]):
                 details += f", {left_out:,} of them left out"
-            self.console.evaluation(step, means["reward"], details, is_best, label="reward")
+            self.console.evaluation(step, means["reward"], details, self._is_best(loss), label="reward")
         return loss
 
     def sample(self, step: int, params: dict) -> None:

@@ -107,7 +107,7 @@ def train(
                     params = merge_params(state.params, frozen)
                     val_loss, pending = evaluate(step, params, pending)
                 if is_save:
-                    position = {"data": feed.get_state(), "tokens_seen": log.tokens_seen}
+                    position = {"data": feed.get_state(step), "tokens_seen": log.tokens_seen}
                     metadata = metadata | position | {"pending": pending}
                     with console.status("saving a checkpoint"):
                         checkpoints.save(step, *resume.checkpoint_items(state, frozen, metadata), val_loss)
@@ -133,7 +133,7 @@ def _open_feed(
     console: Console,
     rewards: Sequence[Reward] = (),
 ) -> Feed:
-    """Returns the batches of this process."""
+    """Returns the batches of this process; `rewards` are those of `config.grpo`."""
     if config.objective == "grpo":
         return RolloutFeed(config, cache, mesh, console.message, rewards)
     return TextFeed(config, cache, mesh)

@@ -120,6 +120,14 @@ def load_rewards(config: GrpoConfig) -> list[Reward]:
     return found
 
 
+def _file_of(spec: str) -> tuple[pathlib.Path | None, str]:
+    """Returns the file that an item of `grpo.rewards` names and the function in it; None for a built-in
+    one."""
+    name, _, function = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "reward")
+    is_file = name.endswith(".py") and not spec.startswith("regex:")
+    return (user_path(name, "grpo.rewards"), function) if is_file else (None, spec)
+
+
 def _find(spec: str, modules: dict[pathlib.Path, types.ModuleType]) -> tuple[str, Function]:
     """Returns the name and the function of an item of `grpo.rewards`; adds a file that it runs to
     `modules`."""
@@ -133,9 +141,9 @@ def _find(spec: str, modules: dict[pathlib.Path, types.ModuleType]) -> tuple[str
             raise ValueError(f"grpo.rewards is {spec!r}: not a regular expression: {error}") from None
         require(rest != "", "grpo.rewards", spec, "must be regex:PATTERN")
         return kind, lambda prompt, answer, row: float(pattern.search(answer) is not None)
-    name, _, function = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "reward")
-    require(name.endswith(".py"), "grpo.rewards", spec, f"must be {BUILT_IN} or FILE.py:FUNCTION")
-    path = user_path(name, "grpo.rewards")
+    path, function = _file_of(spec)
+    require(path is not None, "grpo.rewards", spec, f"must be {BUILT_IN} or FILE.py:FUNCTION")
+    assert path is not None, spec
     require(path.is_file(), "grpo.rewards", spec, "no such file")
     try:
         found = vars(modules.get(path) or modules.setdefault(path, _import(path)))
@@ -157,18 +165,21 @@ def _find(spec: str, modules: dict[pathlib.Path, types.ModuleType]) -> tuple[str
 
 def _import(path: pathlib.Path) -> types.ModuleType:
     """Runs a file as a module, which may import others beside it; files in other folders do not see these."""
-    folder, before = str(path.absolute().parent), {*sys.modules}
+    folder, before = path.absolute().parent, {*sys.modules}
     name = f"gptoss_rewards_{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, folder)
+    sys.modules[name] = module  # dataclasses and pickle look there
+    sys.path.insert(0, str(folder))
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.path.remove(folder)
-        for other in {*sys.modules} - before:
-            if str(getattr(sys.modules[other], "__file__", None) or "").startswith(folder):
+        sys.path.remove(str(folder))
+        for other in {*sys.modules} - before - {name}:
+            # Not packages of an environment below the folder, of which there must not be two copies.
+            top = other.partition(".")[0]
+            if (folder / f"{top}.py").exists() or (folder / top / "__init__.py").exists():
                 del sys.modules[other]
     return module
 
@@ -177,10 +188,8 @@ def digest(config: GrpoConfig) -> str:
     """Identifies the reward functions: by their names, weights, and the contents of their files."""
     found = hashlib.sha256(repr(config.weights).encode())
     for spec in config.rewards:
-        file, _, function = spec.rpartition(":") if not spec.endswith(".py") else (spec, "", "reward")
-        if spec.startswith("regex:") or not file.endswith(".py"):
-            file, function = "", spec
-        found.update(user_path(file, "grpo.rewards").read_bytes() if file else b"")
+        path, function = _file_of(spec)
+        found.update(path.read_bytes() if path is not None else b"")
         found.update(f"\n{function}\n".encode())
     return found.hexdigest()
 

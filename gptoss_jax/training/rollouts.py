@@ -30,7 +30,7 @@ from gptoss_jax.parallel import distributed
 from gptoss_jax.parallel.mesh import sequence_shards
 from gptoss_jax.parallel.rules import batch_sharding
 from gptoss_jax.training.objectives import Batch
-from gptoss_jax.training.rewards import MAX_REWARD, Answer, Reward, RewardError, digest, load_rewards
+from gptoss_jax.training.rewards import MAX_REWARD, Answer, Reward, RewardError, digest
 from gptoss_jax.training.rl import group_advantages
 from gptoss_jax.training.rollout_rows import Sample, make_rows, prompt_of
 
@@ -65,44 +65,41 @@ class RolloutFeed:
         cache: TokenCache,
         mesh: jax.sharding.Mesh,
         report: Callable[[str], None],
-        rewards: Sequence[Reward] | None = None,
+        rewards: Sequence[Reward],
     ) -> None:
-        """`rewards` are those that `config.grpo` names, if they are loaded already. Raises ValueError if one
-        cannot be loaded, or no prompt fits."""
+        """`rewards` are those that `config.grpo` names. Raises ValueError if no prompt fits."""
         self._config, self._cache, self._report = config, cache, report
         self._harmony = Harmony(cache.tokenizer)
-        self._rewards = load_rewards(config.grpo) if rewards is None else rewards
+        self._rewards = rewards
         # Of the files that were loaded, whatever happens to them later.
         self._digest = digest(config.grpo)
         self._sharding = batch_sharding(mesh)
         # Rows of a batch are a multiple of this.
         self._unit = sequence_shards(mesh.shape) * config.optim.grad_accum_steps
         self._held_out, self._training = (
-            usable_prompts(cache, config.data.seq_len - config.grpo.max_new_tokens, part)
-            for part in (True, False)
+            usable_prompts(cache, config.longest_prompt, part) for part in (True, False)
         )
         prompts = grain.MapDataset.source(self._training.tolist()).seed(config.seed).shuffle().repeat()
         self._prompts: grain.MapDataset = prompts
         # Kept for further steps on the same answers.
         self._samples: list[Sample] = []
         self._metrics: dict[str, float] = {}
-        self._num_used = 0
         self._bad_in_a_row, self._has_reward = 0, False
         self._reported: list[str] = []
         self._last_error = ""
         self._shown: list[Shown] = []
 
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position: the answers, if there are more steps on them, and a digest of the rewards."""
-        is_kept = 0 < self._num_used < self._config.grpo.iterations
+    def get_state(self, step: int) -> dict[str, Any]:
+        """Returns the position after `step` steps: the answers, if there are more steps on them, and a digest
+        of the rewards."""
+        is_kept = step % self._config.grpo.iterations > 0
         samples = [dataclasses.asdict(one) for one in self._samples] if is_kept else []
-        state = {"samples": samples, "metrics": self._metrics if is_kept else {}, "num_used": self._num_used}
-        return state | {"rewards": self._digest}
+        return {"samples": samples, "metrics": self._metrics if is_kept else {}, "rewards": self._digest}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from a position that `get_state` returned."""
         self._samples = [Sample(**one) for one in state["samples"]]
-        self._metrics, self._num_used = state["metrics"], state["num_used"]
+        self._metrics = state["metrics"]
         if state["rewards"] != self._digest:
             self._report(
                 "grpo.rewards, their weights or a file have changed: rewards, and the best checkpoint, "
@@ -119,8 +116,6 @@ class RolloutFeed:
             if step % self._config.grpo.iterations == 0 or not self._samples:
                 number = step // self._config.grpo.iterations
                 self._samples, self._metrics = self._sample(number, merge_params(params, frozen))
-                self._num_used = 0
-            self._num_used += 1
             rows = make_rows(self._cache, self._samples, self._config.data.seq_len, self._unit)
             size = len(rows["tokens"])
             local = {name: x[local_rows(self._sharding, size)] for name, x in rows.items()}
